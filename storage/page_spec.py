@@ -1,0 +1,52 @@
+"""Shapes and bytes of the pages of a KV cache: the one place that knows them."""
+
+from dataclasses import dataclass
+
+import torch
+
+from distkv.errors import ConfigError
+
+MIN_PAGE_SIZE = 16
+
+
+@dataclass(frozen=True)
+class PageSpec:
+    """What a page is: `page_size` consecutive tokens of K and V, over all layers.
+
+    One spec describes either the whole model's pages or those of one rank (with that rank's KV heads).
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    page_size: int  # tokens
+    head_dim: int
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        size = self.page_size
+        if size < MIN_PAGE_SIZE or size & (size - 1):
+            cure = max(MIN_PAGE_SIZE, 1 << max(size - 1, 1).bit_length() - 1)
+            raise ConfigError(f"page_size {size} is not a power of two >= {MIN_PAGE_SIZE}; try {cure}")
+
+    @property
+    def bytes_per_token(self) -> int:
+        """KV bytes of one token over all layers: `2 * layers * kv_heads * head_dim * bytes`."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def layer_slice_bytes(self) -> int:
+        """Bytes of one page's part for one layer, the unit that streaming moves."""
+        return 2 * self.num_kv_heads * self.page_size * self.head_dim * self.dtype.itemsize
+
+    @property
+    def page_bytes(self) -> int:
+        return self.layer_slice_bytes * self.num_layers
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages that `num_tokens` tokens take, the last one perhaps partly filled."""
+        return -(-num_tokens // self.page_size)
+
+    def device_shape(self, num_pages: int) -> tuple[int, int, int, int, int, int]:
+        """`[layer, 2, device_page, kv_head, page_size, head_dim]`: all K pages of a layer lie together, so a run of
+        neighbouring pages is a view."""
+        return self.num_layers, 2, num_pages, self.num_kv_heads, self.page_size, self.head_dim

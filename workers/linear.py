@@ -1,0 +1,33 @@
+"""Linear layers over a rank's part of a weight."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Linear = Callable[[Tensor], Tensor]
+"""Maps `[tokens, in]` to `[tokens, out]`."""
+
+
+def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """`x @ weight.T + bias` for a weight `[out, in]` and a bias `[out]` that never change again.
+
+    On a CPU where oneDNN runs the dtype, the weight is kept in oneDNN's blocked layout only, which reads up to twice
+    as fast in decode as the plain layout; elsewhere it is kept as it is.
+    """
+    if _packs(weight):
+        linear = torch.ops.mkldnn._linear_pointwise
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        return lambda x: linear(x, packed, bias, "none", [], "")
+    return lambda x: torch.nn.functional.linear(x, weight, bias)
+
+
+def _packs(weight: Tensor) -> bool:
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    supported = {
+        torch.float32: lambda: True,
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return bool(supported[weight.dtype]())

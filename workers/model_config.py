@@ -1,0 +1,185 @@
+"""What a Hugging Face `config.json` says about a LLaMA model, checked; anything that cannot be run exactly is refused."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distkv.errors import ConfigError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Parameters of the rotary embedding; fields that a type does not use stay at their defaults."""
+
+    rope_type: str
+    theta: float
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a `LlamaForCausalLM`; names are Hugging Face's."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    dtype: torch.dtype
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @classmethod
+    def load(cls, folder: Path) -> "ModelConfig":
+        """Reads `folder/config.json`, and the stop tokens of `generation_config.json` where there is one.
+
+        Raises ConfigError when the folder or the file is missing or malformed, or the model is not supported.
+        """
+        if not folder.is_dir():
+            raise ConfigError(f"model folder {str(folder)!r} does not exist; give the path of a Hugging Face model folder")
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{str(folder)!r} has no config.json; give the path of a Hugging Face model folder")
+        raw = _read_json(folder / "config.json")
+        config = cls.from_dict(raw)
+        generation = folder / "generation_config.json"
+        if generation.is_file():
+            stops = _token_ids(_read_json(generation).get("eos_token_id"), "eos_token_id")
+            config = replace(config, eos_token_ids=stops or config.eos_token_ids)
+        return config
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "ModelConfig":
+        """Checks the content of a `config.json`; raises ConfigError naming the field and what is supported."""
+        _check_supported(raw)
+        heads = _positive(raw, "num_attention_heads")
+        hidden = _positive(raw, "hidden_size")
+        kv_heads = heads if raw.get("num_key_value_heads") is None else _positive(raw, "num_key_value_heads")
+        if heads % kv_heads:
+            raise ConfigError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+        if raw.get("head_dim") is None and hidden % heads:
+            raise ConfigError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}; set head_dim")
+        head_dim = hidden // heads if raw.get("head_dim") is None else _positive(raw, "head_dim")
+        if head_dim % 2:
+            raise ConfigError(f"head_dim {head_dim} is odd; the rotary embedding needs an even one")
+        positions = _positive(raw, "max_position_embeddings", 2048)
+        return cls(
+            vocab_size=_positive(raw, "vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=_positive(raw, "intermediate_size"),
+            num_hidden_layers=_positive(raw, "num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            max_position_embeddings=positions,
+            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rope=_rope_config(raw, positions),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            attention_bias=bool(raw.get("attention_bias", False)),
+            mlp_bias=bool(raw.get("mlp_bias", False)),
+            dtype=parse_dtype(raw.get("dtype", raw.get("torch_dtype")) or "float32"),
+            bos_token_id=raw.get("bos_token_id"),
+            eos_token_ids=_token_ids(raw.get("eos_token_id"), "eos_token_id"),
+        )
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a name such as "bfloat16"; raises ConfigError for one that is not supported."""
+    if name not in DTYPES:
+        raise ConfigError(f"dtype {name!r} is not supported; use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _check_supported(raw: dict[str, Any]) -> None:
+    architectures = raw.get("architectures") or ["LlamaForCausalLM"]
+    if architectures != ["LlamaForCausalLM"]:
+        raise ConfigError(f"architectures {architectures} is not supported; only LlamaForCausalLM is")
+    only = {
+        "model_type": ("llama",),
+        "hidden_act": ("silu", "swish"),
+        "quantization_config": (None,),
+        "partial_rotary_factor": (None, 1, 1.0),
+    }
+    for field, supported in only.items():
+        value = raw.get(field, supported[0])
+        if value not in supported:
+            names = ", ".join("absent" if choice is None else repr(choice) for choice in supported)
+            raise ConfigError(f"{field} {value!r} in config.json is not supported; supported: {names}")
+
+
+def _rope_config(raw: dict[str, Any], positions: int) -> RopeConfig:
+    """Reads both spellings: `rope_parameters` (newer) and `rope_theta` with `rope_scaling` (older)."""
+    field = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    rope = raw.get(field) or {}
+    if not isinstance(rope, dict):
+        raise ConfigError(f"{field} in config.json is {rope!r}; it must be a table")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ROPE_TYPES:
+        raise ConfigError(f"{field}.rope_type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError(f"{field}.partial_rotary_factor is not supported; only whole heads are rotated")
+
+    def number(name: str) -> float:
+        value = rope.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise ConfigError(f"{field}.{name} is {value!r}; rope_type {rope_type!r} needs a positive number")
+        return float(value)
+
+    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
+        raise ConfigError(f"rope_theta is {theta!r}; it must be a positive number")
+    if rope_type == "default":
+        return RopeConfig("default", float(theta))
+    original = int(rope.get("original_max_position_embeddings") or positions)
+    if rope_type == "llama3":
+        return RopeConfig(
+            "llama3", float(theta), number("factor"), number("low_freq_factor"), number("high_freq_factor"),
+            int(number("original_max_position_embeddings")),
+        )  # fmt: skip
+    return RopeConfig(rope_type, float(theta), number("factor"), original_max_position_embeddings=original)
+
+
+def _positive(raw: dict[str, Any], field: str, default: int | None = None) -> int:
+    value = raw.get(field, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{field} in config.json is {value!r}; it must be a positive integer")
+    return value
+
+
+def _token_ids(value: Any, field: str) -> tuple[int, ...]:
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(token, int) for token in ids):
+        raise ConfigError(f"{field} is {value!r}; it must be a token id or a list of them")
+    return tuple(ids)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{str(path)!r} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{str(path)!r} holds no JSON object")
+    return content
+

@@ -1,0 +1,55 @@
+"""Collectives among the ranks of one tensor-parallel group."""
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class ProcessGroup:
+    """The tensor-parallel group as seen by one rank; a group of one does nothing.
+
+    NCCL carries tensors on CUDA, gloo those on the CPU (and CUDA tensors when ranks share a GPU).
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, init_method: str = "", backend: str = "gloo"):
+        """Joins the group, waiting for all ranks to do so.
+
+        Args:
+            init_method: `tcp://host:port` of rank 0.
+            backend: "nccl" or "gloo".
+        """
+        self.rank = rank
+        self.size = size
+        if size > 1:
+            # A rank that waits here for a dead one is ended by the group's supervisor, not by this limit.
+            dist.init_process_group(
+                backend, init_method=init_method, rank=rank, world_size=size, timeout=timedelta(hours=1)
+            )
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of x over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def gather_columns(self, x: Tensor, widths: list[int]) -> Tensor | None:
+        """Puts the ranks' columns side by side on rank 0; other ranks get None.
+
+        Shapes: x `[rows, widths[rank]]`, result `[rows, sum(widths)]`.
+        """
+        if self.size == 1:
+            return x
+        # gather wants equal shapes
+        padded = torch.nn.functional.pad(x, (0, max(widths) - x.shape[1])).contiguous()
+        parts = [torch.empty_like(padded) for _ in widths] if self.rank == 0 else None
+        dist.gather(padded, parts)
+        if parts is None:
+            return None
+        return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
+
+    def close(self) -> None:
+        """Leaves the group."""
+        if self.size > 1:
+            dist.destroy_process_group()
