@@ -47,6 +47,9 @@ _SOURCES = {
     ),
 }
 
+MODELS = tuple(_SOURCES)
+"""Names that `fetch_model` takes."""
+
 _TENSORS = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",

@@ -57,8 +57,13 @@ def merge_states(out: Tensor, lse: Tensor, dim: int) -> State:
 
 
 def decode_attention(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, runs: Sequence[tuple[int, int]], row_owner: Tensor | None,
-    mask: Tensor, order: Tensor | None,
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    runs: Sequence[tuple[int, int]],
+    row_owner: Tensor | None,
+    mask: Tensor,
+    order: Tensor | None,
 ) -> Tensor:
     """Attention of a few query tokens per sequence, one split a page.
 

@@ -79,7 +79,12 @@ class LlamaModel:
 
 
 def load_llama(
-    source: WeightSource, config: ModelConfig, shard: Shard, group: ProcessGroup, dtype: torch.dtype, device: torch.device
+    source: WeightSource,
+    config: ModelConfig,
+    shard: Shard,
+    group: ProcessGroup,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> LlamaModel:
     """Reads this rank's slices; query, key and value rows are fused, and so are gate and up.
 

@@ -58,7 +58,9 @@ class ModelConfig:
         Raises ConfigError when the folder or the file is missing or malformed, or the model is not supported.
         """
         if not folder.is_dir():
-            raise ConfigError(f"model folder {str(folder)!r} does not exist; give the path of a Hugging Face model folder")
+            raise ConfigError(
+                f"model folder {str(folder)!r} does not exist; give the path of a Hugging Face model folder"
+            )
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{str(folder)!r} has no config.json; give the path of a Hugging Face model folder")
         raw = _read_json(folder / "config.json")
@@ -182,4 +184,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{str(path)!r} holds no JSON object")
     return content
-

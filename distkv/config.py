@@ -1,0 +1,92 @@
+"""All options of an engine, checked in one place."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from distkv.errors import ConfigError
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Options of an engine; raises ConfigError when one is out of range.
+
+    Attributes:
+        model: path of a Hugging Face model folder.
+        tensor_parallel_size: ranks that share the model. 1 runs in this process, more run as Ray actors.
+        dtype: of weights, activations and KV: "auto" (the checkpoint's), "float32", "float16" or "bfloat16".
+        max_model_len: most tokens of prompt and answer together; None takes the model's limit.
+        max_num_seqs: most answers that run at a time.
+        max_num_batched_tokens: most tokens of one step; longer prompts are read in chunks of this size.
+        page_size: tokens of a KV page, a power of two >= 16.
+        seed: of dummy weights, and of the requests that bring none of their own.
+        ray_address: cluster to run on, as `ray.init` takes it ("auto", "ray://host:port", ...). None with more than one
+            rank takes a running cluster or starts one on this machine.
+        device: "auto" (CUDA where there is any), "cuda" or "cpu".
+        device_kv_bytes: KV pages on the devices, all ranks together, as a number of bytes or a text such as "4GiB". None
+            takes what gpu_memory_utilization leaves, or a quarter of the free memory on a CPU.
+        gpu_memory_utilization: share of a GPU's memory for weights, workspace and KV together.
+        load_format: "auto" reads the folder's safetensors; "dummy" makes seeded random weights for its config.json.
+        num_threads: torch threads of each CPU rank; None leaves torch's default in this process and shares the cores out
+            among Ray actors.
+    """
+
+    model: str | Path
+    tensor_parallel_size: int = 1
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    page_size: int = 256
+    seed: int = 0
+    ray_address: str | None = None
+    device: str = "auto"
+    device_kv_bytes: int | str | None = None
+    gpu_memory_utilization: float = 0.9
+    load_format: str = "auto"
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens", "page_size"):
+            _check_positive(name, getattr(self, name))
+        for name in ("max_model_len", "num_threads"):
+            if getattr(self, name) is not None:
+                _check_positive(name, getattr(self, name))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
+            raise ConfigError(f"seed is {self.seed!r}; it must be an integer from 0 to {2**31 - 1}")
+        for name, choices in (
+            ("dtype", ("auto", "float32", "float16", "bfloat16")),
+            ("device", ("auto", "cuda", "cpu")),
+            ("load_format", ("auto", "dummy")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(choices)}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization!r}; use a share above 0, at most 1"
+            )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens {self.max_num_batched_tokens} is less than max_num_seqs {self.max_num_seqs}, so "
+                "not every running answer could take a token in a step; raise the first or lower the second"
+            )
+        if self.device_kv_bytes is not None:
+            object.__setattr__(self, "device_kv_bytes", parse_bytes("device_kv_bytes", self.device_kv_bytes))
+
+
+def parse_bytes(name: str, size: int | str) -> int:
+    """Bytes of a number or a text such as "512MB" or "4GiB"; raises ConfigError naming the option when it is neither."""
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", size) if isinstance(size, str) else None
+    if match is None or match[2].upper() not in UNITS or float(match[1]) == 0:
+        raise ConfigError(f"{name} is {size!r}; give bytes as a positive number or a text such as 512MB or 4GiB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def _check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} is {value!r}; it must be a positive integer")

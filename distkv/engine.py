@@ -1,0 +1,133 @@
+"""The engine loop: schedules a step, has the ranks run it, draws tokens, ends what is done."""
+
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+from distkv.messages import EngineInfo, EngineRequest, EngineStats, TokenOutput
+from distkv.scheduler import Scheduler
+from distkv.sequence import Sequence
+from distkv.workers.sampler import SampleRow, TokenLogprobs, sample, uniform_draw
+from distkv.workers.step_plan import SequencePlan, StepPlan
+
+
+class Engine:
+    """Works on tokens alone. `execute` runs a step plan on all ranks and returns rank 0's logits, see `Rank.execute`."""
+
+    def __init__(self, info: EngineInfo, execute: Callable[[StepPlan], Tensor | None]):
+        self.info = info
+        self._execute = execute
+        self._scheduler = Scheduler(info)
+        self._copies: list[tuple[int, int]] = []  # page copies that must come before the next step
+        self._peak_pages = 0
+
+    def add(self, requests: list[EngineRequest]) -> None:
+        """Queues requests; raises CapacityError, and queues none, when one of them could never run."""
+        for request in requests:
+            self._scheduler.check(request)
+        for request in requests:
+            self._scheduler.add(request)
+
+    def abort(self, answers: Iterable[tuple[str, int | None]]) -> None:
+        """Ends answers `(request id, index)` at once, with index None all of a request; what has ended is passed over."""
+        for request_id, index in answers:
+            self._scheduler.abort(request_id, index)
+
+    def close(self) -> None:
+        """Nothing to do: memory goes with the object."""
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._scheduler.waiting or self._scheduler.running)
+
+    def stats(self) -> EngineStats:
+        """The state between two steps."""
+        allocator = self._scheduler.allocator
+        return EngineStats(
+            pages_in_use=allocator.num_pages - allocator.num_free,
+            peak_pages_in_use=self._peak_pages,
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting),
+        )
+
+    def integrity_check(self) -> None:
+        """Raises AssertionError when pages were lost or are held twice; meant for when nothing runs."""
+        allocator = self._scheduler.allocator
+        allocator.integrity_check()
+        if not self.has_work:
+            assert allocator.num_free == allocator.num_pages
+
+    def step(self) -> list[TokenOutput]:
+        """Runs one step and returns the tokens it drew; none while prompts are being read."""
+        scheduled = self._scheduler.schedule()
+        if not scheduled:
+            return []
+        plan = self._plan(scheduled)
+        allocator = self._scheduler.allocator
+        self._peak_pages = max(self._peak_pages, allocator.num_pages - allocator.num_free)
+        logits = self._execute(plan)
+        draws = self._draws(scheduled)
+        drawn = sample(logits, [_sample_row(sequence, row) for sequence, row in draws]) if logits is not None else []
+        return [
+            self._extend(sequence, token, logprobs)
+            for (sequence, _), (token, logprobs) in zip(draws, drawn, strict=True)
+        ]
+
+    def _plan(self, scheduled: list[tuple[Sequence, int]]) -> StepPlan:
+        """Takes the pages that the step's tokens need and writes the step down for the ranks."""
+        parts, clear = [], []
+        for sequence, count in scheduled:
+            start = sequence.table.num_tokens
+            clear += sequence.table.append(count)
+            tokens = sequence.token_ids[start : start + count]
+            num_logits = 0 if sequence.num_pending else 1
+            parts.append(SequencePlan(tokens, start, sequence.table.slots, sequence.prompt_len, num_logits))
+        copies, self._copies = self._copies, []
+        return StepPlan(parts, copies, clear)
+
+    def _draws(self, scheduled: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
+        """Who draws a token from which row of the logits: all answers of a prompt just read draw from its row."""
+        draws = []
+        ready = [sequence for sequence, _ in scheduled if not sequence.num_pending]
+        for row, sequence in enumerate(ready):
+            draws.append((sequence, row))
+            if sequence.in_prompt:
+                for fork, copy in self._scheduler.fork(sequence):
+                    draws.append((fork, row))
+                    if copy is not None:
+                        self._copies.append(copy)
+        return draws
+
+    def _extend(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenOutput:
+        """Adds a drawn token to its answer and ends the answer if it is to end here."""
+        sequence.token_ids.append(token)
+        request = sequence.request
+        finish_reason = stop_reason = None
+        if not request.params.ignore_eos and token in self.info.eos_token_ids:
+            finish_reason = "stop"
+        elif token in (request.params.stop_token_ids or ()):
+            finish_reason, stop_reason = "stop", token
+        elif len(sequence.token_ids) - sequence.prompt_len >= request.max_tokens:
+            finish_reason = "length"
+        if finish_reason:
+            self._scheduler.finish(sequence)
+        return TokenOutput(request.request_id, sequence.index, token, logprobs, finish_reason, stop_reason)
+
+
+def _sample_row(sequence: Sequence, logits_row: int) -> SampleRow:
+    params = sequence.request.params
+    position = len(sequence.token_ids) - sequence.prompt_len
+    return SampleRow(
+        logits_row=logits_row,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        num_logprobs=params.logprobs,
+        uniform=uniform_draw(sequence.request.seed, sequence.index, position) if params.temperature > 0 else 0.0,
+        prompt_token_ids=sequence.request.prompt_token_ids,
+        output_token_ids=sequence.output_token_ids,
+    )

@@ -1,0 +1,118 @@
+"""An engine on a Ray cluster, as the process that owns it sees it."""
+
+from collections import deque
+
+import zmq
+
+from distkv.config import EngineConfig
+from distkv.errors import CapacityError, DistKVError
+from distkv.launch import make_engine_info, make_rank_config
+from distkv.leader import lead
+from distkv.messages import (
+    Abort,
+    Accepted,
+    Add,
+    EngineInfo,
+    EngineRequest,
+    EngineStats,
+    GetStats,
+    Refused,
+    Shutdown,
+    TokenOutput,
+    Tokens,
+    decode_reply,
+    encode,
+)
+from distkv.workers.model_config import ModelConfig
+from distkv.workers.ray_group import RayGroup
+
+DEATH_POLL = 200  # milliseconds of silence after which the ranks are checked
+FINISH_TIMEOUT = 5.0  # seconds in which the ranks may end by themselves
+
+Reply = Accepted | Refused | Tokens | EngineStats
+
+
+class RayEngine:
+    """Owns the group of actors and speaks to its leader. An `EngineClient`."""
+
+    info: EngineInfo
+
+    def __init__(self, config: EngineConfig, model: ModelConfig, max_model_len: int):
+        """Starts the ranks; raises CapacityError, ConfigError or WorkerDied, having released everything."""
+        self._group = RayGroup(config.tensor_parallel_size, config.ray_address, config.device)
+        self._context = zmq.Context()
+        self._unread: deque[list[TokenOutput]] = deque()
+        self._closed = False
+        try:
+            ranks = make_rank_config(config, model, self._group.device)
+            self._group.load(ranks)
+            capacity = self._group.capacity() if config.device_kv_bytes is None else 0
+            self.info = make_engine_info(config, ranks, max_model_len, capacity, self._group.allocate)
+            self._group.start(lead, self.info)
+            self._socket = self._context.socket(zmq.DEALER)
+            self._socket.set_hwm(0)
+            self._socket.connect(self._group.request_address)
+            self.stats()  # the loops run
+        except BaseException:
+            self._end()
+            raise
+
+    def add(self, requests: list[EngineRequest]) -> None:
+        """See `EngineClient.add`."""
+        self._send(Add(requests))
+        reply = self._answer()
+        if isinstance(reply, Refused):
+            raise CapacityError(reply.reason)
+
+    def abort(self, answers: list[tuple[str, int | None]]) -> None:
+        """See `EngineClient.abort`; nothing to do once the group has ended."""
+        if not self._closed:
+            self._send(Abort(answers))
+
+    def step(self) -> list[TokenOutput]:
+        """See `EngineClient.step`."""
+        if self._unread:
+            return self._unread.popleft()
+        reply = self._receive()
+        assert isinstance(reply, Tokens)
+        return reply.outputs
+
+    def stats(self) -> EngineStats:
+        """See `EngineClient.stats`."""
+        self._send(GetStats())
+        reply = self._answer()
+        assert isinstance(reply, EngineStats)
+        return reply
+
+    def close(self) -> None:
+        """Ends the ranks, by themselves if they will, and releases what they held of the cluster."""
+        if self._closed:
+            return
+        self._send(Shutdown())
+        self._group.finish(FINISH_TIMEOUT)
+        self._end()
+
+    def _send(self, command: Add | Abort | GetStats | Shutdown) -> None:
+        if self._closed:
+            raise DistKVError("the engine has ended; make a new LLM")
+        self._socket.send(encode(command))
+
+    def _answer(self) -> Reply:
+        """The answer to what was sent last; tokens that come before it are kept for `step`."""
+        while isinstance(reply := self._receive(), Tokens):
+            self._unread.append(reply.outputs)
+        return reply
+
+    def _receive(self) -> Reply:
+        while not self._socket.poll(DEATH_POLL):
+            try:
+                self._group.check()
+            except DistKVError:
+                self._end()
+                raise
+        return decode_reply(self._socket.recv())
+
+    def _end(self) -> None:
+        self._closed = True
+        self._context.destroy(linger=0)
+        self._group.close()

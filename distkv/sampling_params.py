@@ -1,0 +1,86 @@
+"""How a request's tokens are drawn and when it ends. Names and defaults are vLLM's."""
+
+import math
+from typing import Any
+
+import msgspec
+
+from distkv.errors import RequestError
+
+MAX_LOGPROBS = 100
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """Sampling parameters of one request. Raises RequestError when a value is out of range.
+
+    Attributes:
+        n: answers to draw; they share the prompt's pages.
+        temperature: 0 is greedy decoding.
+        top_p, top_k, min_p: truncation of the distribution; 1, 0 (or -1) and 0 switch them off.
+        repetition_penalty: above 1 discourages tokens of the prompt and the answer.
+        presence_penalty, frequency_penalty: above 0 discourage tokens of the answer, once or per occurrence.
+        max_tokens: None means up to the model's limit.
+        stop: strings that end the answer, wherever the token borders lie; they are not part of the text.
+        stop_token_ids: tokens that end the answer, beside the model's own unless ignore_eos; not part of the text.
+        ignore_eos: go on past the model's own end token.
+        seed: makes the answer reproducible whatever else runs; None takes one from the engine's seed and the order of
+            requests.
+        logprobs: return this many of the likeliest tokens at each place beside the one drawn; None returns none.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    max_tokens: int | None = 16
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    seed: int | None = None
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_int("n", self.n, 1)
+        _check_number("temperature", self.temperature, 0, math.inf)
+        _check_number("top_p", self.top_p, 0, 1, low_open=True)
+        _check_int("top_k", self.top_k, -1)
+        _check_number("min_p", self.min_p, 0, 1)
+        _check_number("repetition_penalty", self.repetition_penalty, 0, math.inf, low_open=True)
+        _check_number("presence_penalty", self.presence_penalty, -2, 2)
+        _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
+        if self.max_tokens is not None:
+            _check_int("max_tokens", self.max_tokens, 1)
+        if self.logprobs is not None:
+            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.seed is not None:
+            _check_int("seed", self.seed, None)
+        if not all(isinstance(text, str) and text for text in self.stop_strings):
+            raise RequestError(f"stop is {self.stop!r}; it must be a string or a list of strings, none of them empty")
+        for token in self.stop_token_ids or []:
+            _check_int("stop_token_ids", token, 0)
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """`stop` as a list."""
+        if self.stop is None:
+            return []
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop)
+
+
+def _check_int(name: str, value: Any, low: int | None, high: int | None = None) -> None:
+    good = isinstance(value, int) and not isinstance(value, bool)
+    if not good or (low is not None and value < low) or (high is not None and value > high):
+        limits = "" if low is None else f" of at least {low}" if high is None else f" from {low} to {high}"
+        raise RequestError(f"{name} is {value!r}; it must be an integer{limits}")
+
+
+def _check_number(name: str, value: Any, low: float, high: float, low_open: bool = False) -> None:
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or not low <= value <= high or (low_open and value == low):
+        above = f"above {low}" if low_open else f"of at least {low}"
+        limits = above if high == math.inf else f"{above} and at most {high}"
+        raise RequestError(f"{name} is {value!r}; it must be a number {limits}")

@@ -1,0 +1,39 @@
+"""One answer that is being written: its tokens and its pages."""
+
+from dataclasses import dataclass
+
+from distkv.messages import EngineRequest
+from distkv.storage.page_table import PageTable
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Answer `index` of a request. The tokens whose keys and values are in the pages are the first `table.num_tokens`."""
+
+    request: EngineRequest
+    index: int
+    table: PageTable
+    token_ids: list[int]  # prompt and answer
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that the model has not read yet: the rest of the prompt, or the token drawn last."""
+        return len(self.token_ids) - self.table.num_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.prompt_len :]
+
+    @property
+    def in_prompt(self) -> bool:
+        """Whether the prompt is still being read."""
+        return len(self.token_ids) == self.prompt_len
+
+    def fork(self, index: int) -> tuple["Sequence", tuple[int, int] | None]:
+        """Another answer from the same state; also the page copy it needs, see `PageTable.fork`."""
+        table, copy = self.table.fork()
+        return Sequence(self.request, index, table, list(self.token_ids)), copy

@@ -1,0 +1,87 @@
+"""Text to tokens and back."""
+
+from pathlib import Path
+from typing import Any
+
+from distkv.errors import ConfigError, RequestError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+# Tokens of the prompt that are decoded with the answer's first token, so that its leading space comes out right.
+CONTEXT_TOKENS = 5
+
+Message = dict[str, Any]
+"""One message of a conversation: `{"role": "user", "content": "..."}`."""
+
+
+class Tokenizer:
+    """The tokenizer and chat template of a model folder, through transformers."""
+
+    def __init__(self, folder: Path):
+        """Raises ConfigError when the folder has no tokenizer that can be loaded."""
+        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            raise ConfigError(
+                f"{str(folder)!r} has no tokenizer files, so prompts must be token ids and answers have no text; "
+                "add tokenizer.json for text"
+            )
+        from transformers import AutoTokenizer  # takes seconds
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"the tokenizer in {str(folder)!r} cannot be loaded: {error}") from error
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a plain prompt, with the tokens that the model puts before any text."""
+        return self._tokenizer.encode(text)
+
+    def encode_chat(self, messages: list[Message]) -> list[int]:
+        """Tokens of a conversation up to where the assistant answers, by the model's chat template.
+
+        Raises ConfigError when the model has no template, RequestError when the template refuses the messages.
+        """
+        from jinja2 import TemplateError
+
+        if not self._tokenizer.chat_template:
+            raise ConfigError("the model's tokenizer has no chat template; use generate() with a plain prompt")
+        try:
+            text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except (TemplateError, TypeError, KeyError) as error:
+            raise RequestError(f"the chat template refuses these messages: {error}") from error
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Text of tokens, special ones left out."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def token_text(self, token_id: int) -> str:
+        """Text of a single token, special or not."""
+        return self._tokenizer.decode([token_id])
+
+
+class IncrementalDecoder:
+    """Decodes an answer token by token: text is given out once no later token can change it."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int]):
+        self._tokenizer = tokenizer
+        self._ids = prompt_token_ids[-CONTEXT_TOKENS:]
+        self._start = 0  # of the window that is decoded together
+        self._given = len(self._ids)  # tokens whose text was given out
+
+    def add(self, token_id: int) -> str:
+        """The text that this token completes; empty while a character lacks some of its bytes."""
+        self._ids.append(token_id)
+        text = self._pending()
+        if text.endswith("\ufffd"):
+            return ""
+        self._start, self._given = self._given, len(self._ids)
+        return text
+
+    def finish(self) -> str:
+        """What is left at the end: the replacement character for a character that was never completed."""
+        text = self._pending()
+        self._given = len(self._ids)
+        return text
+
+    def _pending(self) -> str:
+        before = self._tokenizer.decode(self._ids[self._start : self._given])
+        return self._tokenizer.decode(self._ids[self._start :])[len(before) :]

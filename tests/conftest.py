@@ -1,0 +1,34 @@
+"""What every test module shares: no network for Hugging Face, reproducible hypothesis runs, the demo model."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from distkv.fetch import fetch_model
+
+# The same examples on every run, so that a red suite means a changed tree. `pytest --hypothesis-profile explore` searches
+# further and at random.
+settings.register_profile(
+    "suite", max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("explore", settings.get_profile("suite"), max_examples=400, derandomize=False)
+settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The folder of SmolLM2-135M, fetched on first use."""
+    return fetch_model("smollm2", progress=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small random LLaMA in fp32: `helpers.save_llama` with its defaults."""
+    from helpers import save_llama
+
+    return save_llama(tmp_path_factory.mktemp("tiny"))[0]

@@ -1,0 +1,136 @@
+"""Small random checkpoints, a driver of one rank, and the measure by which tensors are compared."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from distkv.workers.model_config import ModelConfig
+from distkv.workers.process_group import ProcessGroup
+from distkv.workers.rank import Rank, RankConfig
+from distkv.workers.step_plan import SequencePlan, StepPlan
+
+TINY: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def save_llama(
+    folder: Path, *, seed: int = 0, max_shard_size: str = "1GB", **overrides: Any
+) -> tuple[Path, LlamaForCausalLM]:
+    """Saves a random fp32 LLaMA of the TINY shape, changed by `overrides` (fields of LlamaConfig), as safetensors.
+
+    Every weight is random, norms and biases too, and wide enough that attention is far from uniform and logits are far
+    from ties, so that a mistake anywhere shows in the logits.
+    """
+    config = LlamaConfig(**(TINY | overrides))
+    model = LlamaForCausalLM(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if name.endswith("norm.weight"):
+                weight.copy_(1 + 0.3 * noise)
+            elif weight.dim() == 1:
+                weight.copy_(0.5 * noise)
+            elif name.endswith("embed_tokens.weight"):
+                weight.copy_(noise)
+            else:
+                weight.copy_(noise * 1.5 / weight.shape[1] ** 0.5)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder, model
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes `config.json` in place by hand, so that a spelling of our choice is read by both sides."""
+    path = folder / "config.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    change(raw)
+    path.write_text(json.dumps(raw), encoding="utf-8")
+
+
+def load_rank(
+    folder: Path, *, page_size: int = 16, num_pages: int = 32, dtype: torch.dtype = torch.float32, **options: Any
+) -> Rank:
+    """A group of one rank on the CPU with its pool; `options` are fields of RankConfig."""
+    fields: dict[str, Any] = {
+        "folder": folder,
+        "model": ModelConfig.load(folder),
+        "load_format": "safetensors",
+        "seed": 0,
+        "dtype": dtype,
+        "device": "cpu",
+        "page_size": page_size,
+        "max_num_batched_tokens": 2048,
+        "gpu_memory_utilization": 0.9,
+        "num_threads": None,
+    }
+    rank = Rank(RankConfig(**(fields | options)), ProcessGroup())
+    rank.allocate(num_pages)
+    return rank
+
+
+def run_chunks(rank: Rank, token_ids: Sequence[int], chunks: Sequence[int], prompt_len: int | None = None) -> Tensor:
+    """The logits `[tokens, vocab_size]` of one sequence that takes its tokens in steps of the given sizes.
+
+    Its pages lie scattered over the pool. `prompt_len` is the whole sequence unless given.
+    """
+    assert sum(chunks) == len(token_ids)
+    spec = rank.page_spec
+    slots = scatter(spec.pages_for(len(token_ids)), rank_pages(rank))
+    logits, start = [], 0
+    for count in chunks:
+        end = start + count
+        plan = SequencePlan(
+            list(token_ids[start:end]), start, slots[: spec.pages_for(end)], prompt_len or len(token_ids), count
+        )
+        result = rank.execute(StepPlan([plan], [], []))
+        assert result is not None
+        logits.append(result)
+        start = end
+    return torch.cat(logits)
+
+
+def rank_pages(rank: Rank) -> int:
+    """Pages in the rank's pool."""
+    return rank._pool.num_pages
+
+
+def scatter(count: int, num_pages: int) -> list[int]:
+    """`count` distinct slots of `num_pages`, in an order that has neighbours, gaps and steps back."""
+    order = torch.randperm(num_pages, generator=torch.Generator().manual_seed(7)).tolist()
+    assert count <= num_pages
+    return order[:count]
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator for `torch.randn`, so that a test's numbers are a function of its drawn seed."""
+    return torch.Generator().manual_seed(seed)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """`|actual - expected| / |expected|` in the Euclidean norm, in float64; infinite where something is not a number."""
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    difference = (actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-300)
+    return difference.item() if torch.isfinite(difference) else float("inf")
+
+
+def largest_error(actual: Tensor, expected: Tensor) -> float:
+    """`max |actual - expected| / max |expected|`; infinite where something is not a number."""
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    difference = (actual.double() - expected.double()).abs().max() / expected.double().abs().max()
+    return difference.item() if torch.isfinite(difference) else float("inf")
