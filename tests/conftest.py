@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, settings
 
 from distkv.fetch import fetch_model
 
-# The same examples on every run, so that a red suite means a changed tree. `pytest --hypothesis-profile explore` searches
-# further and at random.
+# The same examples on every run, so that a red suite means a changed tree. `pytest --hypothesis-profile explore`
+# searches further and at random.
 settings.register_profile(
     "suite", max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )

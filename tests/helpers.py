@@ -123,7 +123,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """`|actual - expected| / |expected|` in the Euclidean norm, in float64; infinite where something is not a number."""
+    """`|actual - expected| / |expected|` in the Euclidean norm; infinite where something is not a number."""
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     difference = (actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-300)
     return difference.item() if torch.isfinite(difference) else float("inf")

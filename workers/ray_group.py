@@ -52,10 +52,9 @@ class RankActor:
         self._context.linger = 0
         self._rank: Rank | None = None
 
-    def node(self) -> Node:
-        """Where this actor runs."""
-        context = ray.get_runtime_context()
-        return Node(context.get_node_id(), ray.util.get_node_ip_address(), os.cpu_count() or 1)
+    def node(self) -> tuple[str, int]:
+        """The id of the node this actor runs on, and the node's cores."""
+        return ray.get_runtime_context().get_node_id(), os.cpu_count() or 1
 
     def open(self, host: str, num_followers: int) -> tuple[str, str, list[str]]:
         """On rank 0: binds the group's sockets; returns torch's init_method, the address for requests and those of the
@@ -121,7 +120,8 @@ class RayGroup:
             total = ray.cluster_resources()
             self.device = ("cuda" if total.get("GPU", 0) >= 1 else "cpu") if device == "auto" else device
             self._place()
-            self.nodes = self._call("node")
+            hosts = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+            self.nodes = [Node(node_id, hosts[node_id], num_cpus) for node_id, num_cpus in self._call("node")]
         except BaseException:
             self.close()
             raise
@@ -248,11 +248,11 @@ class RayGroup:
             return cause
         if isinstance(cause, ModuleNotFoundError) or "ModuleNotFoundError" in str(error):
             return ConfigError(
-                f"the cluster's workers cannot import what distkv needs ({_last_line(error)}); install distkv on every "
+                f"the cluster's workers cannot import what distkv needs ({_cause(error)}); install distkv on every "
                 "node, or submit with `ray job submit --working-dir` from a checkout"
             )
         host = self.nodes[rank].host if rank < len(self.nodes) else "unknown"
-        return WorkerDied(rank, host, "it left its loop" if error is None else _last_line(error))
+        return WorkerDied(rank, host, "it left its loop" if error is None else _cause(error))
 
     def _await_deaths(self) -> None:
         """Waits until killed actors are gone, so that nothing of the group outlives `close`."""
@@ -271,7 +271,7 @@ def _connect(address: str | None, size: int) -> None:
         ray.init(address=address or "auto", **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         if address is not None:
-            raise ConfigError(f"no Ray cluster answers at ray_address {address!r}: {_last_line(error)}") from error
+            raise ConfigError(f"no Ray cluster answers at ray_address {address!r}: {_cause(error)}") from error
         ray.init(address="local", num_cpus=max(size, os.cpu_count() or 1), include_dashboard=False, **quiet)
 
 
@@ -284,14 +284,16 @@ def _failure(ref: Any) -> Exception | None:
     return None
 
 
-def _last_line(error: BaseException | None) -> str:
+def _cause(error: BaseException) -> str:
+    """What is known of why a call failed, in a line."""
     if isinstance(error, RayTaskError) and error.cause is not None:
         return f"{type(error.cause).__name__}: {error.cause}"
-    if isinstance(error, ActorDiedError):
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return next((line for line in lines if "cause" in line.lower()), lines[-1])
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if not isinstance(error, ActorDiedError):
+        return lines[-1]
+    # Ray's own account, without its list of common causes
+    known = next((line for line in lines if line.startswith("The actor is dead")), lines[0])
+    return known.partition(" Some common causes")[0].rstrip(".")
 
 
 def _passed_environment() -> dict[str, str]:

@@ -1,0 +1,100 @@
+"""A real Ray cluster on this machine whose Python has distkv's dependencies but not distkv itself."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+START_TIMEOUT = 120.0  # seconds
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where the cluster answers, and the environment in which its own commands run."""
+
+    address: str
+    dashboard: str
+    python: Path
+    environment: dict[str, str]
+
+    def ray(self, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
+        """Runs the command `ray` with the cluster's Python."""
+        command = [str(self.python), "-m", "ray.scripts.scripts", *arguments]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, **options)
+
+
+def start(folder: Path, num_cpus: int) -> tuple[Cluster, subprocess.Popen[bytes]]:
+    """Starts a head node in a process group of its own; `folder` becomes its HOME (Ray writes a token there)."""
+    python = _bare_python(folder / "venv")
+    gcs, dashboard, client = _free_ports(3)
+    hidden = ("RAY_", "PYTHONPATH", "HOME", "PATH", "VIRTUAL_ENV")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    environment |= {"HOME": str(folder), "PATH": f"{python.parent}:{os.environ['PATH']}"}
+    cluster = Cluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", python, environment)
+    command = [
+        str(python), "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--num-cpus={num_cpus}",
+        "--node-ip-address=127.0.0.1", f"--port={gcs}", f"--dashboard-port={dashboard}",
+        f"--ray-client-server-port={client}", "--disable-usage-stats", "--object-store-memory=100000000",
+    ]  # fmt: skip
+    with open(folder / "ray.log", "wb") as log:
+        head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=folder)
+    deadline = time.monotonic() + START_TIMEOUT
+    while cluster.ray("job", "list", "--address", cluster.dashboard).returncode:
+        if head.poll() is not None or time.monotonic() > deadline:
+            stop(head)
+            raise RuntimeError("the Ray cluster did not start:\n" + (folder / "ray.log").read_text())
+        time.sleep(0.5)
+    return cluster, head
+
+
+def stop(head: subprocess.Popen[bytes]) -> None:
+    """Ends the head node and everything it started."""
+    head.send_signal(signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        head.wait(30)
+    with suppress(ProcessLookupError):
+        os.killpg(head.pid, signal.SIGKILL)
+    head.wait()
+
+
+def rank_processes() -> dict[str, list[int]]:
+    """Process ids of rank actors on this machine by what they run: "lead", "follow", or "" between calls."""
+    found: dict[str, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            title = (entry / "cmdline").read_bytes().split(b"\0")[0].decode()
+        except OSError:
+            continue  # it has just ended
+        if title.startswith("ray::RankActor"):
+            found.setdefault(title.partition(".")[2].strip(), []).append(int(entry.name))
+    return found
+
+
+def _bare_python(folder: Path) -> Path:
+    """A virtual environment that sees this one's packages by path, so that no editable install takes effect."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    site = next(folder.glob("lib/python*/site-packages"))
+    paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    (site / "dependencies.pth").write_text("\n".join(sorted(paths)) + "\n")
+    python = folder / "bin" / "python"
+    found = subprocess.run([str(python), "-c", "import distkv"], capture_output=True, cwd=folder)
+    assert found.returncode, "distkv must not be installed in the cluster's environment"
+    return python
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports

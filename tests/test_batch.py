@@ -1,0 +1,249 @@
+"""A step's tensors and its attention: mixed steps over scattered, shared and half-filled pages."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from helpers import relative_error, seeded
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from distkv.kernels import reference
+from distkv.workers.batch import MAX_DECODE_TOKENS, Batch, _visiting_order, build_batch
+from distkv.workers.step_plan import SequencePlan, StepPlan
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The sequences of a step and the shape of the model, without a place for their pages yet."""
+
+    lengths: list[tuple[int, int]]  # (tokens before the step, new tokens) of each sequence
+    shared: list[int]  # the first pages that each sequence has in common with the one before, at most
+    page_size: int = 16
+    kv_heads: int = 2
+    group: int = 2
+    head_dim: int = 16
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+    pages: list[list[int]] = field(init=False)  # of each sequence, as numbers 0 .. num_pages - 1
+    num_pages: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        pages: list[list[int]] = []
+        taken = 0
+        for index, (start, count) in enumerate(self.lengths):
+            common: list[int] = []
+            if index:
+                # only full pages that neither sequence writes in this step
+                full = min(start, self.lengths[index - 1][0]) // self.page_size
+                common = pages[-1][: min(full, self.shared[index])]
+            own = -(-(start + count) // self.page_size) - len(common)
+            pages.append(common + list(range(taken, taken + own)))
+            taken += own
+        object.__setattr__(self, "pages", pages)
+        object.__setattr__(self, "num_pages", taken)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step whose pages have found their slots in a pool."""
+
+    sequences: Sequences
+    tables: list[list[int]]
+    pool: Tensor  # [2, slots, K, S, D]
+    plan: StepPlan
+    q: Tensor  # [T, H, D]
+
+    def batch(self) -> Batch:
+        return build_batch(self.plan, self.sequences.page_size, self.sequences.group, self.sequences.dtype, CPU)
+
+    def attend(self) -> Tensor:
+        """Attention of the step: `[T, H * D]`."""
+        batch = self.batch()
+        k, v = self.pool[0][batch.page, :, batch.offset], self.pool[1][batch.page, :, batch.offset]
+        return batch.attend(self.q, k, v, self.pool)
+
+    def expected(self) -> list[tuple[slice, Tensor]]:
+        """For each sequence its rows of the step and their attention, `[tokens, H * D]` in float64."""
+        expected, first = [], 0
+        for (start, count), table in zip(self.sequences.lengths, self.tables, strict=True):
+            rows = slice(first, first + count)
+            keys, values = reference.read_pages(self.pool, table, start + count)
+            out, _ = reference.attention(self.q[rows].unflatten(1, (self.sequences.kv_heads, -1)), keys, values)
+            expected.append((rows, out.flatten(1)))
+            first += count
+        return expected
+
+    def assert_right(self) -> None:
+        result = self.attend()
+        assert result.dtype == self.sequences.dtype
+        for index, (rows, out) in enumerate(self.expected()):
+            error = relative_error(result[rows], out)
+            assert error < TOLERANCE[self.sequences.dtype], f"sequence {index}: {error}"
+
+
+def place(sequences: Sequences, slots: list[int], garbage: float = 6e4) -> Step:
+    """Puts the pages into the given slots, one for each page number; every place without a token holds `garbage`."""
+    s, generator = sequences, seeded(sequences.seed)
+    content = (torch.randn(2, s.num_pages, s.kv_heads, s.page_size, s.head_dim, generator=generator) * 1.5).to(s.dtype)
+    filled = torch.zeros(s.num_pages, s.page_size, dtype=torch.bool)
+    for (start, count), pages in zip(s.lengths, s.pages, strict=True):
+        for token in range(start + count):
+            filled[pages[token // s.page_size], token % s.page_size] = True
+    content.masked_fill_(~filled[None, :, None, :, None], garbage)
+    pool = torch.full((2, max(slots) + 2, s.kv_heads, s.page_size, s.head_dim), garbage, dtype=s.dtype)
+    pool[:, slots] = content
+
+    tables = [[slots[page] for page in pages] for pages in s.pages]
+    tokens = sum(count for _, count in s.lengths)
+    plans = [
+        SequencePlan([7] * count, start, table, start + count, 1)
+        for (start, count), table in zip(s.lengths, tables, strict=True)
+    ]
+    # queries are a view of queries and keys side by side, as in the model
+    rotated = torch.randn(tokens, s.kv_heads * (s.group + 1), s.head_dim, generator=generator).to(s.dtype)
+    return Step(s, tables, pool, StepPlan(plans, [], []), rotated[:, : s.kv_heads * s.group])
+
+
+starts = st.one_of(st.integers(0, 20), st.integers(0, 400))
+counts = st.one_of(st.just(1), st.integers(1, MAX_DECODE_TOKENS), st.integers(MAX_DECODE_TOKENS + 1, 60))
+
+
+@st.composite
+def any_sequences(draw: st.DrawFn, new_tokens: st.SearchStrategy[int] = counts) -> Sequences:
+    lengths = draw(st.lists(st.tuples(starts, new_tokens), min_size=1, max_size=6))
+    return Sequences(
+        lengths=lengths,
+        shared=draw(st.lists(st.integers(0, 6), min_size=len(lengths), max_size=len(lengths))),
+        page_size=draw(st.sampled_from([16, 32, 64, 256])),
+        kv_heads=draw(st.integers(1, 3)),
+        group=draw(st.integers(1, 4)),
+        head_dim=draw(st.sampled_from([2, 16, 64, 80])),
+        dtype=draw(st.sampled_from(list(TOLERANCE))),
+        seed=draw(st.integers(0, 2**32 - 1)),
+    )
+
+
+@st.composite
+def slots_for(draw: st.DrawFn, num_pages: int) -> list[int]:
+    """Distinct slots: neighbours, backwards, or scattered with gaps."""
+    arrangement = draw(st.sampled_from(["in order", "reversed", "scattered"]))
+    slots = list(range(1, num_pages + 1))
+    if arrangement == "reversed":
+        return slots[::-1]
+    if arrangement == "scattered":
+        return draw(st.permutations(range(num_pages + 4)))[:num_pages]
+    return slots
+
+
+@given(st.data())
+def test_any_step_is_right(data: st.DataObject) -> None:
+    """Decodes, sequences with a few new tokens and chunks of prompts, in one step, over pages anywhere."""
+    sequences = data.draw(any_sequences())
+    place(sequences, data.draw(slots_for(sequences.num_pages))).assert_right()
+
+
+@pytest.mark.parametrize("count", range(1, MAX_DECODE_TOKENS + 1))
+def test_few_tokens_that_cross_a_page(count: int) -> None:
+    """Wherever in its page a sequence stands, tokens before a page must not see it, and those in it see their past."""
+    lengths = [(start, count) for start in range(16 - count, 34)]
+    sequences = Sequences(lengths, [0] * len(lengths))
+    place(sequences, list(range(sequences.num_pages))[::-1]).assert_right()
+    for length in lengths:  # each alone: the group is the whole step, and pages in order need no reordering
+        single = Sequences([length], [0], dtype=torch.bfloat16)
+        place(single, list(range(single.num_pages))).assert_right()
+
+
+def test_decodes_that_share_a_prefix() -> None:
+    """A slot that several tables name serves each of them."""
+    lengths = [(100, 1), (97, 1), (300, 1), (96, 1), (111, 1)]
+    sequences = Sequences(lengths, [6] * 5)
+    assert sequences.num_pages < sum(len(pages) for pages in sequences.pages)
+    place(sequences, list(range(sequences.num_pages))).assert_right()
+
+
+@given(st.data())
+def test_answers_do_not_depend_on_the_slots(data: st.DataObject) -> None:
+    """The same pages elsewhere in the pool: bitwise the same."""
+    sequences = data.draw(any_sequences())
+    in_order = place(sequences, list(range(sequences.num_pages))).attend()
+    assert torch.equal(place(sequences, data.draw(slots_for(sequences.num_pages))).attend(), in_order)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("kv_heads", [1, 3])
+@pytest.mark.parametrize("group", [1, 3, 4])
+def test_many_pages_in_any_slots(dtype: torch.dtype, kv_heads: int, group: int) -> None:
+    """One decode over hundreds of pages, in order, reversed, scattered and with gaps between all: one result."""
+    for lengths in ([(16 * 300 + 5, 1)], [(16 * 300 + 14, 3)], [(16 * 200 + 5, 1), (16 * 90, 1)]):
+        sequences = Sequences(
+            lengths, [0] * len(lengths), kv_heads=kv_heads, group=group, head_dim=64, dtype=dtype, seed=3
+        )
+        count = sequences.num_pages
+        in_order = place(sequences, list(range(count))).attend()
+        scattered = torch.randperm(count, generator=seeded(1)).tolist()
+        for slots in (list(range(count))[::-1], scattered, list(range(0, 2 * count, 2))):
+            assert torch.equal(place(sequences, slots).attend(), in_order)
+
+
+@given(st.data())
+def test_unused_places_have_no_influence(data: st.DataObject) -> None:
+    """Whatever finite numbers lie where no token is, not one bit changes."""
+    sequences = data.draw(any_sequences())
+    slots = data.draw(slots_for(sequences.num_pages))
+    zeros = place(sequences, slots, garbage=0.0).attend()
+    for garbage in (6e4, -6e4):
+        assert torch.equal(place(sequences, slots, garbage).attend(), zeros)
+
+
+@given(st.data())
+def test_build_batch(data: st.DataObject) -> None:
+    """Where each token goes, and which rows ask for logits."""
+    page_size = 16
+    lengths = data.draw(st.lists(st.tuples(starts, counts), min_size=1, max_size=5))
+    plans, rows, first = [], [], 0
+    for start, count in lengths:
+        slots = data.draw(st.permutations(range(40)))[: -(-(start + count) // page_size)]
+        num_logits, prompt_len = data.draw(st.integers(0, count)), data.draw(st.integers(1, 500))
+        token_ids = data.draw(st.lists(st.integers(0, 999), min_size=count, max_size=count))
+        plans.append(SequencePlan(token_ids, start, slots, prompt_len, num_logits))
+        rows += range(first + count - num_logits, first + count)
+        first += count
+    batch = build_batch(StepPlan(plans, [], []), page_size, 2, torch.float32, CPU)
+    tokens = [
+        (token, position, max(position + 1, plan.prompt_len), plan.slots[position // page_size], position % page_size)
+        for plan in plans
+        for position, token in enumerate(plan.token_ids, start=plan.start)
+    ]
+    columns = [batch.token_ids, batch.positions, batch.context, batch.page, batch.offset]
+    assert torch.stack(columns, dim=1).tolist() == [list(token) for token in tokens]
+    assert batch.logit_rows.tolist() == rows
+    assert all(column.dtype == torch.int64 for column in [*columns, batch.logit_rows])
+
+
+def test_a_whole_decode_step_needs_no_indirection() -> None:
+    """The fast path: one decode over neighbours is one run, without gathers or reordering."""
+    sequences = Sequences([(70, 1)], [0])
+    (group,) = place(sequences, [3, 4, 5, 6, 7]).batch().decode
+    assert group.runs == [(3, 5)]
+    assert group.tokens is None and group.row_owner is None and group.order is None
+
+
+@given(st.lists(st.lists(st.integers(0, 12), unique=True, min_size=1, max_size=10), min_size=1, max_size=5))
+def test_visiting_order(tables: list[list[int]]) -> None:
+    """Each page of each table once, in the fewest runs that a visit in rounds allows."""
+    slots = np.concatenate([np.array(table) for table in tables])
+    order, runs = _visiting_order(slots)
+    assert sorted(order.tolist()) == list(range(len(slots)))
+    assert slots[order].tolist() == [slot for first, count in runs for slot in range(first, first + count)]
+
+    fewest = 0
+    for visit in range(len(tables)):  # round n visits the slots that more than n tables hold
+        held = {slot for slot in range(13) if (slots == slot).sum() > visit}
+        fewest += sum(slot - 1 not in held for slot in held)
+    assert len(runs) == fewest

@@ -1,0 +1,146 @@
+"""Tensor parallelism on a real Ray cluster: equal answers, clear deaths, nothing left behind."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import ray_cluster
+import torch
+from helpers import save_llama, seeded
+from ray_cluster import Cluster, rank_processes
+
+from distkv import LLM, CapacityError, ConfigError, DistKVError, SamplingParams, WorkerDied
+
+ROOT = Path(__file__).resolve().parent.parent
+GREEDY = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
+NUM_CPUS = 4
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("ray")
+    cluster, head = ray_cluster.start(folder, NUM_CPUS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(folder))  # the token to connect with lies there
+        patch.chdir(ROOT)  # Ray puts the driver's folder on the workers' path
+        try:
+            yield cluster
+        finally:
+            ray.shutdown()
+            ray_cluster.stop(head)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return save_llama(tmp_path)[0]
+
+
+def check_nothing_is_left(cluster: Cluster) -> None:
+    assert rank_processes() == {}
+    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+    try:
+        states = {group["state"] for group in ray.util.placement_group_table().values()}
+        assert states <= {"REMOVED"}
+        deadline = time.monotonic() + 30  # Ray tells the resources of dead actors a moment later
+        while ray.available_resources().get("CPU") != NUM_CPUS and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert ray.available_resources()["CPU"] == NUM_CPUS
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.parametrize(
+    "heads, kv_heads, size, options",
+    [
+        (6, 3, 2, {"attention_bias": True, "mlp_bias": True}),  # 2 + 1 KV heads
+        (6, 3, 3, {"tie_word_embeddings": True, "vocab_size": 130, "intermediate_size": 113}),  # only heads are even
+        (4, 2, 3, {"attention_bias": True}),  # one KV head is held twice, the other once
+        (4, 1, 2, {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}),
+    ],
+)
+def test_ranks_change_nothing(
+    cluster: Cluster, tmp_path: Path, heads: int, kv_heads: int, size: int, options: dict
+) -> None:
+    folder, _ = save_llama(
+        tmp_path, num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=16 * heads, **options
+    )
+    prompts = [torch.randint(3, 128, (n,), generator=seeded(n)).tolist() for n in (1, 20, 70)]
+    params = [GREEDY, SamplingParams(temperature=1, seed=4, n=2, max_tokens=20, logprobs=2), GREEDY]
+    engine = {"page_size": 16, "max_num_batched_tokens": 64, "device_kv_bytes": "4MiB"}
+    with LLM(folder, **engine) as alone:
+        expected = alone.generate(prompts, params, use_tqdm=False)
+    with LLM(folder, tensor_parallel_size=size, ray_address=cluster.address, **engine) as llm:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        assert llm.stats().pages_in_use == 0
+    for output, single in zip(outputs, expected, strict=True):
+        assert [answer.token_ids for answer in output.outputs] == [answer.token_ids for answer in single.outputs]
+    check_nothing_is_left(cluster)
+
+
+def test_one_rank_on_a_cluster(cluster: Cluster, tiny: Path) -> None:
+    with LLM(tiny, device_kv_bytes="4MiB") as alone:
+        expected = alone.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs
+    with LLM(tiny, ray_address=cluster.address, device_kv_bytes="4MiB") as llm:
+        assert rank_processes().keys() == {"lead"}
+        assert llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs == expected
+        with pytest.raises(CapacityError, match="KV pages"):
+            llm.generate([[5] * 200], SamplingParams(n=64, max_tokens=50), use_tqdm=False)
+        stream = llm.stream([5, 6, 7], SamplingParams(max_tokens=200, ignore_eos=True))
+        next(stream)
+        stream.close()  # type: ignore[attr-defined]
+        while llm.stats().num_running:  # an abort is not answered
+            time.sleep(0.01)
+        assert llm.stats().pages_in_use == 0
+    check_nothing_is_left(cluster)
+
+
+@pytest.mark.parametrize("role, rank", [("follow", 1), ("lead", 0)])
+def test_a_killed_rank_is_named_and_nothing_hangs(cluster: Cluster, tiny: Path, role: str, rank: int) -> None:
+    with LLM(tiny, tensor_parallel_size=2, ray_address=cluster.address, device_kv_bytes="4MiB") as llm:
+        stream = llm.stream([5] * 10, SamplingParams(max_tokens=None, ignore_eos=True))
+        next(stream)
+        [pid] = rank_processes()[role]
+        [node] = ray.nodes()
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(WorkerDied) as caught:
+            for _ in stream:
+                pass
+        assert (caught.value.rank, caught.value.node) == (rank, node["NodeManagerAddress"])
+        assert "process has died" in caught.value.cause
+        with pytest.raises(DistKVError, match="make a new LLM"):
+            llm.generate([[5]], use_tqdm=False)
+    check_nothing_is_left(cluster)
+
+
+def test_a_damaged_shard_on_a_rank_is_a_config_error(cluster: Cluster, tiny: Path) -> None:
+    weights = tiny / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ConfigError, match="truncated"):
+        LLM(tiny, tensor_parallel_size=2, ray_address=cluster.address)
+    check_nothing_is_left(cluster)
+
+
+def test_a_cluster_that_is_too_small_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+    folder, _ = save_llama(tmp_path, num_attention_heads=8)
+    with pytest.raises(CapacityError, match=r"needs 5 CPUs and the cluster has 4"):
+        LLM(folder, tensor_parallel_size=5, ray_address=cluster.address)
+    check_nothing_is_left(cluster)
+
+
+def test_a_job_needs_nothing_of_ours_installed(cluster: Cluster, demo_model: Path) -> None:
+    command = [
+        "python", "-m", "distkv", "generate", "--model", str(demo_model), "--prompt", "The capital of France is",
+        "--temperature", "0", "--max-tokens", "6", "--dtype", "float32", "--tensor-parallel-size", "2",
+        "--device-kv-bytes", "64MiB",
+    ]  # fmt: skip
+    submitted = cluster.ray(
+        "job", "submit", "--address", cluster.dashboard, "--working-dir", str(ROOT), "--", *command, timeout=240
+    )
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    assert "Paris" in submitted.stdout
+    assert "succeeded" in submitted.stdout
+    check_nothing_is_left(cluster)
