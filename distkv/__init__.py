@@ -8,12 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
-    from distkv.config import EngineConfig
-    from distkv.errors import CapacityError, ConfigError, DistKVError, RequestError, StoreError, WorkerDied
-    from distkv.llm import LLM
-    from distkv.outputs import CompletionOutput, Logprob, RequestOutput
-    from distkv.sampling_params import SamplingParams
+if TYPE_CHECKING:  # the same names, for type checkers
+    from distkv.config import EngineConfig as EngineConfig
+    from distkv.errors import CapacityError as CapacityError
+    from distkv.errors import ConfigError as ConfigError
+    from distkv.errors import DistKVError as DistKVError
+    from distkv.errors import RequestError as RequestError
+    from distkv.errors import StoreError as StoreError
+    from distkv.errors import WorkerDied as WorkerDied
+    from distkv.llm import LLM as LLM
+    from distkv.outputs import CompletionOutput as CompletionOutput
+    from distkv.outputs import Logprob as Logprob
+    from distkv.outputs import RequestOutput as RequestOutput
+    from distkv.sampling_params import SamplingParams as SamplingParams
 
 _HOME = {
     "LLM": "llm",

@@ -26,11 +26,13 @@ class EngineConfig:
         ray_address: cluster to run on, as `ray.init` takes it ("auto", "ray://host:port", ...). None with more than one
             rank takes a running cluster or starts one on this machine.
         device: "auto" (CUDA where there is any), "cuda" or "cpu".
-        device_kv_bytes: KV pages on the devices, all ranks together, as a number of bytes or a text such as "4GiB". None
+        device_kv_bytes: KV pages on the devices, all ranks together, as a number of bytes or a text such as "4GiB".
+        None
             takes what gpu_memory_utilization leaves, or a quarter of the free memory on a CPU.
         gpu_memory_utilization: share of a GPU's memory for weights, workspace and KV together.
         load_format: "auto" reads the folder's safetensors; "dummy" makes seeded random weights for its config.json.
-        num_threads: torch threads of each CPU rank; None leaves torch's default in this process and shares the cores out
+        num_threads: torch threads of each CPU rank; None leaves torch's default in this process and shares the cores
+        out
             among Ray actors.
     """
 
@@ -70,7 +72,7 @@ class EngineConfig:
             )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
-                f"max_num_batched_tokens {self.max_num_batched_tokens} is less than max_num_seqs {self.max_num_seqs}, so "
+                f"max_num_batched_tokens {self.max_num_batched_tokens} is less than max_num_seqs {self.max_num_seqs}: "
                 "not every running answer could take a token in a step; raise the first or lower the second"
             )
         if self.device_kv_bytes is not None:
@@ -78,7 +80,7 @@ class EngineConfig:
 
 
 def parse_bytes(name: str, size: int | str) -> int:
-    """Bytes of a number or a text such as "512MB" or "4GiB"; raises ConfigError naming the option when it is neither."""
+    """Bytes of a number or a text such as "512MB" or "4GiB"; raises ConfigError naming the option for anything else."""
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", size) if isinstance(size, str) else None

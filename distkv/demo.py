@@ -90,7 +90,7 @@ def _show_cache(console: Console, llm: LLM, model: ModelConfig) -> None:
     table.add_row(
         f"2 * {layers} layers * {heads} KV heads * {dim} head_dim * {model.dtype.itemsize} bytes", str(formula)
     )
-    table.add_row(f"measured: pool of {info.pool_bytes} bytes / {info.num_pages} pages of {info.page_size} tokens{copies}",
+    table.add_row(f"measured: {info.pool_bytes} bytes / {info.num_pages} pages of {info.page_size} tokens{copies}",
                   f"{measured:g}")  # fmt: skip
     console.print(table)
     if measured != info.kv_bytes_per_token:

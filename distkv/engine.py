@@ -12,7 +12,7 @@ from distkv.workers.step_plan import SequencePlan, StepPlan
 
 
 class Engine:
-    """Works on tokens alone. `execute` runs a step plan on all ranks and returns rank 0's logits, see `Rank.execute`."""
+    """Works on tokens alone. `execute` runs a step plan on all ranks and returns what rank 0's `Rank.execute` does."""
 
     def __init__(self, info: EngineInfo, execute: Callable[[StepPlan], Tensor | None]):
         self.info = info
@@ -29,7 +29,7 @@ class Engine:
             self._scheduler.add(request)
 
     def abort(self, answers: Iterable[tuple[str, int | None]]) -> None:
-        """Ends answers `(request id, index)` at once, with index None all of a request; what has ended is passed over."""
+        """Ends answers `(request id, index)` at once, with index None all of a request; ended ones are passed over."""
         for request_id, index in answers:
             self._scheduler.abort(request_id, index)
 

@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -54,7 +54,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | list[Prompt],
+        prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | list[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
@@ -178,8 +178,8 @@ class LLM:
                 raise RequestError(f"the prompt has token id {token!r}; ids are integers below {self.info.vocab_size}")
         if len(token_ids) >= self.info.max_model_len:
             raise RequestError(
-                f"the prompt has {len(token_ids)} tokens and max_model_len is {self.info.max_model_len}, one of which the "
-                "answer needs; shorten the prompt or raise max_model_len"
+                f"the prompt has {len(token_ids)} tokens and max_model_len is {self.info.max_model_len}, with one for "
+                "the answer; shorten the prompt or raise max_model_len"
             )
 
     def _finish_all(self, states: list[RequestState], use_tqdm: bool) -> list[RequestOutput]:

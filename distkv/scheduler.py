@@ -31,11 +31,12 @@ class Scheduler:
             raise CapacityError(
                 f"the request may need {needed} KV pages ({needed * size} bytes) for {len(request.prompt_token_ids)} "
                 f"prompt tokens and up to {request.max_tokens} more, n={request.params.n}; the device pool holds "
-                f"{self._info.num_pages} ({self._info.num_pages * size} bytes). Raise device_kv_bytes or lower max_tokens"
+                f"{self._info.num_pages} ({self._info.num_pages * size} bytes). "
+                "Raise device_kv_bytes or lower max_tokens"
             )
         if request.params.n > self._info.max_num_seqs:
             raise CapacityError(
-                f"n is {request.params.n} and max_num_seqs {self._info.max_num_seqs}; lower the first or raise the second"
+                f"n is {request.params.n} and max_num_seqs {self._info.max_num_seqs}; lower n or raise max_num_seqs"
             )
 
     def add(self, request: EngineRequest) -> None:

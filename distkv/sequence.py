@@ -8,7 +8,7 @@ from distkv.storage.page_table import PageTable
 
 @dataclass(eq=False)
 class Sequence:
-    """Answer `index` of a request. The tokens whose keys and values are in the pages are the first `table.num_tokens`."""
+    """Answer `index` of a request. The keys and values of its first `table.num_tokens` tokens are in the pages."""
 
     request: EngineRequest
     index: int

@@ -51,11 +51,11 @@ class Tokenizer:
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of tokens, special ones left out."""
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def token_text(self, token_id: int) -> str:
         """Text of a single token, special or not."""
-        return self._tokenizer.decode([token_id])
+        return str(self._tokenizer.decode([token_id]))
 
 
 class IncrementalDecoder:

@@ -96,7 +96,7 @@ def decode_attention(
             return out
         return merge_states(out, lse, dim=0)[0].to(q.dtype)[None]
     # [P, K, R, D] -> [P * R + 1, K, D], the last one empty
-    visited, heads, rows_per_page, head_dim = out.shape
+    _, heads, _, head_dim = out.shape
     out = torch.cat([out.transpose(1, 2).reshape(-1, heads, head_dim), out.new_zeros(1, heads, head_dim)])
     lse = torch.cat([lse.transpose(1, 2).reshape(-1, heads), lse.new_full((1, heads), -math.inf)])
     merged, _ = merge_states(out[order], lse[order], dim=1)  # [B, R, K, D]

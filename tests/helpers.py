@@ -84,19 +84,26 @@ def load_rank(
     return rank
 
 
-def run_chunks(rank: Rank, token_ids: Sequence[int], chunks: Sequence[int], prompt_len: int | None = None) -> Tensor:
-    """The logits `[tokens, vocab_size]` of one sequence that takes its tokens in steps of the given sizes.
+def run_chunks(
+    rank: Rank, token_ids: Sequence[int], chunks: Sequence[int], prompt_len: int | None = None, wanted: int = 1 << 30
+) -> Tensor:
+    """The logits `[rows, vocab_size]` of one sequence that takes its tokens in steps of the given sizes: those of the
+    last `wanted` tokens of each step, all unless given.
 
     Its pages lie scattered over the pool. `prompt_len` is the whole sequence unless given.
     """
     assert sum(chunks) == len(token_ids)
-    spec = rank.page_spec
-    slots = scatter(spec.pages_for(len(token_ids)), rank_pages(rank))
+    pages_for = rank.page_spec.pages_for
+    slots = scatter(pages_for(len(token_ids)), rank_pages(rank))
     logits, start = [], 0
     for count in chunks:
         end = start + count
         plan = SequencePlan(
-            list(token_ids[start:end]), start, slots[: spec.pages_for(end)], prompt_len or len(token_ids), count
+            list(token_ids[start:end]),
+            start,
+            slots[: pages_for(end)],
+            prompt_len or len(token_ids),
+            min(count, wanted),
         )
         result = rank.execute(StepPlan([plan], [], []))
         assert result is not None

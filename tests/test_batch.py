@@ -93,8 +93,9 @@ def place(sequences: Sequences, slots: list[int], garbage: float = 6e4) -> Step:
     content = (torch.randn(2, s.num_pages, s.kv_heads, s.page_size, s.head_dim, generator=generator) * 1.5).to(s.dtype)
     filled = torch.zeros(s.num_pages, s.page_size, dtype=torch.bool)
     for (start, count), pages in zip(s.lengths, s.pages, strict=True):
-        for token in range(start + count):
-            filled[pages[token // s.page_size], token % s.page_size] = True
+        *full, last = pages
+        filled[full] = True
+        filled[last, : start + count - len(full) * s.page_size] = True
     content.masked_fill_(~filled[None, :, None, :, None], garbage)
     pool = torch.full((2, max(slots) + 2, s.kv_heads, s.page_size, s.head_dim), garbage, dtype=s.dtype)
     pool[:, slots] = content
@@ -175,12 +176,12 @@ def test_answers_do_not_depend_on_the_slots(data: st.DataObject) -> None:
     assert torch.equal(place(sequences, data.draw(slots_for(sequences.num_pages))).attend(), in_order)
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kv_heads", [1, 3])
 @pytest.mark.parametrize("group", [1, 3, 4])
 def test_many_pages_in_any_slots(dtype: torch.dtype, kv_heads: int, group: int) -> None:
-    """One decode over hundreds of pages, in order, reversed, scattered and with gaps between all: one result."""
-    for lengths in ([(16 * 300 + 5, 1)], [(16 * 300 + 14, 3)], [(16 * 200 + 5, 1), (16 * 90, 1)]):
+    """Decodes over many pages, in order, reversed, scattered and with gaps between all: bitwise one result."""
+    for lengths in ([(16 * 90 + 5, 1)], [(16 * 90 + 14, 3)], [(16 * 70 + 5, 1), (16 * 30, 1)]):
         sequences = Sequences(
             lengths, [0] * len(lengths), kv_heads=kv_heads, group=group, head_dim=64, dtype=dtype, seed=3
         )
@@ -188,7 +189,7 @@ def test_many_pages_in_any_slots(dtype: torch.dtype, kv_heads: int, group: int) 
         in_order = place(sequences, list(range(count))).attend()
         scattered = torch.randperm(count, generator=seeded(1)).tolist()
         for slots in (list(range(count))[::-1], scattered, list(range(0, 2 * count, 2))):
-            assert torch.equal(place(sequences, slots).attend(), in_order)
+            assert torch.equal(place(sequences, slots).attend(), in_order), (lengths, slots)
 
 
 @given(st.data())

@@ -131,6 +131,20 @@ def test_a_cluster_that_is_too_small_is_refused(cluster: Cluster, tmp_path: Path
     check_nothing_is_left(cluster)
 
 
+def test_workers_without_distkv_are_told_apart_from_dead_ones(
+    cluster: Cluster, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny)
+    with pytest.raises(ConfigError, match="install distkv on every node"):
+        LLM(tiny, tensor_parallel_size=2, ray_address=cluster.address)
+    check_nothing_is_left(cluster)
+
+
+def test_an_address_where_nothing_answers_is_refused(cluster: Cluster, tiny: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no Ray cluster answers at ray_address '127\.0\.0\.1:1'"):
+        LLM(tiny, tensor_parallel_size=2, ray_address="127.0.0.1:1")
+
+
 def test_a_job_needs_nothing_of_ours_installed(cluster: Cluster, demo_model: Path) -> None:
     command = [
         "python", "-m", "distkv", "generate", "--model", str(demo_model), "--prompt", "The capital of France is",

@@ -6,6 +6,7 @@ B sequences of C tokens each, P pages of all of them.
 
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -173,7 +174,8 @@ def _decode_group(
 
 
 def _visiting_order(slots: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """The order in which to visit pages, as indices into `slots`, and the runs of neighbours `(first slot, pages)` in it.
+    """The order in which to visit pages, as indices into `slots`, and the runs of neighbours `(first slot, pages)` in
+    it.
 
     A slot that several sequences share is visited once for each, in rounds, so that shared prefixes form runs too.
     """
@@ -184,5 +186,5 @@ def _visiting_order(slots: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]
     ordered, occurrence = ordered[again], occurrence[again]
     breaks = np.flatnonzero((np.diff(ordered) != 1) | (np.diff(occurrence) != 0)) + 1
     edges = [0, *breaks.tolist(), len(slots)]
-    runs = [(int(ordered[a]), b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    runs = [(int(ordered[a]), b - a) for a, b in pairwise(edges)]
     return by_slot[again], runs

@@ -19,7 +19,7 @@ from distkv.workers.model_config import ModelConfig
 from distkv.workers.process_group import ProcessGroup
 from distkv.workers.rope import RotaryEmbedding
 from distkv.workers.shard import Shard
-from distkv.workers.weights import WeightSource
+from distkv.workers.weights import Rows, WeightSource
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,10 @@ def load_llama(
     Raises ConfigError when a tensor is missing or its shape is not what the config says.
     """
     hidden, dim = config.hidden_size, config.head_dim
-    heads = tuple(head * dim for head in shard.query_heads)
-    kv = tuple(head * dim for head in shard.kv_heads)
+    heads = shard.query_heads[0] * dim, shard.query_heads[1] * dim
+    kv = shard.kv_heads[0] * dim, shard.kv_heads[1] * dim
 
-    def read(name: str, shape: tuple[int, ...], rows=None, columns=None) -> Tensor:
+    def read(name: str, shape: tuple[int, ...], rows: Rows = None, columns: Rows = None) -> Tensor:
         return source.read(name, shape, rows, columns).to(device=device, dtype=dtype)
 
     def columns_of(parts: list[tuple[str, int, tuple[int, int]]], biased: bool) -> Linear:

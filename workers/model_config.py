@@ -1,4 +1,4 @@
-"""What a Hugging Face `config.json` says about a LLaMA model, checked; anything that cannot be run exactly is refused."""
+"""What a Hugging Face `config.json` says about a LLaMA model, checked; what cannot be run exactly is refused."""
 
 import json
 from dataclasses import dataclass, replace

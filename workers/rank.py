@@ -105,7 +105,7 @@ class Rank:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> Tensor | None:
-        """Runs a step; on rank 0 returns the wanted logits, fp32 `[rows, vocab_size]`, in the plan's order of sequences."""
+        """Runs a step; on rank 0 returns the wanted logits, fp32 `[rows, vocab_size]`, in the plan's order."""
         for source, target in plan.copies:
             self._pool.copy(source, target)
         self._pool.clear(plan.clear)

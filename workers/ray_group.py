@@ -1,7 +1,7 @@
 """A tensor-parallel group of Ray actors: where they are placed, how they start, and how their death is noticed.
 
-Ray starts and ends the ranks and reports deaths. It carries nothing per step: plans go over ZeroMQ, tensors over NCCL or
-gloo. The group belongs to the process that made it, and ends with it.
+Ray starts and ends the ranks and reports deaths. It carries nothing per step: plans go over ZeroMQ, tensors over NCCL
+or gloo. The group belongs to the process that made it, and ends with it.
 """
 
 import logging
@@ -26,6 +26,7 @@ from distkv.workers.rank import Rank, RankConfig
 log = logging.getLogger(__name__)
 
 PLACEMENT_TIMEOUT = 60.0  # seconds to wait for resources that others hold
+REACH_TIMEOUT = 10.0  # seconds to wait for the cluster's head to take a connection
 DEATHS_SETTLE = 1.0  # seconds in which the first of several deaths is told from those that follow from it
 # Variables of the caller's environment that reach the ranks.
 PASSED_ENVIRONMENT = ("HF_HOME", "TRITON_CACHE_DIR", "TMPDIR")
@@ -97,7 +98,7 @@ class RankActor:
 
 
 class RayGroup:
-    """The ranks of one engine, as their owner sees them. Between `__init__` and `start` they load; `close` ends them."""
+    """The ranks of one engine, as their owner sees them; in the order `load`, `allocate`, `start`, `close`."""
 
     def __init__(self, size: int, address: str | None, device: str):
         """Takes `size` bundles of the cluster and starts an actor on each.
@@ -193,8 +194,8 @@ class RayGroup:
         nodes = [node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"]]
         if sum(int(count) for count in nodes) < self.size:
             raise CapacityError(
-                f"tensor_parallel_size {self.size} needs {self.size} {kind}s and the cluster has {int(sum(nodes))}; use "
-                f"fewer ranks, or add nodes (`ray start --num-{kind.lower()}s=N` says how many a node offers)"
+                f"tensor_parallel_size {self.size} needs {self.size} {kind}s and the cluster has {int(sum(nodes))}; "
+                f"use fewer ranks, or add nodes (`ray start --num-{kind.lower()}s=N` says how many a node offers)"
             )
         bundle = {"GPU": 1, "CPU": 1} if self.device == "cuda" else {"CPU": 1}
         strategy = "STRICT_PACK" if max(nodes) >= self.size else "PACK"
@@ -204,8 +205,8 @@ class RayGroup:
         except GetTimeoutError:
             free = ray.available_resources().get(kind, 0)
             raise CapacityError(
-                f"{self.size} {kind}s were not free within {PLACEMENT_TIMEOUT:.0f} s, {int(free)} are now; end what holds "
-                "them or use fewer ranks"
+                f"{self.size} {kind}s were not free within {PLACEMENT_TIMEOUT:.0f} s, {int(free)} are now; "
+                "end what holds them or use fewer ranks"
             ) from None
         actor_class = ray.remote(RankActor)
         for index in range(self.size):
@@ -246,13 +247,14 @@ class RayGroup:
         cause = error.cause if isinstance(error, RayTaskError) else error
         if isinstance(cause, DistKVError):
             return cause
-        if isinstance(cause, ModuleNotFoundError) or "ModuleNotFoundError" in str(error):
+        known = "it left its loop" if error is None else _cause(error)
+        if "ModuleNotFoundError" in str(error):
             return ConfigError(
-                f"the cluster's workers cannot import what distkv needs ({_cause(error)}); install distkv on every "
-                "node, or submit with `ray job submit --working-dir` from a checkout"
+                f"the cluster's workers cannot import what distkv needs ({known}); install distkv on every node, or "
+                "submit with `ray job submit --working-dir` from a checkout"
             )
         host = self.nodes[rank].host if rank < len(self.nodes) else "unknown"
-        return WorkerDied(rank, host, "it left its loop" if error is None else _cause(error))
+        return WorkerDied(rank, host, known)
 
     def _await_deaths(self) -> None:
         """Waits until killed actors are gone, so that nothing of the group outlives `close`."""
@@ -266,6 +268,8 @@ class RayGroup:
 def _connect(address: str | None, size: int) -> None:
     if ray.is_initialized():
         return
+    if address is not None:
+        _check_reachable(address)
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     try:
         ray.init(address=address or "auto", **quiet)
@@ -273,6 +277,17 @@ def _connect(address: str | None, size: int) -> None:
         if address is not None:
             raise ConfigError(f"no Ray cluster answers at ray_address {address!r}: {_cause(error)}") from error
         ray.init(address="local", num_cpus=max(size, os.cpu_count() or 1), include_dashboard=False, **quiet)
+
+
+def _check_reachable(address: str) -> None:
+    """Raises ConfigError when nothing listens at `host:port`; Ray itself would go on trying for minutes."""
+    host, _, port = address.rpartition("//")[2].rpartition(":")
+    if not port.isdigit():
+        return  # "auto" and "local"
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH_TIMEOUT).close()
+    except OSError as error:
+        raise ConfigError(f"no Ray cluster answers at ray_address {address!r} ({error}); is it running?") from error
 
 
 def _failure(ref: Any) -> Exception | None:

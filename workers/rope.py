@@ -11,8 +11,8 @@ from distkv.workers.model_config import RopeConfig
 class RotaryEmbedding:
     """Computes cos and sin for given positions, in fp32; no table, so a long context costs no memory.
 
-    The types are Hugging Face's: "linear" (position interpolation, https://arxiv.org/abs/2306.15595), "dynamic" (NTK-aware
-    scaling that begins past the trained length) and "llama3" (scaling of the low frequencies alone).
+    The types are Hugging Face's: "linear" (position interpolation, https://arxiv.org/abs/2306.15595), "dynamic"
+    (NTK-aware scaling that begins past the trained length) and "llama3" (scaling of the low frequencies alone).
     """
 
     def __init__(self, config: RopeConfig, head_dim: int, device: torch.device):
@@ -30,7 +30,8 @@ class RotaryEmbedding:
     def angles(self, positions: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, fp32 `[tokens, 1, head_dim / 2]`.
 
-        Shapes: positions, context int64 `[tokens]`; context is the length that "dynamic" scales for: that of the prompt,
+        Shapes: positions, context int64 `[tokens]`; context is the length that "dynamic" scales for: that of the
+        prompt,
         or the position + 1 where that is more. So the angles of a token do not depend on how the prompt is cut into
         chunks, and equal those of Hugging Face's generate.
         """

@@ -75,7 +75,7 @@ class SafetensorsSource:
 
 
 class DummySource:
-    """Seeded random weights that depend on the tensor's name, not on how it is cut, so any group size sees one model."""
+    """Seeded random weights that depend on the tensor's name, not on how it is cut, so all group sizes see one."""
 
     def __init__(self, seed: int, dtype: torch.dtype, device: torch.device):
         self._seed, self._dtype, self._device = seed, dtype, device
