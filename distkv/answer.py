@@ -9,7 +9,7 @@ from distkv.workers.sampler import TokenLogprobs
 class Answer:
     """One answer: its tokens, its text, and whether a stop string ends it.
 
-    Text that may turn out to be the beginning of a stop string is held back until it cannot.
+    With stop strings, the last characters are held back as long as they might be the beginning of one.
     """
 
     def __init__(self, request: EngineRequest, index: int, tokenizer: Tokenizer | None):
@@ -90,6 +90,7 @@ class RequestState:
         self.request = request
         self._prompt = prompt
         self._answers = [Answer(request, index, tokenizer) for index in range(request.params.n)]
+        self._grown = False
 
     @property
     def finished(self) -> bool:
@@ -101,7 +102,13 @@ class RequestState:
         answer = self._answers[output.index]
         if not answer.finished:
             answer.add(output)
+            self._grown = True
         return answer.finished
+
+    def take_growth(self) -> bool:
+        """Whether tokens have come since this was last asked."""
+        grown, self._grown = self._grown, False
+        return grown
 
     def output(self) -> RequestOutput:
         """The request as it stands."""

@@ -3,21 +3,23 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from distkv import __version__
-from distkv.errors import DistKVError, RequestError
+from distkv.errors import CapacityError, DistKVError, RequestError
+
+# click's, which newer releases of typer carry under a name of their own
+UsageError: Any = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(
     help="LLaMA inference with a paged KV cache, on one machine or a Ray cluster.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
+bench = typer.Typer(help="Measure on this machine.")
 app.add_typer(bench, name="bench")
 
 Model = Annotated[str, typer.Option(help="Hugging Face model folder, or smollm2, which is fetched if need be.")]
@@ -40,17 +42,29 @@ Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer;
 def main() -> None:
     """Runs the command line; an error that names its cure is one line on stderr and exit code 2."""
     try:
-        app()
+        app(standalone_mode=False)
     except DistKVError as error:
-        print(f"distkv: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
+    except UsageError as error:
+        _fail(error.format_message().rstrip(".") + "; see distkv --help")
+    except typer.Abort:  # Ctrl-C
+        sys.exit(130)
+
+
+def _fail(message: str) -> NoReturn:
+    print("distkv: error:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
     if version:
         print(f"distkv {__version__}")
         raise typer.Exit()
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()
@@ -118,7 +132,7 @@ def chat(
                 for piece in _pieces(llm.stream(llm.tokenizer.encode_chat(messages), params)):
                     print(piece, end="", flush=True)
                     answer += piece
-            except RequestError as error:  # the conversation has outgrown the model, say; a shorter question may fit
+            except (RequestError, CapacityError) as error:  # the conversation has outgrown the model or the memory
                 messages.pop()
                 print(f"distkv: error: {error}", file=sys.stderr)
                 continue
@@ -155,8 +169,8 @@ def bench_decode(
     model: Model = "smollm2",
     peer: Annotated[str | None, typer.Option(help="Engine to compare with, in turns: hf (transformers).")] = None,
     context: Annotated[list[int] | None, typer.Option(help="Context in tokens; may be given again.")] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to decode at each context.")] = 32,
-    repeats: Annotated[int, typer.Option(help="Turns of each engine; the median counts.")] = 3,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode at each context.", min=1)] = 32,
+    repeats: Annotated[int, typer.Option(help="Turns of each engine; the median counts.", min=1)] = 3,
     dtype: Dtype = "bfloat16",
     num_threads: NumThreads = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,

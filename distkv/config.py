@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distkv.errors import ConfigError
+from distkv.storage.page_size import check_page_size
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -23,17 +24,15 @@ class EngineConfig:
         max_num_batched_tokens: most tokens of one step; longer prompts are read in chunks of this size.
         page_size: tokens of a KV page, a power of two >= 16.
         seed: of dummy weights, and of the requests that bring none of their own.
-        ray_address: cluster to run on, as `ray.init` takes it ("auto", "ray://host:port", ...). None with more than one
-            rank takes a running cluster or starts one on this machine.
+        ray_address: cluster to run on: "host:port", "auto" for the one on this machine, or "local" to start one. None
+            with more than one rank takes RAY_ADDRESS, a cluster on this machine, or starts one, in this order.
         device: "auto" (CUDA where there is any), "cuda" or "cpu".
         device_kv_bytes: KV pages on the devices, all ranks together, as a number of bytes or a text such as "4GiB".
-        None
-            takes what gpu_memory_utilization leaves, or a quarter of the free memory on a CPU.
+            None takes what gpu_memory_utilization leaves, or a quarter of the free memory on a CPU.
         gpu_memory_utilization: share of a GPU's memory for weights, workspace and KV together.
         load_format: "auto" reads the folder's safetensors; "dummy" makes seeded random weights for its config.json.
         num_threads: torch threads of each CPU rank; None leaves torch's default in this process and shares the cores
-        out
-            among Ray actors.
+            out among Ray actors.
     """
 
     model: str | Path
@@ -66,10 +65,14 @@ class EngineConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(choices)}")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(
-                f"gpu_memory_utilization is {self.gpu_memory_utilization!r}; use a share above 0, at most 1"
-            )
+        share = self.gpu_memory_utilization
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+            raise ConfigError(f"gpu_memory_utilization is {share!r}; use a share above 0 and at most 1")
+        if not isinstance(self.model, str | Path):
+            raise ConfigError(f"model is {self.model!r}; give the path of a Hugging Face model folder")
+        if self.ray_address is not None and not isinstance(self.ray_address, str):
+            raise ConfigError(f"ray_address is {self.ray_address!r}; give a text such as 'auto'")
+        check_page_size(self.page_size)
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens {self.max_num_batched_tokens} is less than max_num_seqs {self.max_num_seqs}: "

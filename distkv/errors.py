@@ -13,7 +13,7 @@ class ConfigError(DistKVError, ValueError):
 
 
 class RequestError(DistKVError, ValueError):
-    """One request is malformed (empty or too long a prompt, a sampling parameter out of range); others go on."""
+    """A request is malformed: an empty or too long a prompt, say, or a sampling parameter out of range."""
 
 
 class CapacityError(DistKVError):

@@ -44,7 +44,7 @@ def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> R
     return RankConfig(
         folder=Path(config.model).absolute(),
         model=model,
-        load_format="dummy" if config.load_format == "dummy" else "safetensors",
+        load_format=config.load_format,
         seed=config.seed,
         dtype=model.dtype if config.dtype == "auto" else parse_dtype(config.dtype),
         device=device,

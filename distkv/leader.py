@@ -1,9 +1,9 @@
-"""What rank 0 of a Ray group runs: the engine loop, fed by requests over ZeroMQ."""
+"""What rank 0 of a Ray group runs: the engine loop, fed with requests over ZeroMQ."""
 
-from collections import defaultdict
 from collections.abc import Callable
 
 import zmq
+from torch import Tensor
 
 from distkv.engine import Engine
 from distkv.errors import CapacityError
@@ -25,36 +25,28 @@ from distkv.workers.step_plan import StepPlan
 IDLE_POLL = 1000  # milliseconds
 
 
-def lead(rank: Rank, send_plan: Callable[[StepPlan], None], requests: zmq.Socket, info: EngineInfo) -> None:
-    """Serves clients on a ROUTER socket until one sends Shutdown."""
+def lead(rank: Rank, send_plan: Callable[[StepPlan], None], client: zmq.Socket, info: EngineInfo) -> None:
+    """Serves the owner of the group on a PAIR socket until it sends Shutdown."""
 
-    def execute(plan: StepPlan):
+    def execute(plan: StepPlan) -> Tensor | None:
         send_plan(plan)
         return rank.execute(plan)
 
     engine = Engine(info, execute)
-    owners: dict[str, bytes] = {}  # request id -> client
     while True:
-        while requests.poll(0 if engine.has_work else IDLE_POLL):
-            client, message = requests.recv_multipart()
-            match decode_command(message):
-                case Add(added):
+        while client.poll(0 if engine.has_work else IDLE_POLL):
+            match decode_command(client.recv()):
+                case Add(requests):
                     try:
-                        engine.add(added)
+                        engine.add(requests)
+                        client.send(encode(Accepted()))
                     except CapacityError as error:
-                        requests.send_multipart([client, encode(Refused(str(error)))])
-                        continue
-                    owners |= {request.request_id: client for request in added}
-                    requests.send_multipart([client, encode(Accepted())])
+                        client.send(encode(Refused(str(error))))
                 case Abort(answers):
                     engine.abort(answers)
                 case GetStats():
-                    requests.send_multipart([client, encode(engine.stats())])
+                    client.send(encode(engine.stats()))
                 case Shutdown():
                     return
-        if engine.has_work:
-            by_client = defaultdict(list)
-            for output in engine.step():
-                by_client[owners[output.request_id]].append(output)
-            for client, outputs in by_client.items():
-                requests.send_multipart([client, encode(Tokens(outputs))])
+        if outputs := engine.step():
+            client.send(encode(Tokens(outputs)))

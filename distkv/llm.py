@@ -2,7 +2,8 @@
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -32,25 +33,51 @@ class LLM:
             print(llm.generate("Once upon a time")[0].outputs[0].text)
     """
 
-    def __init__(self, model: str | Path, **options: Any):
-        """Loads the model.
-
-        Args:
-            model: path of a Hugging Face model folder.
-            options: fields of `EngineConfig`, such as tensor_parallel_size, dtype, max_model_len or device_kv_bytes.
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        tensor_parallel_size: int = 1,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 2048,
+        page_size: int = 256,
+        seed: int = 0,
+        ray_address: str | None = None,
+        device: str = "auto",
+        device_kv_bytes: int | str | None = None,
+        gpu_memory_utilization: float = 0.9,
+        load_format: str = "auto",
+        num_threads: int | None = None,
+    ):
+        """Loads the model. The arguments are those of `EngineConfig`, which says what each means.
 
         Raises ConfigError for an option or a model that cannot be used, CapacityError when the memory does not suffice,
         WorkerDied when a rank ends while it starts.
         """
-        try:
-            self.config = EngineConfig(model, **options)
-        except TypeError as error:
-            raise ConfigError(f"{error}; the options are the fields of distkv.EngineConfig") from None
+        self.config = EngineConfig(
+            model=model,
+            tensor_parallel_size=tensor_parallel_size,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            page_size=page_size,
+            seed=seed,
+            ray_address=ray_address,
+            device=device,
+            device_kv_bytes=device_kv_bytes,
+            gpu_memory_utilization=gpu_memory_utilization,
+            load_format=load_format,
+            num_threads=num_threads,
+        )
         self._engine: EngineClient | None = launch(self.config)
         self.info: EngineInfo = self._engine.info
         self._tokenizer: Tokenizer | None = None
         self._tokenizer_error: DistKVError | None = None
         self._numbers = itertools.count()
+        self._states: dict[str, RequestState] = {}  # requests in flight, of all iterators
 
     def generate(
         self,
@@ -69,8 +96,7 @@ class LLM:
         Returns one output per prompt, in their order. Raises RequestError or CapacityError, before anything runs, for a
         prompt that cannot be answered, and WorkerDied when a rank is lost.
         """
-        single = isinstance(prompts, str) or (bool(prompts) and all(isinstance(token, int) for token in prompts))
-        listed: list[Any] = [prompts] if single else list(prompts)
+        listed = _listed(prompts)
         if isinstance(sampling_params, list):
             if len(sampling_params) != len(listed):
                 raise RequestError(
@@ -94,9 +120,8 @@ class LLM:
         Args:
             messages: `[{"role": "user", "content": "..."}, ...]`, or a list of such lists.
         """
-        if not messages:
-            raise RequestError("there are no messages; give at least one, such as {'role': 'user', 'content': 'Hello'}")
-        conversations: list[Any] = [messages] if isinstance(messages[0], dict) else list(messages)
+        one = not messages or isinstance(messages[0], dict)
+        conversations: list[Any] = [messages] if one else list(messages)
         prompts = [self.tokenizer.encode_chat(conversation) for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
@@ -105,8 +130,7 @@ class LLM:
 
         Leaving the iterator early ends the request.
         """
-        state = self._request(prompt, sampling_params or SamplingParams())
-        return (grown.output() for grown in self._drive([state]))
+        return self._outputs(self._request(prompt, sampling_params or SamplingParams()))
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -153,6 +177,8 @@ class LLM:
         """Checks a prompt and makes it a request."""
         if not isinstance(params, SamplingParams):
             raise RequestError(f"sampling_params is {params!r}; it must be a SamplingParams")
+        if not isinstance(prompt, str | list):
+            raise RequestError(f"a prompt is {prompt!r}; it must be a text or a list of token ids")
         text = prompt if isinstance(prompt, str) else None
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         self._check_tokens(token_ids)
@@ -190,30 +216,54 @@ class LLM:
                 bar.update(state.finished)
         return [state.output() for state in states]
 
-    def _drive(self, states: list[RequestState]) -> Iterator[RequestState]:
+    def _outputs(self, state: RequestState) -> Iterator[RequestOutput]:
+        with closing(self._drive([state])) as grown:  # so that closing this generator aborts at once
+            for _ in grown:
+                yield state.output()
+
+    def _drive(self, states: list[RequestState]) -> Generator[RequestState, None, None]:
         """Runs requests to their end, yielding each whenever it has grown; what is unfinished at exit is aborted."""
         engine = self._live_engine()
-        running = {state.request.request_id: state for state in states}
+        unfinished = {state.request.request_id: state for state in states}
+        self._states |= unfinished
         try:
             engine.add([state.request for state in states])
-            while running:
-                grown: dict[str, RequestState] = {}
-                for token in engine.step():
-                    state = running.get(token.request_id)
-                    if state is None:
-                        continue
-                    if (
-                        state.add(token) and token.finish_reason is None
-                    ):  # at a stop string, which the engine cannot see
-                        engine.abort([(token.request_id, token.index)])
-                    grown[token.request_id] = state
-                for request_id, state in grown.items():
+            while unfinished:
+                grown = [state for state in unfinished.values() if state.take_growth()]
+                for state in grown:
                     if state.finished:
-                        del running[request_id]
+                        del unfinished[state.request.request_id]
                     yield state
+                if not grown:
+                    self._step()
         finally:
-            if running and self._engine is not None:
-                engine.abort([(request_id, None) for request_id in running])
+            for request_id in unfinished:
+                self._states.pop(request_id, None)
+            if unfinished and self._engine is not None:
+                self._engine.abort([(request_id, None) for request_id in unfinished])
+
+    def _step(self) -> None:
+        """Waits for the next tokens and gives each to its request, whichever iterator that belongs to."""
+        engine = self._live_engine()
+        for token in engine.step():
+            state = self._states.get(token.request_id)
+            if state is None:
+                continue  # it was aborted while the token was on its way
+            if state.add(token) and token.finish_reason is None:  # at a stop string, which the engine cannot see
+                engine.abort([(token.request_id, token.index)])
+            if state.finished:
+                del self._states[token.request_id]
+
+
+def _listed(prompts: Any) -> list[Any]:
+    """One prompt or several as a list of prompts."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise RequestError(f"prompts is {prompts!r}; give a text, a list of token ids, or a list of these")
+    if prompts and all(isinstance(token, int) for token in prompts):
+        return [list(prompts)]
+    return list(prompts)
 
 
 class EngineClient(Protocol):

@@ -42,6 +42,7 @@ class RayEngine:
         self._group = RayGroup(config.tensor_parallel_size, config.ray_address, config.device)
         self._context = zmq.Context()
         self._unread: deque[list[TokenOutput]] = deque()
+        self._unwanted = 0  # answers still to come that nobody waits for any more
         self._closed = False
         try:
             ranks = make_rank_config(config, model, self._group.device)
@@ -49,7 +50,7 @@ class RayEngine:
             capacity = self._group.capacity() if config.device_kv_bytes is None else 0
             self.info = make_engine_info(config, ranks, max_model_len, capacity, self._group.allocate)
             self._group.start(lead, self.info)
-            self._socket = self._context.socket(zmq.DEALER)
+            self._socket = self._context.socket(zmq.PAIR)
             self._socket.set_hwm(0)
             self._socket.connect(self._group.request_address)
             self.stats()  # the loops run
@@ -88,9 +89,11 @@ class RayEngine:
         """Ends the ranks, by themselves if they will, and releases what they held of the cluster."""
         if self._closed:
             return
-        self._send(Shutdown())
-        self._group.finish(FINISH_TIMEOUT)
-        self._end()
+        try:
+            self._send(Shutdown())
+            self._group.finish(FINISH_TIMEOUT)
+        finally:
+            self._end()
 
     def _send(self, command: Add | Abort | GetStats | Shutdown) -> None:
         if self._closed:
@@ -99,20 +102,34 @@ class RayEngine:
 
     def _answer(self) -> Reply:
         """The answer to what was sent last; tokens that come before it are kept for `step`."""
-        while isinstance(reply := self._receive(), Tokens):
-            self._unread.append(reply.outputs)
+        try:
+            while isinstance(reply := self._receive(), Tokens):
+                self._unread.append(reply.outputs)
+        except KeyboardInterrupt:
+            self._unwanted += 1
+            raise
         return reply
 
     def _receive(self) -> Reply:
-        while not self._socket.poll(DEATH_POLL):
-            try:
-                self._group.check()
-            except DistKVError:
-                self._end()
-                raise
-        return decode_reply(self._socket.recv())
+        while True:
+            while not self._socket.poll(DEATH_POLL):
+                self._check()
+            reply = decode_reply(self._socket.recv())
+            if isinstance(reply, Tokens) or not self._unwanted:
+                return reply
+            self._unwanted -= 1
+
+    def _check(self) -> None:
+        """Raises WorkerDied when a rank has ended, having released everything."""
+        try:
+            self._group.check()
+        except Exception:
+            self._end()
+            raise
 
     def _end(self) -> None:
         self._closed = True
-        self._context.destroy(linger=0)
-        self._group.close()
+        try:
+            self._context.destroy(linger=0)
+        finally:
+            self._group.close()

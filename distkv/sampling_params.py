@@ -23,8 +23,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         stop: strings that end the answer, wherever the token borders lie; they are not part of the text.
         stop_token_ids: tokens that end the answer, beside the model's own unless ignore_eos; not part of the text.
         ignore_eos: go on past the model's own end token.
-        seed: makes the answer reproducible whatever else runs; None takes one from the engine's seed and the order of
-            requests.
+        seed: fixes the draws, so that the answer repeats whatever else runs, as far as rounding in the logits lets it;
+            None takes one from the engine's seed and the order of requests.
         logprobs: return this many of the likeliest tokens at each place beside the one drawn; None returns none.
     """
 
@@ -57,9 +57,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         if self.logprobs is not None:
             _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.seed is not None:
-            _check_int("seed", self.seed, None)
-        if not all(isinstance(text, str) and text for text in self.stop_strings):
+            _check_int("seed", self.seed, -(2**63))
+        if not isinstance(self.stop, str | list | None) or not all(
+            isinstance(text, str) and text for text in self.stop_strings
+        ):
             raise RequestError(f"stop is {self.stop!r}; it must be a string or a list of strings, none of them empty")
+        if not isinstance(self.stop_token_ids, list | None):
+            raise RequestError(f"stop_token_ids is {self.stop_token_ids!r}; it must be a list of token ids")
         for token in self.stop_token_ids or []:
             _check_int("stop_token_ids", token, 0)
 
@@ -71,11 +75,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return [self.stop] if isinstance(self.stop, str) else list(self.stop)
 
 
-def _check_int(name: str, value: Any, low: int | None, high: int | None = None) -> None:
-    good = isinstance(value, int) and not isinstance(value, bool)
-    if not good or (low is not None and value < low) or (high is not None and value > high):
-        limits = "" if low is None else f" of at least {low}" if high is None else f" from {low} to {high}"
-        raise RequestError(f"{name} is {value!r}; it must be an integer{limits}")
+def _check_int(name: str, value: Any, low: int, high: int = 2**63 - 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise RequestError(f"{name} is {value!r}; it must be an integer from {low} to {high}")
 
 
 def _check_number(name: str, value: Any, low: float, high: float, low_open: bool = False) -> None:

@@ -31,7 +31,11 @@ class Tokenizer:
             raise ConfigError(f"the tokenizer in {str(folder)!r} cannot be loaded: {error}") from error
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a plain prompt, with the tokens that the model puts before any text."""
+        """Tokens of a plain prompt, with the tokens that the model puts before any text; raises RequestError when it is
+        empty or not Unicode."""
+        if not text:
+            raise RequestError("the prompt is empty; give some text")
+        _check_unicode(text)
         return self._tokenizer.encode(text)
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
@@ -41,12 +45,18 @@ class Tokenizer:
         """
         from jinja2 import TemplateError
 
+        if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
+            raise RequestError(
+                f"a conversation is {messages!r}; it must be a list of messages such as "
+                "{'role': 'user', 'content': 'Hello'}"
+            )
         if not self._tokenizer.chat_template:
             raise ConfigError("the model's tokenizer has no chat template; use generate() with a plain prompt")
         try:
-            text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            text = str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         except (TemplateError, TypeError, KeyError) as error:
             raise RequestError(f"the chat template refuses these messages: {error}") from error
+        _check_unicode(text)
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: list[int]) -> str:
@@ -56,6 +66,14 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """Text of a single token, special or not."""
         return str(self._tokenizer.decode([token_id]))
+
+
+def _check_unicode(text: str) -> None:
+    """Refuses lone surrogates, which stand for bytes that were not UTF-8 on a command line."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the prompt is not valid Unicode at character {error.start}; convert it to UTF-8") from None
 
 
 class IncrementalDecoder:

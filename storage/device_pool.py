@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,13 @@ class DevicePool:
     def __init__(self, spec: PageSpec, num_pages: int, device: torch.device):
         self.spec = spec
         self.num_pages = num_pages
-        self.data = torch.zeros(spec.device_shape(num_pages), dtype=spec.dtype, device=device)
+        shape = spec.device_shape(num_pages)
+        if device.type == "cpu":
+            # numpy's zeros are memory that the system maps on first touch; torch's are written at once
+            blank = np.zeros(shape, dtype=np.dtype(f"i{spec.dtype.itemsize}"))
+            self.data = torch.from_numpy(blank).view(spec.dtype)
+        else:
+            self.data = torch.zeros(shape, dtype=spec.dtype, device=device)
 
     def layer(self, index: int) -> Tensor:
         """One layer of the pool: `[2, device_page, kv_head, page_size, head_dim]`, K first."""

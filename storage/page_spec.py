@@ -4,9 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from distkv.errors import ConfigError
-
-MIN_PAGE_SIZE = 16
+from distkv.storage.page_size import check_page_size
 
 
 @dataclass(frozen=True)
@@ -23,10 +21,7 @@ class PageSpec:
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
-        size = self.page_size
-        if size < MIN_PAGE_SIZE or size & (size - 1):
-            cure = max(MIN_PAGE_SIZE, 1 << max(size - 1, 1).bit_length() - 1)
-            raise ConfigError(f"page_size {size} is not a power of two >= {MIN_PAGE_SIZE}; try {cure}")
+        check_page_size(self.page_size)
 
     @property
     def bytes_per_token(self) -> int:

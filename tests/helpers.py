@@ -70,7 +70,7 @@ def load_rank(
     fields: dict[str, Any] = {
         "folder": folder,
         "model": ModelConfig.load(folder),
-        "load_format": "safetensors",
+        "load_format": "auto",
         "seed": 0,
         "dtype": dtype,
         "device": "cpu",

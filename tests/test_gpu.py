@@ -24,7 +24,7 @@ def test_prefill_attention_matches_the_reference(dtype: torch.dtype, limit: floa
     q = torch.randn(chunk, kv_heads, group, head_dim, generator=generator).to("cuda", dtype)
     k, v = torch.randn(2, chunk, kv_heads, head_dim, generator=generator).to("cuda", dtype)
     pages = [5, 0, 7, 2]
-    out = prefill_attention(q, k, v, pool[0], pool[1], torch.tensor(pages, device="cuda"), prefix)
+    out, _ = prefill_attention(q, k, v, pool[0], pool[1], torch.tensor(pages, device="cuda"), prefix)
     old_k, old_v = reference.read_pages(pool, pages, prefix)
     expected, _ = reference.attention(q, torch.cat([old_k, k]), torch.cat([old_v, v]))
     assert relative_error(out, expected) < limit

@@ -41,7 +41,6 @@ def test_fields_are_read() -> None:
         attention_bias=False,
         mlp_bias=False,
         dtype=torch.bfloat16,
-        bos_token_id=1,
         eos_token_ids=(2,),
     )
 
@@ -51,7 +50,7 @@ def test_fields_may_be_left_out() -> None:
     config = ModelConfig.from_dict({name: VALID[name] for name in sizes})
     assert (config.num_key_value_heads, config.head_dim, config.group_size) == (4, 16, 1)
     assert (config.max_position_embeddings, config.rms_norm_eps, config.dtype) == (2048, 1e-6, torch.float32)
-    assert (config.bos_token_id, config.eos_token_ids) == (None, ())
+    assert config.eos_token_ids == ()
     assert not (config.tie_word_embeddings or config.attention_bias or config.mlp_bias)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import seeded
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -85,10 +85,11 @@ def sample_rows(draw: st.DrawFn, vocab_size: int, temperatures: tuple[float, ...
     )
 
 
+@settings(max_examples=4 * settings().max_examples)
 @given(st.data(), st.integers(2, 40), st.integers(0, 2**32 - 1))
 def test_draws_have_the_defined_distribution(data: st.DataObject, vocab_size: int, seed: int) -> None:
     """Over an even grid of uniforms each token comes up as often as its probability says, to within one draw."""
-    logits, count = random_logits(seed, 1, vocab_size), 400
+    logits, count = random_logits(seed, 1, vocab_size), 200
     row = data.draw(sample_rows(vocab_size))
     before = logits.clone()
     tokens = Counter(drawn(logits, [replace(row, uniform=(i + 0.5) / count) for i in range(count)]))
@@ -105,6 +106,26 @@ def test_greedy_takes_the_largest_penalised_logit(data: st.DataObject, vocab_siz
     logits = random_logits(seed, 1, vocab_size)
     row = data.draw(sample_rows(vocab_size, temperatures=(0.0,)))
     assert drawn(logits, [row]) == [penalised(logits[0].numpy(), row).argmax()]
+
+
+def test_filters_by_hand() -> None:
+    """Each filter counts in what the ones before it left."""
+    logits = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3]]))
+    cases = [
+        ({"top_k": 3}, {1, 2, 3}),
+        ({"top_p": 0.45}, {1, 3}),
+        ({"top_p": 0.35}, {1}),
+        ({"top_p": 0.75}, {1, 2, 3}),
+        ({"top_k": 2, "top_p": 0.5}, {1}),  # 0.4 / 0.7 is enough
+        ({"min_p": 0.3}, {1, 2, 3}),  # 0.12 and more
+        ({"min_p": 0.3, "top_p": 0.44}, {1}),  # 0.4 / 0.9 is enough
+        ({"min_p": 0.6, "top_k": 3}, {1, 3}),
+        ({"min_p": 0.6, "temperature": 0.5}, {1}),  # 0.09 is less than 0.6 * 0.16
+        ({"top_p": 0.45, "temperature": 0.5}, {1}),  # 0.16 / 0.3 is enough
+    ]
+    for change, tokens in cases:
+        rows = [replace(PLAIN, uniform=i / 100, **change) for i in range(100)]
+        assert set(drawn(logits, rows)) == tokens, change
 
 
 CHOICES = {
@@ -214,10 +235,11 @@ def test_tiny_temperatures_are_greedy(temperature: float, truncation: dict[str, 
         assert drawn(logits, [replace(PLAIN, temperature=temperature, uniform=uniform, **truncation)]) == [3]
 
 
-@pytest.mark.parametrize("top_p", [1e-300, 1e-9, 0.01])
+@pytest.mark.parametrize("top_p", [5e-324, 1e-300, 1e-9, 0.01])
 @pytest.mark.parametrize("top_k", [0, 5])
 def test_tiny_top_p_keeps_the_likeliest(top_p: float, top_k: int) -> None:
-    logits = random_logits(1, 1, 200)
+    """Even where its product with the mass that is left is zero."""
+    logits = torch.randn(1, 200, generator=seeded(1))
     best = int(logits.argmax())
     rows = [replace(PLAIN, top_p=top_p, top_k=top_k, uniform=u) for u in (0.0, 0.3, 0.9999999999, ALMOST_ONE)]
     assert drawn(logits, rows) == [best] * 4

@@ -18,6 +18,20 @@ PAGE_SIZE = 16
 NUM_PAGES = 13
 
 
+def check_neighbours(taken: list[int], free: set[int], after: int | None) -> None:
+    """A free run behind `after` is used first; else one run where there is one that is long enough, the lowest."""
+    run: list[int] = []
+    if after is not None:
+        while len(run) < len(taken) and after + 1 + len(run) in free:
+            run.append(after + 1 + len(run))
+    if run:
+        assert taken[: len(run)] == run
+        return
+    fits = [first for first in free if all(first + i in free for i in range(len(taken)))]
+    if fits:
+        assert taken == list(range(min(fits), min(fits) + len(taken)))
+
+
 class AllocatorMachine(RuleBasedStateMachine):
     """PageAllocator against a dict of slot -> holders."""
 
@@ -28,7 +42,11 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.allocator = PageAllocator(NUM_PAGES)
         self.holders: dict[int, int] = {}  # only slots with a holder
 
-    @rule(target=held, count=st.integers(0, NUM_PAGES + 2), after=st.one_of(st.none(), st.integers(0, NUM_PAGES - 1)))
+    @rule(
+        target=held,
+        count=st.one_of(st.integers(0, 3), st.integers(0, NUM_PAGES + 2)),
+        after=st.one_of(st.none(), st.integers(0, NUM_PAGES - 1)),
+    )
     def allocate(self, count: int, after: int | None):
         free = {slot for slot in range(NUM_PAGES) if slot not in self.holders}
         if count > len(free):
@@ -39,22 +57,9 @@ class AllocatorMachine(RuleBasedStateMachine):
         assert len(set(taken)) == len(taken) == count
         assert set(taken) <= free
         if count:
-            self.check_neighbours(taken, free, after)
+            check_neighbours(taken, free, after)
         self.holders.update(dict.fromkeys(taken, 1))
         return multiple(*taken)
-
-    def check_neighbours(self, taken: list[int], free: set[int], after: int | None) -> None:
-        """A free run behind `after` is used first; else one run where there is one that is long enough, the lowest."""
-        run = []
-        if after is not None:
-            while len(run) < len(taken) and after + 1 + len(run) in free:
-                run.append(after + 1 + len(run))
-        if run:
-            assert taken[: len(run)] == run
-            return
-        fits = [first for first in free if all(first + i in free for i in range(len(taken)))]
-        if fits:
-            assert taken == list(range(min(fits), min(fits) + len(taken)))
 
     @rule(slots=st.lists(held, max_size=4, unique=True))
     def share(self, slots: list[int]) -> None:
@@ -183,6 +188,23 @@ TestTable = TableMachine.TestCase
 TestTable.settings = settings(max_examples=3 * settings().max_examples)
 
 
+@settings(max_examples=8 * settings().max_examples)
+@given(
+    free=st.sets(st.integers(0, NUM_PAGES - 1), min_size=1),
+    count=st.integers(1, NUM_PAGES),
+    after=st.one_of(st.none(), st.integers(0, NUM_PAGES - 1)),
+)
+def test_allocate_from_any_free_slots(free: set[int], count: int, after: int | None) -> None:
+    allocator = PageAllocator(NUM_PAGES)
+    allocator.allocate(NUM_PAGES)
+    allocator.release(list(free))
+    count = min(count, len(free))
+    taken = allocator.allocate(count, after)
+    assert len(set(taken)) == count and set(taken) <= free
+    check_neighbours(taken, free, after)
+    allocator.integrity_check()
+
+
 def test_fresh_pool_hands_out_one_run() -> None:
     assert PageAllocator(9).allocate(7) == list(range(7))
 
@@ -197,6 +219,17 @@ def test_a_growing_sequence_stays_one_run() -> None:
         if first.slots:
             first.release()
     assert table.slots == [2, 3, 4]
+
+
+def test_refused_operations_change_nothing() -> None:
+    allocator = PageAllocator(3)
+    table = PageTable(allocator, PAGE_SIZE)
+    table.append(2 * PAGE_SIZE + 1)
+    for refused in (table.fork, lambda: table.append(PAGE_SIZE)):
+        with pytest.raises(CapacityError, match="1 KV pages are needed and 0 of 3 are free; raise device_kv_bytes"):
+            refused()
+        assert (table.slots, table.num_tokens) == ([0, 1, 2], 2 * PAGE_SIZE + 1)
+        assert [allocator.references(slot) for slot in range(3)] == [1, 1, 1]
 
 
 def test_the_longest_runs_are_taken_when_none_is_long_enough() -> None:

@@ -64,7 +64,7 @@ class Batch:
         for group in self.decode:
             rows = q if group.tokens is None else q[group.tokens]
             packed = pack_queries(rows, group.num_sequences, num_kv_heads)
-            result = decode_attention(packed, k_pages, v_pages, group.runs, group.row_owner, group.mask, group.order)
+            result, _ = decode_attention(packed, k_pages, v_pages, group.runs, group.row_owner, group.mask, group.order)
             unpacked = unpack_queries(result, *rows.shape[:2])
             if group.tokens is None:
                 return unpacked.flatten(1)
@@ -72,7 +72,7 @@ class Batch:
         for chunk in self.prefill:
             mine = chunk.tokens
             queries = q[mine].unflatten(1, (num_kv_heads, -1))
-            result = prefill_attention(
+            result, _ = prefill_attention(
                 queries, k[mine], v[mine], k_pages, v_pages, chunk.prefix_pages, chunk.prefix_len
             )  # fmt: skip
             out[mine] = result.flatten(1, 2)

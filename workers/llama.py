@@ -129,7 +129,8 @@ def load_llama(
 
     vocab = (config.vocab_size, hidden)
     embedding = read("model.embed_tokens.weight", vocab, shard.vocab)
-    tied = config.tie_word_embeddings
+    # as in transformers, a head that the checkpoint does hold wins over the config's tie
+    tied = config.tie_word_embeddings and not source.has("lm_head.weight")
     return LlamaModel(
         config=config,
         shard=shard,

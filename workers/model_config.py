@@ -1,6 +1,7 @@
 """What a Hugging Face `config.json` says about a LLaMA model, checked; what cannot be run exactly is refused."""
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,6 @@ class ModelConfig:
     attention_bias: bool
     mlp_bias: bool
     dtype: torch.dtype
-    bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
     @property
@@ -95,20 +95,19 @@ class ModelConfig:
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             max_position_embeddings=positions,
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=_positive_number(raw.get("rms_norm_eps", 1e-6), "rms_norm_eps", "it must be"),
             rope=_rope_config(raw, positions),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            attention_bias=bool(raw.get("attention_bias", False)),
-            mlp_bias=bool(raw.get("mlp_bias", False)),
-            dtype=parse_dtype(raw.get("dtype", raw.get("torch_dtype")) or "float32"),
-            bos_token_id=raw.get("bos_token_id"),
+            tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
+            attention_bias=_flag(raw, "attention_bias"),
+            mlp_bias=_flag(raw, "mlp_bias"),
+            dtype=parse_dtype(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
             eos_token_ids=_token_ids(raw.get("eos_token_id"), "eos_token_id"),
         )
 
 
 def parse_dtype(name: str) -> torch.dtype:
     """The torch dtype of a name such as "bfloat16"; raises ConfigError for one that is not supported."""
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise ConfigError(f"dtype {name!r} is not supported; use one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
@@ -131,8 +130,9 @@ def _check_supported(raw: dict[str, Any]) -> None:
 
 
 def _rope_config(raw: dict[str, Any], positions: int) -> RopeConfig:
-    """Reads both spellings: `rope_parameters` (newer) and `rope_theta` with `rope_scaling` (older)."""
-    field = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    """Reads both spellings, `rope_parameters` (newer) and `rope_theta` with `rope_scaling` (older); as in transformers,
+    the older one wins."""
+    field = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     rope = raw.get(field) or {}
     if not isinstance(rope, dict):
         raise ConfigError(f"{field} in config.json is {rope!r}; it must be a table")
@@ -143,29 +143,40 @@ def _rope_config(raw: dict[str, Any], positions: int) -> RopeConfig:
         raise ConfigError(f"{field}.partial_rotary_factor is not supported; only whole heads are rotated")
 
     def number(name: str) -> float:
-        value = rope.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise ConfigError(f"{field}.{name} is {value!r}; rope_type {rope_type!r} needs a positive number")
-        return float(value)
+        return _positive_number(rope.get(name), f"{field}.{name}", f"rope_type {rope_type!r} needs")
 
-    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
-        raise ConfigError(f"rope_theta is {theta!r}; it must be a positive number")
+    theta = _positive_number(rope.get("rope_theta", raw.get("rope_theta", 10000.0)), "rope_theta", "it must be")
     if rope_type == "default":
-        return RopeConfig("default", float(theta))
-    original = int(rope.get("original_max_position_embeddings") or positions)
-    if rope_type == "llama3":
-        return RopeConfig(
-            "llama3", float(theta), number("factor"), number("low_freq_factor"), number("high_freq_factor"),
-            int(number("original_max_position_embeddings")),
-        )  # fmt: skip
-    return RopeConfig(rope_type, float(theta), number("factor"), original_max_position_embeddings=original)
+        return RopeConfig("default", theta)
+    if rope_type in ("linear", "dynamic"):
+        return RopeConfig(rope_type, theta, number("factor"), original_max_position_embeddings=positions)
+    low, high = number("low_freq_factor"), number("high_freq_factor")
+    if high <= low:
+        raise ConfigError(
+            f"{field}.high_freq_factor {high} is not above low_freq_factor {low}; rope_type 'llama3' needs it"
+        )
+    original = int(number("original_max_position_embeddings"))
+    return RopeConfig("llama3", theta, number("factor"), low, high, original)
 
 
 def _positive(raw: dict[str, Any], field: str, default: int | None = None) -> int:
     value = raw.get(field, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{field} in config.json is {value!r}; it must be a positive integer")
+    return value
+
+
+def _positive_number(value: Any, field: str, need: str) -> float:
+    good = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    if not good:
+        raise ConfigError(f"{field} is {value!r}; {need} a positive number")
+    return float(value)
+
+
+def _flag(raw: dict[str, Any], field: str) -> bool:
+    value = raw.get(field, False)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{field} in config.json is {value!r}; it must be true or false")
     return value
 
 

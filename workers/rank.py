@@ -1,6 +1,5 @@
 """One tensor-parallel rank: its part of the model and of the KV cache, and the execution of step plans on them."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +27,7 @@ class RankConfig:
 
     folder: Path
     model: ModelConfig
-    load_format: str  # "safetensors" or "dummy"
+    load_format: str  # "auto" for safetensors, or "dummy"
     seed: int  # of dummy weights
     dtype: torch.dtype
     device: str  # "cpu" or "cuda"
@@ -39,7 +38,7 @@ class RankConfig:
 
 
 class Rank:
-    """A rank between `load` and `close`; `allocate` must come before `execute`."""
+    """Loads its part of the model at once; `allocate` must come before `execute`."""
 
     def __init__(self, config: RankConfig, group: ProcessGroup):
         self.config = config
@@ -123,9 +122,11 @@ def rank_page_spec(config: RankConfig, shard: Shard) -> PageSpec:
 
 
 def _available_bytes() -> int:
-    """Memory that can be taken without swapping."""
-    with open("/proc/meminfo") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    """Memory that can be taken without swapping, within the limit of the container if there is one."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+    except OSError:
+        return available
+    return available if limit == "max" else min(available, int(limit) - int(used))

@@ -61,7 +61,7 @@ class RankActor:
         """On rank 0: binds the group's sockets; returns torch's init_method, the address for requests and those of the
         plans of each follower."""
         self._sender = PlanSender(self._context, host, num_followers)
-        self._requests = self._context.socket(zmq.ROUTER)
+        self._requests = self._context.socket(zmq.PAIR)
         self._requests.set_hwm(0)
         port = self._requests.bind_to_random_port(f"tcp://{host}")
         return f"tcp://{host}:{_free_port(host)}", f"tcp://{host}:{port}", self._sender.addresses
@@ -110,7 +110,7 @@ class RayGroup:
         Raises CapacityError when the cluster lacks the resources, ConfigError when it cannot be reached.
         """
         self.size = size
-        self._owns_ray = not ray.is_initialized()
+        self._connected = False
         self._placement: Any = None
         self._actors: list[Any] = []
         self._mains: list[Any] = []  # the refs of lead() and follow(): whoever of them ends too early has died
@@ -118,6 +118,7 @@ class RayGroup:
         self.request_address = ""
         try:
             _connect(address, size)
+            self._connected = True
             total = ray.cluster_resources()
             self.device = ("cuda" if total.get("GPU", 0) >= 1 else "cpu") if device == "auto" else device
             self._place()
@@ -175,15 +176,18 @@ class RayGroup:
 
     def close(self) -> None:
         """Ends the ranks and gives back what the group took of the cluster. A second call does nothing."""
-        for actor in self._actors:
-            ray.kill(actor, no_restart=True)
-        self._await_deaths()
-        self._actors = []
-        if self._placement is not None:
-            remove_placement_group(self._placement)
-            self._placement = None
-        if self._owns_ray and ray.is_initialized():
-            ray.shutdown()
+        actors, self._actors = self._actors, []
+        placement, self._placement = self._placement, None
+        try:
+            for actor in actors:
+                ray.kill(actor, no_restart=True)
+            _await_deaths(actors)
+            if placement is not None:
+                remove_placement_group(placement)
+        finally:
+            if self._connected:
+                self._connected = False
+                _disconnect()
 
     def finish(self, timeout: float) -> None:
         """Waits until the ranks have left their loops, for `timeout` seconds at most."""
@@ -197,7 +201,7 @@ class RayGroup:
                 f"tensor_parallel_size {self.size} needs {self.size} {kind}s and the cluster has {int(sum(nodes))}; "
                 f"use fewer ranks, or add nodes (`ray start --num-{kind.lower()}s=N` says how many a node offers)"
             )
-        bundle = {"GPU": 1, "CPU": 1} if self.device == "cuda" else {"CPU": 1}
+        bundle = {kind: 1}
         strategy = "STRICT_PACK" if max(nodes) >= self.size else "PACK"
         self._placement = placement_group([bundle] * self.size, strategy=strategy)
         try:
@@ -212,7 +216,7 @@ class RayGroup:
         for index in range(self.size):
             strategy_of_rank = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=index)
             options = {
-                "num_cpus": 1,
+                "num_cpus": bundle.get("CPU", 0),
                 "num_gpus": bundle.get("GPU", 0),
                 "max_restarts": 0,
                 "scheduling_strategy": strategy_of_rank,
@@ -256,31 +260,61 @@ class RayGroup:
         host = self.nodes[rank].host if rank < len(self.nodes) else "unknown"
         return WorkerDied(rank, host, known)
 
-    def _await_deaths(self) -> None:
-        """Waits until killed actors are gone, so that nothing of the group outlives `close`."""
-        for actor in self._actors:
-            try:
-                ray.get(actor.node.remote(), timeout=5)
-            except (RayError, GetTimeoutError):
-                continue
+
+class _Connection:
+    """This process's connection to Ray, which all its groups share: whether distkv made it, and how many use it."""
+
+    made_here = False
+    users = 0
 
 
 def _connect(address: str | None, size: int) -> None:
-    if ray.is_initialized():
-        return
+    if not ray.is_initialized():
+        _init(address or os.environ.get("RAY_ADDRESS"), size)
+        _Connection.made_here = True
+    _Connection.users += 1
+
+
+def _disconnect() -> None:
+    """Ends the connection with its last user, unless it was there before."""
+    _Connection.users -= 1
+    if not _Connection.users and _Connection.made_here:
+        _Connection.made_here = False
+        ray.shutdown()
+
+
+def _init(address: str | None, size: int) -> None:
+    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     if address is not None:
         _check_reachable(address)
-    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     try:
         ray.init(address=address or "auto", **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        if address is not None:
-            raise ConfigError(f"no Ray cluster answers at ray_address {address!r}: {_cause(error)}") from error
+    except (RayError, RuntimeError, ValueError, ConnectionError) as error:
+        if address is not None or not isinstance(error, ConnectionError):
+            raise ConfigError(
+                f"the Ray cluster at {address or 'auto'!r} cannot be joined ({_cause(error)}); "
+                "is it running, and is its token in ~/.ray/auth_token here?"
+            ) from error
+        log.info("no Ray cluster runs on this machine; starting one for this process")
         ray.init(address="local", num_cpus=max(size, os.cpu_count() or 1), include_dashboard=False, **quiet)
+
+
+def _await_deaths(actors: list[Any]) -> None:
+    """Waits until killed actors are gone, so that nothing of a group outlives `close`."""
+    for actor in actors:
+        try:
+            ray.get(actor.node.remote(), timeout=5)
+        except (RayError, GetTimeoutError):
+            continue
 
 
 def _check_reachable(address: str) -> None:
     """Raises ConfigError when nothing listens at `host:port`; Ray itself would go on trying for minutes."""
+    if address.startswith("ray://"):
+        raise ConfigError(
+            f"ray_address {address!r} is a Ray client's, and distkv must run inside the cluster's network; "
+            "run it on a node with ray_address='auto', or as a job with `ray job submit`"
+        )
     host, _, port = address.rpartition("//")[2].rpartition(":")
     if not port.isdigit():
         return  # "auto" and "local"

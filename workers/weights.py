@@ -87,13 +87,14 @@ class DummySource:
         pass
 
     def has(self, name: str) -> bool:
-        return True
+        return False  # nothing beyond what the config asks for
 
     def read(self, name: str, shape: tuple[int, ...], rows: Rows = None, columns: Rows = None) -> Tensor:
-        if name.endswith("norm.weight"):
-            return torch.ones(shape, dtype=self._dtype, device=self._device)
-        generator = torch.Generator(self._device).manual_seed(self._seed << 32 | crc32(name.encode()))
-        whole = torch.empty(shape, dtype=self._dtype, device=self._device).normal_(0, 0.02, generator=generator)
+        whole = torch.ones(shape, dtype=self._dtype, device=self._device)
+        if not name.endswith("norm.weight"):
+            # a hash, since torch's CPU generator takes 32 bits of a seed
+            generator = torch.Generator(self._device).manual_seed(crc32(f"{self._seed} {name}".encode()))
+            whole.normal_(0, 0.02, generator=generator)
         index = tuple(slice(None) if part is None else slice(*part) for part in (rows, columns)[: len(shape)])
         return whole[index].clone()
 

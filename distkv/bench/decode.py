@@ -30,6 +30,8 @@ def run(
     """Measures and prints a table; see `distkv bench decode --help`."""
     if peer not in (None, "hf"):
         raise ConfigError(f"peer {peer!r} is not known; use hf")
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise ConfigError(f"the folder of {str(json_file)!r} does not exist; make it first")
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     with LLM(model, dtype=dtype, num_threads=num_threads, max_num_seqs=1) as llm:

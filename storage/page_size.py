@@ -1,0 +1,12 @@
+"""The one rule for page sizes, apart from the tensors so that options can be checked without torch."""
+
+from distkv.errors import ConfigError
+
+MIN_PAGE_SIZE = 16  # tokens
+
+
+def check_page_size(size: int) -> None:
+    """Raises ConfigError, naming a size that works, unless `size` is a power of two >= MIN_PAGE_SIZE."""
+    if size < MIN_PAGE_SIZE or size & (size - 1):
+        cure = max(MIN_PAGE_SIZE, 1 << max(size - 1, 1).bit_length() - 1)
+        raise ConfigError(f"page_size {size} is not a power of two >= {MIN_PAGE_SIZE}; try {cure}")
