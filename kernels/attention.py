@@ -27,8 +27,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causa
     """Softmax attention of dense blocks: the one piece of arithmetic that every path below shares.
 
     Shapes: q `[N, H, R, D]`; k, v `[N, H, S, D]` (strides are free, so views of pages and stride-0 expansions cost no
-    copy); mask, added to the scores, `[N, 1, R, S]` in q's dtype. Scores are scaled by `D ** -0.5`. `causal` lets row i
-    see keys 0..i and takes no mask. Each row must see at least one key.
+    copy); mask, added to the scores, `[N, 1, R or 1, S]` in q's dtype. Scores are scaled by `D ** -0.5`. `causal` lets
+    row i see keys 0..i and takes no mask. Each row must see at least one key.
     Returns out `[N, H, R, D]` in q's dtype and lse fp32 `[N, H, R]`.
     """
     if q.device.type == "cpu":
@@ -53,7 +53,9 @@ def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal:
     count, heads, rows, _ = q.shape
     if padding := -rows % 4:
         q = pad(q, (0, 0, 0, padding))
-        mask = None if mask is None else pad(mask, (0, 0, 0, padding))
+    if mask is not None:
+        one_for_all = mask.shape[2] == 1
+        mask = mask.expand(-1, -1, rows + padding, -1) if one_for_all else pad(mask, (0, 0, 0, padding))
     if count * heads == 1:
         q, k, v = (x.expand(2, -1, -1, -1) for x in (q, k, v))
         mask = None if mask is None else mask.expand(2, -1, -1, -1)
@@ -103,8 +105,8 @@ def decode_attention(
         k_pages, v_pages `[pages, K, S, D]`: all K and all V pages of one layer
         runs: `(first page, pages)` in visiting order; their lengths add up to P
         row_owner int64 `[P]`: the sequence whose queries meet the visited page; None when there is one sequence
-        mask `[P, 1, R, S]` in q's dtype: 0 where the row may see the key, else -inf; a row that sees no key of a page
-            must be given some key of it, and its state is dropped by `order`
+        mask `[P, 1, R or 1, S]` in q's dtype: 0 where the row may see the key, else -inf; a row that sees no key of a
+            page must be given some key of it, and its state is dropped by `order`
         order int64 `[B, max pages of a sequence, R]`: index into the visited `(page, row)` states, `P * R` for none;
             None when there is one page, or one sequence visited in logical order that needs no state dropped
     Returns the merged state: out `[B, K, R, D]` in q's dtype and lse fp32 `[B, K, R]`.

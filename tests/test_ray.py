@@ -2,9 +2,12 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import ray
@@ -77,7 +80,67 @@ def test_ranks_change_nothing(
         outputs = llm.generate(prompts, params, use_tqdm=False)
         assert llm.stats().pages_in_use == 0
     for output, single in zip(outputs, expected, strict=True):
-        assert [answer.token_ids for answer in output.outputs] == [answer.token_ids for answer in single.outputs]
+        for answer, other in zip(output.outputs, single.outputs, strict=True):
+            assert (answer.token_ids, answer.finish_reason) == (other.token_ids, other.finish_reason)
+            for table, wanted in zip(answer.logprobs or [], other.logprobs or [], strict=True):
+                assert table.keys() == wanted.keys()
+                for token, entry in table.items():
+                    assert entry.logprob == pytest.approx(wanted[token].logprob, abs=1e-4)
+    assert outputs[1].outputs[0].logprobs
+    check_nothing_is_left(cluster)
+
+
+def test_the_demo_model_in_bf16_beside_another_group(cluster: Cluster, demo_model: Path, tiny: Path) -> None:
+    """3 KV heads on 2 ranks; the end of one group leaves the other alone."""
+    question = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+    params = SamplingParams(temperature=0, n=2, max_tokens=40, stop="is Paris")
+    with LLM(demo_model, tensor_parallel_size=2, ray_address=cluster.address, device_kv_bytes="64MiB") as llm:
+        with LLM(tiny, ray_address=cluster.address, device_kv_bytes="4MiB") as other:
+            assert other.generate([[5]], GREEDY, use_tqdm=False)[0].finished
+        for answer in llm.chat(question, params, use_tqdm=False)[0].outputs:
+            assert (answer.text, answer.stop_reason) == ("The capital of France ", "is Paris")
+        while llm.stats().num_running:  # an abort is not answered
+            time.sleep(0.01)
+        assert llm.stats().pages_in_use == 0
+    check_nothing_is_left(cluster)
+
+
+def test_an_interrupted_wait_leaves_the_engine_in_step(
+    cluster: Cluster, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LLM(tiny, ray_address=cluster.address, device_kv_bytes="4MiB") as llm:
+        expected = llm.generate([[5, 6]], GREEDY, use_tqdm=False)[0].outputs
+        engine: Any = llm._engine
+        for method in (llm.stats, lambda: llm.generate([[7, 8]], GREEDY, use_tqdm=False)):
+            with monkeypatch.context() as patch:
+                patch.setattr(engine, "_receive", interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    method()
+            assert llm.generate([[5, 6]], GREEDY, use_tqdm=False)[0].outputs == expected
+    check_nothing_is_left(cluster)
+
+
+def interrupt() -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def test_a_killed_owner_takes_its_ranks_along(cluster: Cluster, tiny: Path) -> None:
+    code = (
+        "import sys; from distkv import LLM, SamplingParams\n"
+        f"llm = LLM({str(tiny)!r}, tensor_parallel_size=2, ray_address={cluster.address!r}, device_kv_bytes='4MiB')\n"
+        "for _ in llm.stream([5], SamplingParams(max_tokens=None, ignore_eos=True)): print('token', flush=True)\n"
+        "sys.stdin.read()"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout is not None and owner.stdout.readline() == "token\n"
+    assert rank_processes()
+    owner.kill()
+    owner.communicate()
+    deadline = time.monotonic() + 60
+    while rank_processes() and time.monotonic() < deadline:
+        time.sleep(0.2)
     check_nothing_is_left(cluster)
 
 

@@ -183,7 +183,7 @@ def test_a_draw_does_not_depend_on_its_batch(data: st.DataObject, count: int, se
             logits_row=data.draw(st.integers(0, count - 1)),
             num_logprobs=data.draw(st.sampled_from([None, 3])),
         )
-        for _ in range(count + 2)
+        for _ in range(data.draw(st.integers(1, count + 2)))
     ]
     together = sample(logits, rows)
     alone = [sample(logits[row.logits_row :][:1], [replace(row, logits_row=0)])[0] for row in rows]

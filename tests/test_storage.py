@@ -11,7 +11,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from distkv.errors import CapacityError, ConfigError
 from distkv.storage.device_pool import DevicePool
 from distkv.storage.page_allocator import PageAllocator
-from distkv.storage.page_spec import MIN_PAGE_SIZE, PageSpec
+from distkv.storage.page_size import MIN_PAGE_SIZE
+from distkv.storage.page_spec import PageSpec
 from distkv.storage.page_table import PageTable
 
 PAGE_SIZE = 16

@@ -157,7 +157,9 @@ def _decode_group(
     hidden[..., 0] &= ~before
     mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(torch.from_numpy(hidden), -torch.inf)
     rows = count * group_size
-    mask = mask.repeat_interleave(group_size, dim=1)[:, None].to(device)
+    if count > 1:  # else one row of the mask does for the whole group
+        mask = mask.repeat_interleave(group_size, dim=1)
+    mask = mask[:, None].to(device)
 
     order = None
     if len(members) > 1 or before.any() or not (visit[:-1] < visit[1:]).all():
