@@ -18,6 +18,9 @@ from torch.nn.functional import pad
 # Tokens of prefix that one prefill split covers; a multiple of every page_size up to itself.
 PREFILL_SPLIT = 2048
 
+# Query rows up to which the CPU kernel's bits can depend on being given a single (n, h).
+LONE_ROWS = 32
+
 State = tuple[Tensor, Tensor]
 """Partial softmax state `(out, lse)`: the normalised output over some keys and the log-sum-exp of their scores, so
 that states of disjoint sets of keys merge exactly (Dao et al. 2022, https://arxiv.org/abs/2205.14135)."""
@@ -56,7 +59,7 @@ def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal:
     if mask is not None:
         one_for_all = mask.shape[2] == 1
         mask = mask.expand(-1, -1, rows + padding, -1) if one_for_all else pad(mask, (0, 0, 0, padding))
-    if count * heads == 1:
+    if count * heads == 1 and rows <= LONE_ROWS:
         q, k, v = (x.expand(2, -1, -1, -1) for x in (q, k, v))
         mask = None if mask is None else mask.expand(2, -1, -1, -1)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)

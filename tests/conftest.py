@@ -4,9 +4,11 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from distkv.fetch import fetch_model
@@ -32,3 +34,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from helpers import save_llama
 
     return save_llama(tmp_path_factory.mktemp("tiny"))[0]
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """Sets torch's number of CPU threads for this test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -1,5 +1,6 @@
 """A step's tensors and its attention: mixed steps over scattered, shared and half-filled pages."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -181,7 +182,7 @@ def test_answers_do_not_depend_on_the_slots(data: st.DataObject) -> None:
 @pytest.mark.parametrize("group", [1, 3, 4])
 def test_many_pages_in_any_slots(dtype: torch.dtype, kv_heads: int, group: int) -> None:
     """Decodes over many pages, in order, reversed, scattered and with gaps between all: bitwise one result."""
-    for lengths in ([(16 * 90 + 5, 1)], [(16 * 90 + 14, 3)], [(16 * 70 + 5, 1), (16 * 30, 1)]):
+    for lengths in ([(16 * 90 + 5, 1)], [(16 * 90 + 4, 4)], [(16 * 90 + 14, 3)], [(16 * 70 + 5, 1), (16 * 30, 1)]):
         sequences = Sequences(
             lengths, [0] * len(lengths), kv_heads=kv_heads, group=group, head_dim=64, dtype=dtype, seed=3
         )
@@ -190,6 +191,25 @@ def test_many_pages_in_any_slots(dtype: torch.dtype, kv_heads: int, group: int) 
         scattered = torch.randperm(count, generator=seeded(1)).tolist()
         for slots in (list(range(count))[::-1], scattered, list(range(0, 2 * count, 2))):
             assert torch.equal(place(sequences, slots).attend(), in_order), (lengths, slots)
+
+
+@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), [(1, 1, 64), (3, 3, 64), (2, 4, 80), (1, 8, 128)])
+def test_answers_do_not_depend_on_the_threads(
+    kv_heads: int, group: int, head_dim: int, set_threads: Callable[[int], None]
+) -> None:
+    """Decodes, few tokens and prompts, over many pages: bitwise the same with one thread, two or three."""
+    lengths = [(16 * 90 + 5, 1), (777, 1), (500, 3), (300, 41)]
+    shape = {"kv_heads": kv_heads, "group": group, "head_dim": head_dim}
+    steps = [
+        place(sequences, list(range(sequences.num_pages)))
+        for sequences in (Sequences(lengths, [0] * 4, **shape), Sequences(lengths[:1], [0], **shape))
+    ]
+    answers = []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        answers.append(torch.cat([step.attend() for step in steps]))
+    assert torch.equal(answers[1], answers[0])
+    assert torch.equal(answers[2], answers[0])
 
 
 @given(st.data())

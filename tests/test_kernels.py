@@ -1,7 +1,7 @@
 """Every kernel against its float64 definition in `kernels/reference.py`, and what of it must hold bit for bit."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -291,14 +291,6 @@ def test_prefill_attention_at_the_edges(prefix_len: int, page_size: int) -> None
         q, keys[prefix_len:], values[prefix_len:], pool[0], pool[1], torch.arange(count), prefix_len
     )
     assert_close(out, reference.attention(q, keys, values)[0], torch.float32)
-
-
-@pytest.fixture
-def set_threads() -> Iterator[Callable[[int], None]]:
-    """Sets torch's number of CPU threads for this test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 24, 33])

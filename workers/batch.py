@@ -185,8 +185,8 @@ def _visiting_order(slots: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]
     ordered = slots[by_slot]
     occurrence = np.arange(len(slots)) - np.searchsorted(ordered, ordered)
     again = np.lexsort((ordered, occurrence))
-    ordered, occurrence = ordered[again], occurrence[again]
-    breaks = np.flatnonzero((np.diff(ordered) != 1) | (np.diff(occurrence) != 0)) + 1
+    ordered = ordered[again]
+    breaks = np.flatnonzero(np.diff(ordered) != 1) + 1  # a new round steps back, since it is a part of the one before
     edges = [0, *breaks.tolist(), len(slots)]
     runs = [(int(ordered[a]), b - a) for a, b in pairwise(edges)]
     return by_slot[again], runs

@@ -48,7 +48,8 @@ class LlamaModel:
     head: Linear  # E -> V
 
     def forward(self, batch: Batch, pool: DevicePool) -> Tensor:
-        """Runs a step and fills the pages of its tokens; returns the hidden states `[T, E]` before the final norm."""
+        """Runs a step and fills the pages of its tokens; returns the hidden states `[rows, E]` before the final norm of
+        the rows whose logits are wanted. The others end with the last layer's attention, which nobody reads."""
         eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
         cos, sin = self.rope.angles(batch.positions, batch.context)
         x_TE = self._embed(batch.token_ids)
@@ -57,6 +58,8 @@ class LlamaModel:
             qkv = layer.qkv(rms_norm(x_TE, layer.input_norm, eps)).unflatten(1, (-1, head_dim))
             q_THD, k_TKD, v_TKD = rope_and_write_kv(qkv, cos, sin, layer_pool, batch.page, batch.offset)
             attended = batch.attend(q_THD, k_TKD, v_TKD, layer_pool)
+            if index == len(self.layers) - 1:
+                x_TE, attended = x_TE[batch.logit_rows], attended[batch.logit_rows]
             x_TE += self.group.all_reduce(layer.attention_out(attended))
             gate_up = layer.gate_up(rms_norm(x_TE, layer.post_attention_norm, eps))
             x_TE += self.group.all_reduce(layer.down(swiglu(gate_up)))

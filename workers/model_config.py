@@ -86,6 +86,9 @@ class ModelConfig:
         if head_dim % 2:
             raise ConfigError(f"head_dim {head_dim} is odd; the rotary embedding needs an even one")
         positions = _positive(raw, "max_position_embeddings", 2048)
+        rope = _rope_config(raw, positions)
+        if rope.rope_type == "dynamic" and head_dim < 4:
+            raise ConfigError(f"head_dim {head_dim} is too small for rope_type 'dynamic', which needs 4 or more")
         return cls(
             vocab_size=_positive(raw, "vocab_size"),
             hidden_size=hidden,
@@ -96,7 +99,7 @@ class ModelConfig:
             head_dim=head_dim,
             max_position_embeddings=positions,
             rms_norm_eps=_positive_number(raw.get("rms_norm_eps", 1e-6), "rms_norm_eps", "it must be"),
-            rope=_rope_config(raw, positions),
+            rope=rope,
             tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
             attention_bias=_flag(raw, "attention_bias"),
             mlp_bias=_flag(raw, "mlp_bias"),

@@ -30,7 +30,7 @@ class ProcessGroup:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of x over the ranks, in place."""
-        if self.size > 1:
+        if self.size > 1 and x.numel():
             dist.all_reduce(x)
         return x
 

@@ -112,7 +112,7 @@ class Rank:
         group_size = shard.num_query_heads // shard.num_kv_heads
         batch = build_batch(plan, spec.page_size, group_size, spec.dtype, self.device)
         hidden = self._model.forward(batch, self._pool)
-        return self._model.logits(hidden[batch.logit_rows])
+        return self._model.logits(hidden)
 
 
 def rank_page_spec(config: RankConfig, shard: Shard) -> PageSpec:

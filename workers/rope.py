@@ -31,9 +31,8 @@ class RotaryEmbedding:
         """cos and sin, fp32 `[tokens, 1, head_dim / 2]`.
 
         Shapes: positions, context int64 `[tokens]`; context is the length that "dynamic" scales for: that of the
-        prompt,
-        or the position + 1 where that is more. So the angles of a token do not depend on how the prompt is cut into
-        chunks, and equal those of Hugging Face's generate.
+        prompt, or the position + 1 where that is more. So the angles of a token do not depend on how the prompt is cut
+        into chunks, and equal those of Hugging Face's generate.
         """
         inv_freq = self._inv_freq
         if self._config.rope_type == "dynamic":

@@ -104,7 +104,8 @@ def _tensor_files(folder: Path) -> Mapping[str, str]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            return {name: str(file) for name, file in files.items()}
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{str(index)!r} is not a safetensors index: {error!r}") from error
     single = folder / "model.safetensors"
