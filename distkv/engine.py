@@ -18,7 +18,9 @@ class Engine:
         self.info = info
         self._execute = execute
         self._scheduler = Scheduler(info)
-        self._copies: list[tuple[int, int]] = []  # page copies that must come before the next step
+        # what the next plan has to do to pages before its sequences run
+        self._copies: list[tuple[int, int]] = []
+        self._clear: list[int] = []
         self._peak_pages = 0
 
     def add(self, requests: list[EngineRequest]) -> None:
@@ -65,38 +67,46 @@ class Engine:
         plan = self._plan(scheduled)
         allocator = self._scheduler.allocator
         self._peak_pages = max(self._peak_pages, allocator.num_pages - allocator.num_free)
-        logits = self._execute(plan)
-        draws = self._draws(scheduled)
-        drawn = sample(logits, [_sample_row(sequence, row) for sequence, row in draws]) if logits is not None else []
-        return [
-            self._extend(sequence, token, logprobs)
-            for (sequence, _), (token, logprobs) in zip(draws, drawn, strict=True)
-        ]
+        try:
+            logits = self._execute(plan)
+            ready = [sequence for sequence, _ in scheduled if not sequence.num_pending]
+            assert logits is not None
+            drawn = sample(logits, [row for number, one in enumerate(ready) for row in _sample_rows(one, number)])
+        except BaseException:
+            self._rewind(scheduled, plan)
+            raise
+        answers = [answer for sequence in ready for answer in self._answers(sequence)]
+        return [self._extend(answer, token, logprobs) for answer, (token, logprobs) in zip(answers, drawn, strict=True)]
 
     def _plan(self, scheduled: list[tuple[Sequence, int]]) -> StepPlan:
         """Takes the pages that the step's tokens need and writes the step down for the ranks."""
-        parts, clear = [], []
+        parts = []
         for sequence, count in scheduled:
             start = sequence.table.num_tokens
-            clear += sequence.table.append(count)
+            self._clear += sequence.table.append(count)
             tokens = sequence.token_ids[start : start + count]
             num_logits = 0 if sequence.num_pending else 1
             parts.append(SequencePlan(tokens, start, sequence.table.slots, sequence.prompt_len, num_logits))
-        copies, self._copies = self._copies, []
-        return StepPlan(parts, copies, clear)
+        plan = StepPlan(parts, self._copies, self._clear)
+        self._copies, self._clear = [], []
+        return plan
 
-    def _draws(self, scheduled: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
-        """Who draws a token from which row of the logits: all answers of a prompt just read draw from its row."""
-        draws = []
-        ready = [sequence for sequence, _ in scheduled if not sequence.num_pending]
-        for row, sequence in enumerate(ready):
-            draws.append((sequence, row))
-            if sequence.in_prompt:
-                for fork, copy in self._scheduler.fork(sequence):
-                    draws.append((fork, row))
-                    if copy is not None:
-                        self._copies.append(copy)
-        return draws
+    def _rewind(self, scheduled: list[tuple[Sequence, int]], plan: StepPlan) -> None:
+        """Undoes a step that failed, so that those of its requests that are not aborted can take it again."""
+        for sequence, count in scheduled:
+            sequence.table.num_tokens -= count
+        self._copies, self._clear = plan.copies, plan.clear
+
+    def _answers(self, sequence: Sequence) -> list[Sequence]:
+        """The answers that take a token now: all of the request's when its prompt has just been read."""
+        if not sequence.in_prompt:
+            return [sequence]
+        answers = [sequence]
+        for fork, copy in self._scheduler.fork(sequence):
+            answers.append(fork)
+            if copy is not None:
+                self._copies.append(copy)
+        return answers
 
     def _extend(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenOutput:
         """Adds a drawn token to its answer and ends the answer if it is to end here."""
@@ -114,20 +124,24 @@ class Engine:
         return TokenOutput(request.request_id, sequence.index, token, logprobs, finish_reason, stop_reason)
 
 
-def _sample_row(sequence: Sequence, logits_row: int) -> SampleRow:
+def _sample_rows(sequence: Sequence, logits_row: int) -> list[SampleRow]:
+    """The draws from one row of logits, one for each of `Engine._answers`."""
     params = sequence.request.params
     position = len(sequence.token_ids) - sequence.prompt_len
-    return SampleRow(
-        logits_row=logits_row,
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        min_p=params.min_p,
-        repetition_penalty=params.repetition_penalty,
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        num_logprobs=params.logprobs,
-        uniform=uniform_draw(sequence.request.seed, sequence.index, position) if params.temperature > 0 else 0.0,
-        prompt_token_ids=sequence.request.prompt_token_ids,
-        output_token_ids=sequence.output_token_ids,
-    )
+    return [
+        SampleRow(
+            logits_row=logits_row,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            min_p=params.min_p,
+            repetition_penalty=params.repetition_penalty,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            num_logprobs=params.logprobs,
+            uniform=uniform_draw(sequence.request.seed, index, position) if params.temperature > 0 else 0.0,
+            prompt_token_ids=sequence.request.prompt_token_ids,
+            output_token_ids=sequence.output_token_ids,
+        )
+        for index in (range(params.n) if sequence.in_prompt else [sequence.index])
+    ]

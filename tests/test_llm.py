@@ -12,6 +12,7 @@ from distkv import LLM, CapacityError, ConfigError, DistKVError, RequestError, R
 from distkv.engine import Engine
 
 GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+FORKED = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, n=2)
 LICENCE = Path(__file__).resolve().parent.parent / "LICENSE"
 
 
@@ -346,10 +347,14 @@ def test_an_llm_goes_on_after_a_failure_in_the_middle(llm: LLM, monkeypatch: pyt
                 raise error
             return execute(plan)
 
+        bystander = llm.stream(prompts[1], FORKED)
+        next(bystander)
         with monkeypatch.context() as patch:
             patch.setattr(llm._engine, "_execute", fail_late)
             with pytest.raises(error):
                 llm.generate(prompts, GREEDY, use_tqdm=False)
+        *_, last = bystander
+        assert tokens([last]) == expected[1:] * 2
         check_idle(llm)
         assert tokens(llm.generate(prompts, GREEDY, use_tqdm=False)) == expected
 
