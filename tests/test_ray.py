@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -206,6 +207,34 @@ def test_workers_without_distkv_are_told_apart_from_dead_ones(
 def test_an_address_where_nothing_answers_is_refused(cluster: Cluster, tiny: Path) -> None:
     with pytest.raises(ConfigError, match=r"no Ray cluster answers at ray_address '127\.0\.0\.1:1'"):
         LLM(tiny, tensor_parallel_size=2, ray_address="127.0.0.1:1")
+
+
+def test_auto_joins_the_cluster_of_this_machine(cluster: Cluster, tiny: Path) -> None:
+    with LLM(tiny, ray_address="auto", device_kv_bytes="4MiB"):
+        assert ray.get_runtime_context().gcs_address.rpartition(":")[2] == cluster.address.rpartition(":")[2]
+    check_nothing_is_left(cluster)
+
+
+def test_a_cluster_that_is_gone_is_not_waited_for(
+    cluster: Cluster, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's note of the last cluster outlives it. Without an address a private cluster is started instead."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # sockets lie below it, whose paths must be short
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        Path(folder, "ray").mkdir()
+        Path(folder, "ray", "ray_current_cluster").write_text("127.0.0.1:1")
+        with pytest.raises(ConfigError, match="ray start --head"):
+            LLM(tiny, tensor_parallel_size=2, ray_address="auto")
+        with LLM(tiny, tensor_parallel_size=2, device_kv_bytes="4MiB") as llm:
+            assert llm.generate([[5]], GREEDY, use_tqdm=False)[0].finished
+        assert not ray.is_initialized()
+        assert rank_processes() == {}
+
+
+@pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "nonsense"])
+def test_addresses_of_other_forms_are_refused(tiny: Path, address: str) -> None:
+    with pytest.raises(ConfigError, match=address):
+        LLM(tiny, ray_address=address)
 
 
 def test_a_job_needs_nothing_of_ours_installed(cluster: Cluster, demo_model: Path) -> None:

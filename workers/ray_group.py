@@ -10,6 +10,7 @@ import socket
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -284,19 +285,37 @@ def _disconnect() -> None:
 
 
 def _init(address: str | None, size: int) -> None:
+    found = _running_cluster() if address in (None, "auto") else address
+    if found is None and address == "auto":
+        raise ConfigError("no Ray cluster runs on this machine; start one with `ray start --head`")
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
-    if address is not None:
-        _check_reachable(address)
-    try:
-        ray.init(address=address or "auto", **quiet)
-    except (RayError, RuntimeError, ValueError, ConnectionError) as error:
-        if address is not None or not isinstance(error, ConnectionError):
-            raise ConfigError(
-                f"the Ray cluster at {address or 'auto'!r} cannot be joined ({_cause(error)}); "
-                "is it running, and is its token in ~/.ray/auth_token here?"
-            ) from error
-        log.info("no Ray cluster runs on this machine; starting one for this process")
+    if found in (None, "local"):
+        log.info("starting a Ray cluster on this machine for this process")
         ray.init(address="local", num_cpus=max(size, os.cpu_count() or 1), include_dashboard=False, **quiet)
+        return
+    assert found is not None
+    _check_reachable(found)
+    try:
+        ray.init(address=found, **quiet)
+    except (RayError, RuntimeError, ValueError, ConnectionError) as error:
+        raise ConfigError(
+            f"the Ray cluster at {found!r} cannot be joined ({_cause(error)}); "
+            "is it running, and is its token in ~/.ray/auth_token here?"
+        ) from error
+
+
+def _running_cluster() -> str | None:
+    """The cluster that `ray start` began last on this machine, if it still answers.
+
+    Ray notes its address in a file that outlives a killed cluster, and would itself try that address for minutes.
+    """
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    try:
+        address = Path(folder, "ray", "ray_current_cluster").read_text().strip()
+        _check_reachable(address)
+    except (OSError, ConfigError):
+        return None
+    return address
 
 
 def _await_deaths(actors: list[Any]) -> None:
@@ -315,9 +334,9 @@ def _check_reachable(address: str) -> None:
             f"ray_address {address!r} is a Ray client's, and distkv must run inside the cluster's network; "
             "run it on a node with ray_address='auto', or as a job with `ray job submit`"
         )
-    host, _, port = address.rpartition("//")[2].rpartition(":")
+    host, _, port = address.rpartition(":")
     if not port.isdigit():
-        return  # "auto" and "local"
+        raise ConfigError(f"ray_address is {address!r}; give host:port, 'auto' or 'local'")
     try:
         socket.create_connection((host, int(port)), timeout=REACH_TIMEOUT).close()
     except OSError as error:
