@@ -44,9 +44,8 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The state between two steps."""
-        allocator = self._scheduler.allocator
         return EngineStats(
-            pages_in_use=allocator.num_pages - allocator.num_free,
+            pages_in_use=self._scheduler.allocator.num_used,
             peak_pages_in_use=self._peak_pages,
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting),
@@ -57,7 +56,7 @@ class Engine:
         allocator = self._scheduler.allocator
         allocator.integrity_check()
         if not self.has_work:
-            assert allocator.num_free == allocator.num_pages
+            assert allocator.num_used == 0
 
     def step(self) -> list[TokenOutput]:
         """Runs one step and returns the tokens it drew; none while prompts are being read."""
@@ -65,8 +64,7 @@ class Engine:
         if not scheduled:
             return []
         plan = self._plan(scheduled)
-        allocator = self._scheduler.allocator
-        self._peak_pages = max(self._peak_pages, allocator.num_pages - allocator.num_free)
+        self._peak_pages = max(self._peak_pages, self._scheduler.allocator.num_used)
         try:
             logits = self._execute(plan)
             ready = [sequence for sequence, _ in scheduled if not sequence.num_pending]
@@ -117,7 +115,7 @@ class Engine:
             finish_reason = "stop"
         elif token in (request.params.stop_token_ids or ()):
             finish_reason, stop_reason = "stop", token
-        elif len(sequence.token_ids) - sequence.prompt_len >= request.max_tokens:
+        elif sequence.num_output_tokens >= request.max_tokens:
             finish_reason = "length"
         if finish_reason:
             self._scheduler.finish(sequence)
@@ -127,7 +125,7 @@ class Engine:
 def _sample_rows(sequence: Sequence, logits_row: int) -> list[SampleRow]:
     """The draws from one row of logits, one for each of `Engine._answers`."""
     params = sequence.request.params
-    position = len(sequence.token_ids) - sequence.prompt_len
+    position = sequence.num_output_tokens
     return [
         SampleRow(
             logits_row=logits_row,

@@ -6,6 +6,7 @@ from distkv.errors import CapacityError
 from distkv.messages import EngineInfo, EngineRequest
 from distkv.sequence import Sequence
 from distkv.storage.page_allocator import PageAllocator
+from distkv.storage.page_size import pages_for
 from distkv.storage.page_table import PageTable
 
 
@@ -114,5 +115,5 @@ class Scheduler:
         prompt_len = len(request.prompt_token_ids)
         shared = prompt_len // size
         # the last token drawn is never read
-        longest = -(-(prompt_len + request.max_tokens - 1) // size)
+        longest = pages_for(prompt_len + request.max_tokens - 1, size)
         return shared + request.params.n * (longest - shared)

@@ -25,13 +25,17 @@ class Sequence:
         return len(self.token_ids) - self.table.num_tokens
 
     @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+    @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[self.prompt_len :]
 
     @property
     def in_prompt(self) -> bool:
         """Whether the prompt is still being read."""
-        return len(self.token_ids) == self.prompt_len
+        return self.num_output_tokens == 0
 
     def fork(self, index: int) -> tuple["Sequence", tuple[int, int] | None]:
         """Another answer from the same state; also the page copy it needs, see `PageTable.fork`."""

@@ -21,6 +21,10 @@ class PageAllocator:
     def num_free(self) -> int:
         return len(self._free)
 
+    @property
+    def num_used(self) -> int:
+        return self.num_pages - len(self._free)
+
     def references(self, slot: int) -> int:
         """How many holders the slot has; 0 when it is free."""
         return self._references[slot]

@@ -1,8 +1,13 @@
-"""The one rule for page sizes, apart from the tensors so that options can be checked without torch."""
+"""The arithmetic of page sizes, apart from the tensors so that options can be checked without torch."""
 
 from distkv.errors import ConfigError
 
 MIN_PAGE_SIZE = 16  # tokens
+
+
+def pages_for(num_tokens: int, page_size: int) -> int:
+    """Pages that `num_tokens` tokens take, the last one perhaps partly filled."""
+    return -(-num_tokens // page_size)
 
 
 def check_page_size(size: int) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from distkv.storage.page_size import check_page_size
+from distkv.storage.page_size import check_page_size, pages_for
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class PageSpec:
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that `num_tokens` tokens take, the last one perhaps partly filled."""
-        return -(-num_tokens // self.page_size)
+        return pages_for(num_tokens, self.page_size)
 
     def device_shape(self, num_pages: int) -> tuple[int, int, int, int, int, int]:
         """`[layer, 2, device_page, kv_head, page_size, head_dim]`: all K pages of a layer lie together, so a run of

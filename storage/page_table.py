@@ -1,6 +1,7 @@
 """The pages of one sequence, in logical order."""
 
 from distkv.storage.page_allocator import PageAllocator
+from distkv.storage.page_size import pages_for
 
 
 class PageTable:
@@ -18,7 +19,7 @@ class PageTable:
         Raises CapacityError, and changes nothing, when the pool lacks the room.
         """
         total = self.num_tokens + num_tokens
-        missing = -(-total // self._page_size) - len(self.slots)
+        missing = pages_for(total, self._page_size) - len(self.slots)
         taken = self._allocator.allocate(missing, self.slots[-1] if self.slots else None) if missing > 0 else []
         self.slots += taken
         self.num_tokens = total

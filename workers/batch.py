@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distkv.kernels.attention import decode_attention, prefill_attention
+from distkv.storage.page_size import pages_for
 from distkv.workers.step_plan import SequencePlan, StepPlan
 
 # Sequences with at most this many new tokens take the decode path, which reads each page once for all of them.
@@ -112,7 +113,7 @@ def build_batch(plan: StepPlan, page_size: int, group_size: int, dtype: torch.dt
         if count <= MAX_DECODE_TOKENS:
             decode[count].append((first, sequence))
         else:
-            prefix = torch.from_numpy(slots[: -(-sequence.start // page_size)]).to(device)
+            prefix = torch.from_numpy(slots[: pages_for(sequence.start, page_size)]).to(device)
             prefill.append(PrefillChunk(slice(first, first + count), prefix, sequence.start))
         first += count
     whole = len(decode) == 1 and not prefill
