@@ -78,6 +78,14 @@ def rank_processes() -> dict[str, list[int]]:
     return found
 
 
+def await_no_ranks() -> dict[str, list[int]]:
+    """Rank processes that are still there after a minute; one that was killed takes a moment to leave."""
+    deadline = time.monotonic() + 60
+    while (found := rank_processes()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
 def _bare_python(folder: Path) -> Path:
     """A virtual environment that sees this one's packages by path, so that no editable install takes effect."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
