@@ -1,5 +1,6 @@
 """Builds the answers that a user sees from the tokens that the engine draws."""
 
+from distkv.errors import DistKVError
 from distkv.messages import EngineRequest, TokenOutput
 from distkv.outputs import CompletionOutput, Logprob, RequestOutput
 from distkv.tokenizer import IncrementalDecoder, Tokenizer
@@ -44,6 +45,11 @@ class Answer:
             new += self._decoder.finish()
         self._text += new
         self._stop_at_string(len(new))
+
+    def fail(self) -> None:
+        """Ends the answer where it stands, unless it is finished."""
+        if not self.finished:
+            self._finish_reason = "error"
 
     def output(self) -> CompletionOutput:
         """The answer so far."""
@@ -91,10 +97,18 @@ class RequestState:
         self._prompt = prompt
         self._answers = [Answer(request, index, tokenizer) for index in range(request.params.n)]
         self._grown = False
+        self.error: DistKVError | None = None
 
     @property
     def finished(self) -> bool:
         return all(answer.finished for answer in self._answers)
+
+    def fail(self, error: DistKVError) -> None:
+        """Ends the answers that are not finished, with what they have."""
+        self.error = error
+        for answer in self._answers:
+            answer.fail()
+        self._grown = True
 
     def add(self, output: TokenOutput) -> bool:
         """Takes a token of one of the answers, and says whether that answer is finished; a token that comes after its
@@ -118,4 +132,5 @@ class RequestState:
             prompt_token_ids=self.request.prompt_token_ids,
             outputs=[answer.output() for answer in self._answers],
             finished=self.finished,
+            error=self.error,
         )

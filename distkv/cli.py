@@ -29,6 +29,10 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Most tokens of prompt and answer together.")]
 PageSize = Annotated[int, typer.Option(help="Tokens of a KV page, a power of two.")]
 DeviceKvBytes = Annotated[str | None, typer.Option(help="KV memory on the devices, e.g. 4GiB.")]
+HostKvBytes = Annotated[str | None, typer.Option(help="KV memory of the host below it; 0 for none.")]
+DiskKvBytes = Annotated[str | None, typer.Option(help="KV pages on disk, with --cache-dir.")]
+CacheDir = Annotated[Path | None, typer.Option(help="Folder for KV pages on disk.")]
+StagingPages = Annotated[int | None, typer.Option(help="Pages of the ring that cold pages pass through.")]
 LoadFormat = Annotated[str, typer.Option(help="auto, or dummy for random weights.")]
 NumThreads = Annotated[int | None, typer.Option(help="Torch threads of a CPU rank.")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens of an answer.")]
@@ -84,6 +88,10 @@ def generate(
     max_model_len: MaxModelLen = None,
     page_size: PageSize = 256,
     device_kv_bytes: DeviceKvBytes = None,
+    host_kv_bytes: HostKvBytes = None,
+    disk_kv_bytes: DiskKvBytes = None,
+    cache_dir: CacheDir = None,
+    staging_pages: StagingPages = None,
     load_format: LoadFormat = "auto",
     num_threads: NumThreads = None,
 ) -> None:
@@ -115,6 +123,10 @@ def chat(
     max_model_len: MaxModelLen = None,
     page_size: PageSize = 256,
     device_kv_bytes: DeviceKvBytes = None,
+    host_kv_bytes: HostKvBytes = None,
+    disk_kv_bytes: DiskKvBytes = None,
+    cache_dir: CacheDir = None,
+    staging_pages: StagingPages = None,
     load_format: LoadFormat = "auto",
     num_threads: NumThreads = None,
 ) -> None:
@@ -183,8 +195,8 @@ def bench_decode(
 
 def _engine_options(given: dict[str, Any]) -> dict[str, Any]:
     names = (
-        "tensor_parallel_size", "ray_address", "dtype", "max_model_len", "page_size", "device_kv_bytes", "load_format",
-        "num_threads",
+        "tensor_parallel_size", "ray_address", "dtype", "max_model_len", "page_size", "device_kv_bytes",
+        "host_kv_bytes", "disk_kv_bytes", "cache_dir", "staging_pages", "load_format", "num_threads",
     )  # fmt: skip
     return {name: given[name] for name in names}
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distkv.errors import ConfigError
-from distkv.storage.page_size import check_page_size
+from distkv.storage.page_size import NUM_BUFFERS, PREFILL_SPLIT, check_page_size
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -29,6 +29,12 @@ class EngineConfig:
         device: "auto" (CUDA where there is any), "cuda" or "cpu".
         device_kv_bytes: KV pages on the devices, all ranks together, as a number of bytes or a text such as "4GiB".
             None takes what gpu_memory_utilization leaves, or a quarter of the free memory on a CPU.
+        host_kv_bytes: KV pages in CPU memory below the device, all ranks together; 0 for none. None takes a quarter of
+            the free memory, or nothing where the device holds all that max_num_seqs answers can need.
+        cache_dir: folder for KV pages on disk; None for none.
+        disk_kv_bytes: KV pages on disk, all ranks together; None takes half of what is free in cache_dir.
+        staging_pages: pages of the ring through which cold pages pass on their way to attention (one layer of each is
+            held); None takes the least, which is two pieces of 2048 tokens.
         gpu_memory_utilization: share of a GPU's memory for weights, workspace and KV together.
         load_format: "auto" reads the folder's safetensors; "dummy" makes seeded random weights for its config.json.
         num_threads: torch threads of each CPU rank; None leaves torch's default in this process and shares the cores
@@ -46,6 +52,10 @@ class EngineConfig:
     ray_address: str | None = None
     device: str = "auto"
     device_kv_bytes: int | str | None = None
+    host_kv_bytes: int | str | None = None
+    disk_kv_bytes: int | str | None = None
+    cache_dir: str | Path | None = None
+    staging_pages: int | None = None
     gpu_memory_utilization: float = 0.9
     load_format: str = "auto"
     num_threads: int | None = None
@@ -78,8 +88,35 @@ class EngineConfig:
                 f"max_num_batched_tokens {self.max_num_batched_tokens} is less than max_num_seqs {self.max_num_seqs}: "
                 "not every running answer could take a token in a step; raise the first or lower the second"
             )
-        if self.device_kv_bytes is not None:
-            object.__setattr__(self, "device_kv_bytes", parse_bytes("device_kv_bytes", self.device_kv_bytes))
+        for name in ("device_kv_bytes", "host_kv_bytes", "disk_kv_bytes"):
+            value = getattr(self, name)
+            if value is not None and not (name == "host_kv_bytes" and value in (0, "0")):
+                object.__setattr__(self, name, parse_bytes(name, value))
+        if self.host_kv_bytes == "0":
+            object.__setattr__(self, "host_kv_bytes", 0)
+        self._check_tiers()
+
+    @property
+    def min_staging_pages(self) -> int:
+        """Two pieces of a prefix, so that one is filled while the other is used."""
+        return NUM_BUFFERS * max(1, PREFILL_SPLIT // self.page_size)
+
+    def _check_tiers(self) -> None:
+        if self.cache_dir is not None and not isinstance(self.cache_dir, str | Path):
+            raise ConfigError(f"cache_dir is {self.cache_dir!r}; give the path of a folder")
+        if self.cache_dir is None and self.disk_kv_bytes is not None:
+            raise ConfigError("disk_kv_bytes is set and cache_dir is not; name the folder in cache_dir")
+        if self.cache_dir is not None and self.host_kv_bytes == 0:
+            raise ConfigError(
+                "cache_dir is set and host_kv_bytes is 0: pages reach the disk by way of the host; raise it"
+            )
+        if self.staging_pages is not None:
+            _check_positive("staging_pages", self.staging_pages)
+            if self.staging_pages < self.min_staging_pages:
+                raise ConfigError(
+                    f"staging_pages {self.staging_pages} is less than the {self.min_staging_pages} pages of "
+                    f"{self.page_size} tokens that the ring needs; raise it or leave it out"
+                )
 
 
 def parse_bytes(name: str, size: int | str) -> int:

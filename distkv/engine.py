@@ -1,27 +1,52 @@
 """The engine loop: schedules a step, has the ranks run it, draws tokens, ends what is done."""
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from distkv.messages import EngineInfo, EngineRequest, EngineStats, TokenOutput
+from distkv.errors import CapacityError, DistKVError, StoreError
+from distkv.messages import EngineInfo, EngineRequest, EngineStats, RequestFailed, StepOutput, TokenOutput
 from distkv.scheduler import Scheduler
 from distkv.sequence import Sequence
+from distkv.storage.page_size import pages_for
+from distkv.storage.tier import Tier
+from distkv.storage.tiered_cache import Page
+from distkv.workers.report import Report
 from distkv.workers.sampler import SampleRow, TokenLogprobs, sample, uniform_draw
 from distkv.workers.step_plan import SequencePlan, StepPlan
 
+if TYPE_CHECKING:
+    from distkv.storage.catalogue import Catalogue
+
+log = logging.getLogger(__name__)
+
+MAX_REPAIRS = 3  # times that a page is computed again before its requests fail
+
+Execute = Callable[[StepPlan], tuple[Tensor | None, Report]]
+"""Runs a step plan on all ranks; returns what rank 0's `Rank.execute` does, and the report of all."""
+
 
 class Engine:
-    """Works on tokens alone. `execute` runs a step plan on all ranks and returns what rank 0's `Rank.execute` does."""
+    """Works on tokens alone; an `EngineClient`."""
 
-    def __init__(self, info: EngineInfo, execute: Callable[[StepPlan], Tensor | None]):
+    def __init__(self, info: EngineInfo, execute: Execute, close: Callable[[], None] = lambda: None):
+        """`close` is called when the engine is closed."""
         self.info = info
         self._execute = execute
+        self._close = close
         self._scheduler = Scheduler(info)
-        # what the next plan has to do to pages before its sequences run
-        self._copies: list[tuple[int, int]] = []
-        self._clear: list[int] = []
+        self._cache = self._scheduler.cache
+        self._catalogue = _open_catalogue(info)
+        # pages that the next plan has to copy (source, target), held until it has run
+        self._copies: list[tuple[Page, Page]] = []
         self._peak_pages = 0
+        self._moved: Counter[str] = Counter()
+        self._pages_recomputed = 0
+        self._damage = ""  # what could not be read back last, and why
 
     def add(self, requests: list[EngineRequest]) -> None:
         """Queues requests; raises CapacityError, and queues none, when one of them could never run."""
@@ -36,7 +61,10 @@ class Engine:
             self._scheduler.abort(request_id, index)
 
     def close(self) -> None:
-        """Nothing to do: memory goes with the object."""
+        """Ends transfers and frees memory and files."""
+        if self._catalogue is not None:
+            self._catalogue.close()
+        self._close()
 
     @property
     def has_work(self) -> bool:
@@ -45,66 +73,196 @@ class Engine:
     def stats(self) -> EngineStats:
         """The state between two steps."""
         return EngineStats(
-            pages_in_use=self._scheduler.allocator.num_used,
+            pages_in_use=self._cache.num_pages,
             peak_pages_in_use=self._peak_pages,
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting),
+            device_pages=self._cache.slots[Tier.DEVICE].num_used,
+            host_pages=self._cache.slots[Tier.HOST].num_used,
+            disk_pages=self._cache.slots[Tier.DISK].num_used,
+            moved=dict(self._moved),
+            pages_recomputed=self._pages_recomputed,
         )
 
     def integrity_check(self) -> None:
         """Raises AssertionError when pages were lost or are held twice; meant for when nothing runs."""
-        allocator = self._scheduler.allocator
-        allocator.integrity_check()
+        while not self.has_work and (pending := self._cache.awaited):
+            self._run(self._moving_plan(pending))
+        self._cache.integrity_check()
         if not self.has_work:
-            assert allocator.num_used == 0
+            self._release_copies()
+            assert self._cache.num_pages == 0
+            assert all(slots.num_used == 0 for slots in self._cache.slots)
 
-    def step(self) -> list[TokenOutput]:
-        """Runs one step and returns the tokens it drew; none while prompts are being read."""
-        scheduled = self._scheduler.schedule()
-        if not scheduled:
-            return []
-        plan = self._plan(scheduled)
-        self._peak_pages = max(self._peak_pages, self._scheduler.allocator.num_used)
+    def step(self) -> list[StepOutput]:
+        """Runs one step and returns the tokens it drew, none while prompts are being read, and the requests that cannot
+        go on."""
         try:
-            logits = self._execute(plan)
+            if self._cache.lost:
+                return self._repair()
+            scheduled = self._scheduler.schedule()
+            self._make_room(sum(sequence.table.missing(count) for sequence, count in scheduled))
+        except CapacityError as error:  # the disk took less than it was to take
+            return [self._fail(self._scheduler.running[-1].request, error)]
+        return self._step(scheduled) if scheduled else self._refuse()
+
+    def _step(self, scheduled: list[tuple[Sequence, int]]) -> list[StepOutput]:
+        plan = self._plan(scheduled)
+        self._peak_pages = max(self._peak_pages, self._cache.num_pages)
+        try:
+            logits, unread = self._run(plan)
             ready = [sequence for sequence, _ in scheduled if not sequence.num_pending]
-            assert logits is not None
-            drawn = sample(logits, [row for number, one in enumerate(ready) for row in _sample_rows(one, number)])
+            rows = [row for number, one in enumerate(ready) for row in _sample_rows(one, number)]
+            drawn = sample(logits, rows) if logits is not None else []
         except BaseException:
-            self._rewind(scheduled, plan)
+            for sequence, count in scheduled:  # so that those that are not aborted can take the step again
+                sequence.table.rewind(count)
             raise
-        answers = [answer for sequence in ready for answer in self._answers(sequence)]
-        return [self._extend(answer, token, logprobs) for answer, (token, logprobs) in zip(answers, drawn, strict=True)]
+        self._release_copies()
+        spoilt = {sequence for sequence, _ in scheduled if not unread.isdisjoint(sequence.table.pages)}
+        for sequence, count in scheduled:
+            if sequence in spoilt:
+                sequence.table.rewind(count)
+            else:
+                sequence.table.commit(count)
+        tokens = iter(drawn)
+        outputs: list[StepOutput] = []
+        for sequence in ready:
+            mine = [next(tokens) for _ in range(_num_draws(sequence))]
+            if sequence not in spoilt:
+                outputs += self._answer(sequence, mine)
+        return outputs
 
     def _plan(self, scheduled: list[tuple[Sequence, int]]) -> StepPlan:
-        """Takes the pages that the step's tokens need and writes the step down for the ranks."""
+        """Gives the step's tokens their pages and writes the step down for the ranks."""
+        clear: list[int] = []
+        random_pages = []
+        appended = []
+        for sequence, count in scheduled:
+            start, is_random = sequence.table.num_tokens, bool(sequence.num_random)
+            fresh = sequence.table.append(count)
+            if is_random:
+                random_pages += [(page.location, _page_seed(sequence, page)) for page in fresh]
+                continue
+            clear += [page.location for page in fresh]
+            appended.append((sequence, start, count))
+        self._cache.balance()
+        if self._cache.has_cold:
+            self._cache.promote(page for sequence in self._scheduler.running for page in sequence.by_importance())
+        # where pages lie is settled now
         parts = []
-        for sequence, count in scheduled:
-            start = sequence.table.num_tokens
-            self._clear += sequence.table.append(count)
-            tokens = sequence.token_ids[start : start + count]
+        for sequence, start, count in appended:
             num_logits = 0 if sequence.num_pending else 1
-            parts.append(SequencePlan(tokens, start, sequence.table.slots, sequence.prompt_len, num_logits))
-        plan = StepPlan(parts, self._copies, self._clear)
-        self._copies, self._clear = [], []
-        return plan
+            parts.append(_sequence_plan(sequence, start, count, num_logits))
+        transfers, await_ids = self._cache.take_transfers()
+        copies = [(source.location, target.location) for source, target in self._copies]
+        return StepPlan(parts, copies, clear, transfers, await_ids, random_pages)
 
-    def _rewind(self, scheduled: list[tuple[Sequence, int]], plan: StepPlan) -> None:
-        """Undoes a step that failed, so that those of its requests that are not aborted can take it again."""
-        for sequence, count in scheduled:
-            sequence.table.num_tokens -= count
-        self._copies, self._clear = plan.copies, plan.clear
+    def _run(self, plan: StepPlan) -> tuple[Tensor | None, set[Page]]:
+        """Has the ranks run a plan and takes in their report; returns the logits and the pages that could not be
+        read."""
+        try:
+            self._update_catalogue({})
+            logits, report = self._execute(plan)
+        except BaseException:
+            self._cache.put_back(plan.transfers, plan.await_ids)
+            raise
+        self._moved.update(report.moved)
+        for _, reason in [*report.failed, *report.bad_reads]:
+            log.warning("%s", reason)
+            self._damage = reason
+        unread = self._cache.apply(report.done, report.failed, [slot for slot, _ in report.bad_reads])
+        self._update_catalogue(report.checksums)
+        return logits, unread
 
-    def _answers(self, sequence: Sequence) -> list[Sequence]:
-        """The answers that take a token now: all of the request's when its prompt has just been read."""
-        if not sequence.in_prompt:
-            return [sequence]
+    def _moving_plan(self, await_ids: list[int]) -> StepPlan:
+        """A plan that runs nothing but transfers, and waits for some."""
+        transfers, others = self._cache.take_transfers()
+        return StepPlan([], [], [], transfers, others + await_ids)
+
+    def _make_room(self, num_pages: int) -> None:
+        """Frees device pages; raises CapacityError when there is no room for what they hold."""
+        while not self._cache.reserve(num_pages):
+            self._run(self._moving_plan(self._cache.awaited))
+
+    def _release_copies(self) -> None:
+        copies, self._copies = self._copies, []
+        for pair in copies:
+            for page in pair:
+                self._cache.release(page)
+
+    def _update_catalogue(self, checksums: dict[int, bytes]) -> None:
+        """Takes vacated disk slots out before they can be written again, and puts new pages in."""
+        vacated, written = self._cache.vacated, self._cache.written
+        if self._catalogue is not None and (vacated or written):
+            self._catalogue.update(vacated, {slot: checksums[id] for slot, id in written.items()})
+        vacated.clear()
+        written.clear()
+
+    def _repair(self) -> list[StepOutput]:
+        """Computes a lost page again from its tokens, the first one first, since later ones follow from it."""
+        page = min(self._cache.lost, key=lambda page: page.index)
+        owners = [one for one in self._scheduler.running if page in one.table.pages[page.index : page.index + 1]]
+        if page.repairs == MAX_REPAIRS:
+            error = StoreError(
+                f"KV page {page.index} was lost {page.repairs + 1} times, the last time because {self._damage}"
+            )
+            requests = {one.request.request_id: one.request for one in owners}
+            return [self._fail(request, error) for request in requests.values()]
+        self._make_room(1)
+        self._cache.restore(page)
+        owner, size = owners[0], self.info.page_size
+        slot = page.location
+        if page.index * size < owner.num_random_in_all:
+            parts, random_pages = [], [(slot, _page_seed(owner, page))]
+        else:
+            parts, random_pages = [_sequence_plan(owner, page.index * size, size, 0)], []
+        transfers, await_ids = self._cache.take_transfers()
+        try:
+            _, unread = self._run(StepPlan(parts, [], [slot], transfers, await_ids, random_pages))
+        except BaseException:
+            self._cache.forget(page)
+            raise
+        if unread:
+            self._cache.forget(page)
+        else:
+            self._cache.fill(page)
+            self._pages_recomputed += 1
+        return []
+
+    def _fail(self, request: EngineRequest, error: DistKVError) -> RequestFailed:
+        """Ends a request that cannot go on."""
+        log.error("request %s failed: %s", request.request_id, error)
+        self._scheduler.abort(request.request_id)
+        return RequestFailed(request.request_id, type(error).__name__, str(error))
+
+    def _refuse(self) -> list[StepOutput]:
+        """Ends a waiting request for which there will never be room: the disk took less than it was to take."""
+        request = self._scheduler.refuse()
+        if request is None:
+            return []
+        try:
+            self._scheduler.check(request)
+        except CapacityError as error:
+            return [self._fail(request, error)]
+        raise AssertionError(f"request {request.request_id} fits and is not admitted")
+
+    def _answer(self, sequence: Sequence, drawn: list[tuple[int, TokenLogprobs | None]]) -> list[StepOutput]:
+        """Adds the drawn tokens to the answers of a sequence: one to an answer being written, one to each answer of a
+        request whose prompt has just been read."""
         answers = [sequence]
-        for fork, copy in self._scheduler.fork(sequence):
-            answers.append(fork)
-            if copy is not None:
-                self._copies.append(copy)
-        return answers
+        if len(drawn) > 1:
+            try:
+                self._make_room(len(drawn) - 1)
+            except CapacityError as error:
+                return [self._fail(sequence.request, error)]
+            for fork, copy in self._scheduler.fork(sequence):
+                answers.append(fork)
+                if copy is not None:
+                    self._copies.append(copy)
+                    for page in copy:
+                        self._cache.share(page)
+        return [self._extend(answer, token, logprobs) for answer, (token, logprobs) in zip(answers, drawn, strict=True)]
 
     def _extend(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenOutput:
         """Adds a drawn token to its answer and ends the answer if it is to end here."""
@@ -122,8 +280,34 @@ class Engine:
         return TokenOutput(request.request_id, sequence.index, token, logprobs, finish_reason, stop_reason)
 
 
+def _open_catalogue(info: EngineInfo) -> "Catalogue | None":
+    if info.cache_dir is None:
+        return None
+    from distkv.storage.catalogue import Catalogue  # imports zarr
+
+    return Catalogue(Path(info.cache_dir))
+
+
+def _sequence_plan(sequence: Sequence, start: int, count: int, num_logits: int) -> SequencePlan:
+    end = start + count
+    num_pages = pages_for(end, sequence.table.page_size)
+    places = [page.location for page in sequence.table.pages[:num_pages]]
+    return SequencePlan(sequence.token_ids[start:end], start, places, sequence.prompt_len, num_logits)
+
+
+def _page_seed(sequence: Sequence, page: Page) -> int:
+    """Of a page of random keys and values."""
+    assert sequence.request.random_kv_seed is not None
+    return (sequence.request.random_kv_seed << 32) + page.index
+
+
+def _num_draws(sequence: Sequence) -> int:
+    """Tokens drawn from one row of logits: one for each answer of a request whose prompt has just been read."""
+    return sequence.request.params.n if sequence.in_prompt else 1
+
+
 def _sample_rows(sequence: Sequence, logits_row: int) -> list[SampleRow]:
-    """The draws from one row of logits, one for each of `Engine._answers`."""
+    """The draws from one row of logits."""
     params = sequence.request.params
     position = sequence.num_output_tokens
     return [

@@ -1,6 +1,7 @@
 """Starts an engine from its options: reads the model's config, settles the sizes, and loads the ranks."""
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,10 +12,16 @@ from distkv.config import EngineConfig
 from distkv.engine import Engine
 from distkv.errors import CapacityError, ConfigError
 from distkv.messages import EngineInfo
+from distkv.storage.page_size import NUM_BUFFERS, pages_for
+from distkv.storage.page_spec import PageSpec
+from distkv.storage.tiered_cache import MAX_DISK_WRITES
 from distkv.workers.model_config import ModelConfig, parse_dtype
 from distkv.workers.process_group import ProcessGroup
-from distkv.workers.rank import Rank, RankConfig, rank_page_spec
+from distkv.workers.rank import Capacity, Rank, RankConfig, rank_page_spec
+from distkv.workers.report import Report, ReportCollector
 from distkv.workers.shard import Shard
+from distkv.workers.step_plan import StepPlan
+from distkv.workers.tiers import PoolSizes
 
 if TYPE_CHECKING:
     from distkv.llm import EngineClient
@@ -34,9 +41,21 @@ def launch(config: EngineConfig) -> "EngineClient":
         return RayEngine(config, model, max_model_len)
     rank_config = make_rank_config(config, model, _local_device(config.device))
     local = Rank(rank_config, ProcessGroup())
-    capacity = local.page_capacity(ranks_on_node=1) if config.device_kv_bytes is None else 0
-    info = make_engine_info(config, rank_config, max_model_len, capacity, lambda pages: [local.allocate(pages)])
-    return Engine(info, local.execute)
+    capacity = local.page_capacity(ranks_on_node=1) if needs_capacity(config) else None
+    info = make_engine_info(config, rank_config, max_model_len, capacity, lambda sizes: [local.allocate(sizes)])
+
+    reports = ReportCollector(num_ranks=1)
+
+    def execute(plan: StepPlan) -> tuple[torch.Tensor | None, Report]:
+        logits = local.execute(plan)
+        return logits, reports.add([local.take_report()])
+
+    return Engine(info, execute, local.close)
+
+
+def needs_capacity(config: EngineConfig) -> bool:
+    """Whether the ranks must be asked how much memory they have."""
+    return config.device_kv_bytes is None or config.host_kv_bytes is None
 
 
 def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> RankConfig:
@@ -52,58 +71,121 @@ def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> R
         max_num_batched_tokens=config.max_num_batched_tokens,
         gpu_memory_utilization=config.gpu_memory_utilization,
         num_threads=config.num_threads,
+        staging_pages=config.staging_pages or config.min_staging_pages,
+        cache_dir=None if config.cache_dir is None else Path(config.cache_dir).absolute(),
     )
 
 
 def make_engine_info(
-    config: EngineConfig, ranks: RankConfig, max_model_len: int, capacity: int, allocate: Callable[[int], list[int]]
+    config: EngineConfig,
+    ranks: RankConfig,
+    max_model_len: int,
+    capacity: Capacity | None,
+    allocate: Callable[[PoolSizes], list[tuple[int, int, int]]],
 ) -> EngineInfo:
-    """Settles the size of the device pool, has it allocated, and logs it.
+    """Settles the sizes of the pools, has them allocated, and logs them.
 
     Args:
-        capacity: pages that fit on the rank with the least room; of no account when device_kv_bytes is set.
-        allocate: makes pools of so many pages on all ranks and returns the bytes that each takes.
+        capacity: of the rank with the least room; None when `needs_capacity` says that nobody asks.
+        allocate: makes pools on all ranks and returns the bytes of each tier for each.
 
-    Raises CapacityError when device_kv_bytes is less than a page.
+    Raises CapacityError when a tier is too small to work with.
     """
     size = config.tensor_parallel_size
     specs = [rank_page_spec(ranks, Shard.of(ranks.model, rank, size)) for rank in range(size)]
-    page_bytes = sum(spec.page_bytes for spec in specs)
-    pages = capacity
-    if config.device_kv_bytes is not None:
-        assert isinstance(config.device_kv_bytes, int)
-        pages = config.device_kv_bytes // page_bytes
-        if pages < 1:
-            raise CapacityError(
-                f"device_kv_bytes {config.device_kv_bytes} is less than one page of {config.page_size} tokens, "
-                f"{page_bytes} bytes over all ranks; raise it or lower page_size"
-            )
-    pages = min(pages, config.max_num_seqs * specs[0].pages_for(max_model_len))
-    pool_bytes = allocate(pages)
+    sizes = _pool_sizes(config, ranks, specs, max_model_len, capacity)
+    pool_bytes = allocate(sizes)
     info = EngineInfo(
         max_model_len=max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         page_size=config.page_size,
-        num_pages=pages,
-        page_bytes=page_bytes,
-        pool_bytes=sum(pool_bytes),
+        num_pages=sizes.device,
+        num_host_pages=sizes.host,
+        num_disk_pages=sizes.disk,
+        page_bytes=sum(spec.page_bytes for spec in specs),
+        pool_bytes=sum(device for device, _, _ in pool_bytes),
         kv_bytes_per_token=sum(spec.bytes_per_token for spec in specs),
         vocab_size=ranks.model.vocab_size,
         eos_token_ids=ranks.model.eos_token_ids,
         seed=config.seed,
+        cache_dir=str(ranks.cache_dir) if sizes.disk else None,
     )
-    log.info(
-        "KV cache: %d pages of %d tokens, %.2f GiB over %d rank(s); each rank holds %s GiB",
-        pages, config.page_size, sum(pool_bytes) / 2**30, size,
-        ", ".join(f"{size / 2**30:.2f}" for size in pool_bytes),
-    )  # fmt: skip
-    if pages * config.page_size < max_model_len:
+    for name, pages, per_rank in zip(
+        ("device", "host", "disk"), (sizes.device, sizes.host, sizes.disk), zip(*pool_bytes, strict=True), strict=True
+    ):
+        log.info(
+            "KV cache on %s: %d pages of %d tokens, %.3f GiB over %d rank(s); each rank holds %s GiB",
+            name, pages, config.page_size, sum(per_rank) / 2**30, size,
+            ", ".join(f"{one / 2**30:.3f}" for one in per_rank),
+        )  # fmt: skip
+    held = (sizes.device + sizes.host + sizes.disk) * config.page_size
+    if held < max_model_len:
         log.warning(
-            "the device pool holds %d tokens, less than max_model_len %d; a request that may need more is refused",
-            pages * config.page_size, max_model_len,
+            "the tiers hold %d tokens, less than max_model_len %d; a request that may need more is refused",
+            held, max_model_len,
         )  # fmt: skip
     return info
+
+
+def _pool_sizes(
+    config: EngineConfig, ranks: RankConfig, specs: list[PageSpec], max_model_len: int, capacity: Capacity | None
+) -> PoolSizes:
+    """Pages of each tier. Sizes in the options are of all ranks together."""
+    page_bytes = sum(spec.page_bytes for spec in specs)
+
+    def given(name: str) -> int | None:
+        size = getattr(config, name)
+        if size is None or size == 0:
+            return size
+        if size < page_bytes:
+            raise CapacityError(
+                f"{name} {size} is less than one page of {config.page_size} tokens, {page_bytes} bytes over all ranks; "
+                "raise it or lower page_size"
+            )
+        return size // page_bytes
+
+    most = config.max_num_seqs * specs[0].pages_for(max_model_len)
+    device = given("device_kv_bytes")
+    if device is None:
+        assert capacity is not None
+        device = min(capacity.device, most)
+    host = given("host_kv_bytes")
+    if host is None:
+        assert capacity is not None
+        host = min(capacity.host, most) if device < most else 0
+    staging = ranks.staging_pages if host else 0
+    disk = read_ahead = 0
+    if ranks.cache_dir is not None and host:
+        disk = given("disk_kv_bytes") or min(_free_disk_bytes(ranks.cache_dir) // 2 // page_bytes, most)
+        # pages on their way to disk lie there twice for a moment
+        disk -= MAX_DISK_WRITES if disk > 2 * MAX_DISK_WRITES else 0
+        # what is read from disk passes through host memory, which counts as the host's
+        least = -(-(staging // NUM_BUFFERS) // specs[0].num_layers)  # a buffer of the ring
+        ahead = max(least, host // 16)
+        if host <= ahead:
+            raise CapacityError(
+                f"host_kv_bytes holds {host} pages and reading from disk takes {ahead} of them; raise it to "
+                f"{(ahead + 1) * page_bytes}"
+            )
+        host, read_ahead = host - ahead, ahead * specs[0].num_layers
+    step = pages_for(min(config.max_num_batched_tokens, max_model_len), config.page_size)
+    if host and device <= step and device < most:
+        tokens = max(1, device - 1) * config.page_size
+        raise CapacityError(
+            f"the device holds {device} KV pages of {config.page_size} tokens, and a step of "
+            f"{min(config.max_num_batched_tokens, max_model_len)} tokens fills {step} beside one being written: "
+            f"raise device_kv_bytes by {(step + 1 - device) * page_bytes} to {(step + 1) * page_bytes}, or lower "
+            f"max_num_batched_tokens to {tokens}"
+        )
+    return PoolSizes(min(device, most), min(host, most), min(disk, most), staging, read_ahead)
+
+
+def _free_disk_bytes(folder: Path) -> int:
+    """What is free where the folder is or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -1,7 +1,5 @@
 """What rank 0 of a Ray group runs: the engine loop, fed with requests over ZeroMQ."""
 
-from collections.abc import Callable
-
 import zmq
 from torch import Tensor
 
@@ -19,18 +17,23 @@ from distkv.messages import (
     decode_command,
     encode,
 )
+from distkv.workers.channel import LeaderChannel
 from distkv.workers.rank import Rank
+from distkv.workers.report import Report, ReportCollector
 from distkv.workers.step_plan import StepPlan
 
 IDLE_POLL = 1000  # milliseconds
 
 
-def lead(rank: Rank, send_plan: Callable[[StepPlan], None], client: zmq.Socket, info: EngineInfo) -> None:
+def lead(rank: Rank, followers: LeaderChannel, client: zmq.Socket, info: EngineInfo) -> None:
     """Serves the owner of the group on a PAIR socket until it sends Shutdown."""
 
-    def execute(plan: StepPlan) -> Tensor | None:
-        send_plan(plan)
-        return rank.execute(plan)
+    reports = ReportCollector(rank.group.size)
+
+    def execute(plan: StepPlan) -> tuple[Tensor | None, Report]:
+        followers.send(plan)
+        logits = rank.execute(plan)
+        return logits, reports.add([rank.take_report(), *followers.receive()])
 
     engine = Engine(info, execute)
     while True:
@@ -47,6 +50,7 @@ def lead(rank: Rank, send_plan: Callable[[StepPlan], None], client: zmq.Socket, 
                 case GetStats():
                     client.send(encode(engine.stats()))
                 case Shutdown():
+                    engine.close()
                     return
         if outputs := engine.step():
             client.send(encode(Tokens(outputs)))

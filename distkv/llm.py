@@ -8,11 +8,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from distkv import errors
 from distkv.answer import RequestState
 from distkv.config import EngineConfig
 from distkv.errors import ConfigError, DistKVError, RequestError
 from distkv.launch import launch
-from distkv.messages import EngineInfo, EngineRequest, EngineStats, TokenOutput
+from distkv.messages import EngineInfo, EngineRequest, EngineStats, RequestFailed, StepOutput
 from distkv.outputs import RequestOutput
 from distkv.sampling_params import SamplingParams
 from distkv.tokenizer import Message, Tokenizer
@@ -47,6 +48,10 @@ class LLM:
         ray_address: str | None = None,
         device: str = "auto",
         device_kv_bytes: int | str | None = None,
+        host_kv_bytes: int | str | None = None,
+        disk_kv_bytes: int | str | None = None,
+        cache_dir: str | Path | None = None,
+        staging_pages: int | None = None,
         gpu_memory_utilization: float = 0.9,
         load_format: str = "auto",
         num_threads: int | None = None,
@@ -68,6 +73,10 @@ class LLM:
             ray_address=ray_address,
             device=device,
             device_kv_bytes=device_kv_bytes,
+            host_kv_bytes=host_kv_bytes,
+            disk_kv_bytes=disk_kv_bytes,
+            cache_dir=cache_dir,
+            staging_pages=staging_pages,
             gpu_memory_utilization=gpu_memory_utilization,
             load_format=load_format,
             num_threads=num_threads,
@@ -93,8 +102,9 @@ class LLM:
             sampling_params: for all prompts, or one for each.
             use_tqdm: show a progress bar on stderr.
 
-        Returns one output per prompt, in their order. Raises RequestError or CapacityError, before anything runs, for a
-        prompt that cannot be answered, and WorkerDied when a rank is lost.
+        Returns one output per prompt, in their order; one that could not go on has its `error` set, and the others are
+        whole. Raises RequestError or CapacityError, before anything runs, for a prompt that cannot be answered, and
+        WorkerDied when a rank is lost.
         """
         listed = _listed(prompts)
         if isinstance(sampling_params, list):
@@ -128,7 +138,8 @@ class LLM:
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Answers one prompt and yields the output so far whenever there is more of it; the last one is finished.
 
-        Leaving the iterator early ends the request.
+        Leaving the iterator early ends the request. Raises as `generate` does, and StoreError or CapacityError when the
+        request cannot go on.
         """
         return self._outputs(self._request(prompt, sampling_params or SamplingParams()))
 
@@ -219,6 +230,8 @@ class LLM:
     def _outputs(self, state: RequestState) -> Iterator[RequestOutput]:
         with closing(self._drive([state])) as grown:  # so that closing this generator aborts at once
             for _ in grown:
+                if state.error is not None:
+                    raise state.error
                 yield state.output()
 
     def _drive(self, states: list[RequestState]) -> Generator[RequestState, None, None]:
@@ -249,6 +262,10 @@ class LLM:
             state = self._states.get(token.request_id)
             if state is None:
                 continue  # it was aborted while the token was on its way
+            if isinstance(token, RequestFailed):
+                state.fail(getattr(errors, token.error)(token.message))
+                del self._states[token.request_id]
+                continue
             if state.add(token) and token.finish_reason is None:  # at a stop string, which the engine cannot see
                 engine.abort([(token.request_id, token.index)])
             if state.finished:
@@ -277,8 +294,8 @@ class EngineClient(Protocol):
     def abort(self, answers: list[tuple[str, int | None]]) -> None:
         """Ends answers `(request id, index)`, with index None all of a request."""
 
-    def step(self) -> list[TokenOutput]:
-        """Waits for the next tokens. Raises WorkerDied when a rank is lost."""
+    def step(self) -> list[StepOutput]:
+        """Waits for the next tokens, or for a request to fail. Raises WorkerDied when a rank is lost."""
         ...
 
     def stats(self) -> EngineStats:

@@ -14,13 +14,16 @@ class EngineInfo(msgspec.Struct, frozen=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     page_size: int
-    num_pages: int
+    num_pages: int  # on the device
+    num_host_pages: int
+    num_disk_pages: int
     page_bytes: int
-    pool_bytes: int  # of the pools as allocated
+    pool_bytes: int  # of the device pools as allocated
     kv_bytes_per_token: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     seed: int
+    cache_dir: str | None  # of the disk tier
 
 
 class EngineRequest(msgspec.Struct, frozen=True):
@@ -31,9 +34,12 @@ class EngineRequest(msgspec.Struct, frozen=True):
     params: SamplingParams
     max_tokens: int
     seed: int
+    # The keys and values of all full pages but the last token's are random numbers of this seed, not those of the
+    # prompt: a context of any length without its prefill, for stress tests.
+    random_kv_seed: int | None = None
 
 
-class TokenOutput(msgspec.Struct, frozen=True):
+class TokenOutput(msgspec.Struct, frozen=True, tag=True):
     """One more token of one answer."""
 
     request_id: str
@@ -44,13 +50,31 @@ class TokenOutput(msgspec.Struct, frozen=True):
     stop_reason: int | None
 
 
+class RequestFailed(msgspec.Struct, frozen=True, tag=True):
+    """A request that cannot go on, with all its answers; the others do."""
+
+    request_id: str
+    error: str  # name of a class of `distkv.errors`
+    message: str
+
+
+StepOutput = TokenOutput | RequestFailed
+
+
 class EngineStats(msgspec.Struct, frozen=True, tag=True):
-    """State of the KV cache."""
+    """State of the KV cache. A page that lies in several tiers counts for each, and once in `pages_in_use`."""
 
     pages_in_use: int
     peak_pages_in_use: int
     num_running: int
     num_waiting: int
+    device_pages: int = 0
+    host_pages: int = 0
+    disk_pages: int = 0
+    # bytes by route since the start, all ranks together: device_to_host, host_to_disk, disk_to_host, host_to_device for
+    # whole pages; host_streamed and disk_streamed for the layer slices that passed through the staging ring
+    moved: dict[str, int] = {}
+    pages_recomputed: int = 0  # that could not be read back
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):
@@ -86,7 +110,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 class Tokens(msgspec.Struct, frozen=True, tag=True):
     """Leader to client: what a step drew."""
 
-    outputs: list[TokenOutput]
+    outputs: list[StepOutput]
 
 
 encode = msgspec.msgpack.Encoder().encode

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from distkv.errors import DistKVError
+
 
 @dataclass(frozen=True)
 class Logprob:
@@ -17,7 +19,8 @@ class CompletionOutput:
     """One answer of a request.
 
     `logprobs`, when asked for, has a table per token: token id -> Logprob, the drawn token among them.
-    `finish_reason` is "stop" (an end token or a stop string, named in `stop_reason`), "length", or None while it runs.
+    `finish_reason` is "stop" (an end token or a stop string, named in `stop_reason`), "length", "error" when the
+    request could not go on, or None while it runs.
     """
 
     index: int
@@ -38,3 +41,4 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
+    error: DistKVError | None = None  # why it could not go on

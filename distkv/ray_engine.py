@@ -6,7 +6,7 @@ import zmq
 
 from distkv.config import EngineConfig
 from distkv.errors import CapacityError, DistKVError
-from distkv.launch import make_engine_info, make_rank_config
+from distkv.launch import make_engine_info, make_rank_config, needs_capacity
 from distkv.leader import lead
 from distkv.messages import (
     Abort,
@@ -18,7 +18,7 @@ from distkv.messages import (
     GetStats,
     Refused,
     Shutdown,
-    TokenOutput,
+    StepOutput,
     Tokens,
     decode_reply,
     encode,
@@ -41,13 +41,13 @@ class RayEngine:
         """Starts the ranks; raises CapacityError, ConfigError or WorkerDied, having released everything."""
         self._group = RayGroup(config.tensor_parallel_size, config.ray_address, config.device)
         self._context = zmq.Context()
-        self._unread: deque[list[TokenOutput]] = deque()
+        self._unread: deque[list[StepOutput]] = deque()
         self._unwanted = 0  # answers still to come that nobody waits for any more
         self._closed = False
         try:
             ranks = make_rank_config(config, model, self._group.device)
             self._group.load(ranks)
-            capacity = self._group.capacity() if config.device_kv_bytes is None else 0
+            capacity = self._group.capacity() if needs_capacity(config) else None
             self.info = make_engine_info(config, ranks, max_model_len, capacity, self._group.allocate)
             self._group.start(lead, self.info)
             self._socket = self._context.socket(zmq.PAIR)
@@ -70,7 +70,7 @@ class RayEngine:
         if not self._closed:
             self._send(Abort(answers))
 
-    def step(self) -> list[TokenOutput]:
+    def step(self) -> list[StepOutput]:
         """See `EngineClient.step`."""
         if self._unread:
             return self._unread.popleft()

@@ -5,63 +5,83 @@ from collections import deque
 from distkv.errors import CapacityError
 from distkv.messages import EngineInfo, EngineRequest
 from distkv.sequence import Sequence
-from distkv.storage.page_allocator import PageAllocator
 from distkv.storage.page_size import pages_for
 from distkv.storage.page_table import PageTable
+from distkv.storage.tiered_cache import Page, TieredCache
 
 
 class Scheduler:
     """First come, first served. A step takes one token of every answer being written, then chunks of prompts.
 
-    A request is admitted when the pages it may need at most are not promised to others, so a running request never
-    waits for memory and nothing is ever computed twice. The pages themselves are taken as tokens arrive.
+    A request is admitted when the pages it may need at most are not promised to others, over all tiers, so a running
+    request never loses its pages and nothing is computed twice. The pages themselves are taken as tokens arrive.
+
+    What a step writes must lie on the device. A sequence whose new pages do not fit beside those that others are
+    writing waits for a later step; its chunk is never cut for it, since the cut would change the rounding.
     """
 
     def __init__(self, info: EngineInfo):
         self._info = info
-        self.allocator = PageAllocator(info.num_pages)
+        step_pages = pages_for(min(info.max_num_batched_tokens, info.max_model_len), info.page_size)
+        self.cache = TieredCache((info.num_pages, info.num_host_pages, info.num_disk_pages), step_pages)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._promised: dict[str, int] = {}  # request id -> pages
 
     def check(self, request: EngineRequest) -> None:
         """Raises CapacityError when a request could never run."""
-        needed = self._most_pages(request)
-        if needed > self._info.num_pages:
-            size = self._info.page_bytes
+        needed, held, size = self._most_pages(request), self.cache.capacity, self._info.page_bytes
+        if needed > held:
+            refusal = f" (the disk refuses more: {self.cache.disk_refusal})" if self.cache.disk_refusal else ""
+            device, host, disk = (slots.num_slots for slots in self.cache.slots)
             raise CapacityError(
                 f"the request may need {needed} KV pages ({needed * size} bytes) for {len(request.prompt_token_ids)} "
-                f"prompt tokens and up to {request.max_tokens} more, n={request.params.n}; the device pool holds "
-                f"{self._info.num_pages} ({self._info.num_pages * size} bytes). "
-                "Raise device_kv_bytes or lower max_tokens"
+                f"prompt tokens and up to {request.max_tokens} more, n={request.params.n}; the tiers hold {held} "
+                f"({held * size} bytes; device {device}, host {host}, disk {disk}){refusal}. "
+                "Raise device_kv_bytes, host_kv_bytes or disk_kv_bytes, or lower max_tokens"
             )
         if request.params.n > self._info.max_num_seqs:
             raise CapacityError(
                 f"n is {request.params.n} and max_num_seqs {self._info.max_num_seqs}; lower n or raise max_num_seqs"
             )
+        written = self._chunk_pages(request) + request.params.n
+        if written > self._info.num_pages and needed > self._info.num_pages:
+            raise CapacityError(
+                f"a step of the request writes {written} KV pages, n={request.params.n}; the device holds "
+                f"{self._info.num_pages}. Raise device_kv_bytes, or lower max_num_batched_tokens or n"
+            )
 
     def add(self, request: EngineRequest) -> None:
         """Queues a request that passed `check`."""
-        table = PageTable(self.allocator, self._info.page_size)
+        table = PageTable(self.cache, self._info.page_size)
         self.waiting.append(Sequence(request, 0, table, list(request.prompt_token_ids)))
 
     def schedule(self) -> list[tuple[Sequence, int]]:
         """The sequences of the next step with the number of tokens each runs; empty when there is nothing to do."""
         self._admit()
         budget = self._info.max_num_batched_tokens
+        room = self._info.num_pages - sum(sequence.table.num_unfilled for sequence in self.running)
         step = []
-        for sequence in self.running:
-            if not sequence.in_prompt:
-                step.append((sequence, 1))
-                budget -= 1
-        for sequence in self.running:
-            if sequence.in_prompt and budget > 0:
-                count = self._chunk(sequence, budget)
+        for sequence in self._decoding() + self._reading():
+            count = self._chunk(sequence, budget) if sequence.in_prompt else min(1, budget)
+            pages = sequence.table.missing(count)
+            if count and pages <= room:
                 step.append((sequence, count))
-                budget -= count
+                budget -= 0 if sequence.num_random else count
+                room -= pages
         return step
 
-    def fork(self, sequence: Sequence) -> list[tuple[Sequence, tuple[int, int] | None]]:
+    def refuse(self) -> EngineRequest | None:
+        """Takes the first waiting request out when nothing runs that could make room for it."""
+        return None if self.running or not self.waiting else self.waiting.popleft().request
+
+    def _decoding(self) -> list[Sequence]:
+        return [sequence for sequence in self.running if not sequence.in_prompt]
+
+    def _reading(self) -> list[Sequence]:
+        return [sequence for sequence in self.running if sequence.in_prompt]
+
+    def fork(self, sequence: Sequence) -> list[tuple[Sequence, tuple[Page, Page] | None]]:
         """Starts the other answers of a request whose prompt has been read."""
         forks = [sequence.fork(index) for index in range(1, sequence.request.params.n)]
         self.running += [fork for fork, _ in forks]
@@ -84,14 +104,20 @@ class Scheduler:
                 self.finish(sequence)
 
     def _admit(self) -> None:
-        seats = self._info.max_num_seqs - sum(self._seats(sequence) for sequence in self.running)
-        pages = self._info.num_pages - sum(self._promised.values())
+        taken = sum(self._seats(sequence) for sequence in self.running)
+        pages = self.cache.capacity - sum(self._promised.values())
+        chunk = max((self._chunk_pages(sequence.request) for sequence in self._reading()), default=0)
         while self.waiting:
             request = self.waiting[0].request
             needed = self._most_pages(request)
-            if request.params.n > seats or needed > pages:
+            seats = taken + request.params.n
+            if seats > self._info.max_num_seqs or needed > pages:
                 return
-            seats -= request.params.n
+            # the largest chunk must fit beside a page of each other answer, or all pages on the device
+            chunk = max(chunk, self._chunk_pages(request))
+            if seats + chunk > self._info.num_pages < sum(self._promised.values()) + needed:
+                return
+            taken = seats
             pages -= needed
             self._promised[request.request_id] = needed
             self.running.append(self.waiting.popleft())
@@ -103,11 +129,18 @@ class Scheduler:
 
     def _chunk(self, sequence: Sequence, budget: int) -> int:
         """Tokens of the prompt to run; a chunk that is not the last ends on a page border where it can."""
+        if sequence.num_random:
+            whole_pages = self._info.max_num_batched_tokens // self._info.page_size or 1
+            return min(sequence.num_random, whole_pages * self._info.page_size)
         if sequence.num_pending <= budget:
             return sequence.num_pending
         start = sequence.table.num_tokens
         border = (start + budget) // self._info.page_size * self._info.page_size
         return border - start if border > start else budget
+
+    def _chunk_pages(self, request: EngineRequest) -> int:
+        """Pages that a step may fill with a chunk of the prompt."""
+        return pages_for(min(len(request.prompt_token_ids), self._info.max_num_batched_tokens), self._info.page_size)
 
     def _most_pages(self, request: EngineRequest) -> int:
         """Pages of all answers at their full length, the prompt's full pages counted once."""

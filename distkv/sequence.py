@@ -1,9 +1,11 @@
 """One answer that is being written: its tokens and its pages."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from distkv.messages import EngineRequest
 from distkv.storage.page_table import PageTable
+from distkv.storage.tiered_cache import Page
 
 
 @dataclass(eq=False)
@@ -37,7 +39,24 @@ class Sequence:
         """Whether the prompt is still being read."""
         return self.num_output_tokens == 0
 
-    def fork(self, index: int) -> tuple["Sequence", tuple[int, int] | None]:
+    @property
+    def num_random_in_all(self) -> int:
+        """Tokens of the prompt whose keys and values are random, see `EngineRequest.random_kv_seed`; whole pages."""
+        if self.request.random_kv_seed is None:
+            return 0
+        return (self.prompt_len - 1) // self.table.page_size * self.table.page_size
+
+    @property
+    def num_random(self) -> int:
+        """Those of them that are still to come."""
+        return max(0, self.num_random_in_all - self.table.num_tokens)
+
+    def by_importance(self) -> Iterator[Page]:
+        """Its pages in the order in which they are best kept near: the first, then the newest."""
+        yield from self.table.pages[:1]
+        yield from reversed(self.table.pages[1:])
+
+    def fork(self, index: int) -> tuple["Sequence", tuple[Page, Page] | None]:
         """Another answer from the same state; also the page copy it needs, see `PageTable.fork`."""
         table, copy = self.table.fork()
         return Sequence(self.request, index, table, list(self.token_ids)), copy

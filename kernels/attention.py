@@ -9,17 +9,17 @@ head (group), S page_size, D head_dim.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# Tokens of prefix that one prefill split covers; a multiple of every page_size up to itself.
-PREFILL_SPLIT = 2048
-
 # Query rows up to which the CPU kernel's bits can depend on being given a single (n, h).
 LONE_ROWS = 32
+
+Block = tuple[Tensor, Tensor, Tensor | None, Tensor]
+"""Some pages and who meets them, see `decode_attention`."""
 
 State = tuple[Tensor, Tensor]
 """Partial softmax state `(out, lse)`: the normalised output over some keys and the log-sum-exp of their scores, so
@@ -89,43 +89,33 @@ def merge_next(out: Tensor, lse: Tensor, next_out: Tensor, next_lse: Tensor) -> 
     return out, merged
 
 
-def decode_attention(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    runs: Sequence[tuple[int, int]],
-    row_owner: Tensor | None,
-    mask: Tensor,
-    order: Tensor | None,
-) -> State:
+def decode_attention(q: Tensor, blocks: Iterable[Block], order: Tensor | None) -> State:
     """Attention of a few query tokens per sequence, one split a page.
 
-    The pages of all sequences are visited in the order of the pool, in runs of neighbours, each run a view of the pool;
-    `order` puts their states back into logical order.
+    The pages of all sequences come in blocks, in any order, and from wherever they lie; `order` puts their states into
+    logical order. A block is used up before the next one is asked for, so that its memory may serve again.
 
     Shapes:
         q `[B, K, R, D]`: R = tokens per sequence * group, the same for all sequences
-        k_pages, v_pages `[pages, K, S, D]`: all K and all V pages of one layer
-        runs: `(first page, pages)` in visiting order; their lengths add up to P
-        row_owner int64 `[P]`: the sequence whose queries meet the visited page; None when there is one sequence
-        mask `[P, 1, R or 1, S]` in q's dtype: 0 where the row may see the key, else -inf; a row that sees no key of a
-            page must be given some key of it, and its state is dropped by `order`
-        order int64 `[B, max pages of a sequence, R]`: index into the visited `(page, row)` states, `P * R` for none;
-            None when there is one page, or one sequence visited in logical order that needs no state dropped
+        blocks: `(k, v, owner, mask)` of n pages each, P in all:
+            k, v `[n, K, S, D]`
+            owner int64 `[n]`: the sequence whose queries meet the page; None when there is one sequence
+            mask `[n, 1, R or 1, S]` in q's dtype: 0 where the row may see the key, else -inf; a row that sees no key of
+                a page must be given some key of it, and its state is dropped by `order`
+        order int64 `[B, max pages of a sequence, R]`: index into the `(page, row)` states in the order of their coming,
+            `P * R` for none; None when there is one page, or one sequence whose pages come in logical order and none of
+            whose states is dropped
     Returns the merged state: out `[B, K, R, D]` in q's dtype and lse fp32 `[B, K, R]`.
     """
     outs, lses = [], []
-    first = 0
-    for start, count in runs:
-        span = slice(first, first + count)
-        rows = q.expand(count, -1, -1, -1) if row_owner is None else q[row_owner[span]]
-        out, lse = attend(rows, k_pages[start : start + count], v_pages[start : start + count], mask=mask[span])
+    for k, v, owner, mask in blocks:
+        rows = q.expand(len(k), -1, -1, -1) if owner is None else q[owner]
+        out, lse = attend(rows, k, v, mask=mask)
         outs.append(out)
         lses.append(lse)
-        first += count
-    out, lse = (outs[0], lses[0]) if len(runs) == 1 else (torch.cat(outs), torch.cat(lses))
+    out, lse = (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs), torch.cat(lses))
     if order is None:
-        if first == 1:
+        if len(out) == 1:
             return out, lse
         merged, merged_lse = merge_states(out, lse, dim=0)
         return merged.to(q.dtype)[None], merged_lse[None]
@@ -138,41 +128,26 @@ def decode_attention(
     return merged.to(q.dtype), merged_lse
 
 
-def prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, prefix_pages: Tensor, prefix_len: int
-) -> State:
-    """Causal attention of one sequence's chunk of a prompt over its prefix in pages and over itself.
+def prefill_attention(q: Tensor, k: Tensor, v: Tensor, prefix: Iterable[tuple[Tensor, Tensor]]) -> State:
+    """Causal attention of one sequence's chunk of a prompt over its prefix and over itself.
 
-    The splits are the prefix in pieces of PREFILL_SPLIT tokens from position 0, then the chunk.
+    The splits are the pieces of the prefix, then the chunk.
 
     Shapes:
         q `[T, K, G, D]`, k, v `[T, K, D]`: the chunk, rotated, as stored in its pages; T >= 1
-        k_pages, v_pages `[pages, K, S, D]`: all K and all V pages of one layer
-        prefix_pages int64 `[ceil(prefix_len / S)]`: the pages of the tokens before the chunk, in logical order
+        prefix: k and v `[K, keys, D]` of each piece in logical order; one is used up before the next is asked for
     Returns the merged state: out `[T, K, G, D]` in q's dtype and lse fp32 `[T, K, G]`.
     """
     rows = q.permute(1, 2, 0, 3)  # [K, G, T, D]: KV heads as batch, so that a stride of 0 shares K and V over the group
-    group, page_size = rows.shape[1], k_pages.shape[2]
+    group = rows.shape[1]
 
     def share(block: Tensor) -> Tensor:  # [K, S, D] -> [K, G, S, D]
         return block[:, None].expand(-1, group, -1, -1)
 
-    states = []
-    per_split = max(1, PREFILL_SPLIT // page_size)
-    for first in range(0, len(prefix_pages), per_split):
-        split = prefix_pages[first : first + per_split]
-        keys = min(len(split) * page_size, prefix_len - first * page_size)
-        k_split, v_split = _gather(k_pages, split)[:, :keys], _gather(v_pages, split)[:, :keys]
-        states.append(attend(rows, share(k_split), share(v_split)))
-    states.append(attend(rows, share(k.transpose(0, 1)), share(v.transpose(0, 1)), causal=True))
-    out, lse = states[0]
-    if len(states) > 1:
-        out = out.float()
-        for state in states[1:]:
-            out, lse = merge_next(out, lse, *state)
+    merged: State | None = None
+    for k_piece, v_piece in prefix:
+        state = attend(rows, share(k_piece), share(v_piece))
+        merged = (state[0].float(), state[1]) if merged is None else merge_next(*merged, *state)
+    state = attend(rows, share(k.transpose(0, 1)), share(v.transpose(0, 1)), causal=True)
+    out, lse = state if merged is None else merge_next(*merged, *state)
     return out.to(q.dtype).permute(2, 0, 1, 3), lse.permute(2, 0, 1)
-
-
-def _gather(pages_PKSD: Tensor, index: Tensor) -> Tensor:
-    """The chosen pages side by side: `[K, len(index) * S, D]`."""
-    return pages_PKSD[index].transpose(0, 1).flatten(1, 2)

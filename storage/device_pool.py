@@ -2,34 +2,45 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from distkv.storage.host_memory import as_integers, lazy_zeros
+from distkv.storage.page_pool import check_slot
 from distkv.storage.page_spec import PageSpec
 
 
 class DevicePool:
-    """`num_pages` page slots on `device`, as one tensor of `PageSpec.device_shape`.
+    """A `PagePool` as one tensor of `PageSpec.device_shape` on `device`.
 
     A slot always holds finite numbers: attention reads whole pages and masks what is not filled, and a masked NaN
     would still spread. Hence `clear` for a slot that changes hands.
+
+    `store` and `load` are asynchronous on CUDA: they are ordered by the current stream.
     """
 
     def __init__(self, spec: PageSpec, num_pages: int, device: torch.device):
         self.spec = spec
         self.num_pages = num_pages
         shape = spec.device_shape(num_pages)
-        if device.type == "cpu":
-            # numpy's zeros are memory that the system maps on first touch; torch's are written at once
-            blank = np.zeros(shape, dtype=np.dtype(f"i{spec.dtype.itemsize}"))
-            self.data = torch.from_numpy(blank).view(spec.dtype)
-        else:
-            self.data = torch.zeros(shape, dtype=spec.dtype, device=device)
+        on_cpu = device.type == "cpu"
+        self.data = lazy_zeros(shape, spec.dtype) if on_cpu else torch.zeros(shape, dtype=spec.dtype, device=device)
 
     def layer(self, index: int) -> Tensor:
         """One layer of the pool: `[2, device_page, kv_head, page_size, head_dim]`, K first."""
         return self.data[index]
+
+    def store(self, slot: int, page: Tensor) -> None:
+        check_slot(slot, self.num_pages)
+        _copy(page, self.data[:, :, slot])
+
+    def load(self, slot: int, page: Tensor) -> None:
+        check_slot(slot, self.num_pages)
+        _copy(self.data[:, :, slot], page)
+
+    def load_layer(self, slot: int, layer: int, out: Tensor) -> None:
+        check_slot(slot, self.num_pages)
+        _copy(self.data[layer, :, slot], out)
 
     def clear(self, slots: Sequence[int]) -> None:
         """Fills newly taken slots with zeros, over all layers."""
@@ -39,3 +50,14 @@ class DevicePool:
     def copy(self, source: int, target: int) -> None:
         """Copies a whole page to another slot, over all layers."""
         self.data[:, :, target].copy_(self.data[:, :, source])
+
+    def close(self) -> None:
+        self.data = self.data[:, :, :0].clone()
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    if source.device.type == target.device.type == "cpu":
+        # numpy's copy leaves torch's thread team alone, so that it can run beside a step
+        as_integers(target)[...] = as_integers(source)
+    else:
+        target.copy_(source, non_blocking=True)

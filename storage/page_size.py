@@ -4,6 +4,12 @@ from distkv.errors import ConfigError
 
 MIN_PAGE_SIZE = 16  # tokens
 
+# Tokens of prefix that one split of prefill covers; a multiple of every page_size up to itself.
+PREFILL_SPLIT = 2048
+
+# Buffers of a staging ring: one is filled while another is used.
+NUM_BUFFERS = 2
+
 
 def pages_for(num_tokens: int, page_size: int) -> int:
     """Pages that `num_tokens` tokens take, the last one perhaps partly filled."""

@@ -41,6 +41,16 @@ class PageSpec:
         """Pages that `num_tokens` tokens take, the last one perhaps partly filled."""
         return pages_for(num_tokens, self.page_size)
 
+    @property
+    def slice_shape(self) -> tuple[int, int, int, int]:
+        """One page's part for one layer: `[2, kv_head, page_size, head_dim]`, K first."""
+        return 2, self.num_kv_heads, self.page_size, self.head_dim
+
+    @property
+    def page_shape(self) -> tuple[int, int, int, int, int]:
+        """A page below the device: `[layer, 2, kv_head, page_size, head_dim]`."""
+        return self.num_layers, *self.slice_shape
+
     def device_shape(self, num_pages: int) -> tuple[int, int, int, int, int, int]:
         """`[layer, 2, device_page, kv_head, page_size, head_dim]`: all K pages of a layer lie together, so a run of
         neighbouring pages is a view."""

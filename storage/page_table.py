@@ -1,44 +1,70 @@
 """The pages of one sequence, in logical order."""
 
-from distkv.storage.page_allocator import PageAllocator
 from distkv.storage.page_size import pages_for
+from distkv.storage.tiered_cache import Page, TieredCache
 
 
 class PageTable:
-    """Maps the tokens of a sequence to device slots; pages are taken as tokens arrive, none ahead of them."""
+    """Maps the tokens of a sequence to pages; pages are taken as tokens arrive, none ahead of them."""
 
-    def __init__(self, allocator: PageAllocator, page_size: int):
-        self._allocator = allocator
-        self._page_size = page_size
-        self.slots: list[int] = []
+    def __init__(self, cache: TieredCache, page_size: int):
+        self._cache = cache
+        self.page_size = page_size
+        self.pages: list[Page] = []
         self.num_tokens = 0
 
-    def append(self, num_tokens: int) -> list[int]:
-        """Makes room for `num_tokens` more tokens; returns the slots newly taken, with their old content.
+    @property
+    def num_unfilled(self) -> int:
+        """Pages that are not full, so that they must stay on the device."""
+        return len(self.pages) - self.num_tokens // self.page_size
 
-        Raises CapacityError, and changes nothing, when the pool lacks the room.
+    def missing(self, num_tokens: int) -> int:
+        """Pages that `append` would take."""
+        return max(0, pages_for(self.num_tokens + num_tokens, self.page_size) - len(self.pages))
+
+    def append(self, num_tokens: int) -> list[Page]:
+        """Makes room for `num_tokens` more tokens; returns their pages that nothing was written to yet.
+
+        Raises CapacityError when the device lacks free slots; see `TieredCache.reserve`.
         """
-        total = self.num_tokens + num_tokens
-        missing = pages_for(total, self._page_size) - len(self.slots)
-        taken = self._allocator.allocate(missing, self.slots[-1] if self.slots else None) if missing > 0 else []
-        self.slots += taken
-        self.num_tokens = total
-        return taken
+        for _ in range(self.missing(num_tokens)):
+            self.pages.append(self._cache.allocate(len(self.pages), self.pages[-1] if self.pages else None))
+        first = self.num_tokens // self.page_size
+        self.num_tokens += num_tokens
+        return [page for page in self.pages[first:] if page.fresh]
 
-    def fork(self) -> tuple["PageTable", tuple[int, int] | None]:
+    def rewind(self, num_tokens: int) -> None:
+        """Takes back the last `append`, whose step has failed; its pages are kept for the next try."""
+        self.num_tokens -= num_tokens
+
+    def commit(self, num_tokens: int) -> None:
+        """Tells that the tokens of the last `append` are in their pages; those that are full never change again."""
+        first, last = (self.num_tokens - num_tokens) // self.page_size, self.num_tokens // self.page_size
+        for page in self.pages[first:]:
+            page.fresh = False
+        for page in self.pages[first:last]:
+            self._cache.fill(page)
+
+    def fork(self) -> tuple["PageTable", tuple[Page, Page] | None]:
         """A second table over the same tokens. Full pages are shared; a partly filled last page is the new table's own.
 
-        Returns the table and the `(source, target)` slots that must be copied before either sequence goes on, or None.
+        Returns the table and the `(source, target)` pages that must be copied before either sequence goes on, or None.
+        Raises CapacityError as `append` does.
         """
-        other = PageTable(self._allocator, self._page_size)
-        full = self.num_tokens // self._page_size
-        own = self._allocator.allocate(len(self.slots) - full)
-        self._allocator.share(self.slots[:full])
-        other.slots = self.slots[:full] + own
+        other = PageTable(self._cache, self.page_size)
+        full = self.num_tokens // self.page_size
+        copy = None
+        if full < len(self.pages):
+            copy = self.pages[full], self._cache.allocate(full)
+            copy[1].fresh = False
+        for page in self.pages[:full]:
+            self._cache.share(page)
+        other.pages = self.pages[:full] + ([copy[1]] if copy else [])
         other.num_tokens = self.num_tokens
-        return other, (self.slots[full], own[0]) if own else None
+        return other, copy
 
     def release(self) -> None:
         """Gives every page back."""
-        self._allocator.release(self.slots)
-        self.slots, self.num_tokens = [], 0
+        for page in self.pages:
+            self._cache.release(page)
+        self.pages, self.num_tokens = [], 0

@@ -13,6 +13,7 @@ from distkv.kernels.activation import swiglu
 from distkv.kernels.norm import rms_norm
 from distkv.kernels.rope import rope_and_write_kv
 from distkv.storage.device_pool import DevicePool
+from distkv.storage.staging_ring import Stream
 from distkv.workers.batch import Batch
 from distkv.workers.linear import Linear, make_linear
 from distkv.workers.model_config import ModelConfig
@@ -47,9 +48,10 @@ class LlamaModel:
     final_norm: Tensor
     head: Linear  # E -> V
 
-    def forward(self, batch: Batch, pool: DevicePool) -> Tensor:
-        """Runs a step and fills the pages of its tokens; returns the hidden states `[rows, E]` before the final norm of
-        the rows whose logits are wanted. The others end with the last layer's attention, which nobody reads."""
+    def forward(self, batch: Batch, pool: DevicePool, stream: Stream | None) -> Tensor:
+        """Runs a step and fills the pages of its tokens; `stream` brings the batch's loads. Returns the hidden states
+        `[rows, E]` before the final norm of the rows whose logits are wanted. The others end with the last layer's
+        attention, which nobody reads."""
         eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
         cos, sin = self.rope.angles(batch.positions, batch.context)
         x_TE = self._embed(batch.token_ids)
@@ -57,7 +59,7 @@ class LlamaModel:
             layer_pool = pool.layer(index)
             qkv = layer.qkv(rms_norm(x_TE, layer.input_norm, eps)).unflatten(1, (-1, head_dim))
             q_THD, k_TKD, v_TKD = rope_and_write_kv(qkv, cos, sin, layer_pool, batch.page, batch.offset)
-            attended = batch.attend(q_THD, k_TKD, v_TKD, layer_pool)
+            attended = batch.attend(q_THD, k_TKD, v_TKD, layer_pool, stream)
             if index == len(self.layers) - 1:
                 x_TE, attended = x_TE[batch.logit_rows], attended[batch.logit_rows]
             x_TE += self.group.all_reduce(layer.attention_out(attended))

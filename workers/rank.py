@@ -3,21 +3,24 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 from torch import Tensor
 
 from distkv.errors import CapacityError
-from distkv.storage.device_pool import DevicePool
+from distkv.storage.host_memory import available_bytes
 from distkv.storage.page_spec import PageSpec
 from distkv.workers.batch import build_batch
 from distkv.workers.llama import LlamaModel, load_llama
 from distkv.workers.model_config import ModelConfig
 from distkv.workers.process_group import ProcessGroup
+from distkv.workers.report import Report
 from distkv.workers.shard import Shard
 from distkv.workers.step_plan import SequencePlan, StepPlan
+from distkv.workers.tiers import PoolSizes, RankTiers
 from distkv.workers.weights import DummySource, SafetensorsSource
 
-# Share of the memory free at start that the KV pool of a CPU rank may grow to, unless a size is given.
+# Share of the memory free at start that each KV pool in CPU memory may grow to, unless a size is given.
 CPU_KV_SHARE = 0.25
 
 
@@ -35,6 +38,15 @@ class RankConfig:
     max_num_batched_tokens: int
     gpu_memory_utilization: float  # share of the GPU's memory that weights, workspace and KV may take together
     num_threads: int | None  # torch's CPU threads; None leaves them as they are
+    staging_pages: int  # see `StagingRing`
+    cache_dir: Path | None  # of the disk tier
+
+
+class Capacity(msgspec.Struct, array_like=True, frozen=True):
+    """Pages that fit into a rank's memory when nobody says how many bytes they may take."""
+
+    device: int
+    host: int
 
 
 class Rank:
@@ -49,7 +61,7 @@ class Rank:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self._model = self._load()
-        self._pool = DevicePool(self.page_spec, 0, self.device)
+        self.tiers = RankTiers(self.page_spec, PoolSizes(), self.device)
 
     def _load(self) -> LlamaModel:
         config = self.config
@@ -60,73 +72,95 @@ class Rank:
         with source as weights, torch.inference_mode():
             return load_llama(weights, config.model, self.shard, self.group, config.dtype, self.device)
 
-    def page_capacity(self, ranks_on_node: int) -> int:
-        """Pages that fit into this rank's memory when nobody says how many bytes the KV cache may take.
-
-        Raises CapacityError when not even one fits.
-        """
+    def page_capacity(self, ranks_on_node: int) -> Capacity:
+        """Room for KV pages beside the weights, the workspace and the staging ring. Raises CapacityError when not even
+        one fits on the device."""
+        host_room = int(available_bytes() * CPU_KV_SHARE) // ranks_on_node
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
             used = total - free + self._workspace_bytes()
             room = int(total * self.config.gpu_memory_utilization) - used
             cure = "raise gpu_memory_utilization, or use more ranks or a smaller max_num_batched_tokens"
         else:
-            room = int(_available_bytes() * CPU_KV_SHARE) // ranks_on_node
+            room = host_room
             cure = "free some memory or set device_kv_bytes"
+        room -= self.config.staging_pages * self.page_spec.layer_slice_bytes
         pages = room // self.page_spec.page_bytes
         if pages < 1:
             raise CapacityError(
                 f"rank {self.shard.rank} has {max(room, 0)} bytes left for KV pages of {self.page_spec.page_bytes} "
                 f"bytes; {cure}"
             )
-        return pages
+        return Capacity(pages, host_room // self.page_spec.page_bytes)
 
     def _workspace_bytes(self) -> int:
         """Peak device memory of activations, from a trial step of the largest size."""
         tokens = self.config.max_num_batched_tokens
         pages = self.page_spec.pages_for(tokens)
-        self.allocate(pages)
+        self.allocate(PoolSizes(device=pages))
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         plan = SequencePlan([0] * tokens, 0, list(range(pages)), tokens, 1)
         self.execute(StepPlan([plan], [], []))
         torch.cuda.synchronize(self.device)
         peak = torch.cuda.max_memory_allocated(self.device)
-        self.allocate(0)
+        self.allocate(PoolSizes())
         torch.cuda.empty_cache()
         return peak - before
 
-    def allocate(self, num_pages: int) -> int:
-        """Makes the device pool, dropping the old one; returns the bytes it takes."""
-        self._pool = DevicePool(self.page_spec, 0, self.device)
-        self._pool = DevicePool(self.page_spec, num_pages, self.device)
-        return self._pool.data.nbytes
+    def allocate(self, sizes: PoolSizes) -> tuple[int, int, int]:
+        """Makes the pools of all tiers, dropping the old ones; returns the bytes of each.
+
+        Raises CapacityError, ConfigError or StoreError when one cannot be had. The first rank must have returned before
+        the others start: it makes the array on disk.
+        """
+        self.tiers.close()
+        model, group = self.config.model, self.group
+        shards = [Shard.of(model, rank, group.size) for rank in range(group.size)]
+        held = [shard.num_kv_heads for shard in shards]
+        self.tiers = RankTiers(self.page_spec, sizes, self.device, self.config.cache_dir, group.rank, held)
+        return self.tiers.nbytes
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> Tensor | None:
-        """Runs a step; on rank 0 returns the wanted logits, fp32 `[rows, vocab_size]`, in the plan's order."""
+        """Runs a step; on rank 0 returns the wanted logits, fp32 `[rows, vocab_size]`, in the plan's order, and None
+        when nothing runs. `take_report` must follow."""
+        tiers, spec, shard = self.tiers, self.page_spec, self.shard
+        tiers.mover.start(plan.transfers, plan.await_ids)
         for source, target in plan.copies:
-            self._pool.copy(source, target)
-        self._pool.clear(plan.clear)
-        spec, shard = self.page_spec, self.shard
+            tiers.device.copy(source, target)
+        tiers.device.clear(plan.clear)
+        for slot, seed in plan.random_pages:
+            self._fill_random(slot, seed)
+        if not plan.sequences:
+            return None
         group_size = shard.num_query_heads // shard.num_kv_heads
-        batch = build_batch(plan, spec.page_size, group_size, spec.dtype, self.device)
-        hidden = self._model.forward(batch, self._pool)
+        batch = build_batch(plan, spec.page_size, group_size, tiers.ring.buffer_pages, spec.dtype, self.device)
+        with tiers.stream(batch.loads) as stream:
+            hidden = self._model.forward(batch, tiers.device, stream)
         return self._model.logits(hidden)
+
+    def take_report(self) -> Report:
+        """What has ended since the last call; bytes by route are of this rank alone: `device_to_host` and so on for
+        whole pages, `host_streamed` and `disk_streamed` for layer slices."""
+        return self.tiers.take_report()
+
+    def close(self) -> None:
+        """Ends transfers and gives back memory and files."""
+        self.tiers.close()
+
+    def _fill_random(self, slot: int, seed: int) -> None:
+        """Normal random keys and values, the same for a head whichever rank holds it."""
+        spec = self.page_spec
+        first, last = self.shard.kv_heads
+        for layer in range(spec.num_layers):
+            for head in range(first, last):
+                generator = torch.Generator().manual_seed(hash((seed, layer, head)))
+                values = torch.randn(2, spec.page_size, spec.head_dim, generator=generator)
+                self.tiers.device.data[layer, :, slot, head - first] = values.to(self.device, spec.dtype)
 
 
 def rank_page_spec(config: RankConfig, shard: Shard) -> PageSpec:
     """The pages of one rank: all layers, that rank's KV heads."""
     model = config.model
     return PageSpec(model.num_hidden_layers, shard.num_kv_heads, config.page_size, model.head_dim, config.dtype)
-
-
-def _available_bytes() -> int:
-    """Memory that can be taken without swapping, within the limit of the container if there is one."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-    except OSError:
-        return available
-    return available if limit == "max" else min(available, int(limit) - int(used))

@@ -20,9 +20,10 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distkv.errors import CapacityError, ConfigError, DistKVError, WorkerDied
-from distkv.workers.channel import PlanReceiver, PlanSender
+from distkv.workers.channel import FollowerChannel, LeaderChannel
 from distkv.workers.process_group import ProcessGroup
-from distkv.workers.rank import Rank, RankConfig
+from distkv.workers.rank import Capacity, Rank, RankConfig
+from distkv.workers.tiers import PoolSizes
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ PASSED_ENVIRONMENT = ("HF_HOME", "TRITON_CACHE_DIR", "TMPDIR")
 PASSED_PREFIXES = ("NCCL_", "GLOO_")
 
 LeaderMain = Callable[..., None]
-"""What rank 0 runs: `main(rank, send_plan, request_socket, *arguments)`. Followers end when it returns."""
+"""What rank 0 runs: `main(rank, followers, request_socket, *arguments)`. Followers end when it returns."""
 
 
 @dataclass(frozen=True)
@@ -61,40 +62,45 @@ class RankActor:
     def open(self, host: str, num_followers: int) -> tuple[str, str, list[str]]:
         """On rank 0: binds the group's sockets; returns torch's init_method, the address for requests and those of the
         plans of each follower."""
-        self._sender = PlanSender(self._context, host, num_followers)
+        self._followers = LeaderChannel(self._context, host, num_followers)
         self._requests = self._context.socket(zmq.PAIR)
         self._requests.set_hwm(0)
         port = self._requests.bind_to_random_port(f"tcp://{host}")
-        return f"tcp://{host}:{_free_port(host)}", f"tcp://{host}:{port}", self._sender.addresses
+        return f"tcp://{host}:{_free_port(host)}", f"tcp://{host}:{port}", self._followers.addresses
 
     def load(self, config: RankConfig, rank: int, size: int, init_method: str) -> None:
         """Joins the process group and loads this rank's part of the model."""
         backend = "nccl" if config.device == "cuda" else "gloo"
         self._rank = Rank(config, ProcessGroup(rank, size, init_method, backend))
 
-    def capacity(self, ranks_on_node: int) -> int:
+    def capacity(self, ranks_on_node: int) -> Capacity:
         """See `Rank.page_capacity`."""
         assert self._rank is not None
         return self._rank.page_capacity(ranks_on_node)
 
-    def allocate(self, num_pages: int) -> int:
+    def allocate(self, sizes: PoolSizes) -> tuple[int, int, int]:
         """See `Rank.allocate`."""
         assert self._rank is not None
-        return self._rank.allocate(num_pages)
+        return self._rank.allocate(sizes)
 
     def lead(self, main: LeaderMain, arguments: tuple[Any, ...]) -> None:
         """On rank 0: runs `main` until it returns, then ends the followers."""
         assert self._rank is not None
-        main(self._rank, self._sender.send, self._requests, *arguments)
-        self._sender.send(None)
+        try:
+            main(self._rank, self._followers, self._requests, *arguments)
+            self._followers.send(None)
+        finally:
+            self._rank.close()
         self._rank.group.close()
 
     def follow(self, address: str) -> None:
         """On other ranks: runs plans until the end is sent."""
         assert self._rank is not None
-        receiver = PlanReceiver(self._context, address)
-        while (plan := receiver.receive()) is not None:
+        leader = FollowerChannel(self._context, address)
+        while (plan := leader.receive()) is not None:
             self._rank.execute(plan)
+            leader.send(self._rank.take_report())
+        self._rank.close()
         self._rank.group.close()
 
 
@@ -141,21 +147,20 @@ class RayGroup:
             refs.append(actor.load.remote(self._for_node(config, rank), rank, self.size, init_method))
         self._wait(refs)
 
-    def capacity(self) -> int:
+    def capacity(self) -> Capacity:
         """Pages that fit on the rank with the least room, see `Rank.page_capacity`."""
         per_node = self._ranks_per_node()
-        return min(
-            self._wait(
-                [
-                    actor.capacity.remote(per_node[node.node_id])
-                    for actor, node in zip(self._actors, self.nodes, strict=True)
-                ]
-            )
+        rooms = self._wait(
+            [
+                actor.capacity.remote(per_node[node.node_id])
+                for actor, node in zip(self._actors, self.nodes, strict=True)
+            ]
         )
+        return Capacity(min(room.device for room in rooms), min(room.host for room in rooms))
 
-    def allocate(self, num_pages: int) -> list[int]:
-        """Makes the pools of all ranks; returns the bytes of each."""
-        return self._call("allocate", num_pages)
+    def allocate(self, sizes: PoolSizes) -> list[tuple[int, int, int]]:
+        """Makes the pools of all ranks; returns the bytes of each tier for each."""
+        return [self._wait([actor.allocate.remote(sizes)])[0] for actor in self._actors]
 
     def start(self, main: LeaderMain, *arguments: Any) -> None:
         """Starts the loops of all ranks; rank 0 runs `main`, given by reference, so it must be importable there."""

@@ -1,0 +1,69 @@
+"""Memory of the host: mapped on first touch, and pinned where a GPU copies from it."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distkv.errors import CapacityError
+
+PIN_CHUNK = 2**30  # bytes registered with the driver at a time
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros in memory that the system maps on first touch; torch's own are written at once."""
+    return torch.from_numpy(np.zeros(shape, dtype=np.dtype(f"i{dtype.itemsize}"))).view(dtype)
+
+
+def as_integers(x: Tensor) -> np.ndarray:
+    """The bits of a CPU tensor as a numpy view, of whichever dtype (numpy knows no bfloat16)."""
+    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]).numpy()
+
+
+class HostBuffer:
+    """`data`: a tensor of host memory in one allocation, pinned on request so that a GPU copies at full speed."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool):
+        """Raises CapacityError when the system does not give so much."""
+        size = math.prod(shape) * dtype.itemsize
+        try:
+            self.data = lazy_zeros(shape, dtype)
+        except MemoryError:
+            raise CapacityError(f"the host has no {size} bytes of memory to give; lower host_kv_bytes") from None
+        self._registered: list[int] = []
+        if pinned and size:
+            self._pin(size)
+
+    def close(self) -> None:
+        """Lets go of the memory."""
+        for address in self._registered:
+            torch.cuda.cudart().cudaHostUnregister(address)
+        self._registered = []
+        self.data = self.data[:0].clone()
+
+    def _pin(self, size: int) -> None:
+        # torch's pinned allocator would round up to a power of two, and one registration of a huge range may be refused
+        start = self.data.data_ptr()
+        for first in range(0, size, PIN_CHUNK):
+            length = min(PIN_CHUNK, size - first)
+            error = torch.cuda.cudart().cudaHostRegister(start + first, length, 0)
+            if error.value:
+                self.close()
+                raise CapacityError(
+                    f"{size} bytes of host memory cannot be pinned (CUDA error {error.value}); lower host_kv_bytes, or "
+                    "raise the limit of locked memory (ulimit -l)"
+                )
+            self._registered.append(start + first)
+
+
+def available_bytes() -> int:
+    """Memory that can be taken without swapping, within the limit of the container if there is one."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+    except OSError:
+        return available
+    return available if limit == "max" else min(available, int(limit) - int(used))

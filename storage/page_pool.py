@@ -1,0 +1,33 @@
+"""What every tier's pool can do."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class PagePool(Protocol):
+    """`num_pages` slots of whole pages, each of `PageSpec.page_shape` and dtype.
+
+    Each method takes a slot from 0 to `num_pages - 1` and raises IndexError for any other. Pages passed in and out lie
+    in host memory. What was never stored reads as anything at all, or as an error.
+    """
+
+    num_pages: int
+
+    def store(self, slot: int, page: Tensor) -> None:
+        """Copies a page `[layer, 2, kv_head, page_size, head_dim]` into the slot."""
+
+    def load(self, slot: int, page: Tensor) -> None:
+        """Copies the slot's content into `page`, of the same shape. Raises StoreError when it cannot be read back."""
+
+    def load_layer(self, slot: int, layer: int, out: Tensor) -> None:
+        """Copies one layer's slice `[2, kv_head, page_size, head_dim]` into `out`. Raises as `load` does."""
+
+    def close(self) -> None:
+        """Gives back what the pool holds."""
+
+
+def check_slot(slot: int, num_pages: int) -> None:
+    """Raises IndexError for a slot outside the pool."""
+    if not 0 <= slot < num_pages:
+        raise IndexError(f"slot {slot} is outside a pool of {num_pages} pages")

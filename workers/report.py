@@ -1,0 +1,54 @@
+"""What ranks tell the leader after a step plan."""
+
+from collections import Counter
+
+import msgspec
+
+
+class Report(msgspec.Struct, array_like=True):
+    """What has ended on a rank, or on all of them, since the last report."""
+
+    done: list[int] = []  # ids of transfers
+    failed: list[tuple[int, str]] = []  # ids with the reason
+    checksums: dict[int, bytes] = {}  # of pages written to disk, by id
+    bad_reads: list[tuple[int, str]] = []  # disk slots that this step could not read back, with the reason
+    moved: dict[str, int] = {}  # bytes by route, see `Rank.take_report`
+
+
+encode_report = msgspec.msgpack.Encoder().encode
+decode_report = msgspec.msgpack.Decoder(Report).decode
+
+
+class ReportCollector:
+    """Makes one report of those of all ranks: a transfer has ended when it has on each of them, and has failed when it
+    has on one."""
+
+    def __init__(self, num_ranks: int):
+        self._num_ranks = num_ranks
+        self._ended: Counter[int] = Counter()
+        self._reasons: dict[int, str] = {}
+        self._checksums: dict[int, list[bytes]] = {}  # by id, in order of rank
+
+    def add(self, reports: list[Report]) -> Report:
+        """Takes in one report of each rank, in order of rank."""
+        together = Report()
+        moved: Counter[str] = Counter()
+        for rank, report in enumerate(reports):
+            for id in report.done + [id for id, _ in report.failed]:
+                self._ended[id] += 1
+            self._reasons |= dict(report.failed)
+            for id, own in report.checksums.items():
+                self._checksums.setdefault(id, [b""] * self._num_ranks)[rank] = own
+            together.bad_reads += report.bad_reads
+            moved.update(report.moved)
+        together.moved = dict(moved)
+        for id in [id for id, count in self._ended.items() if count == self._num_ranks]:
+            del self._ended[id]
+            checksums = self._checksums.pop(id, [])
+            if id in self._reasons:
+                together.failed.append((id, self._reasons.pop(id)))
+                continue
+            together.done.append(id)
+            if checksums:
+                together.checksums[id] = b"".join(checksums)
+        return together
