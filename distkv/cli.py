@@ -46,13 +46,15 @@ Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer;
 def main() -> None:
     """Runs the command line; an error that names its cure is one line on stderr and exit code 2."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except DistKVError as error:
         _fail(str(error))
     except UsageError as error:
         _fail(error.format_message().rstrip(".") + "; see distkv --help")
-    except typer.Abort:  # Ctrl-C
+    except typer.Abort:  # Ctrl-C in older releases of typer
         sys.exit(130)
+    if code:  # of typer.Exit
+        sys.exit(code)
 
 
 def _fail(message: str) -> NoReturn:
@@ -176,6 +178,56 @@ def demo(
     run(_model_folder(model), tensor_parallel_size)
 
 
+@app.command()
+def stress(
+    context: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 131072,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode after it.", min=2)] = 16,
+    model: Annotated[str | None, typer.Option(help="Model folder, or smollm2.")] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="Random weights instead: tiny, small, llama-3.2-1b, llama-3-8b or llama-3-70b."),
+    ] = None,
+    fill: Annotated[
+        str | None,
+        typer.Option(help="prefill reads the prompt (default with --model); random takes random KV (with --shape)."),
+    ] = None,
+    stages: Annotated[
+        int | None,
+        typer.Option(help="Contexts to run, each half of the next; 4 with --plot, else 1.", min=1, max=16),
+    ] = None,
+    device_kv_bytes: DeviceKvBytes = None,
+    host_kv_bytes: HostKvBytes = None,
+    disk_kv_bytes: DiskKvBytes = None,
+    cache_dir: CacheDir = None,
+    staging_pages: StagingPages = None,
+    page_size: PageSize = 256,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Most tokens of a step.")] = None,
+    tensor_parallel_size: TensorParallelSize = 1,
+    ray_address: RayAddress = None,
+    dtype: Dtype = "auto",
+    num_threads: NumThreads = None,
+    seed: Annotated[int, typer.Option(help="Of weights, prompt and random KV.")] = 0,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare with a run without tiers, or float64.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Also draw them here, a .png.")] = None,
+) -> None:
+    """Run one long context over all tiers, measure it, and verify the answer; exit code 1 when it is wrong."""
+    names = (
+        "device_kv_bytes", "host_kv_bytes", "disk_kv_bytes", "cache_dir", "staging_pages", "page_size",
+        "tensor_parallel_size", "ray_address", "dtype", "num_threads",
+    )  # fmt: skip
+    engine = {name: value for name, value in locals().items() if name in names}
+    from distkv.stress import StressOptions, run
+
+    folder = None if model is None else _model_folder(model)
+    options = StressOptions(
+        context, new_tokens, folder, shape, fill, stages, seed, verify, json_file, plot_file, max_num_batched_tokens,
+        engine,
+    )  # fmt: skip
+    if not run(options):
+        raise typer.Exit(1)
+
+
 @bench.command("decode")
 def bench_decode(
     model: Model = "smollm2",
@@ -191,6 +243,24 @@ def bench_decode(
     from distkv.bench.decode import run
 
     run(_model_folder(model), peer, context or [128, 1024, 4096], new_tokens, repeats, dtype, num_threads, json_file)
+
+
+@bench.command("offload")
+def bench_offload(
+    model: Model = "smollm2",
+    context: Annotated[int, typer.Option(help="Context in whole pages, one short of the model's limit.")] = 4096,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode in each turn.", min=1)] = 32,
+    repeats: Annotated[int, typer.Option(help="Turns of each variant; the median of all steps counts.", min=1)] = 5,
+    dtype: Dtype = "bfloat16",
+    page_size: PageSize = 256,
+    num_threads: NumThreads = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Folder of the disk tier; else a temporary one.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+) -> None:
+    """Decode ms/token with the context on the device, half or wholly on the host, and on disk."""
+    from distkv.bench.offload import run
+
+    run(_model_folder(model), context, new_tokens, repeats, dtype, page_size, num_threads, cache_dir, json_file)
 
 
 def _engine_options(given: dict[str, Any]) -> dict[str, Any]:

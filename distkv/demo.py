@@ -1,4 +1,5 @@
-"""`distkv demo`: a real model answers a few questions, and the table at the end shows what its KV cache takes."""
+"""`distkv demo`: a real model answers a few questions, a table shows what its KV cache takes, and then a long text is
+read with most of the cache below the device (`demo_long.py`)."""
 
 import time
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from distkv import demo_long
 from distkv.errors import DistKVError
 from distkv.llm import LLM
 from distkv.sampling_params import SamplingParams
@@ -32,7 +34,8 @@ class Measured:
 
 
 def run(model: Path, tensor_parallel_size: int) -> None:
-    """Asks, answers and measures; raises DistKVError when the cache is not the size that the formula says."""
+    """Asks, answers and measures; raises DistKVError when the cache is not the size that the formula says, or an answer
+    depends on where the cache lies."""
     console = Console(highlight=False)
     console.print(f"[dim]loading {model} ...[/dim]")
     start = time.perf_counter()
@@ -41,6 +44,8 @@ def run(model: Path, tensor_parallel_size: int) -> None:
         measured = [_ask(console, llm, question) for question in QUESTIONS]
         console.print(_answers_table(measured))
         _show_cache(console, llm, ModelConfig.load(model))
+        tokenizer = llm.tokenizer
+    demo_long.run(console, model, tokenizer, tensor_parallel_size)
 
 
 def _ask(console: Console, llm: LLM, question: str) -> Measured:

@@ -13,6 +13,7 @@ from distkv.messages import EngineInfo, EngineRequest, EngineStats, RequestFaile
 from distkv.scheduler import Scheduler
 from distkv.sequence import Sequence
 from distkv.storage.page_size import pages_for
+from distkv.storage.random_pages import page_seed
 from distkv.storage.tier import Tier
 from distkv.storage.tiered_cache import Page
 from distkv.workers.report import Report
@@ -298,7 +299,7 @@ def _sequence_plan(sequence: Sequence, start: int, count: int, num_logits: int) 
 def _page_seed(sequence: Sequence, page: Page) -> int:
     """Of a page of random keys and values."""
     assert sequence.request.random_kv_seed is not None
-    return (sequence.request.random_kv_seed << 32) + page.index
+    return page_seed(sequence.request.random_kv_seed, page.index)
 
 
 def _num_draws(sequence: Sequence) -> int:

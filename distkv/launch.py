@@ -159,18 +159,18 @@ def _pool_sizes(
     if ranks.cache_dir is not None and host:
         disk = given("disk_kv_bytes") or min(_free_disk_bytes(ranks.cache_dir) // 2 // page_bytes, most)
         # pages on their way to disk lie there twice for a moment
-        disk -= MAX_DISK_WRITES if disk > 2 * MAX_DISK_WRITES else 0
-        # what is read from disk passes through host memory, which counts as the host's
-        least = -(-(staging // NUM_BUFFERS) // specs[0].num_layers)  # a buffer of the ring
-        ahead = max(least, host // 16)
-        if host <= ahead:
-            raise CapacityError(
-                f"host_kv_bytes holds {host} pages and reading from disk takes {ahead} of them; raise it to "
-                f"{(ahead + 1) * page_bytes}"
-            )
-        host, read_ahead = host - ahead, ahead * specs[0].num_layers
+        disk -= min(MAX_DISK_WRITES, disk - 1)
+        if ranks.device == "cuda":  # what is read from disk passes through host memory, which counts as the host's
+            least = -(-(staging // NUM_BUFFERS) // specs[0].num_layers)  # a buffer of the ring
+            ahead = max(least, host // 16)
+            if host <= ahead:
+                raise CapacityError(
+                    f"host_kv_bytes holds {host} pages and reading from disk takes {ahead} of them; raise it to "
+                    f"{(ahead + 1) * page_bytes}"
+                )
+            host, read_ahead = host - ahead, ahead * specs[0].num_layers
     step = pages_for(min(config.max_num_batched_tokens, max_model_len), config.page_size)
-    if host and device <= step and device < most:
+    if host and device <= step and device < pages_for(max_model_len, config.page_size):
         tokens = max(1, device - 1) * config.page_size
         raise CapacityError(
             f"the device holds {device} KV pages of {config.page_size} tokens, and a step of "

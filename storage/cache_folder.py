@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 ARRAY, CATALOGUE, LOCK = "kv.zarr", "catalogue.sqlite", "lock"
+METADATA = "zarr.json"  # in the array's folder
 STORED_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "uint16"}
 
 
@@ -85,18 +86,24 @@ def make_array(folder: Path, spec: PageSpec, num_pages: int, heads: DiskHeads) -
             fill_value=0,
             chunk_key_encoding={"name": "default", "separator": "."},  # one flat folder
             dimension_names=("slot", "layer", "kv", "kv_head", "token", "head_dim"),
-            attributes={"distkv": FORMAT, "dtype": str(spec.dtype).removeprefix("torch.")},
+            attributes={"distkv": FORMAT, "dtype": _name(spec.dtype)},
         )
     except OSError as error:
         raise StoreError(f"the array in cache_dir {str(folder)!r} cannot be made: {error}") from error
 
 
 def matches(folder: Path, spec: PageSpec, num_pages: int, heads: DiskHeads) -> bool:
-    """Whether the folder has an array of this shape."""
-    if not (folder / ARRAY / "zarr.json").exists():
+    """Whether the folder has an array of this shape and type."""
+    if not (folder / ARRAY / METADATA).exists():
         return False
     array = open_array(folder)
+    if array.attrs.get("dtype") != _name(spec.dtype):
+        return False
     return array.shape == _shape(spec, num_pages, heads) and array.chunks == _chunks(spec, heads)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _shape(spec: PageSpec, num_pages: int, heads: DiskHeads) -> tuple[int, ...]:
@@ -109,7 +116,9 @@ def _chunks(spec: PageSpec, heads: DiskHeads) -> tuple[int, ...]:
 
 def open_array(folder: Path) -> Any:
     """The array, for writing whole chunks."""
-    return zarr.open_array(LocalStore(folder / ARRAY), mode="r+", config={"write_empty_chunks": True})
+    # open_array's own argument for it is without effect on an array that exists: zarr-python issue 2931
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        return zarr.open_array(LocalStore(folder / ARRAY), mode="r+")
 
 
 def remove_array(folder: Path) -> None:
@@ -119,12 +128,15 @@ def remove_array(folder: Path) -> None:
         try:
             ours = zarr.open_array(LocalStore(array), mode="r").attrs.get("distkv") is not None
         except Exception:  # zarr has no common base of what it raises
-            ours = not any(array.iterdir())  # killed before it wrote the metadata
+            # killed before it wrote the metadata
+            ours = array.is_dir() and all(path.suffix == ".partial" for path in array.iterdir())
         if not ours:
             raise ConfigError(f"{str(array)!r} was not made by distkv; name another cache_dir")
-        left = sum(1 for _ in array.iterdir()) - 1
-        if left > 0:
-            log.info("removing %d files that an earlier process left in %s", left, array)
+        left = [path for path in array.iterdir() if path.name != METADATA]
+        if left:
+            log.info("removing %d files that an earlier process left in %s", len(left), array)
+        for path in left:  # the metadata goes last: a process killed meanwhile leaves an array that is known as ours
+            path.unlink()
         shutil.rmtree(array)
     for path in folder.glob(f"{CATALOGUE}*"):
         path.unlink()

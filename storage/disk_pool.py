@@ -6,6 +6,9 @@ as zeros and a damaged one without a word, and at a third of the speed; hence ou
 
 import errno
 import os
+import resource
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,11 @@ from distkv.storage.cache_folder import ARRAY, DiskHeads, open_array
 from distkv.storage.host_memory import as_integers
 from distkv.storage.page_pool import check_slot
 from distkv.storage.page_spec import PageSpec
+
+MAX_OPEN = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2  # files that `OpenPages` holds open
+
+Parts = list[list[memoryview]]
+"""The memory of a layer slice, for each chunk the pieces in file order."""
 
 
 class DiskPool:
@@ -40,30 +48,42 @@ class DiskPool:
     def store(self, slot: int, page: Tensor) -> None:
         """See `PagePool`. Raises StoreError when the disk does not take the page; the slot is empty then."""
         check_slot(slot, self.num_pages)
-        bits = as_integers(page)
         self._stored[slot] = False
-        for chunk in self._chunks:
-            for layer in range(self._spec.num_layers):
-                self._crcs[slot, chunk, layer] = _checksum(self._parts(bits[layer], chunk))
+        for layer in range(self._spec.num_layers):
+            for chunk, parts in enumerate(self.parts(page[layer])):
+                self._crcs[slot, chunk, layer] = _checksum(parts)
         first = self._heads.first
         try:
-            self._array[slot, :, :, first : first + self._spec.num_kv_heads] = bits.view(self._array.dtype)
+            bits = as_integers(page).view(self._array.dtype)
+            self._array[slot, :, :, first : first + self._spec.num_kv_heads] = bits
         except OSError as error:
             full = "; make room on the disk or lower disk_kv_bytes" if error.errno == errno.ENOSPC else ""
             raise StoreError(f"a KV page cannot be written to {self._folder}: {error.strerror}{full}") from error
         self._stored[slot] = True
 
     def load(self, slot: int, page: Tensor) -> None:
-        check_slot(slot, self.num_pages)
-        bits = as_integers(page)
-        for chunk in self._chunks:
-            self._read(slot, chunk, range(self._spec.num_layers), bits)
+        with OpenPages(self, [slot]) as pages:
+            for layer in range(self._spec.num_layers):
+                pages.read(0, layer, self.parts(page[layer]))
 
     def load_layer(self, slot: int, layer: int, out: Tensor) -> None:
-        check_slot(slot, self.num_pages)
-        bits = as_integers(out)[None]
-        for chunk in self._chunks:
-            self._read(slot, chunk, range(layer, layer + 1), bits)
+        with OpenPages(self, [slot]) as pages:
+            pages.read(0, layer, self.parts(out))
+
+    def open(self, slots: Sequence[int]) -> "OpenPages":
+        """Several pages, to be read many times; to be closed before any of the slots is stored again."""
+        return OpenPages(self, slots)
+
+    def parts(self, layer_slice: Tensor) -> Parts:
+        """The memory of a layer slice `[2, kv_head, page_size, head_dim]`, to read into."""
+        bits = as_integers(layer_slice)
+        if len(self._chunks) == 1:
+            return [[bits.view(np.uint8).reshape(-1).data]]
+        size = self._heads.per_chunk
+        return [
+            [one[chunk * size : (chunk + 1) * size].view(np.uint8).reshape(-1).data for one in bits]
+            for chunk in self._chunks
+        ]
 
     def checksums(self, slot: int) -> bytes:
         """crc32c of each chunk's layer slice, uint32 `[chunk, layer]` in C order."""
@@ -76,35 +96,88 @@ class DiskPool:
     def close(self) -> None:
         """Nothing to give back: the files belong to the folder."""
 
-    def _parts(self, slice_bits: np.ndarray, chunk: int) -> list[memoryview]:
-        """The memory of a chunk's heads within a layer slice `[2, kv_head, page_size, head_dim]`, in file order."""
-        if len(self._chunks) == 1:
-            return [slice_bits.view(np.uint8).reshape(-1).data]
-        heads = slice(chunk * self._heads.per_chunk, (chunk + 1) * self._heads.per_chunk)
-        return [one[heads].view(np.uint8).reshape(-1).data for one in slice_bits]
-
-    def _read(self, slot: int, chunk: int, layers: range, bits: np.ndarray) -> None:
-        """Reads and checks a chunk's part of `layers` into `bits` `[len(layers), 2, kv_head, page_size, head_dim]`."""
+    def files(self, slot: int) -> list[Path]:
+        """The files of a slot, one for each chunk."""
+        check_slot(slot, self.num_pages)
         if not self._stored[slot]:
             raise StoreError(f"slot {slot} of {self._folder} holds no page")
-        path = self.chunk_path(slot, chunk)
+        return [self.chunk_path(slot, chunk) for chunk in self._chunks]
+
+    def layer_checksums(self, slot: int) -> list[list[int]]:
+        """crc32c by chunk and layer."""
+        return self._crcs[slot].tolist()
+
+    @property
+    def slice_bytes(self) -> int:
+        """Bytes of a chunk's part of a layer slice."""
+        return self._slice_bytes
+
+
+class OpenPages:
+    """Pages of a `DiskPool` that are read layer by layer, from several threads if need be. A context manager.
+
+    MAX_OPEN files stay open, so that the system reads ahead in them; the others are opened for each read.
+    """
+
+    def __init__(self, pool: DiskPool, slots: Sequence[int]):
+        """Raises StoreError for a slot that holds no page."""
+        self._slice_bytes = pool.slice_bytes
+        self._files = [pool.files(slot) for slot in slots]
+        self._checksums = [pool.layer_checksums(slot) for slot in slots]
+        self._descriptors: list[list[int | None]] = [[None] * len(files) for files in self._files]
+        room = MAX_OPEN
+        for files, descriptors in zip(self._files, self._descriptors, strict=True):
+            for chunk, file in enumerate(files[: max(0, room)]):
+                with suppress(OSError):  # `read` says why
+                    descriptors[chunk] = os.open(file, os.O_RDONLY)
+            room -= len(files)
+
+    def read(self, index: int, layer: int, parts: Parts) -> None:
+        """Reads and checks one layer of the index-th page. Raises StoreError when it cannot be read back."""
+        for chunk, pieces in enumerate(parts):
+            descriptor = self._descriptors[index][chunk]
+            if descriptor is None:
+                self._read_closed(index, chunk, layer, pieces)
+            else:
+                self._read(descriptor, index, chunk, layer, pieces)
+
+    def close(self) -> None:
+        for descriptors in self._descriptors:
+            for chunk, descriptor in enumerate(descriptors):
+                if descriptor is not None:
+                    os.close(descriptor)
+                    descriptors[chunk] = None
+
+    def __enter__(self) -> "OpenPages":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _read_closed(self, index: int, chunk: int, layer: int, pieces: list[memoryview]) -> None:
+        file = self._files[index][chunk]
         try:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                for number, layer in enumerate(layers):
-                    parts = self._parts(bits[number], chunk)
-                    if os.preadv(descriptor, parts, layer * self._slice_bytes) != self._slice_bytes:
-                        raise StoreError(f"{path} is cut short in layer {layer}")
-                    if _checksum(parts) != self._crcs[slot, chunk, layer]:
-                        raise StoreError(f"{path} is damaged: the checksum of layer {layer} is wrong")
-            finally:
-                os.close(descriptor)
+            descriptor = os.open(file, os.O_RDONLY)
         except OSError as error:
-            raise StoreError(f"{path} cannot be read: {error.strerror}") from error
+            raise StoreError(f"{file} cannot be read: {error.strerror}") from error
+        try:
+            self._read(descriptor, index, chunk, layer, pieces)
+        finally:
+            os.close(descriptor)
+
+    def _read(self, descriptor: int, index: int, chunk: int, layer: int, pieces: list[memoryview]) -> None:
+        try:
+            count = os.preadv(descriptor, pieces, layer * self._slice_bytes)
+        except OSError as error:
+            raise StoreError(f"{self._files[index][chunk]} cannot be read: {error.strerror}") from error
+        if count != self._slice_bytes:
+            raise StoreError(f"{self._files[index][chunk]} is cut short in layer {layer}")
+        if _checksum(pieces) != self._checksums[index][chunk][layer]:
+            raise StoreError(f"{self._files[index][chunk]} is damaged: the checksum of layer {layer} is wrong")
 
 
-def _checksum(parts: list[memoryview]) -> int:
+def _checksum(pieces: list[memoryview]) -> int:
     value = 0
-    for part in parts:
-        value = crc32c(part, value)
+    for piece in pieces:
+        value = crc32c(piece, value)
     return value

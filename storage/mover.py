@@ -64,19 +64,19 @@ class Mover:
         self.bytes: Counter[tuple[Tier, Tier]] = Counter()
 
     def start(self, transfers: list[Transfer], await_ids: list[int]) -> None:
-        """Starts transfers, having waited for those of `await_ids` before it reads from disk.
+        """Starts transfers and waits for those of `await_ids`.
 
-        Transfers that were started before are passed over, so that a plan may be sent again.
+        Disk reads and writes start after awaited copies have ended: a copy may fill the host page that is written, or
+        read the one that is overwritten. Transfers that were started before are passed over, so that a plan may be sent
+        again.
         """
-        reads = []
+        disk_transfers = []
         for transfer in transfers:
             if transfer.id <= self._last_id:
                 continue
             self._last_id = transfer.id
-            if transfer.source is Tier.DISK:
-                reads.append(transfer)
-            elif transfer.target is Tier.DISK:
-                self._submit(transfer, self._disk_threads)
+            if Tier.DISK in (transfer.source, transfer.target):
+                disk_transfers.append(transfer)
             elif self._stream is None:
                 self._submit(transfer, self._copier)
             else:
@@ -84,15 +84,10 @@ class Mover:
                 with torch.cuda.stream(self._stream):
                     self._copy(transfer)()
                 self._jobs[transfer.id] = transfer, _CudaJob(self._stream)
-        for id in await_ids:
-            if id in self._jobs:
-                _, job = self._jobs[id]
-                if isinstance(job, Future):
-                    wait([job])
-                else:
-                    job.result()
-        for transfer in reads:
+        self._await(await_ids)
+        for transfer in disk_transfers:
             self._submit(transfer, self._disk_threads)
+        self._await(await_ids)
 
     def report(self) -> Moved:
         """What has ended since the last call."""
@@ -120,6 +115,16 @@ class Mover:
             if isinstance(job, _CudaJob):
                 job.result()
         self._jobs.clear()
+
+    def _await(self, ids: list[int]) -> None:
+        """Waits for those of the transfers that were started."""
+        for id in ids:
+            if id in self._jobs:
+                _, job = self._jobs[id]
+                if isinstance(job, Future):
+                    wait([job])
+                else:
+                    job.result()
 
     def _submit(self, transfer: Transfer, threads: ThreadPoolExecutor) -> None:
         self._jobs[transfer.id] = transfer, threads.submit(self._copy(transfer))

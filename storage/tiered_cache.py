@@ -128,8 +128,13 @@ class TieredCache:
                     "the others are being written; raise device_kv_bytes, or lower max_num_seqs or "
                     "max_num_batched_tokens"
                 )
-            if not self._make_backed(victim):
-                return False
+            try:
+                if not self._make_backed(victim):
+                    return False
+            except CapacityError:  # nothing moves any more; of a page that is on disk the device copy can still go
+                victim = next((page for page in self._full[Tier.DEVICE] if page.has(Tier.DISK)), None)
+                if victim is None:
+                    raise
             if victim.slots[Tier.DEVICE] is not None:  # else it was held by nobody but the transfer that has ended
                 self._drop(victim, Tier.DEVICE)
         return True

@@ -1,18 +1,25 @@
 """Small random checkpoints, a driver of one rank, and the measure by which tensors are compared."""
 
+import _pydecimal as decimal_module
+import argparse
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from distkv.storage.page_size import NUM_BUFFERS, PREFILL_SPLIT
+from distkv.workers.batch import prefix_pieces
 from distkv.workers.model_config import ModelConfig
 from distkv.workers.process_group import ProcessGroup
 from distkv.workers.rank import Rank, RankConfig
 from distkv.workers.step_plan import SequencePlan, StepPlan
+from distkv.workers.tiers import PoolSizes
 
 TINY: dict[str, Any] = {
     "vocab_size": 128,
@@ -78,9 +85,11 @@ def load_rank(
         "max_num_batched_tokens": 2048,
         "gpu_memory_utilization": 0.9,
         "num_threads": None,
+        "staging_pages": NUM_BUFFERS * PREFILL_SPLIT // page_size,
+        "cache_dir": None,
     }
     rank = Rank(RankConfig(**(fields | options)), ProcessGroup())
-    rank.allocate(num_pages)
+    rank.allocate(PoolSizes(device=num_pages))
     return rank
 
 
@@ -112,9 +121,15 @@ def run_chunks(
     return torch.cat(logits)
 
 
+def read_prefix(pool: Tensor, pages: np.ndarray, prefix_len: int) -> list[tuple[Tensor, Tensor]]:
+    """The pieces of a prefix that lies in resident pages of `pool` `[2, pages, kv_head, page_size, head_dim]`."""
+    pieces = prefix_pieces(pages, prefix_len, pool.shape[3], pool.device)
+    return [piece.gather(pool, None) for piece in pieces]
+
+
 def rank_pages(rank: Rank) -> int:
     """Pages in the rank's pool."""
-    return rank._pool.num_pages
+    return rank.tiers.device.num_pages
 
 
 def scatter(count: int, num_pages: int) -> list[int]:
@@ -122,6 +137,11 @@ def scatter(count: int, num_pages: int) -> list[int]:
     order = torch.randperm(num_pages, generator=torch.Generator().manual_seed(7)).tolist()
     assert count <= num_pages
     return order[:count]
+
+
+def stdlib_text() -> str:
+    """Long real text that every Python has."""
+    return "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (argparse, decimal_module, inspect))
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -12,11 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distkv.kernels import reference
-from distkv.workers.batch import MAX_DECODE_TOKENS, Batch, _visiting_order, build_batch
+from distkv.storage.host_pool import HostPool
+from distkv.storage.page_spec import PageSpec
+from distkv.storage.staging_ring import StagingRing
+from distkv.storage.tier import Tier, location
+from distkv.workers.batch import MAX_DECODE_TOKENS, Batch, Run, _visiting_order, build_batch
 from distkv.workers.step_plan import SequencePlan, StepPlan
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 CPU = torch.device("cpu")
+BUFFER_PAGES = 4
 
 
 @dataclass(frozen=True)
@@ -61,13 +66,45 @@ class Step:
     q: Tensor  # [T, H, D]
 
     def batch(self) -> Batch:
-        return build_batch(self.plan, self.sequences.page_size, self.sequences.group, self.sequences.dtype, CPU)
+        return build_batch(
+            self.plan, self.sequences.page_size, self.sequences.group, BUFFER_PAGES, self.sequences.dtype, CPU
+        )
 
     def attend(self) -> Tensor:
         """Attention of the step: `[T, H * D]`."""
         batch = self.batch()
         k, v = self.pool[0][batch.page, :, batch.offset], self.pool[1][batch.page, :, batch.offset]
-        return batch.attend(self.q, k, v, self.pool)
+        return batch.attend(self.q, k, v, self.pool, None)
+
+    def attend_with_cold(self, cold: set[int]) -> Tensor:
+        """The same with the given page numbers in a host pool; their device slots hold large numbers."""
+        s = self.sequences
+        spec = PageSpec(1, s.kv_heads, s.page_size, s.head_dim, s.dtype)
+        host = HostPool(spec, 2 * s.num_pages, pinned=False)
+        pool, places = self.pool.clone(), {}
+        shuffled = torch.randperm(2 * s.num_pages, generator=seeded(s.seed)).tolist()
+        for pages, slots in zip(s.pages, self.tables, strict=True):
+            for page, slot in zip(pages, slots, strict=True):
+                if page in cold:
+                    places[slot] = location(Tier.HOST, shuffled[page])
+                    host.store(shuffled[page], self.pool[:, slot].contiguous()[None])
+                    pool[:, slot] = 6e4
+        parts = [
+            SequencePlan(one.token_ids, one.start, [places.get(slot, slot) for slot in one.pages], one.prompt_len, 1)
+            for one in self.plan.sequences
+        ]
+        batch = build_batch(StepPlan(parts, [], []), s.page_size, s.group, BUFFER_PAGES, s.dtype, CPU)
+        k, v = pool[0][batch.page, :, batch.offset], pool[1][batch.page, :, batch.offset]
+        ring = StagingRing(spec, 2 * 32, host, None, None, CPU)
+        if not batch.loads:
+            return batch.attend(self.q, k, v, pool, None)
+        stream = ring.begin(batch.loads)
+        out = batch.attend(self.q, k, v, pool, stream)
+        stream.close()
+        # each group of the step brings a page once, however many of its sequences share it
+        assert ring.bytes == {Tier.HOST: sum(len(load) for load in batch.loads) * spec.layer_slice_bytes}
+        assert {place for load in batch.loads for place in load} == set(places.values())
+        return out
 
     def expected(self) -> list[tuple[slice, Tensor]]:
         """For each sequence its rows of the step and their attention, `[tokens, H * D]` in float64."""
@@ -177,6 +214,21 @@ def test_answers_do_not_depend_on_the_slots(data: st.DataObject) -> None:
     assert torch.equal(place(sequences, data.draw(slots_for(sequences.num_pages))).attend(), in_order)
 
 
+@given(st.data())
+def test_answers_do_not_depend_on_the_tier(data: st.DataObject) -> None:
+    """Any of the full pages streamed from the host, in decodes and chunks of prompts: bitwise the same."""
+    sequences = data.draw(any_sequences())
+    step = place(sequences, data.draw(slots_for(sequences.num_pages)))
+    full = {
+        page
+        for (start, _), pages in zip(sequences.lengths, sequences.pages, strict=True)
+        for page in pages[: start // sequences.page_size]
+    }
+    share = data.draw(st.sampled_from([1.0, 0.5]))
+    cold = {page for page in full if share == 1 or data.draw(st.booleans())}
+    assert torch.equal(step.attend_with_cold(cold), step.attend())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kv_heads", [1, 3])
 @pytest.mark.parametrize("group", [1, 3, 4])
@@ -235,9 +287,9 @@ def test_build_batch(data: st.DataObject) -> None:
         plans.append(SequencePlan(token_ids, start, slots, prompt_len, num_logits))
         rows += range(first + count - num_logits, first + count)
         first += count
-    batch = build_batch(StepPlan(plans, [], []), page_size, 2, torch.float32, CPU)
+    batch = build_batch(StepPlan(plans, [], []), page_size, 2, BUFFER_PAGES, torch.float32, CPU)
     tokens = [
-        (token, position, max(position + 1, plan.prompt_len), plan.slots[position // page_size], position % page_size)
+        (token, position, max(position + 1, plan.prompt_len), plan.pages[position // page_size], position % page_size)
         for plan in plans
         for position, token in enumerate(plan.token_ids, start=plan.start)
     ]
@@ -251,7 +303,7 @@ def test_a_whole_decode_step_needs_no_indirection() -> None:
     """The fast path: one decode over neighbours is one run, without gathers or reordering."""
     sequences = Sequences([(70, 1)], [0])
     (group,) = place(sequences, [3, 4, 5, 6, 7]).batch().decode
-    assert group.runs == [(3, 5)]
+    assert group.runs == [Run(False, False, 3, 5)] and not group.loads
     assert group.tokens is None and group.row_owner is None and group.order is None
 
 

@@ -1,5 +1,6 @@
 """The command `distkv` as a user types it."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 from helpers import save_llama
 
 import distkv
+from distkv.errors import DistKVError
 
 PARIS = "What is the capital of France? Answer in one sentence."
 
@@ -71,6 +73,20 @@ def test_demo_answers_and_its_figures_agree(demo_model: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "The capital of France is Paris." in result.stdout
     assert result.stdout.count("23040") == 2  # KV bytes per token by the formula and as measured
+    # the last act: a long text, read through a window on the device
+    assert result.stdout.count("Timer class") == 2 and "device 4 of 4, host" in result.stdout
+    assert "layer slices, disk to attention" in result.stdout
+    assert "bit for bit the same as with everything resident" in result.stdout
+
+
+def test_demo_refuses_an_answer_that_depends_on_where_the_cache_lies() -> None:
+    from distkv.demo_long import compare
+    from distkv.workers.sampler import TokenLogprobs
+
+    answer: list = [(7, TokenLogprobs(-0.5, 1, [(7, -0.5)]))]
+    compare(answer, list(answer))
+    with pytest.raises(DistKVError, match="everything resident"):
+        compare(answer, [(7, TokenLogprobs(-0.5000001, 1, [(7, -0.5000001)]))])
 
 
 def test_bench_decode_prints_both_engines(tmp_path: Path) -> None:
@@ -84,6 +100,53 @@ def test_bench_decode_prints_both_engines(tmp_path: Path) -> None:
     assert "distkv" in result.stdout and "transformers" in result.stdout
     assert '"decode_ms_per_token"' in figures.read_text()
     check_refused(run("bench", "decode", "--model", str(folder), "--peer", "x"), "peer 'x'", "hf")
+
+
+def test_bench_offload_counts_bytes_and_compares_answers(tmp_path: Path) -> None:
+    folder, _ = save_llama(tmp_path)
+    figures = tmp_path / "figures.json"
+    common = ("bench", "offload", "--model", str(folder), "--dtype", "float32", "--page-size", "16")
+    result = run(
+        *common, "--context", "96", "--new-tokens", "4", "--repeats", "2", "--cache-dir", str(tmp_path / "cache"),
+        "--json", str(figures),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "damaged" not in result.stderr
+    assert "all on disk" in result.stdout and "bit for bit" in result.stdout
+    written = json.loads(figures.read_text())
+    assert written["bytes_per_token"] == 2 * 2 * 2 * 16 * 4  # 2 layers, 2 KV heads of 16, fp32
+    rows = {row["cache"]: row for row in written["rows"]}
+    # the first page of six stays on the device with the one being written, where not half of them do
+    assert {name: row["cold_tokens"] for name, row in rows.items()} == {
+        "all on device": 0, "half on host": 48, "all on host": 80, "all on disk": 80,
+    }  # fmt: skip
+    for row in rows.values():
+        streamed = row["host_bytes_per_step"] + row["disk_bytes_per_step"]
+        assert streamed == written["bytes_per_token"] * row["cold_tokens"]
+        assert row["tokens_compared"] == 1 + 4 + 2 * 4 and row["same_answer"]
+    assert rows["all on host"]["disk_bytes_per_step"] == rows["all on disk"]["host_bytes_per_step"] == 0
+    assert rows["all on disk"]["preadv_gb_per_s"] > 0
+    assert not list((tmp_path / "cache").glob("kv.zarr"))
+
+    check_refused(run(*common, "--context", "100"), "context 100", "use 112")
+    check_refused(run(*common, "--context", "256"), "256 positions", "at most 240")
+    check_refused(run(*common, "--context", "96"), "165 tokens", "page of 16", "raise page-size")
+
+
+def test_bench_offload_refuses_other_bytes_and_other_answers() -> None:
+    from distkv.bench.offload import check_answers, check_streamed, streamed
+    from distkv.workers.sampler import TokenLogprobs
+
+    before = {"host_streamed": 100, "device_to_host": 7}
+    after = {"host_streamed": 130, "disk_streamed": 20, "device_to_host": 9}
+    assert streamed(before, after) == (30, 20)
+    check_streamed("x", 50, 50)
+    with pytest.raises(DistKVError, match="x: a step streamed 50 bytes and its cold tokens take 51"):
+        check_streamed("x", 50, 51)
+    answer = [(3, TokenLogprobs(-1.0, 1, [])), (4, TokenLogprobs(-2.0, 1, []))]
+    check_answers({"a": answer, "b": list(answer)})
+    with pytest.raises(DistKVError, match="b and a differ from token 1"):
+        check_answers({"a": answer, "b": [answer[0], (4, TokenLogprobs(-2.5, 1, []))]})
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Engine and scheduler against a plain model of memory: whatever happens, each sequence reads back its own tokens."""
 
 import random
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -8,48 +10,111 @@ from torch import Tensor
 
 from distkv.engine import Engine
 from distkv.errors import CapacityError
-from distkv.messages import EngineInfo, EngineRequest
+from distkv.messages import EngineInfo, EngineRequest, RequestFailed
 from distkv.sampling_params import SamplingParams
+from distkv.storage.tier import Tier, Transfer, cold_place
+from distkv.workers.report import Report
 from distkv.workers.step_plan import SequencePlan, StepPlan
 
 PAGE_SIZE, VOCAB, EOS = 16, 50, 2
 
 
 class Memory:
-    """Pages of tokens instead of keys and values; a step plan is all it is told."""
+    """Pages of tokens instead of keys and values, in three tiers; a step plan is all it is told.
 
-    def __init__(self, info: EngineInfo):
+    Transfers end in a later step than they began, unless the plan waits for them, and those of the disk fail now and
+    then, as do reads of a step from it.
+    """
+
+    def __init__(self, info: EngineInfo, seed: int = 0, fault_rate: float = 0.0):
         self.info = info
-        self.pages: list[list[int | None]] = [[None] * PAGE_SIZE for _ in range(info.num_pages)]
+        self.random = random.Random(seed)
+        self.fault_rate = fault_rate
+        self.tiers: list[list[list[int | None] | None]] = [
+            [[None] * PAGE_SIZE for _ in range(count)]
+            for count in (info.num_pages, info.num_host_pages, info.num_disk_pages)
+        ]
+        self.on_their_way: list[Transfer] = []
         self.read: list[list[int | None]] = []  # what the sequences of the last step find in their pages
+        self.moved: Counter[str] = Counter()
 
-    def execute(self, plan: StepPlan) -> Tensor:
+    def execute(self, plan: StepPlan) -> tuple[Tensor | None, Report]:
+        report = Report()
+        for transfer in plan.transfers:
+            self.tiers[transfer.target][transfer.target_slot] = None  # neither the old page nor the new one
+            self.on_their_way.append(transfer)
+        for transfer in list(self.on_their_way):
+            if transfer.id in plan.await_ids or self.random.random() < 0.3:
+                self.end(transfer, report)
+        device = self.tiers[Tier.DEVICE]
         for source, target in plan.copies:
-            self.pages[target] = list(self.pages[source])
+            device[target] = list(self.page(source))
         for slot in plan.clear:
-            self.pages[slot] = [None] * PAGE_SIZE
-        assert 0 < sum(len(one.token_ids) for one in plan.sequences) <= self.info.max_num_batched_tokens
+            device[slot] = [None] * PAGE_SIZE
+        assert sum(len(one.token_ids) for one in plan.sequences) <= max(self.info.max_num_batched_tokens, PAGE_SIZE)
         for one in plan.sequences:
             for position, token in enumerate(one.token_ids, one.start):
-                self.pages[one.slots[position // PAGE_SIZE]][position % PAGE_SIZE] = token
-        self.read = [self.tokens_of(one) for one in plan.sequences]
-        return torch.randn(sum(one.num_logits for one in plan.sequences), VOCAB)
+                self.page(one.pages[position // PAGE_SIZE])[position % PAGE_SIZE] = token
+        self.read = []
+        for one in plan.sequences:
+            on_disk = [
+                slot for tier, slot in map(cold_place, filter(lambda place: place < 0, one.pages)) if tier is Tier.DISK
+            ]
+            bad = [slot for slot in on_disk if self.random.random() < self.fault_rate / 20]
+            report.bad_reads += [(slot, "it is damaged") for slot in bad]
+            if not bad:
+                self.read.append(self.tokens_of(one))
+        wanted = sum(one.num_logits for one in plan.sequences)
+        return torch.randn(wanted, VOCAB) if plan.sequences else None, report
+
+    def end(self, transfer: Transfer, report: Report) -> None:
+        self.on_their_way.remove(transfer)
+        if Tier.DISK in (transfer.source, transfer.target) and self.random.random() < self.fault_rate:
+            report.failed.append((transfer.id, "the disk is full"))
+            return
+        content = self.tiers[transfer.source][transfer.source_slot]
+        assert content is not None and None not in content, "only full pages move"
+        self.tiers[transfer.target][transfer.target_slot] = list(content)
+        report.done.append(transfer.id)
+        if transfer.target is Tier.DISK:
+            report.checksums[transfer.id] = b""
+        self.moved[f"{transfer.source.name} to {transfer.target.name}"] += 1
+
+    def page(self, place: int) -> list[int | None]:
+        tier, slot = cold_place(place) if place < 0 else (Tier.DEVICE, place)
+        content = self.tiers[tier][slot]
+        assert content is not None
+        return content
 
     def tokens_of(self, one: SequencePlan) -> list[int | None]:
         places = range(one.start + len(one.token_ids))
-        return [self.pages[one.slots[place // PAGE_SIZE]][place % PAGE_SIZE] for place in places]
+        return [self.page(one.pages[place // PAGE_SIZE])[place % PAGE_SIZE] for place in places]
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_random_requests_forks_and_aborts(seed: int) -> None:
+def engine_info(**options: Any) -> EngineInfo:
+    fields: dict[str, Any] = {
+        "max_model_len": 100, "max_num_seqs": 8, "max_num_batched_tokens": 40, "page_size": PAGE_SIZE, "num_pages": 40,
+        "num_host_pages": 0, "num_disk_pages": 0, "page_bytes": 1, "pool_bytes": 1, "kv_bytes_per_token": 1,
+        "vocab_size": VOCAB, "eos_token_ids": (EOS,), "seed": 0, "cache_dir": None,
+    }  # fmt: skip
+    return EngineInfo(**(fields | options))
+
+
+@pytest.mark.parametrize(
+    "tiers, fault_rate",
+    [((0, 0), 0.0), ((20, 0), 0.0), ((8, 40), 0.0), ((8, 40), 0.2)],
+    ids=["device", "host", "disk", "failing disk"],
+)
+@pytest.mark.parametrize("seed", range(8))
+def test_random_requests_forks_and_aborts(seed: int, tiers: tuple[int, int], fault_rate: float) -> None:
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    info = EngineInfo(
-        max_model_len=100, max_num_seqs=rng.choice([4, 8]), max_num_batched_tokens=rng.choice([8, 17, 40]),
-        page_size=PAGE_SIZE, num_pages=rng.choice([12, 20, 40]), page_bytes=1, pool_bytes=1, kv_bytes_per_token=1,
-        vocab_size=VOCAB, eos_token_ids=(EOS,), seed=0,
+    sizes = [12, 20, 40] if tiers == (0, 0) else [7, 9, 12]
+    info = engine_info(
+        max_num_seqs=rng.choice([4, 8]), max_num_batched_tokens=rng.choice([8, 17, 40]), num_pages=rng.choice(sizes),
+        num_host_pages=tiers[0], num_disk_pages=tiers[1],
     )  # fmt: skip
-    memory = Memory(info)
+    memory = Memory(info, seed, fault_rate)
     engine = Engine(info, memory.execute)
     answers: dict[tuple[str, int], list[int]] = {}
     requests: dict[str, EngineRequest] = {}
@@ -65,13 +130,17 @@ def test_random_requests_forks_and_aborts(seed: int) -> None:
                 engine.add([request])
                 requests[request.request_id] = request
             except CapacityError:
-                assert info.num_pages == 12, "only the smallest pool may be too small"
+                assert info.num_pages <= 12 or fault_rate, "only the smallest pools may be too small"
         if requests and rng.random() < 0.08:
             request_id, index = rng.choice(list(requests)), rng.choice([None, 0, 1])
             engine.abort([(request_id, index)])
             aborted.add(request_id)
         running_before = len(engine._scheduler.running)
         for output in engine.step():
+            if isinstance(output, RequestFailed):
+                assert fault_rate
+                aborted.add(output.request_id)
+                continue
             key = output.request_id, output.index
             assert key not in ended
             answers.setdefault(key, []).append(output.token_id)
@@ -86,14 +155,21 @@ def test_random_requests_forks_and_aborts(seed: int) -> None:
                 for index in range(request.params.n)
             ), (tokens, known)
         memory.read = []
-        engine._scheduler.allocator.integrity_check()
+        engine._cache.integrity_check()
 
     while engine.has_work:
         for output in engine.step():
-            if output.finish_reason:
+            if isinstance(output, RequestFailed):
+                aborted.add(output.request_id)
+            elif output.finish_reason:
                 ended[output.request_id, output.index] = output.finish_reason
     engine.integrity_check()
     assert len(requests) > 20
+    assert len(requests) > 2 * len([one for one in aborted if one in requests]) or fault_rate
+    if tiers[0]:
+        assert memory.moved["DEVICE to HOST"]
+    if tiers[1]:
+        assert memory.moved["HOST to DISK"]
     for request_id, request in requests.items():
         if request_id not in aborted:
             assert {index for one, index in ended if one == request_id} == set(range(request.params.n))
@@ -101,10 +177,7 @@ def test_random_requests_forks_and_aborts(seed: int) -> None:
 
 def test_a_long_prompt_and_short_ones_all_move_on() -> None:
     """Decodes go first, and a prompt that has begun takes the rest of each step."""
-    info = EngineInfo(
-        max_model_len=1000, max_num_seqs=8, max_num_batched_tokens=32, page_size=PAGE_SIZE, num_pages=200, page_bytes=1,
-        pool_bytes=1, kv_bytes_per_token=1, vocab_size=VOCAB, eos_token_ids=(), seed=0,
-    )  # fmt: skip
+    info = engine_info(max_model_len=1000, max_num_batched_tokens=32, num_pages=200, eos_token_ids=())
     engine = Engine(info, Memory(info).execute)
     params = SamplingParams(temperature=0)
     engine.add([EngineRequest(str(number), [5] * 4, params, 50, 0) for number in range(4)])

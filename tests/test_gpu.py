@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers import relative_error, save_llama, seeded
+from helpers import read_prefix, relative_error, save_llama, seeded
+from test_residency import run
 
 from distkv import LLM, SamplingParams
 from distkv.kernels import reference
@@ -24,7 +26,7 @@ def test_prefill_attention_matches_the_reference(dtype: torch.dtype, limit: floa
     q = torch.randn(chunk, kv_heads, group, head_dim, generator=generator).to("cuda", dtype)
     k, v = torch.randn(2, chunk, kv_heads, head_dim, generator=generator).to("cuda", dtype)
     pages = [5, 0, 7, 2]
-    out, _ = prefill_attention(q, k, v, pool[0], pool[1], torch.tensor(pages, device="cuda"), prefix)
+    out, _ = prefill_attention(q, k, v, read_prefix(pool, np.array(pages), prefix))
     old_k, old_v = reference.read_pages(pool, pages, prefix)
     expected, _ = reference.attention(q, torch.cat([old_k, k]), torch.cat([old_v, v]))
     assert relative_error(out, expected) < limit
@@ -63,3 +65,22 @@ def test_the_device_pool_is_sized_by_gpu_memory_utilization(tmp_path: Path) -> N
         assert llm.info.pool_bytes <= 0.5 * total
         assert llm.info.pool_bytes > 0.5 * total - (total - before) - 4 * 2**30
         assert llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs[0].finish_reason == "length"
+
+
+def test_tiers_change_no_bit_and_memory_stays_flat(tmp_path: Path) -> None:
+    """Decode and prefill over a host tier, and the device memory of contexts that differ fourfold."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    folder, _ = save_llama(
+        tmp_path / "model", num_attention_heads=8, num_key_value_heads=2, hidden_size=512, max_position_embeddings=65536
+    )
+    options = {"page_size": 64, "max_num_batched_tokens": 512, "max_num_seqs": 1}
+    peaks = []
+    for length in (4000, 16000):
+        prompt = torch.randint(3, 128, (length,), generator=seeded(length)).tolist()
+        resident = run(folder, [prompt], pages=(length // 64 + 2, 0, 0), **options)
+        torch.cuda.reset_peak_memory_stats()
+        tiered = run(folder, [prompt], pages=(12, length // 64 + 2, 0), **options)
+        peaks.append(torch.cuda.max_memory_allocated())
+        tiered.assert_same(resident)
+        assert tiered.moved("host_streamed") > 20 * (length // 64 - 12) * tiered.page_bytes
+    assert peaks[1] - peaks[0] < 4 * 2**20, peaks

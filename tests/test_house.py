@@ -41,7 +41,8 @@ def test_arrows_point_downwards(package: str) -> None:
 def test_kernels_know_nothing_of_ray_and_policy_holds_no_tensor() -> None:
     for path in [*(ROOT / "kernels").rglob("*.py"), *(ROOT / "storage").rglob("*.py")]:
         assert not {"ray", "zmq", "transformers"} & {name.split(".")[0] for name in imports(path)}, path
-    for path in ("storage/page_allocator.py", "storage/page_table.py", "distkv/scheduler.py", "distkv/sequence.py"):
+    policy = [f"storage/{name}.py" for name in ("slot_allocator", "tiered_cache", "page_table", "tier", "page_size")]
+    for path in [*policy, "distkv/scheduler.py", "distkv/sequence.py"]:
         assert "torch" not in {name.split(".")[0] for name in imports(ROOT / path)}, path
 
 

@@ -3,18 +3,20 @@
 import itertools
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
-from helpers import relative_error, seeded
+from helpers import read_prefix, relative_error, seeded
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from distkv.kernels import reference
 from distkv.kernels.activation import swiglu
-from distkv.kernels.attention import PREFILL_SPLIT, State, attend, merge_states, prefill_attention
+from distkv.kernels.attention import State, attend, merge_states, prefill_attention
 from distkv.kernels.norm import rms_norm
 from distkv.kernels.rope import rope_and_write_kv, rotate
+from distkv.storage.page_size import PREFILL_SPLIT
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Largest relative error in the Euclidean norm."""
@@ -268,7 +270,8 @@ def test_prefill_attention(
         pool[1, pages[token // page_size], :, token % page_size] = values[token]
 
     prefix_pages = pages[: -(-prefix_len // page_size)]
-    out, lse = prefill_attention(q, keys[prefix_len:], values[prefix_len:], pool[0], pool[1], prefix_pages, prefix_len)
+    prefix = read_prefix(pool, prefix_pages.numpy(), prefix_len)
+    out, lse = prefill_attention(q, keys[prefix_len:], values[prefix_len:], prefix)
 
     assert out.dtype == dtype
     expected, expected_lse = reference.attention(q, keys, values)
@@ -287,9 +290,8 @@ def test_prefill_attention_at_the_edges(prefix_len: int, page_size: int) -> None
     pool = torch.full((2, count * page_size, 16), 1e30)
     pool[0, :prefix_len], pool[1, :prefix_len] = keys[:prefix_len, 0], values[:prefix_len, 0]
     pool = pool.reshape(2, count, 1, page_size, 16)
-    out, _ = prefill_attention(
-        q, keys[prefix_len:], values[prefix_len:], pool[0], pool[1], torch.arange(count), prefix_len
-    )
+    prefix = read_prefix(pool, np.arange(count), prefix_len)
+    out, _ = prefill_attention(q, keys[prefix_len:], values[prefix_len:], prefix)
     assert_close(out, reference.attention(q, keys, values)[0], torch.float32)
 
 

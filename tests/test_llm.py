@@ -148,7 +148,8 @@ def test_pages_are_taken_as_tokens_arrive(tiny: Path) -> None:
 def test_more_requests_than_memory_wait_their_turn(tiny: Path, llm: LLM) -> None:
     prompts = random_prompts(*range(20, 60))
     page_bytes = llm.info.page_bytes
-    with LLM(tiny, page_size=16, device_kv_bytes=16 * page_bytes, max_num_seqs=16) as small:
+    sizes = {"device_kv_bytes": 16 * page_bytes, "host_kv_bytes": 0}
+    with LLM(tiny, page_size=16, max_num_seqs=16, **sizes) as small:
         outputs = small.generate(prompts, GREEDY, use_tqdm=False)
         assert small.stats().peak_pages_in_use <= 16
         check_idle(small)
@@ -156,8 +157,8 @@ def test_more_requests_than_memory_wait_their_turn(tiny: Path, llm: LLM) -> None
 
 
 def test_a_request_that_can_never_fit_is_refused_with_the_sizes(tiny: Path, llm: LLM) -> None:
-    with LLM(tiny, page_size=16, device_kv_bytes=4 * llm.info.page_bytes) as small:
-        with pytest.raises(CapacityError, match=r"7 KV pages .* holds 4 .*device_kv_bytes"):
+    with LLM(tiny, page_size=16, device_kv_bytes=4 * llm.info.page_bytes, host_kv_bytes=0) as small:
+        with pytest.raises(CapacityError, match=r"7 KV pages .* hold 4 .*device_kv_bytes"):
             small.generate([[5] * 40, [6] * 50], GREEDY, use_tqdm=False)
         check_idle(small)
         assert small.generate([5] * 8, SamplingParams(max_tokens=8), use_tqdm=False)

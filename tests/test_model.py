@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from distkv.workers.step_plan import SequencePlan, StepPlan
+from distkv.workers.tiers import PoolSizes
 
 TOLERANCE = 1e-4  # of the largest logit
 TEXT = Path(argparse.__file__)  # long real text that every Python has
@@ -213,11 +214,11 @@ def test_copies_come_before_clears_and_both_before_the_sequences(tiny_model: Pat
     rank = load_rank(tiny_model)
     tokens = token_ids(24)
     expected = run_chunks(rank, tokens, [20, 4])[-1:]
-    rank.allocate(8)
+    rank.allocate(PoolSizes(device=8))
     rank.execute(StepPlan([SequencePlan(tokens[:20], 0, [0, 1], 24, 0)], [], []))
     logits = rank.execute(StepPlan([SequencePlan(tokens[20:], 20, [0, 5], 24, 1)], [(1, 5)], [1, 6]))
     assert torch.equal(logits, expected)
-    assert not rank._pool.data[:, :, [1, 6]].any()
+    assert not rank.tiers.device.data[:, :, [1, 6]].any()
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 0.06), (torch.float16, 0.01)], ids=["bf16", "fp16"])

@@ -125,6 +125,47 @@ def interrupt() -> NoReturn:
     raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_tiers_change_nothing_for_several_ranks(cluster: Cluster, tmp_path: Path, size: int) -> None:
+    """Bit for bit against the same ranks with everything resident; 3 KV heads on 2 ranks are 2 + 1."""
+    folder, _ = save_llama(
+        tmp_path,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        hidden_size=96,
+        max_position_embeddings=1024,
+        vocab_size=20,
+    )
+    prompts = [torch.randint(3, 20, (n,), generator=seeded(n)).tolist() for n in (300, 40)]
+    # the log-probabilities of the whole vocabulary stand for the logits, which do not leave the cluster
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=20)
+    options = {"page_size": 16, "max_num_batched_tokens": 64, "max_num_seqs": 2, "tensor_parallel_size": size}
+    cache, page_bytes = tmp_path / "cache", 2 * 2 * 3 * 16 * 16 * 4
+    tiers: list[tuple[dict[str, Any], set[str]]] = [
+        ({"host_kv_bytes": 0}, set()),
+        ({"device_kv_bytes": 7 * page_bytes, "host_kv_bytes": 60 * page_bytes}, {"host_streamed"}),
+        (
+            {"device_kv_bytes": 7 * page_bytes, "host_kv_bytes": 6 * page_bytes, "cache_dir": cache,
+             "disk_kv_bytes": 60 * page_bytes},
+            {"host_to_disk", "disk_streamed"},
+        ),
+    ]  # fmt: skip
+    answers = []
+    for sizes, moved in tiers:
+        with LLM(folder, ray_address=cluster.address, **options, **sizes) as llm:
+            assert llm.info.page_bytes == page_bytes
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            stats = llm.stats()
+            assert moved <= stats.moved.keys() and stats.pages_recomputed == 0
+            if "cache_dir" in sizes:
+                chunks = [path.name.split(".")[4] for path in (cache / "kv.zarr").glob("c.*")]
+                assert set(chunks) == {"0", "1", "2"}, "one file per page and head, from all ranks"
+        answers.append([(one.outputs[0].token_ids, one.outputs[0].logprobs) for one in outputs])
+    assert answers[1] == answers[0]
+    assert answers[2] == answers[0]
+    check_nothing_is_left(cluster)
+
+
 def test_a_killed_owner_takes_its_ranks_along(cluster: Cluster, tiny: Path) -> None:
     code = (
         "import sys; from distkv import LLM, SamplingParams\n"

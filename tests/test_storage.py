@@ -10,10 +10,12 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from distkv.errors import CapacityError, ConfigError
 from distkv.storage.device_pool import DevicePool
-from distkv.storage.page_allocator import PageAllocator
 from distkv.storage.page_size import MIN_PAGE_SIZE
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.page_table import PageTable
+from distkv.storage.slot_allocator import SlotAllocator
+from distkv.storage.tier import Tier, cold_place, location
+from distkv.storage.tiered_cache import TieredCache
 
 PAGE_SIZE = 16
 NUM_PAGES = 13
@@ -34,66 +36,48 @@ def check_neighbours(taken: list[int], free: set[int], after: int | None) -> Non
 
 
 class AllocatorMachine(RuleBasedStateMachine):
-    """PageAllocator against a dict of slot -> holders."""
-
-    held = Bundle("held")
+    """SlotAllocator against a set of taken slots."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.allocator = PageAllocator(NUM_PAGES)
-        self.holders: dict[int, int] = {}  # only slots with a holder
+        self.allocator = SlotAllocator(NUM_PAGES)
+        self.taken: set[int] = set()
 
     @rule(
-        target=held,
         count=st.one_of(st.integers(0, 3), st.integers(0, NUM_PAGES + 2)),
         after=st.one_of(st.none(), st.integers(0, NUM_PAGES - 1)),
     )
-    def allocate(self, count: int, after: int | None):
-        free = {slot for slot in range(NUM_PAGES) if slot not in self.holders}
+    def allocate(self, count: int, after: int | None) -> None:
+        free = set(range(NUM_PAGES)) - self.taken
         if count > len(free):
             with pytest.raises(CapacityError, match=f"{count} KV pages.* {len(free)} of {NUM_PAGES} are free"):
                 self.allocator.allocate(count, after)
-            return multiple()
-        taken = self.allocator.allocate(count, after)
-        assert len(set(taken)) == len(taken) == count
-        assert set(taken) <= free
+            return
+        slots = self.allocator.allocate(count, after)
+        assert len(set(slots)) == len(slots) == count
+        assert set(slots) <= free
         if count:
-            check_neighbours(taken, free, after)
-        self.holders.update(dict.fromkeys(taken, 1))
-        return multiple(*taken)
+            check_neighbours(slots, free, after)
+        self.taken.update(slots)
 
-    @rule(slots=st.lists(held, max_size=4, unique=True))
-    def share(self, slots: list[int]) -> None:
-        slots = [slot for slot in slots if slot in self.holders]
-        self.allocator.share(slots)
-        for slot in slots:
-            self.holders[slot] += 1
-
-    @rule(slots=st.lists(held, max_size=4, unique=True))
-    def release(self, slots: list[int]) -> None:
-        slots = [slot for slot in slots if slot in self.holders]
-        self.allocator.release(slots)
-        for slot in slots:
-            self.holders[slot] -= 1
-            if not self.holders[slot]:
-                del self.holders[slot]
-
-    @precondition(lambda self: len(self.holders) < NUM_PAGES)
+    @precondition(lambda self: self.taken)
     @rule(data=st.data())
-    def misuse(self, data: st.DataObject) -> None:
-        free = data.draw(st.sampled_from([slot for slot in range(NUM_PAGES) if slot not in self.holders]))
-        with pytest.raises(ValueError, match=f"slot {free} "):
-            self.allocator.share([free])
-        with pytest.raises(ValueError, match=f"slot {free} "):
-            self.allocator.release([free])
+    def free(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.taken)))
+        self.allocator.free(slot)
+        self.taken.remove(slot)
+
+    @rule(slot=st.integers(-2, NUM_PAGES + 1))
+    def misuse(self, slot: int) -> None:
+        if slot not in self.taken:
+            with pytest.raises(ValueError, match=f"slot {slot} is not taken"):
+                self.allocator.free(slot)
 
     @invariant()
     def agrees(self) -> None:
-        self.allocator.integrity_check()
-        assert self.allocator.num_free == NUM_PAGES - len(self.holders)
-        assert [self.allocator.references(slot) for slot in range(NUM_PAGES)] == [
-            self.holders.get(slot, 0) for slot in range(NUM_PAGES)
-        ]
+        self.allocator.integrity_check(self.taken)
+        assert self.allocator.num_used == len(self.taken)
+        assert self.allocator.num_free == NUM_PAGES - len(self.taken)
 
 
 TestAllocator = AllocatorMachine.TestCase
@@ -101,88 +85,105 @@ TestAllocator.settings = settings(max_examples=3 * settings().max_examples)
 
 
 class TableMachine(RuleBasedStateMachine):
-    """Page tables over one allocator against plain lists of tokens; every token has a number of its own, and the pool
-    is a dict of (slot, offset) -> token."""
+    """Page tables over the device alone against plain lists of tokens; every token has a number of its own, and the
+    pool is a dict of (slot, offset) -> token."""
 
     tables = Bundle("tables")
 
     def __init__(self) -> None:
         super().__init__()
-        self.allocator = PageAllocator(NUM_PAGES)
+        self.cache = device_cache(NUM_PAGES)
         self.pool: dict[tuple[int, int], int] = {}
         self.tokens: dict[PageTable, list[int]] = {}
         self.next_token = 0
 
+    @property
+    def num_free(self) -> int:
+        return self.cache.slots[Tier.DEVICE].num_free
+
     def state(self) -> list[object]:
         """All that a refused operation must leave alone."""
-        references = [self.allocator.references(slot) for slot in range(NUM_PAGES)]
-        return [references, [(list(table.slots), table.num_tokens) for table in self.tokens]]
+        pages = {page: page.references for table in self.tokens for page in table.pages}
+        return [pages, self.num_free, [(list(table.pages), table.num_tokens) for table in self.tokens]]
 
     @rule(target=tables)
     def new(self) -> PageTable:
-        table = PageTable(self.allocator, PAGE_SIZE)
+        table = PageTable(self.cache, PAGE_SIZE)
         self.tokens[table] = []
         return table
 
-    @rule(table=tables, count=st.one_of(st.integers(0, 3), st.integers(0, 5 * PAGE_SIZE)))
-    def append(self, table: PageTable, count: int) -> None:
+    @rule(
+        table=tables,
+        count=st.one_of(st.integers(0, 3), st.integers(0, 5 * PAGE_SIZE)),
+        fails=st.sampled_from([False, False, True]),
+    )
+    def step(self, table: PageTable, count: int, fails: bool) -> None:
+        """Appends tokens and writes them; a step that fails is taken back, and its pages wait for the next."""
         tokens = self.tokens[table]
-        needed = -(-(len(tokens) + count) // PAGE_SIZE) - len(table.slots)
-        if needed > self.allocator.num_free:
+        pages_before = list(table.pages)
+        needed = max(0, -(-(len(tokens) + count) // PAGE_SIZE) - len(table.pages))
+        assert table.missing(count) == needed
+        if needed > self.num_free:
             before = self.state()
             with pytest.raises(CapacityError):
-                table.append(count)
+                self.cache.reserve(needed)
             assert self.state() == before
             return
-        old = list(table.slots)
-        taken = table.append(count)
-        assert len(taken) == needed
-        assert table.slots == old + taken
-        for _ in range(count):
-            self.pool[table.slots[len(tokens) // PAGE_SIZE], len(tokens) % PAGE_SIZE] = self.next_token
-            tokens.append(self.next_token)
-            self.next_token += 1
+        assert self.cache.reserve(needed)
+        fresh = table.append(count)
+        assert len(table.pages) == len(pages_before) + needed and table.pages[: len(pages_before)] == pages_before
+        assert set(table.pages[len(pages_before) :]) <= set(fresh)
+        new = range(self.next_token, self.next_token + count)
+        self.next_token += count
+        for at, token in enumerate(new, start=len(tokens)):
+            self.pool[table.pages[at // PAGE_SIZE].location, at % PAGE_SIZE] = token
+        if fails:
+            table.rewind(count)
+        else:
+            table.commit(count)
+            tokens += new
 
     @rule(target=tables, table=tables)
     def fork(self, table: PageTable):
-        tokens = self.tokens[table]
-        if len(tokens) % PAGE_SIZE and not self.allocator.num_free:
+        full = len(self.tokens[table]) // PAGE_SIZE
+        wants_copy = len(table.pages) > full
+        if wants_copy and not self.num_free:
             before = self.state()
             with pytest.raises(CapacityError):
                 table.fork()
             assert self.state() == before
             return multiple()
-        free = self.allocator.num_free
+        free = self.num_free
         other, copy = table.fork()
-        full = len(tokens) // PAGE_SIZE
-        assert other.slots[:full] == table.slots[:full]
-        assert free - self.allocator.num_free == (len(tokens) % PAGE_SIZE > 0)
+        assert other.pages[:full] == table.pages[:full]
+        assert (copy is not None) == wants_copy == free - self.num_free
         if copy is not None:
-            source, target = copy
+            source, target = (page.location for page in copy)
             self.pool |= {(target, offset): self.pool.get((source, offset), -1) for offset in range(PAGE_SIZE)}
-        self.tokens[other] = list(tokens)
+        self.tokens[other] = list(self.tokens[table])
         return other
 
     @rule(table=consumes(tables))
     def release(self, table: PageTable) -> None:
         table.release()
-        assert table.slots == [] and table.num_tokens == 0
+        assert table.pages == [] and table.num_tokens == 0
         del self.tokens[table]
 
     @invariant()
     def every_sequence_reads_its_own_tokens(self) -> None:
         for table, tokens in self.tokens.items():
             assert table.num_tokens == len(tokens)
-            assert len(table.slots) == -(-len(tokens) // PAGE_SIZE)
-            read = [self.pool[table.slots[at // PAGE_SIZE], at % PAGE_SIZE] for at in range(len(tokens))]
+            assert table.num_unfilled == sum(not page.full for page in table.pages)
+            assert [page.index for page in table.pages] == list(range(len(table.pages)))
+            read = [self.pool[table.pages[at // PAGE_SIZE].location, at % PAGE_SIZE] for at in range(len(tokens))]
             assert read == tokens
 
     @invariant()
     def references_are_the_tables(self) -> None:
-        self.allocator.integrity_check()
-        held = Counter(slot for table in self.tokens for slot in table.slots)
-        assert [self.allocator.references(slot) for slot in range(NUM_PAGES)] == [held[s] for s in range(NUM_PAGES)]
-        assert self.allocator.num_free == NUM_PAGES - len(held)
+        self.cache.integrity_check()
+        held = Counter(page for table in self.tokens for page in table.pages)
+        assert {page: page.references for page in held} == held
+        assert self.cache.num_pages == NUM_PAGES - self.num_free == len(held)
 
 
 TestTable = TableMachine.TestCase
@@ -196,56 +197,95 @@ TestTable.settings = settings(max_examples=3 * settings().max_examples)
     after=st.one_of(st.none(), st.integers(0, NUM_PAGES - 1)),
 )
 def test_allocate_from_any_free_slots(free: set[int], count: int, after: int | None) -> None:
-    allocator = PageAllocator(NUM_PAGES)
-    allocator.allocate(NUM_PAGES)
-    allocator.release(list(free))
+    allocator = allocator_with(free)
     count = min(count, len(free))
     taken = allocator.allocate(count, after)
     assert len(set(taken)) == count and set(taken) <= free
     check_neighbours(taken, free, after)
-    allocator.integrity_check()
+    allocator.integrity_check(set(range(NUM_PAGES)) - free | set(taken))
 
 
 def test_fresh_pool_hands_out_one_run() -> None:
-    assert PageAllocator(9).allocate(7) == list(range(7))
+    assert SlotAllocator(9).allocate(7) == list(range(7))
 
 
 def test_a_growing_sequence_stays_one_run() -> None:
     """The page behind the last one is taken though a lower one is free."""
-    allocator = PageAllocator(8)
-    first, table = PageTable(allocator, PAGE_SIZE), PageTable(allocator, PAGE_SIZE)
+    cache = device_cache(8)
+    first, table = PageTable(cache, PAGE_SIZE), PageTable(cache, PAGE_SIZE)
     first.append(2 * PAGE_SIZE)
     for _ in range(3):
         table.append(PAGE_SIZE)
-        if first.slots:
+        if first.pages:
             first.release()
-    assert table.slots == [2, 3, 4]
+    assert locations(table) == [2, 3, 4]
 
 
 def test_refused_operations_change_nothing() -> None:
-    allocator = PageAllocator(3)
-    table = PageTable(allocator, PAGE_SIZE)
+    cache = device_cache(3)
+    table = PageTable(cache, PAGE_SIZE)
     table.append(2 * PAGE_SIZE + 1)
+    table.commit(2 * PAGE_SIZE + 1)
     for refused in (table.fork, lambda: table.append(PAGE_SIZE)):
-        with pytest.raises(CapacityError, match="1 KV pages are needed and 0 of 3 are free; raise device_kv_bytes"):
+        with pytest.raises(CapacityError, match="1 KV pages are needed and 0 of 3 are free"):
             refused()
-        assert (table.slots, table.num_tokens) == ([0, 1, 2], 2 * PAGE_SIZE + 1)
-        assert [allocator.references(slot) for slot in range(3)] == [1, 1, 1]
+        with pytest.raises(CapacityError, match="raise host_kv_bytes or disk_kv_bytes"):
+            cache.reserve(1)
+        assert (locations(table), table.num_tokens) == ([0, 1, 2], 2 * PAGE_SIZE + 1)
+        assert [page.references for page in table.pages] == [1, 1, 1]
+        cache.integrity_check()
+
+
+def test_pages_are_fresh_until_a_step_that_wrote_them_is_over() -> None:
+    table = PageTable(device_cache(4), PAGE_SIZE)
+    first = table.append(PAGE_SIZE + 1)
+    assert first == table.pages and len(first) == 2
+    table.rewind(PAGE_SIZE + 1)
+    assert table.append(1) == first  # the second as well: whatever comes next will find it cleared
+    table.commit(1)
+    assert [page.fresh for page in table.pages] == [False, False]
+    assert table.append(2 * PAGE_SIZE) == table.pages[2:]
 
 
 def test_the_longest_runs_are_taken_when_none_is_long_enough() -> None:
-    allocator = PageAllocator(10)
-    allocator.allocate(10)
-    allocator.release([0, 2, 3, 5, 6, 7])
-    assert allocator.allocate(5) == [5, 6, 7, 2, 3]
+    assert allocator_with({0, 2, 3, 5, 6, 7}).allocate(5) == [5, 6, 7, 2, 3]
 
 
 def test_integrity_check_notices() -> None:
-    allocator = PageAllocator(4)
+    allocator = SlotAllocator(4)
     allocator.allocate(2)
-    allocator._references[0] = 0
-    with pytest.raises(AssertionError):
-        allocator.integrity_check()
+    for wrong in (set(), {0}, {0, 2}, {0, 1, 2}):
+        with pytest.raises(AssertionError):
+            allocator.integrity_check(wrong)
+    allocator.integrity_check({0, 1})
+
+
+def device_cache(num_pages: int) -> TieredCache:
+    """A cache of the device alone."""
+    return TieredCache((num_pages, 0, 0), num_pages)
+
+
+def allocator_with(free: set[int]) -> SlotAllocator:
+    """An allocator of NUM_PAGES slots in which just these are free."""
+    allocator = SlotAllocator(NUM_PAGES)
+    for slot in allocator.allocate(NUM_PAGES):
+        if slot in free:
+            allocator.free(slot)
+    return allocator
+
+
+def locations(table: PageTable) -> list[int]:
+    return [page.location for page in table.pages]
+
+
+@given(tier=st.sampled_from(Tier), slot=st.integers(0, 2**39))
+def test_a_place_is_an_integer(tier: Tier, slot: int) -> None:
+    place = location(tier, slot)
+    if tier is Tier.DEVICE:
+        assert place == slot
+    else:
+        assert place < 0 and cold_place(place) == (tier, slot)
+        assert location(tier, slot + 1) == place - 1
 
 
 @given(

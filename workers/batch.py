@@ -174,7 +174,7 @@ def build_batch(
             decode[count].append((first, sequence))
         else:
             prefill.append(
-                PrefillChunk(slice(first, first + count), _prefix(places, sequence.start, page_size, device))
+                PrefillChunk(slice(first, first + count), prefix_pieces(places, sequence.start, page_size, device))
             )
         first += count
     whole = len(decode) == 1 and not prefill
@@ -199,7 +199,7 @@ def build_batch(
     )
 
 
-def _prefix(places: np.ndarray, prefix_len: int, page_size: int, device: torch.device) -> list[PrefixPiece]:
+def prefix_pieces(places: np.ndarray, prefix_len: int, page_size: int, device: torch.device) -> list[PrefixPiece]:
     """The tokens before a chunk, in pieces."""
     per_piece = max(1, PREFILL_SPLIT // page_size)
     num_pages = pages_for(prefix_len, page_size)

@@ -10,6 +10,7 @@ from torch import Tensor
 from distkv.errors import CapacityError
 from distkv.storage.host_memory import available_bytes
 from distkv.storage.page_spec import PageSpec
+from distkv.storage.random_pages import random_slice
 from distkv.workers.batch import build_batch
 from distkv.workers.llama import LlamaModel, load_llama
 from distkv.workers.model_config import ModelConfig
@@ -150,14 +151,11 @@ class Rank:
         self.tiers.close()
 
     def _fill_random(self, slot: int, seed: int) -> None:
-        """Normal random keys and values, the same for a head whichever rank holds it."""
-        spec = self.page_spec
-        first, last = self.shard.kv_heads
+        """See `random_slice`."""
+        spec, heads = self.page_spec, range(*self.shard.kv_heads)
         for layer in range(spec.num_layers):
-            for head in range(first, last):
-                generator = torch.Generator().manual_seed(hash((seed, layer, head)))
-                values = torch.randn(2, spec.page_size, spec.head_dim, generator=generator)
-                self.tiers.device.data[layer, :, slot, head - first] = values.to(self.device, spec.dtype)
+            values = random_slice(seed, layer, heads, spec.page_size, spec.head_dim)
+            self.tiers.device.data[layer, :, slot] = values.to(self.device, spec.dtype)
 
 
 def rank_page_spec(config: RankConfig, shard: Shard) -> PageSpec:

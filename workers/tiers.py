@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,11 +13,11 @@ from distkv.storage.device_pool import DevicePool
 from distkv.storage.host_pool import HostPool
 from distkv.storage.mover import Mover
 from distkv.storage.page_spec import PageSpec
+from distkv.storage.read_ahead import ReadAhead
 from distkv.storage.staging_ring import Load, StagingRing, Stream
 from distkv.workers.report import Report
 
 if TYPE_CHECKING:
-    from distkv.storage.cache_folder import FolderLock
     from distkv.storage.disk_pool import DiskPool
 
 
@@ -28,7 +28,7 @@ class PoolSizes(msgspec.Struct, array_like=True, frozen=True):
     host: int = 0
     disk: int = 0
     staging: int = 0  # pages of the staging ring, of which it holds one layer
-    read_ahead: int = 0  # layer slices of host memory for reads from disk
+    read_ahead: int = 0  # layer slices of host memory for reads from disk; 0 where the device is a CPU
 
 
 class RankTiers:
@@ -49,20 +49,25 @@ class RankTiers:
             held_heads: KV heads of each rank.
         """
         self._spec = spec
-        self._lock: FolderLock | None = None
-        self.disk: DiskPool | None = None
-        self._folder = folder
-        if sizes.disk:
-            assert folder is not None and held_heads is not None
-            self._open_disk(folder, sizes.disk, rank, held_heads)
-        self.device = DevicePool(spec, sizes.device, device)
-        self.host = HostPool(spec, sizes.host, pinned=device.type == "cuda")
-        self.mover = Mover(self.device, self.host, self.disk)
-        self.ring = StagingRing(spec, sizes.staging, sizes.read_ahead, self.host, self.disk, device)
         size = spec.page_bytes
         self.nbytes = sizes.device * size, sizes.host * size, sizes.disk * size
         self._bad_reads: dict[int, str] = {}
         self._told: dict[str, int] = {}
+        with ExitStack() as stack:  # what is open is closed again if something fails on the way
+            self.device = DevicePool(spec, sizes.device, device)
+            stack.callback(self.device.close)
+            self.host = HostPool(spec, sizes.host, pinned=device.type == "cuda")
+            stack.callback(self.host.close)
+            self.disk = self._open_disk(stack, folder, sizes.disk, rank, held_heads) if sizes.disk else None
+            read_ahead = None
+            if self.disk is not None and sizes.read_ahead:
+                read_ahead = ReadAhead(spec, sizes.read_ahead, self.disk, pinned=device.type == "cuda")
+                stack.callback(read_ahead.close)
+            self.ring = StagingRing(spec, sizes.staging, self.host, self.disk, read_ahead, device)
+            stack.callback(self.ring.close)
+            self.mover = Mover(self.device, self.host, self.disk)
+            stack.callback(self.mover.close)
+            self._open = stack.pop_all()
 
     @contextmanager
     def stream(self, loads: list[Load]) -> Iterator[Stream | None]:
@@ -93,27 +98,21 @@ class RankTiers:
         )  # fmt: skip
 
     def close(self) -> None:
-        """Waits for what is on its way, frees memory, and removes what lies on disk."""
-        self.mover.close()
-        self.ring.close()
-        for pool in (self.device, self.host, self.disk):
-            if pool is not None:
-                pool.close()
-        if self._lock is not None:
-            from distkv.storage.cache_folder import remove_array
+        """Waits for what is on its way, frees memory, and removes what lies on disk. A second call does nothing."""
+        self._open.close()
 
-            assert self._folder is not None
-            remove_array(self._folder)
-            self._lock.release()
-            self._lock = None
-
-    def _open_disk(self, folder: Path, num_pages: int, rank: int, held_heads: list[int]) -> None:
-        from distkv.storage.cache_folder import DiskHeads, FolderLock, make_array, matches
+    def _open_disk(
+        self, stack: ExitStack, folder: Path | None, num_pages: int, rank: int, held_heads: list[int] | None
+    ) -> "DiskPool":
+        from distkv.storage.cache_folder import DiskHeads, FolderLock, make_array, matches, remove_array
         from distkv.storage.disk_pool import DiskPool  # imports zarr
 
+        assert folder is not None and held_heads is not None
         heads = DiskHeads(sum(held_heads[:rank]), sum(held_heads), math.gcd(*held_heads))
         if rank == 0:
-            self._lock = FolderLock(folder)
+            lock = FolderLock(folder)
+            stack.callback(lock.release)
         if rank == 0 or not matches(folder, self._spec, num_pages, heads):  # another node may have a disk of its own
             make_array(folder, self._spec, num_pages, heads)
-        self.disk = DiskPool(self._spec, folder, num_pages, heads)
+            stack.callback(remove_array, folder)
+        return DiskPool(self._spec, folder, num_pages, heads)

@@ -1,12 +1,10 @@
 """`distkv bench decode`: prefill rate and decode latency of one request, alone or beside a peer engine, in turns."""
 
-import json
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from distkv import __version__
+from distkv.bench.machine import check_json_file, machine_facts, write_json
 from distkv.errors import ConfigError
 from distkv.llm import LLM
 from distkv.sampling_params import SamplingParams
@@ -30,8 +28,7 @@ def run(
     """Measures and prints a table; see `distkv bench decode --help`."""
     if peer not in (None, "hf"):
         raise ConfigError(f"peer {peer!r} is not known; use hf")
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise ConfigError(f"the folder of {str(json_file)!r} does not exist; make it first")
+    check_json_file(json_file)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     with LLM(model, dtype=dtype, num_threads=num_threads, max_num_seqs=1) as llm:
@@ -47,11 +44,10 @@ def run(
             rows += _in_turns(runners, prompt, new_tokens, repeats)
     facts = {
         "benchmark": "decode", "model": model.name, "dtype": dtype, "new_tokens": new_tokens, "repeats": repeats,
-        **_machine(),
+        **machine_facts(), "transformers": version("transformers"),
     }  # fmt: skip
     _print(facts, rows)
-    if json_file is not None:
-        json_file.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    write_json(json_file, facts, rows)
 
 
 def _in_turns(runners: dict[str, Runner], prompt: list[int], new_tokens: int, repeats: int) -> list[dict[str, Any]]:
@@ -103,29 +99,6 @@ def _transformers_runner(model: Path, dtype: str) -> Runner:
         return first - start, (time.perf_counter() - first) / new_tokens
 
     return runner
-
-
-def _machine() -> dict[str, Any]:
-    import transformers
-
-    cuda = torch.cuda.is_available()
-    return {
-        "machine": torch.cuda.get_device_name() if cuda else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "distkv": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _print(facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:

@@ -1,0 +1,122 @@
+"""What the machine gives without distkv: a plain copy of as many bytes, and plain reads of the same files."""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from distkv.storage.host_memory import HostBuffer
+
+READ_THREADS = 4
+WARM_UP = 2
+
+
+class CopyCeiling:
+    """Two buffers: on a CPU both are memory of the host, with CUDA pinned memory is copied to the device."""
+
+    def __init__(self, num_bytes: int):
+        """`num_bytes` is the most that will be copied. Raises CapacityError when the host has no such memory."""
+        self._cuda = torch.cuda.is_available()
+        self._source = HostBuffer((num_bytes,), torch.uint8, pinned=self._cuda)
+        self._source.data.fill_(1)  # has the system map it
+        self._target = torch.ones(num_bytes, dtype=torch.uint8, device="cuda" if self._cuda else "cpu")
+
+    def seconds(self, num_bytes: int) -> float:
+        """Time of one copy, after others that warm up."""
+        for _ in range(WARM_UP):
+            self._copy(num_bytes)
+        start = time.perf_counter()
+        self._copy(num_bytes)
+        return time.perf_counter() - start
+
+    def close(self) -> None:
+        """Frees the buffers."""
+        self._source.close()
+        self._target = self._target[:0].clone()
+
+    def _copy(self, num_bytes: int) -> None:
+        self._target[:num_bytes].copy_(self._source.data[:num_bytes], non_blocking=True)
+        if self._cuda:
+            torch.cuda.synchronize()
+
+
+class ReadCeiling:
+    """Reads chunk files of the disk tier with preadv in READ_THREADS threads, each into a buffer that it uses again."""
+
+    def __init__(self, files: list[Path], num_layers: int):
+        """The files are of one size, and each holds the slices of `num_layers` layers one after the other."""
+        self._files = files
+        self.num_bytes = sum(file.stat().st_size for file in files)
+        self._file_bytes = self.num_bytes // len(files)
+        self._num_layers = num_layers
+        self._threads = ThreadPoolExecutor(READ_THREADS)
+        self._buffers = [memoryview(bytearray(self._file_bytes)) for _ in range(READ_THREADS)]
+        self.ways: dict[str, Callable[[], Iterable[tuple[Path, int, int]]]] = {
+            "file by file": self._whole_files,
+            "layer by layer": self._layer_slices,
+        }
+
+    def seconds(self, way: str) -> float:
+        """Time to read all files in one of `ways`; what the page cache had of them is dropped first."""
+        pieces = list(self.ways[way]())
+        drop_page_cache(self._files)
+        start = time.perf_counter()
+        parts = [pieces[number::READ_THREADS] for number in range(READ_THREADS)]
+        list(self._threads.map(_read, parts, self._buffers))
+        return time.perf_counter() - start
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._threads.shutdown()
+
+    def _whole_files(self) -> Iterator[tuple[Path, int, int]]:
+        return ((file, 0, self._file_bytes) for file in self._files)
+
+    def _layer_slices(self) -> Iterator[tuple[Path, int, int]]:
+        """In the order in which a step needs them."""
+        size = self._file_bytes // self._num_layers
+        return ((file, layer * size, size) for layer in range(self._num_layers) for file in self._files)
+
+
+def flush(files: Iterable[Path]) -> None:
+    """Has what was written to the files reach the disk, without which the page cache keeps it."""
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def drop_page_cache(files: Iterable[Path]) -> None:
+    """Has the system forget what it holds of flushed files; file systems in memory keep it nevertheless."""
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def bytes_from_disk() -> int | None:
+    """Bytes that this process has had fetched from disks since its start, past the page cache; None where the system
+    does not say."""
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/self/io").read_text().splitlines())
+        return int(fields["read_bytes"])
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _read(pieces: list[tuple[Path, int, int]], buffer: memoryview) -> None:
+    """Reads `(file, offset, bytes)` one after the other."""
+    for file, offset, size in pieces:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            count = os.preadv(descriptor, [buffer[:size]], offset)
+        finally:
+            os.close(descriptor)
+        assert count == size, f"{file} gave {count} bytes of {size} at {offset}"

@@ -1,0 +1,44 @@
+"""What all benchmarks share: the facts of the machine that go with every figure, and the JSON file of the figures."""
+
+import json
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distkv import __version__
+from distkv.errors import ConfigError
+
+
+def machine_facts() -> dict[str, Any]:
+    """Processor or GPU, threads, versions and date."""
+    return {
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "distkv": __version__,
+        "torch": torch.__version__,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def check_json_file(json_file: Path | None) -> None:
+    """Raises ConfigError, before anything is measured, when the folder of the file does not exist."""
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise ConfigError(f"the folder of {str(json_file)!r} does not exist; make it first")
+
+
+def write_json(json_file: Path | None, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Writes the figures where a file was asked for."""
+    if json_file is not None:
+        json_file.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,326 @@
+"""`distkv bench offload`: what a KV cache that lies below the device costs per token, beside what the machine gives.
+
+The same request is decoded by four engines in turns: with all of its context on the device, with half of it on the
+host, and with as much of it as can be on the host or on disk. Every byte that a step streams is counted and must be
+what the formula says, and all four must draw the same tokens with the same logprobs.
+"""
+
+import random
+import statistics
+import tempfile
+import time
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from distkv.bench.ceilings import READ_THREADS, CopyCeiling, ReadCeiling, bytes_from_disk, drop_page_cache, flush
+from distkv.bench.machine import check_json_file, machine_facts, write_json
+from distkv.config import EngineConfig
+from distkv.errors import ConfigError, DistKVError
+from distkv.launch import launch
+from distkv.messages import EngineRequest, RequestFailed, TokenOutput
+from distkv.sampling_params import SamplingParams
+from distkv.storage.cache_folder import ARRAY
+from distkv.storage.page_size import NUM_BUFFERS, check_page_size
+from distkv.storage.tiered_cache import MAX_DISK_WRITES
+from distkv.workers.model_config import ModelConfig, parse_dtype
+from distkv.workers.sampler import TokenLogprobs
+
+WARM_UP = 4  # tokens decoded before those that count
+PAUSE = 0.1  # seconds after each of them, in which pages reach the tier where they will stay
+LEAST_DEVICE_PAGES = 2  # the page that is being written, and the context's first, which is the last to leave
+SEED = 1
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Where the context lies; sizes in pages."""
+
+    name: str
+    device: int
+    host: int
+    disk: int
+    cold_pages: int  # of the context: all that are not on the device
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Of one variant: seconds of each step, and bytes of all steps together."""
+
+    seconds: list[float]
+    host_bytes: int
+    disk_bytes: int
+    bytes_from_disk: int | None  # of disk_bytes, those that the page cache did not have
+
+
+class Decoder:
+    """One engine that decodes one request, whose context is random keys and values."""
+
+    def __init__(self, variant: Variant, config: EngineConfig, cold_bytes: int):
+        """`cold_bytes` is what a step has to stream."""
+        self.variant = variant
+        self.answer: list[tuple[int, TokenLogprobs | None]] = []
+        self.cold_bytes = cold_bytes
+        self._array = None if config.cache_dir is None else Path(config.cache_dir) / ARRAY
+        self._engine = launch(config)
+        self.files: list[Path] = []  # of the disk tier, once the context is there
+
+    def fill(self, prompt: list[int], max_tokens: int) -> None:
+        """Makes the context and decodes the warm-up, after which every page lies where it stays."""
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=1)
+        self._engine.add([EngineRequest("0", prompt, params, max_tokens, SEED, random_kv_seed=SEED)])
+        while len(self.answer) < 1 + WARM_UP:
+            self._step()
+            if self.answer:
+                time.sleep(PAUSE)
+        if self._array is not None:
+            self.files = sorted(self._array.glob("c.*"))
+            flush(self.files)
+
+    def turn(self, new_tokens: int) -> Turn:
+        """Decodes so many tokens, with the page cache dropped before each where pages lie on disk.
+
+        Raises DistKVError when a step streams other bytes than it has to, or draws no token.
+        """
+        seconds, host_bytes, disk_bytes = [], 0, 0
+        start = bytes_from_disk()
+        for _ in range(new_tokens):
+            drop_page_cache(self.files)
+            before = self._engine.stats().moved
+            drawn = len(self.answer)
+            seconds.append(self._step())
+            if len(self.answer) != drawn + 1:
+                raise DistKVError(f"{self.variant.name}: a page could not be read and was computed again; see the log")
+            host, disk = streamed(before, self._engine.stats().moved)
+            check_streamed(self.variant.name, host + disk, self.cold_bytes)
+            host_bytes, disk_bytes = host_bytes + host, disk_bytes + disk
+        end = bytes_from_disk()
+        return Turn(seconds, host_bytes, disk_bytes, None if start is None or end is None else end - start)
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def _step(self) -> float:
+        """Seconds of one step; what it draws goes to `answer`."""
+        start = time.perf_counter()
+        outputs = self._engine.step()
+        seconds = time.perf_counter() - start
+        for output in outputs:
+            if isinstance(output, RequestFailed):
+                raise DistKVError(f"{self.variant.name}: {output.error}: {output.message}")
+            assert isinstance(output, TokenOutput)
+            self.answer.append((output.token_id, output.logprobs))
+        return seconds
+
+
+def run(
+    model: Path, context: int, new_tokens: int, repeats: int, dtype: str, page_size: int, num_threads: int | None,
+    cache_dir: Path | None, json_file: Path | None,
+) -> None:  # fmt: skip
+    """Measures and prints a table; see `distkv bench offload --help`.
+
+    Raises ConfigError for options that do not go together, DistKVError when bytes or answers are not what they must be.
+    """
+    check_json_file(json_file)
+    config = ModelConfig.load(model)
+    steps = 1 + WARM_UP + repeats * new_tokens
+    _check_sizes(context, page_size, steps, config.max_position_embeddings)
+    torch_dtype = config.dtype if dtype == "auto" else parse_dtype(dtype)
+    layers, heads, dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+    token_bytes = 2 * layers * heads * dim * torch_dtype.itemsize
+    rng = random.Random(context)
+    prompt = [rng.randrange(10, config.vocab_size) for _ in range(context + 1)]
+    with ExitStack() as stack:
+        folder = cache_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="distkv-")))
+        decoders = []
+        for variant in _variants(context // page_size):
+            options = _engine_options(variant, page_size * token_bytes, page_size, layers, folder)
+            engine_config = EngineConfig(
+                model, dtype=dtype, page_size=page_size, num_threads=num_threads, max_model_len=context + page_size,
+                max_num_seqs=1, max_num_batched_tokens=page_size, **options,
+            )  # fmt: skip
+            cold_bytes = token_bytes * variant.cold_pages * page_size
+            decoders.append(stack.enter_context(closing(Decoder(variant, engine_config, cold_bytes))))
+        for decoder in decoders:
+            decoder.fill(prompt, steps + 1)  # one more than is drawn, so that the request never ends
+        reads = stack.enter_context(closing(ReadCeiling(decoders[-1].files, layers)))
+        copies = stack.enter_context(closing(CopyCeiling(max(decoder.cold_bytes for decoder in decoders))))
+        rows = _in_turns(decoders, copies, reads, new_tokens, repeats, page_size)
+    facts = {
+        "benchmark": "offload", "model": model.name, "dtype": dtype, "context": context, "page_size": page_size,
+        "bytes_per_token": token_bytes, "new_tokens": new_tokens, "repeats": repeats, **machine_facts(),
+    }  # fmt: skip
+    _print(facts, rows, f"2 * {layers} layers * {heads} KV heads * {dim} head_dim * {torch_dtype.itemsize} bytes")
+    write_json(json_file, facts, rows)
+
+
+def streamed(before: dict[str, int], after: dict[str, int]) -> tuple[int, int]:
+    """Bytes that reached attention from host and disk between two readings of `EngineStats.moved`."""
+    host, disk = (after.get(route, 0) - before.get(route, 0) for route in ("host_streamed", "disk_streamed"))
+    return host, disk
+
+
+def check_streamed(name: str, num_bytes: int, expected: int) -> None:
+    """Raises DistKVError unless a step streamed what it had to."""
+    if num_bytes != expected:
+        raise DistKVError(f"{name}: a step streamed {num_bytes} bytes and its cold tokens take {expected}; report it")
+
+
+def check_answers(answers: dict[str, list[tuple[int, TokenLogprobs | None]]]) -> None:
+    """Raises DistKVError unless all variants drew the same tokens with the same logprobs, in every bit."""
+    (first, expected), *others = answers.items()
+    for name, answer in others:
+        if answer != expected:
+            place = next((n for n, pair in enumerate(zip(answer, expected, strict=False)) if pair[0] != pair[1]), 0)
+            raise DistKVError(f"{name} and {first} differ from token {place} of the answer on; report it")
+
+
+def _check_sizes(context: int, page_size: int, steps: int, positions: int) -> None:
+    check_page_size(page_size)
+    if context % page_size or context < 4 * page_size:
+        raise ConfigError(
+            f"context {context} is not a whole number of pages of {page_size} tokens, at least 4; "
+            f"use {max(4, -(-context // page_size)) * page_size}"
+        )
+    if context + page_size > positions:
+        raise ConfigError(
+            f"context {context} and a page for the answer are more than the {positions} positions of the model; use at "
+            f"most {(positions // page_size - 1) * page_size}"
+        )
+    if steps > page_size:
+        raise ConfigError(
+            f"warm-up, new-tokens and repeats take {steps} tokens and must stay within one page of {page_size}, so "
+            "that as many stay cold; lower new-tokens or repeats, or raise page-size"
+        )
+
+
+def _variants(num_pages: int) -> list[Variant]:
+    """Of a context of `num_pages` full pages, beside which one page is being written."""
+    half, least = num_pages // 2 + 1, LEAST_DEVICE_PAGES
+    return [
+        Variant("all on device", num_pages + 1, 0, 0, 0),
+        Variant("half on host", half, num_pages + 1, 0, num_pages - (half - 1)),
+        Variant("all on host", least, num_pages + 1, 0, num_pages - (least - 1)),
+        Variant("all on disk", least, 1, num_pages + 1, num_pages - (least - 1)),
+    ]
+
+
+def _engine_options(variant: Variant, page_bytes: int, page_size: int, num_layers: int, folder: Path) -> dict[str, Any]:
+    """Sizes of the tiers as `EngineConfig` takes them."""
+    options: dict[str, Any] = {
+        "device_kv_bytes": variant.device * page_bytes,
+        "host_kv_bytes": variant.host * page_bytes,
+    }
+    if variant.disk:
+        ring = EngineConfig(folder, page_size=page_size).min_staging_pages
+        read_ahead = -(-(ring // NUM_BUFFERS) // num_layers)  # the least, which is taken out of the host's
+        spare = 2 * MAX_DISK_WRITES  # pages on their way to disk lie there twice
+        options["host_kv_bytes"] = (variant.host + read_ahead) * page_bytes
+        options["disk_kv_bytes"] = (variant.disk + spare) * page_bytes
+        options["cache_dir"] = folder
+    return options
+
+
+def _in_turns(
+    decoders: list[Decoder], copies: CopyCeiling, reads: ReadCeiling, new_tokens: int, repeats: int, page_size: int
+) -> list[dict[str, Any]]:
+    """Medians per variant; variants and ceilings alternate, so that what else happens on the machine meets all."""
+    turns: dict[str, list[Turn]] = {decoder.variant.name: [] for decoder in decoders}
+    copied: dict[int, list[float]] = {decoder.cold_bytes: [] for decoder in decoders if decoder.cold_bytes}
+    read: dict[str, list[float]] = {way: [] for way in reads.ways}
+    for _ in range(repeats):
+        for decoder in decoders:
+            turns[decoder.variant.name].append(decoder.turn(new_tokens))
+        for num_bytes, times in copied.items():
+            times.append(copies.seconds(num_bytes))
+        for way, times in read.items():
+            times.append(reads.seconds(way))
+    check_answers({decoder.variant.name: decoder.answer for decoder in decoders})
+    read_rates = {way: reads.num_bytes / statistics.median(times) for way, times in read.items()}
+    rows: list[dict[str, Any]] = []
+    for decoder in decoders:
+        row = _row(decoder, turns[decoder.variant.name], page_size, rows[0]["decode_ms_per_token"] if rows else None)
+        row["memcpy_gb_per_s"] = row["preadv_gb_per_s"] = row["preadv_way"] = None
+        if decoder.cold_bytes:
+            row["memcpy_gb_per_s"] = decoder.cold_bytes / statistics.median(copied[decoder.cold_bytes]) / 1e9
+        if decoder.variant.disk:
+            way = max(read_rates, key=lambda way: read_rates[way])
+            row["preadv_gb_per_s"], row["preadv_way"] = read_rates[way] / 1e9, way
+        rows.append(row)
+    return rows
+
+
+def _row(decoder: Decoder, turns: list[Turn], page_size: int, resident_ms: float | None) -> dict[str, Any]:
+    """Figures of a variant; `resident_ms` is what a token takes with everything on the device."""
+    variant = decoder.variant
+    steps = sum(len(turn.seconds) for turn in turns)
+    ms = 1e3 * statistics.median(second for turn in turns for second in turn.seconds)
+    host, disk = sum(turn.host_bytes for turn in turns) / steps, sum(turn.disk_bytes for turn in turns) / steps
+    fetched = [turn.bytes_from_disk for turn in turns if turn.bytes_from_disk is not None]
+    counted = disk if variant.disk else host
+    more_ms = 0 if resident_ms is None else ms - resident_ms
+    return {
+        "cache": variant.name,
+        "device_pages": variant.device,
+        "cold_tokens": variant.cold_pages * page_size,
+        "host_bytes_per_step": host,
+        "disk_bytes_per_step": disk,
+        "bytes_from_disk_per_step": sum(fetched) / steps if variant.disk and len(fetched) == len(turns) else None,
+        "decode_ms_per_token": ms,
+        "turn_ms_per_token": [1e3 * statistics.median(turn.seconds) for turn in turns],
+        "gb_per_s_of_whole_step": counted / ms / 1e6 if counted else None,
+        "gb_per_s_of_added_time": counted / more_ms / 1e6 if counted and more_ms > 0 else None,
+        "tokens_compared": len(decoder.answer),
+        "same_answer": True,  # else `check_answers` had raised
+    }
+
+
+def _print(facts: dict[str, Any], rows: list[dict[str, Any]], formula: str) -> None:
+    console = Console(highlight=False)
+    console.print(", ".join(f"{name} {value}" for name, value in facts.items()), soft_wrap=True)
+    lines: list[tuple[str, str, float, str]] = [
+        ("cold tokens", "cold_tokens", 1, "d"),
+        ("MB from host", "host_bytes_per_step", 1e6, ".2f"),
+        ("MB from disk", "disk_bytes_per_step", 1e6, ".2f"),
+        ("ms per token", "decode_ms_per_token", 1, ".2f"),
+        ("GB/s, added time", "gb_per_s_of_added_time", 1, ".2f"),
+        ("GB/s, whole step", "gb_per_s_of_whole_step", 1, ".2f"),
+        ("memcpy GB/s", "memcpy_gb_per_s", 1, ".2f"),
+        ("preadv GB/s", "preadv_gb_per_s", 1, ".2f"),
+    ]
+    table = Table("context", *(row["cache"] for row in rows))
+    for title, key, unit, form in lines:
+        figures = (row[key] for row in rows)
+        table.add_row(
+            title, *("" if one is None else format(one if unit == 1 else one / unit, form) for one in figures)
+        )
+    table.add_row("answer", *("same" for _ in rows))
+    console.print(table)
+    last = rows[-1]
+    for line in (
+        f"Every step streamed exactly {formula} * cold tokens, and all drew the same {last['tokens_compared']} tokens "
+        "with the same logprobs, bit for bit.",
+        "Cold is what is not on the device. There stay the page being written and, with 'all', the context's first.",
+        "Added time is ms per token less that with all on the device; nothing is shown where there is none.",
+        f"memcpy copies as many bytes as a step streams; preadv reads the same files {last['preadv_way']}, the faster "
+        f"way here, in {READ_THREADS} threads.",
+        _page_cache_line(last),
+    ):
+        console.print(line, soft_wrap=True)
+
+
+def _page_cache_line(row: dict[str, Any]) -> str:
+    """Whether dropping the page cache had the effect that it must have."""
+    wanted, fetched = row["disk_bytes_per_step"], row["bytes_from_disk_per_step"]
+    if fetched is None:
+        return "Whether these bytes came from the disk or from its page cache, the system does not say."
+    if fetched < 0.9 * wanted:
+        return (
+            f"WARNING: {fetched / 1e6:.2f} MB per token came from the disk itself, the others from memory, so this is "
+            "no measure of a disk; name a folder on one with --cache-dir."
+        )
+    return f"The page cache was dropped before each token: {fetched / 1e6:.2f} MB per token came from the disk itself."

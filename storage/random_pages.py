@@ -1,0 +1,28 @@
+"""Random keys and values, the same whoever makes them: a context of any length without its prefill."""
+
+import torch
+from torch import Tensor
+
+# Deviation of the values. Attention over n random tokens gives their mean, which shrinks as n ** -0.5; with values as
+# small as the keys it would be lost in the model's rounding from some 100,000 tokens on, and so would any mistake.
+VALUE_SCALE = 64
+
+
+def page_seed(kv_seed: int, index: int) -> int:
+    """The seed of page `index` of a sequence, see `EngineRequest.random_kv_seed`."""
+    return (kv_seed << 32) + index
+
+
+def random_slice(seed: int, layer: int, heads: range, page_size: int, head_dim: int) -> Tensor:
+    """One layer of a page: fp32 `[2, kv_head, page_size, head_dim]` on the CPU, K first; normal numbers, the values
+    times VALUE_SCALE.
+
+    A head's numbers depend on the page's seed, the layer and the head's place in the model alone, so they are the same
+    whichever rank holds it.
+    """
+    drawn = torch.empty(2, len(heads), page_size, head_dim)
+    for place, head in enumerate(heads):
+        generator = torch.Generator().manual_seed(hash((seed, layer, head)))
+        drawn[:, place] = torch.randn(2, page_size, head_dim, generator=generator)
+    drawn[1] *= VALUE_SCALE
+    return drawn

@@ -1,0 +1,230 @@
+"""What the disk can do to a run: damaged, missing and slow files, a full disk, a kill. Never a wrong token."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+import zarr.storage._local as local_store
+from crc32c import crc32c
+from helpers import save_llama, seeded
+
+from distkv import LLM, CapacityError, ConfigError, SamplingParams, StoreError
+from distkv.engine import MAX_REPAIRS, Engine
+from distkv.storage.catalogue import Catalogue
+from distkv.storage.disk_pool import DiskPool, OpenPages
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE_SIZE, PAGE_BYTES = 16, 8192  # of the tiny model in fp32
+OPTIONS: dict[str, Any] = {"page_size": PAGE_SIZE, "max_num_batched_tokens": 32, "max_num_seqs": 4}
+PARAMS = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("model"), max_position_embeddings=2048)[0]
+
+
+@pytest.fixture(scope="module")
+def prompt() -> list[int]:
+    import torch
+
+    return torch.randint(3, 128, (500,), generator=seeded(2)).tolist()
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path, prompt: list[int]) -> list[int]:
+    with LLM(folder, host_kv_bytes=0, **OPTIONS) as llm:
+        return llm.generate([prompt], PARAMS, use_tqdm=False)[0].outputs[0].token_ids
+
+
+@pytest.fixture
+def llm(folder: Path, tmp_path: Path) -> Iterator[LLM]:
+    """A device of 4 pages, a host of 6, and the disk for the rest."""
+    with tiered(folder, tmp_path / "cache") as llm:
+        yield llm
+        assert isinstance(llm._engine, Engine)
+        llm._engine.integrity_check()
+
+
+def tiered(folder: Path, cache_dir: Path, disk_pages: int = 60, **options: Any) -> LLM:
+    return LLM(
+        folder, device_kv_bytes=4 * PAGE_BYTES, host_kv_bytes=6 * PAGE_BYTES, cache_dir=cache_dir,
+        disk_kv_bytes=disk_pages * PAGE_BYTES, **(OPTIONS | options),
+    )  # fmt: skip
+
+
+def chunk_files(llm: LLM) -> list[Path]:
+    assert llm.info.cache_dir is not None
+    return sorted(Path(llm.info.cache_dir, "kv.zarr").glob("c.*"))
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 4
+    file.write_bytes(content)
+
+
+def cut_short(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut_short, Path.unlink], ids=["flipped bit", "truncated", "missing"])
+def test_damaged_pages_are_computed_again(
+    llm: LLM, prompt: list[int], expected: list[int], damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    damaged = 0
+    for number, output in enumerate(llm.stream(prompt, PARAMS)):
+        if number in (0, 7, 20):
+            for file in chunk_files(llm)[number % 5 :: 6]:
+                damage(file)
+                damaged += 1
+        tokens = output.outputs[0].token_ids
+    assert tokens == expected
+    assert damaged >= 9
+    assert 9 <= llm.stats().pages_recomputed <= damaged
+    assert any("c." in record.message for record in caplog.records), "the file is named"
+
+
+def test_a_damaged_page_while_a_prompt_is_read(
+    llm: LLM, prompt: list[int], expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of a prompt stream their prefix too."""
+    read, calls = OpenPages.read, iter(range(10**9))
+
+    def flaky(self: OpenPages, index: int, layer: int, parts: Any) -> None:
+        if next(calls) in (3, 40, 41, 42, 160):
+            raise StoreError(f"page {index} is gone")
+        read(self, index, layer, parts)
+
+    monkeypatch.setattr(OpenPages, "read", flaky)
+    assert llm.generate([prompt], PARAMS, use_tqdm=False)[0].outputs[0].token_ids == expected
+    assert llm.stats().pages_recomputed >= 3
+
+
+def test_only_the_request_that_cannot_go_on_fails(llm: LLM, prompt: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that gives nothing back: the long request fails with the page and the cause, the short one does not."""
+
+    def broken(self: OpenPages, index: int, layer: int, parts: Any) -> None:
+        raise StoreError("input/output error")
+
+    with LLM(llm.config.model, host_kv_bytes=0, **OPTIONS) as alone:
+        short = alone.generate([prompt[:20]], PARAMS, use_tqdm=False)[0]
+    monkeypatch.setattr(OpenPages, "read", broken)
+    long_one, short_one = llm.generate([prompt, prompt[:20]], PARAMS, use_tqdm=False)
+    assert isinstance(long_one.error, StoreError)
+    assert f"lost {MAX_REPAIRS + 1} times" in str(long_one.error) and "input/output error" in str(long_one.error)
+    assert "KV page" in str(long_one.error)
+    assert long_one.finished and long_one.outputs[0].finish_reason == "error"
+    assert short_one.error is None and short_one.outputs[0].token_ids == short.outputs[0].token_ids
+    with pytest.raises(StoreError, match="input/output error"), closing(llm.stream(prompt, PARAMS)) as outputs:
+        list(outputs)
+    monkeypatch.undo()
+    assert llm.generate([prompt], PARAMS, use_tqdm=False)[0].error is None
+
+
+def test_slow_reads_and_writes_are_waited_for(
+    llm: LLM, prompt: list[int], expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, store = OpenPages.read, DiskPool.store
+    slow = iter(range(10**9))
+
+    def slow_read(self: OpenPages, index: int, layer: int, parts: Any) -> None:
+        if next(slow) == 50:
+            time.sleep(3)
+        read(self, index, layer, parts)
+
+    def slow_store(self: DiskPool, slot: int, page: Any) -> None:
+        time.sleep(0.05)
+        store(self, slot, page)
+
+    monkeypatch.setattr(OpenPages, "read", slow_read)
+    monkeypatch.setattr(DiskPool, "store", slow_store)
+    assert llm.generate([prompt], PARAMS, use_tqdm=False)[0].outputs[0].token_ids == expected
+    assert llm.stats().pages_recomputed == 0 and llm.stats().moved["disk_streamed"]
+
+
+def test_a_full_disk(
+    llm: LLM, folder: Path, prompt: list[int], expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that takes 9 pages and not one more: what fits is answered, what does not is refused with the sizes."""
+    put, taken = local_store._put, set()
+
+    def limited(path: Path, value: Any, exclusive: bool = False) -> int:
+        if path not in taken and len(taken) == 9:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        taken.add(path)
+        return put(path, value, exclusive)
+
+    monkeypatch.setattr(local_store, "_put", limited)
+    failed = llm.generate([prompt], PARAMS, use_tqdm=False)[0]
+    assert isinstance(failed.error, CapacityError)
+    assert "No space left on device" in str(failed.error)
+    with LLM(folder, host_kv_bytes=0, **OPTIONS) as alone:
+        fits = alone.generate([prompt[:200]], PARAMS, use_tqdm=False)[0]
+    again = llm.generate([prompt[:200]], PARAMS, use_tqdm=False)[0]
+    assert again.error is None and again.outputs[0].token_ids == fits.outputs[0].token_ids
+    assert llm.stats().moved["host_to_disk"] <= 30 * PAGE_BYTES
+    monkeypatch.undo()  # there is room again
+    assert llm.generate([prompt], PARAMS, use_tqdm=False)[0].outputs[0].token_ids == expected
+
+
+def test_too_long_a_request_is_refused_with_the_sizes_of_the_tiers(llm: LLM) -> None:
+    with pytest.raises(CapacityError, match=r"device 4, host 6, disk 56.*disk_kv_bytes"):
+        llm.generate([[5] * 1500], PARAMS, use_tqdm=False)
+
+
+def test_a_folder_in_use_is_refused(llm: LLM, folder: Path) -> None:
+    assert llm.info.cache_dir is not None
+    with pytest.raises(ConfigError, match=f"in use by process {os.getpid()} on .*name another folder"):
+        tiered(folder, Path(llm.info.cache_dir))
+
+
+def test_a_kill_while_pages_are_written(folder: Path, tmp_path: Path, prompt: list[int], expected: list[int]) -> None:
+    """After kill -9 every page that the catalogue lists is whole, and the next process starts clean and is right."""
+    cache = tmp_path / "cache"
+    code = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "from pathlib import Path; import test_faults as t\n"
+        f"llm = t.tiered(Path({str(folder)!r}), Path({str(cache)!r}))\n"
+        f"print('ready', flush=True)\n"
+        f"while True: llm.generate([{prompt}], t.PARAMS, use_tqdm=False)\n"
+    )
+    for delay in (0.3, 0.7, 1.2):
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        assert (cache / "kv.zarr").exists()
+        listed = check_catalogue(cache)
+    assert listed, "the last one lived long enough to write pages"
+    stale = cache / "kv.zarr" / "c.1.0.0.0.0.deadbeef.partial"
+    stale.write_bytes(b"half a page")
+    with tiered(folder, cache) as llm:
+        assert not stale.exists()
+        assert llm.generate([prompt], PARAMS, use_tqdm=False)[0].outputs[0].token_ids == expected
+        assert check_catalogue(cache)
+    assert not (cache / "kv.zarr").exists()
+
+
+def check_catalogue(cache: Path) -> int:
+    """The pages that the catalogue lists, each compared with what a plain reader finds in the array."""
+    catalogue = Catalogue(cache)
+    entries = catalogue.entries()
+    catalogue.close()
+    array = zarr.open_array(str(cache / "kv.zarr"), mode="r")
+    for slot, checksums in entries.items():
+        page = np.ascontiguousarray(array[slot])
+        assert [crc32c(layer.tobytes()) for layer in page] == np.frombuffer(checksums, dtype=np.uint32).tolist()
+    return len(entries)

@@ -1,0 +1,286 @@
+"""Streaming: a step gets just the slices that it asked for, in order, from whichever tier and however slow."""
+
+import random
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_pools import SPEC, random_page, same
+from torch import Tensor
+
+from distkv.errors import StoreError
+from distkv.storage.cache_folder import DiskHeads, make_array
+from distkv.storage.disk_pool import DiskPool, OpenPages, Parts
+from distkv.storage.host_pool import HostPool
+from distkv.storage.page_size import NUM_BUFFERS
+from distkv.storage.read_ahead import READ_THREADS, ReadAhead
+from distkv.storage.staging_ring import StagingRing, Stream
+from distkv.storage.tier import Tier, cold_place, location
+
+NUM_PAGES = 9
+LOST = 4  # a disk slot that cannot be read
+WAIT = 30  # seconds until a thread that hangs fails its test
+
+
+HEADS = DiskHeads(0, SPEC.num_kv_heads, SPEC.num_kv_heads)
+PAGES = {(tier, slot): random_page(SPEC, 100 * tier + slot) for tier in Tier for slot in range(NUM_PAGES)}
+
+
+class SlowDisk(DiskPool):
+    """Reads take longer or shorter, so that they end in any order; they are noted as `(layer, slot)`."""
+
+    def start_over(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.reads: list[tuple[int, int]] = []
+        self.num_open = 0
+
+    def open(self, slots: Sequence[int]) -> OpenPages:
+        return SlowPages(self, slots)
+
+
+class SlowPages(OpenPages):
+    def __init__(self, pool: SlowDisk, slots: Sequence[int]):
+        super().__init__(pool, slots)
+        self.pool, self.slots = pool, list(slots)
+        pool.num_open += 1
+
+    def read(self, index: int, layer: int, parts: Parts) -> None:
+        self.pool.reads.append((layer, self.slots[index]))
+        time.sleep(self.pool.rng.choice([0, 0, 0, 0.001, 0.002]))
+        super().read(index, layer, parts)
+
+    def close(self) -> None:
+        self.pool.num_open -= 1
+        super().close()
+
+
+class GatedDisk(DiskPool):
+    """Reads wait until `gate` is open."""
+
+    gate: threading.Event
+    begun: threading.Semaphore  # has one for each read
+
+    def open(self, slots: Sequence[int]) -> OpenPages:
+        return GatedPages(self, slots)
+
+
+class GatedPages(OpenPages):
+    def __init__(self, pool: GatedDisk, slots: Sequence[int]):
+        super().__init__(pool, slots)
+        self.pool = pool
+
+    def read(self, index: int, layer: int, parts: Parts) -> None:
+        self.pool.begun.release()
+        assert self.pool.gate.wait(WAIT)
+        super().read(index, layer, parts)
+
+
+Disk = TypeVar("Disk", bound=DiskPool)
+
+
+def make_disk(kind: type[Disk], folder: Path, lost: bool = False) -> Disk:
+    """A disk tier full of pages; with `lost`, one of them is missing."""
+    make_array(folder, SPEC, NUM_PAGES, HEADS)
+    disk = kind(SPEC, folder, NUM_PAGES, HEADS)
+    for slot in range(NUM_PAGES):
+        disk.store(slot, PAGES[Tier.DISK, slot])
+    if lost:
+        disk.chunk_path(LOST, 0).unlink()
+    return disk
+
+
+@pytest.fixture(scope="module")
+def slow_disks(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, SlowDisk]:
+    """One without and one with a lost page."""
+    return {lost: make_disk(SlowDisk, tmp_path_factory.mktemp("cache"), lost) for lost in (False, True)}
+
+
+@pytest.fixture(scope="module")
+def host() -> HostPool:
+    host = HostPool(SPEC, NUM_PAGES, pinned=False)
+    for slot in range(NUM_PAGES):
+        host.store(slot, PAGES[Tier.HOST, slot])
+    return host
+
+
+@contextmanager
+def make_ring(host: HostPool, disk: DiskPool | None, buffer_pages: int, read_ahead: int) -> Iterator[StagingRing]:
+    """A ring with `read_ahead` slices of memory for what comes from disk."""
+    memory = ReadAhead(SPEC, read_ahead, disk, pinned=False) if disk is not None else None
+    ring = StagingRing(SPEC, buffer_pages * NUM_BUFFERS, host, memory, torch.device("cpu"))
+    try:
+        yield ring
+    finally:
+        ring.close()
+        if memory is not None:
+            memory.close()
+
+
+def check(stream: Stream, loads: list[list[int]], lost: bool = False) -> None:
+    """Takes everything; what was taken before stays until the next call but one."""
+    previous: tuple[Tensor, Tensor] | None = None
+    for layer in range(SPEC.num_layers):
+        for load in loads:
+            taken = stream.take()
+            expected = torch.stack([slice_of(place, layer, lost) for place in load])
+            assert same(taken, expected)
+            if previous is not None:
+                assert same(*previous)
+            previous = taken, expected
+
+
+def slice_of(place: int, layer: int, lost: bool) -> Tensor:
+    if lost and cold_place(place) == (Tier.DISK, LOST):
+        return torch.zeros(SPEC.slice_shape)
+    return PAGES[cold_place(place)][layer]
+
+
+def places(tier: Tier, *slots: int) -> list[int]:
+    return [location(tier, slot) for slot in slots]
+
+
+def streamed(loads: list[list[int]], tier: Tier) -> int:
+    """Bytes that come from a tier, over all layers."""
+    return sum(cold_place(place)[0] is tier for load in loads for place in load) * SPEC.page_bytes
+
+
+COLD = st.builds(location, st.sampled_from([Tier.HOST, Tier.DISK]), st.integers(0, NUM_PAGES - 1))
+RUNS = st.builds(  # neighbours, which are moved in one go
+    lambda tier, first, count: [location(tier, slot) for slot in range(first, min(first + count, NUM_PAGES))],
+    st.sampled_from([Tier.HOST, Tier.DISK]),
+    st.integers(0, NUM_PAGES - 1),
+    st.integers(1, 4),
+)
+LOADS = st.lists(st.one_of(st.lists(COLD, min_size=1, max_size=4), RUNS), min_size=1, max_size=6)
+
+
+@given(st.lists(LOADS, min_size=1, max_size=3), st.integers(4, 6), st.integers(6, 40), st.booleans(), st.integers())
+def test_a_step_gets_what_it_asked_for(
+    slow_disks: dict[bool, SlowDisk],
+    host: HostPool,
+    steps: list[list[list[int]]],
+    buffer_pages: int,
+    read_ahead: int,
+    lost: bool,
+    seed: int,
+) -> None:
+    """Any loads, with more on disk than the read-ahead memory holds and less; one ring for all steps."""
+    disk = slow_disks[lost]
+    with make_ring(host, disk, buffer_pages, read_ahead) as ring:
+        total = {Tier.HOST: 0, Tier.DISK: 0}
+        for loads in steps:
+            disk.start_over(seed)
+            stream = ring.begin(loads)
+            check(stream, loads, lost)
+            stream.close()
+            assert disk.num_open == 0
+            for tier in total:
+                total[tier] += streamed(loads, tier)
+                assert ring.bytes[tier] == total[tier]
+            on_disk = [slot for load in loads for tier, slot in map(cold_place, load) if tier is Tier.DISK]
+            assert sorted(disk.reads) == sorted((layer, slot) for layer in range(SPEC.num_layers) for slot in on_disk)
+            bad = {LOST} if lost and LOST in on_disk else set()
+            assert set(stream.bad_reads) == bad
+            assert all("cannot be read: No such file" in reason for reason in stream.bad_reads.values())
+
+
+@pytest.fixture
+def gated(tmp_path: Path, host: HostPool) -> Iterator[tuple[StagingRing, GatedDisk]]:
+    disk = make_disk(GatedDisk, tmp_path)
+    disk.gate, disk.begun = threading.Event(), threading.Semaphore(0)
+    with make_ring(host, disk, buffer_pages=3, read_ahead=6) as ring:
+        yield ring, disk
+        disk.gate.set()
+
+
+def test_reads_run_ahead_as_far_as_there_is_memory(slow_disks: dict[bool, SlowDisk], host: HostPool) -> None:
+    """Before anything is taken, the read-ahead memory is full of what is needed first."""
+    disk = slow_disks[False]
+    disk.start_over(0)
+    loads = [places(Tier.DISK, 3, 4, 5), places(Tier.HOST, 1), places(Tier.DISK, 0, 8)]
+    with make_ring(host, disk, buffer_pages=3, read_ahead=7) as ring:
+        stream = ring.begin(loads)
+        assert ring.read_ahead is not None
+        ring.read_ahead.threads.shutdown()  # all reads that were asked for have ended
+        assert sorted(disk.reads) == [(0, 0), (0, 3), (0, 4), (0, 5), (0, 8), (1, 3), (1, 4)]
+        stream.close()
+
+
+def test_a_closed_stream_reads_no_more(slow_disks: dict[bool, SlowDisk], host: HostPool) -> None:
+    """The next step of the same ring is right whatever the last one left behind."""
+    disk = slow_disks[False]
+    loads = [places(Tier.DISK, 0, 1, 2), places(Tier.DISK, 3, 4, 5)]
+    with make_ring(host, disk, buffer_pages=3, read_ahead=6) as ring:
+        for taken in range(4):
+            disk.start_over(taken)
+            stream = ring.begin(loads)
+            for _ in range(taken):
+                stream.take()
+            stream.close()
+            assert disk.num_open == 0
+            disk.start_over(taken)
+            others = [places(Tier.DISK, 8, 7, 6), places(Tier.HOST, 2, 3)]
+            stream = ring.begin(others)
+            check(stream, others)
+            stream.close()
+
+
+def test_close_waits_for_reads_that_run_and_calls_off_the_others(gated: tuple[StagingRing, GatedDisk]) -> None:
+    ring, disk = gated
+    stream = ring.begin([places(Tier.DISK, 0, 1, 2), places(Tier.DISK, 4, 5, 6)])
+    for _ in range(READ_THREADS):
+        assert disk.begun.acquire(timeout=WAIT)
+    ending = threading.Thread(target=stream.close)
+    ending.start()
+    ending.join(0.05)
+    assert ending.is_alive()
+    disk.gate.set()
+    ending.join(WAIT)
+    assert not ending.is_alive()
+    assert not disk.begun.acquire(blocking=False)  # two of six were never read
+
+
+def test_host_pages_do_not_wait_for_the_disk(gated: tuple[StagingRing, GatedDisk]) -> None:
+    ring, disk = gated
+    stream = ring.begin([places(Tier.HOST, 5, 6), places(Tier.DISK, 1)])
+    assert same(stream.take(), torch.stack([PAGES[Tier.HOST, slot][0] for slot in (5, 6)]))
+    disk.gate.set()
+    assert same(stream.take(), PAGES[Tier.DISK, 1][0][None])
+    assert ring.bytes == {Tier.HOST: 2 * SPEC.layer_slice_bytes, Tier.DISK: SPEC.layer_slice_bytes}
+    stream.close()
+
+
+def test_without_a_disk(host: HostPool) -> None:
+    loads = [places(Tier.HOST, 0, 1, 2), places(Tier.HOST, 8, 4)]
+    with make_ring(host, None, buffer_pages=3, read_ahead=0) as ring:
+        stream = ring.begin(loads)
+        check(stream, loads)
+        stream.close()
+        assert ring.bytes == {Tier.HOST: 5 * SPEC.page_bytes} and stream.bad_reads == {}
+
+
+def test_an_unreadable_page_is_zeros_and_is_noted_once(tmp_path: Path, host: HostPool) -> None:
+    disk = make_disk(DiskPool, tmp_path, lost=True)
+    loads = [places(Tier.DISK, 3, LOST, 5), places(Tier.HOST, LOST)]
+    with make_ring(host, disk, buffer_pages=3, read_ahead=3) as ring:
+        stream = ring.begin(loads)
+        check(stream, loads, lost=True)
+        stream.close()
+        assert list(stream.bad_reads) == [LOST]
+        with pytest.raises(StoreError) as error:
+            disk.load(LOST, torch.empty(SPEC.page_shape))
+        assert stream.bad_reads[LOST] == str(error.value)
+
+
+def test_memory_is_given_back(slow_disks: dict[bool, SlowDisk], host: HostPool) -> None:
+    with make_ring(host, slow_disks[False], buffer_pages=3, read_ahead=6) as ring:
+        assert ring.read_ahead is not None
+        assert ring.read_ahead.buffer.data.shape == (6, *SPEC.slice_shape)
+    assert ring.buffers.numel() == ring.read_ahead.buffer.data.numel() == 0
