@@ -34,7 +34,7 @@ QUESTION = "What does the class Timer do? Answer in one sentence."
 MAX_TOKENS = 64
 CHUNK = 512  # tokens of the text that a step reads; the same for both runs, since it sets how sums are rounded
 DEVICE_PAGES = 4
-HOST_PAGES = 5  # one of them for reads from disk
+HOST_PAGES = 4
 ROUTES = {
     "device_to_host": "pages, device to host",
     "host_to_disk": "pages, host to disk",

@@ -75,7 +75,8 @@ class DiskPool:
         return OpenPages(self, slots)
 
     def parts(self, layer_slice: Tensor) -> Parts:
-        """The memory of a layer slice `[2, kv_head, page_size, head_dim]`, to read into."""
+        """The memory of a contiguous layer slice `[2, kv_head, page_size, head_dim]`, to read into."""
+        assert layer_slice.is_contiguous()
         bits = as_integers(layer_slice)
         if len(self._chunks) == 1:
             return [[bits.view(np.uint8).reshape(-1).data]]

@@ -1,10 +1,10 @@
 """Streaming: layer slices of cold pages pass through a few small buffers on the device, in a fixed order.
 
-The order is known when a step begins: all loads of layer 0, then all of layer 1, and so on. On CUDA, disk reads run ahead
-of it in threads as far as the read-ahead memory reaches, and copies to the device run ahead of compute by a buffer, on
-a stream of their own. On a CPU both happen when their turn comes, straight into the buffer: threads would compete with
-compute for the same cores, what was just copied is read from the processor's cache, and the system itself reads ahead
-in files that are read from front to back.
+The order is known when a step begins: all loads of layer 0, then all of layer 1, and so on. On CUDA, disk reads run
+ahead of it in threads as far as the read-ahead memory reaches, and copies to the device run ahead of compute by a
+buffer, on a stream of their own. On a CPU both happen when their turn comes, straight into the buffer: threads would
+compete with compute for the same cores, what was just copied is read from the processor's cache, and the system itself
+reads ahead in files that are read from front to back.
 """
 
 from collections import Counter, deque

@@ -18,6 +18,7 @@ from distkv.storage.slot_allocator import SlotAllocator
 from distkv.storage.tier import Tier, Transfer, location
 
 MAX_DISK_WRITES = 4  # pages on their way to disk at a time
+ALL_TIERS = tuple(Tier)
 WRITE_RETRY = 256  # steps after which a disk that refused a page is tried again
 
 
@@ -46,7 +47,7 @@ class Page:
     @property
     def location(self) -> int:
         """Where a step is to read it, see `tier.location`; raises AssertionError when it is lost."""
-        for tier in Tier:
+        for tier in ALL_TIERS:  # the enumeration itself would take half of a long context's planning
             slot = self.slots[tier]
             if slot is not None and self.filling[tier] is None:
                 return location(tier, slot)

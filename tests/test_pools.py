@@ -571,6 +571,8 @@ def test_a_catalogue_that_cannot_be_written(tmp_path: Path) -> None:
         pytest.raises(StoreError, match="the catalogue of the disk tier cannot be written"),
     ):
         catalogue.update([0], {slot: bytes(10_000) for slot in range(1, 9)})
+    with pytest.raises(StoreError, match="NOT NULL constraint failed"):
+        catalogue.update([0], {1: b"second", 2: None})  # type: ignore[dict-item]
     assert catalogue.entries() == {0: b"first"}  # all or nothing
     catalogue.close()
 

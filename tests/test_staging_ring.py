@@ -10,9 +10,9 @@ from typing import TypeVar
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
-from test_pools import SPEC, random_page, same
+from test_pools import SPEC, flip_bit, random_page, same
 from torch import Tensor
 
 from distkv.errors import StoreError
@@ -20,7 +20,7 @@ from distkv.storage.cache_folder import DiskHeads, make_array
 from distkv.storage.disk_pool import DiskPool, OpenPages, Parts
 from distkv.storage.host_pool import HostPool
 from distkv.storage.page_size import NUM_BUFFERS
-from distkv.storage.read_ahead import READ_THREADS, ReadAhead
+from distkv.storage.read_ahead import READ_THREADS, ReadAhead, Reads
 from distkv.storage.staging_ring import StagingRing, Stream
 from distkv.storage.tier import Tier, cold_place, location
 
@@ -111,16 +111,10 @@ def host() -> HostPool:
 
 
 @contextmanager
-def make_ring(host: HostPool, disk: DiskPool | None, buffer_pages: int, read_ahead: int) -> Iterator[StagingRing]:
-    """A ring with `read_ahead` slices of memory for what comes from disk."""
-    memory = ReadAhead(SPEC, read_ahead, disk, pinned=False) if disk is not None else None
-    ring = StagingRing(SPEC, buffer_pages * NUM_BUFFERS, host, memory, torch.device("cpu"))
-    try:
-        yield ring
-    finally:
-        ring.close()
-        if memory is not None:
-            memory.close()
+def make_ring(host: HostPool, disk: DiskPool | None, buffer_pages: int) -> Iterator[StagingRing]:
+    ring = StagingRing(SPEC, buffer_pages * NUM_BUFFERS, host, disk, None, torch.device("cpu"))
+    yield ring
+    ring.close()
 
 
 def check(stream: Stream, loads: list[list[int]], lost: bool = False) -> None:
@@ -161,19 +155,22 @@ RUNS = st.builds(  # neighbours, which are moved in one go
 LOADS = st.lists(st.one_of(st.lists(COLD, min_size=1, max_size=4), RUNS), min_size=1, max_size=6)
 
 
-@given(st.lists(LOADS, min_size=1, max_size=3), st.integers(4, 6), st.integers(6, 40), st.booleans(), st.integers())
+# --- the ring ---
+
+
+@example([[[*places(Tier.HOST, 3), *places(Tier.DISK, 4), *places(Tier.HOST, 5, 6)]]], 4, False, 0)
+@given(st.lists(LOADS, min_size=1, max_size=3), st.integers(4, 6), st.booleans(), st.integers())
 def test_a_step_gets_what_it_asked_for(
     slow_disks: dict[bool, SlowDisk],
     host: HostPool,
     steps: list[list[list[int]]],
     buffer_pages: int,
-    read_ahead: int,
     lost: bool,
     seed: int,
 ) -> None:
-    """Any loads, with more on disk than the read-ahead memory holds and less; one ring for all steps."""
+    """Any loads; one ring for all steps."""
     disk = slow_disks[lost]
-    with make_ring(host, disk, buffer_pages, read_ahead) as ring:
+    with make_ring(host, disk, buffer_pages) as ring:
         total = {Tier.HOST: 0, Tier.DISK: 0}
         for loads in steps:
             disk.start_over(seed)
@@ -185,91 +182,46 @@ def test_a_step_gets_what_it_asked_for(
                 total[tier] += streamed(loads, tier)
                 assert ring.bytes[tier] == total[tier]
             on_disk = [slot for load in loads for tier, slot in map(cold_place, load) if tier is Tier.DISK]
-            assert sorted(disk.reads) == sorted((layer, slot) for layer in range(SPEC.num_layers) for slot in on_disk)
+            assert disk.reads == [(layer, slot) for layer in range(SPEC.num_layers) for slot in on_disk]
             bad = {LOST} if lost and LOST in on_disk else set()
             assert set(stream.bad_reads) == bad
             assert all("cannot be read: No such file" in reason for reason in stream.bad_reads.values())
 
 
-@pytest.fixture
-def gated(tmp_path: Path, host: HostPool) -> Iterator[tuple[StagingRing, GatedDisk]]:
-    disk = make_disk(GatedDisk, tmp_path)
-    disk.gate, disk.begun = threading.Event(), threading.Semaphore(0)
-    with make_ring(host, disk, buffer_pages=3, read_ahead=6) as ring:
-        yield ring, disk
-        disk.gate.set()
-
-
-def test_reads_run_ahead_as_far_as_there_is_memory(slow_disks: dict[bool, SlowDisk], host: HostPool) -> None:
-    """Before anything is taken, the read-ahead memory is full of what is needed first."""
+def test_a_closed_stream_leaves_nothing_behind(slow_disks: dict[bool, SlowDisk], host: HostPool) -> None:
+    """The next step of the same ring is right wherever the last one stopped."""
     disk = slow_disks[False]
-    disk.start_over(0)
-    loads = [places(Tier.DISK, 3, 4, 5), places(Tier.HOST, 1), places(Tier.DISK, 0, 8)]
-    with make_ring(host, disk, buffer_pages=3, read_ahead=7) as ring:
-        stream = ring.begin(loads)
-        assert ring.read_ahead is not None
-        ring.read_ahead.threads.shutdown()  # all reads that were asked for have ended
-        assert sorted(disk.reads) == [(0, 0), (0, 3), (0, 4), (0, 5), (0, 8), (1, 3), (1, 4)]
-        stream.close()
-
-
-def test_a_closed_stream_reads_no_more(slow_disks: dict[bool, SlowDisk], host: HostPool) -> None:
-    """The next step of the same ring is right whatever the last one left behind."""
-    disk = slow_disks[False]
-    loads = [places(Tier.DISK, 0, 1, 2), places(Tier.DISK, 3, 4, 5)]
-    with make_ring(host, disk, buffer_pages=3, read_ahead=6) as ring:
-        for taken in range(4):
+    loads = [places(Tier.DISK, 0, 1, 2), places(Tier.HOST, 4), places(Tier.DISK, 3, 4, 5)]
+    others = [places(Tier.DISK, 8, 7, 6), places(Tier.HOST, 2, 3)]
+    with make_ring(host, disk, buffer_pages=3) as ring:
+        for taken in range(len(loads) * SPEC.num_layers):
             disk.start_over(taken)
             stream = ring.begin(loads)
             for _ in range(taken):
                 stream.take()
             stream.close()
             assert disk.num_open == 0
-            disk.start_over(taken)
-            others = [places(Tier.DISK, 8, 7, 6), places(Tier.HOST, 2, 3)]
+            count = len(disk.reads)
             stream = ring.begin(others)
             check(stream, others)
             stream.close()
-
-
-def test_close_waits_for_reads_that_run_and_calls_off_the_others(gated: tuple[StagingRing, GatedDisk]) -> None:
-    ring, disk = gated
-    stream = ring.begin([places(Tier.DISK, 0, 1, 2), places(Tier.DISK, 4, 5, 6)])
-    for _ in range(READ_THREADS):
-        assert disk.begun.acquire(timeout=WAIT)
-    ending = threading.Thread(target=stream.close)
-    ending.start()
-    ending.join(0.05)
-    assert ending.is_alive()
-    disk.gate.set()
-    ending.join(WAIT)
-    assert not ending.is_alive()
-    assert not disk.begun.acquire(blocking=False)  # two of six were never read
-
-
-def test_host_pages_do_not_wait_for_the_disk(gated: tuple[StagingRing, GatedDisk]) -> None:
-    ring, disk = gated
-    stream = ring.begin([places(Tier.HOST, 5, 6), places(Tier.DISK, 1)])
-    assert same(stream.take(), torch.stack([PAGES[Tier.HOST, slot][0] for slot in (5, 6)]))
-    disk.gate.set()
-    assert same(stream.take(), PAGES[Tier.DISK, 1][0][None])
-    assert ring.bytes == {Tier.HOST: 2 * SPEC.layer_slice_bytes, Tier.DISK: SPEC.layer_slice_bytes}
-    stream.close()
+            assert len(disk.reads) - count == 3 * SPEC.num_layers
 
 
 def test_without_a_disk(host: HostPool) -> None:
     loads = [places(Tier.HOST, 0, 1, 2), places(Tier.HOST, 8, 4)]
-    with make_ring(host, None, buffer_pages=3, read_ahead=0) as ring:
+    with make_ring(host, None, buffer_pages=3) as ring:
         stream = ring.begin(loads)
         check(stream, loads)
         stream.close()
         assert ring.bytes == {Tier.HOST: 5 * SPEC.page_bytes} and stream.bad_reads == {}
 
 
-def test_an_unreadable_page_is_zeros_and_is_noted_once(tmp_path: Path, host: HostPool) -> None:
+def test_an_unreadable_page_is_zeros_and_is_noted(tmp_path: Path, host: HostPool) -> None:
     disk = make_disk(DiskPool, tmp_path, lost=True)
     loads = [places(Tier.DISK, 3, LOST, 5), places(Tier.HOST, LOST)]
-    with make_ring(host, disk, buffer_pages=3, read_ahead=3) as ring:
+    with make_ring(host, disk, buffer_pages=3) as ring:
+        ring.buffers.fill_(7)
         stream = ring.begin(loads)
         check(stream, loads, lost=True)
         stream.close()
@@ -279,8 +231,131 @@ def test_an_unreadable_page_is_zeros_and_is_noted_once(tmp_path: Path, host: Hos
         assert stream.bad_reads[LOST] == str(error.value)
 
 
-def test_memory_is_given_back(slow_disks: dict[bool, SlowDisk], host: HostPool) -> None:
-    with make_ring(host, slow_disks[False], buffer_pages=3, read_ahead=6) as ring:
-        assert ring.read_ahead is not None
-        assert ring.read_ahead.buffer.data.shape == (6, *SPEC.slice_shape)
-    assert ring.buffers.numel() == ring.read_ahead.buffer.data.numel() == 0
+def test_damage_in_one_layer(tmp_path: Path, host: HostPool) -> None:
+    """The other layers are right, and what was read of the damaged one is not used."""
+    disk = make_disk(DiskPool, tmp_path)
+    flip_bit(disk.chunk_path(2, 0))  # in layer 1
+    with make_ring(host, disk, buffer_pages=3) as ring:
+        stream = ring.begin([places(Tier.DISK, 2)])
+        expected = PAGES[Tier.DISK, 2].clone()
+        expected[1] = 0
+        assert same(torch.stack([stream.take()[0].clone() for _ in range(SPEC.num_layers)]), expected)
+        stream.close()
+        assert "checksum of layer 1 is wrong" in stream.bad_reads[2]
+
+
+def test_memory_is_given_back(host: HostPool) -> None:
+    ring = StagingRing(SPEC, 6, host, None, None, torch.device("cpu"))
+    assert ring.buffers.shape == (NUM_BUFFERS, 3, *SPEC.slice_shape)
+    ring.close()
+    assert ring.buffers.untyped_storage().nbytes() == 0
+
+
+# --- reading ahead, which CUDA uses ---
+
+
+@contextmanager
+def make_read_ahead(disk: DiskPool, num_slices: int) -> Iterator[ReadAhead]:
+    memory = ReadAhead(SPEC, num_slices, disk, pinned=False)
+    yield memory
+    memory.close()
+    assert memory.buffer.data.numel() == 0
+
+
+@contextmanager
+def begin(memory: ReadAhead, disk: DiskPool, slots: list[int], longest: int) -> Iterator[Reads]:
+    pages = disk.open(slots)
+    reads = memory.begin(pages, len(slots), longest)
+    yield reads
+    reads.close()
+    pages.close()
+
+
+def check_slice(reads: Reads, number: int, slots: list[int], lost: bool = False) -> None:
+    layer, index = divmod(number, len(slots))
+    if lost and slots[index] == LOST:
+        with pytest.raises(StoreError, match="cannot be read: No such file"):
+            reads.get(number)
+    else:
+        assert same(reads.get(number), PAGES[Tier.DISK, slots[index]][layer])
+
+
+@given(
+    st.lists(st.integers(0, NUM_PAGES - 1), min_size=1, max_size=9),
+    st.integers(1, 12),
+    st.integers(0, 20),
+    st.booleans(),
+    st.integers(),
+)
+def test_slices_come_in_order(
+    slow_disks: dict[bool, SlowDisk], slots: list[int], longest: int, more: int, lost: bool, seed: int
+) -> None:
+    """With more to read than there is memory for and with less, and `longest` slices in use at a time."""
+    disk = slow_disks[lost]
+    disk.start_over(seed)
+    rng = random.Random(seed)
+    total = SPEC.num_layers * len(slots)
+    with make_read_ahead(disk, longest + more) as memory, begin(memory, disk, slots, longest) as reads:
+        first = 0
+        while first < total:
+            last = min(first + rng.randint(1, longest), total)
+            for number in range(first, last):
+                assert reads.is_started(number)
+            for number in rng.sample(range(first, last), last - first):
+                check_slice(reads, number, slots, lost)
+                assert reads.is_read(number)
+            for number in range(first, last):  # they stay until they are freed
+                check_slice(reads, number, slots, lost)
+            reads.free(last)
+            first = last
+    assert sorted(disk.reads) == sorted((layer, slot) for layer in range(SPEC.num_layers) for slot in slots)
+
+
+def test_reads_run_ahead_as_far_as_there_is_memory(slow_disks: dict[bool, SlowDisk]) -> None:
+    disk = slow_disks[False]
+    disk.start_over(0)
+    slots = [3, 4, 5, 0, 8]
+    with make_read_ahead(disk, 7) as memory, begin(memory, disk, slots, longest=3) as reads:
+        assert [reads.is_started(number) for number in range(9)] == [True] * 7 + [False] * 2
+        for number in range(3):
+            check_slice(reads, number, slots)
+        reads.free(1)
+        assert reads.is_started(7) and not reads.is_started(8)
+        memory.threads.shutdown()  # all reads that were asked for have ended
+        assert sorted(disk.reads) == [(0, 0), (0, 3), (0, 4), (0, 5), (0, 8), (1, 3), (1, 4), (1, 5)]
+
+
+def test_reads_end_early(slow_disks: dict[bool, SlowDisk]) -> None:
+    """The memory serves the next step whatever the last one left in it."""
+    disk = slow_disks[False]
+    with make_read_ahead(disk, 8) as memory:
+        for taken in range(8):
+            disk.start_over(taken)
+            with begin(memory, disk, [0, 1, 2, 3, 4], longest=1) as reads:
+                for number in range(taken):
+                    check_slice(reads, number, [0, 1, 2, 3, 4])
+                    reads.free(number + 1)
+            with begin(memory, disk, [8, 7], longest=2) as reads:
+                for number in range(2 * SPEC.num_layers):
+                    check_slice(reads, number, [8, 7])
+                    reads.free(number + 1)
+
+
+def test_close_waits_for_reads_that_run_and_calls_off_the_others(tmp_path: Path) -> None:
+    disk = make_disk(GatedDisk, tmp_path)
+    disk.gate, disk.begun = threading.Event(), threading.Semaphore(0)
+    with make_read_ahead(disk, 7) as memory:
+        pages = disk.open([0, 1, 2, 3, 5, 6, 7])
+        reads = memory.begin(pages, 7, longest=1)
+        for _ in range(READ_THREADS):
+            assert disk.begun.acquire(timeout=WAIT)
+        assert not reads.is_read(0)
+        ending = threading.Thread(target=reads.close)
+        ending.start()
+        ending.join(0.05)
+        assert ending.is_alive()
+        disk.gate.set()
+        ending.join(WAIT)
+        assert not ending.is_alive()
+        assert not disk.begun.acquire(blocking=False)  # the last ones were never read
+        pages.close()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -217,7 +218,8 @@ def _engine_options(variant: Variant, page_bytes: int, page_size: int, num_layer
     }
     if variant.disk:
         ring = EngineConfig(folder, page_size=page_size).min_staging_pages
-        read_ahead = -(-(ring // NUM_BUFFERS) // num_layers)  # the least, which is taken out of the host's
+        # the least, which CUDA takes out of the host's
+        read_ahead = -(-(ring // NUM_BUFFERS) // num_layers) if torch.cuda.is_available() else 0
         spare = 2 * MAX_DISK_WRITES  # pages on their way to disk lie there twice
         options["host_kv_bytes"] = (variant.host + read_ahead) * page_bytes
         options["disk_kv_bytes"] = (variant.disk + spare) * page_bytes
