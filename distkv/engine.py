@@ -51,8 +51,13 @@ class Engine:
 
     def add(self, requests: list[EngineRequest]) -> None:
         """Queues requests; raises CapacityError, and queues none, when one of them could never run."""
-        for request in requests:
-            self._scheduler.check(request)
+        try:
+            for request in requests:
+                self._scheduler.check(request)
+        except CapacityError:
+            if not self.has_work:  # no step will come that counts the time until the disk is tried again
+                self._cache.retry_disk()
+            raise
         for request in requests:
             self._scheduler.add(request)
 
@@ -63,9 +68,11 @@ class Engine:
 
     def close(self) -> None:
         """Ends transfers and frees memory and files."""
-        if self._catalogue is not None:
-            self._catalogue.close()
-        self._close()
+        try:
+            if self._catalogue is not None:
+                self._catalogue.close()
+        finally:
+            self._close()
 
     @property
     def has_work(self) -> bool:
@@ -91,33 +98,39 @@ class Engine:
             self._run(self._moving_plan(pending))
         self._cache.integrity_check()
         if not self.has_work:
-            self._release_copies()
+            self._forget_copies()
             assert self._cache.num_pages == 0
             assert all(slots.num_used == 0 for slots in self._cache.slots)
 
     def step(self) -> list[StepOutput]:
         """Runs one step and returns the tokens it drew, none while prompts are being read, and the requests that cannot
         go on."""
+        self._forget_copies()
         try:
             if self._cache.lost:
                 return self._repair()
-            scheduled = self._scheduler.schedule()
-            self._make_room(sum(sequence.table.missing(count) for sequence, count in scheduled))
+            scheduled = self._scheduler.schedule(sum(source.references == 1 for source, _ in self._copies))
+            forks = sum(sequence.num_fork_pages(count) for sequence, count in scheduled)
+            self._make_room(forks + sum(sequence.table.missing(count) for sequence, count in scheduled))
+            if self._cache.lost:  # a transfer that was waited for has failed
+                return []
         except CapacityError as error:  # the disk took less than it was to take
             return [self._fail(self._scheduler.running[-1].request, error)]
-        return self._step(scheduled) if scheduled else self._refuse()
+        return self._step(scheduled, promote=not forks) if scheduled else self._refuse()
 
-    def _step(self, scheduled: list[tuple[Sequence, int]]) -> list[StepOutput]:
-        plan = self._plan(scheduled)
-        self._peak_pages = max(self._peak_pages, self._cache.num_pages)
+    def _step(self, scheduled: list[tuple[Sequence, int]], promote: bool) -> list[StepOutput]:
+        """`promote` lets free device pages be filled, which forks would need."""
+        starts = [(sequence, sequence.table.num_tokens) for sequence, _ in scheduled]
         try:
+            plan = self._plan(scheduled, promote)
+            self._peak_pages = max(self._peak_pages, self._cache.num_pages)
             logits, unread = self._run(plan)
             ready = [sequence for sequence, _ in scheduled if not sequence.num_pending]
             rows = [row for number, one in enumerate(ready) for row in _sample_rows(one, number)]
             drawn = sample(logits, rows) if logits is not None else []
         except BaseException:
-            for sequence, count in scheduled:  # so that those that are not aborted can take the step again
-                sequence.table.rewind(count)
+            for sequence, start in starts:  # so that those that are not aborted can take the step again
+                sequence.table.rewind(sequence.table.num_tokens - start)
             raise
         self._release_copies()
         spoilt = {sequence for sequence, _ in scheduled if not unread.isdisjoint(sequence.table.pages)}
@@ -134,7 +147,7 @@ class Engine:
                 outputs += self._answer(sequence, mine)
         return outputs
 
-    def _plan(self, scheduled: list[tuple[Sequence, int]]) -> StepPlan:
+    def _plan(self, scheduled: list[tuple[Sequence, int]], promote: bool) -> StepPlan:
         """Gives the step's tokens their pages and writes the step down for the ranks."""
         clear: list[int] = []
         random_pages = []
@@ -148,7 +161,7 @@ class Engine:
             clear += [page.location for page in fresh]
             appended.append((sequence, start, count))
         self._cache.balance()
-        if self._cache.has_cold:
+        if promote and self._cache.has_cold:
             self._cache.promote(page for sequence in self._scheduler.running for page in sequence.by_importance())
         # where pages lie is settled now
         parts = []
@@ -186,6 +199,13 @@ class Engine:
         while not self._cache.reserve(num_pages):
             self._run(self._moving_plan(self._cache.awaited))
 
+    def _forget_copies(self) -> None:
+        """Drops copies for answers that have ended since."""
+        for pair in [pair for pair in self._copies if pair[1].references == 1]:
+            self._copies.remove(pair)
+            for page in pair:
+                self._cache.release(page)
+
     def _release_copies(self) -> None:
         copies, self._copies = self._copies, []
         for pair in copies:
@@ -196,12 +216,19 @@ class Engine:
         """Takes vacated disk slots out before they can be written again, and puts new pages in."""
         vacated, written = self._cache.vacated, self._cache.written
         if self._catalogue is not None and (vacated or written):
-            self._catalogue.update(vacated, {slot: checksums[id] for slot, id in written.items()})
+            added = {slot: checksums[id] for slot, id in written.items() if id in checksums}
+            try:
+                self._catalogue.update(vacated, added)
+            except StoreError as error:
+                log.warning("%s; this run goes on without a catalogue", error)
+                self._catalogue.discard()
+                self._catalogue = None
         vacated.clear()
         written.clear()
 
     def _repair(self) -> list[StepOutput]:
         """Computes a lost page again from its tokens, the first one first, since later ones follow from it."""
+        self._make_room(1)
         page = min(self._cache.lost, key=lambda page: page.index)
         owners = [one for one in self._scheduler.running if page in one.table.pages[page.index : page.index + 1]]
         if page.repairs == MAX_REPAIRS:
@@ -210,7 +237,6 @@ class Engine:
             )
             requests = {one.request.request_id: one.request for one in owners}
             return [self._fail(request, error) for request in requests.values()]
-        self._make_room(1)
         self._cache.restore(page)
         owner, size = owners[0], self.info.page_size
         slot = page.location
@@ -253,10 +279,6 @@ class Engine:
         request whose prompt has just been read."""
         answers = [sequence]
         if len(drawn) > 1:
-            try:
-                self._make_room(len(drawn) - 1)
-            except CapacityError as error:
-                return [self._fail(sequence.request, error)]
             for fork, copy in self._scheduler.fork(sequence):
                 answers.append(fork)
                 if copy is not None:

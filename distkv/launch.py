@@ -41,16 +41,19 @@ def launch(config: EngineConfig) -> "EngineClient":
         return RayEngine(config, model, max_model_len)
     rank_config = make_rank_config(config, model, _local_device(config.device))
     local = Rank(rank_config, ProcessGroup())
-    capacity = local.page_capacity(ranks_on_node=1) if needs_capacity(config) else None
-    info = make_engine_info(config, rank_config, max_model_len, capacity, lambda sizes: [local.allocate(sizes)])
-
     reports = ReportCollector(num_ranks=1)
 
     def execute(plan: StepPlan) -> tuple[torch.Tensor | None, Report]:
         logits = local.execute(plan)
         return logits, reports.add([local.take_report()])
 
-    return Engine(info, execute, local.close)
+    try:
+        capacity = local.page_capacity(1, config.device_kv_bytes is None) if needs_capacity(config) else None
+        info = make_engine_info(config, rank_config, max_model_len, capacity, lambda sizes: [local.allocate(sizes)])
+        return Engine(info, execute, local.close)
+    except BaseException:
+        local.close()
+        raise
 
 
 def needs_capacity(config: EngineConfig) -> bool:
@@ -158,8 +161,12 @@ def _pool_sizes(
     disk = read_ahead = 0
     if ranks.cache_dir is not None and host:
         disk = given("disk_kv_bytes") or min(_free_disk_bytes(ranks.cache_dir) // 2 // page_bytes, most)
-        # pages on their way to disk lie there twice for a moment
-        disk -= min(MAX_DISK_WRITES, disk - 1)
+        if disk < 2:
+            raise CapacityError(
+                f"there is room for {disk} KV pages of {page_bytes} bytes in cache_dir; raise disk_kv_bytes to "
+                f"{2 * page_bytes} at least, or make room on the disk"
+            )
+        disk -= min(MAX_DISK_WRITES, disk - 1)  # pages on their way to disk lie there twice for a moment
         if ranks.device == "cuda":  # what is read from disk passes through host memory, which counts as the host's
             least = -(-(staging // NUM_BUFFERS) // specs[0].num_layers)  # a buffer of the ring
             ahead = max(least, host // 16)
@@ -169,16 +176,24 @@ def _pool_sizes(
                     f"{(ahead + 1) * page_bytes}"
                 )
             host, read_ahead = host - ahead, ahead * specs[0].num_layers
-    step = pages_for(min(config.max_num_batched_tokens, max_model_len), config.page_size)
-    if host and device <= step and device < pages_for(max_model_len, config.page_size):
-        tokens = max(1, device - 1) * config.page_size
-        raise CapacityError(
-            f"the device holds {device} KV pages of {config.page_size} tokens, and a step of "
-            f"{min(config.max_num_batched_tokens, max_model_len)} tokens fills {step} beside one being written: "
-            f"raise device_kv_bytes by {(step + 1 - device) * page_bytes} to {(step + 1) * page_bytes}, or lower "
-            f"max_num_batched_tokens to {tokens}"
-        )
+    if config.host_kv_bytes is not None or disk:  # else each request is checked by itself
+        _check_window(config, device, host, max_model_len, page_bytes)
     return PoolSizes(min(device, most), min(host, most), min(disk, most), staging, read_ahead)
+
+
+def _check_window(config: EngineConfig, device: int, host: int, max_model_len: int, page_bytes: int) -> None:
+    """Raises CapacityError when a step of the largest size does not fit on the device, and a request may need more."""
+    tokens = min(config.max_num_batched_tokens, max_model_len)
+    step = pages_for(tokens, config.page_size)
+    if not host or device > step or device >= pages_for(max_model_len, config.page_size):
+        return
+    fits = (device - 1) * config.page_size
+    lower = f", or lower max_num_batched_tokens to {fits}" if fits >= config.max_num_seqs else ""
+    raise CapacityError(
+        f"the device holds {device} KV pages of {config.page_size} tokens, and a step of {tokens} tokens fills {step} "
+        f"beside one being written: raise device_kv_bytes by {(step + 1 - device) * page_bytes} to "
+        f"{(step + 1) * page_bytes}{lower}"
+    )
 
 
 def _free_disk_bytes(folder: Path) -> int:

@@ -47,7 +47,7 @@ class RayEngine:
         try:
             ranks = make_rank_config(config, model, self._group.device)
             self._group.load(ranks)
-            capacity = self._group.capacity() if needs_capacity(config) else None
+            capacity = self._group.capacity(config.device_kv_bytes is None) if needs_capacity(config) else None
             self.info = make_engine_info(config, ranks, max_model_len, capacity, self._group.allocate)
             self._group.start(lead, self.info)
             self._socket = self._context.socket(zmq.PAIR)

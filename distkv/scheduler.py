@@ -32,12 +32,11 @@ class Scheduler:
         """Raises CapacityError when a request could never run."""
         needed, held, size = self._most_pages(request), self.cache.capacity, self._info.page_bytes
         if needed > held:
-            refusal = f" (the disk refuses more: {self.cache.disk_refusal})" if self.cache.disk_refusal else ""
             device, host, disk = (slots.num_slots for slots in self.cache.slots)
             raise CapacityError(
                 f"the request may need {needed} KV pages ({needed * size} bytes) for {len(request.prompt_token_ids)} "
                 f"prompt tokens and up to {request.max_tokens} more, n={request.params.n}; the tiers hold {held} "
-                f"({held * size} bytes; device {device}, host {host}, disk {disk}){refusal}. "
+                f"({held * size} bytes; device {device}, host {host}, disk {disk}){self.cache.disk_refusal}. "
                 "Raise device_kv_bytes, host_kv_bytes or disk_kv_bytes, or lower max_tokens"
             )
         if request.params.n > self._info.max_num_seqs:
@@ -56,15 +55,19 @@ class Scheduler:
         table = PageTable(self.cache, self._info.page_size)
         self.waiting.append(Sequence(request, 0, table, list(request.prompt_token_ids)))
 
-    def schedule(self) -> list[tuple[Sequence, int]]:
-        """The sequences of the next step with the number of tokens each runs; empty when there is nothing to do."""
+    def schedule(self, num_held: int = 0) -> list[tuple[Sequence, int]]:
+        """The sequences of the next step with the number of tokens each runs; empty when there is nothing to do.
+
+        Args:
+            num_held: device pages that must stay and belong to no sequence.
+        """
         self._admit()
         budget = self._info.max_num_batched_tokens
-        room = self._info.num_pages - sum(sequence.table.num_unfilled for sequence in self.running)
+        room = self._info.num_pages - num_held - sum(sequence.table.num_unfilled for sequence in self.running)
         step = []
         for sequence in self._decoding() + self._reading():
             count = self._chunk(sequence, budget) if sequence.in_prompt else min(1, budget)
-            pages = sequence.table.missing(count)
+            pages = sequence.table.missing(count) + sequence.num_fork_pages(count)
             if count and pages <= room:
                 step.append((sequence, count))
                 budget -= 0 if sequence.num_random else count

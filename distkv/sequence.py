@@ -51,6 +51,13 @@ class Sequence:
         """Those of them that are still to come."""
         return max(0, self.num_random_in_all - self.table.num_tokens)
 
+    def num_fork_pages(self, count: int) -> int:
+        """Pages that the other answers of the request need once `count` more tokens have been read: a copy each of the
+        last page of the prompt, unless that is full."""
+        if not self.in_prompt or count < self.num_pending or self.prompt_len % self.table.page_size == 0:
+            return 0
+        return self.request.params.n - 1
+
     def by_importance(self) -> Iterator[Page]:
         """Its pages in the order in which they are best kept near: the first, then the newest."""
         yield from self.table.pages[:1]

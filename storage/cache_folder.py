@@ -128,15 +128,17 @@ def remove_array(folder: Path) -> None:
         try:
             ours = zarr.open_array(LocalStore(array), mode="r").attrs.get("distkv") is not None
         except Exception:  # zarr has no common base of what it raises
-            # killed before it wrote the metadata
-            ours = array.is_dir() and all(path.suffix == ".partial" for path in array.iterdir())
+            # killed before it wrote the metadata, or while it swept
+            ours = array.is_dir() and all(
+                path.suffix == ".partial" or path.name.startswith("c.") for path in array.iterdir()
+            )
         if not ours:
             raise ConfigError(f"{str(array)!r} was not made by distkv; name another cache_dir")
         left = [path for path in array.iterdir() if path.name != METADATA]
         if left:
             log.info("removing %d files that an earlier process left in %s", len(left), array)
-        for path in left:  # the metadata goes last: a process killed meanwhile leaves an array that is known as ours
+        for path in folder.glob(f"{CATALOGUE}*"):  # first, so that it never lists what is gone
             path.unlink()
+        for path in left:  # the metadata goes last: a process killed meanwhile leaves an array that is known as ours
+            path.unlink(missing_ok=True)
         shutil.rmtree(array)
-    for path in folder.glob(f"{CATALOGUE}*"):
-        path.unlink()

@@ -15,7 +15,8 @@ class Catalogue:
     def __init__(self, folder: Path):
         """Opens or makes the catalogue of a cache folder; raises StoreError when it cannot be written."""
         try:
-            self._database = sqlite3.connect(folder / CATALOGUE, isolation_level=None)
+            self._folder = folder
+            self._database = sqlite3.connect(folder / CATALOGUE, isolation_level=None, check_same_thread=False)
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = NORMAL")
             self._database.execute("CREATE TABLE IF NOT EXISTS pages (slot INTEGER PRIMARY KEY, crc32c BLOB NOT NULL)")
@@ -38,3 +39,9 @@ class Catalogue:
 
     def close(self) -> None:
         self._database.close()
+
+    def discard(self) -> None:
+        """Removes the catalogue, which is better than one that is not true."""
+        self.close()
+        for path in self._folder.glob(f"{CATALOGUE}*"):
+            path.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Memory of the host: mapped on first touch, and pinned where a GPU copies from it."""
 
 import math
+import mmap
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +30,14 @@ class HostBuffer:
         """Raises CapacityError when the system does not give so much."""
         size = math.prod(shape) * dtype.itemsize
         try:
-            self.data = lazy_zeros(shape, dtype)
-        except MemoryError:
+            # begins at a page of the system, as registration with the driver wants it; mapped on first touch
+            memory = mmap.mmap(-1, max(size, 1))
+        except (OSError, OverflowError):
             raise CapacityError(f"the host has no {size} bytes of memory to give; lower host_kv_bytes") from None
+        self.data = torch.frombuffer(memory, dtype=torch.uint8)[:size].view(dtype).view(shape)
         self._registered: list[int] = []
         if pinned and size:
-            self._pin(size)
+            self._pin(size, math.prod(shape[1:]) * dtype.itemsize)
 
     def close(self) -> None:
         """Lets go of the memory."""
@@ -43,12 +46,14 @@ class HostBuffer:
         self._registered = []
         self.data = self.data[:0].clone()
 
-    def _pin(self, size: int) -> None:
-        # torch's pinned allocator would round up to a power of two, and one registration of a huge range may be refused
+    def _pin(self, size: int, row: int) -> None:
+        # torch's pinned allocator would round up to a power of two, and one registration of a huge range may be
+        # refused; a row of `row` bytes must not lie in two, since a copy out of both fails
+        unit = math.lcm(row, mmap.PAGESIZE)
+        chunk = max(1, PIN_CHUNK // unit) * unit
         start = self.data.data_ptr()
-        for first in range(0, size, PIN_CHUNK):
-            length = min(PIN_CHUNK, size - first)
-            error = torch.cuda.cudart().cudaHostRegister(start + first, length, 0)
+        for first in range(0, size, chunk):
+            error = torch.cuda.cudart().cudaHostRegister(start + first, min(chunk, size - first), 0)
             if error.value:
                 self.close()
                 raise CapacityError(

@@ -1,6 +1,6 @@
 """Copies whole pages between the tiers of one rank, beside its steps."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -57,6 +57,7 @@ class Mover:
     def __init__(self, device: DevicePool, host: HostPool, disk: PagePool | None):
         self._device, self._host, self._disk = device, host, disk
         self._jobs: dict[int, tuple[Transfer, _Job]] = {}
+        self._later: deque[Transfer] = deque()  # those of the disk, until awaited copies have ended
         self._last_id = -1
         self._copier = ThreadPoolExecutor(1, "kv-copy")
         self._disk_threads = ThreadPoolExecutor(DISK_THREADS, "kv-disk")
@@ -66,17 +67,14 @@ class Mover:
     def start(self, transfers: list[Transfer], await_ids: list[int]) -> None:
         """Starts transfers and waits for those of `await_ids`.
 
-        Disk reads and writes start after awaited copies have ended: a copy may fill the host page that is written, or
-        read the one that is overwritten. Transfers that were started before are passed over, so that a plan may be sent
-        again.
+        Disk reads and writes start after awaited copies have ended, one of which may fill the host page that is
+        written. Transfers that were started before are passed over, so that a plan may be sent again.
         """
-        disk_transfers = []
         for transfer in transfers:
             if transfer.id <= self._last_id:
                 continue
-            self._last_id = transfer.id
             if Tier.DISK in (transfer.source, transfer.target):
-                disk_transfers.append(transfer)
+                self._later.append(transfer)
             elif self._stream is None:
                 self._submit(transfer, self._copier)
             else:
@@ -84,9 +82,11 @@ class Mover:
                 with torch.cuda.stream(self._stream):
                     self._copy(transfer)()
                 self._jobs[transfer.id] = transfer, _CudaJob(self._stream)
+            self._last_id = transfer.id
         self._await(await_ids)
-        for transfer in disk_transfers:
-            self._submit(transfer, self._disk_threads)
+        while self._later:  # an interrupted call has left them here
+            self._submit(self._later[0], self._disk_threads)
+            self._later.popleft()
         self._await(await_ids)
 
     def report(self) -> Moved:
@@ -98,8 +98,11 @@ class Mover:
             del self._jobs[id]
             try:
                 job.result()
-            except StoreError as error:
-                moved.failed.append((id, str(error)))
+            except Exception as error:
+                if Tier.DISK not in (transfer.source, transfer.target):
+                    raise
+                reason = str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"
+                moved.failed.append((id, reason))
                 continue
             moved.done.append(id)
             self.bytes[transfer.source, transfer.target] += self._device.spec.page_bytes

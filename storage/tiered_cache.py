@@ -79,7 +79,7 @@ class TieredCache:
         self._next_id = 0
         self._emptying_host = False
         self._writes_paused = 0  # steps until the disk is tried again
-        self.disk_refusal = ""  # why it refused a page last
+        self._disk_refusal = ""  # why it refused a page last
         self.lost: dict[Page, None] = {}  # pages that a sequence holds and no tier does
         # what the catalogue has not been told yet: disk slots that hold no page any more, and new ones with the ids of
         # the transfers that wrote them
@@ -93,8 +93,17 @@ class TieredCache:
         return device.num_slots + host.num_slots + (disk.num_used if self._writes_paused else disk.num_slots)
 
     @property
+    def disk_refusal(self) -> str:
+        """A remark on why the disk takes no more pages; empty when it does."""
+        return f" (the disk refuses more: {self._disk_refusal})" if self._writes_paused else ""
+
+    def retry_disk(self) -> None:
+        """Lets the disk be tried again before its time."""
+        self._writes_paused = 0
+
+    @property
     def has_cold(self) -> bool:
-        """Whether some page lies below the device alone."""
+        """Whether some page may lie below the device alone."""
         return len(self._pages) > self.slots[Tier.DEVICE].num_used
 
     @property
@@ -153,7 +162,6 @@ class TieredCache:
         assert page.lost
         page.full = False
         self._take(page, Tier.DEVICE)
-        page.repairs += 1
 
     def forget(self, page: Page) -> None:
         """Takes a page back whose restoration has failed; it is as lost as before."""
@@ -176,7 +184,9 @@ class TieredCache:
     def fill(self, page: Page) -> None:
         """Tells that a page on the device is full and its content final."""
         page.full = True
-        self.lost.pop(page, None)
+        if page in self.lost:
+            del self.lost[page]
+            page.repairs += 1
         self._full[Tier.DEVICE][page] = None
         if self.slots[Tier.HOST].num_slots:
             self._unspilled.append(page)
@@ -241,7 +251,7 @@ class TieredCache:
             transfer, page = self._in_flight[id]
             self._end(id, failed=True)
             if transfer.target is Tier.DISK:
-                self._writes_paused, self.disk_refusal = WRITE_RETRY, reason
+                self._writes_paused, self._disk_refusal = WRITE_RETRY, reason
             else:
                 damaged.add(page)
         bad = set(bad_reads)
@@ -277,21 +287,21 @@ class TieredCache:
     def _make_backed(self, page: Page) -> bool:
         """Sees to a copy below the device; False when transfers must end first."""
         if page.slots[Tier.HOST] is None and not page.has(Tier.DISK):
-            if not self._make_host_room(page):
+            if not self._make_host_room():
                 return False
             self._start(page, Tier.DEVICE, Tier.HOST)
         self._settle(page)
         return page.slots[Tier.DEVICE] is None or page.has(Tier.HOST) or page.has(Tier.DISK)
 
     def _settle(self, page: Page) -> None:
-        """Has the next plan wait for copies of the page between device and host, which cannot fail."""
+        """Has the next plan wait for the copy of the page from device to host, which cannot fail."""
         for id, (transfer, owner) in list(self._in_flight.items()):
-            if owner is page and Tier.DEVICE in (transfer.source, transfer.target):
+            if owner is page and transfer.source is Tier.DEVICE:
                 self._wait.append(id)
                 self._forced.add(id)
                 self._finish(id)
 
-    def _make_host_room(self, leaving: Page) -> bool:
+    def _make_host_room(self) -> bool:
         host, disk = self.slots[Tier.HOST], self.slots[Tier.DISK]
         if host.num_free:
             return True
@@ -302,14 +312,13 @@ class TieredCache:
                 self._write_to_disk(pages)
             if self._disk_writes:
                 return False
-            backed = next((page for page in pages if page.has(Tier.DEVICE) and page is not leaving), None)
+            backed = next((page for page in pages if page.has(Tier.DEVICE)), None)
         if backed is None and self._in_flight:
             return False
         if backed is None:
-            reason = f" (the disk refuses more: {self.disk_refusal})" if self._writes_paused else ""
             raise CapacityError(
                 f"device, host and disk hold {[slots.num_used for slots in self.slots]} KV pages of "
-                f"{[slots.num_slots for slots in self.slots]} and have no room for another{reason}; raise "
+                f"{[slots.num_slots for slots in self.slots]} and have no room for another{self.disk_refusal}; raise "
                 "host_kv_bytes or disk_kv_bytes, or make room on the disk"
             )
         self._drop(backed, Tier.HOST)

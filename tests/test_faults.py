@@ -178,6 +178,24 @@ def test_a_full_disk(
     assert llm.generate([prompt], PARAMS, use_tqdm=False)[0].outputs[0].token_ids == expected
 
 
+def test_a_catalogue_that_cannot_be_written_is_given_up(
+    llm: LLM, prompt: list[int], expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pages go on; a catalogue that is not true is worse than none."""
+    update, calls = Catalogue.update, iter(range(1000))
+
+    def limited(self: Catalogue, *changes: Any) -> None:
+        if next(calls) == 5:
+            raise StoreError("the catalogue of the disk tier cannot be written: database or disk is full")
+        update(self, *changes)
+
+    monkeypatch.setattr(Catalogue, "update", limited)
+    assert llm.generate([prompt], PARAMS, use_tqdm=False)[0].outputs[0].token_ids == expected
+    assert llm.stats().moved["disk_streamed"]
+    assert llm.info.cache_dir is not None
+    assert not list(Path(llm.info.cache_dir).glob("catalogue.sqlite*"))
+
+
 def test_too_long_a_request_is_refused_with_the_sizes_of_the_tiers(llm: LLM) -> None:
     with pytest.raises(CapacityError, match=r"device 4, host 6, disk 56.*disk_kv_bytes"):
         llm.generate([[5] * 1500], PARAMS, use_tqdm=False)

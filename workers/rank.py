@@ -73,10 +73,13 @@ class Rank:
         with source as weights, torch.inference_mode():
             return load_llama(weights, config.model, self.shard, self.group, config.dtype, self.device)
 
-    def page_capacity(self, ranks_on_node: int) -> Capacity:
-        """Room for KV pages beside the weights, the workspace and the staging ring. Raises CapacityError when not even
-        one fits on the device."""
+    def page_capacity(self, ranks_on_node: int, of_device: bool) -> Capacity:
+        """Room for KV pages beside the weights, the workspace and the staging ring; that on the device only if it is
+        asked for, else 0. Raises CapacityError when not even one fits there."""
         host_room = int(available_bytes() * CPU_KV_SHARE) // ranks_on_node
+        host_pages = host_room // self.page_spec.page_bytes
+        if not of_device:
+            return Capacity(0, host_pages)
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
             used = total - free + self._workspace_bytes()
@@ -92,7 +95,7 @@ class Rank:
                 f"rank {self.shard.rank} has {max(room, 0)} bytes left for KV pages of {self.page_spec.page_bytes} "
                 f"bytes; {cure}"
             )
-        return Capacity(pages, host_room // self.page_spec.page_bytes)
+        return Capacity(pages, host_pages)
 
     def _workspace_bytes(self) -> int:
         """Peak device memory of activations, from a trial step of the largest size."""

@@ -23,6 +23,7 @@ from distkv.errors import CapacityError, ConfigError, DistKVError, WorkerDied
 from distkv.workers.channel import FollowerChannel, LeaderChannel
 from distkv.workers.process_group import ProcessGroup
 from distkv.workers.rank import Capacity, Rank, RankConfig
+from distkv.workers.report import Report
 from distkv.workers.tiers import PoolSizes
 
 log = logging.getLogger(__name__)
@@ -73,10 +74,10 @@ class RankActor:
         backend = "nccl" if config.device == "cuda" else "gloo"
         self._rank = Rank(config, ProcessGroup(rank, size, init_method, backend))
 
-    def capacity(self, ranks_on_node: int) -> Capacity:
+    def capacity(self, ranks_on_node: int, of_device: bool) -> Capacity:
         """See `Rank.page_capacity`."""
         assert self._rank is not None
-        return self._rank.page_capacity(ranks_on_node)
+        return self._rank.page_capacity(ranks_on_node, of_device)
 
     def allocate(self, sizes: PoolSizes) -> tuple[int, int, int]:
         """See `Rank.allocate`."""
@@ -89,6 +90,7 @@ class RankActor:
         try:
             main(self._rank, self._followers, self._requests, *arguments)
             self._followers.send(None)
+            self._followers.receive()  # they have let go of the disk, which rank 0 sweeps
         finally:
             self._rank.close()
         self._rank.group.close()
@@ -101,6 +103,7 @@ class RankActor:
             self._rank.execute(plan)
             leader.send(self._rank.take_report())
         self._rank.close()
+        leader.send(Report())
         self._rank.group.close()
 
 
@@ -147,12 +150,12 @@ class RayGroup:
             refs.append(actor.load.remote(self._for_node(config, rank), rank, self.size, init_method))
         self._wait(refs)
 
-    def capacity(self) -> Capacity:
+    def capacity(self, of_device: bool) -> Capacity:
         """Pages that fit on the rank with the least room, see `Rank.page_capacity`."""
         per_node = self._ranks_per_node()
         rooms = self._wait(
             [
-                actor.capacity.remote(per_node[node.node_id])
+                actor.capacity.remote(per_node[node.node_id], of_device)
                 for actor, node in zip(self._actors, self.nodes, strict=True)
             ]
         )
