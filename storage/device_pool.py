@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distkv.storage.host_memory import as_integers, lazy_zeros
+from distkv.errors import CapacityError
+from distkv.storage.host_memory import as_integers, available_bytes, lazy_zeros
 from distkv.storage.page_pool import check_slot
 from distkv.storage.page_spec import PageSpec
 
@@ -16,7 +17,8 @@ class DevicePool:
     A slot always holds finite numbers: attention reads whole pages and masks what is not filled, and a masked NaN
     would still spread. Hence `clear` for a slot that changes hands.
 
-    `store` and `load` are asynchronous on CUDA: they are ordered by the current stream.
+    `store` and `load` are asynchronous on CUDA: they are ordered by the current stream. Raises CapacityError when the
+    memory cannot be had.
     """
 
     def __init__(self, spec: PageSpec, num_pages: int, device: torch.device):
@@ -24,7 +26,17 @@ class DevicePool:
         self.num_pages = num_pages
         shape = spec.device_shape(num_pages)
         on_cpu = device.type == "cpu"
-        self.data = lazy_zeros(shape, spec.dtype) if on_cpu else torch.zeros(shape, dtype=spec.dtype, device=device)
+        try:
+            self.data = lazy_zeros(shape, spec.dtype) if on_cpu else torch.zeros(shape, dtype=spec.dtype, device=device)
+        except (MemoryError, torch.OutOfMemoryError):
+            size, free = (
+                num_pages * spec.page_bytes,
+                available_bytes() if on_cpu else torch.cuda.mem_get_info(device)[0],
+            )
+            raise CapacityError(
+                f"the device's KV pages take {size} bytes and {free} are free beside the weights; lower device_kv_bytes "
+                f"by {max(0, size - free)} for each rank there"
+            ) from None
 
     def layer(self, index: int) -> Tensor:
         """One layer of the pool: `[2, device_page, kv_head, page_size, head_dim]`, K first."""

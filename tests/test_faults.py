@@ -217,16 +217,18 @@ def test_a_kill_while_pages_are_written(folder: Path, tmp_path: Path, prompt: li
         f"print('ready', flush=True)\n"
         f"while True: llm.generate([{prompt}], t.PARAMS, use_tqdm=False)\n"
     )
-    for delay in (0.3, 0.7, 1.2):
+    listed = 0
+    for enough in (3, 8, 15):  # pages on disk, after which the process is killed
         process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        time.sleep(delay)
+        while len(list((cache / "kv.zarr").glob("c.*"))) < enough:
+            assert process.poll() is None
+            time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-        assert (cache / "kv.zarr").exists()
-        listed = check_catalogue(cache)
-    assert listed, "the last one lived long enough to write pages"
+        listed += check_catalogue(cache)
+    assert listed
     stale = cache / "kv.zarr" / "c.1.0.0.0.0.deadbeef.partial"
     stale.write_bytes(b"half a page")
     with tiered(folder, cache) as llm:

@@ -605,3 +605,8 @@ def test_what_a_kill_leaves_listed_is_whole(tmp_path: Path, pages: int) -> None:
         assert len(data) == SPEC.page_bytes
         layers = np.frombuffer(data, np.uint8).reshape(SPEC.num_layers, -1)
         assert [crc32c(layer.tobytes()) for layer in layers] == np.frombuffer(checksums, np.uint32).tolist()
+
+
+def test_a_device_without_the_memory_says_how_much_is_missing() -> None:
+    with pytest.raises(CapacityError, match=r"take \d+ bytes and \d+ are free .* lower device_kv_bytes by \d+"):
+        DevicePool(SPEC, 2**45 // SPEC.page_bytes * 64, torch.device("cpu"))
