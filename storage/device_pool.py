@@ -34,8 +34,8 @@ class DevicePool:
                 available_bytes() if on_cpu else torch.cuda.mem_get_info(device)[0],
             )
             raise CapacityError(
-                f"the device's KV pages take {size} bytes and {free} are free beside the weights; lower device_kv_bytes "
-                f"by {max(0, size - free)} for each rank there"
+                f"the device's KV pages take {size} bytes and {free} are free beside the weights; "
+                f"lower device_kv_bytes by {max(0, size - free)} for each rank there"
             ) from None
 
     def layer(self, index: int) -> Tensor:
