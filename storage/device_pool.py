@@ -29,10 +29,8 @@ class DevicePool:
         try:
             self.data = lazy_zeros(shape, spec.dtype) if on_cpu else torch.zeros(shape, dtype=spec.dtype, device=device)
         except (MemoryError, torch.OutOfMemoryError):
-            size, free = (
-                num_pages * spec.page_bytes,
-                available_bytes() if on_cpu else torch.cuda.mem_get_info(device)[0],
-            )
+            size = num_pages * spec.page_bytes
+            free = available_bytes() if on_cpu else torch.cuda.mem_get_info(device)[0]
             raise CapacityError(
                 f"the device's KV pages take {size} bytes and {free} are free beside the weights; "
                 f"lower device_kv_bytes by {max(0, size - free)} for each rank there"
