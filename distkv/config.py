@@ -90,10 +90,9 @@ class EngineConfig:
             )
         for name in ("device_kv_bytes", "host_kv_bytes", "disk_kv_bytes"):
             value = getattr(self, name)
-            if value is not None and not (name == "host_kv_bytes" and value in (0, "0")):
-                object.__setattr__(self, name, parse_bytes(name, value))
-        if self.host_kv_bytes == "0":
-            object.__setattr__(self, "host_kv_bytes", 0)
+            if value is not None:
+                is_off = name == "host_kv_bytes" and value in (0, "0")
+                object.__setattr__(self, name, 0 if is_off else parse_bytes(name, value))
         self._check_tiers()
 
     @property

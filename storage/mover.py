@@ -5,7 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -14,6 +14,9 @@ from distkv.storage.device_pool import DevicePool
 from distkv.storage.host_pool import HostPool
 from distkv.storage.page_pool import PagePool
 from distkv.storage.tier import Tier, Transfer
+
+if TYPE_CHECKING:
+    from distkv.storage.disk_pool import DiskPool
 
 DISK_THREADS = 2
 
@@ -47,14 +50,14 @@ class _CudaJob:
 
 
 class Mover:
-    """Runs transfers asynchronously: on CUDA, copies between host and device on streams of their own; on a CPU, in a
+    """Runs transfers asynchronously: on CUDA, copies between host and device on a stream of their own; on a CPU, in a
     thread; to and from disk in threads.
 
     Copies between device and host are done in the order of their ids, and cannot fail. A device page that is copied
     must not change until its copy is done.
     """
 
-    def __init__(self, device: DevicePool, host: HostPool, disk: PagePool | None):
+    def __init__(self, device: DevicePool, host: HostPool, disk: "DiskPool | None"):
         self._device, self._host, self._disk = device, host, disk
         self._jobs: dict[int, tuple[Transfer, _Job]] = {}
         self._later: deque[Transfer] = deque()  # those of the disk, until awaited copies have ended
@@ -84,7 +87,7 @@ class Mover:
                 self._jobs[transfer.id] = transfer, _CudaJob(self._stream)
             self._last_id = transfer.id
         self._await(await_ids)
-        while self._later:  # an interrupted call has left them here
+        while self._later:  # those of an interrupted call too
             self._submit(self._later[0], self._disk_threads)
             self._later.popleft()
         self._await(await_ids)
@@ -107,7 +110,8 @@ class Mover:
             moved.done.append(id)
             self.bytes[transfer.source, transfer.target] += self._device.spec.page_bytes
             if transfer.target is Tier.DISK:
-                moved.checksums[id] = self._disk.checksums(transfer.target_slot)  # type: ignore[union-attr]
+                assert self._disk is not None
+                moved.checksums[id] = self._disk.checksums(transfer.target_slot)
         return moved
 
     def close(self) -> None:
