@@ -35,6 +35,12 @@ class EngineConfig:
         disk_kv_bytes: KV pages on disk, all ranks together; None takes half of what is free in cache_dir.
         staging_pages: pages of the ring through which cold pages pass on their way to attention (one layer of each is
             held); None takes the least, which is two pieces of 2048 tokens.
+        enable_prefix_caching: keep the full pages of ended requests, in whatever tier they lie, for later ones that
+            begin with the same tokens; with cache_dir also for later processes.
+        disk_write_policy: when full pages that later requests may use are written to disk: "write_through" as soon as
+            they are full, or "idle" when no request holds them any more.
+        max_cold_bytes_per_step: most bytes of cold pages that a step streams, all ranks together; sequences beyond it
+            wait for their turn, and one always runs. None takes what the slowest tier in use brings in about a second.
         gpu_memory_utilization: share of a GPU's memory for weights, workspace and KV together.
         load_format: "auto" reads the folder's safetensors; "dummy" makes seeded random weights for its config.json.
         num_threads: torch threads of each CPU rank; None leaves torch's default in this process and shares the cores
@@ -56,6 +62,9 @@ class EngineConfig:
     disk_kv_bytes: int | str | None = None
     cache_dir: str | Path | None = None
     staging_pages: int | None = None
+    enable_prefix_caching: bool = True
+    disk_write_policy: str = "write_through"
+    max_cold_bytes_per_step: int | str | None = None
     gpu_memory_utilization: float = 0.9
     load_format: str = "auto"
     num_threads: int | None = None
@@ -72,9 +81,11 @@ class EngineConfig:
             ("dtype", ("auto", "float32", "float16", "bfloat16")),
             ("device", ("auto", "cuda", "cpu")),
             ("load_format", ("auto", "dummy")),
+            ("disk_write_policy", ("write_through", "idle")),
+            ("enable_prefix_caching", (True, False)),
         ):
             if getattr(self, name) not in choices:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(choices)}")
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(map(str, choices))}")
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
             raise ConfigError(f"gpu_memory_utilization is {share!r}; use a share above 0 and at most 1")
@@ -88,7 +99,7 @@ class EngineConfig:
                 f"max_num_batched_tokens {self.max_num_batched_tokens} is less than max_num_seqs {self.max_num_seqs}: "
                 "not every running answer could take a token in a step; raise the first or lower the second"
             )
-        for name in ("device_kv_bytes", "host_kv_bytes", "disk_kv_bytes"):
+        for name in ("device_kv_bytes", "host_kv_bytes", "disk_kv_bytes", "max_cold_bytes_per_step"):
             value = getattr(self, name)
             if value is not None:
                 is_off = name == "host_kv_bytes" and value in (0, "0")

@@ -37,6 +37,8 @@ class EngineRequest(msgspec.Struct, frozen=True):
     # The keys and values of all full pages but the last token's are random numbers of this seed, not those of the
     # prompt: a context of any length without its prefill, for stress tests.
     random_kv_seed: int | None = None
+    priority: int = 0  # lower goes first
+    cache_salt: str | None = None  # pages of a prefix are shared among requests of one salt only
 
 
 class TokenOutput(msgspec.Struct, frozen=True, tag=True):
@@ -48,6 +50,8 @@ class TokenOutput(msgspec.Struct, frozen=True, tag=True):
     logprobs: TokenLogprobs | None
     finish_reason: str | None
     stop_reason: int | None
+    # with the first token of an answer: tokens of the prompt whose KV was found on device, host and disk
+    num_cached_tokens: tuple[int, int, int] = (0, 0, 0)
 
 
 class RequestFailed(msgspec.Struct, frozen=True, tag=True):
