@@ -14,6 +14,7 @@ from distkv.storage.random_pages import random_slice
 from distkv.workers.batch import build_batch
 from distkv.workers.llama import LlamaModel, load_llama
 from distkv.workers.model_config import ModelConfig
+from distkv.workers.page_directory import PageDirectory
 from distkv.workers.process_group import ProcessGroup
 from distkv.workers.report import Report
 from distkv.workers.shard import Shard
@@ -63,6 +64,7 @@ class Rank:
             torch.set_num_threads(config.num_threads)
         self._model = self._load()
         self.tiers = RankTiers(self.page_spec, PoolSizes(), self.device)
+        self._directory = PageDirectory(config.page_size)
 
     def _load(self) -> LlamaModel:
         config = self.config
@@ -104,8 +106,8 @@ class Rank:
         self.allocate(PoolSizes(device=pages))
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        plan = SequencePlan([0] * tokens, 0, list(range(pages)), tokens, 1)
-        self.execute(StepPlan([plan], [], []))
+        plan = SequencePlan(0, [0] * tokens, 0, tokens, 1, 0, list(range(pages)))
+        self.execute(StepPlan([plan], [], [], moved=[(page, page) for page in range(pages)]))
         torch.cuda.synchronize(self.device)
         peak = torch.cuda.max_memory_allocated(self.device)
         self.allocate(PoolSizes())
@@ -130,16 +132,17 @@ class Rank:
         """Runs a step; on rank 0 returns the wanted logits, fp32 `[rows, vocab_size]`, in the plan's order, and None
         when nothing runs. `take_report` must follow."""
         tiers, spec, shard = self.tiers, self.page_spec, self.shard
+        steps = self._directory.update(plan)
         tiers.mover.start(plan.transfers, plan.await_ids)
         for source, target in plan.copies:
             tiers.device.copy(source, target)
         tiers.device.clear(plan.clear)
         for slot, seed in plan.random_pages:
             self._fill_random(slot, seed)
-        if not plan.sequences:
+        if not steps:
             return None
         group_size = shard.num_query_heads // shard.num_kv_heads
-        batch = build_batch(plan, spec.page_size, group_size, tiers.ring.buffer_pages, spec.dtype, self.device)
+        batch = build_batch(steps, spec.page_size, group_size, tiers.ring.buffer_pages, spec.dtype, self.device)
         with tiers.stream(batch.loads) as stream:
             hidden = self._model.forward(batch, tiers.device, stream)
         return self._model.logits(hidden)

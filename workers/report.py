@@ -13,6 +13,7 @@ class Report(msgspec.Struct, array_like=True):
     checksums: dict[int, bytes] = {}  # of pages written to disk, by id
     bad_reads: list[tuple[int, str]] = []  # disk slots that this step could not read back, with the reason
     moved: dict[str, int] = {}  # bytes by route, see `Rank.take_report`
+    missing: list[int] = []  # disk slots to be adopted that this rank cannot vouch for
 
 
 encode_report = msgspec.msgpack.Encoder().encode
