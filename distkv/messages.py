@@ -23,7 +23,10 @@ class EngineInfo(msgspec.Struct, frozen=True):
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     seed: int
-    cache_dir: str | None  # of the disk tier
+    cache_dir: str | None  # of the disk tier: the sub-folder for this model's pages
+    fingerprint: str = ""  # of all that pages on disk depend on; "" where they do not outlive the engine
+    enable_prefix_caching: bool = False  # whether full pages of ended requests are kept for later ones
+    write_through: bool = True  # whether pages that may be used again are written to disk as soon as they are full
 
 
 class EngineRequest(msgspec.Struct, frozen=True):

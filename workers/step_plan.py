@@ -18,8 +18,8 @@ class SequencePlan(msgspec.Struct, array_like=True):
 
 
 class StepPlan(msgspec.Struct, array_like=True):
-    """One step of the whole group. Transfers are started and `await_ids` waited for; then come `copies`, `clear` and
-    `random_pages`; then the sequences run, of which there may be none."""
+    """One step of the whole group. First comes `adopt`; transfers are started and `await_ids` waited for; then come
+    `copies`, `clear` and `random_pages`; then the sequences run, of which there may be none."""
 
     sequences: list[SequencePlan]
     copies: list[tuple[int, int]]  # (source, target) device slots
@@ -27,6 +27,9 @@ class StepPlan(msgspec.Struct, array_like=True):
     transfers: list[Transfer] = []
     await_ids: list[int] = []  # transfers that must have ended
     random_pages: list[tuple[int, int]] = []  # (device slot, seed): filled with random numbers, for stress tests
+    # the pages on disk that an earlier process left, by slot with their checksums, see `DiskPool.adopt`; given once,
+    # before anything is written there
+    adopt: dict[int, bytes] | None = None
 
 
 encode = msgspec.msgpack.Encoder().encode
