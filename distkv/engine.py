@@ -1,6 +1,8 @@
 """The engine loop: schedules a step, has the ranks run it, draws tokens, ends what is done."""
 
 import logging
+import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -216,7 +218,14 @@ class Engine:
         """Takes vacated disk slots out before they can be written again, and puts new pages in."""
         vacated, written = self._cache.vacated, self._cache.written
         if self._catalogue is not None and (vacated or written):
-            added = {slot: checksums[id] for slot, id in written.items() if id in checksums}
+            from distkv.storage.catalogue import Entry
+
+            # TEMPORARY, until the engine knows the keys of pages: entries that no later process can use
+            added = [
+                Entry(slot, os.urandom(16), b"", b"", checksums[id], time.time(), 0)
+                for slot, id in written.items()
+                if id in checksums
+            ]
             try:
                 self._catalogue.update(vacated, added)
             except StoreError as error:
