@@ -65,8 +65,9 @@ class DiskPool:
 
     def load(self, slot: int, page: Tensor) -> None:
         with OpenPages(self, [slot]) as pages:
-            for layer, layer_slice in enumerate(page):
-                pages.read(0, layer, self.parts(layer_slice))
+            memory, size = _bytes(page), self._spec.layer_slice_bytes
+            for layer in range(self._spec.num_layers):
+                pages.read(0, layer, self._split(memory[layer * size : (layer + 1) * size]))
 
     def load_layer(self, slot: int, layer: int, out: Tensor) -> None:
         with OpenPages(self, [slot]) as pages:
@@ -102,13 +103,7 @@ class DiskPool:
 
     def parts(self, layer_slice: Tensor) -> Parts:
         """The memory of a contiguous layer slice `[2, kv_head, page_size, head_dim]`, to read into."""
-        assert layer_slice.is_contiguous()
-        memory = as_integers(layer_slice).reshape(-1).view(np.uint8).data  # slices of it cost less than those of arrays
-        half = len(memory) // 2
-        size = half // len(self._held)
-        return [
-            [memory[first : first + size], memory[half + first : half + first + size]] for first in range(0, half, size)
-        ]
+        return self._split(_bytes(layer_slice))
 
     def checksums(self, slot: int) -> bytes:
         """This rank's part of a slot's entry in the catalogue: crc32c of each head's layer slice, uint32
@@ -137,6 +132,13 @@ class DiskPool:
     def slice_bytes(self) -> int:
         """Bytes of a head's part of a layer slice."""
         return self._spec.layer_slice_bytes // self._spec.num_kv_heads
+
+    def _split(self, layer_slice: memoryview) -> Parts:
+        half, size = len(layer_slice) // 2, self.slice_bytes // 2
+        return [
+            [layer_slice[first : first + size], layer_slice[half + first : half + first + size]]
+            for first in range(0, half, size)
+        ]
 
     def _sweep(self, kept: Container[int]) -> Iterator[tuple[int, int]]:
         """Removes the files of slots that are not kept; gives slot and head of each other chunk of the right size."""
@@ -216,6 +218,12 @@ class OpenPages:
             return os.preadv(descriptor, pieces, offset)
         finally:
             os.close(descriptor)
+
+
+def _bytes(x: Tensor) -> memoryview:
+    """The memory of a contiguous tensor; a part of it costs less than a part of the tensor."""
+    assert x.is_contiguous()
+    return as_integers(x).reshape(-1).view(np.uint8).data
 
 
 def _checksum(pieces: list[memoryview]) -> int:
