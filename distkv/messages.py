@@ -23,10 +23,10 @@ class EngineInfo(msgspec.Struct, frozen=True):
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     seed: int
-    cache_dir: str | None  # of the disk tier
-    fingerprint: str = ""  # of weights, config and KV format; "" without a disk that keeps pages
-    enable_prefix_caching: bool = False
-    write_through: bool = False  # full pages that later requests may use are written to disk as soon as they are full
+    cache_dir: str | None  # of the disk tier: the sub-folder for this model's pages
+    fingerprint: str = ""  # of all that pages on disk depend on; "" where they do not outlive the engine
+    enable_prefix_caching: bool = False  # whether full pages of ended requests are kept for later ones
+    write_through: bool = True  # whether pages that may be used again are written to disk as soon as they are full
     max_cold_bytes_per_step: int = 0  # see `ColdBudget`; 0 for no limit
     disk_cost: float = 1.0  # how often a byte on disk counts towards it
 

@@ -88,6 +88,8 @@ def load_rank(
         "num_threads": None,
         "staging_pages": NUM_BUFFERS * PREFILL_SPLIT // page_size,
         "cache_dir": None,
+        "keep_cache": False,
+        "fingerprint": "",
     }
     rank = Rank(RankConfig(**(fields | options)), ProcessGroup())
     rank.allocate(PoolSizes(device=num_pages))

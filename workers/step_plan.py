@@ -19,8 +19,8 @@ class SequencePlan(msgspec.Struct, array_like=True):
 
 
 class StepPlan(msgspec.Struct, array_like=True):
-    """One step of the whole group. Transfers are started and `await_ids` waited for; then come `copies`, `clear` and
-    `random_pages`; then the sequences run, of which there may be none.
+    """One step of the whole group. First comes `adopt`; transfers are started and `await_ids` waited for; then come
+    `copies`, `clear` and `random_pages`; then the sequences run, of which there may be none.
 
     Ranks keep page tables (`page_directory.py`), so that a plan tells what has changed and not what a long context is
     made of. Telling a rank again what it knows does no harm.
@@ -34,8 +34,8 @@ class StepPlan(msgspec.Struct, array_like=True):
     random_pages: list[tuple[int, int]] = []  # (device slot, seed): filled with random numbers, for stress tests
     moved: list[tuple[int, int]] = []  # (page id, where it lies now, see `tier.location`)
     ended: list[int] = []  # numbers of tables that are not needed any more
-    # pages that an earlier process left on disk: slot -> crc32c, uint32 `[kv_head, layer]` of the whole model; None at
-    # all times but the start
+    # the pages on disk that an earlier process left, by slot with their checksums, see `DiskPool.adopt`; given once,
+    # before anything is written there
     adopt: dict[int, bytes] | None = None
 
 
