@@ -4,12 +4,12 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from distkv.config import EngineConfig
 from distkv.engine import Engine
+from distkv.engine_client import EngineClient
 from distkv.errors import CapacityError, ConfigError
 from distkv.messages import EngineInfo
 from distkv.storage.page_size import NUM_BUFFERS, pages_for
@@ -23,13 +23,10 @@ from distkv.workers.shard import Shard
 from distkv.workers.step_plan import StepPlan
 from distkv.workers.tiers import PoolSizes
 
-if TYPE_CHECKING:
-    from distkv.llm import EngineClient
-
 log = logging.getLogger(__name__)
 
 
-def launch(config: EngineConfig) -> "EngineClient":
+def launch(config: EngineConfig) -> EngineClient:
     """An engine ready for requests: in this process with one rank and no cluster address, else on Ray."""
     model = ModelConfig.load(Path(config.model))
     max_model_len = _max_model_len(config, model)

@@ -1,5 +1,6 @@
 """Text to tokens and back."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ Message = dict[str, Any]
 
 
 class Tokenizer:
-    """The tokenizer and chat template of a model folder, through transformers."""
+    """The tokenizer and chat template of a model folder, through transformers. For use by several threads."""
 
     def __init__(self, folder: Path):
         """Raises ConfigError when the folder has no tokenizer that can be loaded."""
@@ -24,6 +25,8 @@ class Tokenizer:
                 "add tokenizer.json for text"
             )
         from transformers import AutoTokenizer  # takes seconds
+
+        self._lock = threading.Lock()  # of what encodes: transformers sets truncation in place
 
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -36,7 +39,8 @@ class Tokenizer:
         if not text:
             raise RequestError("the prompt is empty; give some text")
         _check_unicode(text)
-        return self._tokenizer.encode(text)
+        with self._lock:
+            return self._tokenizer.encode(text)
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
         """Tokens of a conversation up to where the assistant answers, by the model's chat template.
@@ -57,7 +61,8 @@ class Tokenizer:
         except (TemplateError, TypeError, KeyError) as error:
             raise RequestError(f"the chat template refuses these messages: {error}") from error
         _check_unicode(text)
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        with self._lock:
+            return self._tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of tokens, special ones left out."""
