@@ -28,8 +28,8 @@ class Broken:
 
 Delivery = StepOutput | Broken
 Sink = Callable[[list[Delivery]], None]
-"""Takes what has come for the requests that were added with it, once per step. It is called in the engine's thread, so it
-must be quick, and may raise RuntimeError when nobody listens any more; its requests end then."""
+"""Takes what has come for the requests that were added with it, once per step. It is called in the engine's thread, so
+it must be quick, and may raise RuntimeError when nobody listens any more; its requests end then."""
 
 
 class EngineThread:
