@@ -7,13 +7,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Unpack
 
+from distkv.chat_pieces import Message
 from distkv.config import EngineConfig, EngineOptions
 from distkv.engine_thread import Delivery
 from distkv.front_end import Flight, FrontEnd, Prompt
 from distkv.messages import EngineInfo, EngineStats
 from distkv.outputs import RequestOutput
 from distkv.sampling_params import SamplingParams
-from distkv.tokenizer import Message, Tokenizer
+from distkv.tokenizer import Tokenizer
 
 
 class AsyncLLM:

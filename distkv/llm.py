@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
 from distkv.answer import RequestState
+from distkv.chat_pieces import Message
 from distkv.config import EngineConfig, EngineOptions
 from distkv.engine_client import EngineClient
 from distkv.engine_thread import Delivery
@@ -16,7 +17,7 @@ from distkv.front_end import Flight, FrontEnd, Prompt
 from distkv.messages import EngineInfo, EngineStats
 from distkv.outputs import RequestOutput
 from distkv.sampling_params import SamplingParams
-from distkv.tokenizer import Message, Tokenizer
+from distkv.tokenizer import Tokenizer
 
 Value = TypeVar("Value")
 

@@ -1,17 +1,21 @@
 """Text to tokens and back."""
 
+import hashlib
+import json
+import logging
 import threading
+from functools import cached_property
+from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any
 
+from distkv.chat_pieces import Message, text_around_answers
 from distkv.errors import ConfigError, RequestError
+
+log = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 # Tokens of the prompt that are decoded with the answer's first token, so that its leading space comes out right.
 CONTEXT_TOKENS = 5
-
-Message = dict[str, Any]
-"""One message of a conversation: `{"role": "user", "content": "..."}`."""
 
 
 class Tokenizer:
@@ -26,12 +30,12 @@ class Tokenizer:
             )
         from transformers import AutoTokenizer  # takes seconds
 
-        self._lock = threading.Lock()  # of what encodes: transformers sets truncation in place
-
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"the tokenizer in {str(folder)!r} cannot be loaded: {error}") from error
+        self._lock = threading.Lock()  # of encoding, before which transformers sets truncation in place
+        self._warned = False  # that answers cannot be repeated by their tokens
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a plain prompt, with the tokens that the model puts before any text; raises RequestError when it is
@@ -45,10 +49,12 @@ class Tokenizer:
     def encode_chat(self, messages: list[Message]) -> list[int]:
         """Tokens of a conversation up to where the assistant answers, by the model's chat template.
 
+        Answers that carry `token_ids` come out as these, so that the tokens begin with those of the turn before, whose
+        KV pages may be cached. Where the template rewrites earlier answers, their text is encoded instead, and the
+        first time a warning is logged.
+
         Raises ConfigError when the model has no template, RequestError when the template refuses the messages.
         """
-        from jinja2 import TemplateError
-
         if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
             raise RequestError(
                 f"a conversation is {messages!r}; it must be a list of messages such as "
@@ -56,13 +62,28 @@ class Tokenizer:
             )
         if not self._tokenizer.chat_template:
             raise ConfigError("the model's tokenizer has no chat template; use generate() with a plain prompt")
-        try:
-            text = str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        except (TemplateError, TypeError, KeyError) as error:
-            raise RequestError(f"the chat template refuses these messages: {error}") from error
-        _check_unicode(text)
+        answers = [message for message in messages if message.get("token_ids") is not None]
+        if not all(isinstance(one["token_ids"], list) and isinstance(one.get("content"), str) for one in answers):
+            raise RequestError("a message with token_ids needs them as a list of integers, and its text as content")
+        drawn = [message["token_ids"] for message in answers]
+        texts = text_around_answers(self._render, self._tokenizer.eos_token, messages) if drawn else None
+        if texts is None:
+            if drawn and not self._warned:
+                log.warning(
+                    "the chat template rewrites earlier answers, so they are encoded from their text, and their cached "
+                    "KV pages may not be found again"
+                )
+                self._warned = True
+            drawn, texts = [], [self._render(messages)]
         with self._lock:
-            return self._tokenizer.encode(text, add_special_tokens=False)
+            pieces = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        return list(chain.from_iterable(chain(*zip_longest(pieces, drawn, fillvalue=[]))))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same for tokenizers whose token ids mean the same."""
+        vocabulary = sorted(self._tokenizer.get_vocab().items())
+        return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of tokens, special ones left out."""
@@ -71,6 +92,18 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """Text of a single token, special or not."""
         return str(self._tokenizer.decode([token_id]))
+
+    def _render(self, messages: list[Message]) -> str:
+        """Text of a conversation up to where the assistant answers."""
+        from jinja2 import TemplateError
+
+        plain = [{key: value for key, value in message.items() if key != "token_ids"} for message in messages]
+        try:
+            text = str(self._tokenizer.apply_chat_template(plain, add_generation_prompt=True, tokenize=False))
+        except (TemplateError, TypeError, KeyError) as error:
+            raise RequestError(f"the chat template refuses these messages: {error}") from error
+        _check_unicode(text)
+        return text
 
 
 def _check_unicode(text: str) -> None:

@@ -68,6 +68,15 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.taken.remove(slot)
 
     @rule(slot=st.integers(-2, NUM_PAGES + 1))
+    def take(self, slot: int) -> None:
+        if slot in self.taken or not 0 <= slot < NUM_PAGES:
+            with pytest.raises(ValueError, match=f"slot {slot} is not free"):
+                self.allocator.take(slot)
+            return
+        self.allocator.take(slot)
+        self.taken.add(slot)
+
+    @rule(slot=st.integers(-2, NUM_PAGES + 1))
     def misuse(self, slot: int) -> None:
         if slot not in self.taken:
             with pytest.raises(ValueError, match=f"slot {slot} is not taken"):
