@@ -36,14 +36,14 @@ class FrontEnd:
         try:
             self._tokenizer = Tokenizer(Path(config.model))
         except ConfigError as error:
-            log.warning("%s", error)
-            self._tokenizer_error = error
+            self._no_tokenizer = str(error)
+            log.warning(self._no_tokenizer)
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises ConfigError when the model folder has none."""
         if self._tokenizer is None:
-            raise self._tokenizer_error
+            raise ConfigError(self._no_tokenizer)
         return self._tokenizer
 
     def next_number(self) -> int:
