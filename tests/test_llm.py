@@ -196,7 +196,7 @@ def test_streamed_text_equals_generated_text(demo: LLM) -> None:
 def test_leaving_a_stream_ends_the_request(llm: LLM) -> None:
     stream = llm.stream([5, 6, 7], SamplingParams(max_tokens=100, ignore_eos=True))
     next(iter(stream))
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     check_idle(llm)
 
 
