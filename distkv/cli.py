@@ -21,6 +21,8 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure on this machine.")
 app.add_typer(bench, name="bench")
+cache = typer.Typer(help="Look after a --cache-dir.")
+app.add_typer(cache, name="cache")
 
 Model = Annotated[str, typer.Option(help="Hugging Face model folder, or smollm2, which is fetched if need be.")]
 TensorParallelSize = Annotated[int, typer.Option(help="Ranks; more than one run as Ray actors.")]
@@ -261,6 +263,48 @@ def bench_offload(
     from distkv.bench.offload import run
 
     run(_model_folder(model), context, new_tokens, repeats, dtype, page_size, num_threads, cache_dir, json_file)
+
+
+CacheFolder = Annotated[Path, typer.Option("--cache-dir", help="The folder that engines were given as --cache-dir.")]
+
+
+@cache.command("ls")
+def cache_ls(cache_dir: CacheFolder) -> None:
+    """List the models of which pages lie there."""
+    from rich.console import Console
+
+    from distkv.cache_command import list_caches
+
+    list_caches(Console(), cache_dir)
+
+
+@cache.command("verify")
+def cache_verify(
+    cache_dir: CacheFolder,
+    remove: Annotated[bool, typer.Option("--remove", help="Take damaged pages out, and those that follow.")] = False,
+) -> None:
+    """Read every page and compare its checksums; exit code 1 when one is damaged."""
+    from rich.console import Console
+
+    from distkv.cache_command import verify_caches
+
+    if not verify_caches(Console(), cache_dir, remove):
+        raise typer.Exit(1)
+
+
+@cache.command("prune")
+def cache_prune(
+    cache_dir: CacheFolder,
+    max_bytes: Annotated[str, typer.Option(help="Most bytes that may stay, e.g. 10GiB; 0 for none.")],
+    model: Annotated[str | None, typer.Option(help="Fingerprint of the only model to prune.")] = None,
+) -> None:
+    """Give up the pages that were used longest ago, until the rest fits."""
+    from rich.console import Console
+
+    from distkv.cache_command import prune_caches
+    from distkv.config import parse_bytes
+
+    prune_caches(Console(), cache_dir, 0 if max_bytes == "0" else parse_bytes("max-bytes", max_bytes), model)
 
 
 def _engine_options(given: dict[str, Any]) -> dict[str, Any]:

@@ -1,27 +1,36 @@
-"""The engine loop: schedules a step, has the ranks run it, draws tokens, ends what is done."""
+"""The engine loop: settles a step, has the ranks run it, draws tokens, ends what is done.
+
+While a step runs, the next one is settled. It is launched as soon as the tokens that the first draws are known, and
+only then is it looked at which answers they end; so an answer that ends by its tokens is run for one token too many,
+which is dropped.
+"""
 
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from distkv.errors import CapacityError, DistKVError, StoreError
+from distkv.flight import Draw, Flight, Landing
 from distkv.messages import EngineInfo, EngineRequest, EngineStats, RequestFailed, StepOutput, TokenOutput
 from distkv.scheduler import Scheduler
 from distkv.sequence import Sequence
+from distkv.storage.page import Page
 from distkv.storage.page_size import pages_for
 from distkv.storage.random_pages import page_seed
 from distkv.storage.tier import Tier
-from distkv.storage.tiered_cache import Page
+from distkv.storage.tiered_cache import TieredCache
 from distkv.workers.report import Report
-from distkv.workers.sampler import SampleRow, TokenLogprobs, sample, uniform_draw
+from distkv.workers.sampler import SampleRow, TokenLogprobs, sample
 from distkv.workers.step_plan import SequencePlan, StepPlan
 
 if TYPE_CHECKING:
-    from distkv.storage.catalogue import Catalogue
+    from distkv.keeper import Keeper
 
 log = logging.getLogger(__name__)
 
@@ -32,22 +41,37 @@ Execute = Callable[[StepPlan], tuple[Tensor | None, Report]]
 
 
 class Engine:
-    """Works on tokens alone; an `EngineClient`."""
+    """Works on tokens alone; an `EngineClient`. Not for several threads at a time; steps run on a thread of its own."""
 
-    def __init__(self, info: EngineInfo, execute: Execute, close: Callable[[], None] = lambda: None):
-        """`close` is called when the engine is closed."""
+    def __init__(
+        self, info: EngineInfo, execute: Execute, close: Callable[[], None] = lambda: None, survives: bool = True
+    ):
+        """
+        Args:
+            close: called when the engine is closed.
+            survives: a step that raises leaves the ranks fit for others, so that the sequence at fault can be found.
+        """
         self.info = info
         self._execute = execute
         self._close = close
+        self._survives = survives
         self._scheduler = Scheduler(info)
         self._cache = self._scheduler.cache
-        self._catalogue = _open_catalogue(info)
+        self._runner = ThreadPoolExecutor(1, "distkv-step")
+        self._flight: Flight | None = None
+        self._failures: list[StepOutput] = []  # to be told with the next outputs
+        self._ended: list[int] = []  # tables that the ranks may forget
         # pages that the next plan has to copy (source, target), held until it has run
         self._copies: list[tuple[Page, Page]] = []
+        self._suspects: list[Sequence] = []  # of a step that raised, to be run one by one
+        self._is_settled = True  # nothing moves and nothing is to be saved
         self._peak_pages = 0
         self._moved: Counter[str] = Counter()
         self._pages_recomputed = 0
         self._damage = ""  # what could not be read back last, and why
+        self._keeper = _open_keeper(info, self._cache)
+        if self._keeper is not None:
+            self._keeper.adopt(self._report_of)
 
     def add(self, requests: list[EngineRequest]) -> None:
         """Queues requests; raises CapacityError, and queues none, when one of them could never run."""
@@ -55,7 +79,7 @@ class Engine:
             for request in requests:
                 self._scheduler.check(request)
         except CapacityError:
-            if not self.has_work:  # no step will come that counts the time until the disk is tried again
+            if not self._is_busy:  # no step will come that counts the time until the disk is tried again
                 self._cache.retry_disk()
             raise
         for request in requests:
@@ -64,19 +88,39 @@ class Engine:
     def abort(self, answers: Iterable[tuple[str, int | None]]) -> None:
         """Ends answers `(request id, index)` at once, with index None all of a request; ended ones are passed over."""
         for request_id, index in answers:
-            self._scheduler.abort(request_id, index)
+            self._end(self._scheduler.abort(request_id, index))
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets the pages of all prefixes, in every tier; what runs keeps its own."""
+        self._cache.reset()
+        self._is_settled = False
 
     def close(self) -> None:
-        """Ends transfers and frees memory and files."""
+        """Ends what runs, saves what later processes may use, and frees memory and files."""
         try:
-            if self._catalogue is not None:
-                self._catalogue.close()
+            self.abort([(one.request.request_id, None) for one in self._scheduler.running + self._scheduler.waiting])
+            if self._flight is not None:
+                self._land(self._flight, None)
+            while not self._is_settled:
+                self._settle()
+        except Exception as error:
+            log.warning("the cache was not saved to its end: %s", error)
         finally:
-            self._close()
+            self._runner.shutdown()
+            try:
+                if self._keeper is not None:
+                    self._keeper.close()
+            finally:
+                self._close()
 
     @property
     def has_work(self) -> bool:
-        return bool(self._scheduler.waiting or self._scheduler.running)
+        """Whether `step` has anything to do: requests, or pages to be saved."""
+        return self._is_busy or bool(self._failures) or not self._is_settled
+
+    @property
+    def _is_busy(self) -> bool:
+        return bool(self._scheduler.waiting or self._scheduler.running or self._flight)
 
     def stats(self) -> EngineStats:
         """The state between two steps."""
@@ -85,6 +129,8 @@ class Engine:
             peak_pages_in_use=self._peak_pages,
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting),
+            num_parked=sum(sequence.is_parked for sequence in self._scheduler.running),
+            idle_pages=self._cache.num_idle,
             device_pages=self._cache.slots[Tier.DEVICE].num_used,
             host_pages=self._cache.slots[Tier.HOST].num_used,
             disk_pages=self._cache.slots[Tier.DISK].num_used,
@@ -94,149 +140,277 @@ class Engine:
 
     def integrity_check(self) -> None:
         """Raises AssertionError when pages were lost or are held twice; meant for when nothing runs."""
-        while not self.has_work and (pending := self._cache.awaited):
-            self._run(self._moving_plan(pending))
+        if not self._is_busy:
+            while not self._is_settled:
+                self._settle()
         self._cache.integrity_check()
-        if not self.has_work:
+        if not self._is_busy:
             self._forget_copies()
             assert self._cache.num_pages == 0
-            assert all(slots.num_used == 0 for slots in self._cache.slots)
+            assert not self._cache.awaited
 
     def step(self) -> list[StepOutput]:
-        """Runs one step and returns the tokens it drew, none while prompts are being read, and the requests that cannot
-        go on."""
-        self._forget_copies()
-        try:
-            if self._cache.lost:
-                return self._repair()
-            scheduled = self._scheduler.schedule(sum(source.references == 1 for source, _ in self._copies))
-            forks = sum(sequence.num_fork_pages(count) for sequence, count in scheduled)
-            self._make_room(forks + sum(sequence.table.missing(count) for sequence, count in scheduled))
-            if self._cache.lost:  # a transfer that was waited for has failed
-                return []
-        except CapacityError as error:  # the disk took less than it was to take
-            return [self._fail(self._scheduler.running[-1].request, error)]
-        return self._step(scheduled, promote=not forks) if scheduled else self._refuse()
-
-    def _step(self, scheduled: list[tuple[Sequence, int]], promote: bool) -> list[StepOutput]:
-        """`promote` lets free device pages be filled, which forks would need."""
-        starts = [(sequence, sequence.table.num_tokens) for sequence, _ in scheduled]
-        try:
-            plan = self._plan(scheduled, promote)
-            self._peak_pages = max(self._peak_pages, self._cache.num_pages)
-            logits, unread = self._run(plan)
-            ready = [sequence for sequence, _ in scheduled if not sequence.num_pending]
-            rows = [row for number, one in enumerate(ready) for row in _sample_rows(one, number)]
-            drawn = sample(logits, rows) if logits is not None else []
-        except BaseException:
-            for sequence, start in starts:  # so that those that are not aborted can take the step again
-                sequence.table.rewind(sequence.table.num_tokens - start)
-            raise
-        self._release_copies()
-        spoilt = {sequence for sequence, _ in scheduled if not unread.isdisjoint(sequence.table.pages)}
-        for sequence, count in scheduled:
-            if sequence in spoilt:
-                sequence.table.rewind(count)
-            else:
-                sequence.table.commit(count)
-        tokens = iter(drawn)
+        """Goes on by a step; returns tokens that were drawn, if any have come, and the requests that cannot go on."""
+        flight, following = self._flight, None
+        if flight is None or not (flight.forks or self._suspects):
+            following = self._prepare()
         outputs: list[StepOutput] = []
-        for sequence in ready:
-            mine = [next(tokens) for _ in range(_num_draws(sequence))]
-            if sequence not in spoilt:
-                outputs += self._answer(sequence, mine)
-        return outputs
+        if flight is not None:
+            outputs = self._land(flight, following)
+        elif following is not None:
+            self._launch(following)
+        else:
+            self._do_without_step()
+        failures, self._failures = self._failures, []
+        return outputs + failures
 
-    def _plan(self, scheduled: list[tuple[Sequence, int]], promote: bool) -> StepPlan:
-        """Gives the step's tokens their pages and writes the step down for the ranks."""
+    # --- a step's way ---
+
+    def _prepare(self) -> Flight | None:
+        """Settles the next step; None when there is none, or none before the one under way has ended."""
+        if self._cache.lost:
+            return None
+        self._forget_copies()
+        suspect = self._next_suspect()
+        copies = self._copies + (self._flight.copies if self._flight is not None else [])
+        held = sum(page.references == 1 for pair in copies for page in pair)
+        scheduled = self._scheduler.schedule(held, suspect)
+        if not scheduled:
+            return None
+        forks = sum(one.num_fork_pages(count) for one, count in scheduled if one.in_prompt)
+        needed = forks + sum(
+            one.table.missing(count)
+            for one, count in scheduled
+            if one.table.num_tokens + count > len(one.table.pages) * self.info.page_size
+        )
+        try:
+            if not self._make_room(needed) or self._cache.lost:
+                return None
+        except CapacityError as error:
+            if self._flight is None:  # the disk took less than it was to take
+                self._fail(self._scheduler.running[-1].request, error)
+            return None
+        return self._settle_step(scheduled, promote=not forks)
+
+    def _make_room(self, num_pages: int) -> bool:
+        """Frees device pages, waiting for transfers unless a step is under way; then False says that they must end
+        first. Raises CapacityError when there is no room for what the pages hold."""
+        while not self._cache.reserve(num_pages):
+            if self._flight is not None:
+                return False
+            self._run(self._moving_plan(self._cache.awaited))
+        return True
+
+    def _settle_step(self, scheduled: list[tuple[Sequence, int]], promote: bool) -> Flight:
+        """Gives the step's tokens their pages and writes the step down for the ranks. `promote` lets free device pages
+        be filled, which forks would need."""
         clear: list[int] = []
         random_pages = []
-        appended = []
+        parts = []
+        drawing = []
         for sequence, count in scheduled:
-            start, is_random = sequence.table.num_tokens, bool(sequence.num_random)
-            fresh = sequence.table.append(count)
+            table = sequence.table
+            start, is_random = table.num_tokens, bool(sequence.num_random)
+            fresh = table.append(count)
             if is_random:
                 random_pages += [(page.location, _page_seed(sequence, page)) for page in fresh]
                 continue
-            clear += [page.location for page in fresh]
-            appended.append((sequence, start, count))
+            if fresh:
+                clear += [page.location for page in fresh]
+            draws = start + count == len(sequence.token_ids) + sequence.num_drawing
+            if draws:
+                drawing.append(sequence)
+                sequence.num_drawing += 1
+            parts.append((sequence, _sequence_plan(sequence, start, count, int(draws))))
         self._cache.balance()
-        if promote and self._cache.has_cold:
-            self._cache.promote(page for sequence in self._scheduler.running for page in sequence.by_importance())
+        if promote and (self._cache.has_cold or self._scheduler.waiting):
+            running = (one for one in self._scheduler.running if not one.is_parked)
+            cold = chain.from_iterable(one.by_importance() for one in running)
+            self._cache.promote(chain(cold, self._scheduler.expected_pages()))
+        self._peak_pages = max(self._peak_pages, self._cache.num_pages)
         # where pages lie is settled now
-        parts = []
-        for sequence, start, count in appended:
-            num_logits = 0 if sequence.num_pending else 1
-            parts.append(_sequence_plan(sequence, start, count, num_logits))
         transfers, await_ids = self._cache.take_transfers()
-        copies = [(source.location, target.location) for source, target in self._copies]
-        return StepPlan(parts, copies, clear, transfers, await_ids, random_pages)
+        moved = self._cache.take_moved()
+        ended, self._ended = self._ended, []
+        copies, self._copies = self._copies, []
+        plan = StepPlan(
+            [part for _, part in parts],
+            [(source.location, target.location) for source, target in copies],
+            clear, transfers, await_ids, random_pages, [(page.id, page.location) for page in moved], ended,
+        )  # fmt: skip
+        return Flight(plan, scheduled, parts, moved, drawing, copies)
 
-    def _run(self, plan: StepPlan) -> tuple[Tensor | None, set[Page]]:
-        """Has the ranks run a plan and takes in their report; returns the logits and the pages that could not be
-        read."""
+    def _launch(self, flight: Flight) -> None:
+        flight.fill_in()
+        rows = flight.rows()
+        self._update_catalogue({})
+        flight.landing = self._runner.submit(self._fly, flight.plan, rows)
+        self._flight = flight
+        self._is_settled = False
+
+    def _fly(self, plan: StepPlan, rows: list[SampleRow]) -> Landing:
+        """On the step thread."""
+        report = None
+        try:
+            logits, report = self._execute(plan)
+            return Landing(report, [] if logits is None else sample(logits, rows))
+        except Exception as error:
+            return Landing(report, error=error)
+
+    def _land(self, flight: Flight, following: Flight | None) -> list[StepOutput]:
+        """Waits for a step, launches the one that follows, and adds the drawn tokens to their answers."""
+        assert flight.landing is not None
+        try:
+            landing = flight.landing.result()
+        except BaseException:  # an interrupted wait
+            if following is not None:
+                self._undo(following)
+            raise
+        self._flight = None
+        unread = set() if landing.report is None else self._take_in(landing.report)
+        if following is not None and (landing.error is not None or unread or self._cache.lost):
+            self._undo(following)
+            following = None
+        if landing.error is not None:
+            self._undo(flight, ran=landing.report is not None)
+            self._blame(flight, landing.error)
+            return []
+        self._release(flight.copies)
+        drawn = self._commit(flight, landing.drawn, unread)
+        if following is not None:
+            self._launch(following)
+        return self._answer(flight, drawn)
+
+    def _commit(self, flight: Flight, tokens: list[Draw], unread: set[Page]) -> list[list[Draw]]:
+        """Books a step that has ended; returns what was drawn for each of `flight.drawing`, nothing for those that have
+        ended meanwhile, or take the step again since a page could not be read."""
+        spoilt = set()
+        for sequence, count in flight.scheduled:
+            if sequence.finished:
+                continue
+            if unread and not unread.isdisjoint(sequence.table.pages):
+                spoilt.add(sequence)
+                sequence.rewind(count)
+            else:
+                sequence.commit(count)
+        rest = iter(tokens)
+        drawn = []
+        for sequence in flight.drawing:
+            mine = [next(rest) for _ in range(1 if sequence.is_drawn_once else sequence.request.params.n)]
+            sequence.num_drawing -= 1
+            if sequence.finished or sequence in spoilt:
+                mine = []
+            elif sequence.is_drawn_once:  # the step that follows may wait for the token
+                sequence.token_ids.append(mine[0][0])
+            drawn.append(mine)
+        if self._suspects and flight.scheduled[0][0] is self._suspects[0]:
+            del self._suspects[0]  # it was not at fault
+        return drawn
+
+    def _undo(self, flight: Flight, ran: bool = False) -> None:
+        """Takes a step back that came to nothing; `ran` says that the ranks have reported on its transfers."""
+        for sequence, count in flight.scheduled:
+            if not sequence.finished:
+                sequence.rewind(count)
+        for sequence, part in flight.parts:
+            sequence.num_told = min(sequence.num_told, part.first_page)
+        for sequence in flight.drawing:
+            sequence.num_drawing -= 1
+        self._copies += flight.copies
+        if not ran:
+            self._cache.put_back(flight.plan.transfers, flight.plan.await_ids, flight.moved)
+            self._ended += flight.plan.ended
+
+    def _blame(self, flight: Flight, error: Exception) -> None:
+        """Ends the sequence that made a step raise; with several in the step, they are run one by one first."""
+        if not self._survives or isinstance(error, DistKVError):
+            raise error
+        alive = [sequence for sequence, _ in flight.scheduled if not sequence.finished]
+        log.error("a step of %d sequence(s) failed", len(alive), exc_info=error)
+        self._suspects = [one for one in self._suspects if one not in alive]
+        if len(alive) == 1:
+            reason = DistKVError(f"the step of this request failed: {type(error).__name__}: {error}")
+            self._fail(alive[0].request, reason)
+        else:
+            self._suspects = alive + self._suspects
+
+    def _next_suspect(self) -> Sequence | None:
+        self._suspects = [sequence for sequence in self._suspects if not sequence.finished]
+        return self._suspects[0] if self._suspects else None
+
+    # --- what goes on without a step ---
+
+    def _do_without_step(self) -> None:
+        """Computes a lost page again, ends a request that will never have room, or goes on with saving."""
+        if self._cache.lost:
+            self._repair()
+        elif self._scheduler.waiting and not self._scheduler.running:
+            self._refuse()
+        elif not self._scheduler.running:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Goes on with what moves by itself: write-through, and pages that are saved for later processes."""
+        self._cache.balance()
+        plan = self._moving_plan(self._cache.awaited)
+        if plan.transfers or plan.await_ids or plan.ended:
+            self._run(plan)
+        else:
+            self._update_catalogue({})
+            self._is_settled = True
+
+    def _moving_plan(self, await_ids: list[int]) -> StepPlan:
+        """A plan that runs nothing but transfers, and waits for some."""
+        transfers, others = self._cache.take_transfers()
+        ended, self._ended = self._ended, []
+        return StepPlan([], [], [], transfers, others + await_ids, ended=ended)
+
+    def _run(self, plan: StepPlan) -> set[Page]:
+        """Has the ranks run a plan while nothing else runs; returns the pages that could not be read."""
         try:
             self._update_catalogue({})
-            logits, report = self._execute(plan)
+            report = self._report_of(plan)
         except BaseException:
             self._cache.put_back(plan.transfers, plan.await_ids)
+            self._ended += plan.ended
             raise
+        return self._take_in(report)
+
+    def _report_of(self, plan: StepPlan) -> Report:
+        landing = self._runner.submit(self._fly, plan, []).result()
+        if landing.report is None:
+            assert landing.error is not None
+            raise landing.error
+        return landing.report
+
+    def _take_in(self, report: Report) -> set[Page]:
+        """Takes in what the ranks report; returns the held pages that the step could not read."""
         self._moved.update(report.moved)
         for _, reason in [*report.failed, *report.bad_reads]:
             log.warning("%s", reason)
             self._damage = reason
         unread = self._cache.apply(report.done, report.failed, [slot for slot, _ in report.bad_reads])
         self._update_catalogue(report.checksums)
-        return logits, unread
+        return unread
 
-    def _moving_plan(self, await_ids: list[int]) -> StepPlan:
-        """A plan that runs nothing but transfers, and waits for some."""
-        transfers, others = self._cache.take_transfers()
-        return StepPlan([], [], [], transfers, others + await_ids)
-
-    def _make_room(self, num_pages: int) -> None:
-        """Frees device pages; raises CapacityError when there is no room for what they hold."""
-        while not self._cache.reserve(num_pages):
-            self._run(self._moving_plan(self._cache.awaited))
-
-    def _forget_copies(self) -> None:
-        """Drops copies for answers that have ended since."""
-        for pair in [pair for pair in self._copies if pair[1].references == 1]:
-            self._copies.remove(pair)
-            for page in pair:
-                self._cache.release(page)
-
-    def _release_copies(self) -> None:
-        copies, self._copies = self._copies, []
-        for pair in copies:
-            for page in pair:
-                self._cache.release(page)
-
-    def _update_catalogue(self, checksums: dict[int, bytes]) -> None:
-        """Takes vacated disk slots out before they can be written again, and puts new pages in."""
-        vacated, written = self._cache.vacated, self._cache.written
-        if self._catalogue is not None and (vacated or written):
-            added = {slot: checksums[id] for slot, id in written.items() if id in checksums}
-            try:
-                self._catalogue.update(vacated, added)
-            except StoreError as error:
-                log.warning("%s; this run goes on without a catalogue", error)
-                self._catalogue.discard()
-                self._catalogue = None
-        vacated.clear()
-        written.clear()
-
-    def _repair(self) -> list[StepOutput]:
+    def _repair(self) -> None:
         """Computes a lost page again from its tokens, the first one first, since later ones follow from it."""
-        self._make_room(1)
+        try:
+            self._make_room(1)
+        except CapacityError as error:
+            self._fail(self._scheduler.running[-1].request, error)
+            return
+        if not self._cache.lost:
+            return
         page = min(self._cache.lost, key=lambda page: page.index)
         owners = [one for one in self._scheduler.running if page in one.table.pages[page.index : page.index + 1]]
         if page.repairs == MAX_REPAIRS:
             error = StoreError(
                 f"KV page {page.index} was lost {page.repairs + 1} times, the last time because {self._damage}"
             )
-            requests = {one.request.request_id: one.request for one in owners}
-            return [self._fail(request, error) for request in requests.values()]
+            for request in {one.request.request_id: one.request for one in owners}.values():
+                self._fail(request, error)
+            return
         self._cache.restore(page)
         owner, size = owners[0], self.info.page_size
         slot = page.location
@@ -245,9 +419,13 @@ class Engine:
         else:
             parts, random_pages = [_sequence_plan(owner, page.index * size, size, 0)], []
         transfers, await_ids = self._cache.take_transfers()
+        moved = self._cache.take_moved()
+        places = [(page.id, page.location) for page in moved]
         try:
-            _, unread = self._run(StepPlan(parts, [], [slot], transfers, await_ids, random_pages))
+            unread = self._run(StepPlan(parts, [], [slot], transfers, await_ids, random_pages, places))
         except BaseException:
+            self._cache.put_back([], [], moved)
+            owner.num_told = 0
             self._cache.forget(page)
             raise
         if unread:
@@ -255,41 +433,60 @@ class Engine:
         else:
             self._cache.fill(page)
             self._pages_recomputed += 1
-        return []
 
-    def _fail(self, request: EngineRequest, error: DistKVError) -> RequestFailed:
+    def _fail(self, request: EngineRequest, error: DistKVError) -> None:
         """Ends a request that cannot go on."""
         log.error("request %s failed: %s", request.request_id, error)
-        self._scheduler.abort(request.request_id)
-        return RequestFailed(request.request_id, type(error).__name__, str(error))
+        self.abort([(request.request_id, None)])
+        self._failures.append(RequestFailed(request.request_id, type(error).__name__, str(error)))
 
-    def _refuse(self) -> list[StepOutput]:
+    def _refuse(self) -> None:
         """Ends a waiting request for which there will never be room: the disk took less than it was to take."""
         request = self._scheduler.refuse()
-        if request is None:
-            return []
+        assert request is not None
         try:
             self._scheduler.check(request)
         except CapacityError as error:
-            return [self._fail(request, error)]
+            self._fail(request, error)
+            return
         raise AssertionError(f"request {request.request_id} fits and is not admitted")
 
-    def _answer(self, sequence: Sequence, drawn: list[tuple[int, TokenLogprobs | None]]) -> list[StepOutput]:
-        """Adds the drawn tokens to the answers of a sequence: one to an answer being written, one to each answer of a
-        request whose prompt has just been read."""
-        answers = [sequence]
-        if len(drawn) > 1:
-            for fork, copy in self._scheduler.fork(sequence):
-                answers.append(fork)
-                if copy is not None:
-                    self._copies.append(copy)
-                    for page in copy:
-                        self._cache.share(page)
-        return [self._extend(answer, token, logprobs) for answer, (token, logprobs) in zip(answers, drawn, strict=True)]
+    # --- copies for forks ---
+
+    def _forget_copies(self) -> None:
+        """Drops copies for answers that have ended since."""
+        ended = [pair for pair in self._copies if pair[1].references == 1]
+        self._copies = [pair for pair in self._copies if pair not in ended]
+        self._release(ended)
+
+    def _release(self, copies: list[tuple[Page, Page]]) -> None:
+        for pair in copies:
+            for page in pair:
+                self._cache.release(page)
+
+    # --- answers ---
+
+    def _answer(self, flight: Flight, drawn: list[list[Draw]]) -> list[StepOutput]:
+        """Adds the drawn tokens to their answers."""
+        outputs: list[StepOutput] = []
+        for sequence, mine in zip(flight.drawing, drawn, strict=True):
+            answers = [sequence] if mine else []
+            if mine and not sequence.is_drawn_once:
+                for fork, copy in self._scheduler.fork(sequence):
+                    answers.append(fork)
+                    if copy is not None:
+                        self._copies.append(copy)
+                        for page in copy:
+                            self._cache.share(page)
+                for answer, (token, _) in zip(answers, mine, strict=True):
+                    answer.token_ids.append(token)
+            outputs += [
+                self._extend(answer, token, logprobs) for answer, (token, logprobs) in zip(answers, mine, strict=True)
+            ]
+        return outputs
 
     def _extend(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenOutput:
-        """Adds a drawn token to its answer and ends the answer if it is to end here."""
-        sequence.token_ids.append(token)
+        """Tells of the newest token of an answer and ends the answer if it is to end here."""
         request = sequence.request
         finish_reason = stop_reason = None
         if not request.params.ignore_eos and token in self.info.eos_token_ids:
@@ -300,53 +497,43 @@ class Engine:
             finish_reason = "length"
         if finish_reason:
             self._scheduler.finish(sequence)
-        return TokenOutput(request.request_id, sequence.index, token, logprobs, finish_reason, stop_reason)
+            self._end([sequence])
+        cached = sequence.num_cached if sequence.num_output_tokens == 1 else (0, 0, 0)
+        return TokenOutput(request.request_id, sequence.index, token, logprobs, finish_reason, stop_reason, cached)
+
+    def _end(self, sequences: list[Sequence]) -> None:
+        """Notes what has ended."""
+        self._ended += [sequence.number for sequence in sequences]
+        self._is_settled = False
+
+    def _update_catalogue(self, checksums: dict[int, bytes]) -> None:
+        if self._keeper is not None:
+            self._keeper.update(checksums)
+        for told in (self._cache.vacated, self._cache.written, self._cache.touched):
+            told.clear()
 
 
-def _open_catalogue(info: EngineInfo) -> "Catalogue | None":
-    if info.cache_dir is None:
+def _open_keeper(info: EngineInfo, cache: TieredCache) -> "Keeper | None":
+    if info.cache_dir is None or not info.enable_prefix_caching:
         return None
-    from distkv.storage.catalogue import Catalogue  # imports zarr
+    from distkv.keeper import Keeper  # imports zarr
 
-    return Catalogue(Path(info.cache_dir))
+    return Keeper(Path(info.cache_dir), cache)
 
 
 def _sequence_plan(sequence: Sequence, start: int, count: int, num_logits: int) -> SequencePlan:
-    end = start + count
-    num_pages = pages_for(end, sequence.table.page_size)
-    places = [page.location for page in sequence.table.pages[:num_pages]]
-    return SequencePlan(sequence.token_ids[start:end], start, places, sequence.prompt_len, num_logits)
+    """Tells the ranks of pages that they do not know yet, too."""
+    end, told = start + count, sequence.num_told
+    pages: list[int] = []
+    if end > told * sequence.table.page_size:
+        sequence.num_told = pages_for(end, sequence.table.page_size)
+        pages = [page.id for page in sequence.table.pages[told : sequence.num_told]]
+    return SequencePlan(
+        sequence.number, sequence.token_ids[start:end], start, sequence.prompt_len, num_logits, told, pages
+    )
 
 
 def _page_seed(sequence: Sequence, page: Page) -> int:
     """Of a page of random keys and values."""
     assert sequence.request.random_kv_seed is not None
     return page_seed(sequence.request.random_kv_seed, page.index)
-
-
-def _num_draws(sequence: Sequence) -> int:
-    """Tokens drawn from one row of logits: one for each answer of a request whose prompt has just been read."""
-    return sequence.request.params.n if sequence.in_prompt else 1
-
-
-def _sample_rows(sequence: Sequence, logits_row: int) -> list[SampleRow]:
-    """The draws from one row of logits."""
-    params = sequence.request.params
-    position = sequence.num_output_tokens
-    return [
-        SampleRow(
-            logits_row=logits_row,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k,
-            min_p=params.min_p,
-            repetition_penalty=params.repetition_penalty,
-            presence_penalty=params.presence_penalty,
-            frequency_penalty=params.frequency_penalty,
-            num_logprobs=params.logprobs,
-            uniform=uniform_draw(sequence.request.seed, index, position) if params.temperature > 0 else 0.0,
-            prompt_token_ids=sequence.request.prompt_token_ids,
-            output_token_ids=sequence.output_token_ids,
-        )
-        for index in (range(params.n) if sequence.in_prompt else [sequence.index])
-    ]

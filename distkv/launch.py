@@ -1,8 +1,10 @@
 """Starts an engine from its options: reads the model's config, settles the sizes, and loads the ranks."""
 
 import logging
+import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +13,9 @@ from distkv.config import EngineConfig
 from distkv.engine import Engine
 from distkv.engine_client import EngineClient
 from distkv.errors import CapacityError, ConfigError
+from distkv.fingerprint import FOLDER_DIGITS, dummy_digest, make_fingerprint, weights_digest
 from distkv.messages import EngineInfo
+from distkv.storage.cache_folder import ARRAY, SCRATCH
 from distkv.storage.page_size import NUM_BUFFERS, pages_for
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.tiered_cache import MAX_DISK_WRITES
@@ -24,6 +28,10 @@ from distkv.workers.step_plan import StepPlan
 from distkv.workers.tiers import PoolSizes
 
 log = logging.getLogger(__name__)
+
+KEPT_PAGES = (
+    2**18
+)  # most pages of a disk tier that outlives the engine, unless a size is given: each takes a slot's books
 
 
 def launch(config: EngineConfig) -> EngineClient:
@@ -59,20 +67,30 @@ def needs_capacity(config: EngineConfig) -> bool:
 
 
 def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> RankConfig:
-    """What the ranks have to know, for a device that has been chosen."""
+    """What the ranks have to know, for a device that has been chosen. Raises ConfigError when the checkpoint cannot be
+    read."""
+    folder, dtype = Path(config.model).absolute(), model.dtype if config.dtype == "auto" else parse_dtype(config.dtype)
+    cache_dir, fingerprint = None, ""
+    if config.cache_dir is not None:
+        if _shares_prefixes(config, model):
+            weights = dummy_digest(config.seed, device) if config.load_format == "dummy" else weights_digest(folder)
+            fingerprint = make_fingerprint(weights, model, dtype, config.page_size)
+        cache_dir = Path(config.cache_dir).absolute() / (fingerprint[:FOLDER_DIGITS] or SCRATCH)
     return RankConfig(
-        folder=Path(config.model).absolute(),
+        folder=folder,
         model=model,
         load_format=config.load_format,
         seed=config.seed,
-        dtype=model.dtype if config.dtype == "auto" else parse_dtype(config.dtype),
+        dtype=dtype,
         device=device,
         page_size=config.page_size,
         max_num_batched_tokens=config.max_num_batched_tokens,
         gpu_memory_utilization=config.gpu_memory_utilization,
         num_threads=config.num_threads,
         staging_pages=config.staging_pages or config.min_staging_pages,
-        cache_dir=None if config.cache_dir is None else Path(config.cache_dir).absolute(),
+        cache_dir=cache_dir,
+        keep_cache=bool(fingerprint),
+        fingerprint=fingerprint,
     )
 
 
@@ -110,7 +128,15 @@ def make_engine_info(
         eos_token_ids=ranks.model.eos_token_ids,
         seed=config.seed,
         cache_dir=str(ranks.cache_dir) if sizes.disk else None,
+        fingerprint=ranks.fingerprint if sizes.disk else "",
+        enable_prefix_caching=_shares_prefixes(config, ranks.model),
+        write_through=config.disk_write_policy == "write_through",
     )
+    if config.enable_prefix_caching and not info.enable_prefix_caching:
+        log.warning(
+            "prefix caching is off: with rope_type 'dynamic' the keys of a token depend on the length of its prompt, "
+            "so prompts that begin alike do not share pages"
+        )
     for name, pages, per_rank in zip(
         ("device", "host", "disk"), (sizes.device, sizes.host, sizes.disk), zip(*pool_bytes, strict=True), strict=True
     ):
@@ -128,13 +154,19 @@ def make_engine_info(
     return info
 
 
+def _shares_prefixes(config: EngineConfig, model: ModelConfig) -> bool:
+    """Whether pages of equal tokens are equal and are to be kept."""
+    return config.enable_prefix_caching and model.rope.rope_type != "dynamic"
+
+
 def _pool_sizes(
     config: EngineConfig, ranks: RankConfig, specs: list[PageSpec], max_model_len: int, capacity: Capacity | None
 ) -> PoolSizes:
     """Pages of each tier. Sizes in the options are of all ranks together."""
     page_bytes = sum(spec.page_bytes for spec in specs)
+    disk_page_bytes = replace(specs[0], num_kv_heads=ranks.model.num_key_value_heads).page_bytes
 
-    def given(name: str) -> int | None:
+    def given(name: str, page_bytes: int = page_bytes) -> int | None:
         size = getattr(config, name)
         if size is None or size == 0:
             return size
@@ -157,11 +189,12 @@ def _pool_sizes(
     staging = ranks.staging_pages if host else 0
     disk = read_ahead = 0
     if ranks.cache_dir is not None and host:
-        disk = given("disk_kv_bytes") or min(_free_disk_bytes(ranks.cache_dir) // 2 // page_bytes, most)
+        room = _free_disk_bytes(ranks.cache_dir) // 2 // disk_page_bytes
+        disk = given("disk_kv_bytes", disk_page_bytes) or min(room, max(most, KEPT_PAGES) if ranks.keep_cache else most)
         if disk < 2:
             raise CapacityError(
-                f"there is room for {disk} KV pages of {page_bytes} bytes in cache_dir; raise disk_kv_bytes to "
-                f"{2 * page_bytes} at least, or make room on the disk"
+                f"there is room for {disk} KV pages of {disk_page_bytes} bytes in cache_dir; raise disk_kv_bytes to "
+                f"{2 * disk_page_bytes} at least, or make room on the disk"
             )
         disk -= min(MAX_DISK_WRITES, disk - 1)  # pages on their way to disk lie there twice for a moment
         if ranks.device == "cuda":  # what is read from disk passes through host memory, which counts as the host's
@@ -175,7 +208,9 @@ def _pool_sizes(
             host, read_ahead = host - ahead, ahead * specs[0].num_layers
     if config.host_kv_bytes is not None or disk:  # else each request is checked by itself
         _check_window(config, device, host, max_model_len, page_bytes)
-    return PoolSizes(min(device, most), min(host, most), min(disk, most), staging, read_ahead)
+    if not ranks.keep_cache:
+        disk = min(disk, most)
+    return PoolSizes(min(device, most), min(host, most), disk, staging, read_ahead)
 
 
 def _check_window(config: EngineConfig, device: int, host: int, max_model_len: int, page_bytes: int) -> None:
@@ -194,10 +229,12 @@ def _check_window(config: EngineConfig, device: int, host: int, max_model_len: i
 
 
 def _free_disk_bytes(folder: Path) -> int:
-    """What is free where the folder is or will be."""
+    """What is free where the folder is or will be, or taken by the pages that lie in it."""
+    array = folder / ARRAY
+    taken = sum(file.stat().st_size for file in os.scandir(array)) if array.is_dir() else 0
     while not folder.exists():
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(folder).free + taken
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

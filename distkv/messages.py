@@ -23,7 +23,12 @@ class EngineInfo(msgspec.Struct, frozen=True):
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     seed: int
-    cache_dir: str | None  # of the disk tier
+    cache_dir: str | None  # of the disk tier: the sub-folder for this model's pages
+    fingerprint: str = ""  # of all that pages on disk depend on; "" where they do not outlive the engine
+    enable_prefix_caching: bool = False  # whether full pages of ended requests are kept for later ones
+    write_through: bool = True  # whether pages that may be used again are written to disk as soon as they are full
+    max_cold_bytes_per_step: int = 0  # see `ColdBudget`; 0 for no limit
+    disk_cost: float = 1.0  # how often a byte on disk counts towards it
 
 
 class EngineRequest(msgspec.Struct, frozen=True):
@@ -72,6 +77,8 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     peak_pages_in_use: int
     num_running: int
     num_waiting: int
+    num_parked: int = 0  # running ones that wait for their turn, see `ColdBudget`
+    idle_pages: int = 0  # held by nobody, kept for later requests; they count below, and not in `pages_in_use`
     device_pages: int = 0
     host_pages: int = 0
     disk_pages: int = 0

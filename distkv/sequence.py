@@ -1,30 +1,37 @@
 """One answer that is being written: its tokens and its pages."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from distkv.messages import EngineRequest
+from distkv.storage.page import Page, PageName
 from distkv.storage.page_table import PageTable
-from distkv.storage.tiered_cache import Page
+from distkv.storage.prefix_index import page_name
 
 
 @dataclass(eq=False)
 class Sequence:
-    """Answer `index` of a request. The keys and values of its first `table.num_tokens` tokens are in the pages."""
+    """Answer `index` of a request. The keys and values of its first `table.num_tokens` tokens are in the pages, or will
+    be when the steps under way have ended."""
 
     request: EngineRequest
     index: int
+    number: int  # of its page table on the ranks; rises with arrival
     table: PageTable
     token_ids: list[int]  # prompt and answer
+    root: bytes | None  # of the chain of page names; None when its pages are its own
+    names: list[PageName] = field(default_factory=list)  # of its first full pages
+    num_drawing: int = 0  # tokens that steps under way will draw
+    num_told: int = 0  # pages that the ranks' table holds
+    num_cached: tuple[int, int, int] = (0, 0, 0)  # tokens whose KV was found, by tier
+    expected: list[Page] = field(default_factory=list)  # what was found when it was queued
+    is_parked: bool = False  # waits, so that others need not stream beside it
+    turn: int = 0  # those of a lower turn go first, see `ColdBudget`
+    turn_steps: int = 0
+    finished: bool = False
 
-    @property
-    def prompt_len(self) -> int:
-        return len(self.request.prompt_token_ids)
-
-    @property
-    def num_pending(self) -> int:
-        """Tokens that the model has not read yet: the rest of the prompt, or the token drawn last."""
-        return len(self.token_ids) - self.table.num_tokens
+    def __post_init__(self) -> None:
+        self.prompt_len = len(self.request.prompt_token_ids)
 
     @property
     def num_output_tokens(self) -> int:
@@ -36,8 +43,24 @@ class Sequence:
 
     @property
     def in_prompt(self) -> bool:
-        """Whether the prompt is still being read."""
-        return self.num_output_tokens == 0
+        """Whether steps that read the prompt are still to come."""
+        return self.table.num_tokens < self.prompt_len
+
+    @property
+    def is_drawn_once(self) -> bool:
+        """Whether the next draw is for this answer alone, not for all answers of a request whose prompt is read."""
+        return self.request.params.n == 1 or self.num_output_tokens > 0
+
+    @property
+    def may_decode(self) -> bool:
+        """Whether a step may take the answer's newest token, drawn already or by a step under way."""
+        drawn = len(self.token_ids) - self.prompt_len + self.num_drawing
+        return 0 < drawn < self.request.max_tokens and self.is_drawn_once
+
+    @property
+    def most_pages(self) -> int:
+        """Pages that the request may need at most, over all answers that this sequence stands for."""
+        return most_pages(self.request, self.table.page_size, 1 if self.num_output_tokens else self.request.params.n)
 
     @property
     def num_random_in_all(self) -> int:
@@ -54,16 +77,49 @@ class Sequence:
     def num_fork_pages(self, count: int) -> int:
         """Pages that the other answers of the request need once `count` more tokens have been read: a copy each of the
         last page of the prompt, unless that is full."""
-        if not self.in_prompt or count < self.num_pending or self.prompt_len % self.table.page_size == 0:
-            return 0
-        return self.request.params.n - 1
+        ends = self.table.num_tokens + count == self.prompt_len
+        return self.request.params.n - 1 if ends and self.prompt_len % self.table.page_size else 0
 
     def by_importance(self) -> Iterator[Page]:
         """Its pages in the order in which they are best kept near: the first, then the newest."""
         yield from self.table.pages[:1]
         yield from reversed(self.table.pages[1:])
 
-    def fork(self, index: int) -> tuple["Sequence", tuple[Page, Page] | None]:
+    def name_pages(self, num_tokens: int) -> list[PageName] | None:
+        """The names of the full pages of its first tokens, at least; None when its pages are its own."""
+        if self.root is None:
+            return None
+        size = self.table.page_size
+        for index in range(len(self.names), num_tokens // size):
+            parent = self.names[-1].key if self.names else self.root
+            self.names.append(page_name(parent, self.token_ids[index * size : (index + 1) * size]))
+        return self.names
+
+    def rewind(self, count: int) -> None:
+        """Takes back what a step with `count` of its tokens was to do."""
+        self.table.rewind(count)
+        self.num_told = min(self.num_told, len(self.table.pages))
+
+    def commit(self, count: int) -> None:
+        """Tells that a step with `count` of its tokens has ended well."""
+        table = self.table
+        if table.num_committed % table.page_size + count < table.page_size:
+            table.num_committed += count
+        else:
+            table.commit(count, self.name_pages(table.num_committed + count))
+
+    def fork(self, index: int, number: int) -> tuple["Sequence", tuple[Page, Page] | None]:
         """Another answer from the same state; also the page copy it needs, see `PageTable.fork`."""
         table, copy = self.table.fork()
-        return Sequence(self.request, index, table, list(self.token_ids)), copy
+        fork = Sequence(self.request, index, number, table, list(self.token_ids), self.root, list(self.names))
+        fork.turn, fork.num_cached = self.turn, self.num_cached
+        return fork, copy
+
+
+def most_pages(request: EngineRequest, page_size: int, num_answers: int) -> int:
+    """Pages of so many answers at their full length, the prompt's full pages counted once."""
+    prompt_len = len(request.prompt_token_ids)
+    shared = prompt_len // page_size
+    # the last token drawn is never read
+    longest = -(-(prompt_len + request.max_tokens - 1) // page_size)
+    return shared + num_answers * (longest - shared)

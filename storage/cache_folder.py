@@ -1,42 +1,55 @@
-"""The folder of the disk tier: who uses it, and its Zarr array.
+"""The folder of one model's pages on disk: what lies in it under which name, who uses it, and whose pages they are.
 
-cache_dir/lock               names the process that uses the folder, and is locked by it
-cache_dir/kv.zarr            Zarr v3 array [slot, layer, 2, kv_head, page_size, head_dim], no compressor, no filter;
-                             bfloat16 is stored as uint16, since Zarr has no such type
-cache_dir/catalogue.sqlite   which slots hold a page, see `catalogue.py`
+lock               names the process that uses the folder, and is locked by it
+kv.zarr            the pages, see `disk_array.py`
+catalogue.sqlite   which slots hold a page, and of which tokens, see `catalogue.py`
+model.json         which model's they are, where the pages outlive the process, see `Description`
+
+It is a sub-folder of the user's cache_dir, named after the model's fingerprint, or SCRATCH for pages that are dropped
+when the engine closes.
 """
 
 import fcntl
-import logging
 import os
-import shutil
+import re
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-import zarr
-from zarr.storage import LocalStore
+import msgspec
 
 from distkv.errors import ConfigError, StoreError
-from distkv.storage.page_spec import PageSpec
 
-log = logging.getLogger(__name__)
+FORMAT = 2  # of what lies on disk; part of the fingerprint
+ARRAY, CATALOGUE, LOCK, DESCRIPTION = "kv.zarr", "catalogue.sqlite", "lock", "model.json"
+SCRATCH, SESSIONS = "scratch", "sessions"  # sub-folders of cache_dir that are no model's
 
-FORMAT = 1
-ARRAY, CATALOGUE, LOCK = "kv.zarr", "catalogue.sqlite", "lock"
-METADATA = "zarr.json"  # in the array's folder
-STORED_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "uint16"}
+_CHUNK = re.compile(r"c\.(\d+)\.0\.0\.(\d+)\.0\.(?:0|[0-9a-f.]*\.partial)")
 
 
 @dataclass(frozen=True)
 class DiskHeads:
-    """Which part of the array's KV heads is a rank's, and how many of them a chunk holds."""
+    """A rank's part of the model's KV heads on disk. With more ranks than heads, several ranks share a head's files."""
 
     first: int
-    total: int  # of all ranks; a head that several ranks hold counts for each
-    per_chunk: int  # divides every rank's first head and its number of heads
+    total: int  # of the model
+    reports: bool = True  # checksums for the catalogue: no rank before this one holds its heads
+    writes: bool = True  # else another rank writes the same bytes to the same files
+
+
+class Description(msgspec.Struct, frozen=True):
+    """What `model.json` says of the pages in a folder."""
+
+    fingerprint: str
+    model: str  # path of the model's folder when the cache was made
+    dtype: str
+    page_size: int  # tokens
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    page_bytes: int
+    created: float = msgspec.field(default_factory=time.time)  # unix seconds
 
 
 class FolderLock:
@@ -69,76 +82,67 @@ class FolderLock:
         self._file.close()
 
 
-def make_array(folder: Path, spec: PageSpec, num_pages: int, heads: DiskHeads) -> None:
-    """Makes an empty array, and sweeps away what an earlier process left.
-
-    Raises ConfigError when something else lies in its place, StoreError when it cannot be written.
-    """
-    remove_array(folder)
+def is_locked(folder: Path) -> bool:
+    """Whether somebody, this process perhaps, holds the lock of a folder."""
     try:
-        zarr.create_array(
-            store=LocalStore(folder / ARRAY),
-            shape=_shape(spec, num_pages, heads),
-            chunks=_chunks(spec, heads),
-            dtype=STORED_DTYPES[spec.dtype],
-            compressors=None,
-            filters=None,
-            fill_value=0,
-            chunk_key_encoding={"name": "default", "separator": "."},  # one flat folder
-            dimension_names=("slot", "layer", "kv", "kv_head", "token", "head_dim"),
-            attributes={"distkv": FORMAT, "dtype": _name(spec.dtype)},
-        )
-    except OSError as error:
-        raise StoreError(f"the array in cache_dir {str(folder)!r} cannot be made: {error}") from error
-
-
-def matches(folder: Path, spec: PageSpec, num_pages: int, heads: DiskHeads) -> bool:
-    """Whether the folder has an array of this shape and type."""
-    if not (folder / ARRAY / METADATA).exists():
+        with open(folder / LOCK, encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
         return False
-    array = open_array(folder)
-    if array.attrs.get("dtype") != _name(spec.dtype):
-        return False
-    return array.shape == _shape(spec, num_pages, heads) and array.chunks == _chunks(spec, heads)
+    except OSError:
+        return True
+    return False
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def chunk_name(slot: int, head: int) -> str:
+    """The file of one KV head of a page, in the array's folder."""
+    return f"c.{slot}.0.0.{head}.0.0"
 
 
-def _shape(spec: PageSpec, num_pages: int, heads: DiskHeads) -> tuple[int, ...]:
-    return num_pages, spec.num_layers, 2, heads.total, spec.page_size, spec.head_dim
+def parse_chunk(name: str) -> tuple[int, int] | None:
+    """The slot and the head of a chunk's file or of a write to it that has not ended; None for other files."""
+    match = _CHUNK.fullmatch(name)
+    return None if match is None else (int(match[1]), int(match[2]))
 
 
-def _chunks(spec: PageSpec, heads: DiskHeads) -> tuple[int, ...]:
-    return 1, spec.num_layers, 2, heads.per_chunk, spec.page_size, spec.head_dim
+def read_description(folder: Path) -> Description | None:
+    """What lies in a folder; None when nothing says so. Raises ConfigError when it cannot be read."""
+    try:
+        return msgspec.json.decode((folder / DESCRIPTION).read_bytes(), type=Description)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigError(
+            f"{str(folder / DESCRIPTION)!r} cannot be read ({error}); remove {str(folder)!r} or name another cache_dir"
+        ) from error
 
 
-def open_array(folder: Path) -> Any:
-    """The array, for writing whole chunks."""
-    # open_array's own argument for it is without effect on an array that exists: zarr-python issue 2931
-    with zarr.config.set({"array.write_empty_chunks": True}):
-        return zarr.open_array(LocalStore(folder / ARRAY), mode="r+")
-
-
-def remove_array(folder: Path) -> None:
-    """Deletes the array with all its pages, and the catalogue. Raises ConfigError when it is not distkv's."""
-    array = folder / ARRAY
-    if array.exists():
+def describe(folder: Path, description: Description) -> None:
+    """Writes down whose pages a folder holds, once. Raises ConfigError when they are another model's, StoreError when
+    it cannot be written."""
+    found = read_description(folder)
+    if found is None:
         try:
-            ours = zarr.open_array(LocalStore(array), mode="r").attrs.get("distkv") is not None
-        except Exception:  # zarr has no common base of what it raises
-            # killed before it wrote the metadata, or while it swept
-            ours = array.is_dir() and all(
-                path.suffix == ".partial" or path.name.startswith("c.") for path in array.iterdir()
-            )
-        if not ours:
-            raise ConfigError(f"{str(array)!r} was not made by distkv; name another cache_dir")
-        left = [path for path in array.iterdir() if path.name != METADATA]
-        if left:
-            log.info("removing %d files that an earlier process left in %s", len(left), array)
-        for path in folder.glob(f"{CATALOGUE}*"):  # first, so that it never lists what is gone
-            path.unlink()
-        for path in left:  # the metadata goes last: a process killed meanwhile leaves an array that is known as ours
-            path.unlink(missing_ok=True)
-        shutil.rmtree(array)
+            replace_file(folder / DESCRIPTION, msgspec.json.format(msgspec.json.encode(description)))
+        except OSError as error:
+            raise StoreError(f"{str(folder / DESCRIPTION)!r} cannot be written: {error.strerror}") from error
+    elif found.fingerprint != description.fingerprint:
+        raise ConfigError(
+            f"{str(folder)!r} holds the KV pages of another model, {found.model}; remove it or name another cache_dir"
+        )
+
+
+def remove_catalogue(folder: Path) -> None:
+    """Removes the catalogue, which is better than one that is not true."""
+    for path in folder.glob(f"{CATALOGUE}*"):
+        path.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file so that a kill at any moment leaves the old content or the new. Raises OSError."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

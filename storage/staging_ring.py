@@ -23,7 +23,7 @@ from distkv.storage.read_ahead import ReadAhead, Reads
 from distkv.storage.tier import Tier, cold_place
 
 if TYPE_CHECKING:
-    from distkv.storage.disk_pool import DiskPool, OpenPages
+    from distkv.storage.disk_pool import DiskPool, OpenPages, Parts
 
 Load = Sequence[int]
 """Cold places (`tier.location`) that are brought side by side into one buffer."""
@@ -52,6 +52,9 @@ class StagingRing:
             NUM_BUFFERS, self.buffer_pages, *spec.slice_shape, dtype=spec.dtype, device=device
         )  # fmt: skip
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.parts: list[list[Parts]] = []  # of each place of each buffer, which is read into where it lies
+        if disk is not None and read_ahead is None:
+            self.parts = [[disk.parts(one) for one in buffer] for buffer in self.buffers]
         self.bytes: Counter[Tier] = Counter()  # streamed so far, by where they came from
 
     def begin(self, loads: Sequence[Load]) -> "Stream":
@@ -59,6 +62,7 @@ class StagingRing:
         return Stream(self, loads)
 
     def close(self) -> None:
+        self.parts = []
         self.buffers = self.buffers[:0].clone()
 
 
@@ -137,7 +141,7 @@ class Stream:
     def _stage(self, number: int) -> None:
         ring = self._ring
         layer, load = divmod(number, len(self._loads))
-        buffer = ring.buffers[number % NUM_BUFFERS]
+        buffer = number % NUM_BUFFERS
         if ring.stream is None:
             self._fill(buffer, layer, load)
             return
@@ -154,26 +158,27 @@ class Stream:
             while self._copied and self._copied[0][0].query():
                 self._reads.free(self._copied.popleft()[1])
 
-    def _fill(self, buffer: Tensor, layer: int, load: int) -> None:
+    def _fill(self, buffer: int, layer: int, load: int) -> None:
         ring = self._ring
         for run in self._loads[load]:
             ring.bytes[run.tier] += run.count * ring.spec.layer_slice_bytes
             if run.tier is Tier.HOST:
                 source = ring.host.slices(run.first_slot, run.count, layer)
-                buffer[run.first : run.first + run.count].copy_(source, non_blocking=True)
+                ring.buffers[buffer, run.first : run.first + run.count].copy_(source, non_blocking=True)
                 continue
             for place in range(run.first, run.first + run.count):
-                self._copy_read(buffer[place])
+                self._copy_read(buffer, place)
 
-    def _copy_read(self, target: Tensor) -> None:
+    def _copy_read(self, buffer: int, place: int) -> None:
         """Brings the next slice that comes from disk."""
+        target = self._ring.buffers[buffer, place]
         number = self._next_read
         self._next_read += 1
         layer, index = divmod(number, len(self._disk_slots))
         try:
             if self._reads is None:
-                assert self._ring.disk is not None and self._pages is not None
-                self._pages.read(index, layer, self._ring.disk.parts(target))
+                assert self._pages is not None
+                self._pages.read(index, layer, self._ring.parts[buffer][place])
                 return
             while not self._reads.is_started(number):  # its memory is still being copied from
                 event, before = self._copied.popleft()

@@ -1,57 +1,32 @@
 """Which page of the KV cache lies where: the policy of the tiers. Plain bookkeeping on the leader, without a tensor.
 
 A page that is being filled lies on the device. A full page never changes, so it may lie in several tiers at once:
-it is written through to the host when it fills, which makes its eviction from the device a drop. Device and host
-give up their oldest pages first, but for the first page of a sequence: what is left is the first page, the newest
+it is written through to the host when it fills, which makes its eviction from the device a drop. Held pages leave
+device and host oldest first, but for the first page of a sequence: what is left is the first page, the newest
 ones and as much of the middle as fits, and it stays so while a sequence is scanned. Where the host is nearly full, its
 oldest pages are written to disk ahead of need.
 
+A page with a name stays when its last holder lets go: it is idle, in whatever tiers it lies, until a request with the
+same prefix takes it up again or its room is needed. Idle pages give way before held ones, least recently used first;
+they never count against the room that a request may be promised.
+
 Transfers run on the ranks while steps go on. A slot changes hands only when no transfer reads or fills it any more.
+Plans run one after another, and a report may come when the next plan is settled already.
 """
 
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 
 from distkv.errors import CapacityError
+from distkv.storage.idle_pages import IdlePages
+from distkv.storage.page import ALL_TIERS, Page, PageName
+from distkv.storage.prefix_index import PrefixIndex
 from distkv.storage.slot_allocator import SlotAllocator
-from distkv.storage.tier import Tier, Transfer, location
+from distkv.storage.tier import Tier, Transfer
 
 MAX_DISK_WRITES = 4  # pages on their way to disk at a time
-ALL_TIERS = tuple(Tier)
 WRITE_RETRY = 256  # steps after which a disk that refused a page is tried again
-
-
-@dataclass(eq=False, slots=True)
-class Page:
-    """`page_size` tokens of one or several sequences, and its copies by tier."""
-
-    index: int  # logical place in its sequences
-    references: int = 1
-    full: bool = False
-    fresh: bool = True  # nothing of it was written yet, so its device slot holds what was there before
-    repairs: int = 0  # how often it was lost and computed again
-    slots: list[int | None] = field(default_factory=lambda: [None, None, None])
-    filling: list[int | None] = field(default_factory=lambda: [None, None, None])  # transfer that fills the copy
-    reading: list[int] = field(default_factory=lambda: [0, 0, 0])  # transfers that read the copy
-
-    def has(self, tier: Tier) -> bool:
-        """Whether a whole copy lies in the tier."""
-        return self.slots[tier] is not None and self.filling[tier] is None
-
-    @property
-    def lost(self) -> bool:
-        """Whether no copy is left, so that it must be computed again."""
-        return not (self.has(Tier.DEVICE) or self.has(Tier.HOST) or self.has(Tier.DISK))
-
-    @property
-    def location(self) -> int:
-        """Where a step is to read it, see `tier.location`; raises AssertionError when it is lost."""
-        for tier in ALL_TIERS:  # the enumeration itself would take half of a long context's planning
-            slot = self.slots[tier]
-            if slot is not None and self.filling[tier] is None:
-                return location(tier, slot)
-        raise AssertionError(f"page {self.index} has no copy to read")
+DEVICE, HOST, DISK = ALL_TIERS
 
 
 class TieredCache:
@@ -61,17 +36,28 @@ class TieredCache:
     next step plan (`take_transfers`), and its end is told by `apply`.
     """
 
-    def __init__(self, num_pages: tuple[int, int, int], step_pages: int):
+    def __init__(self, num_pages: tuple[int, int, int], step_pages: int, write_through: bool = False):
         """
         Args:
             step_pages: device pages that a step may fill at most; so many are kept free on device and host before
                 pages are brought back up.
+            write_through: named pages are written to disk as soon as they are full, not only when they are idle.
         """
         self.slots = tuple(SlotAllocator(count) for count in num_pages)
+        self.index = PrefixIndex()
         self._step_pages = step_pages
-        self._full: tuple[dict[Page, None], ...] = ({}, {}, {})  # full pages with a whole copy, oldest first
+        self._write_through = write_through
+        self._idle = IdlePages()
+        self._num_idle = 0
+        self._full: tuple[dict[Page, None], ...] = ({}, {}, {})  # held full pages with a whole copy, oldest first
+        self._parked: dict[Page, None] = {}  # held full pages on the device whose sequences wait
         self._pages: dict[Page, None] = {}  # all that a sequence holds
+        self._held_on_device = 0
+        self._free_ids: list[int] = []
+        self._next_page_id = 0
+        self._moved: dict[Page, None] = {}  # held pages whose location the ranks have not been told
         self._unspilled: deque[Page] = deque()  # full, on the device alone
+        self._unsaved: deque[Page] = deque()  # named, on the host and not on disk
         self._in_flight: dict[int, tuple[Transfer, Page]] = {}
         self._forced: set[int] = set()  # done as far as the plans go, though no rank has said so yet
         self._queued: list[Transfer] = []
@@ -80,17 +66,20 @@ class TieredCache:
         self._emptying_host = False
         self._writes_paused = 0  # steps until the disk is tried again
         self._disk_refusal = ""  # why it refused a page last
+        self._dropped: dict[int, Page] = {}  # disk slots given up since the last report, and what they held
         self.lost: dict[Page, None] = {}  # pages that a sequence holds and no tier does
-        # what the catalogue has not been told yet: disk slots that hold no page any more, and new ones with the ids of
-        # the transfers that wrote them
+        # what the catalogue has not been told yet: disk slots that hold no named page any more, new ones with the ids
+        # of the transfers that wrote them, and those that were used again
         self.vacated: set[int] = set()
-        self.written: dict[int, int] = {}
+        self.written: dict[int, tuple[int, Page]] = {}
+        self.touched: set[int] = set()
 
     @property
     def capacity(self) -> int:
-        """Distinct pages that fit: all slots, unless the disk refuses more than it holds."""
+        """Distinct pages that sequences may hold: all slots, unless the disk refuses more than it holds."""
         device, host, disk = self.slots
-        return device.num_slots + host.num_slots + (disk.num_used if self._writes_paused else disk.num_slots)
+        on_disk = disk.num_used - self._idle.count(DISK) if self._writes_paused else disk.num_slots
+        return device.num_slots + host.num_slots + on_disk
 
     @property
     def disk_refusal(self) -> str:
@@ -103,13 +92,18 @@ class TieredCache:
 
     @property
     def has_cold(self) -> bool:
-        """Whether some page may lie below the device alone."""
-        return len(self._pages) > self.slots[Tier.DEVICE].num_used
+        """Whether some held page may lie below the device alone."""
+        return len(self._pages) > self._held_on_device
 
     @property
     def num_pages(self) -> int:
         """Distinct pages that sequences hold."""
         return len(self._pages)
+
+    @property
+    def num_idle(self) -> int:
+        """Pages that nobody holds and a later request may find."""
+        return self._num_idle
 
     @property
     def awaited(self) -> list[int]:
@@ -119,17 +113,20 @@ class TieredCache:
 
     @property
     def _disk_writes(self) -> list[int]:
-        return [id for id, (transfer, _) in self._in_flight.items() if transfer.target is Tier.DISK]
+        return [id for id, (transfer, _) in self._in_flight.items() if transfer.target is DISK]
 
     # --- pages ---
 
     def reserve(self, count: int) -> bool:
         """Makes `count` device slots free. False: transfers must end first; run a plan that waits for `awaited`, and
         ask again. Raises CapacityError when no tier has room for what must leave the device."""
-        device = self.slots[Tier.DEVICE]
+        device = self.slots[DEVICE]
         while device.num_free < count:
-            victim = next((page for page in self._full[Tier.DEVICE] if page.index), None)
-            victim = victim or next(iter(self._full[Tier.DEVICE]), None)
+            idle = self._idle.oldest(DEVICE, unread=False)
+            if idle is not None:
+                self._evict_idle(idle)
+                continue
+            victim = next(self._victims(), None)
             if victim is None and self._in_flight:
                 return False
             if victim is None:
@@ -142,67 +139,132 @@ class TieredCache:
                 if not self._make_backed(victim):
                     return False
             except CapacityError:  # nothing moves any more; of a page that is on disk the device copy can still go
-                victim = next((page for page in self._full[Tier.DEVICE] if page.has(Tier.DISK)), None)
+                victim = next((page for page in self._full[DEVICE] if page.has(DISK)), None)
                 if victim is None:
                     raise
-            if victim.slots[Tier.DEVICE] is not None:  # else it was held by nobody but the transfer that has ended
-                self._drop(victim, Tier.DEVICE)
+            if victim.slots[DEVICE] is not None:  # else it was held by nobody but the transfer that has ended
+                self._drop(victim, DEVICE)
         return True
 
     def allocate(self, index: int, after: Page | None = None) -> Page:
         """A page to be filled, on the device, with the old content of its slot; behind page `after` where that is
         free."""
         page = Page(index)
-        self._take(page, Tier.DEVICE, after.slots[Tier.DEVICE] if after else None)
-        self._pages[page] = None
+        self._take(page, DEVICE, after.slots[DEVICE] if after else None)
+        self._hold(page)
         return page
 
     def restore(self, page: Page) -> None:
         """Gives a lost page a device slot to be filled again; `fill` must follow, or `forget`."""
         assert page.lost
         page.full = False
-        self._take(page, Tier.DEVICE)
+        self._take(page, DEVICE)
+        self._held_on_device += 1
+        self._moved[page] = None
 
     def forget(self, page: Page) -> None:
         """Takes a page back whose restoration has failed; it is as lost as before."""
-        self._drop(page, Tier.DEVICE)
+        self._drop(page, DEVICE)
         page.full = True
 
     def share(self, page: Page) -> None:
-        """Adds a holder."""
+        """Adds a holder to a page that is held or idle."""
+        if not page.references:
+            assert page.is_idle
+            self._leave_idle(page)
+            self._hold(page)
+        self._parked.pop(page, None)
         page.references += 1
 
     def release(self, page: Page) -> None:
-        """Drops a holder; what nobody holds is free once no transfer touches it."""
+        """Drops a holder. What nobody holds is idle if it has a name, and else free once no transfer touches it."""
         page.references -= 1
         assert page.references >= 0
-        if not page.references:
-            del self._pages[page]
-            self.lost.pop(page, None)
-            self._free_idle(page)
+        if page.references:
+            return
+        del self._pages[page]
+        self._moved.pop(page, None)
+        self._parked.pop(page, None)
+        self._free_ids.append(page.id)
+        self._held_on_device -= page.slots[DEVICE] is not None
+        if page.name is not None and page in self.lost:
+            self.index.remove(page)
+        self.lost.pop(page, None)
+        if page.name is None:
+            self._free_unheld(page)
+        else:
+            self._become_idle(page)
 
-    def fill(self, page: Page) -> None:
-        """Tells that a page on the device is full and its content final."""
+    def fill(self, page: Page, name: PageName | None = None) -> None:
+        """Tells that a page on the device is full and its content final; under its name it may be found, unless
+        another page of the same content is there already."""
         page.full = True
         if page in self.lost:
             del self.lost[page]
             page.repairs += 1
-        self._full[Tier.DEVICE][page] = None
-        if self.slots[Tier.HOST].num_slots:
+        elif name is not None:
+            page.name = name
+            if not self.index.add(page):
+                page.name = None
+        self._full[DEVICE][page] = None
+        if self.slots[HOST].num_slots:
             self._unspilled.append(page)
+
+    def find(self, names: Iterable[PageName]) -> list[Page]:
+        """The pages of the longest prefix of a chain that can be read."""
+        found = self.index.longest(names)
+        return next((found[:number] for number, page in enumerate(found) if page.lost), found)
+
+    def touch(self, pages: list[Page]) -> None:
+        """Makes idle pages of one prefix the most recently used, for a request that is about to take them up."""
+        for page in reversed(pages):
+            if page.is_idle:
+                self._leave_idle(page)
+                self._become_idle(page)
+
+    def adopt(self, entries: Iterable[tuple[int, int, PageName]]) -> None:
+        """Takes in pages that an earlier process left on disk, as (slot, index, name), least recently used first."""
+        for slot, index, name in entries:
+            page = Page(index, references=0, name=name, full=True)
+            if self.index.add(page):
+                self.slots[DISK].take(slot)
+                page.slots[DISK] = slot
+                self._become_idle(page)
+
+    def reset(self) -> None:
+        """Forgets all names, so that nothing is found any more; idle pages are free once no transfer touches them."""
+        for page in self.index:
+            if page.has(DISK):
+                self.vacated.add(page.slots[DISK] or 0)
+                self.written.pop(page.slots[DISK] or 0, None)
+            was_idle = page.is_idle
+            self.index.remove(page)
+            if was_idle:
+                self._leave_idle(page)
+                self._free_unheld(page)
+        self.touched.clear()
+
+    def park(self, pages: Iterable[Page]) -> None:
+        """Lets the device copies of a waiting sequence's pages go before those of others."""
+        for page in pages:
+            if page.references == 1 and page.full and page.has(DEVICE):
+                self._parked[page] = None
+
+    def unpark(self, pages: Iterable[Page]) -> None:
+        """Ends `park`."""
+        for page in pages:
+            self._parked.pop(page, None)
 
     # --- what each step plan does ---
 
     def balance(self) -> None:
-        """Queues write-through to the host, and writes to disk while the host is nearly full."""
+        """Queues write-through to the host and to disk, and writes to disk while the host is nearly full."""
         self._writes_paused = max(0, self._writes_paused - 1)
-        host = self.slots[Tier.HOST]
-        while self._unspilled and host.num_free:
-            page = self._unspilled.popleft()
-            if page.references and page.has(Tier.DEVICE) and page.slots[Tier.HOST] is None:
-                self._start(page, Tier.DEVICE, Tier.HOST)
-        if not self.slots[Tier.DISK].num_slots:
+        self._spill()
+        if not self.slots[DISK].num_slots:
             return
+        self._save()
+        host = self.slots[HOST]
         low = min(self._step_pages, max(1, host.num_slots // 4))
         if host.num_free < low:
             self._emptying_host = True
@@ -210,19 +272,21 @@ class TieredCache:
             self._empty_host(min(2 * low, host.num_slots))
 
     def promote(self, cold: Iterable[Page]) -> None:
-        """Queues bringing pages up to stay, in the order given, while a tier has twice the room that a step needs."""
-        device, host, _ = self.slots
+        """Queues bringing pages up to stay, in the order given, while a tier has twice the room that a step needs,
+        counting what it may give up for them."""
         for page in cold:
-            up = device.num_free > 2 * self._step_pages, host.num_free > 2 * self._step_pages
-            if not any(up):
-                return
-            if page.slots[Tier.DEVICE] is not None:
+            if page.slots[DEVICE] is not None:
                 continue
-            if page.has(Tier.HOST):
-                if up[0]:
-                    self._start(page, Tier.HOST, Tier.DEVICE)
-            elif page.has(Tier.DISK) and page.slots[Tier.HOST] is None and up[1]:
-                self._start(page, Tier.DISK, Tier.HOST)
+            if page.has(HOST):
+                if self._make_room_above(DEVICE, page):
+                    self._start(page, HOST, DEVICE)
+                elif not self._has_room_above(HOST):
+                    return
+            elif page.has(DISK) and page.slots[HOST] is None:
+                if self._make_room_above(HOST, page):
+                    self._start(page, DISK, HOST)
+                elif not self._has_room_above(DEVICE):
+                    return
 
     def take_transfers(self) -> tuple[list[Transfer], list[int]]:
         """What the next plan has to start, and the ids that it must see done before it touches pages."""
@@ -230,19 +294,28 @@ class TieredCache:
         self._queued, self._wait = [], []
         return taken
 
-    def put_back(self, transfers: list[Transfer], wait: list[int]) -> None:
-        """Undoes `take_transfers` for a plan that may not have reached the ranks; they pass over what they know."""
+    def take_moved(self) -> list[Page]:
+        """Held pages that lie elsewhere than the ranks were told; to be told by the next plan that reads pages."""
+        moved = [page for page in self._moved if not page.lost]
+        self._moved = {page: None for page in self._moved if page.lost}
+        return moved
+
+    def put_back(self, transfers: list[Transfer], wait: list[int], moved: Iterable[Page] = ()) -> None:
+        """Undoes the takings for a plan that may not have reached the ranks; they pass over what they know."""
         self._queued, self._wait = transfers + self._queued, wait + self._wait
+        for page in moved:
+            if page.references:
+                self._moved[page] = None
 
     def apply(self, done: Iterable[int], failed: Iterable[tuple[int, str]], bad_reads: Iterable[int]) -> set[Page]:
-        """Takes in what the ranks report.
+        """Takes in what the ranks report of the plan that ended last.
 
         Args:
             done, failed: ids of transfers; a failure comes with its reason.
-            bad_reads: disk slots whose content a step could not read.
+            bad_reads: disk slots whose content the plan's step could not read.
 
-        Returns the pages of `bad_reads`. Those that lie nowhere else are in `lost` now, and so are those that a failed
-        transfer could not read.
+        Returns the held pages of `bad_reads`. Those that lie nowhere else are in `lost` now, and so are those that a
+        failed transfer could not read.
         """
         for id in done:
             self._end(id)
@@ -250,69 +323,138 @@ class TieredCache:
         for id, reason in failed:
             transfer, page = self._in_flight[id]
             self._end(id, failed=True)
-            if transfer.target is Tier.DISK:
+            if transfer.target is DISK:
                 self._writes_paused, self._disk_refusal = WRITE_RETRY, reason
             else:
                 damaged.add(page)
-        bad = set(bad_reads)
-        unread = {page for page in self._pages if page.slots[Tier.DISK] in bad} if bad else set()
+        unread = self._owners(set(bad_reads))
+        self._dropped.clear()
         for page in damaged | unread:
-            if page.has(Tier.DISK) and not page.reading[Tier.DISK]:
-                self._drop(page, Tier.DISK)
+            if page.has(DISK) and not page.reading[DISK]:
+                self._drop(page, DISK)
             if page.references and page.lost:
                 self.lost[page] = None
         return unread
 
     def integrity_check(self) -> None:
         """Raises AssertionError when slots, pages and transfers do not add up."""
-        pages = set(self._pages) | {page for _, page in self._in_flight.values()}
+        pages = set(self._pages) | {page for _, page in self._in_flight.values()} | set(self.index)
         for tier in Tier:
             owners = [page for page in pages if page.slots[tier] is not None]
             used = {page.slots[tier] for page in owners}
             assert len(used) == len(owners), f"a {tier.name} slot has two pages"
             self.slots[tier].integrity_check({slot for slot in used if slot is not None})
             whole = {page for page in owners if page.full and page.has(tier)}
-            assert set(self._full[tier]) == whole
+            idle = {page for page in whole if page.is_idle}
+            assert set(self._idle.pages(tier)) == idle
+            assert set(self._full[tier]) == whole - idle
             for page in owners:
                 ways = [transfer for transfer, owner in self._in_flight.values() if owner is page]
                 assert page.reading[tier] == sum(transfer.source is tier for transfer in ways)
                 filling = [transfer.id for transfer in ways if transfer.target is tier]
                 assert filling == ([] if page.filling[tier] is None else [page.filling[tier]])
         assert all(page.references > 0 for page in self._pages)
+        assert len({page.id for page in self._pages} | set(self._free_ids)) == self._next_page_id
+        assert self._held_on_device == sum(page.slots[DEVICE] is not None for page in self._pages)
         assert set(self.lost) == {page for page in self._pages if page.full and page.lost}
-        assert all(page.full or page.slots[Tier.HOST] is page.slots[Tier.DISK] is None for page in self._pages)
+        assert all(page.full or page.slots[HOST] is page.slots[DISK] is None for page in self._pages)
+        assert all(page.references and page.has(DEVICE) for page in self._parked)
+        assert self._num_idle == sum(page.is_idle for page in self.index)
+        assert all(page.references or not page.lost for page in self.index)
 
     # --- how ---
 
+    def _hold(self, page: Page) -> None:
+        self._pages[page] = None
+        if self._free_ids:
+            page.id = self._free_ids.pop()
+        else:
+            page.id = self._next_page_id
+            self._next_page_id += 1
+        self._held_on_device += page.slots[DEVICE] is not None
+        self._moved[page] = None
+
+    def _become_idle(self, page: Page) -> None:
+        self._num_idle += 1
+        self._idle.touch(page)
+        for tier in ALL_TIERS:
+            if page.has(tier):
+                self._full[tier].pop(page, None)
+                self._idle.add(page, tier)
+        if page.has(DISK):
+            self.touched.add(page.slots[DISK] or 0)
+        if page.has(HOST) and self._is_to_save(page):
+            self._unsaved.appendleft(page)  # pages are released from the last to the first, and the first goes first
+
+    def _leave_idle(self, page: Page) -> None:
+        self._num_idle -= 1
+        for tier in ALL_TIERS:
+            if page.has(tier):
+                self._idle.discard(page, tier)
+                self._full[tier][page] = None
+
+    def _is_to_save(self, page: Page) -> bool:
+        return page.name is not None and page.slots[DISK] is None and (self._write_through or not page.references)
+
+    def _victims(self) -> Iterator[Page]:
+        """Held pages whose device copy may go, the first to go first."""
+        yield from self._parked
+        yield from (page for page in self._full[DEVICE] if page.index)
+        yield from self._full[DEVICE]
+
+    def _evict_idle(self, page: Page) -> None:
+        """Takes the device copy of an idle page; if it lies nowhere else, it goes to the host or is forgotten."""
+        self._settle(page)
+        if not (page.has(HOST) or page.has(DISK)) and self._displace_on_host(page):
+            self._start(page, DEVICE, HOST)
+            self._settle(page)
+        self._drop(page, DEVICE)
+
+    def _displace_on_host(self, page: Page) -> bool:
+        """Makes sure of a free host slot for an idle page at the cost of idle ones that matter less."""
+        if self.slots[HOST].num_free:
+            return True
+        saved = self._idle.oldest(HOST, saved_in=(DEVICE, DISK))
+        other = saved or self._idle.oldest(HOST)
+        if other is None or (other is not saved and other.stamp > page.stamp):
+            return False
+        self._drop(other, HOST)
+        return True
+
     def _make_backed(self, page: Page) -> bool:
         """Sees to a copy below the device; False when transfers must end first."""
-        if page.slots[Tier.HOST] is None and not page.has(Tier.DISK):
+        if page.slots[HOST] is None and not page.has(DISK):
             if not self._make_host_room():
                 return False
-            self._start(page, Tier.DEVICE, Tier.HOST)
+            self._start(page, DEVICE, HOST)
         self._settle(page)
-        return page.slots[Tier.DEVICE] is None or page.has(Tier.HOST) or page.has(Tier.DISK)
+        return page.slots[DEVICE] is None or page.has(HOST) or page.has(DISK)
 
     def _settle(self, page: Page) -> None:
         """Has the next plan wait for the copy of the page from device to host, which cannot fail."""
         for id, (transfer, owner) in list(self._in_flight.items()):
-            if owner is page and transfer.source is Tier.DEVICE:
+            if owner is page and transfer.source is DEVICE:
                 self._wait.append(id)
                 self._forced.add(id)
                 self._finish(id)
 
     def _make_host_room(self) -> bool:
-        host, disk = self.slots[Tier.HOST], self.slots[Tier.DISK]
+        """Frees a host slot for a held page; False when transfers must end first."""
+        host, disk = self.slots[HOST], self.slots[DISK]
         if host.num_free:
             return True
-        pages = [page for page in self._full[Tier.HOST] if not page.reading[Tier.HOST]]
-        backed = next((page for page in pages if page.has(Tier.DISK)), None)
+        idle = self._idle.oldest(HOST, saved_in=(DEVICE, DISK)) or self._idle.oldest(HOST)
+        if idle is not None:
+            self._drop(idle, HOST)
+            return True
+        pages = [page for page in self._full[HOST] if not page.reading[HOST]]
+        backed = next((page for page in pages if page.has(DISK)), None)
         if backed is None:
             if disk.num_slots and not self._writes_paused:
                 self._write_to_disk(pages)
             if self._disk_writes:
                 return False
-            backed = next((page for page in pages if page.has(Tier.DEVICE)), None)
+            backed = next((page for page in pages if page.has(DEVICE)), None)
         if backed is None and self._in_flight:
             return False
         if backed is None:
@@ -321,23 +463,64 @@ class TieredCache:
                 f"{[slots.num_slots for slots in self.slots]} and have no room for another{self.disk_refusal}; raise "
                 "host_kv_bytes or disk_kv_bytes, or make room on the disk"
             )
-        self._drop(backed, Tier.HOST)
-        if backed.slots[Tier.DISK] is None:
+        self._drop(backed, HOST)
+        if backed.slots[DISK] is None:
             self._unspilled.append(backed)
+        return True
+
+    def _spill(self) -> None:
+        """Starts copies of full pages to the host, as far as it has room or idle pages to give up."""
+        while self._unspilled:
+            page = self._unspilled[0]
+            if page.has(DEVICE) and page.slots[HOST] is None and not page.has(DISK):
+                if not self.slots[HOST].num_free and not self._give_up_on_host(page):
+                    return
+                self._start(page, DEVICE, HOST)
+            self._unspilled.popleft()
+
+    def _give_up_on_host(self, page: Page) -> bool:
+        """Drops the host copy of an idle page in favour of another page's, if that loses nothing that could be saved;
+        without a disk the least recently used is forgotten."""
+        idle = self._idle.oldest(HOST, saved_in=(DISK,))
+        if idle is None and (self._writes_paused or not self.slots[DISK].num_slots):
+            idle = self._idle.oldest(HOST)
+            if idle is not None and page.is_idle and idle.stamp > page.stamp:
+                return False
+        if idle is not None:
+            self._drop(idle, HOST)
+        return idle is not None
+
+    def _save(self) -> None:
+        """Starts writing named pages to disk, so that later processes find them."""
+        room = MAX_DISK_WRITES - len(self._disk_writes)
+        while self._unsaved and room > 0 and not self._writes_paused:
+            page = self._unsaved.popleft()
+            if page.has(HOST) and self._is_to_save(page) and self._make_disk_room(page):
+                self._start(page, HOST, DISK)
+                room -= 1
+
+    def _make_disk_room(self, page: Page) -> bool:
+        if self.slots[DISK].num_free:
+            return True
+        oldest = self._idle.oldest(DISK)
+        if oldest is None or (page.is_idle and oldest.stamp > page.stamp):
+            return False
+        self._drop(oldest, DISK)
         return True
 
     def _empty_host(self, wanted: int) -> None:
         """Frees host slots until `wanted` are free: drops what is on disk, and writes the oldest of the others."""
-        host = self.slots[Tier.HOST]
-        for page in [page for page in self._full[Tier.HOST] if page.has(Tier.DISK)]:
+        host = self.slots[HOST]
+        in_order = [page for page in self._idle.pages(HOST) + list(self._full[HOST]) if not page.reading[HOST]]
+        for page in in_order:
             if host.num_free >= wanted:
                 break
-            if not page.reading[Tier.HOST]:
-                self._drop(page, Tier.HOST)
+            if page.has(DISK):
+                self._drop(page, HOST)
         if host.num_free >= wanted:
             self._emptying_host = False
         elif not self._writes_paused and host.num_free + len(self._disk_writes) < wanted:
-            self._write_to_disk(page for page in self._full[Tier.HOST] if not page.reading[Tier.HOST])
+            self._write_to_disk(page for page in in_order if page.has(HOST))
 
     def _write_to_disk(self, pages: Iterable[Page]) -> None:
         """Starts writing the first of `pages` that have no copy there, as far as slots and MAX_DISK_WRITES allow."""
@@ -345,22 +528,48 @@ class TieredCache:
         for page in pages:
             if room <= 0:
                 return
-            if page.slots[Tier.DISK] is None:
-                if not self.slots[Tier.DISK].num_free and not self._reclaim_disk_slot():
+            if page.slots[DISK] is None:
+                if not self.slots[DISK].num_free and not self._reclaim_disk_slot():
                     return
-                self._start(page, Tier.HOST, Tier.DISK)
+                self._start(page, HOST, DISK)
                 room -= 1
 
     def _reclaim_disk_slot(self) -> bool:
-        """Drops the disk copy of a page that lies further up as well."""
-        for page in self._full[Tier.DISK]:
-            if not page.reading[Tier.DISK] and (page.has(Tier.HOST) or page.has(Tier.DEVICE)):
-                self._drop(page, Tier.DISK)
-                return True
-        return False
+        """Drops the disk copy of the least recently used idle page, or of a page that lies further up as well."""
+        page = self._idle.oldest(DISK) or next(
+            (page for page in self._full[DISK] if not page.reading[DISK] and (page.has(HOST) or page.has(DEVICE))),
+            None,
+        )
+        if page is not None:
+            self._drop(page, DISK)
+        return page is not None
+
+    def _has_room_above(self, tier: Tier) -> bool:
+        """Whether more than two steps' room is free in a tier, or may be freed for a page to be brought up."""
+        room = self.slots[tier].num_free + self._idle.count(tier) + (len(self._parked) if tier is DEVICE else 0)
+        return room > 2 * self._step_pages
+
+    def _make_room_above(self, tier: Tier, page: Page) -> bool:
+        """Sees to a free slot in a tier to bring a page up; what gives way must lie below already."""
+        if not self._has_room_above(tier):
+            return False
+        if self.slots[tier].num_free > 2 * self._step_pages:
+            return True
+        below = (HOST, DISK) if tier is DEVICE else (DISK,)
+        victim = self._idle.oldest(tier, saved_in=below)
+        if victim is not None and page.is_idle and victim.stamp > page.stamp:
+            victim = None
+        if victim is None and tier is DEVICE and page.references:
+            parked = (one for one in self._parked if not one.reading[DEVICE])
+            victim = next((one for one in parked if one.has(HOST) or one.has(DISK)), None)
+        if victim is not None:
+            self._drop(victim, tier)
+        return victim is not None
 
     def _start(self, page: Page, source: Tier, target: Tier) -> None:
         self._take(page, target)
+        if target is DEVICE and page.references:
+            self._held_on_device += 1
         source_slot, target_slot = page.slots[source], page.slots[target]
         assert source_slot is not None and target_slot is not None
         transfer = Transfer(self._next_id, source, source_slot, target, target_slot)
@@ -378,32 +587,61 @@ class TieredCache:
 
     def _finish(self, id: int, failed: bool = False) -> None:
         transfer, page = self._in_flight.pop(id)
+        target = transfer.target
         page.reading[transfer.source] -= 1
-        page.filling[transfer.target] = None
-        self._full[transfer.target][page] = None
-        if transfer.target is Tier.DISK:
-            self.written[transfer.target_slot] = id
+        page.filling[target] = None
         if failed:
-            self._drop(page, transfer.target)
-        if not page.references:
-            self._free_idle(page)
+            self._drop(page, target)
+        elif page.is_idle:
+            self._idle.add(page, target)
+        else:
+            self._full[target][page] = None
+        if page.references:
+            self._moved[page] = None
+        elif page.name is None:
+            self._free_unheld(page)
+        if failed or page.name is None:
+            return
+        if target is DISK:
+            self.written[transfer.target_slot] = id, page
+        elif target is HOST and self._is_to_save(page):
+            self._unsaved.append(page)
+
+    def _owners(self, disk_slots: set[int]) -> set[Page]:
+        """The held pages that the last plan found in these slots."""
+        if not disk_slots:
+            return set()
+        owners = {page.slots[DISK]: page for page in self._pages if page.has(DISK)} | self._dropped
+        return {owners[slot] for slot in disk_slots if slot in owners and owners[slot].references}
 
     def _take(self, page: Page, tier: Tier, after: int | None = None) -> None:
         [page.slots[tier]] = self.slots[tier].allocate(1, after)
 
     def _drop(self, page: Page, tier: Tier) -> None:
+        """Gives a copy up; an idle page whose last copy this was is forgotten."""
         slot = page.slots[tier]
         assert slot is not None and page.filling[tier] is None and not page.reading[tier]
         page.slots[tier] = None
         self._full[tier].pop(page, None)
+        self._idle.discard(page, tier)
         self.slots[tier].free(slot)
-        if tier is Tier.DISK:
+        if tier is DEVICE:
+            self._parked.pop(page, None)
+            self._held_on_device -= page.references > 0
+        elif tier is DISK:
             self._writes_paused = 0  # there is room again
             self.written.pop(slot, None)
+            self.touched.discard(slot)
             self.vacated.add(slot)
+            self._dropped[slot] = page
+        if page.references:
+            self._moved[page] = None
+        elif page.name is not None and page.lost:
+            self._num_idle -= 1
+            self.index.remove(page)
 
-    def _free_idle(self, page: Page) -> None:
-        """Frees the copies of a page without holders that no transfer touches."""
-        for tier in Tier:
+    def _free_unheld(self, page: Page) -> None:
+        """Frees the copies of a nameless page without holders that no transfer touches."""
+        for tier in ALL_TIERS:
             if page.has(tier) and not page.reading[tier]:
                 self._drop(page, tier)

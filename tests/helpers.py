@@ -19,6 +19,7 @@ from distkv.engine import Engine
 from distkv.storage.page_size import NUM_BUFFERS, PREFILL_SPLIT
 from distkv.workers.batch import prefix_pieces
 from distkv.workers.model_config import ModelConfig
+from distkv.workers.page_directory import SequenceStep
 from distkv.workers.process_group import ProcessGroup
 from distkv.workers.rank import Rank, RankConfig
 from distkv.workers.step_plan import SequencePlan, StepPlan
@@ -99,6 +100,8 @@ def load_rank(
         "num_threads": None,
         "staging_pages": NUM_BUFFERS * PREFILL_SPLIT // page_size,
         "cache_dir": None,
+        "keep_cache": False,
+        "fingerprint": "",
     }
     rank = Rank(RankConfig(**(fields | options)), ProcessGroup())
     rank.allocate(PoolSizes(device=num_pages))
@@ -119,18 +122,34 @@ def run_chunks(
     logits, start = [], 0
     for count in chunks:
         end = start + count
-        plan = SequencePlan(
-            list(token_ids[start:end]),
-            start,
-            slots[: pages_for(end)],
-            prompt_len or len(token_ids),
-            min(count, wanted),
+        step = sequence_step(
+            token_ids[start:end], start, slots[: pages_for(end)], prompt_len or len(token_ids), min(count, wanted)
         )
-        result = rank.execute(StepPlan([plan], [], []))
+        result = rank.execute(step_plan([step]))
         assert result is not None
         logits.append(result)
         start = end
     return torch.cat(logits)
+
+
+def sequence_step(
+    token_ids: Sequence[int], start: int, pages: Sequence[int], prompt_len: int, num_logits: int
+) -> SequenceStep:
+    """The part of a sequence in a step, with its pages in place."""
+    return SequenceStep(list(token_ids), start, np.asarray(pages, dtype=np.int64), prompt_len, num_logits)
+
+
+def step_plan(
+    steps: Sequence[SequenceStep], copies: Sequence[tuple[int, int]] = (), clear: Sequence[int] = ()
+) -> StepPlan:
+    """A plan that tells the ranks of every page anew."""
+    sequences: list[SequencePlan] = []
+    places: list[int] = []
+    for table, one in enumerate(steps):
+        ids = list(range(len(places), len(places) + len(one.pages)))
+        places += one.pages.tolist()
+        sequences.append(SequencePlan(table, one.token_ids, one.start, one.prompt_len, one.num_logits, 0, ids))
+    return StepPlan(sequences, list(copies), list(clear), moved=list(enumerate(places)))
 
 
 def read_prefix(pool: Tensor, pages: np.ndarray, prefix_len: int) -> list[tuple[Tensor, Tensor]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from helpers import relative_error, seeded
+from helpers import relative_error, seeded, sequence_step
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,7 +17,7 @@ from distkv.storage.page_spec import PageSpec
 from distkv.storage.staging_ring import StagingRing
 from distkv.storage.tier import Tier, location
 from distkv.workers.batch import MAX_DECODE_TOKENS, Batch, Run, _visiting_order, build_batch
-from distkv.workers.step_plan import SequencePlan, StepPlan
+from distkv.workers.page_directory import SequenceStep
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 CPU = torch.device("cpu")
@@ -62,12 +62,12 @@ class Step:
     sequences: Sequences
     tables: list[list[int]]
     pool: Tensor  # [2, slots, K, S, D]
-    plan: StepPlan
+    steps: list[SequenceStep]
     q: Tensor  # [T, H, D]
 
     def batch(self) -> Batch:
         return build_batch(
-            self.plan, self.sequences.page_size, self.sequences.group, BUFFER_PAGES, self.sequences.dtype, CPU
+            self.steps, self.sequences.page_size, self.sequences.group, BUFFER_PAGES, self.sequences.dtype, CPU
         )
 
     def attend(self) -> Tensor:
@@ -90,10 +90,10 @@ class Step:
                     host.store(shuffled[page], self.pool[:, slot].contiguous()[None])
                     pool[:, slot] = 6e4
         parts = [
-            SequencePlan(one.token_ids, one.start, [places.get(slot, slot) for slot in one.pages], one.prompt_len, 1)
-            for one in self.plan.sequences
+            sequence_step(one.token_ids, one.start, [places.get(p, p) for p in one.pages.tolist()], one.prompt_len, 1)
+            for one in self.steps
         ]
-        batch = build_batch(StepPlan(parts, [], []), s.page_size, s.group, BUFFER_PAGES, s.dtype, CPU)
+        batch = build_batch(parts, s.page_size, s.group, BUFFER_PAGES, s.dtype, CPU)
         k, v = pool[0][batch.page, :, batch.offset], pool[1][batch.page, :, batch.offset]
         ring = StagingRing(spec, 2 * 32, host, None, None, CPU)
         if not batch.loads:
@@ -141,12 +141,12 @@ def place(sequences: Sequences, slots: list[int], garbage: float = 6e4) -> Step:
     tables = [[slots[page] for page in pages] for pages in s.pages]
     tokens = sum(count for _, count in s.lengths)
     plans = [
-        SequencePlan([7] * count, start, table, start + count, 1)
+        sequence_step([7] * count, start, table, start + count, 1)
         for (start, count), table in zip(s.lengths, tables, strict=True)
     ]
     # queries are a view of queries and keys side by side, as in the model
     rotated = torch.randn(tokens, s.kv_heads * (s.group + 1), s.head_dim, generator=generator).to(s.dtype)
-    return Step(s, tables, pool, StepPlan(plans, [], []), rotated[:, : s.kv_heads * s.group])
+    return Step(s, tables, pool, plans, rotated[:, : s.kv_heads * s.group])
 
 
 starts = st.one_of(st.integers(0, 20), st.integers(0, 400))
@@ -284,10 +284,10 @@ def test_build_batch(data: st.DataObject) -> None:
         slots = data.draw(st.permutations(range(40)))[: -(-(start + count) // page_size)]
         num_logits, prompt_len = data.draw(st.integers(0, count)), data.draw(st.integers(1, 500))
         token_ids = data.draw(st.lists(st.integers(0, 999), min_size=count, max_size=count))
-        plans.append(SequencePlan(token_ids, start, slots, prompt_len, num_logits))
+        plans.append(sequence_step(token_ids, start, slots, prompt_len, num_logits))
         rows += range(first + count - num_logits, first + count)
         first += count
-    batch = build_batch(StepPlan(plans, [], []), page_size, 2, BUFFER_PAGES, torch.float32, CPU)
+    batch = build_batch(plans, page_size, 2, BUFFER_PAGES, torch.float32, CPU)
     tokens = [
         (token, position, max(position + 1, plan.prompt_len), plan.pages[position // page_size], position % page_size)
         for plan in plans

@@ -36,7 +36,7 @@ def check_refused(result: subprocess.CompletedProcess[str], *words: str) -> None
 def test_version_and_help() -> None:
     assert run("--version").stdout == f"distkv {distkv.__version__}\n"
     text = run("--help").stdout
-    for command in ("generate", "chat", "fetch", "demo", "bench"):
+    for command in ("generate", "chat", "fetch", "demo", "bench", "cache"):
         assert command in text
 
 

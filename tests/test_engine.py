@@ -13,8 +13,9 @@ from distkv.errors import CapacityError
 from distkv.messages import EngineInfo, EngineRequest, RequestFailed
 from distkv.sampling_params import SamplingParams
 from distkv.storage.tier import Tier, Transfer, cold_place
+from distkv.workers.page_directory import PageDirectory, SequenceStep
 from distkv.workers.report import Report
-from distkv.workers.step_plan import SequencePlan, StepPlan
+from distkv.workers.step_plan import StepPlan
 
 PAGE_SIZE, VOCAB, EOS = 16, 50, 2
 
@@ -35,12 +36,14 @@ class Memory:
             [[None] * PAGE_SIZE for _ in range(count)]
             for count in (info.num_pages, info.num_host_pages, info.num_disk_pages)
         ]
+        self.directory = PageDirectory(PAGE_SIZE)
         self.on_their_way: list[Transfer] = []
         self.read: list[list[int | None]] = []  # what the sequences of the last step find in their pages
         self.moved: Counter[str] = Counter()
 
     def execute(self, plan: StepPlan) -> tuple[Tensor | None, Report]:
         report = Report()
+        steps = self.directory.update(plan)
         for transfer in plan.transfers:
             slot = transfer.target, transfer.target_slot
             if not any((one.source, one.source_slot) == slot for one in self.on_their_way):  # those end first
@@ -54,12 +57,12 @@ class Memory:
             device[target] = list(self.page(source))
         for slot in plan.clear:
             device[slot] = [None] * PAGE_SIZE
-        assert sum(len(one.token_ids) for one in plan.sequences) <= max(self.info.max_num_batched_tokens, PAGE_SIZE)
-        for one in plan.sequences:
+        assert sum(len(one.token_ids) for one in steps) <= max(self.info.max_num_batched_tokens, PAGE_SIZE)
+        for one in steps:
             for position, token in enumerate(one.token_ids, one.start):
                 self.page(one.pages[position // PAGE_SIZE])[position % PAGE_SIZE] = token
         self.read = []
-        for one in plan.sequences:
+        for one in steps:
             on_disk = [
                 slot for tier, slot in map(cold_place, filter(lambda place: place < 0, one.pages)) if tier is Tier.DISK
             ]
@@ -67,8 +70,8 @@ class Memory:
             report.bad_reads += [(slot, "it is damaged") for slot in bad]
             if not bad:
                 self.read.append(self.tokens_of(one))
-        wanted = sum(one.num_logits for one in plan.sequences)
-        return torch.randn(wanted, VOCAB) if plan.sequences else None, report
+        wanted = sum(one.num_logits for one in steps)
+        return torch.randn(wanted, VOCAB) if steps else None, report
 
     def end(self, transfer: Transfer, report: Report) -> None:
         self.on_their_way.remove(transfer)
@@ -90,7 +93,7 @@ class Memory:
         assert content is not None
         return content
 
-    def tokens_of(self, one: SequencePlan) -> list[int | None]:
+    def tokens_of(self, one: SequenceStep) -> list[int | None]:
         places = range(one.start + len(one.token_ids))
         return [self.page(one.pages[place // PAGE_SIZE])[place % PAGE_SIZE] for place in places]
 
@@ -102,6 +105,14 @@ def engine_info(**options: Any) -> EngineInfo:
         "vocab_size": VOCAB, "eos_token_ids": (EOS,), "seed": 0, "cache_dir": None,
     }  # fmt: skip
     return EngineInfo(**(fields | options))
+
+
+def drain(engine: Engine) -> list[Any]:
+    """All outputs to the end."""
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    return outputs
 
 
 @pytest.mark.parametrize(
@@ -202,9 +213,9 @@ def test_forks_take_no_more_pages_than_they_need() -> None:
     engine = Engine(info, Memory(info).execute)
     two = SamplingParams(n=2, temperature=1.0)
     engine.add([EngineRequest("full", [5] * 32, two, 1, 0)])
-    assert [output.finish_reason for output in engine.step()] == ["length"] * 2
+    assert [output.finish_reason for output in drain(engine)] == ["length"] * 2
     engine.add([EngineRequest(name, [5] * 10, two, 1, 0) for name in "ab"])
-    ended = [output for _ in range(3) for output in engine.step()]
+    ended = drain(engine)
     assert [(output.request_id, output.finish_reason) for output in ended] == [
         (name, "length") for name in "ab" for _ in range(2)
     ]

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import edit_config, largest_error, load_rank, run_chunks, save_llama, seeded
+from helpers import edit_config, largest_error, load_rank, run_chunks, save_llama, seeded, sequence_step, step_plan
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from distkv.workers.step_plan import SequencePlan, StepPlan
 from distkv.workers.tiers import PoolSizes
 
 TOLERANCE = 1e-4  # of the largest logit
@@ -195,10 +194,10 @@ def test_mixed_steps(tiny_model: Path) -> None:
     def step(*parts: tuple[int, int, int, int]) -> None:
         """(sequence, start, end, wanted logits)"""
         plans = [
-            SequencePlan(tokens[i][start:end], start, slots[i][: -(-end // 16)], 60, wanted)
+            sequence_step(tokens[i][start:end], start, slots[i][: -(-end // 16)], 60, wanted)
             for i, start, end, wanted in parts
         ]
-        logits = rank.execute(StepPlan(plans, [], []))
+        logits = rank.execute(step_plan(plans))
         wanted = [expected[i][end - wanted : end] for i, _, end, wanted in parts]
         assert largest_error(logits, torch.cat(wanted)) < TOLERANCE
 
@@ -215,8 +214,8 @@ def test_copies_come_before_clears_and_both_before_the_sequences(tiny_model: Pat
     tokens = token_ids(24)
     expected = run_chunks(rank, tokens, [20, 4])[-1:]
     rank.allocate(PoolSizes(device=8))
-    rank.execute(StepPlan([SequencePlan(tokens[:20], 0, [0, 1], 24, 0)], [], []))
-    logits = rank.execute(StepPlan([SequencePlan(tokens[20:], 20, [0, 5], 24, 1)], [(1, 5)], [1, 6]))
+    rank.execute(step_plan([sequence_step(tokens[:20], 0, [0, 1], 24, 0)]))
+    logits = rank.execute(step_plan([sequence_step(tokens[20:], 20, [0, 5], 24, 1)], [(1, 5)], [1, 6]))
     assert torch.equal(logits, expected)
     assert not rank.tiers.device.data[:, :, [1, 6]].any()
 

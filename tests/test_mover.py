@@ -13,8 +13,9 @@ from test_pools import SPEC, bits, load, partial_files, random_page, same
 from torch import Tensor
 
 from distkv.errors import StoreError
-from distkv.storage.cache_folder import DiskHeads, make_array
+from distkv.storage.cache_folder import DiskHeads
 from distkv.storage.device_pool import DevicePool
+from distkv.storage.disk_array import make_array
 from distkv.storage.disk_pool import DiskPool
 from distkv.storage.host_pool import HostPool
 from distkv.storage.mover import Mover
@@ -79,8 +80,8 @@ class Tiers:
 
 @pytest.fixture
 def tiers(tmp_path: Path) -> Iterator[Tiers]:
-    heads = DiskHeads(0, SPEC.num_kv_heads, 1)
-    make_array(tmp_path, SPEC, NUM_PAGES, heads)
+    heads = DiskHeads(0, SPEC.num_kv_heads)
+    make_array(tmp_path, SPEC, NUM_PAGES)
     device = GatedDevice(SPEC, NUM_PAGES, torch.device("cpu"))
     host, disk = HostPool(SPEC, NUM_PAGES, pinned=False), GatedDisk(SPEC, tmp_path, NUM_PAGES, heads)
     device.gate, disk.gate, disk.refused = threading.Event(), threading.Event(), set()

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,10 @@ from crc32c import crc32c
 from torch import Tensor
 
 from distkv.errors import CapacityError, ConfigError, StoreError
-from distkv.storage.cache_folder import ARRAY, DiskHeads, FolderLock, make_array, matches, remove_array
-from distkv.storage.catalogue import Catalogue
+from distkv.storage.cache_folder import ARRAY, DiskHeads, FolderLock
+from distkv.storage.catalogue import Catalogue, Entry
 from distkv.storage.device_pool import DevicePool
+from distkv.storage.disk_array import make_array, matches, remove_array
 from distkv.storage.disk_pool import DiskPool
 from distkv.storage.host_memory import available_bytes
 from distkv.storage.host_pool import HostPool
@@ -60,9 +62,13 @@ def load(pool: PagePool, slot: int, spec: PageSpec = SPEC) -> Tensor:
 
 def disk_pool(folder: Path, spec: PageSpec = SPEC, num_pages: int = NUM_PAGES) -> DiskPool:
     """A disk tier of one rank."""
-    heads = DiskHeads(0, spec.num_kv_heads, spec.num_kv_heads)
-    make_array(folder, spec, num_pages, heads)
-    return DiskPool(spec, folder, num_pages, heads)
+    make_array(folder, spec, num_pages)
+    return DiskPool(spec, folder, num_pages, DiskHeads(0, spec.num_kv_heads))
+
+
+def entry(slot: int, crc32c: bytes = b"") -> Entry:
+    """Of a first page."""
+    return Entry(slot, b"key %d" % slot, b"root", b"tokens", crc32c, last_use=0.0, index=0)
 
 
 def partial_files(folder: Path) -> list[Path]:
@@ -77,7 +83,7 @@ def spec(request: pytest.FixtureRequest) -> PageSpec:
     return PageSpec(3, 2, 16, 4, request.param)
 
 
-@pytest.fixture(params=["device", "host", "disk", "disk, second rank, a chunk per head"])
+@pytest.fixture(params=["device", "host", "disk", "disk, second rank"])
 def pool(request: pytest.FixtureRequest, spec: PageSpec, tmp_path: Path) -> Iterator[PagePool]:
     made: PagePool
     if request.param == "device":
@@ -87,9 +93,8 @@ def pool(request: pytest.FixtureRequest, spec: PageSpec, tmp_path: Path) -> Iter
     elif request.param == "disk":
         made = disk_pool(tmp_path, spec)
     else:
-        heads = DiskHeads(first=1, total=3, per_chunk=1)
-        make_array(tmp_path, spec, NUM_PAGES, heads)
-        made = DiskPool(spec, tmp_path, NUM_PAGES, heads)
+        make_array(tmp_path, replace(spec, num_kv_heads=3), NUM_PAGES)
+        made = DiskPool(spec, tmp_path, NUM_PAGES, DiskHeads(first=1, total=3))
     yield made
     made.close()
 
@@ -213,8 +218,8 @@ def test_memory_that_is_not_touched_is_not_taken() -> None:
 def test_the_array_is_plain_zarr_over_the_heads_of_all_ranks(spec: PageSpec, tmp_path: Path) -> None:
     """Three heads split 2 + 1; anyone can read them with zarr."""
     whole = PageSpec(spec.num_layers, 3, spec.page_size, spec.head_dim, spec.dtype)
-    split = [DiskHeads(0, 3, 1), DiskHeads(2, 3, 1)]
-    make_array(tmp_path, spec, 4, split[0])
+    split = [DiskHeads(0, 3), DiskHeads(2, 3)]
+    make_array(tmp_path, whole, 4)
     ranks = [
         DiskPool(PageSpec(whole.num_layers, count, whole.page_size, whole.head_dim, whole.dtype), tmp_path, 4, heads)
         for count, heads in zip([2, 1], split, strict=True)
@@ -239,28 +244,28 @@ def test_the_array_is_plain_zarr_over_the_heads_of_all_ranks(spec: PageSpec, tmp
 
 
 def test_chunks_are_raw(tmp_path: Path) -> None:
-    """A file is the page itself, and `checksums` are those of its layers."""
+    """A file is a head of the page, and `checksums` are those of its layers."""
     pool = disk_pool(tmp_path)
     page = random_page(SPEC, 0)
     pool.store(4, page)
-    assert pool.chunk_path(4, 0).read_bytes() == bits(page).tobytes()
-    assert np.frombuffer(pool.checksums(4), np.uint32).tolist() == [crc32c(bits(layer).tobytes()) for layer in page]
+    checksums = np.frombuffer(pool.checksums(4), np.uint32).reshape(SPEC.num_kv_heads, SPEC.num_layers)
+    for head in range(SPEC.num_kv_heads):
+        assert pool.chunk_path(4, head).read_bytes() == bits(page[:, :, head]).tobytes()
+        assert checksums[head].tolist() == [crc32c(bits(layer[:, head]).tobytes()) for layer in page]
     metadata = json.loads((tmp_path / ARRAY / "zarr.json").read_text())
     assert [codec["name"] for codec in metadata["codecs"]] == ["bytes"]
 
 
 def test_matches(tmp_path: Path) -> None:
     """Whether a rank on another node finds the array that it needs."""
-    heads = DiskHeads(0, 2, 2)
     half, brain = (PageSpec(3, 2, 16, 4, dtype) for dtype in (torch.float16, torch.bfloat16))
-    assert not matches(tmp_path, half, 4, heads)
-    make_array(tmp_path, half, 4, heads)
-    assert matches(tmp_path, half, 4, heads)
-    assert not matches(tmp_path, half, 5, heads)
-    assert not matches(tmp_path, half, 4, DiskHeads(0, 2, 1))
-    assert not matches(tmp_path, half, 4, DiskHeads(0, 4, 2))
-    assert not matches(tmp_path, SPEC, 4, heads)
-    assert not matches(tmp_path, brain, 4, heads)
+    assert not matches(tmp_path, half, 4)
+    make_array(tmp_path, half, 4)
+    assert matches(tmp_path, half, 4)
+    assert not matches(tmp_path, half, 5)
+    assert not matches(tmp_path, replace(half, num_kv_heads=3), 4)
+    assert not matches(tmp_path, SPEC, 4)
+    assert not matches(tmp_path, brain, 4)
 
 
 # --- disk: damage ---
@@ -269,9 +274,7 @@ def test_matches(tmp_path: Path) -> None:
 @pytest.fixture
 def two_chunks(tmp_path: Path) -> tuple[DiskPool, list[Tensor]]:
     """A pool with two chunks a page, and its pages."""
-    heads = DiskHeads(0, 2, 1)
-    make_array(tmp_path, SPEC, 4, heads)
-    pool = DiskPool(SPEC, tmp_path, 4, heads)
+    pool = disk_pool(tmp_path, SPEC, 4)
     pages = [random_page(SPEC, seed) for seed in range(3)]
     for slot, page in enumerate(pages):
         pool.store(slot, page)
@@ -385,7 +388,7 @@ def test_a_write_that_fails_midway(tmp_path: Path) -> None:
     first, second = random_page(LARGE, 0), random_page(LARGE, 1)
     pool.store(0, first)
     pool.store(1, first)
-    with file_size_limit(LARGE.page_bytes // 2):
+    with file_size_limit(LARGE.page_bytes // 4):
         for slot in (1, 2):
             check_refused(pool, tmp_path, slot, second, os.strerror(errno.EFBIG))
         assert same(load(pool, 0, LARGE), first)
@@ -416,7 +419,8 @@ def test_a_full_disk(small_disk: Path) -> None:
     check_refused(pool, small_disk, 1, pages[3], full)  # the new page lies beside the old one for a moment
     for slot in (0, 2):
         assert same(load(pool, slot, LARGE), pages[slot])
-    pool.chunk_path(0, 0).unlink()
+    for head in range(LARGE.num_kv_heads):
+        pool.chunk_path(0, head).unlink()
     pool.store(3, pages[3])
     assert same(load(pool, 3, LARGE), pages[3])
 
@@ -485,7 +489,7 @@ KILLS = {
         "pool.store(1, random_page(SPEC, 1))"
     ),
     "while it has pages": (
-        "pool = disk_pool(folder); pool.store(0, random_page(SPEC, 0)); Catalogue(folder).update([], {0: b'x'});"
+        "pool = disk_pool(folder); pool.store(0, random_page(SPEC, 0)); Catalogue(folder).update([], [entry(0)]);"
         "os.kill(os.getpid(), signal.SIGKILL)"
     ),
     "while it removes them": (
@@ -550,14 +554,14 @@ def test_remove_array(tmp_path: Path) -> None:
 
 def test_catalogue(tmp_path: Path) -> None:
     catalogue = Catalogue(tmp_path)
-    assert catalogue.entries() == {}
-    catalogue.update([], {3: b"three", 1: b"one"})
-    catalogue.update([3, 7], {2: b"two", 1: b"uno"})
-    catalogue.update([2], {2: b"due"})  # what is removed and added is there
-    assert catalogue.entries() == {1: b"uno", 2: b"due"}
+    assert catalogue.entries() == []
+    catalogue.update([], [entry(3, b"three"), entry(1, b"one")])
+    catalogue.update([3, 7], [entry(2, b"two"), entry(1, b"uno")])
+    catalogue.update([2], [entry(2, b"due")])  # what is removed and added is there
+    assert catalogue.entries() == [entry(1, b"uno"), entry(2, b"due")]
     catalogue.close()
     reopened = Catalogue(tmp_path)
-    assert reopened.entries() == {1: b"uno", 2: b"due"}
+    assert reopened.entries() == [entry(1, b"uno"), entry(2, b"due")]
     reopened.close()
 
 
@@ -565,15 +569,15 @@ def test_a_catalogue_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=f"the catalogue in {tmp_path / 'none'} cannot be opened"):
         Catalogue(tmp_path / "none")
     catalogue = Catalogue(tmp_path)
-    catalogue.update([], {0: b"first"})
+    catalogue.update([], [entry(0)])
     with (
         file_size_limit(0),
         pytest.raises(StoreError, match="the catalogue of the disk tier cannot be written"),
     ):
-        catalogue.update([0], {slot: bytes(10_000) for slot in range(1, 9)})
+        catalogue.update([0], [entry(slot, bytes(10_000)) for slot in range(1, 9)])
     with pytest.raises(StoreError, match="NOT NULL constraint failed"):
-        catalogue.update([0], {1: b"second", 2: None})  # type: ignore[dict-item]
-    assert catalogue.entries() == {0: b"first"}  # all or nothing
+        catalogue.update([0], [entry(1), entry(2)._replace(crc32c=None)])  # type: ignore[arg-type]
+    assert catalogue.entries() == [entry(0)]  # all or nothing
     catalogue.close()
 
 
@@ -581,9 +585,9 @@ WRITER = """
 pool, catalogue = disk_pool(folder), Catalogue(folder)
 for number in range(10**9):
     slot = number % 3
-    catalogue.update([slot], {})
+    catalogue.update([slot], [])
     pool.store(slot, random_page(SPEC, number))
-    catalogue.update([], {slot: pool.checksums(slot)})
+    catalogue.update([], [entry(slot, pool.checksums(slot))])
     print(number, flush=True)
 """
 
@@ -600,11 +604,13 @@ def test_what_a_kill_leaves_listed_is_whole(tmp_path: Path, pages: int) -> None:
     entries = catalogue.entries()
     catalogue.close()
     assert len(entries) >= min(pages, 3) - 1  # one may just be written
-    for slot, checksums in entries.items():
-        data = (tmp_path / ARRAY / f"c.{slot}.0.0.0.0.0").read_bytes()
-        assert len(data) == SPEC.page_bytes
-        layers = np.frombuffer(data, np.uint8).reshape(SPEC.num_layers, -1)
-        assert [crc32c(layer.tobytes()) for layer in layers] == np.frombuffer(checksums, np.uint32).tolist()
+    for one in entries:
+        checksums = np.frombuffer(one.crc32c, np.uint32).reshape(SPEC.num_kv_heads, -1)
+        for head in range(SPEC.num_kv_heads):
+            data = (tmp_path / ARRAY / f"c.{one.slot}.0.0.{head}.0.0").read_bytes()
+            assert len(data) == SPEC.page_bytes // SPEC.num_kv_heads
+            layers = np.frombuffer(data, np.uint8).reshape(SPEC.num_layers, -1)
+            assert [crc32c(layer.tobytes()) for layer in layers] == checksums[head].tolist()
 
 
 def test_a_device_without_the_memory_says_how_much_is_missing() -> None:

@@ -16,7 +16,8 @@ from test_pools import SPEC, flip_bit, random_page, same
 from torch import Tensor
 
 from distkv.errors import StoreError
-from distkv.storage.cache_folder import DiskHeads, make_array
+from distkv.storage.cache_folder import DiskHeads
+from distkv.storage.disk_array import make_array
 from distkv.storage.disk_pool import DiskPool, OpenPages, Parts
 from distkv.storage.host_pool import HostPool
 from distkv.storage.page_size import NUM_BUFFERS
@@ -29,7 +30,7 @@ LOST = 4  # a disk slot that cannot be read
 WAIT = 30  # seconds until a thread that hangs fails its test
 
 
-HEADS = DiskHeads(0, SPEC.num_kv_heads, SPEC.num_kv_heads)
+HEADS = DiskHeads(0, SPEC.num_kv_heads)
 PAGES = {(tier, slot): random_page(SPEC, 100 * tier + slot) for tier in Tier for slot in range(NUM_PAGES)}
 
 
@@ -87,7 +88,7 @@ Disk = TypeVar("Disk", bound=DiskPool)
 
 def make_disk(kind: type[Disk], folder: Path, lost: bool = False) -> Disk:
     """A disk tier full of pages; with `lost`, one of them is missing."""
-    make_array(folder, SPEC, NUM_PAGES, HEADS)
+    make_array(folder, SPEC, NUM_PAGES)
     disk = kind(SPEC, folder, NUM_PAGES, HEADS)
     for slot in range(NUM_PAGES):
         disk.store(slot, PAGES[Tier.DISK, slot])

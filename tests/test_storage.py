@@ -127,7 +127,7 @@ class TableMachine(RuleBasedStateMachine):
         fails=st.sampled_from([False, False, True]),
     )
     def step(self, table: PageTable, count: int, fails: bool) -> None:
-        """Appends tokens and writes them; a step that fails is taken back, and its pages wait for the next."""
+        """Appends tokens and writes them; a step that fails is taken back with its pages."""
         tokens = self.tokens[table]
         pages_before = list(table.pages)
         needed = max(0, -(-(len(tokens) + count) // PAGE_SIZE) - len(table.pages))
@@ -141,13 +141,14 @@ class TableMachine(RuleBasedStateMachine):
         assert self.cache.reserve(needed)
         fresh = table.append(count)
         assert len(table.pages) == len(pages_before) + needed and table.pages[: len(pages_before)] == pages_before
-        assert set(table.pages[len(pages_before) :]) <= set(fresh)
+        assert table.pages[len(pages_before) :] == fresh
         new = range(self.next_token, self.next_token + count)
         self.next_token += count
         for at, token in enumerate(new, start=len(tokens)):
             self.pool[table.pages[at // PAGE_SIZE].location, at % PAGE_SIZE] = token
         if fails:
             table.rewind(count)
+            assert table.pages == pages_before
         else:
             table.commit(count)
             tokens += new
@@ -245,15 +246,20 @@ def test_refused_operations_change_nothing() -> None:
         cache.integrity_check()
 
 
-def test_pages_are_fresh_until_a_step_that_wrote_them_is_over() -> None:
-    table = PageTable(device_cache(4), PAGE_SIZE)
-    first = table.append(PAGE_SIZE + 1)
-    assert first == table.pages and len(first) == 2
-    table.rewind(PAGE_SIZE + 1)
-    assert table.append(1) == first  # the second as well: whatever comes next will find it cleared
-    table.commit(1)
-    assert [page.fresh for page in table.pages] == [False, False]
+def test_a_second_step_is_settled_before_the_first_has_ended() -> None:
+    cache = device_cache(4)
+    table = PageTable(cache, PAGE_SIZE)
+    table.append(PAGE_SIZE + 1)
     assert table.append(2 * PAGE_SIZE) == table.pages[2:]
+    assert (table.num_tokens, table.num_committed, table.num_unfilled) == (3 * PAGE_SIZE + 1, 0, 4)
+    table.commit(PAGE_SIZE + 1)
+    assert [page.full for page in table.pages] == [True, False, False, False]
+    table.rewind(2 * PAGE_SIZE)
+    assert (table.num_tokens, len(table.pages), cache.slots[Tier.DEVICE].num_free) == (PAGE_SIZE + 1, 2, 2)
+    table.append(PAGE_SIZE - 1)
+    table.commit(PAGE_SIZE - 1)
+    assert table.num_unfilled == 0 and all(page.full for page in table.pages)
+    cache.integrity_check()
 
 
 def test_the_longest_runs_are_taken_when_none_is_long_enough() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from distkv.kernels.attention import Block, decode_attention, prefill_attention
 from distkv.storage.page_size import PREFILL_SPLIT, pages_for
 from distkv.storage.staging_ring import Load, Stream
-from distkv.workers.step_plan import SequencePlan, StepPlan
+from distkv.workers.page_directory import SequenceStep
 
 # Sequences with at most this many new tokens take the decode path, which reads each page once for all of them.
 MAX_DECODE_TOKENS = 8
@@ -153,18 +153,23 @@ def unpack_queries(packed: Tensor, num_tokens: int, num_heads: int) -> Tensor:
 
 
 def build_batch(
-    plan: StepPlan, page_size: int, group_size: int, buffer_pages: int, dtype: torch.dtype, device: torch.device
+    steps: list[SequenceStep],
+    page_size: int,
+    group_size: int,
+    buffer_pages: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Batch:
-    """The tensors of a plan for a rank with `group_size` query heads per KV head and `buffer_pages` pages in a buffer
+    """The tensors of a step for a rank with `group_size` query heads per KV head and `buffer_pages` pages in a buffer
     of its staging ring; masks are in `dtype`."""
     token_ids, positions, context, pages, logit_rows = [], [], [], [], []
-    decode: dict[int, list[tuple[int, SequencePlan]]] = defaultdict(list)
+    decode: dict[int, list[tuple[int, SequenceStep]]] = defaultdict(list)
     prefill = []
     first = 0
-    for sequence in plan.sequences:
+    for sequence in steps:
         count = len(sequence.token_ids)
         position = np.arange(sequence.start, sequence.start + count)
-        places = np.asarray(sequence.pages)
+        places = sequence.pages
         token_ids.append(np.asarray(sequence.token_ids))
         positions.append(position)
         context.append(np.maximum(position + 1, sequence.prompt_len))
@@ -216,7 +221,7 @@ def prefix_pieces(places: np.ndarray, prefix_len: int, page_size: int, device: t
 
 
 def _decode_group(
-    count: int, members: list[tuple[int, SequencePlan]], whole: bool, page_size: int, group_size: int,
+    count: int, members: list[tuple[int, SequenceStep]], whole: bool, page_size: int, group_size: int,
     buffer_pages: int, dtype: torch.dtype, device: torch.device,
 ) -> DecodeGroup:  # fmt: skip
     """`members` are (first row of the step, sequence) with `count` new tokens each."""

@@ -22,6 +22,11 @@ def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
     return lambda x: torch.nn.functional.linear(x, weight, bias)
 
 
+def side_by_side(first: Linear, second: Linear) -> Linear:
+    """Maps `[tokens, in]` to the outputs of both, `[tokens, out of first + out of second]`."""
+    return lambda x: torch.cat([first(x), second(x)], dim=1)
+
+
 def _packs(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False

@@ -15,7 +15,7 @@ from distkv.kernels.rope import rope_and_write_kv
 from distkv.storage.device_pool import DevicePool
 from distkv.storage.staging_ring import Stream
 from distkv.workers.batch import Batch
-from distkv.workers.linear import Linear, make_linear
+from distkv.workers.linear import Linear, make_linear, side_by_side
 from distkv.workers.model_config import ModelConfig
 from distkv.workers.process_group import ProcessGroup
 from distkv.workers.rope import RotaryEmbedding
@@ -91,7 +91,8 @@ def load_llama(
     dtype: torch.dtype,
     device: torch.device,
 ) -> LlamaModel:
-    """Reads this rank's slices; query, key and value rows are fused, and so are gate and up.
+    """Reads this rank's slices; query, key and value rows are fused unless other ranks hold the same KV heads, and gate
+    and up always.
 
     Raises ConfigError when a tensor is missing or its shape is not what the config says.
     """
@@ -117,15 +118,18 @@ def load_llama(
         prefix = f"model.layers.{index}"
         q_size, kv_size = config.num_attention_heads * dim, config.num_key_value_heads * dim
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-        qkv = [
-            (f"{attention}.q_proj", q_size, heads),
-            (f"{attention}.k_proj", kv_size, kv),
-            (f"{attention}.v_proj", kv_size, kv),
-        ]
+        q = [(f"{attention}.q_proj", q_size, heads)]
+        k_and_v = [(f"{attention}.k_proj", kv_size, kv), (f"{attention}.v_proj", kv_size, kv)]
+        if shard.num_holders == 1:
+            qkv = columns_of(q + k_and_v, config.attention_bias)
+        else:
+            # the holders of a KV head share its pages on disk, so they must agree in every bit: a product of one shape,
+            # while their shares of the query heads differ
+            qkv = side_by_side(columns_of(q, config.attention_bias), columns_of(k_and_v, config.attention_bias))
         gate_up = [(f"{mlp}.{part}_proj", config.intermediate_size, shard.mlp) for part in ("gate", "up")]
         return Layer(
             input_norm=read(f"{prefix}.input_layernorm.weight", (hidden,)),
-            qkv=columns_of(qkv, config.attention_bias),
+            qkv=qkv,
             attention_out=rows_of(f"{attention}.o_proj", q_size, heads, config.attention_bias),
             post_attention_norm=read(f"{prefix}.post_attention_layernorm.weight", (hidden,)),
             gate_up=columns_of(gate_up, config.mlp_bias),

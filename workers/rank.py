@@ -1,6 +1,6 @@
 """One tensor-parallel rank: its part of the model and of the KV cache, and the execution of step plans on them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 
 from distkv.errors import CapacityError
+from distkv.storage.cache_folder import Description, DiskHeads
 from distkv.storage.host_memory import available_bytes
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.random_pages import random_slice
 from distkv.workers.batch import build_batch
 from distkv.workers.llama import LlamaModel, load_llama
 from distkv.workers.model_config import ModelConfig
+from distkv.workers.page_directory import PageDirectory
 from distkv.workers.process_group import ProcessGroup
 from distkv.workers.report import Report
 from distkv.workers.shard import Shard
 from distkv.workers.step_plan import SequencePlan, StepPlan
-from distkv.workers.tiers import PoolSizes, RankTiers
+from distkv.workers.tiers import DiskTier, PoolSizes, RankTiers
 from distkv.workers.weights import DummySource, SafetensorsSource
 
 # Share of the memory free at start that each KV pool in CPU memory may grow to, unless a size is given.
@@ -40,7 +42,9 @@ class RankConfig:
     gpu_memory_utilization: float  # share of the GPU's memory that weights, workspace and KV may take together
     num_threads: int | None  # torch's CPU threads; None leaves them as they are
     staging_pages: int  # see `StagingRing`
-    cache_dir: Path | None  # of the disk tier
+    cache_dir: Path | None  # of the disk tier: the sub-folder for this model's pages, see `cache_folder.py`
+    keep_cache: bool  # whether the pages on disk outlive the engine
+    fingerprint: str  # of all that the pages depend on, see `fingerprint.py`; "" where nothing is kept
 
 
 class Capacity(msgspec.Struct, array_like=True, frozen=True):
@@ -63,6 +67,7 @@ class Rank:
             torch.set_num_threads(config.num_threads)
         self._model = self._load()
         self.tiers = RankTiers(self.page_spec, PoolSizes(), self.device)
+        self._directory = PageDirectory(config.page_size)
 
     def _load(self) -> LlamaModel:
         config = self.config
@@ -104,8 +109,8 @@ class Rank:
         self.allocate(PoolSizes(device=pages))
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        plan = SequencePlan([0] * tokens, 0, list(range(pages)), tokens, 1)
-        self.execute(StepPlan([plan], [], []))
+        plan = SequencePlan(0, [0] * tokens, 0, tokens, 1, 0, list(range(pages)))
+        self.execute(StepPlan([plan], [], [], moved=[(page, page) for page in range(pages)]))
         torch.cuda.synchronize(self.device)
         peak = torch.cuda.max_memory_allocated(self.device)
         self.allocate(PoolSizes())
@@ -119,10 +124,13 @@ class Rank:
         the others start: it makes the array on disk.
         """
         self.tiers.close()
-        model, group = self.config.model, self.group
-        shards = [Shard.of(model, rank, group.size) for rank in range(group.size)]
-        held = [shard.num_kv_heads for shard in shards]
-        self.tiers = RankTiers(self.page_spec, sizes, self.device, self.config.cache_dir, group.rank, held)
+        config, shard = self.config, self.shard
+        disk = None
+        if config.cache_dir is not None:
+            is_first = shard.holder == 0
+            heads = DiskHeads(shard.kv_heads[0], config.model.num_key_value_heads, reports=is_first, writes=is_first)
+            disk = DiskTier(config.cache_dir, heads, shard.rank, self._description() if config.keep_cache else None)
+        self.tiers = RankTiers(self.page_spec, sizes, self.device, disk)
         return self.tiers.nbytes
 
     @torch.inference_mode()
@@ -130,16 +138,19 @@ class Rank:
         """Runs a step; on rank 0 returns the wanted logits, fp32 `[rows, vocab_size]`, in the plan's order, and None
         when nothing runs. `take_report` must follow."""
         tiers, spec, shard = self.tiers, self.page_spec, self.shard
+        steps = self._directory.update(plan)
+        if plan.adopt is not None:
+            tiers.adopt(plan.adopt)
         tiers.mover.start(plan.transfers, plan.await_ids)
         for source, target in plan.copies:
             tiers.device.copy(source, target)
         tiers.device.clear(plan.clear)
         for slot, seed in plan.random_pages:
             self._fill_random(slot, seed)
-        if not plan.sequences:
+        if not steps:
             return None
         group_size = shard.num_query_heads // shard.num_kv_heads
-        batch = build_batch(plan, spec.page_size, group_size, tiers.ring.buffer_pages, spec.dtype, self.device)
+        batch = build_batch(steps, spec.page_size, group_size, tiers.ring.buffer_pages, spec.dtype, self.device)
         with tiers.stream(batch.loads) as stream:
             hidden = self._model.forward(batch, tiers.device, stream)
         return self._model.logits(hidden)
@@ -152,6 +163,20 @@ class Rank:
     def close(self) -> None:
         """Ends transfers and gives back memory and files."""
         self.tiers.close()
+
+    def _description(self) -> Description:
+        config, model = self.config, self.config.model
+        whole = replace(self.page_spec, num_kv_heads=model.num_key_value_heads)
+        return Description(
+            fingerprint=config.fingerprint,
+            model=str(config.folder),
+            dtype=str(config.dtype).removeprefix("torch."),
+            page_size=config.page_size,
+            num_layers=model.num_hidden_layers,
+            num_kv_heads=model.num_key_value_heads,
+            head_dim=model.head_dim,
+            page_bytes=whole.page_bytes,
+        )
 
     def _fill_random(self, slot: int, seed: int) -> None:
         """See `random_slice`."""

@@ -13,6 +13,7 @@ class Report(msgspec.Struct, array_like=True):
     checksums: dict[int, bytes] = {}  # of pages written to disk, by id
     bad_reads: list[tuple[int, str]] = []  # disk slots that this step could not read back, with the reason
     moved: dict[str, int] = {}  # bytes by route, see `Rank.take_report`
+    missing: list[int] = []  # disk slots of `StepPlan.adopt` whose page is not there
 
 
 encode_report = msgspec.msgpack.Encoder().encode
@@ -33,6 +34,7 @@ class ReportCollector:
         """Takes in one report of each rank, in order of rank."""
         together = Report()
         moved: Counter[str] = Counter()
+        missing: set[int] = set()
         for rank, report in enumerate(reports):
             for id in report.done + [id for id, _ in report.failed]:
                 self._ended[id] += 1
@@ -41,7 +43,8 @@ class ReportCollector:
                 self._checksums.setdefault(id, [b""] * self._num_ranks)[rank] = own
             together.bad_reads += report.bad_reads
             moved.update(report.moved)
-        together.moved = dict(moved)
+            missing.update(report.missing)
+        together.moved, together.missing = dict(moved), sorted(missing)
         for id in [id for id, count in self._ended.items() if count == self._num_ranks]:
             del self._ended[id]
             checksums = self._checksums.pop(id, [])

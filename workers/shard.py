@@ -20,6 +20,8 @@ class Shard:
     kv_heads: tuple[int, int]
     mlp: tuple[int, int]
     vocab: tuple[int, int]
+    num_holders: int  # of the KV heads, this rank included
+    holder: int  # this rank's place among them
 
     @property
     def num_query_heads(self) -> int:
@@ -41,13 +43,14 @@ class Shard:
         if size <= kv_heads:
             kv = _part(kv_heads, rank, size)
             query = kv[0] * group, kv[1] * group
+            sharers = [rank]
         else:
             head = rank * kv_heads // size
             sharers = [other for other in range(size) if other * kv_heads // size == head]
             first, last = _part(group, sharers.index(rank), len(sharers))
             kv, query = (head, head + 1), (head * group + first, head * group + last)
         mlp, vocab = _part(model.intermediate_size, rank, size), _part(model.vocab_size, rank, size)
-        return cls(rank, size, query, kv, mlp, vocab)
+        return cls(rank, size, query, kv, mlp, vocab, len(sharers), sharers.index(rank))
 
 
 def _part(total: int, index: int, parts: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The message from the leader to all ranks: what to run in this step. It is all a rank needs; ranks keep no tables."""
+"""The message from the leader to all ranks: what to run in this step."""
 
 import msgspec
 
@@ -8,18 +8,23 @@ from distkv.storage.tier import Transfer
 class SequencePlan(msgspec.Struct, array_like=True):
     """The part of one sequence in a step."""
 
+    table: int  # number of the page table on the ranks
     token_ids: list[int]  # the new tokens, at positions start, start + 1, ...
     start: int
-    # where the pages of tokens 0 .. start + len(token_ids) - 1 lie, in logical order, see `tier.location`; those of the
-    # new tokens on the device
-    pages: list[int]
     prompt_len: int
     num_logits: int  # logits are wanted for this many of the last new tokens
+    # what the table does not hold yet: ids of the pages from `first_page` on, in logical order
+    first_page: int = 0
+    pages: list[int] = []
 
 
 class StepPlan(msgspec.Struct, array_like=True):
-    """One step of the whole group. Transfers are started and `await_ids` waited for; then come `copies`, `clear` and
-    `random_pages`; then the sequences run, of which there may be none."""
+    """One step of the whole group. First comes `adopt`; transfers are started and `await_ids` waited for; then come
+    `copies`, `clear` and `random_pages`; then the sequences run, of which there may be none.
+
+    Ranks keep page tables (`page_directory.py`), so that a plan tells what has changed and not what a long context is
+    made of. Telling a rank again what it knows does no harm.
+    """
 
     sequences: list[SequencePlan]
     copies: list[tuple[int, int]]  # (source, target) device slots
@@ -27,6 +32,11 @@ class StepPlan(msgspec.Struct, array_like=True):
     transfers: list[Transfer] = []
     await_ids: list[int] = []  # transfers that must have ended
     random_pages: list[tuple[int, int]] = []  # (device slot, seed): filled with random numbers, for stress tests
+    moved: list[tuple[int, int]] = []  # (page id, where it lies now, see `tier.location`)
+    ended: list[int] = []  # numbers of tables that are not needed any more
+    # the pages on disk that an earlier process left, by slot with their checksums, see `DiskPool.adopt`; given once,
+    # before anything is written there
+    adopt: dict[int, bytes] | None = None
 
 
 encode = msgspec.msgpack.Encoder().encode

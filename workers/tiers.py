@@ -1,14 +1,15 @@
 """The three pools of one rank, and what moves pages between them."""
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 import torch
 
+from distkv.storage.cache_folder import Description, DiskHeads, FolderLock, is_locked
 from distkv.storage.device_pool import DevicePool
 from distkv.storage.host_pool import HostPool
 from distkv.storage.mover import Mover
@@ -31,6 +32,16 @@ class PoolSizes(msgspec.Struct, array_like=True, frozen=True):
     read_ahead: int = 0  # layer slices of host memory for reads from disk; 0 where the device is a CPU
 
 
+@dataclass(frozen=True)
+class DiskTier:
+    """Where a rank's disk tier lies."""
+
+    folder: Path  # rank 0 locks it and makes the array
+    heads: DiskHeads
+    rank: int
+    kept: Description | None  # of pages that outlive the process; None for a folder that is emptied on open and close
+
+
 class RankTiers:
     """Owns the pools of a rank, the mover and the staging ring."""
 
@@ -39,18 +50,17 @@ class RankTiers:
         spec: PageSpec,
         sizes: PoolSizes,
         device: torch.device,
-        folder: Path | None = None,
-        rank: int = 0,
-        held_heads: list[int] | None = None,
+        disk: DiskTier | None = None,
     ):
         """
         Args:
-            folder: of the disk tier, needed where it has pages; rank 0 locks it and makes the array.
-            held_heads: KV heads of each rank.
+            disk: needed where the disk has pages.
         """
         self._spec = spec
         size = spec.page_bytes
-        self.nbytes = sizes.device * size, sizes.host * size, sizes.disk * size
+        own_files = disk is not None and disk.heads.reports
+        self.nbytes = sizes.device * size, sizes.host * size, sizes.disk * size * own_files
+        self._missing: list[int] = []
         self._bad_reads: dict[int, str] = {}
         self._told: dict[str, int] = {}
         with ExitStack() as stack:  # what is open is closed again if something fails on the way
@@ -58,7 +68,10 @@ class RankTiers:
             stack.callback(self.device.close)
             self.host = HostPool(spec, sizes.host, pinned=device.type == "cuda")
             stack.callback(self.host.close)
-            self.disk = self._open_disk(stack, folder, sizes.disk, rank, held_heads) if sizes.disk else None
+            self.disk = None
+            if sizes.disk:
+                assert disk is not None
+                self.disk = self._open_disk(stack, disk, sizes.disk)
             read_ahead = None
             if self.disk is not None and sizes.read_ahead:
                 read_ahead = ReadAhead(spec, sizes.read_ahead, self.disk, pinned=device.type == "cuda")
@@ -68,6 +81,11 @@ class RankTiers:
             self.mover = Mover(self.device, self.host, self.disk)
             stack.callback(self.mover.close)
             self._open = stack.pop_all()
+
+    def adopt(self, entries: dict[int, bytes]) -> None:
+        """Takes over what an earlier process left on disk, see `DiskPool.adopt`; the report says what is missing."""
+        assert self.disk is not None
+        self._missing = self.disk.adopt(entries)
 
     @contextmanager
     def stream(self, loads: list[Load]) -> Iterator[Stream | None]:
@@ -92,27 +110,37 @@ class RankTiers:
         new = {route: count - self._told.get(route, 0) for route, count in routes.items()}
         self._told = routes
         bad_reads, self._bad_reads = self._bad_reads, {}
+        missing, self._missing = self._missing, []
         return Report(
             moved.done, moved.failed, moved.checksums, list(bad_reads.items()),
-            {route: count for route, count in new.items() if count},
+            {route: count for route, count in new.items() if count}, missing,
         )  # fmt: skip
 
     def close(self) -> None:
-        """Waits for what is on its way, frees memory, and removes what lies on disk. A second call does nothing."""
+        """Waits for what is on its way, frees memory, and removes what lies on disk unless it is kept. A second call
+        does nothing."""
         self._open.close()
 
-    def _open_disk(
-        self, stack: ExitStack, folder: Path | None, num_pages: int, rank: int, held_heads: list[int] | None
-    ) -> "DiskPool":
-        from distkv.storage.cache_folder import DiskHeads, FolderLock, make_array, matches, remove_array
+    def _open_disk(self, stack: ExitStack, disk: DiskTier, num_pages: int) -> "DiskPool":
+        from distkv.storage.disk_array import make_array, matches, remove_array
         from distkv.storage.disk_pool import DiskPool  # imports zarr
+        from distkv.storage.kept_cache import join_kept, open_kept
 
-        assert folder is not None and held_heads is not None
-        heads = DiskHeads(sum(held_heads[:rank]), sum(held_heads), math.gcd(*held_heads))
-        if rank == 0:
+        folder, heads = disk.folder, disk.heads
+        whole = replace(self._spec, num_kv_heads=heads.total)
+        if disk.rank == 0:
             lock = FolderLock(folder)
             stack.callback(lock.release)
-        if rank == 0 or not matches(folder, self._spec, num_pages, heads):  # another node may have a disk of its own
-            make_array(folder, self._spec, num_pages, heads)
-            stack.callback(remove_array, folder)
+            if disk.kept is not None:
+                open_kept(folder, whole, num_pages, disk.kept)
+            else:
+                make_array(folder, whole, num_pages)
+                stack.callback(remove_array, folder)
+        elif not is_locked(folder):  # this node has a disk of its own, and nobody else may write these heads there
+            heads = replace(heads, writes=True)
+            if disk.kept is not None:
+                join_kept(folder, whole, num_pages)
+            elif not matches(folder, whole, num_pages):
+                make_array(folder, whole, num_pages)
+                stack.callback(remove_array, folder)
         return DiskPool(self._spec, folder, num_pages, heads)

@@ -38,7 +38,7 @@ class SafetensorsSource:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._file_of = _tensor_files(folder)
+        self._file_of = tensor_files(folder)
         self._files: dict[str, Any] = {}
         self._exits = ExitStack()
 
@@ -99,7 +99,7 @@ class DummySource:
         return whole[index].clone()
 
 
-def _tensor_files(folder: Path) -> Mapping[str, str]:
+def tensor_files(folder: Path) -> Mapping[str, str]:
     """Tensor name -> file name."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():

@@ -1,0 +1,86 @@
+"""Which of the running sequences take part in the next steps, when their cold pages are more than a step should stream.
+
+Sequences that wait are parked: their pages leave the device first, so that those which run stream less. The choice is
+reviewed now and then, not every step, and turns are long, so that sequences do not push each other out all the time.
+"""
+
+from collections.abc import Iterable
+
+from distkv.messages import EngineInfo
+from distkv.sequence import Sequence
+from distkv.storage.page import Page
+from distkv.storage.tier import Tier
+from distkv.storage.tiered_cache import TieredCache
+
+REVIEW_STEPS = 16  # between two reviews, unless sequences come or go
+TURN_STEPS = 128  # after which a sequence goes behind those that wait
+RETURN_SHARE = 0.9  # of the budget: what a parked sequence must fit into to run beside others
+
+
+class ColdBudget:
+    """Keeps the cold bytes of a step under `EngineInfo.max_cold_bytes_per_step`, 0 for no limit. The first in line
+    always runs, whatever it streams, and so do sequences that stream nothing."""
+
+    def __init__(self, info: EngineInfo, cache: TieredCache):
+        self._limit = info.max_cold_bytes_per_step / info.page_bytes  # pages
+        self._disk_cost = info.disk_cost
+        self._cache = cache
+        self._steps = 0  # since the last review
+        self._members: list[Sequence] = []  # of the last review
+        self._any_parked = False
+
+    def review(self, running: list[Sequence]) -> None:
+        """Sets `Sequence.is_parked`; to be called once a step."""
+        if not self._limit or not self._cache.has_cold:
+            if self._any_parked:
+                self._unpark(running)
+            return
+        self._steps += 1
+        if self._steps < REVIEW_STEPS and running == self._members:
+            return
+        self._give_turns(running)
+        self._choose(running)
+        self._members, self._steps = list(running), 0
+
+    def _give_turns(self, running: list[Sequence]) -> None:
+        newest = max((sequence.turn for sequence in self._members if not sequence.finished), default=0)
+        known = set(self._members)
+        for sequence in running:
+            if sequence not in known:
+                sequence.turn = max(sequence.turn, newest)
+            elif not sequence.is_parked:
+                sequence.turn_steps += self._steps
+                if self._any_parked and sequence.turn_steps >= TURN_STEPS:
+                    sequence.turn, sequence.turn_steps = newest + 1, 0
+
+    def _choose(self, running: list[Sequence]) -> None:
+        line = sorted(running, key=lambda one: (one.request.priority, one.turn, one.number))
+        streamed: set[Page] = set()
+        total = 0.0
+        self._any_parked = False
+        for place, sequence in enumerate(line):
+            cold = [page for page in sequence.table.pages if not page.has(Tier.DEVICE) and page not in streamed]
+            cost = self._cost(cold)
+            limit = self._limit * (RETURN_SHARE if sequence.is_parked else 1)
+            runs = not place or not cost or total + cost <= limit
+            if runs:
+                total += cost
+                streamed.update(cold)
+                if sequence.is_parked:
+                    self._cache.unpark(sequence.table.pages)
+            else:
+                self._any_parked = True
+                self._cache.park(sequence.table.pages)
+            sequence.is_parked = not runs
+
+    def _cost(self, cold: Iterable[Page]) -> float:
+        """In pages of the host."""
+        return sum(1.0 if page.has(Tier.HOST) else self._disk_cost for page in cold)
+
+    def _unpark(self, running: list[Sequence]) -> None:
+        for sequence in running:
+            if sequence.is_parked:
+                sequence.is_parked = False
+                self._cache.unpark(sequence.table.pages)
+        self._any_parked = False
+        self._members = []

@@ -1,0 +1,68 @@
+"""What the engine tells the catalogue of the disk tier, and what it takes over from earlier processes."""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from distkv.errors import StoreError
+from distkv.storage.catalogue import Catalogue, Entry
+from distkv.storage.page import PageName
+from distkv.storage.tiered_cache import TieredCache
+from distkv.workers.report import Report
+from distkv.workers.step_plan import StepPlan
+
+log = logging.getLogger(__name__)
+
+
+class Keeper:
+    """Keeps the catalogue of a cache folder true while the engine runs."""
+
+    def __init__(self, folder: Path, cache: TieredCache):
+        """Raises StoreError or ConfigError when the folder's catalogue cannot be used."""
+        self._cache = cache
+        self._catalogue: Catalogue | None = Catalogue(folder)
+
+    def adopt(self, run: Callable[[StepPlan], Report]) -> None:
+        """Takes in the pages that an earlier process left, as far as all ranks can vouch for them."""
+        assert self._catalogue is not None
+        entries = self._catalogue.entries()
+        report = run(StepPlan([], [], [], adopt={one.slot: one.crc32c for one in entries}))
+        missing = set(report.missing)
+        known = {one.slot for one in entries}
+        self._catalogue.update((self._catalogue.slots() - known) | missing, [])
+        self._cache.adopt(
+            (one.slot, one.index, PageName(one.key, one.parent, one.tokens))
+            for one in entries
+            if one.slot not in missing
+        )
+        self._cache.touched.clear()
+        if missing:
+            log.warning("%d of %d KV pages on disk are missing and are not used", len(missing), len(entries))
+        log.info("%d KV pages of earlier processes are on disk", len(entries) - len(missing))
+
+    def update(self, checksums: dict[int, bytes]) -> None:
+        """Takes vacated disk slots out before they can be written again, and puts new pages in.
+
+        Args:
+            checksums: of pages written to disk, by transfer id.
+        """
+        vacated, written, touched = self._cache.vacated, self._cache.written, self._cache.touched
+        if self._catalogue is None or not (vacated or written or touched):
+            return
+        now = time.time()
+        added = [
+            Entry(slot, *page.name, checksums[id], now, page.index)
+            for slot, (id, page) in written.items()
+            if id in checksums and page.name is not None
+        ]
+        try:
+            self._catalogue.update(vacated, added, touched, now)
+        except StoreError as error:
+            log.warning("%s; this run goes on without a catalogue", error)
+            self._catalogue.discard()
+            self._catalogue = None
+
+    def close(self) -> None:
+        if self._catalogue is not None:
+            self._catalogue.close()

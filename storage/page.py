@@ -1,0 +1,62 @@
+"""A page as the leader knows it: bookkeeping only, no tensor."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from distkv.storage.tier import Tier, location
+
+ALL_TIERS = tuple(Tier)
+
+
+class PageName(NamedTuple):
+    """What a full page holds: its tokens, and by the chain of keys all tokens before them. See `prefix_index.py`."""
+
+    key: bytes
+    parent: bytes  # key of the page before, or the chain's root
+    tokens: bytes  # uint32, little endian
+
+
+@dataclass(eq=False, slots=True)
+class Page:
+    """`page_size` tokens of one or several sequences, and its copies by tier."""
+
+    index: int  # logical place in its sequences
+    id: int = -1  # by which ranks know it while it is held
+    references: int = 1  # holders; an idle page has none, and may be found by its name
+    name: PageName | None = None  # None: nobody else may find it
+    stamp: int = 0  # when an idle page was used last, in order
+    full: bool = False
+    repairs: int = 0  # how often it was lost and computed again
+    slots: list[int | None] = field(default_factory=lambda: [None, None, None])
+    filling: list[int | None] = field(default_factory=lambda: [None, None, None])  # transfer that fills the copy
+    reading: list[int] = field(default_factory=lambda: [0, 0, 0])  # transfers that read the copy
+
+    def has(self, tier: Tier) -> bool:
+        """Whether a whole copy lies in the tier."""
+        return self.slots[tier] is not None and self.filling[tier] is None
+
+    @property
+    def lost(self) -> bool:
+        """Whether no copy is left, so that it must be computed again."""
+        return not (self.has(Tier.DEVICE) or self.has(Tier.HOST) or self.has(Tier.DISK))
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody holds it and it may still be found."""
+        return not self.references and self.name is not None
+
+    @property
+    def tier(self) -> Tier:
+        """The fastest tier with a whole copy; raises AssertionError when it is lost."""
+        for tier in ALL_TIERS:  # the enumeration itself would take longer than the loop
+            if self.slots[tier] is not None and self.filling[tier] is None:
+                return tier
+        raise AssertionError(f"page {self.index} has no copy to read")
+
+    @property
+    def location(self) -> int:
+        """Where a step is to read it, see `tier.location`; raises AssertionError when it is lost."""
+        tier = self.tier
+        slot = self.slots[tier]
+        assert slot is not None
+        return location(tier, slot)

@@ -1,0 +1,58 @@
+"""What ranks remember between step plans: the pages of each sequence, and where each page lies."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from distkv.storage.page_size import pages_for
+from distkv.workers.step_plan import StepPlan
+
+
+@dataclass(frozen=True)
+class SequenceStep:
+    """The part of one sequence in a step, with its pages in place."""
+
+    token_ids: list[int]  # at positions start, start + 1, ...
+    start: int
+    # int64, where the pages of tokens 0 .. start + len(token_ids) - 1 lie, in logical order, see `tier.location`; those
+    # of the new tokens on the device
+    pages: np.ndarray
+    prompt_len: int
+    num_logits: int  # of the last new tokens
+
+
+class PageDirectory:
+    """Page tables by number, over page ids; and a place for each id."""
+
+    def __init__(self, page_size: int):
+        self._page_size = page_size
+        self._places = np.zeros(0, dtype=np.int64)
+        self._tables: dict[int, np.ndarray] = {}
+
+    def update(self, plan: StepPlan) -> list[SequenceStep]:
+        """Takes in what a plan tells; returns its sequences."""
+        for number in plan.ended:
+            self._tables.pop(number, None)
+        if plan.moved:
+            moved = np.asarray(plan.moved)
+            self._places = _grown(self._places, int(moved[:, 0].max()) + 1)
+            self._places[moved[:, 0]] = moved[:, 1]
+        steps = []
+        for one in plan.sequences:
+            table = self._tables.setdefault(one.table, np.zeros(0, dtype=np.int64))
+            if one.pages:
+                last = one.first_page + len(one.pages)
+                table = self._tables[one.table] = _grown(table, last)
+                table[one.first_page : last] = one.pages
+            pages = table[: pages_for(one.start + len(one.token_ids), self._page_size)]
+            steps.append(SequenceStep(one.token_ids, one.start, self._places[pages], one.prompt_len, one.num_logits))
+        return steps
+
+
+def _grown(array: np.ndarray, size: int) -> np.ndarray:
+    """The array with room for `size` numbers."""
+    if len(array) >= size:
+        return array
+    larger = np.zeros(max(size, 2 * len(array)), dtype=np.int64)
+    larger[: len(array)] = array
+    return larger
