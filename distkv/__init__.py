@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # the same names, for type checkers
+    from distkv.async_llm import AsyncLLM as AsyncLLM
     from distkv.config import EngineConfig as EngineConfig
     from distkv.errors import CapacityError as CapacityError
     from distkv.errors import ConfigError as ConfigError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # the same names, for type checkers
 
 _HOME = {
     "LLM": "llm",
+    "AsyncLLM": "async_llm",
     "EngineConfig": "config",
     "SamplingParams": "sampling_params",
     "RequestOutput": "outputs",

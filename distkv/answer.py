@@ -6,6 +6,8 @@ from distkv.outputs import CompletionOutput, Logprob, RequestOutput
 from distkv.tokenizer import IncrementalDecoder, Tokenizer
 from distkv.workers.sampler import TokenLogprobs
 
+TIERS = ("device", "host", "disk")
+
 
 class Answer:
     """One answer: its tokens, its text, and whether a stop string ends it.
@@ -96,7 +98,7 @@ class RequestState:
         self.request = request
         self._prompt = prompt
         self._answers = [Answer(request, index, tokenizer) for index in range(request.params.n)]
-        self._grown = False
+        self._num_cached_tokens = (0, 0, 0)  # by tier
         self.error: DistKVError | None = None
 
     @property
@@ -108,21 +110,16 @@ class RequestState:
         self.error = error
         for answer in self._answers:
             answer.fail()
-        self._grown = True
 
-    def add(self, output: TokenOutput) -> bool:
-        """Takes a token of one of the answers, and says whether that answer is finished; a token that comes after its
-        stop string is dropped."""
-        answer = self._answers[output.index]
-        if not answer.finished:
-            answer.add(output)
-            self._grown = True
-        return answer.finished
+    def is_finished(self, index: int) -> bool:
+        """Whether one of the answers is finished."""
+        return self._answers[index].finished
 
-    def take_growth(self) -> bool:
-        """Whether tokens have come since this was last asked."""
-        grown, self._grown = self._grown, False
-        return grown
+    def add(self, output: TokenOutput) -> None:
+        """Takes the next token of an answer that is not finished."""
+        if any(output.num_cached_tokens):
+            self._num_cached_tokens = output.num_cached_tokens
+        self._answers[output.index].add(output)
 
     def output(self) -> RequestOutput:
         """The request as it stands."""
@@ -133,4 +130,5 @@ class RequestState:
             outputs=[answer.output() for answer in self._answers],
             finished=self.finished,
             error=self.error,
+            num_cached_tokens_by_tier=dict(zip(TIERS, self._num_cached_tokens, strict=True)),
         )

@@ -3,12 +3,38 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from distkv.errors import ConfigError
 from distkv.storage.page_size import NUM_BUFFERS, PREFILL_SPLIT, check_page_size
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+class EngineOptions(TypedDict, total=False):
+    """The fields of `EngineConfig` but the model, as keyword arguments of `LLM` and `AsyncLLM`."""
+
+    tensor_parallel_size: int
+    dtype: str
+    max_model_len: int | None
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    page_size: int
+    seed: int
+    ray_address: str | None
+    device: str
+    device_kv_bytes: int | str | None
+    host_kv_bytes: int | str | None
+    disk_kv_bytes: int | str | None
+    cache_dir: str | Path | None
+    staging_pages: int | None
+    enable_prefix_caching: bool
+    disk_write_policy: str
+    max_cold_bytes_per_step: int | str | None
+    gpu_memory_utilization: float
+    load_format: str
+    num_threads: int | None
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from distkv.config import EngineConfig
 from distkv.engine import Engine
+from distkv.engine_client import EngineClient
 from distkv.errors import CapacityError, ConfigError
 from distkv.fingerprint import FOLDER_DIGITS, dummy_digest, make_fingerprint, weights_digest
 from distkv.messages import EngineInfo
@@ -27,9 +27,6 @@ from distkv.workers.shard import Shard
 from distkv.workers.step_plan import StepPlan
 from distkv.workers.tiers import PoolSizes
 
-if TYPE_CHECKING:
-    from distkv.llm import EngineClient
-
 log = logging.getLogger(__name__)
 
 KEPT_PAGES = (
@@ -37,7 +34,7 @@ KEPT_PAGES = (
 )  # most pages of a disk tier that outlives the engine, unless a size is given: each takes a slot's books
 
 
-def launch(config: EngineConfig) -> "EngineClient":
+def launch(config: EngineConfig) -> EngineClient:
     """An engine ready for requests: in this process with one rank and no cluster address, else on Ray."""
     model = ModelConfig.load(Path(config.model))
     max_model_len = _max_model_len(config, model)

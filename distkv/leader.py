@@ -12,6 +12,7 @@ from distkv.messages import (
     EngineInfo,
     GetStats,
     Refused,
+    ResetPrefixCache,
     Shutdown,
     Tokens,
     decode_command,
@@ -49,6 +50,9 @@ def lead(rank: Rank, followers: LeaderChannel, client: zmq.Socket, info: EngineI
                     engine.abort(answers)
                 case GetStats():
                     client.send(encode(engine.stats()))
+                case ResetPrefixCache():
+                    engine.reset_prefix_cache()
+                    client.send(encode(Accepted()))
                 case Shutdown():
                     engine.close()
                     return

@@ -1,104 +1,54 @@
 """The Python API: text in, text out."""
 
-import itertools
-import logging
-from collections.abc import Generator, Iterator, Sequence
+import queue
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, TypeVar, Unpack
 
-from distkv import errors
 from distkv.answer import RequestState
-from distkv.config import EngineConfig
-from distkv.errors import ConfigError, DistKVError, RequestError
-from distkv.launch import launch
-from distkv.messages import EngineInfo, EngineRequest, EngineStats, RequestFailed, StepOutput
+from distkv.chat_pieces import Message
+from distkv.config import EngineConfig, EngineOptions
+from distkv.engine_client import EngineClient
+from distkv.engine_thread import Delivery
+from distkv.errors import RequestError
+from distkv.front_end import Flight, FrontEnd, Prompt
+from distkv.messages import EngineInfo, EngineStats
 from distkv.outputs import RequestOutput
 from distkv.sampling_params import SamplingParams
-from distkv.tokenizer import Message, Tokenizer
+from distkv.tokenizer import Tokenizer
 
-log = logging.getLogger(__name__)
-
-Prompt = str | list[int]
-"""A prompt as text or as token ids."""
+Value = TypeVar("Value")
 
 
 class LLM:
     """A LLaMA model, ready to generate. Use it as a context manager, or call `close()`.
 
-    One rank runs in this process; more run as Ray actors. Not for use by several threads at a time.
+    The engine runs in a thread of this process, or with more than one rank as Ray actors. Several threads may call an
+    LLM at a time; what they ask for runs together. In an event loop use `AsyncLLM`; LLM works in one too, a notebook's
+    say, and blocks it meanwhile.
 
     Example:
         with LLM("path/to/model") as llm:
             print(llm.generate("Once upon a time")[0].outputs[0].text)
     """
 
-    def __init__(
-        self,
-        model: str | Path,
-        *,
-        tensor_parallel_size: int = 1,
-        dtype: str = "auto",
-        max_model_len: int | None = None,
-        max_num_seqs: int = 64,
-        max_num_batched_tokens: int = 2048,
-        page_size: int = 256,
-        seed: int = 0,
-        ray_address: str | None = None,
-        device: str = "auto",
-        device_kv_bytes: int | str | None = None,
-        host_kv_bytes: int | str | None = None,
-        disk_kv_bytes: int | str | None = None,
-        cache_dir: str | Path | None = None,
-        staging_pages: int | None = None,
-        enable_prefix_caching: bool = True,
-        disk_write_policy: str = "write_through",
-        max_cold_bytes_per_step: int | str | None = None,
-        gpu_memory_utilization: float = 0.9,
-        load_format: str = "auto",
-        num_threads: int | None = None,
-    ):
+    def __init__(self, model: str | Path, **options: Unpack[EngineOptions]):
         """Loads the model. The arguments are those of `EngineConfig`, which says what each means.
 
         Raises ConfigError for an option or a model that cannot be used, CapacityError when the memory does not suffice,
         WorkerDied when a rank ends while it starts.
         """
-        self.config = EngineConfig(
-            model=model,
-            tensor_parallel_size=tensor_parallel_size,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            page_size=page_size,
-            seed=seed,
-            ray_address=ray_address,
-            device=device,
-            device_kv_bytes=device_kv_bytes,
-            host_kv_bytes=host_kv_bytes,
-            disk_kv_bytes=disk_kv_bytes,
-            cache_dir=cache_dir,
-            staging_pages=staging_pages,
-            enable_prefix_caching=enable_prefix_caching,
-            disk_write_policy=disk_write_policy,
-            max_cold_bytes_per_step=max_cold_bytes_per_step,
-            gpu_memory_utilization=gpu_memory_utilization,
-            load_format=load_format,
-            num_threads=num_threads,
-        )
-        self._engine: EngineClient | None = launch(self.config)
-        self.info: EngineInfo = self._engine.info
-        self._tokenizer: Tokenizer | None = None
-        self._tokenizer_error: DistKVError | None = None
-        self._numbers = itertools.count()
-        self._states: dict[str, RequestState] = {}  # requests in flight, of all iterators
+        self._front_end = FrontEnd(EngineConfig(model=model, **options))
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | list[SamplingParams] | None = None,
         *,
+        priority: int | list[int] = 0,
+        cache_salt: str | list[str | None] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answers prompts, all of them together, and returns when the last one is done.
@@ -106,22 +56,20 @@ class LLM:
         Args:
             prompts: one prompt or a list of them, each a text or a list of token ids.
             sampling_params: for all prompts, or one for each.
+            priority: for all prompts, or one for each; lower goes first, and equal ones go in order of arrival.
+            cache_salt: for all prompts, or one for each; pages of a prompt are shared among requests of one salt only,
+                and None is a salt too.
             use_tqdm: show a progress bar on stderr.
 
         Returns one output per prompt, in their order; one that could not go on has its `error` set, and the others are
-        whole. Raises RequestError or CapacityError, before anything runs, for a prompt that cannot be answered, and
-        WorkerDied when a rank is lost.
+        whole. Raises RequestError or CapacityError, before anything runs, for a prompt that cannot be answered,
+        WorkerDied when a rank is lost, and DistKVError when the LLM is closed meanwhile.
         """
         listed = _listed(prompts)
-        if isinstance(sampling_params, list):
-            if len(sampling_params) != len(listed):
-                raise RequestError(
-                    f"{len(listed)} prompts came with {len(sampling_params)} sampling_params; give one each"
-                )
-            params = sampling_params
-        else:
-            params = [sampling_params or SamplingParams()] * len(listed)
-        states = [self._request(*pair) for pair in zip(listed, params, strict=True)]
+        params = _one_each("sampling_params", sampling_params or SamplingParams(), len(listed))
+        priorities = _one_each("priority", priority, len(listed))
+        salts = _one_each("cache_salt", cache_salt, len(listed))
+        states = [self._request(*one) for one in zip(listed, params, priorities, salts, strict=True)]
         return self._finish_all(states, use_tqdm)
 
     def chat(
@@ -129,6 +77,8 @@ class LLM:
         messages: list[Message] | list[list[Message]],
         sampling_params: SamplingParams | list[SamplingParams] | None = None,
         *,
+        priority: int | list[int] = 0,
+        cache_salt: str | list[str | None] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Continues one conversation or a list of them by the assistant's answer; else as `generate`.
@@ -139,34 +89,50 @@ class LLM:
         one = not messages or isinstance(messages[0], dict)
         conversations: list[Any] = [messages] if one else list(messages)
         prompts = [self.tokenizer.encode_chat(conversation) for conversation in conversations]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, priority=priority, cache_salt=cache_salt, use_tqdm=use_tqdm)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> Generator[RequestOutput, None, None]:
         """Answers one prompt and yields the output so far whenever there is more of it; the last one is finished.
 
-        Leaving the iterator early ends the request. Raises as `generate` does, and StoreError or CapacityError when the
-        request cannot go on.
+        The engine does not wait for a slow reader. Leaving the iterator early ends the request. Raises as `generate`
+        does, and StoreError or CapacityError when the request cannot go on.
         """
-        return self._outputs(self._request(prompt, sampling_params or SamplingParams()))
+        return self._outputs(self._request(prompt, sampling_params or SamplingParams(), priority, cache_salt))
+
+    @property
+    def config(self) -> EngineConfig:
+        """The options."""
+        return self._front_end.config
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine settled on at start."""
+        return self._front_end.info
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer, loaded on first use. Raises ConfigError when the model folder has none."""
-        tokenizer = self._load_tokenizer()
-        if tokenizer is None:
-            assert self._tokenizer_error is not None
-            raise self._tokenizer_error
-        return tokenizer
+        """The model's tokenizer. Raises ConfigError when the model folder has none."""
+        return self._front_end.tokenizer
 
     def stats(self) -> EngineStats:
         """State of the KV cache."""
-        return self._live_engine().stats()
+        return self._front_end.thread.call(lambda engine: engine.stats()).result()
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets the pages of ended requests that are kept for later ones."""
+        self._front_end.thread.call(lambda engine: engine.reset_prefix_cache()).result()
 
     def close(self) -> None:
-        """Frees the model and, with Ray, every process and resource that was taken. A second call does nothing."""
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.close()
+        """Frees the model and, with Ray, every process and resource that was taken. What other threads still wait for
+        ends with a DistKVError. A second call does nothing."""
+        self._front_end.thread.close()
 
     def __enter__(self) -> "LLM":
         return self
@@ -176,106 +142,43 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _live_engine(self) -> "EngineClient":
-        if self._engine is None:
-            raise DistKVError("this LLM is closed; make a new one")
-        return self._engine
+    @property
+    def _engine(self) -> EngineClient:
+        """For tests; see `EngineThread.engine`."""
+        return self._front_end.thread.engine
 
-    def _load_tokenizer(self) -> Tokenizer | None:
-        if self._tokenizer is None and self._tokenizer_error is None:
-            try:
-                self._tokenizer = Tokenizer(Path(self.config.model))
-            except ConfigError as error:
-                log.warning("%s", error)
-                self._tokenizer_error = error
-        return self._tokenizer
-
-    def _request(self, prompt: Prompt, params: SamplingParams) -> RequestState:
-        """Checks a prompt and makes it a request."""
-        if not isinstance(params, SamplingParams):
-            raise RequestError(f"sampling_params is {params!r}; it must be a SamplingParams")
-        if not isinstance(prompt, str | list):
-            raise RequestError(f"a prompt is {prompt!r}; it must be a text or a list of token ids")
-        text = prompt if isinstance(prompt, str) else None
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        self._check_tokens(token_ids)
-        room = self.info.max_model_len - len(token_ids)
-        number = next(self._numbers)
-        request = EngineRequest(
-            request_id=str(number),
-            prompt_token_ids=token_ids,
-            params=params,
-            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
-            seed=params.seed if params.seed is not None else (self.info.seed << 32) + number,
-        )
-        tokenizer = self._load_tokenizer()
-        if tokenizer is None and params.stop_strings:
-            raise RequestError("stop strings need text, and the model has no tokenizer; use stop_token_ids")
-        return RequestState(request, text, tokenizer)
-
-    def _check_tokens(self, token_ids: list[int]) -> None:
-        if not token_ids:
-            raise RequestError("the prompt is empty; give at least one token")
-        for token in token_ids:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.info.vocab_size:
-                raise RequestError(f"the prompt has token id {token!r}; ids are integers below {self.info.vocab_size}")
-        if len(token_ids) >= self.info.max_model_len:
-            raise RequestError(
-                f"the prompt has {len(token_ids)} tokens and max_model_len is {self.info.max_model_len}, with one for "
-                "the answer; shorten the prompt or raise max_model_len"
-            )
+    def _request(self, prompt: Prompt, params: SamplingParams, priority: int, cache_salt: str | None) -> RequestState:
+        return self._front_end.request(self._front_end.next_number(), prompt, params, priority, cache_salt)
 
     def _finish_all(self, states: list[RequestState], use_tqdm: bool) -> list[RequestOutput]:
         from tqdm import tqdm
 
         with tqdm(total=len(states), desc="requests", disable=not use_tqdm, dynamic_ncols=True) as bar:
-            for state in self._drive(states):
-                bar.update(state.finished)
+            for grown in self._drive(states):
+                bar.update(sum(state.finished for state in grown))
         return [state.output() for state in states]
 
-    def _outputs(self, state: RequestState) -> Iterator[RequestOutput]:
-        with closing(self._drive([state])) as grown:  # so that closing this generator aborts at once
-            for _ in grown:
+    def _outputs(self, state: RequestState) -> Generator[RequestOutput, None, None]:
+        with closing(self._drive([state])) as steps:  # so that closing this generator aborts at once
+            for _ in steps:
                 if state.error is not None:
                     raise state.error
                 yield state.output()
 
-    def _drive(self, states: list[RequestState]) -> Generator[RequestState, None, None]:
-        """Runs requests to their end, yielding each whenever it has grown; what is unfinished at exit is aborted."""
-        engine = self._live_engine()
-        unfinished = {state.request.request_id: state for state in states}
-        self._states |= unfinished
+    def _drive(self, states: list[RequestState]) -> Generator[list[RequestState], None, None]:
+        """Runs requests to their end, yielding those that a step lets grow; what is unfinished at exit is aborted."""
+        inbox: queue.SimpleQueue[list[Delivery]] = queue.SimpleQueue()
+        flight = Flight(self._front_end.thread, states)
         try:
-            engine.add([state.request for state in states])
-            while unfinished:
-                grown = [state for state in unfinished.values() if state.take_growth()]
-                for state in grown:
-                    if state.finished:
-                        del unfinished[state.request.request_id]
-                    yield state
-                if not grown:
-                    self._step()
+            flight.start(inbox.put)
+            while flight.unfinished:
+                grown = flight.take(inbox.get())
+                if flight.error is not None:
+                    raise flight.error
+                if grown:
+                    yield grown
         finally:
-            for request_id in unfinished:
-                self._states.pop(request_id, None)
-            if unfinished and self._engine is not None:
-                self._engine.abort([(request_id, None) for request_id in unfinished])
-
-    def _step(self) -> None:
-        """Waits for the next tokens and gives each to its request, whichever iterator that belongs to."""
-        engine = self._live_engine()
-        for token in engine.step():
-            state = self._states.get(token.request_id)
-            if state is None:
-                continue  # it was aborted while the token was on its way
-            if isinstance(token, RequestFailed):
-                state.fail(getattr(errors, token.error)(token.message))
-                del self._states[token.request_id]
-                continue
-            if state.add(token) and token.finish_reason is None:  # at a stop string, which the engine cannot see
-                engine.abort([(token.request_id, token.index)])
-            if state.finished:
-                del self._states[token.request_id]
+            flight.end()
 
 
 def _listed(prompts: Any) -> list[Any]:
@@ -289,24 +192,10 @@ def _listed(prompts: Any) -> list[Any]:
     return list(prompts)
 
 
-class EngineClient(Protocol):
-    """An engine as a front end sees it, in this process or on a cluster."""
-
-    info: EngineInfo
-
-    def add(self, requests: list[EngineRequest]) -> None:
-        """Queues requests. Raises CapacityError, and queues none, when one of them could never run."""
-
-    def abort(self, answers: list[tuple[str, int | None]]) -> None:
-        """Ends answers `(request id, index)`, with index None all of a request."""
-
-    def step(self) -> list[StepOutput]:
-        """Waits for the next tokens, or for a request to fail. Raises WorkerDied when a rank is lost."""
-        ...
-
-    def stats(self) -> EngineStats:
-        """State of the KV cache."""
-        ...
-
-    def close(self) -> None:
-        """Frees everything."""
+def _one_each(name: str, value: Value | list[Value], count: int) -> list[Value]:
+    """A value for each of `count` prompts, which all may share one."""
+    if not isinstance(value, list):
+        return [value] * count
+    if len(value) != count:
+        raise RequestError(f"{count} prompts came with {len(value)} {name}; give one each, or one for all")
+    return value

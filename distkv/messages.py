@@ -104,12 +104,16 @@ class GetStats(msgspec.Struct, frozen=True, tag=True):
     """Client to leader; answered by EngineStats."""
 
 
+class ResetPrefixCache(msgspec.Struct, frozen=True, tag=True):
+    """Client to leader: forget the pages that are kept for later requests; answered by Accepted."""
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Client to leader: end the group. Not answered."""
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):
-    """Leader to client: the requests are queued."""
+    """Leader to client: the requests are queued, or the prefix cache is empty."""
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
@@ -125,5 +129,5 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
 
 
 encode = msgspec.msgpack.Encoder().encode
-decode_command = msgspec.msgpack.Decoder(Add | Abort | GetStats | Shutdown).decode
+decode_command = msgspec.msgpack.Decoder(Add | Abort | GetStats | ResetPrefixCache | Shutdown).decode
 decode_reply = msgspec.msgpack.Decoder(Accepted | Refused | Tokens | EngineStats).decode

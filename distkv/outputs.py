@@ -1,6 +1,6 @@
 """What a request returns. Names are vLLM's."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from distkv.errors import DistKVError
 
@@ -34,7 +34,11 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A request and its answers so far; complete when `finished`."""
+    """A request and its answers so far; complete when `finished`.
+
+    `num_cached_tokens_by_tier` says how many tokens of the prompt had their KV taken over from earlier requests, by
+    where it was found: "device", "host" and "disk". It is known from the first token on.
+    """
 
     request_id: str
     prompt: str | None  # None when the prompt was given as tokens
@@ -42,3 +46,9 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     error: DistKVError | None = None  # why it could not go on
+    num_cached_tokens_by_tier: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prompt whose KV was not computed again, in all tiers together."""
+        return sum(self.num_cached_tokens_by_tier.values())

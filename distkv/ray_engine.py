@@ -1,10 +1,12 @@
 """An engine on a Ray cluster, as the process that owns it sees it."""
 
+import time
 from collections import deque
 
 import zmq
 
 from distkv.config import EngineConfig
+from distkv.engine_client import OpenAnswers
 from distkv.errors import CapacityError, DistKVError
 from distkv.launch import make_engine_info, make_rank_config, needs_capacity
 from distkv.leader import lead
@@ -17,6 +19,7 @@ from distkv.messages import (
     EngineStats,
     GetStats,
     Refused,
+    ResetPrefixCache,
     Shutdown,
     StepOutput,
     Tokens,
@@ -26,6 +29,7 @@ from distkv.messages import (
 from distkv.workers.model_config import ModelConfig
 from distkv.workers.ray_group import RayGroup
 
+STEP_WAIT = 10  # milliseconds that `step` waits for tokens
 DEATH_POLL = 200  # milliseconds of silence after which the ranks are checked
 FINISH_TIMEOUT = 5.0  # seconds in which the ranks may end by themselves
 
@@ -42,7 +46,8 @@ class RayEngine:
         self._group = RayGroup(config.tensor_parallel_size, config.ray_address, config.device)
         self._context = zmq.Context()
         self._unread: deque[list[StepOutput]] = deque()
-        self._unwanted = 0  # answers still to come that nobody waits for any more
+        self._open = OpenAnswers()
+        self._heard = 0.0  # monotonic time of the last message, or of the last look at the ranks
         self._closed = False
         try:
             ranks = make_rank_config(config, model, self._group.device)
@@ -64,19 +69,30 @@ class RayEngine:
         reply = self._answer()
         if isinstance(reply, Refused):
             raise CapacityError(reply.reason)
+        self._open.add(requests)
 
     def abort(self, answers: list[tuple[str, int | None]]) -> None:
         """See `EngineClient.abort`; nothing to do once the group has ended."""
         if not self._closed:
             self._send(Abort(answers))
+            self._open.close(answers)
 
     def step(self) -> list[StepOutput]:
-        """See `EngineClient.step`."""
-        if self._unread:
-            return self._unread.popleft()
-        reply = self._receive()
-        assert isinstance(reply, Tokens)
-        return reply.outputs
+        """See `EngineClient.step`: the group runs by itself, and this waits a moment for what it draws."""
+        if not self._unread:
+            reply = self._receive(STEP_WAIT)
+            if reply is None:
+                return []
+            assert isinstance(reply, Tokens)
+            self._unread.append(reply.outputs)
+        outputs = self._unread.popleft()
+        self._open.take(outputs)
+        return outputs
+
+    @property
+    def has_work(self) -> bool:
+        """See `EngineClient.has_work`."""
+        return bool(self._unread or self._open)
 
     def stats(self) -> EngineStats:
         """See `EngineClient.stats`."""
@@ -84,6 +100,11 @@ class RayEngine:
         reply = self._answer()
         assert isinstance(reply, EngineStats)
         return reply
+
+    def reset_prefix_cache(self) -> None:
+        """See `EngineClient.reset_prefix_cache`."""
+        self._send(ResetPrefixCache())
+        self._answer()
 
     def close(self) -> None:
         """Ends the ranks, by themselves if they will, and releases what they held of the cluster."""
@@ -95,29 +116,30 @@ class RayEngine:
         finally:
             self._end()
 
-    def _send(self, command: Add | Abort | GetStats | Shutdown) -> None:
+    def _send(self, command: Add | Abort | GetStats | ResetPrefixCache | Shutdown) -> None:
         if self._closed:
             raise DistKVError("the engine has ended; make a new LLM")
         self._socket.send(encode(command))
 
     def _answer(self) -> Reply:
         """The answer to what was sent last; tokens that come before it are kept for `step`."""
-        try:
-            while isinstance(reply := self._receive(), Tokens):
-                self._unread.append(reply.outputs)
-        except KeyboardInterrupt:
-            self._unwanted += 1
-            raise
-        return reply
-
-    def _receive(self) -> Reply:
         while True:
-            while not self._socket.poll(DEATH_POLL):
-                self._check()
-            reply = decode_reply(self._socket.recv())
-            if isinstance(reply, Tokens) or not self._unwanted:
+            reply = self._receive(DEATH_POLL)
+            if isinstance(reply, Tokens):
+                self._unread.append(reply.outputs)
+            elif reply is not None:
                 return reply
-            self._unwanted -= 1
+
+    def _receive(self, wait: int) -> Reply | None:
+        """The next message, or None when none comes within `wait` milliseconds; raises WorkerDied when that is because
+        a rank has ended."""
+        if self._socket.poll(wait):
+            self._heard = time.monotonic()
+            return decode_reply(self._socket.recv())
+        if time.monotonic() - self._heard >= DEATH_POLL / 1e3:
+            self._check()
+            self._heard = time.monotonic()
+        return None
 
     def _check(self) -> None:
         """Raises WorkerDied when a rank has ended, having released everything."""

@@ -16,9 +16,9 @@ from rich.console import Console
 
 from distkv.bench.machine import check_json_file, machine_facts
 from distkv.config import EngineConfig
+from distkv.engine_client import EngineClient
 from distkv.errors import CapacityError, ConfigError
 from distkv.launch import launch
-from distkv.llm import EngineClient
 from distkv.messages import EngineInfo, EngineRequest
 from distkv.sampling_params import MAX_LOGPROBS, SamplingParams
 from distkv.shapes import shape_folder

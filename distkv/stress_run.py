@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from distkv import errors
 from distkv.engine import Engine
-from distkv.llm import EngineClient
+from distkv.engine_client import EngineClient
 from distkv.messages import EngineRequest, EngineStats, RequestFailed, TokenOutput
 
 TIERS = ("device", "host", "disk")
@@ -120,7 +120,7 @@ def run_stage(engine: EngineClient, request: EngineRequest, watch: Callable[[Sam
             outputs.append(output)
             times.append(time.perf_counter() - start)
             latest = poll(keep=True)
-        if not outputs:
+        if not outputs and not runs_by_itself:
             latest = poll(keep=False)
     return Stage(request, outputs, times, samples)
 

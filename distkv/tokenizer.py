@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import threading
 from functools import cached_property
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -18,7 +19,7 @@ CONTEXT_TOKENS = 5
 
 
 class Tokenizer:
-    """The tokenizer and chat template of a model folder, through transformers."""
+    """The tokenizer and chat template of a model folder, through transformers. For use by several threads."""
 
     def __init__(self, folder: Path):
         """Raises ConfigError when the folder has no tokenizer that can be loaded."""
@@ -33,6 +34,7 @@ class Tokenizer:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"the tokenizer in {str(folder)!r} cannot be loaded: {error}") from error
+        self._lock = threading.Lock()  # of encoding, before which transformers sets truncation in place
         self._warned = False  # that answers cannot be repeated by their tokens
 
     def encode(self, text: str) -> list[int]:
@@ -41,7 +43,8 @@ class Tokenizer:
         if not text:
             raise RequestError("the prompt is empty; give some text")
         _check_unicode(text)
-        return self._tokenizer.encode(text)
+        with self._lock:
+            return self._tokenizer.encode(text)
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
         """Tokens of a conversation up to where the assistant answers, by the model's chat template.
@@ -72,7 +75,8 @@ class Tokenizer:
                 )
                 self._warned = True
             drawn, texts = [], [self._render(messages)]
-        pieces = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        with self._lock:
+            pieces = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
         return list(chain.from_iterable(chain(*zip_longest(pieces, drawn, fillvalue=[]))))
 
     @cached_property

@@ -4,6 +4,7 @@ import _pydecimal as decimal_module
 import argparse
 import inspect
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from distkv import LLM
+from distkv.engine import Engine
 from distkv.storage.page_size import NUM_BUFFERS, PREFILL_SPLIT
 from distkv.workers.batch import prefix_pieces
 from distkv.workers.model_config import ModelConfig
@@ -69,6 +72,15 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> Non
     raw = json.loads(path.read_text(encoding="utf-8"))
     change(raw)
     path.write_text(json.dumps(raw), encoding="utf-8")
+
+
+def idle_engine(llm: LLM) -> Engine:
+    """The engine of an LLM without requests, once it has nothing left to do and may be called from here."""
+    engine = llm._engine
+    assert isinstance(engine, Engine)
+    while llm.stats() and engine.has_work:  # stats come after the commands that were given before
+        time.sleep(0.001)
+    return engine
 
 
 def load_rank(

@@ -1,6 +1,7 @@
 """The command `distkv` as a user types it."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,21 @@ def test_chat_remembers_the_conversation(demo_model: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("> The capital of France is Paris.\n> ")
     assert result.stdout.count("Paris") >= 2
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_conversation(demo_model: Path) -> None:
+    command = [sys.executable, "-m", "distkv", "chat", "--model", str(demo_model), "--max-tokens", "150"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(b"Write a long story about a library.\n")
+    process.stdin.flush()
+    assert len(process.stdout.read(40)) == 40
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(b"Hello.\n", timeout=120)
+    assert process.returncode == 0, errors
+    first, _, rest = output.partition(b"\n> ")
+    assert len(first) < 250, "150 tokens are three times that"
+    assert len(rest.rpartition(b"\n> ")[0]) > 1, "the next question was answered"
 
 
 def test_fetch_prints_the_folder(demo_model: Path) -> None:

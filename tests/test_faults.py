@@ -16,10 +16,10 @@ import pytest
 import zarr
 import zarr.storage._local as local_store
 from crc32c import crc32c
-from helpers import save_llama, seeded
+from helpers import idle_engine, save_llama, seeded
 
 from distkv import LLM, CapacityError, ConfigError, SamplingParams, StoreError
-from distkv.engine import MAX_REPAIRS, Engine
+from distkv.engine import MAX_REPAIRS
 from distkv.storage.catalogue import Catalogue
 from distkv.storage.disk_pool import DiskPool, OpenPages
 
@@ -52,8 +52,7 @@ def llm(folder: Path, tmp_path: Path) -> Iterator[LLM]:
     """A device of 4 pages, a host of 6, and the disk for the rest."""
     with tiered(folder, tmp_path / "cache") as llm:
         yield llm
-        assert isinstance(llm._engine, Engine)
-        llm._engine.integrity_check()
+        idle_engine(llm).integrity_check()
 
 
 def tiered(folder: Path, cache_dir: Path, disk_pages: int = 60, **options: Any) -> LLM:
@@ -82,14 +81,20 @@ def cut_short(file: Path) -> None:
 def test_damaged_pages_are_computed_again(
     llm: LLM, prompt: list[int], expected: list[int], damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    damaged = 0
-    for number, output in enumerate(llm.stream(prompt, PARAMS)):
-        if number in (0, 7, 20):
-            for file in chunk_files(llm)[number % 5 :: 6]:
+    engine = idle_engine(llm)
+    execute, damaged = engine._execute, 0
+    steps = iter(range(1, len(expected) + 100))  # of decode, after the answer's token of that number
+
+    def spy(plan):
+        nonlocal damaged
+        if [len(one.token_ids) for one in plan.sequences] == [1] and (number := next(steps)) in (1, 8, 21):
+            for file in chunk_files(llm)[(number - 1) % 5 :: 6]:
                 damage(file)
                 damaged += 1
-        tokens = output.outputs[0].token_ids
-    assert tokens == expected
+        return execute(plan)
+
+    engine._execute = spy
+    assert llm.generate([prompt], PARAMS, use_tqdm=False)[0].outputs[0].token_ids == expected
     assert damaged >= 9
     assert 9 <= llm.stats().pages_recomputed <= damaged
     assert any("c." in record.message for record in caplog.records), "the file is named"

@@ -1,14 +1,16 @@
 """Tensor parallelism on a real Ray cluster: equal answers, clear deaths, nothing left behind."""
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import ray
@@ -17,7 +19,7 @@ import torch
 from helpers import save_llama, seeded
 from ray_cluster import Cluster, await_no_ranks, rank_processes
 
-from distkv import LLM, CapacityError, ConfigError, DistKVError, SamplingParams, WorkerDied
+from distkv import LLM, AsyncLLM, CapacityError, ConfigError, DistKVError, SamplingParams, WorkerDied
 
 ROOT = Path(__file__).resolve().parent.parent
 GREEDY = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
@@ -106,23 +108,41 @@ def test_the_demo_model_in_bf16_beside_another_group(cluster: Cluster, demo_mode
     check_nothing_is_left(cluster)
 
 
-def test_an_interrupted_wait_leaves_the_engine_in_step(
-    cluster: Cluster, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_wait_leaves_the_engine_in_step(cluster: Cluster, tiny: Path) -> None:
+    endless = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
     with LLM(tiny, ray_address=cluster.address, device_kv_bytes="4MiB") as llm:
         expected = llm.generate([[5, 6]], GREEDY, use_tqdm=False)[0].outputs
-        engine: Any = llm._engine
-        for method in (llm.stats, lambda: llm.generate([[7, 8]], GREEDY, use_tqdm=False)):
-            with monkeypatch.context() as patch:
-                patch.setattr(engine, "_receive", interrupt)
-                with pytest.raises(KeyboardInterrupt):
-                    method()
+        for _ in range(3):
+            timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+            timer.start()
+            with pytest.raises(KeyboardInterrupt):
+                while True:
+                    llm.generate([[7, 8]], endless, use_tqdm=False)
+            timer.join()
             assert llm.generate([[5, 6]], GREEDY, use_tqdm=False)[0].outputs == expected
+            assert llm.stats().num_running == 0
     check_nothing_is_left(cluster)
 
 
-def interrupt() -> NoReturn:
-    raise KeyboardInterrupt
+def test_an_event_loop_on_a_cluster(cluster: Cluster, tiny: Path) -> None:
+    async def tokens(llm: AsyncLLM, prompt: list[int]) -> list[int]:
+        return [output async for output in llm.generate(prompt, GREEDY)][-1].outputs[0].token_ids
+
+    async def main() -> None:
+        async with await AsyncLLM.create(tiny, ray_address=cluster.address, device_kv_bytes="4MiB") as llm:
+            assert await asyncio.gather(*(tokens(llm, [5, number]) for number in range(8))) == expected
+            outputs = llm.generate([5, 6, 7], SamplingParams(max_tokens=200, ignore_eos=True))
+            await anext(outputs)
+            await outputs.aclose()
+            while (await llm.stats()).num_running:  # an abort is not answered
+                await asyncio.sleep(0.01)
+            assert not llm._front_end.thread.engine.has_work
+
+    with LLM(tiny, device_kv_bytes="4MiB") as alone:
+        prompts = [[5, number] for number in range(8)]
+        expected = [one.outputs[0].token_ids for one in alone.generate(prompts, GREEDY, use_tqdm=False)]
+    asyncio.run(main())
+    check_nothing_is_left(cluster)
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -193,7 +213,7 @@ def test_one_rank_on_a_cluster(cluster: Cluster, tiny: Path) -> None:
             llm.generate([[5] * 200], SamplingParams(n=64, max_tokens=50), use_tqdm=False)
         stream = llm.stream([5, 6, 7], SamplingParams(max_tokens=200, ignore_eos=True))
         next(stream)
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
         while llm.stats().num_running:  # an abort is not answered
             time.sleep(0.01)
         assert llm.stats().pages_in_use == 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import save_llama, seeded, stdlib_text
+from helpers import idle_engine, save_llama, seeded, stdlib_text
 from torch import Tensor
 
 from distkv import LLM, SamplingParams
@@ -71,8 +71,7 @@ def run(
     logits: list[Tensor] = []
     peak = [0, 0, 0]
     with LLM(folder, **sizes, **options) as llm:
-        engine = llm._engine
-        assert isinstance(engine, Engine)
+        engine = idle_engine(llm)
         execute = engine._execute
 
         def spy(plan):
@@ -87,7 +86,7 @@ def run(
 
         engine._execute = spy
         outputs = llm.generate(prompts, params, use_tqdm=False)
-        engine.integrity_check()
+        idle_engine(llm).integrity_check()
         info = llm.info
         assert info.page_bytes == page_bytes
         tiers = info.num_pages, info.num_host_pages, info.num_disk_pages

@@ -1,0 +1,160 @@
+"""The Python API for event loops: answers that grow while others run."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from pathlib import Path
+from types import TracebackType
+from typing import Unpack
+
+from distkv.chat_pieces import Message
+from distkv.config import EngineConfig, EngineOptions
+from distkv.engine_thread import Delivery
+from distkv.front_end import Flight, FrontEnd, Prompt
+from distkv.messages import EngineInfo, EngineStats
+from distkv.outputs import RequestOutput
+from distkv.sampling_params import SamplingParams
+from distkv.tokenizer import Tokenizer
+
+
+class AsyncLLM:
+    """A LLaMA model that answers many requests at a time, as they come. Use it as an async context manager, or call
+    `close()`.
+
+    The engine runs in a thread of its own, or on Ray as with `LLM`. Several event loops may share one object.
+
+    Example:
+        async with await AsyncLLM.create("path/to/model") as llm:
+            async for output in llm.generate("Once upon a time"):
+                print(output.outputs[0].text)
+    """
+
+    def __init__(self, model: str | Path, **options: Unpack[EngineOptions]):
+        """Loads the model, and blocks meanwhile; in a running event loop use `create`. As `LLM` otherwise."""
+        self._front_end = FrontEnd(EngineConfig(model=model, **options))
+        self._mailbox: _Mailbox | None = None
+
+    @classmethod
+    async def create(cls, model: str | Path, **options: Unpack[EngineOptions]) -> "AsyncLLM":
+        """A new `AsyncLLM`, loaded while the event loop goes on."""
+        return await asyncio.to_thread(lambda: cls(model, **options))
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Answers one prompt and yields the output so far whenever there is more of it; the last one is finished.
+
+        Cancelling the task or closing the iterator ends the request; leaving the loop early closes an iterator that has
+        no other name. A reader that is slower than the engine misses outputs, but no text.
+
+        Args:
+            prompt: a text or a list of token ids.
+            priority: lower goes first; requests of one priority go in order of arrival.
+            cache_salt: the prompt's pages are shared with requests of the same salt only; None is a salt too.
+
+        Raises RequestError or CapacityError for a prompt that cannot be answered, StoreError or CapacityError when the
+        request cannot go on, WorkerDied when a rank is lost, and DistKVError when the LLM is closed.
+        """
+        number = self._front_end.next_number()
+        state = await asyncio.to_thread(
+            self._front_end.request, number, prompt, sampling_params or SamplingParams(), priority, cache_salt
+        )
+        flight, grown = Flight(self._front_end.thread, [state]), asyncio.Event()
+        mailbox = self._mailbox_of_loop()
+        mailbox.flights[state.request.request_id] = flight, grown
+        try:
+            flight.start(mailbox.put)
+            while flight.unfinished or grown.is_set():
+                await grown.wait()
+                grown.clear()
+                if error := flight.error or state.error:
+                    raise error
+                yield state.output()
+        finally:
+            flight.end()
+            del mailbox.flights[state.request.request_id]
+
+    async def chat(
+        self,
+        messages: list[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Continues a conversation `[{"role": "user", "content": "..."}, ...]` by the assistant's answer; else as
+        `generate`."""
+        prompt = await asyncio.to_thread(self.tokenizer.encode_chat, messages)
+        outputs = self.generate(prompt, sampling_params, priority=priority, cache_salt=cache_salt)
+        async with aclosing(outputs):
+            async for output in outputs:
+                yield output
+
+    @property
+    def config(self) -> EngineConfig:
+        """The options."""
+        return self._front_end.config
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine settled on at start."""
+        return self._front_end.info
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises ConfigError when the model folder has none."""
+        return self._front_end.tokenizer
+
+    async def stats(self) -> EngineStats:
+        """State of the KV cache."""
+        return await asyncio.wrap_future(self._front_end.thread.call(lambda engine: engine.stats()))
+
+    async def reset_prefix_cache(self) -> None:
+        """Forgets the pages of ended requests that are kept for later ones."""
+        await asyncio.wrap_future(self._front_end.thread.call(lambda engine: engine.reset_prefix_cache()))
+
+    async def close(self) -> None:
+        """Ends what runs with a DistKVError, and frees everything as `LLM.close` does."""
+        await asyncio.to_thread(self._front_end.thread.close)
+
+    async def __aenter__(self) -> "AsyncLLM":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _mailbox_of_loop(self) -> "_Mailbox":
+        """That of the running event loop; requests keep the one they have begun with."""
+        loop = asyncio.get_running_loop()
+        if self._mailbox is None or self._mailbox.loop is not loop:
+            self._mailbox = _Mailbox(loop)
+        return self._mailbox
+
+
+class _Mailbox:
+    """Brings what comes from the engine's thread into an event loop, once per step for all requests of the loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.loop = loop
+        self.flights: dict[str, tuple[Flight, asyncio.Event]] = {}  # by request
+
+    def put(self, deliveries: list[Delivery]) -> None:
+        """A `Sink`."""
+        self.loop.call_soon_threadsafe(self._sort, deliveries)
+
+    def _sort(self, deliveries: list[Delivery]) -> None:
+        for delivery in deliveries:
+            if delivery.request_id in self.flights:
+                flight, grown = self.flights[delivery.request_id]
+                try:
+                    flight.take([delivery])
+                except Exception as error:  # text that cannot be decoded, say
+                    flight.error = error
+                grown.set()
