@@ -39,13 +39,13 @@ class TieredCache:
     def __init__(self, num_pages: tuple[int, int, int], step_pages: int, write_through: bool = False):
         """
         Args:
-            step_pages: device pages that a step may fill at most; so many are kept free on device and host before
-                pages are brought back up.
+            step_pages: device pages that a step may fill at most; twice as many are kept free on device and, if it is
+                large enough, host before pages are brought back up.
             write_through: named pages are written to disk as soon as they are full, not only when they are idle.
         """
         self.slots = tuple(SlotAllocator(count) for count in num_pages)
         self.index = PrefixIndex()
-        self._step_pages = step_pages
+        self._low = step_pages, min(step_pages, max(1, num_pages[HOST] // 4))  # free slots that device and host need
         self._write_through = write_through
         self._idle = IdlePages()
         self._num_idle = 0
@@ -78,7 +78,7 @@ class TieredCache:
     def capacity(self) -> int:
         """Distinct pages that sequences may hold: all slots, unless the disk refuses more than it holds."""
         device, host, disk = self.slots
-        on_disk = disk.num_used - self._idle.count(DISK) if self._writes_paused else disk.num_slots
+        on_disk = disk.num_used if self._writes_paused else disk.num_slots
         return device.num_slots + host.num_slots + on_disk
 
     @property
@@ -265,15 +265,14 @@ class TieredCache:
             return
         self._save()
         host = self.slots[HOST]
-        low = min(self._step_pages, max(1, host.num_slots // 4))
-        if host.num_free < low:
+        if host.num_free < self._low[HOST]:
             self._emptying_host = True
         if self._emptying_host:
-            self._empty_host(min(2 * low, host.num_slots))
+            self._empty_host(min(2 * self._low[HOST], host.num_slots))
 
     def promote(self, cold: Iterable[Page]) -> None:
-        """Queues bringing pages up to stay, in the order given, while a tier has twice the room that a step needs,
-        counting what it may give up for them."""
+        """Queues bringing pages up to stay, in the order given, while a tier has more than twice the room that must be
+        free, counting what it may give up for them."""
         for page in cold:
             if page.slots[DEVICE] is not None:
                 continue
@@ -450,6 +449,10 @@ class TieredCache:
         pages = [page for page in self._full[HOST] if not page.reading[HOST]]
         backed = next((page for page in pages if page.has(DISK)), None)
         if backed is None:
+            if self._writes_paused and not self._disk_writes:
+                oldest = self._idle.oldest(DISK)
+                if oldest is not None:  # its room may do, though the disk takes no more
+                    self._drop(oldest, DISK)
             if disk.num_slots and not self._writes_paused:
                 self._write_to_disk(pages)
             if self._disk_writes:
@@ -545,15 +548,15 @@ class TieredCache:
         return page is not None
 
     def _has_room_above(self, tier: Tier) -> bool:
-        """Whether more than two steps' room is free in a tier, or may be freed for a page to be brought up."""
+        """Whether more than twice the room that must be free in a tier is free, or may be freed for a page."""
         room = self.slots[tier].num_free + self._idle.count(tier) + (len(self._parked) if tier is DEVICE else 0)
-        return room > 2 * self._step_pages
+        return room > 2 * self._low[tier]
 
     def _make_room_above(self, tier: Tier, page: Page) -> bool:
         """Sees to a free slot in a tier to bring a page up; what gives way must lie below already."""
         if not self._has_room_above(tier):
             return False
-        if self.slots[tier].num_free > 2 * self._step_pages:
+        if self.slots[tier].num_free > 2 * self._low[tier]:
             return True
         below = (HOST, DISK) if tier is DEVICE else (DISK,)
         victim = self._idle.oldest(tier, saved_in=below)

@@ -70,7 +70,7 @@ def run(
         sizes |= {"cache_dir": cache_dir, "disk_kv_bytes": pages[2] * page_bytes}
     logits: list[Tensor] = []
     peak = [0, 0, 0]
-    with LLM(folder, **sizes, **options) as llm:
+    with LLM(folder, **sizes, **({"enable_prefix_caching": False} | options)) as llm:
         engine = idle_engine(llm)
         execute = engine._execute
 
@@ -91,8 +91,8 @@ def run(
         assert info.page_bytes == page_bytes
         tiers = info.num_pages, info.num_host_pages, info.num_disk_pages
         assert all(count <= size for count, size in zip(peak, tiers, strict=True))
-        if cache_dir is not None and pages[2]:
-            files = sum(file.stat().st_size for file in (cache_dir / "kv.zarr").iterdir())
+        if info.cache_dir is not None:
+            files = sum(file.stat().st_size for file in Path(info.cache_dir, "kv.zarr").iterdir())
             assert files <= pages[2] * page_bytes + 4096
         return Run(logits, outputs, llm.stats(), page_bytes, (peak[0], peak[1], peak[2]), tiers)
 
