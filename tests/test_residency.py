@@ -93,7 +93,8 @@ def run(
         tiers = info.num_pages, info.num_host_pages, info.num_disk_pages
         assert all(count <= size for count, size in zip(peak, tiers, strict=True))
         if cache_dir is not None and pages[2]:
-            files = sum(file.stat().st_size for file in (cache_dir / "kv.zarr").iterdir())
+            assert info.cache_dir is not None
+            files = sum(file.stat().st_size for file in Path(info.cache_dir, "kv.zarr").iterdir())
             assert files <= pages[2] * page_bytes + 4096
         return Run(logits, outputs, llm.stats(), page_bytes, (peak[0], peak[1], peak[2]), tiers)
 
