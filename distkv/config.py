@@ -57,7 +57,7 @@ class EngineConfig:
             None takes what gpu_memory_utilization leaves, or a quarter of the free memory on a CPU.
         host_kv_bytes: KV pages in CPU memory below the device, all ranks together; 0 for none. None takes a quarter of
             the free memory, or nothing where the device holds all that max_num_seqs answers can need.
-        cache_dir: folder for KV pages on disk; None for none.
+        cache_dir: folder for KV pages on disk, a sub-folder for each model; None for none.
         disk_kv_bytes: KV pages on disk, all ranks together; None takes half of what is free in cache_dir.
         staging_pages: pages of the ring through which cold pages pass on their way to attention (one layer of each is
             held); None takes the least, which is two pieces of 2048 tokens.

@@ -139,6 +139,7 @@ def _config(options: StressOptions, folder: Path, random_fill: bool) -> EngineCo
         max_num_batched_tokens=options.max_num_batched_tokens or step,
         load_format="auto" if options.shape is None else "dummy",
         seed=options.seed,
+        enable_prefix_caching=False,  # what it reads it has written itself
         **options.engine,
     )
 

@@ -50,7 +50,7 @@ from distkv.workers.process_group import ProcessGroup
 from distkv.workers.report import Report, ReportCollector
 from distkv.workers.shard import Shard
 from distkv.workers.step_plan import StepPlan, decode, encode
-from distkv.workers.tiers import PoolSizes
+from distkv.workers.tiers import DiskTier, PoolSizes, RankTiers
 from distkv.workers.weights import SafetensorsSource
 
 SPEC = PageSpec(num_layers=3, num_kv_heads=3, page_size=16, head_dim=4, dtype=torch.bfloat16)
@@ -144,6 +144,34 @@ def test_a_rank_that_shares_its_heads_checks_what_the_other_wrote(tmp_path: Path
     flip_bit(first.chunk_path(0, 0))
     with pytest.raises(StoreError, match="the checksum of layer 1 is wrong"):
         load(second, 0, held)
+
+
+def test_a_node_with_a_disk_of_its_own(tmp_path: Path) -> None:
+    """Nobody has locked its folder: a rank writes there what another one writes elsewhere, and a catalogue that lies
+    there means nothing."""
+    own = replace(SPEC, num_kv_heads=1)
+    for kept in (description(), None):
+        folder = tmp_path / str(bool(kept))
+        folder.mkdir()
+        Catalogue(folder).close()
+        make_array(folder, SPEC, NUM_PAGES + 2)
+        (folder / CATALOGUE).touch()
+        tier = DiskTier(folder, DiskHeads(1, 3, reports=False, writes=False), 1, kept)
+        tiers = RankTiers(own, PoolSizes(host=1, disk=NUM_PAGES), torch.device("cpu"), tier)
+        assert tiers.disk is not None and find_slots(folder, SPEC) == NUM_PAGES and not (folder / CATALOGUE).exists()
+        tiers.disk.store(2, random_page(own, 0))
+        assert files(folder) == {"c.2.0.0.1.0.0"} and tiers.disk.checksums(2) == b""
+        tiers.close()
+        assert (folder / ARRAY).exists() == bool(kept)
+    lock = FolderLock(tmp_path / "True")
+    tiers = RankTiers(
+        own, PoolSizes(host=1, disk=NUM_PAGES), torch.device("cpu"), replace(tier, folder=tmp_path / "True")
+    )
+    assert tiers.disk is not None
+    tiers.disk.store(3, random_page(own, 0))
+    assert files(tmp_path / "True") == {"c.2.0.0.1.0.0"}, "beside rank 0 it writes nothing"
+    tiers.close()
+    lock.release()
 
 
 # --- adoption ---

@@ -142,7 +142,7 @@ def test_bench_offload_counts_bytes_and_compares_answers(tmp_path: Path) -> None
         assert row["tokens_compared"] == 1 + 4 + 2 * 4 and row["same_answer"]
     assert rows["all on host"]["disk_bytes_per_step"] == rows["all on disk"]["host_bytes_per_step"] == 0
     assert rows["all on disk"]["preadv_gb_per_s"] > 0
-    assert not list((tmp_path / "cache").glob("kv.zarr"))
+    assert not list((tmp_path / "cache").rglob("kv.zarr"))
 
     check_refused(run(*common, "--context", "100"), "context 100", "use 112")
     check_refused(run(*common, "--context", "256"), "256 positions", "at most 240")

@@ -23,7 +23,8 @@ from distkv.sampling_params import SamplingParams
 folder, cache, context, device, host, disk = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
 engine = launch(EngineConfig(
     model=folder, load_format="dummy", dtype="float32", max_model_len=context + 64, max_num_batched_tokens=512,
-    device_kv_bytes=device, host_kv_bytes=host, disk_kv_bytes=disk, cache_dir=cache, num_threads=1))
+    device_kv_bytes=device, host_kv_bytes=host, disk_kv_bytes=disk, cache_dir=cache, num_threads=1,
+    enable_prefix_caching=False))
 params = SamplingParams(temperature=0, ignore_eos=True)
 
 def answer(name, length, new_tokens):
@@ -51,8 +52,8 @@ def test_memory_and_disk_stay_within_their_limits(tmp_path: Path) -> None:
     }  # fmt: skip
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    cache = tmp_path / "cache"
-    arguments = [str(value) for value in (tmp_path / "model", cache, CONTEXT, DEVICE, HOST, DISK)]
+    cache = tmp_path / "cache" / "scratch"
+    arguments = [str(value) for value in (tmp_path / "model", cache.parent, CONTEXT, DEVICE, HOST, DISK)]
     process = subprocess.Popen(
         [sys.executable, "-c", RUN, *arguments], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

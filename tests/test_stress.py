@@ -79,7 +79,7 @@ def test_a_run_over_all_tiers_is_measured_and_verified(stress: Stress, tmp_path:
     assert code == 0, out + err
     verdict = out.strip().splitlines()[-1]
     assert verdict == "verified: 32 tokens and 3232 log-probabilities equal the all-resident run's bit for bit"
-    assert [path.name for path in cache.iterdir()] == ["lock"]  # the pages are gone
+    assert [path.name for path in (cache / "scratch").iterdir()] == ["lock"]  # the pages are gone
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
     report = json.loads(figures.read_text())
     assert report["engine"]["kv_bytes_per_token"] == 512 and report["engine"]["page_bytes"] == 512 * 64
@@ -161,7 +161,7 @@ def test_prefill_of_a_model(stress: Stress, tiny_model: Path, tmp_path: Path, mo
     monkeypatch.setattr(distkv.stress, "_free_bytes", lambda config: 1000)
     code, _, err = stress(*arguments)
     assert code == 2 and "--fill random" in err
-    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["lock"]
 
 
 def test_a_model_with_a_tokenizer_reads_text(demo_model: Path) -> None:
@@ -214,13 +214,13 @@ def test_nonsense_is_refused_in_one_line(
 
 def test_an_interrupt_closes_the_engine(stress: Stress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
-        assert (tmp_path / "kv.zarr").exists()
+        assert (tmp_path / "scratch" / "kv.zarr").exists()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(distkv.stress, "run_stage", interrupted)
     code, _, _ = stress(*TINY, "--cache-dir", str(tmp_path))
     assert code == 130
-    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["lock"]
 
 
 class SelfRunning:

@@ -66,8 +66,9 @@ class Decoder:
         self.variant = variant
         self.answer: list[tuple[int, TokenLogprobs | None]] = []
         self.cold_bytes = cold_bytes
-        self._array = None if config.cache_dir is None else Path(config.cache_dir) / ARRAY
         self._engine = launch(config)
+        cache_dir = self._engine.info.cache_dir
+        self._array = None if cache_dir is None else Path(cache_dir) / ARRAY
         self.files: list[Path] = []  # of the disk tier, once the context is there
 
     def fill(self, prompt: list[int], max_tokens: int) -> None:
@@ -215,6 +216,7 @@ def _engine_options(variant: Variant, page_bytes: int, page_size: int, num_layer
     options: dict[str, Any] = {
         "device_kv_bytes": variant.device * page_bytes,
         "host_kv_bytes": variant.host * page_bytes,
+        "enable_prefix_caching": False,
     }
     if variant.disk:
         ring = EngineConfig(folder, page_size=page_size).min_staging_pages
