@@ -10,7 +10,7 @@ from typing import Unpack
 from distkv.chat_pieces import Message
 from distkv.config import EngineConfig, EngineOptions
 from distkv.engine_thread import Delivery
-from distkv.front_end import Flight, FrontEnd, Prompt
+from distkv.front_end import Bundle, FrontEnd, Prompt
 from distkv.messages import EngineInfo, EngineStats
 from distkv.outputs import RequestOutput
 from distkv.sampling_params import SamplingParams
@@ -64,20 +64,20 @@ class AsyncLLM:
         state = await asyncio.to_thread(
             self._front_end.request, number, prompt, sampling_params or SamplingParams(), priority, cache_salt
         )
-        flight, grown = Flight(self._front_end.thread, [state]), asyncio.Event()
+        bundle, grown = Bundle(self._front_end.thread, [state]), asyncio.Event()
         mailbox = self._mailbox_of_loop()
-        mailbox.flights[state.request.request_id] = flight, grown
+        mailbox.bundles[state.request.request_id] = bundle, grown
         try:
-            flight.start(mailbox.put)
-            while flight.unfinished or grown.is_set():
+            bundle.start(mailbox.put)
+            while bundle.unfinished or grown.is_set():
                 await grown.wait()
                 grown.clear()
-                if error := flight.error or state.error:
+                if error := bundle.error or state.error:
                     raise error
                 yield state.output()
         finally:
-            flight.end()
-            del mailbox.flights[state.request.request_id]
+            bundle.end()
+            del mailbox.bundles[state.request.request_id]
 
     async def chat(
         self,
@@ -143,7 +143,7 @@ class _Mailbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop
-        self.flights: dict[str, tuple[Flight, asyncio.Event]] = {}  # by request
+        self.bundles: dict[str, tuple[Bundle, asyncio.Event]] = {}  # by request
 
     def put(self, deliveries: list[Delivery]) -> None:
         """A `Sink`."""
@@ -151,10 +151,10 @@ class _Mailbox:
 
     def _sort(self, deliveries: list[Delivery]) -> None:
         for delivery in deliveries:
-            if delivery.request_id in self.flights:
-                flight, grown = self.flights[delivery.request_id]
+            if delivery.request_id in self.bundles:
+                bundle, grown = self.bundles[delivery.request_id]
                 try:
-                    flight.take([delivery])
+                    bundle.take([delivery])
                 except Exception as error:  # text that cannot be decoded, say
-                    flight.error = error
+                    bundle.error = error
                 grown.set()

@@ -92,7 +92,7 @@ class FrontEnd:
             )
 
 
-class Flight:
+class Bundle:
     """Requests that are sent together, until they are finished. Use by one thread at a time."""
 
     def __init__(self, thread: EngineThread, states: list[RequestState]):

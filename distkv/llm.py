@@ -13,7 +13,7 @@ from distkv.config import EngineConfig, EngineOptions
 from distkv.engine_client import EngineClient
 from distkv.engine_thread import Delivery
 from distkv.errors import RequestError
-from distkv.front_end import Flight, FrontEnd, Prompt
+from distkv.front_end import Bundle, FrontEnd, Prompt
 from distkv.messages import EngineInfo, EngineStats
 from distkv.outputs import RequestOutput
 from distkv.sampling_params import SamplingParams
@@ -168,17 +168,17 @@ class LLM:
     def _drive(self, states: list[RequestState]) -> Generator[list[RequestState], None, None]:
         """Runs requests to their end, yielding those that a step lets grow; what is unfinished at exit is aborted."""
         inbox: queue.SimpleQueue[list[Delivery]] = queue.SimpleQueue()
-        flight = Flight(self._front_end.thread, states)
+        bundle = Bundle(self._front_end.thread, states)
         try:
-            flight.start(inbox.put)
-            while flight.unfinished:
-                grown = flight.take(inbox.get())
-                if flight.error is not None:
-                    raise flight.error
+            bundle.start(inbox.put)
+            while bundle.unfinished:
+                grown = bundle.take(inbox.get())
+                if bundle.error is not None:
+                    raise bundle.error
                 if grown:
                     yield grown
         finally:
-            flight.end()
+            bundle.end()
 
 
 def _listed(prompts: Any) -> list[Any]:

@@ -143,7 +143,9 @@ def test_pages_are_taken_as_tokens_arrive(tiny: Path) -> None:
 
         engine._execute = spy
         llm.generate([[5] * 10], params, use_tqdm=False)
-        assert held == [(length, -(-length // 16)) for length in range(10, 256)]
+        assert [length for length, _ in held] == list(range(10, 256))
+        for length, pages in held:  # the step that follows may have taken its page
+            assert -(-length // 16) <= pages <= -(-(length + 1) // 16)
         check_idle(llm)
         assert llm.stats().pages_in_use == 0
 
@@ -355,10 +357,10 @@ def test_an_llm_goes_on_after_a_failure_in_the_middle(llm: LLM, monkeypatch: pyt
         next(bystander)
         with monkeypatch.context() as patch:
             patch.setattr(engine, "_execute", fail_late)
-            with pytest.raises(error):
-                llm.generate(prompts, GREEDY, use_tqdm=False)
-        with pytest.raises(error):
-            list(bystander)
+            assert tokens(llm.generate(prompts, GREEDY, use_tqdm=False)) == expected
+            assert next(calls) > 20
+        *_, last = bystander
+        assert tokens([last]) == expected[1:] * 2
         check_idle(llm)
         assert tokens(llm.generate(prompts, GREEDY, use_tqdm=False)) == expected
 
