@@ -75,13 +75,10 @@ class Engine:
 
     def add(self, requests: list[EngineRequest]) -> None:
         """Queues requests; raises CapacityError, and queues none, when one of them could never run."""
-        try:
-            for request in requests:
-                self._scheduler.check(request)
-        except CapacityError:
-            if not self._is_busy:  # no step will come that counts the time until the disk is tried again
-                self._cache.retry_disk()
-            raise
+        if not self._is_busy:  # no steps count the time until the disk is tried again
+            self._cache.retry_disk()
+        for request in requests:
+            self._scheduler.check(request)
         for request in requests:
             self._scheduler.add(request)
 
@@ -405,11 +402,11 @@ class Engine:
         page = min(self._cache.lost, key=lambda page: page.index)
         owners = [one for one in self._scheduler.running if page in one.table.pages[page.index : page.index + 1]]
         if page.repairs == MAX_REPAIRS:
-            error = StoreError(
+            failure = StoreError(
                 f"KV page {page.index} was lost {page.repairs + 1} times, the last time because {self._damage}"
             )
             for request in {one.request.request_id: one.request for one in owners}.values():
-                self._fail(request, error)
+                self._fail(request, failure)
             return
         self._cache.restore(page)
         owner, size = owners[0], self.info.page_size

@@ -29,17 +29,18 @@ class Keeper:
         entries = self._catalogue.entries()
         report = run(StepPlan([], [], [], adopt={one.slot: one.crc32c for one in entries}))
         missing = set(report.missing)
-        known = {one.slot for one in entries}
-        self._catalogue.update((self._catalogue.slots() - known) | missing, [])
+        kept: dict[bytes, int] = {}  # slots of pages that can be read, with all pages before them
+        for one in sorted(entries, key=lambda one: one.index):
+            if one.slot not in missing and (one.index == 0 or one.parent in kept):
+                kept[one.key] = one.slot
+        self._catalogue.update(self._catalogue.slots() - set(kept.values()), [])
         self._cache.adopt(
-            (one.slot, one.index, PageName(one.key, one.parent, one.tokens))
-            for one in entries
-            if one.slot not in missing
+            (one.slot, one.index, PageName(one.key, one.parent, one.tokens)) for one in entries if one.key in kept
         )
         self._cache.touched.clear()
         if missing:
             log.warning("%d of %d KV pages on disk are missing and are not used", len(missing), len(entries))
-        log.info("%d KV pages of earlier processes are on disk", len(entries) - len(missing))
+        log.info("%d KV pages of earlier processes are on disk", len(kept))
 
     def update(self, checksums: dict[int, bytes]) -> None:
         """Takes vacated disk slots out before they can be written again, and puts new pages in.

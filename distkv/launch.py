@@ -19,6 +19,7 @@ from distkv.storage.cache_folder import ARRAY, SCRATCH
 from distkv.storage.page_size import NUM_BUFFERS, pages_for
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.tiered_cache import MAX_DISK_WRITES
+from distkv.workers.bandwidth import Bandwidth
 from distkv.workers.model_config import ModelConfig, parse_dtype
 from distkv.workers.process_group import ProcessGroup
 from distkv.workers.rank import Capacity, Rank, RankConfig, rank_page_spec
@@ -29,9 +30,8 @@ from distkv.workers.tiers import PoolSizes
 
 log = logging.getLogger(__name__)
 
-KEPT_PAGES = (
-    2**18
-)  # most pages of a disk tier that outlives the engine, unless a size is given: each takes a slot's books
+KEPT_PAGES = 2**18  # most pages of a disk tier that outlives the engine, unless a size is given: each takes memory here
+STREAM_SECONDS = 1.0  # what a step may spend on cold pages, unless a number of bytes is given
 
 
 def launch(config: EngineConfig) -> EngineClient:
@@ -54,7 +54,10 @@ def launch(config: EngineConfig) -> EngineClient:
 
     try:
         capacity = local.page_capacity(1, config.device_kv_bytes is None) if needs_capacity(config) else None
-        info = make_engine_info(config, rank_config, max_model_len, capacity, lambda sizes: [local.allocate(sizes)])
+        info = make_engine_info(
+            config, rank_config, max_model_len, capacity, lambda sizes: [local.allocate(sizes)],
+            lambda: [local.bandwidth()],
+        )  # fmt: skip
         return Engine(info, execute, local.close)
     except BaseException:
         local.close()
@@ -100,12 +103,14 @@ def make_engine_info(
     max_model_len: int,
     capacity: Capacity | None,
     allocate: Callable[[PoolSizes], list[tuple[int, int, int]]],
+    measure: Callable[[], list[Bandwidth]],
 ) -> EngineInfo:
     """Settles the sizes of the pools, has them allocated, and logs them.
 
     Args:
         capacity: of the rank with the least room; None when `needs_capacity` says that nobody asks.
         allocate: makes pools on all ranks and returns the bytes of each tier for each.
+        measure: has all ranks measure how fast these give pages back.
 
     Raises CapacityError when a tier is too small to work with.
     """
@@ -113,6 +118,7 @@ def make_engine_info(
     specs = [rank_page_spec(ranks, Shard.of(ranks.model, rank, size)) for rank in range(size)]
     sizes = _pool_sizes(config, ranks, specs, max_model_len, capacity)
     pool_bytes = allocate(sizes)
+    max_cold_bytes, disk_cost = _cold_budget(config, sizes, measure)
     info = EngineInfo(
         max_model_len=max_model_len,
         max_num_seqs=config.max_num_seqs,
@@ -131,6 +137,8 @@ def make_engine_info(
         fingerprint=ranks.fingerprint if sizes.disk else "",
         enable_prefix_caching=_shares_prefixes(config, ranks.model),
         write_through=config.disk_write_policy == "write_through",
+        max_cold_bytes_per_step=max_cold_bytes,
+        disk_cost=disk_cost,
     )
     if config.enable_prefix_caching and not info.enable_prefix_caching:
         log.warning(
@@ -159,6 +167,19 @@ def _shares_prefixes(config: EngineConfig, model: ModelConfig) -> bool:
     return config.enable_prefix_caching and model.rope.rope_type != "dynamic"
 
 
+def _cold_budget(config: EngineConfig, sizes: PoolSizes, measure: Callable[[], list[Bandwidth]]) -> tuple[int, float]:
+    """`EngineInfo.max_cold_bytes_per_step` and `disk_cost`: the bytes as given, or what the host brings in
+    STREAM_SECONDS, of which the disk takes more for each byte as it is slower."""
+    if not sizes.host:
+        return 0, 1.0
+    if config.max_cold_bytes_per_step is not None:
+        return int(config.max_cold_bytes_per_step), 1.0
+    ranks = measure()
+    host, disk = (min(getattr(rank, tier) for rank in ranks) for tier in ("host", "disk"))
+    log.info("cold pages come from the host at %.1f GB/s, from disk at %.1f, for each rank", host / 1e9, disk / 1e9)
+    return int(host * STREAM_SECONDS) * len(ranks), max(1.0, host / disk) if disk else 1.0
+
+
 def _pool_sizes(
     config: EngineConfig, ranks: RankConfig, specs: list[PageSpec], max_model_len: int, capacity: Capacity | None
 ) -> PoolSizes:
@@ -185,7 +206,8 @@ def _pool_sizes(
     host = given("host_kv_bytes")
     if host is None:
         assert capacity is not None
-        host = min(capacity.host, most) if device < most else 0
+        # what is to reach the disk passes through the host
+        host = min(capacity.host, most) if device < most or ranks.keep_cache else 0
     staging = ranks.staging_pages if host else 0
     disk = read_ahead = 0
     if ranks.cache_dir is not None and host:
@@ -208,9 +230,9 @@ def _pool_sizes(
             host, read_ahead = host - ahead, ahead * specs[0].num_layers
     if config.host_kv_bytes is not None or disk:  # else each request is checked by itself
         _check_window(config, device, host, max_model_len, page_bytes)
-    if not ranks.keep_cache:
-        disk = min(disk, most)
-    return PoolSizes(min(device, most), min(host, most), disk, staging, read_ahead)
+    if not _shares_prefixes(config, ranks.model):  # no use for more than the running requests can fill
+        device, host, disk = min(device, most), min(host, most), min(disk, most)
+    return PoolSizes(device, host, disk, staging, read_ahead)
 
 
 def _check_window(config: EngineConfig, device: int, host: int, max_model_len: int, page_bytes: int) -> None:

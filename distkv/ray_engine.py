@@ -31,7 +31,7 @@ from distkv.workers.ray_group import RayGroup
 
 STEP_WAIT = 10  # milliseconds that `step` waits for tokens
 DEATH_POLL = 200  # milliseconds of silence after which the ranks are checked
-FINISH_TIMEOUT = 5.0  # seconds in which the ranks may end by themselves
+FINISH_TIMEOUT = 60.0  # seconds in which the ranks may save the cache and end by themselves
 
 Reply = Accepted | Refused | Tokens | EngineStats
 
@@ -53,7 +53,9 @@ class RayEngine:
             ranks = make_rank_config(config, model, self._group.device)
             self._group.load(ranks)
             capacity = self._group.capacity(config.device_kv_bytes is None) if needs_capacity(config) else None
-            self.info = make_engine_info(config, ranks, max_model_len, capacity, self._group.allocate)
+            self.info = make_engine_info(
+                config, ranks, max_model_len, capacity, self._group.allocate, self._group.bandwidth
+            )
             self._group.start(lead, self.info)
             self._socket = self._context.socket(zmq.PAIR)
             self._socket.set_hwm(0)

@@ -57,11 +57,24 @@ class DiskPool:
                 self._crcs[slot, head, layer] = _checksum(parts)
         if self._heads.writes:
             try:
-                self._array[slot, :, :, self._held.start : self._held.stop] = as_integers(page).view(self._array.dtype)
+                self._write(slot, page)
             except OSError as error:
                 full = "; make room on the disk or lower disk_kv_bytes" if error.errno == errno.ENOSPC else ""
                 raise StoreError(f"a KV page cannot be written to {self._folder}: {error.strerror}{full}") from error
         self._stored[slot] = True
+
+    def _write(self, slot: int, page: Tensor) -> None:
+        bits = as_integers(page).view(self._array.dtype)
+        try:
+            self._array[slot, :, :, self._held.start : self._held.stop] = bits
+        except OSError as error:
+            # on a full disk the room of what lay in the slot may do
+            old = [path for path in map(Path, self._names(slot)) if path.exists()]
+            if error.errno != errno.ENOSPC or not old:
+                raise
+            for path in old:
+                path.unlink()
+            self._array[slot, :, :, self._held.start : self._held.stop] = bits
 
     def load(self, slot: int, page: Tensor) -> None:
         with OpenPages(self, [slot]) as pages:
@@ -122,7 +135,7 @@ class DiskPool:
         check_slot(slot, self.num_pages)
         if not self._stored[slot]:
             raise StoreError(f"slot {slot} of {self._folder} holds no page")
-        return [f"{self._folder}/{chunk_name(slot, head)}" for head in self._held]
+        return self._names(slot)
 
     def layer_checksums(self, slot: int) -> list[list[int]]:
         """crc32c by head and layer."""
@@ -132,6 +145,9 @@ class DiskPool:
     def slice_bytes(self) -> int:
         """Bytes of a head's part of a layer slice."""
         return self._spec.layer_slice_bytes // self._spec.num_kv_heads
+
+    def _names(self, slot: int) -> list[str]:
+        return [f"{self._folder}/{chunk_name(slot, head)}" for head in self._held]
 
     def _split(self, layer_slice: memoryview) -> Parts:
         half, size = len(layer_slice) // 2, self.slice_bytes // 2

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -213,35 +214,51 @@ def test_a_folder_in_use_is_refused(llm: LLM, folder: Path) -> None:
         tiered(folder, Path(llm.info.cache_dir).parent)
 
 
-def test_a_kill_while_pages_are_written(folder: Path, tmp_path: Path, prompt: list[int], expected: list[int]) -> None:
-    """After kill -9 every page that the catalogue lists is whole, and the next process starts clean and is right."""
-    cache = tmp_path / "cache" / "scratch"
+@pytest.mark.parametrize("rounds", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_kills_at_any_moment(folder: Path, tmp_path: Path, prompt: list[int], expected: list[int], rounds: int) -> None:
+    """After each kill -9 every page that the catalogue lists is whole, and the next process goes on from them; also
+    where the disk is so small that pages give way all the time."""
+    rng = random.Random(rounds)
+    cache = tmp_path / "cache"
     code = (
         "import sys; sys.path.insert(0, 'tests')\n"
-        "from pathlib import Path; import test_faults as t\n"
-        f"llm = t.tiered(Path({str(folder)!r}), Path({str(cache.parent)!r}), enable_prefix_caching=False)\n"
-        f"print('ready', flush=True)\n"
-        f"while True: llm.generate([{prompt}], t.PARAMS, use_tqdm=False)\n"
+        "import random; from pathlib import Path; import test_faults as t\n"
+        f"llm = t.tiered(Path({str(folder)!r}), Path({str(cache)!r}), disk_pages=int(sys.argv[1]),"
+        " disk_write_policy=sys.argv[2])\n"
+        "print('ready', flush=True)\n"
+        f"prompt, rng = {prompt}, random.Random(int(sys.argv[3]))\n"
+        "while True:\n"
+        "    cut = rng.randrange(200, 500)\n"
+        "    llm.generate([prompt[:cut] + [rng.randrange(3, 128)] * 40], t.PARAMS, use_tqdm=False)\n"
+        "    print('answered', flush=True)\n"
     )
-    listed = 0
-    for enough in (3, 8, 15):  # pages on disk, after which the process is killed
-        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        while len(list((cache / "kv.zarr").glob("c.*"))) < 2 * enough:
-            assert process.poll() is None
-            time.sleep(0.005)
+    listed = []
+    for number in range(rounds):
+        policy = rng.choice(["write_through", "idle"])
+        arguments = [str(rng.choice([40, 60])), policy, str(number)]
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        if rng.random() < 0.7:
+            assert process.stdout.readline() == "answered\n"
+        time.sleep(rng.random())
+        assert process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-        listed += check_catalogue(cache)
-    assert listed
-    stale = cache / "kv.zarr" / "c.1.0.0.0.0.deadbeef.partial"
+        [model] = cache.iterdir()
+        listed.append(check_catalogue(model))
+    assert listed[-1] > 10 and len(set(listed)) > 1
+    stale = model / "kv.zarr" / "c.1.0.0.0.0.deadbeef.partial"
     stale.write_bytes(b"half a page")
-    with tiered(folder, cache.parent, enable_prefix_caching=False) as llm:
+    with tiered(folder, cache) as llm:
         assert not stale.exists()
-        assert llm.generate([prompt], PARAMS, use_tqdm=False)[0].outputs[0].token_ids == expected
-        assert check_catalogue(cache)
-    assert not (cache / "kv.zarr").exists()
+        output = llm.generate([prompt], PARAMS, use_tqdm=False)[0]
+        assert output.outputs[0].token_ids == expected
+        assert output.num_cached_tokens_by_tier["disk"] >= 190
+    assert check_catalogue(model) > 10
 
 
 def check_catalogue(cache: Path) -> int:

@@ -65,7 +65,10 @@ def test_memory_and_disk_stay_within_their_limits(tmp_path: Path) -> None:
     reader.start()
     print(file=process.stdin, flush=True)
     while reader.is_alive():
-        most, largest = max(most, resident_bytes(process.pid)), max(largest, folder_bytes(cache / "kv.zarr"))
+        most, largest = (
+            max(most, resident_bytes(process.pid)),
+            max(largest, folder_bytes(cache / "kv.zarr")),
+        )
         time.sleep(0.05)
     print(file=process.stdin, flush=True)
     assert process.wait() == 0

@@ -12,6 +12,7 @@ from distkv.storage.cache_folder import Description, DiskHeads
 from distkv.storage.host_memory import available_bytes
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.random_pages import random_slice
+from distkv.workers.bandwidth import Bandwidth, measure_bandwidth
 from distkv.workers.batch import build_batch
 from distkv.workers.llama import LlamaModel, load_llama
 from distkv.workers.model_config import ModelConfig
@@ -154,6 +155,10 @@ class Rank:
         with tiers.stream(batch.loads) as stream:
             hidden = self._model.forward(batch, tiers.device, stream)
         return self._model.logits(hidden)
+
+    def bandwidth(self) -> Bandwidth:
+        """How fast the tiers below the device give pages back."""
+        return measure_bandwidth(self.tiers, self.config.cache_dir)
 
     def take_report(self) -> Report:
         """What has ended since the last call; bytes by route are of this rank alone: `device_to_host` and so on for

@@ -20,6 +20,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distkv.errors import CapacityError, ConfigError, DistKVError, WorkerDied
+from distkv.workers.bandwidth import Bandwidth
 from distkv.workers.channel import FollowerChannel, LeaderChannel
 from distkv.workers.process_group import ProcessGroup
 from distkv.workers.rank import Capacity, Rank, RankConfig
@@ -83,6 +84,11 @@ class RankActor:
         """See `Rank.allocate`."""
         assert self._rank is not None
         return self._rank.allocate(sizes)
+
+    def bandwidth(self) -> Bandwidth:
+        """See `Rank.bandwidth`."""
+        assert self._rank is not None
+        return self._rank.bandwidth()
 
     def lead(self, main: LeaderMain, arguments: tuple[Any, ...]) -> None:
         """On rank 0: runs `main` until it returns, then ends the followers."""
@@ -164,6 +170,10 @@ class RayGroup:
     def allocate(self, sizes: PoolSizes) -> list[tuple[int, int, int]]:
         """Makes the pools of all ranks; returns the bytes of each tier for each."""
         return [self._wait([actor.allocate.remote(sizes)])[0] for actor in self._actors]
+
+    def bandwidth(self) -> list[Bandwidth]:
+        """How fast each rank gets cold pages, all of them at once."""
+        return self._call("bandwidth")
 
     def start(self, main: LeaderMain, *arguments: Any) -> None:
         """Starts the loops of all ranks; rank 0 runs `main`, given by reference, so it must be importable there."""
