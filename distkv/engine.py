@@ -207,23 +207,24 @@ class Engine:
         drawing = []
         for sequence, count in scheduled:
             table = sequence.table
-            start, is_random = table.num_tokens, bool(sequence.num_random)
+            start = table.num_tokens
             fresh = table.append(count)
-            if is_random:
+            if start < sequence.num_random_in_all:
                 random_pages += [(page.location, _page_seed(sequence, page)) for page in fresh]
                 continue
-            if fresh:
-                clear += [page.location for page in fresh]
+            for page in fresh:
+                clear.append(page.location)
             draws = start + count == len(sequence.token_ids) + sequence.num_drawing
             if draws:
                 drawing.append(sequence)
                 sequence.num_drawing += 1
             parts.append((sequence, _sequence_plan(sequence, start, count, int(draws))))
         self._cache.balance()
-        if promote and (self._cache.has_cold or self._scheduler.waiting):
+        if promote and self._cache.may_promote:
             running = (one for one in self._scheduler.running if not one.is_parked)
-            cold = chain.from_iterable(one.by_importance() for one in running)
-            self._cache.promote(chain(cold, self._scheduler.expected_pages()))
+            self._cache.promote(chain.from_iterable(one.by_importance() for one in running))
+        if promote and self._scheduler.waiting:
+            self._cache.promote(self._scheduler.expected_pages())
         self._peak_pages = max(self._peak_pages, self._cache.num_pages)
         # where pages lie is settled now
         transfers, await_ids = self._cache.take_transfers()

@@ -41,6 +41,9 @@ class PageTable:
         Raises CapacityError when the device lacks free slots; see `TieredCache.reserve`.
         """
         first = len(self.pages)
+        if self.num_tokens + num_tokens <= first * self.page_size:
+            self.num_tokens += num_tokens
+            return []
         for index in range(first, first + self.missing(num_tokens)):
             self.pages.append(self._cache.allocate(index, self.pages[-1] if self.pages else None))
         self.num_tokens += num_tokens
