@@ -18,11 +18,6 @@ class PageTable:
         self.num_tokens = 0  # with those of steps that have not ended
         self.num_committed = 0
 
-    @property
-    def num_unfilled(self) -> int:
-        """Pages that are not full, so that they must stay on the device."""
-        return len(self.pages) - self.num_committed // self.page_size
-
     def begin(self, pages: list[Page]) -> None:
         """Starts the sequence with the full pages of a known prefix."""
         assert not self.pages
