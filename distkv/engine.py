@@ -6,38 +6,23 @@ which is dropped.
 """
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from torch import Tensor
 
 from distkv.errors import CapacityError, DistKVError, StoreError
-from distkv.flight import Draw, Flight, Landing
+from distkv.flight import Draw, Flight
 from distkv.messages import EngineInfo, EngineRequest, EngineStats, RequestFailed, StepOutput, TokenOutput
 from distkv.scheduler import Scheduler
 from distkv.sequence import Sequence
+from distkv.step_runner import Execute, StepRunner
 from distkv.storage.page import Page
-from distkv.storage.page_size import pages_for
-from distkv.storage.random_pages import page_seed
 from distkv.storage.tier import Tier
-from distkv.storage.tiered_cache import TieredCache
-from distkv.workers.report import Report
-from distkv.workers.sampler import SampleRow, TokenLogprobs, sample
-from distkv.workers.step_plan import SequencePlan, StepPlan
-
-if TYPE_CHECKING:
-    from distkv.keeper import Keeper
+from distkv.workers.sampler import TokenLogprobs
+from distkv.workers.step_plan import StepPlan
 
 log = logging.getLogger(__name__)
 
 MAX_REPAIRS = 3  # times that a page is computed again before its requests fail
-
-Execute = Callable[[StepPlan], tuple[Tensor | None, Report]]
-"""Runs a step plan on all ranks; returns what rank 0's `Rank.execute` does, and the report of all."""
 
 
 class Engine:
@@ -52,26 +37,19 @@ class Engine:
             survives: a step that raises leaves the ranks fit for others, so that the sequence at fault can be found.
         """
         self.info = info
-        self._execute = execute
         self._close = close
         self._survives = survives
         self._scheduler = Scheduler(info)
         self._cache = self._scheduler.cache
-        self._runner = ThreadPoolExecutor(1, "distkv-step")
+        self._runner = StepRunner(info, execute, self._cache)
         self._flight: Flight | None = None
         self._failures: list[StepOutput] = []  # to be told with the next outputs
-        self._ended: list[int] = []  # tables that the ranks may forget
         # pages that the next plan has to copy (source, target), held until it has run
         self._copies: list[tuple[Page, Page]] = []
         self._suspects: list[Sequence] = []  # of a step that raised, to be run one by one
         self._is_settled = True  # nothing moves and nothing is to be saved
         self._peak_pages = 0
-        self._moved: Counter[str] = Counter()
         self._pages_recomputed = 0
-        self._damage = ""  # what could not be read back last, and why
-        self._keeper = _open_keeper(info, self._cache)
-        if self._keeper is not None:
-            self._keeper.adopt(self._report_of)
 
     def add(self, requests: list[EngineRequest]) -> None:
         """Queues requests; raises CapacityError, and queues none, when one of them could never run."""
@@ -98,15 +76,13 @@ class Engine:
             self.abort([(one.request.request_id, None) for one in self._scheduler.running + self._scheduler.waiting])
             if self._flight is not None:
                 self._land(self._flight, [], None)
-            while not self._is_settled:
-                self._settle()
+            while self._runner.settle():
+                pass
         except Exception as error:
             log.warning("the cache was not saved to its end: %s", error)
         finally:
-            self._runner.shutdown()
             try:
-                if self._keeper is not None:
-                    self._keeper.close()
+                self._runner.close()
             finally:
                 self._close()
 
@@ -131,15 +107,15 @@ class Engine:
             device_pages=self._cache.slots[Tier.DEVICE].num_used,
             host_pages=self._cache.slots[Tier.HOST].num_used,
             disk_pages=self._cache.slots[Tier.DISK].num_used,
-            moved=dict(self._moved),
+            moved=dict(self._runner.moved),
             pages_recomputed=self._pages_recomputed,
         )
 
     def integrity_check(self) -> None:
         """Raises AssertionError when pages were lost or are held twice; meant for when nothing runs."""
         if not self._is_busy:
-            while not self._is_settled:
-                self._settle()
+            while self._runner.settle():
+                pass
         self._cache.integrity_check()
         if not self._is_busy:
             self._forget_copies()
@@ -197,7 +173,7 @@ class Engine:
         while not self._cache.reserve(num_pages):
             if self._flight is not None:
                 return False
-            self._run(self._moving_plan(self._cache.awaited))
+            self._runner.wait_for(self._cache.awaited)
         return True
 
     def _write_down(self, scheduled: list[tuple[Sequence, int]], promote: bool) -> Flight:
@@ -212,7 +188,7 @@ class Engine:
             start = table.num_tokens
             fresh = table.append(count)
             if start < sequence.num_random_in_all:
-                random_pages += [(page.location, _page_seed(sequence, page)) for page in fresh]
+                random_pages += [(page.location, sequence.page_seed(page)) for page in fresh]
                 continue
             for page in fresh:
                 clear.append(page.location)
@@ -220,7 +196,7 @@ class Engine:
             if draws:
                 drawing.append(sequence)
                 sequence.num_drawing += 1
-            parts.append((sequence, _sequence_plan(sequence, start, count, int(draws))))
+            parts.append((sequence, sequence.plan(start, count, int(draws))))
         self._cache.balance()
         if promote and self._cache.may_promote:
             running = (one for one in self._scheduler.running if not one.is_parked)
@@ -231,7 +207,7 @@ class Engine:
         # where pages lie is settled now
         transfers, await_ids = self._cache.take_transfers()
         moved = self._cache.take_moved()
-        ended, self._ended = self._ended, []
+        ended, self._runner.ended = self._runner.ended, []
         copies, self._copies = self._copies, []
         plan = StepPlan(
             [part for _, part in parts],
@@ -243,19 +219,9 @@ class Engine:
     def _launch(self, flight: Flight) -> None:
         flight.fill_in()
         rows = flight.rows()
-        self._update_catalogue({})
-        flight.landing = self._runner.submit(self._fly, flight.plan, rows)
+        flight.landing = self._runner.start(flight.plan, rows)
         self._flight = flight
         self._is_settled = False
-
-    def _fly(self, plan: StepPlan, rows: list[SampleRow]) -> Landing:
-        """On the step thread."""
-        report = None
-        try:
-            logits, report = self._execute(plan)
-            return Landing(report, [] if logits is None else sample(logits, rows))
-        except Exception as error:
-            return Landing(report, error=error)
 
     def _land(self, flight: Flight, chosen: list[tuple[Sequence, int]], following: Flight | None) -> list[StepOutput]:
         """Waits for a step, launches the one that follows, and adds the drawn tokens to their answers.
@@ -272,7 +238,7 @@ class Engine:
                 self._undo(following)
             raise
         self._flight = None
-        unread = set() if landing.report is None else self._take_in(landing.report)
+        unread = set() if landing.report is None else self._runner.take_in(landing.report)
         if following is not None and (landing.error is not None or unread or self._cache.lost):
             self._undo(following)
             following = None
@@ -326,7 +292,7 @@ class Engine:
         self._copies += flight.copies
         if not ran:
             self._cache.put_back(flight.plan.transfers, flight.plan.await_ids, flight.moved)
-            self._ended += flight.plan.ended
+            self._runner.ended += flight.plan.ended
 
     def _blame(self, flight: Flight, error: Exception) -> None:
         """Ends the sequence that made a step raise; with several in the step, they are run one by one first."""
@@ -354,51 +320,7 @@ class Engine:
         elif self._scheduler.waiting and not self._scheduler.running:
             self._refuse()
         elif not self._scheduler.running:
-            self._settle()
-
-    def _settle(self) -> None:
-        """Goes on with what moves by itself: write-through, and pages that are saved for later processes."""
-        self._cache.balance()
-        plan = self._moving_plan(self._cache.awaited)
-        if plan.transfers or plan.await_ids or plan.ended:
-            self._run(plan)
-        else:
-            self._update_catalogue({})
-            self._is_settled = True
-
-    def _moving_plan(self, await_ids: list[int]) -> StepPlan:
-        """A plan that runs nothing but transfers, and waits for some."""
-        transfers, others = self._cache.take_transfers()
-        ended, self._ended = self._ended, []
-        return StepPlan([], [], [], transfers, others + await_ids, ended=ended)
-
-    def _run(self, plan: StepPlan) -> set[Page]:
-        """Has the ranks run a plan while nothing else runs; returns the pages that could not be read."""
-        try:
-            self._update_catalogue({})
-            report = self._report_of(plan)
-        except BaseException:
-            self._cache.put_back(plan.transfers, plan.await_ids)
-            self._ended += plan.ended
-            raise
-        return self._take_in(report)
-
-    def _report_of(self, plan: StepPlan) -> Report:
-        landing = self._runner.submit(self._fly, plan, []).result()
-        if landing.report is None:
-            assert landing.error is not None
-            raise landing.error
-        return landing.report
-
-    def _take_in(self, report: Report) -> set[Page]:
-        """Takes in what the ranks report; returns the held pages that the step could not read."""
-        self._moved.update(report.moved)
-        for _, reason in [*report.failed, *report.bad_reads]:
-            log.warning("%s", reason)
-            self._damage = reason
-        unread = self._cache.apply(report.done, report.failed, [slot for slot, _ in report.bad_reads])
-        self._update_catalogue(report.checksums)
-        return unread
+            self._is_settled = not self._runner.settle()
 
     def _repair(self) -> None:
         """Computes a lost page again from its tokens, the first one first, since later ones follow from it."""
@@ -413,7 +335,7 @@ class Engine:
         owners = [one for one in self._scheduler.running if page in one.table.pages[page.index : page.index + 1]]
         if page.repairs == MAX_REPAIRS:
             failure = StoreError(
-                f"KV page {page.index} was lost {page.repairs + 1} times, the last time because {self._damage}"
+                f"KV page {page.index} was lost {page.repairs + 1} times, the last time because {self._runner.damage}"
             )
             for request in {one.request.request_id: one.request for one in owners}.values():
                 self._fail(request, failure)
@@ -422,14 +344,14 @@ class Engine:
         owner, size = owners[0], self.info.page_size
         slot = page.location
         if page.index * size < owner.num_random_in_all:
-            parts, random_pages = [], [(slot, _page_seed(owner, page))]
+            parts, random_pages = [], [(slot, owner.page_seed(page))]
         else:
-            parts, random_pages = [_sequence_plan(owner, page.index * size, size, 0)], []
+            parts, random_pages = [owner.plan(page.index * size, size, 0)], []
         transfers, await_ids = self._cache.take_transfers()
         moved = self._cache.take_moved()
         places = [(page.id, page.location) for page in moved]
         try:
-            unread = self._run(StepPlan(parts, [], [slot], transfers, await_ids, random_pages, places))
+            unread = self._runner.run(StepPlan(parts, [], [slot], transfers, await_ids, random_pages, places))
         except BaseException:
             self._cache.put_back([], [], moved)
             owner.num_told = 0
@@ -512,37 +434,5 @@ class Engine:
 
     def _end(self, sequences: list[Sequence]) -> None:
         """Notes what has ended."""
-        self._ended += [sequence.number for sequence in sequences]
+        self._runner.ended += [sequence.number for sequence in sequences]
         self._is_settled = False
-
-    def _update_catalogue(self, checksums: dict[int, bytes]) -> None:
-        if self._keeper is not None:
-            self._keeper.update(checksums)
-        for told in (self._cache.vacated, self._cache.written, self._cache.touched):
-            told.clear()
-
-
-def _open_keeper(info: EngineInfo, cache: TieredCache) -> "Keeper | None":
-    if info.cache_dir is None or not info.enable_prefix_caching:
-        return None
-    from distkv.keeper import Keeper  # imports zarr
-
-    return Keeper(Path(info.cache_dir), cache)
-
-
-def _sequence_plan(sequence: Sequence, start: int, count: int, num_logits: int) -> SequencePlan:
-    """Tells the ranks of pages that they do not know yet, too."""
-    end, told = start + count, sequence.num_told
-    pages: list[int] = []
-    if end > told * sequence.table.page_size:
-        sequence.num_told = pages_for(end, sequence.table.page_size)
-        pages = [page.id for page in sequence.table.pages[told : sequence.num_told]]
-    return SequencePlan(
-        sequence.number, sequence.token_ids[start:end], start, sequence.prompt_len, num_logits, told, pages
-    )
-
-
-def _page_seed(sequence: Sequence, page: Page) -> int:
-    """Of a page of random keys and values."""
-    assert sequence.request.random_kv_seed is not None
-    return page_seed(sequence.request.random_kv_seed, page.index)

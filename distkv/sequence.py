@@ -5,8 +5,11 @@ from dataclasses import dataclass, field
 
 from distkv.messages import EngineRequest
 from distkv.storage.page import Page, PageName
+from distkv.storage.page_size import pages_for
 from distkv.storage.page_table import PageTable
 from distkv.storage.prefix_index import page_name
+from distkv.storage.random_pages import page_seed
+from distkv.workers.step_plan import SequencePlan
 
 
 @dataclass(eq=False)
@@ -91,6 +94,20 @@ class Sequence:
             self.names.append(page_name(parent, self.token_ids[index * size : (index + 1) * size]))
         return self.names
 
+    def plan(self, start: int, count: int, num_logits: int) -> SequencePlan:
+        """Its part of a step; tells the ranks of pages that they do not know yet, too."""
+        end, told = start + count, self.num_told
+        pages: list[int] = []
+        if end > told * self.table.page_size:
+            self.num_told = pages_for(end, self.table.page_size)
+            pages = [page.id for page in self.table.pages[told : self.num_told]]
+        return SequencePlan(self.number, self.token_ids[start:end], start, self.prompt_len, num_logits, told, pages)
+
+    def page_seed(self, page: Page) -> int:
+        """Of a page of random keys and values."""
+        assert self.request.random_kv_seed is not None
+        return page_seed(self.request.random_kv_seed, page.index)
+
     def rewind(self, count: int) -> None:
         """Takes back what a step with `count` of its tokens was to do."""
         self.table.rewind(count)
@@ -117,5 +134,5 @@ def most_pages(request: EngineRequest, page_size: int, num_answers: int) -> int:
     prompt_len = len(request.prompt_token_ids)
     shared = prompt_len // page_size
     # the last token drawn is never read
-    longest = -(-(prompt_len + request.max_tokens - 1) // page_size)
+    longest = pages_for(prompt_len + request.max_tokens - 1, page_size)
     return shared + num_answers * (longest - shared)

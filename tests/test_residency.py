@@ -72,7 +72,7 @@ def run(
     peak = [0, 0, 0]
     with LLM(folder, **sizes, **({"enable_prefix_caching": False} | options)) as llm:
         engine = idle_engine(llm)
-        execute = engine._execute
+        execute = engine._runner.execute
 
         def spy(plan):
             result = execute(plan)
@@ -84,7 +84,7 @@ def run(
             watch(engine)
             return result
 
-        engine._execute = spy
+        engine._runner.execute = spy
         outputs = llm.generate(prompts, params, use_tqdm=False)
         idle_engine(llm).integrity_check()
         info = llm.info

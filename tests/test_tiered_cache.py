@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distkv.errors import CapacityError
+from distkv.storage.cache_books import WRITE_RETRY
 from distkv.storage.page import Page, PageName
 from distkv.storage.page_table import PageTable
 from distkv.storage.prefix_index import page_names
 from distkv.storage.tier import Tier, Transfer, cold_place, location
-from distkv.storage.tiered_cache import MAX_DISK_WRITES, WRITE_RETRY, TieredCache
+from distkv.storage.tiered_cache import MAX_DISK_WRITES, TieredCache
 
 DEVICE, HOST, DISK = Tier
 PAGE_SIZE = 2

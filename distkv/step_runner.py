@@ -1,0 +1,126 @@
+"""Has the ranks run plans, and keeps the books of the cache by what they report."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from distkv.flight import Landing
+from distkv.messages import EngineInfo
+from distkv.storage.page import Page
+from distkv.storage.tiered_cache import TieredCache
+from distkv.workers.report import Report
+from distkv.workers.sampler import SampleRow, sample
+from distkv.workers.step_plan import StepPlan
+
+if TYPE_CHECKING:
+    from distkv.keeper import Keeper
+
+log = logging.getLogger(__name__)
+
+Execute = Callable[[StepPlan], tuple[Tensor | None, Report]]
+"""Runs a step plan on all ranks; returns what rank 0's `Rank.execute` does, and the report of all."""
+
+
+class StepRunner:
+    """Plans run one after another, on a thread of their own."""
+
+    def __init__(self, info: EngineInfo, execute: Execute, cache: TieredCache):
+        """Takes in what earlier processes left on disk; raises StoreError or ConfigError when the catalogue there
+        cannot be used."""
+        self.execute = execute
+        self.moved: Counter[str] = Counter()  # bytes by route
+        self.damage = ""  # what could not be read back last, and why
+        self.ended: list[int] = []  # tables that the ranks may forget with the next plan
+        self._cache = cache
+        self._thread = ThreadPoolExecutor(1, "distkv-step")
+        self._keeper = _open_keeper(info, cache)
+        if self._keeper is not None:
+            self._keeper.adopt(self._report_of)
+
+    def start(self, plan: StepPlan, rows: list[SampleRow]) -> "Future[Landing]":
+        """Has the ranks run a plan, and draws tokens from its logits."""
+        self._tell_keeper({})
+        return self._thread.submit(self._fly, plan, rows)
+
+    def run(self, plan: StepPlan) -> set[Page]:
+        """Waits for a plan that draws nothing, while no other runs; returns what `take_in` does."""
+        try:
+            self._tell_keeper({})
+            report = self._report_of(plan)
+        except BaseException:
+            self._cache.put_back(plan.transfers, plan.await_ids)
+            self.ended += plan.ended
+            raise
+        return self.take_in(report)
+
+    def take_in(self, report: Report) -> set[Page]:
+        """Books what the ranks report; returns the held pages that the step could not read."""
+        self.moved.update(report.moved)
+        for _, reason in [*report.failed, *report.bad_reads]:
+            log.warning("%s", reason)
+            self.damage = reason
+        unread = self._cache.apply(report.done, report.failed, [slot for slot, _ in report.bad_reads])
+        self._tell_keeper(report.checksums)
+        return unread
+
+    def wait_for(self, ids: Iterable[int]) -> None:
+        """Runs a plan of nothing but transfers that waits for some."""
+        self.run(self._moving_plan(ids))
+
+    def settle(self) -> bool:
+        """Goes on with what moves by itself, write-through and pages that are saved for later processes, while no plan
+        runs; False when all is done."""
+        self._cache.balance()
+        plan = self._moving_plan(self._cache.awaited)
+        is_moving = bool(plan.transfers or plan.await_ids or plan.ended)
+        if is_moving:
+            self.run(plan)
+        else:
+            self._tell_keeper({})
+        return is_moving
+
+    def close(self) -> None:
+        """Ends the thread and closes the catalogue."""
+        self._thread.shutdown()
+        if self._keeper is not None:
+            self._keeper.close()
+
+    def _moving_plan(self, await_ids: Iterable[int]) -> StepPlan:
+        transfers, others = self._cache.take_transfers()
+        ended, self.ended = self.ended, []
+        return StepPlan([], [], [], transfers, [*others, *await_ids], ended=ended)
+
+    def _report_of(self, plan: StepPlan) -> Report:
+        landing = self._thread.submit(self._fly, plan, []).result()
+        if landing.report is None:
+            assert landing.error is not None
+            raise landing.error
+        return landing.report
+
+    def _fly(self, plan: StepPlan, rows: list[SampleRow]) -> Landing:
+        """On the thread."""
+        report = None
+        try:
+            logits, report = self.execute(plan)
+            return Landing(report, [] if logits is None else sample(logits, rows))
+        except Exception as error:
+            return Landing(report, error=error)
+
+    def _tell_keeper(self, checksums: dict[int, bytes]) -> None:
+        if self._keeper is not None:
+            self._keeper.update(checksums)
+        for told in (self._cache.vacated, self._cache.written, self._cache.touched):
+            told.clear()
+
+
+def _open_keeper(info: EngineInfo, cache: TieredCache) -> "Keeper | None":
+    if info.cache_dir is None or not info.enable_prefix_caching:
+        return None
+    from distkv.keeper import Keeper  # imports zarr
+
+    return Keeper(Path(info.cache_dir), cache)
