@@ -67,19 +67,27 @@ def test_chat_remembers_the_conversation(demo_model: Path) -> None:
     assert result.stdout.count("Paris") >= 2
 
 
-def test_ctrl_c_stops_an_answer_and_not_the_conversation(demo_model: Path) -> None:
-    command = [sys.executable, "-m", "distkv", "chat", "--model", str(demo_model), "--max-tokens", "150"]
+def test_ctrl_c_stops_an_answer_and_not_the_conversation(demo_model: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "distkv", "chat", "--model", str(demo_model), "--max-tokens", "150", "--session", "trip",
+        "--cache-dir", str(tmp_path), "--host-kv-bytes", "256MiB", "--disk-kv-bytes", "256MiB",
+    ]  # fmt: skip
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(b"Write a long story about a library.\n")
     process.stdin.flush()
-    assert len(process.stdout.read(40)) == 40
+    begun = process.stdout.read(40)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(b"Hello.\n", timeout=120)
     assert process.returncode == 0, errors
-    first, _, rest = output.partition(b"\n> ")
-    assert len(first) < 250, "150 tokens are three times that"
+    first, _, rest = (begun + output).partition(b"\n> ")
+    assert len(first) < 290, "150 tokens are three times that"
     assert len(rest.rpartition(b"\n> ")[0]) > 1, "the next question was answered"
+    with Session(tmp_path, "trip") as session:
+        asked, told, *others = session.messages
+    assert len(others) == 2 and asked["content"].startswith("Write")
+    assert f"> {told['content']}".strip() == first.decode().strip(), "what was drawn is kept"
+    assert Tokenizer(demo_model).decode(told["token_ids"]) == told["content"]
 
 
 def test_a_session_goes_on_in_another_process(demo_model: Path, tmp_path: Path) -> None:
@@ -150,8 +158,8 @@ def test_demo_answers_and_its_figures_agree(demo_model: Path) -> None:
     assert "The capital of France is Paris." in result.stdout
     assert result.stdout.count("23040") == 2  # KV bytes per token by the formula and as measured
     # a second engine finds the text of the first on disk
-    assert re.search(r"first +│ 206\d +│ 0 +│ 0 +│ 0 ", result.stdout)
-    assert re.search(r"second +│ 20[56]\d +│ 0 +│ 0 +│ 1984 ", result.stdout) and "last use" in result.stdout
+    assert re.search(r"first +│ 20\d\d +│ 0 +│ 0 +│ 0 ", result.stdout)
+    assert re.search(r"second +│ 20\d\d +│ 0 +│ 0 +│ 1984 ", result.stdout) and "last use" in result.stdout
     # the last act: a long text, read through a window on the device
     assert result.stdout.count("Timer class") == 2 and "device 4 of 4, host" in result.stdout
     assert "layer slices, disk to attention" in result.stdout
