@@ -86,7 +86,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(demo_model: Path, tmp_p
     with Session(tmp_path, "trip") as session:
         asked, told, *others = session.messages
     assert len(others) == 2 and asked["content"].startswith("Write")
-    assert f"> {told['content']}".strip() == first.decode().strip(), "what was drawn is kept"
+    assert f"> {told['content']}".startswith(first.decode()), "what was printed is kept, and a last piece perhaps"
     assert Tokenizer(demo_model).decode(told["token_ids"]) == told["content"]
 
 
