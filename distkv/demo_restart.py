@@ -75,7 +75,7 @@ def _ask(
 
 
 def _table(*asked: Asked) -> Table:
-    table = Table("engine", "prompt tokens", "on device", "on host", "on disk", "first token")
+    table = Table("engine", "prompt tokens", "found on device", "host", "disk", "first token")
     for name, one in zip(("first", "second"), asked, strict=True):
         found = one.output.num_cached_tokens_by_tier
         table.add_row(
