@@ -97,7 +97,7 @@ class Engine:
         try:
             self.abort([(one.request.request_id, None) for one in self._scheduler.running + self._scheduler.waiting])
             if self._flight is not None:
-                self._land(self._flight, None)
+                self._land(self._flight, [], None)
             while not self._is_settled:
                 self._settle()
         except Exception as error:
@@ -148,36 +148,38 @@ class Engine:
 
     def step(self) -> list[StepOutput]:
         """Goes on by a step; returns tokens that were drawn, if any have come, and the requests that cannot go on."""
-        flight, following = self._flight, None
-        if flight is None or not (flight.forks or self._suspects):
-            following = self._prepare()
+        flight = self._flight
+        chosen = [] if flight is not None and (flight.forks or self._suspects) else self._choose()
+        following = self._settle_step(chosen) if chosen else None
         outputs: list[StepOutput] = []
         if flight is not None:
-            outputs = self._land(flight, following)
+            outputs = self._land(flight, chosen, following)
         elif following is not None:
             self._launch(following)
-        else:
+        elif not chosen:
             self._do_without_step()
         failures, self._failures = self._failures, []
         return outputs + failures
 
     # --- a step's way ---
 
-    def _prepare(self) -> Flight | None:
-        """Settles the next step; None when there is none, or none before the one under way has ended."""
+    def _choose(self) -> list[tuple[Sequence, int]]:
+        """The sequences of the next step, with the number of tokens each runs. The choice looks at the step under way
+        as if it had ended, so that it does not depend on whether the device has room for both."""
         if self._cache.lost:
-            return None
+            return []
         self._forget_copies()
-        suspect = self._next_suspect()
         copies = self._copies + (self._flight.copies if self._flight is not None else [])
         held = sum(page.references == 1 for pair in copies for page in pair)
-        scheduled = self._scheduler.schedule(held, suspect)
-        if not scheduled:
-            return None
-        forks = sum(one.num_fork_pages(count) for one, count in scheduled if one.in_prompt)
+        return self._scheduler.schedule(held, self._next_suspect())
+
+    def _settle_step(self, chosen: list[tuple[Sequence, int]]) -> Flight | None:
+        """Makes room for a step and writes it down for the ranks; None when the step under way must end first, when a
+        page was lost, or when there is no room."""
+        forks = sum(one.num_fork_pages(count) for one, count in chosen if one.in_prompt)
         needed = forks + sum(
             one.table.missing(count)
-            for one, count in scheduled
+            for one, count in chosen
             if one.table.num_tokens + count > len(one.table.pages) * self.info.page_size
         )
         try:
@@ -187,7 +189,7 @@ class Engine:
             if self._flight is None:  # the disk took less than it was to take
                 self._fail(self._scheduler.running[-1].request, error)
             return None
-        return self._settle_step(scheduled, promote=not forks)
+        return self._write_down(chosen, promote=not forks)
 
     def _make_room(self, num_pages: int) -> bool:
         """Frees device pages, waiting for transfers unless a step is under way; then False says that they must end
@@ -198,7 +200,7 @@ class Engine:
             self._run(self._moving_plan(self._cache.awaited))
         return True
 
-    def _settle_step(self, scheduled: list[tuple[Sequence, int]], promote: bool) -> Flight:
+    def _write_down(self, scheduled: list[tuple[Sequence, int]], promote: bool) -> Flight:
         """Gives the step's tokens their pages and writes the step down for the ranks. `promote` lets free device pages
         be filled, which forks would need."""
         clear: list[int] = []
@@ -207,23 +209,24 @@ class Engine:
         drawing = []
         for sequence, count in scheduled:
             table = sequence.table
-            start, is_random = table.num_tokens, bool(sequence.num_random)
+            start = table.num_tokens
             fresh = table.append(count)
-            if is_random:
+            if start < sequence.num_random_in_all:
                 random_pages += [(page.location, _page_seed(sequence, page)) for page in fresh]
                 continue
-            if fresh:
-                clear += [page.location for page in fresh]
+            for page in fresh:
+                clear.append(page.location)
             draws = start + count == len(sequence.token_ids) + sequence.num_drawing
             if draws:
                 drawing.append(sequence)
                 sequence.num_drawing += 1
             parts.append((sequence, _sequence_plan(sequence, start, count, int(draws))))
         self._cache.balance()
-        if promote and (self._cache.has_cold or self._scheduler.waiting):
+        if promote and self._cache.may_promote:
             running = (one for one in self._scheduler.running if not one.is_parked)
-            cold = chain.from_iterable(one.by_importance() for one in running)
-            self._cache.promote(chain(cold, self._scheduler.expected_pages()))
+            self._cache.promote(chain.from_iterable(one.by_importance() for one in running))
+        if promote and self._scheduler.waiting:
+            self._cache.promote(self._scheduler.expected_pages())
         self._peak_pages = max(self._peak_pages, self._cache.num_pages)
         # where pages lie is settled now
         transfers, await_ids = self._cache.take_transfers()
@@ -254,8 +257,13 @@ class Engine:
         except Exception as error:
             return Landing(report, error=error)
 
-    def _land(self, flight: Flight, following: Flight | None) -> list[StepOutput]:
-        """Waits for a step, launches the one that follows, and adds the drawn tokens to their answers."""
+    def _land(self, flight: Flight, chosen: list[tuple[Sequence, int]], following: Flight | None) -> list[StepOutput]:
+        """Waits for a step, launches the one that follows, and adds the drawn tokens to their answers.
+
+        Args:
+            chosen: what is to follow.
+            following: the same if it is settled already, else it had to wait for the device pages of this step.
+        """
         assert flight.landing is not None
         try:
             landing = flight.landing.result()
@@ -274,6 +282,8 @@ class Engine:
             return []
         self._release(flight.copies)
         drawn = self._commit(flight, landing.drawn, unread)
+        if following is None and chosen and not unread and not self._cache.lost:
+            following = self._settle_step(chosen)
         if following is not None:
             self._launch(following)
         return self._answer(flight, drawn)
@@ -467,8 +477,10 @@ class Engine:
         """Adds the drawn tokens to their answers."""
         outputs: list[StepOutput] = []
         for sequence, mine in zip(flight.drawing, drawn, strict=True):
-            answers = [sequence] if mine else []
-            if mine and not sequence.is_drawn_once:
+            if sequence.finished or not mine:
+                continue
+            answers = [sequence]
+            if not sequence.is_drawn_once:
                 for fork, copy in self._scheduler.fork(sequence):
                     answers.append(fork)
                     if copy is not None:

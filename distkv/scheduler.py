@@ -88,7 +88,7 @@ class Scheduler:
         decoding = []
         for sequence in self.running:
             table = sequence.table
-            room -= len(table.pages) - table.num_committed // size
+            room -= len(table.pages) - table.num_tokens // size
             if sequence.is_parked if only is None else sequence is not only:
                 continue
             if table.num_tokens < sequence.prompt_len:

@@ -32,6 +32,9 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.request.prompt_token_ids)
+        # tokens of the prompt whose keys and values are random, see `EngineRequest.random_kv_seed`; whole pages
+        size = self.table.page_size
+        self.num_random_in_all = 0 if self.request.random_kv_seed is None else (self.prompt_len - 1) // size * size
 
     @property
     def num_output_tokens(self) -> int:
@@ -54,8 +57,8 @@ class Sequence:
     @property
     def may_decode(self) -> bool:
         """Whether a step may take the answer's newest token, drawn already or by a step under way."""
-        drawn = len(self.token_ids) - self.prompt_len + self.num_drawing
-        return 0 < drawn < self.request.max_tokens and self.is_drawn_once
+        drawn = len(self.token_ids) - self.prompt_len
+        return 0 < drawn + self.num_drawing < self.request.max_tokens and (drawn > 0 or self.request.params.n == 1)
 
     @property
     def most_pages(self) -> int:
@@ -63,15 +66,8 @@ class Sequence:
         return most_pages(self.request, self.table.page_size, 1 if self.num_output_tokens else self.request.params.n)
 
     @property
-    def num_random_in_all(self) -> int:
-        """Tokens of the prompt whose keys and values are random, see `EngineRequest.random_kv_seed`; whole pages."""
-        if self.request.random_kv_seed is None:
-            return 0
-        return (self.prompt_len - 1) // self.table.page_size * self.table.page_size
-
-    @property
     def num_random(self) -> int:
-        """Those of them that are still to come."""
+        """Tokens with random keys and values that are still to come."""
         return max(0, self.num_random_in_all - self.table.num_tokens)
 
     def num_fork_pages(self, count: int) -> int:

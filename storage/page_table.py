@@ -18,11 +18,6 @@ class PageTable:
         self.num_tokens = 0  # with those of steps that have not ended
         self.num_committed = 0
 
-    @property
-    def num_unfilled(self) -> int:
-        """Pages that are not full, so that they must stay on the device."""
-        return len(self.pages) - self.num_committed // self.page_size
-
     def begin(self, pages: list[Page]) -> None:
         """Starts the sequence with the full pages of a known prefix."""
         assert not self.pages
@@ -41,6 +36,9 @@ class PageTable:
         Raises CapacityError when the device lacks free slots; see `TieredCache.reserve`.
         """
         first = len(self.pages)
+        if self.num_tokens + num_tokens <= first * self.page_size:
+            self.num_tokens += num_tokens
+            return []
         for index in range(first, first + self.missing(num_tokens)):
             self.pages.append(self._cache.allocate(index, self.pages[-1] if self.pages else None))
         self.num_tokens += num_tokens

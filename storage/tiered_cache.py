@@ -52,7 +52,8 @@ class TieredCache:
         self._full: tuple[dict[Page, None], ...] = ({}, {}, {})  # held full pages with a whole copy, oldest first
         self._parked: dict[Page, None] = {}  # held full pages on the device whose sequences wait
         self._pages: dict[Page, None] = {}  # all that a sequence holds
-        self._held_on_device = 0
+        self._held_on_device = 0  # of them those with a slot on the device, and with one there or on the host
+        self._held_above_disk = 0
         self._free_ids: list[int] = []
         self._next_page_id = 0
         self._moved: dict[Page, None] = {}  # held pages whose location the ranks have not been told
@@ -94,6 +95,13 @@ class TieredCache:
     def has_cold(self) -> bool:
         """Whether some held page may lie below the device alone."""
         return len(self._pages) > self._held_on_device
+
+    @property
+    def may_promote(self) -> bool:
+        """Whether `promote` may find something to do among the held pages."""
+        return (self.has_cold and self._has_room_above(DEVICE)) or (
+            self._held_above_disk < len(self._pages) and self._has_room_above(HOST)
+        )
 
     @property
     def num_pages(self) -> int:
@@ -150,16 +158,16 @@ class TieredCache:
         """A page to be filled, on the device, with the old content of its slot; behind page `after` where that is
         free."""
         page = Page(index)
-        self._take(page, DEVICE, after.slots[DEVICE] if after else None)
+        slot = self._allocate(DEVICE, after.slots[DEVICE] if after else None)
         self._hold(page)
+        self._set_slot(page, DEVICE, slot)
         return page
 
     def restore(self, page: Page) -> None:
         """Gives a lost page a device slot to be filled again; `fill` must follow, or `forget`."""
         assert page.lost
         page.full = False
-        self._take(page, DEVICE)
-        self._held_on_device += 1
+        self._set_slot(page, DEVICE, self._allocate(DEVICE))
         self._moved[page] = None
 
     def forget(self, page: Page) -> None:
@@ -186,7 +194,7 @@ class TieredCache:
         self._moved.pop(page, None)
         self._parked.pop(page, None)
         self._free_ids.append(page.id)
-        self._held_on_device -= page.slots[DEVICE] is not None
+        self._count(page, -1)
         if page.name is not None and page in self.lost:
             self.index.remove(page)
         self.lost.pop(page, None)
@@ -355,6 +363,8 @@ class TieredCache:
         assert all(page.references > 0 for page in self._pages)
         assert len({page.id for page in self._pages} | set(self._free_ids)) == self._next_page_id
         assert self._held_on_device == sum(page.slots[DEVICE] is not None for page in self._pages)
+        above = sum(page.slots[DEVICE] is not None or page.slots[HOST] is not None for page in self._pages)
+        assert self._held_above_disk == above
         assert set(self.lost) == {page for page in self._pages if page.full and page.lost}
         assert all(page.full or page.slots[HOST] is page.slots[DISK] is None for page in self._pages)
         assert all(page.references and page.has(DEVICE) for page in self._parked)
@@ -370,8 +380,24 @@ class TieredCache:
         else:
             page.id = self._next_page_id
             self._next_page_id += 1
-        self._held_on_device += page.slots[DEVICE] is not None
+        self._count(page, 1)
         self._moved[page] = None
+
+    def _count(self, page: Page, sign: int) -> None:
+        """Counts a held page's slots in or out."""
+        on_device = page.slots[DEVICE] is not None
+        self._held_on_device += sign * on_device
+        self._held_above_disk += sign * (on_device or page.slots[HOST] is not None)
+
+    def _set_slot(self, page: Page, tier: Tier, slot: int | None) -> None:
+        if page.references:
+            self._count(page, -1)
+        page.slots[tier] = slot
+        if page.references:
+            self._count(page, 1)
+
+    def _allocate(self, tier: Tier, after: int | None = None) -> int:
+        return self.slots[tier].allocate(1, after)[0]
 
     def _become_idle(self, page: Page) -> None:
         self._num_idle += 1
@@ -570,9 +596,7 @@ class TieredCache:
         return victim is not None
 
     def _start(self, page: Page, source: Tier, target: Tier) -> None:
-        self._take(page, target)
-        if target is DEVICE and page.references:
-            self._held_on_device += 1
+        self._set_slot(page, target, self._allocate(target))
         source_slot, target_slot = page.slots[source], page.slots[target]
         assert source_slot is not None and target_slot is not None
         transfer = Transfer(self._next_id, source, source_slot, target, target_slot)
@@ -617,20 +641,16 @@ class TieredCache:
         owners = {page.slots[DISK]: page for page in self._pages if page.has(DISK)} | self._dropped
         return {owners[slot] for slot in disk_slots if slot in owners and owners[slot].references}
 
-    def _take(self, page: Page, tier: Tier, after: int | None = None) -> None:
-        [page.slots[tier]] = self.slots[tier].allocate(1, after)
-
     def _drop(self, page: Page, tier: Tier) -> None:
         """Gives a copy up; an idle page whose last copy this was is forgotten."""
         slot = page.slots[tier]
         assert slot is not None and page.filling[tier] is None and not page.reading[tier]
-        page.slots[tier] = None
+        self._set_slot(page, tier, None)
         self._full[tier].pop(page, None)
         self._idle.discard(page, tier)
         self.slots[tier].free(slot)
         if tier is DEVICE:
             self._parked.pop(page, None)
-            self._held_on_device -= page.references > 0
         elif tier is DISK:
             self._writes_paused = 0  # there is room again
             self.written.pop(slot, None)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class SampleRow:
     """How to draw one token; the parameters mean what they mean in `SamplingParams`."""
 
