@@ -10,6 +10,7 @@ from typing import Unpack
 from distkv.chat_pieces import Message
 from distkv.config import EngineConfig, EngineOptions
 from distkv.engine_thread import Delivery
+from distkv.errors import DistKVError
 from distkv.front_end import Bundle, FrontEnd, Prompt
 from distkv.messages import EngineInfo, EngineStats
 from distkv.outputs import RequestOutput
@@ -86,11 +87,20 @@ class AsyncLLM:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        session: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Continues a conversation `[{"role": "user", "content": "..."}, ...]` by the assistant's answer; else as
-        `generate`."""
-        prompt = await asyncio.to_thread(self.tokenizer.encode_chat, messages)
-        outputs = self.generate(prompt, sampling_params, priority=priority, cache_salt=cache_salt)
+        `generate`.
+
+        Args:
+            session: name of a conversation that is kept, as with `LLM.chat`. Of an answer that is left early, the
+                conversation gets what was yielded.
+        """
+        if session is not None:
+            outputs = self._chat_on(session, messages, sampling_params or SamplingParams(), priority, cache_salt)
+        else:
+            prompt = await asyncio.to_thread(self.tokenizer.encode_chat, messages)
+            outputs = self.generate(prompt, sampling_params, priority=priority, cache_salt=cache_salt)
         async with aclosing(outputs):
             async for output in outputs:
                 yield output
@@ -129,6 +139,25 @@ class AsyncLLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    async def _chat_on(
+        self, name: str, messages: list[Message], params: SamplingParams, priority: int, cache_salt: str | None
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """A turn of a session."""
+        with await asyncio.to_thread(self._front_end.session, name, params) as session:
+            prompt = await asyncio.to_thread(session.prompt, self.tokenizer, messages)
+            outputs = self.generate(prompt, params, priority=priority, cache_salt=cache_salt)
+            last = None
+            try:
+                async with aclosing(outputs):
+                    async for last in outputs:
+                        yield last
+            except DistKVError:
+                last = None  # an answer that could not go on
+                raise
+            finally:
+                if last is not None:
+                    session.add_output(last.outputs[0])
 
     def _mailbox_of_loop(self) -> "_Mailbox":
         """That of the running event loop; requests keep the one they have begun with."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from distkv import __version__
-from distkv.errors import CapacityError, DistKVError, RequestError
+from distkv.errors import DistKVError, RequestError
 
 # click's, which newer releases of typer carry under a name of their own
 UsageError: Any = typer.BadParameter.__bases__[0]
@@ -34,6 +34,9 @@ DeviceKvBytes = Annotated[str | None, typer.Option(help="KV memory on the device
 HostKvBytes = Annotated[str | None, typer.Option(help="KV memory of the host below it; 0 for none.")]
 DiskKvBytes = Annotated[str | None, typer.Option(help="KV pages on disk, with --cache-dir.")]
 CacheDir = Annotated[Path | None, typer.Option(help="Folder for KV pages on disk.")]
+PrefixCaching = Annotated[bool, typer.Option(help="Keep full KV pages for later prompts that begin alike.")]
+DiskWritePolicy = Annotated[str, typer.Option(help="When such pages go to disk: write_through (at once) or idle.")]
+MaxColdBytes = Annotated[str | None, typer.Option(help="Most bytes of cold pages that a step streams.")]
 StagingPages = Annotated[int | None, typer.Option(help="Pages of the ring that cold pages pass through.")]
 LoadFormat = Annotated[str, typer.Option(help="auto, or dummy for random weights.")]
 NumThreads = Annotated[int | None, typer.Option(help="Torch threads of a CPU rank.")]
@@ -96,6 +99,9 @@ def generate(
     disk_kv_bytes: DiskKvBytes = None,
     cache_dir: CacheDir = None,
     staging_pages: StagingPages = None,
+    enable_prefix_caching: PrefixCaching = True,
+    disk_write_policy: DiskWritePolicy = "write_through",
+    max_cold_bytes_per_step: MaxColdBytes = None,
     load_format: LoadFormat = "auto",
     num_threads: NumThreads = None,
 ) -> None:
@@ -115,6 +121,12 @@ def generate(
 def chat(
     model: Model = "smollm2",
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    session: Annotated[
+        str | None, typer.Option(help="Name of a conversation to go on with; kept in --cache-dir.")
+    ] = None,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Say after each answer what of its prompt was cached.")
+    ] = False,
     max_tokens: MaxTokens = 1024,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.95,
@@ -131,31 +143,18 @@ def chat(
     disk_kv_bytes: DiskKvBytes = None,
     cache_dir: CacheDir = None,
     staging_pages: StagingPages = None,
+    enable_prefix_caching: PrefixCaching = True,
+    disk_write_policy: DiskWritePolicy = "write_through",
+    max_cold_bytes_per_step: MaxColdBytes = None,
     load_format: LoadFormat = "auto",
     num_threads: NumThreads = None,
 ) -> None:
     """Talk to a model; an empty line or Ctrl-D ends the conversation."""
     options = _engine_options(locals())
     params = _sampling_params(locals())
-    from distkv.llm import LLM
+    from distkv.chat_command import run
 
-    messages = [{"role": "system", "content": system}] if system else []
-    with LLM(_model_folder(model), **options) as llm:
-        while question := _ask():
-            messages.append({"role": "user", "content": question})
-            answer = ""
-            try:
-                for piece in _pieces(llm.stream(llm.tokenizer.encode_chat(messages), params)):
-                    print(piece, end="", flush=True)
-                    answer += piece
-            except (RequestError, CapacityError) as error:  # the conversation has outgrown the model or the memory
-                messages.pop()
-                print(f"distkv: error: {error}", file=sys.stderr)
-                continue
-            except KeyboardInterrupt:  # stops this answer, not the conversation
-                pass
-            print()
-            messages.append({"role": "assistant", "content": answer})
+    run(_model_folder(model), options, params, system, session, stats)
 
 
 @app.command()
@@ -310,7 +309,8 @@ def cache_prune(
 def _engine_options(given: dict[str, Any]) -> dict[str, Any]:
     names = (
         "tensor_parallel_size", "ray_address", "dtype", "max_model_len", "page_size", "device_kv_bytes",
-        "host_kv_bytes", "disk_kv_bytes", "cache_dir", "staging_pages", "load_format", "num_threads",
+        "host_kv_bytes", "disk_kv_bytes", "cache_dir", "staging_pages", "enable_prefix_caching",
+        "disk_write_policy", "max_cold_bytes_per_step", "load_format", "num_threads",
     )  # fmt: skip
     return {name: given[name] for name in names}
 
@@ -351,11 +351,3 @@ def _pieces(outputs: Iterator[Any]) -> Iterator[str]:
         text = output.outputs[0].text
         yield text[printed:]
         printed = len(text)
-
-
-def _ask() -> str:
-    try:
-        return input("> ").strip()
-    except EOFError:
-        print()
-        return ""

@@ -1,5 +1,6 @@
-"""`distkv demo`: a real model answers a few questions, a table shows what its KV cache takes, and then a long text is
-read with most of the cache below the device (`demo_long.py`)."""
+"""`distkv demo`: a real model answers a few questions, a table shows what its KV cache takes, a prefix
+survives a restart (`demo_restart.py`), and a long text is read with most of the cache below the device
+(`demo_long.py`)."""
 
 import time
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from distkv import demo_long
+from distkv import demo_long, demo_restart
 from distkv.errors import DistKVError
 from distkv.llm import LLM
 from distkv.sampling_params import SamplingParams
@@ -45,6 +46,7 @@ def run(model: Path, tensor_parallel_size: int) -> None:
         console.print(_answers_table(measured))
         _show_cache(console, llm, ModelConfig.load(model))
         tokenizer = llm.tokenizer
+    demo_restart.run(console, model, tokenizer, tensor_parallel_size)
     demo_long.run(console, model, tokenizer, tensor_parallel_size)
 
 

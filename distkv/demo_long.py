@@ -11,16 +11,15 @@ import timeit
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from distkv.config import EngineConfig
 from distkv.errors import DistKVError
 from distkv.launch import launch
+from distkv.live_view import LiveView
 from distkv.messages import EngineInfo, EngineRequest, EngineStats, RequestFailed, TokenOutput
 from distkv.sampling_params import SamplingParams
 from distkv.storage.page_size import pages_for
@@ -127,28 +126,19 @@ def _answer(console: Console, config: EngineConfig, prompt: list[int]) -> Answer
         return Answered(tokens, engine.stats().moved, time.perf_counter() - start, engine.info.page_bytes)
 
 
-class _View:
+class _View(LiveView):
     """How full the tiers are: live on a terminal, else a line for each quarter of the text and one at the end."""
 
     def __init__(self, console: Console, info: EngineInfo, prompt_len: int):
-        self._console = console
+        super().__init__(console)
         self._info = info
         self._prompt_len = prompt_len
-        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
         self._quarters = 0
         self._last = ""
 
-    def __enter__(self) -> "_View":
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
-        elif self._last:
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        if self._live is None and self._last:
             self._console.print(self._last)
 
     def show(self, stats: EngineStats, new_tokens: int) -> None:

@@ -13,6 +13,7 @@ from distkv.errors import ConfigError, RequestError
 from distkv.launch import launch
 from distkv.messages import EngineInfo, EngineRequest, RequestFailed
 from distkv.sampling_params import SamplingParams
+from distkv.session import Session
 from distkv.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,15 @@ class FrontEnd:
             cache_salt=cache_salt,
         )
         return RequestState(request, text, self._tokenizer)
+
+    def session(self, name: str, params: SamplingParams) -> Session:
+        """Opens a conversation for one more turn; raises ConfigError as `Session` does, RequestError for other than one
+        answer."""
+        if self.config.cache_dir is None:
+            raise ConfigError(f"session {name!r} needs a folder to be kept in; set cache_dir")
+        if params.n != 1:
+            raise RequestError(f"n is {params.n}, and a session goes on with one answer; leave n out")
+        return Session(self.config.cache_dir, name)
 
     def _check_tokens(self, token_ids: list[int]) -> None:
         if not token_ids:

@@ -79,13 +79,21 @@ class LLM:
         *,
         priority: int | list[int] = 0,
         cache_salt: str | list[str | None] | None = None,
+        session: str | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Continues one conversation or a list of them by the assistant's answer; else as `generate`.
 
         Args:
             messages: `[{"role": "user", "content": "..."}, ...]`, or a list of such lists.
+            session: name of one conversation that is kept in cache_dir, for this process and later ones. `messages` are
+                what is new in it; what was said before comes first, and they are added to it with their answer.
+
+        With a session, raises ConfigError without a cache_dir and while another call uses it, and StoreError when it
+        cannot be written.
         """
+        if session is not None:
+            return self._chat_on(session, messages, sampling_params, priority, cache_salt, use_tqdm)
         one = not messages or isinstance(messages[0], dict)
         conversations: list[Any] = [messages] if one else list(messages)
         prompts = [self.tokenizer.encode_chat(conversation) for conversation in conversations]
@@ -149,6 +157,18 @@ class LLM:
 
     def _request(self, prompt: Prompt, params: SamplingParams, priority: int, cache_salt: str | None) -> RequestState:
         return self._front_end.request(self._front_end.next_number(), prompt, params, priority, cache_salt)
+
+    def _chat_on(
+        self, name: str, messages: list[Any], params: Any, priority: Any, cache_salt: Any, use_tqdm: bool
+    ) -> list[RequestOutput]:
+        """A turn of a session."""
+        [one] = _one_each("sampling_params", params or SamplingParams(), 1)
+        with self._front_end.session(name, one) as session:
+            prompt = session.prompt(self.tokenizer, messages)
+            outputs = self.generate(prompt, one, priority=priority, cache_salt=cache_salt, use_tqdm=use_tqdm)
+            if outputs[0].error is None:
+                session.add_output(outputs[0].outputs[0])
+        return outputs
 
     def _finish_all(self, states: list[RequestState], use_tqdm: bool) -> list[RequestOutput]:
         from tqdm import tqdm

@@ -1,12 +1,10 @@
 """What `distkv stress` shows while it runs: bars on a terminal, else a line now and then."""
 
-from types import TracebackType
-
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from distkv.live_view import LiveView
 from distkv.messages import EngineInfo
 from distkv.stress_run import TIERS, Sample
 
@@ -15,30 +13,18 @@ SHOW_SECONDS = 0.1  # between pictures on a terminal
 RATE_SECONDS = 0.25  # that rates are taken over
 
 
-class StressView:
+class StressView(LiveView):
     """A context manager; `stage` begins a stage, and `watch` takes the samples of `run_stage`."""
 
     def __init__(self, console: Console, info: EngineInfo):
-        self._console = console
+        super().__init__(console, transient=True)
         self._info = info
         self._num_pages = dict(zip(TIERS, (info.num_pages, info.num_host_pages, info.num_disk_pages), strict=True))
-        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self._context = self._new_tokens = 0
         self._before: Sample | None = None  # where the rates are taken from
         self._rates: dict[str, float] = {}  # bytes/s by route
         self._speed = ""
         self._shown = 0.0
-
-    def __enter__(self) -> "StressView":
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
 
     def stage(self, context: int, new_tokens: int) -> None:
         """A request of so many prompt tokens begins."""

@@ -9,10 +9,8 @@ It is a sub-folder of the user's cache_dir, named after the model's fingerprint,
 when the engine closes.
 """
 
-import fcntl
 import os
 import re
-import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from distkv.errors import ConfigError, StoreError
+from distkv.storage.file_lock import FileLock, HeldError
 
 FORMAT = 2  # of what lies on disk; part of the fingerprint
 ARRAY, CATALOGUE, LOCK, DESCRIPTION = "kv.zarr", "catalogue.sqlite", "lock", "model.json"
@@ -52,46 +51,21 @@ class Description(msgspec.Struct, frozen=True):
     created: float = msgspec.field(default_factory=time.time)  # unix seconds
 
 
-class FolderLock:
-    """The right to use a cache folder, held until `release` or the end of the process."""
+class FolderLock(FileLock):
+    """The right to use a cache folder."""
 
     def __init__(self, folder: Path):
         """Makes the folder if need be. Raises ConfigError when it cannot be used or another process uses it."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
+            super().__init__(folder / LOCK)
         except OSError as error:
             raise ConfigError(
                 f"cache_dir {str(folder)!r} cannot be used ({error.strerror}); name a folder that can be written"
             ) from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            self._file.close()
+        except HeldError as holder:
             raise ConfigError(
                 f"cache_dir {str(folder)!r} is in use by {holder}; end that, or name another folder"
             ) from None
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
-
-    def release(self) -> None:
-        """Lets others use the folder."""
-        self._file.close()
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether somebody, this process perhaps, holds the lock of a folder."""
-    try:
-        with open(folder / LOCK, encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
 
 
 def chunk_name(slot: int, head: int) -> str:

@@ -20,6 +20,7 @@ import distkv.front_end
 from distkv import LLM, AsyncLLM, CapacityError, DistKVError, EngineConfig, RequestError, SamplingParams, WorkerDied
 from distkv.config import EngineOptions
 from distkv.messages import EngineInfo, EngineRequest, EngineStats, RequestFailed, StepOutput, TokenOutput
+from distkv.session import Session
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
@@ -211,6 +212,43 @@ def test_the_tokenizer_is_there_and_chat_answers(demo_model: Path) -> None:
             await await_idle(llm)
 
     asyncio.run(main())
+
+
+def test_a_session_keeps_what_was_drawn_of_an_answer(demo_model: Path, tmp_path: Path) -> None:
+    params = SamplingParams(temperature=0, max_tokens=30)
+
+    async def main() -> None:
+        sizes = dict.fromkeys(("device_kv_bytes", "host_kv_bytes", "disk_kv_bytes"), "256MiB")
+        async with await AsyncLLM.create(demo_model, cache_dir=tmp_path, max_num_batched_tokens=512, **sizes) as llm:
+
+            async def ask(text: str, most: int) -> list[int]:
+                """Leaves the answer after so many outputs; returns prompt and tokens."""
+                async with aclosing(llm.chat([{"role": "user", "content": text}], params, session="trip")) as outputs:
+                    async for output in outputs:
+                        last, most = output, most - 1
+                        if not most:
+                            break
+                return [*last.prompt_token_ids, *last.outputs[0].token_ids]
+
+            left = await ask("Write a long story about a library.", 3)
+            whole = await ask("What is the capital of France? Answer in one sentence.", 1000)
+            assert whole[: len(left)] == left
+            with pytest.raises(RequestError, match="max_model_len"):
+                await ask("word " * 9000, 1000)
+            waiting = asyncio.ensure_future(ask("Tell me more.", 1000))
+            await asyncio.sleep(0)
+            waiting.cancel()  # before anything was drawn
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            assert (await ask("Thanks!", 1000))[: len(whole)] == whole
+            with pytest.raises(RequestError, match="n is 2"):
+                async for _ in llm.chat([{"role": "user", "content": "Hello"}], SamplingParams(n=2), session="trip"):
+                    pass
+
+    asyncio.run(main())
+    with Session(tmp_path, "trip") as session:
+        questions = [message["content"] for message in session.messages[::2]]
+    assert [question.split()[0] for question in questions] == ["Write", "What", "Thanks!"]
 
 
 def run_threads(functions: list[Callable[[], None]]) -> None:

@@ -32,15 +32,16 @@ from distkv.storage.cache_folder import (
     ARRAY,
     CATALOGUE,
     DESCRIPTION,
+    LOCK,
     SCRATCH,
     Description,
     DiskHeads,
     FolderLock,
-    is_locked,
 )
 from distkv.storage.catalogue import Catalogue, Entry
 from distkv.storage.disk_array import find_slots, make_array
 from distkv.storage.disk_pool import DiskPool
+from distkv.storage.file_lock import is_locked
 from distkv.storage.kept_cache import open_kept
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.tier import Tier, Transfer
@@ -244,7 +245,7 @@ def test_a_step_plan_has_the_ranks_adopt(tmp_path: Path, tiny_model: Path) -> No
     assert report.done == [0, 1] and report.missing == []
     page = rank.tiers.host.page(1).clone()
     rank.close()
-    assert files(folder) == {"c.2.0.0.0.0.0", "c.2.0.0.1.0.0"} and not is_locked(folder)
+    assert files(folder) == {"c.2.0.0.0.0.0", "c.2.0.0.1.0.0"} and not is_locked(folder / LOCK)
 
     rank = load_rank(tiny_model, **options)
     rank.allocate(sizes)
@@ -514,11 +515,11 @@ def test_other_things_in_the_folder_are_refused(tmp_path: Path) -> None:
 
 
 def test_is_locked(tmp_path: Path) -> None:
-    assert not is_locked(tmp_path)
+    assert not is_locked(tmp_path / LOCK)
     lock = FolderLock(tmp_path)
-    assert is_locked(tmp_path)
+    assert is_locked(tmp_path / LOCK)
     lock.release()
-    assert not is_locked(tmp_path)
+    assert not is_locked(tmp_path / LOCK)
 
 
 # --- fingerprints ---

@@ -1,6 +1,7 @@
 """The command `distkv` as a user types it."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from helpers import save_llama
 
 import distkv
 from distkv.errors import DistKVError
+from distkv.session import Session
+from distkv.tokenizer import Tokenizer
 
 PARIS = "What is the capital of France? Answer in one sentence."
 
@@ -64,19 +67,84 @@ def test_chat_remembers_the_conversation(demo_model: Path) -> None:
     assert result.stdout.count("Paris") >= 2
 
 
-def test_ctrl_c_stops_an_answer_and_not_the_conversation(demo_model: Path) -> None:
-    command = [sys.executable, "-m", "distkv", "chat", "--model", str(demo_model), "--max-tokens", "150"]
+def test_ctrl_c_stops_an_answer_and_not_the_conversation(demo_model: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "distkv", "chat", "--model", str(demo_model), "--max-tokens", "150", "--session", "trip",
+        "--cache-dir", str(tmp_path), "--host-kv-bytes", "256MiB", "--disk-kv-bytes", "256MiB",
+    ]  # fmt: skip
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(b"Write a long story about a library.\n")
     process.stdin.flush()
-    assert len(process.stdout.read(40)) == 40
+    begun = process.stdout.read(40)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(b"Hello.\n", timeout=120)
     assert process.returncode == 0, errors
-    first, _, rest = output.partition(b"\n> ")
-    assert len(first) < 250, "150 tokens are three times that"
+    first, _, rest = (begun + output).partition(b"\n> ")
+    assert len(first) < 290, "150 tokens are three times that"
     assert len(rest.rpartition(b"\n> ")[0]) > 1, "the next question was answered"
+    with Session(tmp_path, "trip") as session:
+        asked, told, *others = session.messages
+    assert len(others) == 2 and asked["content"].startswith("Write")
+    assert f"> {told['content']}".startswith(first.decode()), "what was printed is kept, and a last piece perhaps"
+    assert Tokenizer(demo_model).decode(told["token_ids"]) == told["content"]
+
+
+def test_a_session_goes_on_in_another_process(demo_model: Path, tmp_path: Path) -> None:
+    chat = (
+        "chat", "--model", str(demo_model), "--temperature", "0", "--max-tokens", "40", "--dtype", "float32",
+        "--page-size", "16", "--cache-dir", str(tmp_path), "--host-kv-bytes", "256MiB", "--session", "trip",
+        "--disk-kv-bytes", "256MiB", "--system", "Be brief.",
+    )  # fmt: skip
+    first = run(*chat, "--stats", stdin=f"{PARIS}\nAnd of Italy?\n")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("> The capital of France is Paris.\n") and "goes on" not in first.stdout
+    (_, before, _), (_, after, where) = told(first.stdout)
+    assert before == 0 < after and where == f" (device {after})", "the second question finds the first one's pages"
+
+    tokenizer = Tokenizer(demo_model)
+    question = {"role": "user", "content": "Say it again."}
+    with Session(tmp_path, "trip") as session:
+        prompt = session.prompt(tokenizer, [question])
+        answer = session.messages[-1]["token_ids"]
+        kept = tokenizer.encode_chat(session.messages[:-1]) + answer  # all that had its keys and values computed
+        assert prompt[: len(kept)] == kept
+    second = run(*chat, "--stats", stdin="Say it again.\n")
+    assert second.returncode == 0, second.stderr
+    assert second.stdout.startswith("session trip goes on after 5 messages\n> ")
+    pages = len(kept) // 16 * 16
+    assert told(second.stdout) == [(len(prompt), pages, f" (disk {pages})")]
+
+    check_refused(run(*chat, "--system", "Rhyme.", stdin="Hello.\n"), "session trip", "system message", "leave it out")
+    check_refused(run("chat", "--session", "trip"), "--session", "--cache-dir")
+    check_refused(run(*chat, "--session", "a/b"), "session is 'a/b'")
+
+
+def told(output: str) -> list[tuple[int, int, str]]:
+    """Of each answer, as --stats prints it: tokens of the prompt, those that were cached, and where."""
+    found = re.findall(r"^(\d+) tokens of prompt, (\d+) of them cached(.*), first token after \d+ ms$", output, re.M)
+    return [(int(prompt), int(cached), where) for prompt, cached, where in found]
+
+
+def test_a_conversation_finds_its_pages_without_a_session(demo_model: Path) -> None:
+    chat = (
+        "chat",
+        "--model",
+        str(demo_model),
+        "--temperature",
+        "0",
+        "--max-tokens",
+        "20",
+        "--page-size",
+        "16",
+        "--stats",
+    )
+    result = run(*chat, stdin=f"{PARIS}\nThanks!\n")
+    assert result.returncode == 0, result.stderr
+    first, second = told(result.stdout)
+    assert first[1] == 0 and second[1] >= first[0] // 16 * 16 and second[2] == f" (device {second[1]})"
+    off = run(*chat, "--no-enable-prefix-caching", stdin=f"{PARIS}\nThanks!\n")
+    assert [cached for _, cached, _ in told(off.stdout)] == [0, 0]
 
 
 def test_fetch_prints_the_folder(demo_model: Path) -> None:
@@ -89,6 +157,9 @@ def test_demo_answers_and_its_figures_agree(demo_model: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "The capital of France is Paris." in result.stdout
     assert result.stdout.count("23040") == 2  # KV bytes per token by the formula and as measured
+    # a second engine finds the text of the first on disk
+    assert re.search(r"first +│ 20\d\d +│ 0 +│ 0 +│ 0 ", result.stdout)
+    assert re.search(r"second +│ 20\d\d +│ 0 +│ 0 +│ 1984 ", result.stdout) and "last use" in result.stdout
     # the last act: a long text, read through a window on the device
     assert result.stdout.count("Timer class") == 2 and "device 4 of 4, host" in result.stdout
     assert "layer slices, disk to attention" in result.stdout
@@ -178,6 +249,8 @@ def test_bench_offload_refuses_other_bytes_and_other_answers() -> None:
         (("--model", "MODEL", "--prompt-file", "LATIN1", "--prompt", "x"), ("one of them",)),
         (("--model", "MODEL", "--prompt", "x", "--page-size", "100"), ("page_size 100", "try 64")),
         (("--model", "MODEL", "--prompt", "x", "--device-kv-bytes", "4 apples"), ("4 apples",)),
+        (("--model", "MODEL", "--prompt", "x", "--disk-write-policy", "never"), ("disk_write_policy", "idle")),
+        (("--model", "MODEL", "--prompt", "x", "--max-cold-bytes-per-step", "0"), ("max_cold_bytes_per_step is '0'",)),
     ],
 )
 def test_refusals_are_one_line(demo_model: Path, tmp_path: Path, arguments: tuple[str, ...], words: tuple) -> None:

@@ -41,8 +41,9 @@ def test_arrows_point_downwards(package: str) -> None:
 def test_kernels_know_nothing_of_ray_and_policy_holds_no_tensor() -> None:
     for path in [*(ROOT / "kernels").rglob("*.py"), *(ROOT / "storage").rglob("*.py")]:
         assert not {"ray", "zmq", "transformers"} & {name.split(".")[0] for name in imports(path)}, path
-    policy = [f"storage/{name}.py" for name in ("slot_allocator", "tiered_cache", "page_table", "tier", "page_size")]
-    for path in [*policy, "distkv/scheduler.py", "distkv/sequence.py"]:
+    policy = ["slot_allocator", "tiered_cache", "page", "page_table", "prefix_index", "idle_pages", "tier", "page_size"]
+    engine = ["scheduler", "sequence", "cold_budget"]
+    for path in [f"storage/{name}.py" for name in policy] + [f"distkv/{name}.py" for name in engine]:
         assert "torch" not in {name.split(".")[0] for name in imports(ROOT / path)}, path
 
 

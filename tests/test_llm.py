@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import idle_engine, save_llama, seeded
 
 from distkv import LLM, CapacityError, ConfigError, DistKVError, RequestError, RequestOutput, SamplingParams
+from distkv.session import Session
 
 GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
 FORKED = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, n=2)
@@ -391,6 +393,44 @@ def test_a_conversation_must_be_messages(demo: LLM) -> None:
             demo.chat(messages, use_tqdm=False)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="not valid Unicode"):
         demo.generate("a\udcff", use_tqdm=False)
+
+
+def test_a_session_goes_on_in_another_llm(demo_model: Path, tmp_path: Path) -> None:
+    greedy = SamplingParams(temperature=0, max_tokens=40)
+    question = {"role": "user", "content": "What is the capital of France? Answer in one sentence."}
+    sizes = dict.fromkeys(("device_kv_bytes", "host_kv_bytes", "disk_kv_bytes"), "256MiB")
+    options: Any = {"dtype": "float32", "page_size": 16, "cache_dir": tmp_path, "max_num_batched_tokens": 128, **sizes}
+    with LLM(demo_model, **options) as llm:
+        [first] = llm.chat([question], greedy, session="trip", use_tqdm=False)
+        # the text of a stop string is not part of the answer, and its tokens are
+        stopped = SamplingParams(temperature=0, max_tokens=40, stop=" of Fra")
+        [second] = llm.chat([question], [stopped], session="trip", use_tqdm=False)
+    held = [*first.prompt_token_ids, *first.outputs[0].token_ids]
+    assert second.prompt_token_ids[: len(held)] == held
+    assert first.outputs[0].text == "The capital of France is Paris."
+    end = held[-1]
+    with LLM(demo_model, **options) as llm:
+        [third] = llm.chat([question], greedy, session="trip", use_tqdm=False)
+        held = [*second.prompt_token_ids, *second.outputs[0].token_ids]
+        assert third.prompt_token_ids[: len(held) + 1] == [*held, end]
+        assert third.num_cached_tokens_by_tier["disk"] == (len(held) - 1) // 16 * 16
+        for answers, error in (
+            ([greedy, greedy], "1 prompts came with 2"),
+            (SamplingParams(n=2), "n is 2, and a sess"),
+        ):
+            with pytest.raises(RequestError, match=error):
+                llm.chat([question], answers, session="trip", use_tqdm=False)
+        with pytest.raises(RequestError, match="a session takes messages such as"):
+            llm.chat([[question]], greedy, session="trip", use_tqdm=False)
+        with Session(tmp_path, "trip") as session:
+            assert len(session.messages) == 6
+            with pytest.raises(ConfigError, match="session trip is open in process"):
+                llm.chat([question], greedy, session="trip", use_tqdm=False)
+
+
+def test_a_session_needs_a_folder(llm: LLM) -> None:
+    with pytest.raises(ConfigError, match="session 'trip' needs a folder to be kept in; set cache_dir"):
+        llm.chat([{"role": "user", "content": "Hello"}], session="trip", use_tqdm=False)
 
 
 def test_a_closed_llm_says_so(tiny: Path) -> None:

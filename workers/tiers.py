@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
-from distkv.storage.cache_folder import Description, DiskHeads, FolderLock, is_locked
+from distkv.storage.cache_folder import LOCK, Description, DiskHeads, FolderLock
 from distkv.storage.device_pool import DevicePool
+from distkv.storage.file_lock import is_locked
 from distkv.storage.host_pool import HostPool
 from distkv.storage.mover import Mover
 from distkv.storage.page_spec import PageSpec
@@ -136,7 +137,7 @@ class RankTiers:
             else:
                 make_array(folder, whole, num_pages)
                 stack.callback(remove_array, folder)
-        elif not is_locked(folder):  # this node has a disk of its own, and nobody else may write these heads there
+        elif not is_locked(folder / LOCK):  # a node with a disk of its own, where nobody else may write these heads
             heads = replace(heads, writes=True)
             if disk.kept is not None:
                 join_kept(folder, whole, num_pages)

@@ -1,0 +1,50 @@
+"""A file that one process at a time may hold, and that names its holder."""
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+
+class HeldError(Exception):
+    """The lock is held already; its text names the holder."""
+
+
+class FileLock:
+    """A lock, held until `release` or the end of the process."""
+
+    def __init__(self, path: Path):
+        """Makes the file and its folder if need be. Raises OSError when it cannot be written, HeldError when another
+        process or another part of this one holds it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise HeldError(holder) from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+
+    @property
+    def is_held(self) -> bool:
+        return not self._file.closed
+
+    def release(self) -> None:
+        """Lets others have it. A second call does nothing."""
+        self._file.close()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether somebody, this process perhaps, holds the lock."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
