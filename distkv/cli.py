@@ -286,6 +286,29 @@ def bench_prefix(
         raise typer.Exit(1)
 
 
+@bench.command("serve-offline")
+def bench_serve_offline(
+    model: Model = "smollm2",
+    num_requests: Annotated[int, typer.Option(help="Requests, all submitted at once.", min=1)] = 64,
+    longest_prompt: Annotated[int, typer.Option(help="Most tokens of a prompt; lengths are lognormal.")] = 1500,
+    longest_answer: Annotated[int, typer.Option(help="Most tokens of an answer; lengths are uniform.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of the lengths.")] = 0,
+    repeats: Annotated[int, typer.Option(help="Turns of each window; medians count.", min=1)] = 3,
+    page_size: PageSize = 256,
+    num_threads: NumThreads = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+) -> None:
+    """Throughput of many requests with all, half and a quarter of their KV on the device; exit code 1 when answers
+    differ."""
+    from distkv.bench.serve_offline import run
+
+    if not run(
+        _model_folder(model), num_requests, longest_prompt, longest_answer, seed, repeats, page_size, num_threads,
+        json_file,
+    ):  # fmt: skip
+        raise typer.Exit(1)
+
+
 @bench.command("scheduler")
 def bench_scheduler(
     num_seqs: Annotated[int, typer.Option(help="Sequences that run at a time.", min=1)] = 256,
