@@ -33,7 +33,7 @@ from distkv.sampling_params import SamplingParams
 from distkv.storage.cache_folder import ARRAY
 from distkv.storage.page_size import check_page_size
 from distkv.storage.tiered_cache import MAX_DISK_WRITES
-from distkv.workers.model_config import ModelConfig
+from distkv.workers.model_config import ModelConfig, parse_dtype
 
 VARIANTS = {
     "cold": "nothing cached",
@@ -96,6 +96,8 @@ def run(
     _check_sizes(sizes, max(map(len, questions)), ModelConfig.load(model).max_position_embeddings)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
+    if cache_dir is not None:
+        cache_dir.mkdir(parents=True, exist_ok=True)
     first, *others = [prefix + question for question in questions]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="distkv-", dir=cache_dir)))
@@ -186,7 +188,7 @@ def _configs(model: Path, dtype: str, sizes: Sizes, folder: Path) -> dict[str, E
     """An engine that has room for three requests on the device and none elsewhere, one that has room for one there, and
     one with a disk."""
     config = ModelConfig.load(model)
-    itemsize = (config.dtype if dtype == "auto" else getattr(torch, dtype)).itemsize
+    itemsize = (config.dtype if dtype == "auto" else parse_dtype(dtype)).itemsize
     token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
     one = sizes.request_pages * sizes.page_size * token_bytes
     spare = 2 * MAX_DISK_WRITES * sizes.page_size * token_bytes  # pages on their way to disk lie there twice

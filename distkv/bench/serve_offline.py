@@ -193,10 +193,7 @@ def _row(percent: int, turns: list[Served], info: EngineInfo, requests: list[Eng
     """Medians of the turns."""
     num_prompt = sum(len(request.prompt_token_ids) for request in requests)
     num_output = sum(request.max_tokens for request in requests)
-
-    def median(figures: list[float]) -> float:
-        return statistics.median(figures)
-
+    median = statistics.median
     routes = sorted({route for one in turns for route in one.moved})
     return {
         "window_percent": percent,
