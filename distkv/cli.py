@@ -264,6 +264,65 @@ def bench_offload(
     run(_model_folder(model), context, new_tokens, repeats, dtype, page_size, num_threads, cache_dir, json_file)
 
 
+@bench.command("prefix")
+def bench_prefix(
+    model: Model = "smollm2",
+    prefix_tokens: Annotated[int, typer.Option(help="Tokens of the shared prefix, in whole pages.")] = 4096,
+    answer_tokens: Annotated[int, typer.Option(help="Tokens of each answer, which are compared.", min=1)] = 16,
+    repeats: Annotated[int, typer.Option(help="Turns, each with a question of its own; medians count.", min=1)] = 5,
+    dtype: Dtype = "bfloat16",
+    page_size: PageSize = 256,
+    num_threads: NumThreads = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Where to make the folder of the disk tier.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+) -> None:
+    """Time to first token with a prefix on no tier, device, host, or disk after a restart; exit code 1 when wrong."""
+    from distkv.bench.prefix import run
+
+    if not run(
+        _model_folder(model), prefix_tokens, answer_tokens, repeats, dtype, page_size, num_threads, cache_dir, json_file
+    ):
+        raise typer.Exit(1)
+
+
+@bench.command("serve-offline")
+def bench_serve_offline(
+    model: Model = "smollm2",
+    num_requests: Annotated[int, typer.Option(help="Requests, all submitted at once.", min=1)] = 64,
+    longest_prompt: Annotated[int, typer.Option(help="Most tokens of a prompt; lengths are lognormal.")] = 1500,
+    longest_answer: Annotated[int, typer.Option(help="Most tokens of an answer; lengths are uniform.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of the lengths.")] = 0,
+    repeats: Annotated[int, typer.Option(help="Turns of each window; medians count.", min=1)] = 3,
+    page_size: PageSize = 64,  # with 256, half of these requests' KV were pages being written, which cannot be cold
+    num_threads: NumThreads = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+) -> None:
+    """Throughput of many requests with all, half and a quarter of their KV on the device; exit code 1 when answers
+    differ."""
+    from distkv.bench.serve_offline import run
+
+    if not run(
+        _model_folder(model), num_requests, longest_prompt, longest_answer, seed, repeats, page_size, num_threads,
+        json_file,
+    ):  # fmt: skip
+        raise typer.Exit(1)
+
+
+@bench.command("scheduler")
+def bench_scheduler(
+    num_seqs: Annotated[int, typer.Option(help="Sequences that run at a time.", min=1)] = 256,
+    context: Annotated[int, typer.Option(help="Tokens of each.", min=1)] = 100_000,
+    steps: Annotated[int, typer.Option(help="Steps to measure.", min=1)] = 300,
+    page_size: PageSize = 256,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+) -> None:
+    """Milliseconds that a step costs the leader, with ranks that do nothing; exit code 1 when a token is missing."""
+    from distkv.bench.scheduler import run
+
+    if not run(num_seqs, context, steps, page_size, json_file):
+        raise typer.Exit(1)
+
+
 CacheFolder = Annotated[Path, typer.Option("--cache-dir", help="The folder that engines were given as --cache-dir.")]
 
 

@@ -1,7 +1,11 @@
 """What all benchmarks share: the facts of the machine that go with every figure, and the JSON file of the figures."""
 
 import json
+import math
 import platform
+import shlex
+import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,7 @@ from distkv.errors import ConfigError
 
 
 def machine_facts() -> dict[str, Any]:
-    """Processor or GPU, threads, versions and date."""
+    """Processor or GPU, threads, versions, date and the command."""
     return {
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
         "threads": torch.get_num_threads(),
@@ -21,6 +25,7 @@ def machine_facts() -> dict[str, Any]:
         "distkv": __version__,
         "torch": torch.__version__,
         "date": datetime.now(UTC).date().isoformat(),
+        "command": shlex.join(["distkv", *sys.argv[1:]]),
     }
 
 
@@ -34,6 +39,12 @@ def write_json(json_file: Path | None, facts: dict[str, Any], rows: list[dict[st
     """Writes the figures where a file was asked for."""
     if json_file is not None:
         json_file.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+
+
+def percentile(values: Iterable[float], share: float) -> float:
+    """The least value that `share` (above 0, at most 1) of the values do not exceed."""
+    ordered = sorted(values)
+    return ordered[math.ceil(share * len(ordered)) - 1]
 
 
 def _cpu_name() -> str:

@@ -1,0 +1,315 @@
+"""`distkv bench prefix`: time to the first token when the cache has the prompt's prefix, by the tier that it lies in.
+
+A long prefix is asked one question after another. Each question is answered by an engine that has computed the prefix
+under another salt alone (cold), by one that has it on the device, by one whose device is filled by another prompt, so
+that it has it on the host, and by a new process that finds it on disk. They take turns, and all must give the same
+answer.
+"""
+
+import multiprocessing
+import statistics
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from distkv import errors
+from distkv.bench.ceilings import CopyCeiling, ReadCeiling, bytes_from_disk, drop_page_cache, flush
+from distkv.bench.machine import check_json_file, machine_facts, write_json
+from distkv.bench.prompts import Prompts
+from distkv.config import EngineConfig
+from distkv.engine_client import EngineClient
+from distkv.errors import ConfigError
+from distkv.launch import launch
+from distkv.messages import EngineRequest, RequestFailed
+from distkv.sampling_params import SamplingParams
+from distkv.storage.cache_folder import ARRAY
+from distkv.storage.page_size import check_page_size
+from distkv.storage.tiered_cache import MAX_DISK_WRITES
+from distkv.workers.model_config import ModelConfig, parse_dtype
+
+VARIANTS = {
+    "cold": "nothing cached",
+    "device hit": "prefix on the device",
+    "cold, small window": "nothing cached, another prompt must leave the device",
+    "host hit": "prefix on the host alone",
+    "disk hit after restart": "prefix on disk alone, read by a new process",
+}
+TARGETS = {"host hit": 20.0, "disk hit after restart": 10.0}  # how many times as fast as cold
+STEP_TOKENS = 2048  # the most of a step, as an engine has it unless told otherwise
+WARM_UP = 32  # tokens
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One request."""
+
+    seconds: float  # from adding it to its first token
+    tokens: list[int]
+    cached: tuple[int, int, int]  # tokens of the prompt that were found on device, host and disk
+    bytes_from_disk: int | None  # up to the first token, those that the page cache did not have
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the prompts."""
+
+    prefix: int  # tokens, whole pages
+    page_size: int
+    answer: int  # tokens
+
+    @property
+    def request_pages(self) -> int:
+        """Of the prefix, and one for question and answer."""
+        return self.prefix // self.page_size + 1
+
+    @property
+    def step_tokens(self) -> int:
+        """Whole pages of which the prefix is a multiple, so that the question is read in a step of its own whether the
+        prefix is cached or not: that rounds alike."""
+        pages = self.prefix // self.page_size
+        most = max(1, STEP_TOKENS // self.page_size)
+        return self.page_size * max(count for count in range(1, most + 1) if pages % count == 0)
+
+
+def run(
+    model: Path, prefix_tokens: int, answer_tokens: int, repeats: int, dtype: str, page_size: int,
+    num_threads: int | None, cache_dir: Path | None, json_file: Path | None,
+) -> bool:  # fmt: skip
+    """Measures and prints a table; see `distkv bench prefix --help`. Returns whether the prefix was found where it was
+    to be found, and all answers to a question were the same.
+
+    Raises ConfigError for options that do not go together.
+    """
+    check_json_file(json_file)
+    prompts = Prompts(model)
+    prefix = prompts.text(prefix_tokens)
+    questions = [prompts.question(number) for number in range(repeats + 1)]
+    sizes = Sizes(prefix_tokens, page_size, answer_tokens)
+    _check_sizes(sizes, max(map(len, questions)), ModelConfig.load(model).max_position_embeddings)
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    if cache_dir is not None:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    first, *others = [prefix + question for question in questions]
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="distkv-", dir=cache_dir)))
+        configs = _configs(model, dtype, sizes, folder)
+        with closing(launch(configs["disk"])) as engine:
+            _prepare(engine, first, sizes)
+            info = engine.info
+        assert info.cache_dir is not None
+        files = sorted((Path(info.cache_dir) / ARRAY).glob("c.*"))
+        flush(files)
+        engines = {name: stack.enter_context(closing(launch(configs[name]))) for name in ("device", "host")}
+        for engine in engines.values():
+            _prepare(engine, first, sizes)
+        prefix_bytes = prefix_tokens * info.kv_bytes_per_token
+        copies = stack.enter_context(closing(CopyCeiling(prefix_bytes)))
+        reads = stack.enter_context(closing(ReadCeiling(files, ModelConfig.load(model).num_hidden_layers)))
+        answered: dict[str, list[Answered]] = {name: [] for name in VARIANTS}
+        ceilings: dict[str, list[float]] = {"memcpy": [], **{f"preadv {way}": [] for way in reads.ways}}
+        for prompt in others:
+            for name, one in _turn(engines, configs["disk"], files, prompt, sizes).items():
+                answered[name].append(one)
+            ceilings["memcpy"].append(copies.seconds(prefix_bytes))
+            for way in reads.ways:
+                ceilings[f"preadv {way}"].append(reads.seconds(way))
+    wrong = _check(answered, sizes)
+    rows = _rows(answered)
+    facts = {
+        "benchmark": "prefix", "model": model.name, "dtype": dtype, "prefix_tokens": prefix_tokens,
+        "question_tokens": [len(question) for question in questions[1:]], "answer_tokens": answer_tokens,
+        "page_size": page_size, "step_tokens": sizes.step_tokens, "text": prompts.source, "repeats": repeats,
+        "prefix_bytes": prefix_bytes, "ceiling_seconds": ceilings, **machine_facts(),
+    }  # fmt: skip
+    _print(facts, rows, wrong)
+    write_json(json_file, facts, rows)
+    return not wrong
+
+
+def answer_after_restart(config: EngineConfig, files: list[Path], prompt: list[int], sizes: Sizes) -> Answered:
+    """To be run by a new process: loads the model, warms up with another prompt, has the page cache forget the files,
+    and answers."""
+    with closing(launch(config)) as engine:
+        _warm_up(engine, prompt)
+        drop_page_cache(files)
+        return answer(engine, prompt, sizes.answer, None)
+
+
+def answer(engine: EngineClient, prompt: list[int], num_tokens: int, salt: str | None) -> Answered:
+    """Has a prompt answered greedily, and waits until what is to be saved is saved."""
+    params = SamplingParams(temperature=0, ignore_eos=True)
+    tokens: list[int] = []
+    seconds, cached, from_disk = 0.0, (0, 0, 0), None
+    before = bytes_from_disk()
+    start = time.perf_counter()
+    engine.add([EngineRequest("0", prompt, params, num_tokens, 0, cache_salt=salt)])
+    while engine.has_work:
+        for output in engine.step():
+            if isinstance(output, RequestFailed):
+                raise getattr(errors, output.error)(output.message)
+            if not tokens:
+                seconds = time.perf_counter() - start
+                now = bytes_from_disk()
+                cached, from_disk = output.num_cached_tokens, None if before is None or now is None else now - before
+            tokens.append(output.token_id)
+    return Answered(seconds, tokens, cached, from_disk)
+
+
+def _check_sizes(sizes: Sizes, question: int, positions: int) -> None:
+    size = sizes.page_size
+    check_page_size(size)
+    if sizes.prefix % size or sizes.prefix < 2 * size:
+        raise ConfigError(
+            f"prefix-tokens {sizes.prefix} is not a whole number of pages of {size} tokens, at least 2; use "
+            f"{max(2, -(-sizes.prefix // size)) * size}"
+        )
+    if question + sizes.answer > size:
+        raise ConfigError(
+            f"a question of {question} tokens and an answer of {sizes.answer} do not fit a page of {size}, so they "
+            "would be cached too; lower answer-tokens or raise page-size"
+        )
+    if sizes.request_pages * size > positions:
+        raise ConfigError(
+            f"prefix-tokens {sizes.prefix} and a page for the answer are more than the {positions} positions of the "
+            f"model; use at most {(positions // size - 1) * size}"
+        )
+
+
+def _configs(model: Path, dtype: str, sizes: Sizes, folder: Path) -> dict[str, EngineConfig]:
+    """An engine that has room for three requests on the device and none elsewhere, one that has room for one there, and
+    one with a disk."""
+    config = ModelConfig.load(model)
+    itemsize = (config.dtype if dtype == "auto" else parse_dtype(dtype)).itemsize
+    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
+    one = sizes.request_pages * sizes.page_size * token_bytes
+    spare = 2 * MAX_DISK_WRITES * sizes.page_size * token_bytes  # pages on their way to disk lie there twice
+    pools: dict[str, dict[str, Any]] = {
+        "device": {"device_kv_bytes": 3 * one, "host_kv_bytes": 0},
+        "host": {"device_kv_bytes": one, "host_kv_bytes": 4 * one},
+        "disk": {
+            "device_kv_bytes": 3 * one, "host_kv_bytes": 2 * one, "disk_kv_bytes": one + spare, "cache_dir": folder
+        },
+    }  # fmt: skip
+    return {
+        name: EngineConfig(
+            model, dtype=dtype, page_size=sizes.page_size, num_threads=torch.get_num_threads(), max_num_seqs=1,
+            max_model_len=sizes.request_pages * sizes.page_size, max_num_batched_tokens=sizes.step_tokens, **options,
+        )
+        for name, options in pools.items()
+    }  # fmt: skip
+
+
+def _prepare(engine: EngineClient, prompt: list[int], sizes: Sizes) -> None:
+    """Has an engine warm up, and know the prefix."""
+    _warm_up(engine, prompt)
+    answer(engine, prompt, sizes.answer, None)
+
+
+def _warm_up(engine: EngineClient, prompt: list[int]) -> None:
+    """With a short prompt of its own, which fills no page."""
+    answer(engine, prompt[-min(WARM_UP, engine.info.page_size // 2) :], 4, "warm-up")
+
+
+def _turn(
+    engines: dict[str, EngineClient], disk_config: EngineConfig, files: list[Path], prompt: list[int], sizes: Sizes
+) -> dict[str, Answered]:
+    """Has one question answered in all ways."""
+    salt = f"other {prompt[-1]} {time.perf_counter_ns()}"
+    ways = {
+        "cold": (engines["device"], salt),
+        "device hit": (engines["device"], None),
+        "cold, small window": (engines["host"], salt),  # after which the prefix lies on the host alone
+        "host hit": (engines["host"], None),
+    }
+    answered = {name: answer(engine, prompt, sizes.answer, way) for name, (engine, way) in ways.items()}
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        restarted = process.submit(answer_after_restart, disk_config, files, prompt, sizes).result()
+    return answered | {"disk hit after restart": restarted}
+
+
+def _check(answered: dict[str, list[Answered]], sizes: Sizes) -> str:
+    """What is wrong: a prefix that was found elsewhere, or an answer that differs; empty when nothing is."""
+    full = sizes.prefix
+    expected = dict(zip(VARIANTS, ((0, 0, 0), (full, 0, 0), (0, 0, 0), (0, full, 0), (0, 0, full)), strict=True))
+    for name, turns in answered.items():
+        for number, one in enumerate(turns):
+            if one.cached != expected[name]:
+                return (
+                    f"{name}, question {number}: device, host and disk had {one.cached} tokens of the prompt, and not "
+                    f"{expected[name]}; report it"
+                )
+            cold = answered["cold"][number].tokens
+            if one.tokens != cold:
+                pairs = zip(one.tokens, cold, strict=False)
+                place = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one.tokens), len(cold)))
+                return f"{name} and cold differ in question {number} from token {place} of the answer on; report it"
+    return ""
+
+
+def _rows(answered: dict[str, list[Answered]]) -> list[dict[str, Any]]:
+    cold = statistics.median(one.seconds for one in answered["cold"])
+    rows = []
+    for name, turns in answered.items():
+        seconds = statistics.median(one.seconds for one in turns)
+        rows.append(
+            {
+                "variant": name,
+                "cached": dict(zip(("device", "host", "disk"), turns[0].cached, strict=True)),
+                "first_token_ms": 1e3 * seconds,
+                "turns_ms": [1e3 * one.seconds for one in turns],
+                "times_faster_than_cold": cold / seconds,
+                "target": TARGETS.get(name),
+                "bytes_from_disk": [one.bytes_from_disk for one in turns],
+                "answers": [one.tokens for one in turns],
+            }
+        )
+    return rows
+
+
+def _print(facts: dict[str, Any], rows: list[dict[str, Any]], wrong: str) -> None:
+    console = Console(highlight=False)
+    console.print(", ".join(f"{name} {value}" for name, value in facts.items()), soft_wrap=True)
+    table = Table("", "cached tokens", "ms to first token", "vs cold", "target")
+    for row in rows:
+        target = row["target"]
+        verdict = "met" if target and row["times_faster_than_cold"] >= target else "MISSED"
+        cached = ", ".join(f"{count} on {tier}" for tier, count in row["cached"].items() if count)
+        table.add_row(
+            row["variant"], cached or "none", f"{row['first_token_ms']:.1f}", f"{row['times_faster_than_cold']:.1f}x",
+            f"{target:g}x {verdict}" if target else "",
+        )  # fmt: skip
+    console.print(table)
+    medians = {way: 1e3 * statistics.median(times) for way, times in facts["ceiling_seconds"].items()}
+    reading = min((way for way in medians if way != "memcpy"), key=lambda way: medians[way])
+    for line in (
+        f"Ceiling: the {facts['prefix_bytes'] / 1e6:.1f} MB of the prefix take {medians['memcpy']:.1f} ms to copy and "
+        f"{medians[reading]:.1f} ms to read from disk ({reading}, page cache dropped). What a hit takes beyond that of "
+        "the device is what bringing them costs.",
+        "Times are medians, from adding a tokenised request to its first token. Engines are warm; the new process has "
+        "loaded the model and answered another short prompt, and the page cache has forgotten the files.",
+        _page_cache_line(rows[-1], facts["prefix_bytes"]),
+        f"WRONG: {wrong}" if wrong else "All answers to a question are the same, token for token.",
+    ):
+        console.print(line, soft_wrap=True)
+
+
+def _page_cache_line(row: dict[str, Any], prefix_bytes: int) -> str:
+    """Whether dropping the page cache had the effect that it must have."""
+    if None in row["bytes_from_disk"]:
+        return "Whether the prefix came from the disk or from its page cache, the system does not say."
+    fetched = statistics.median(row["bytes_from_disk"])
+    if fetched < 0.9 * prefix_bytes:
+        return (
+            f"WARNING: {fetched / 1e6:.1f} MB came from the disk itself, the others from memory, so this is no measure "
+            "of a disk; name a folder on one with --cache-dir."
+        )
+    return f"Until the first token of a disk hit, {fetched / 1e6:.1f} MB came from the disk itself."

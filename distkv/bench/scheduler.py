@@ -1,0 +1,335 @@
+"""`distkv bench scheduler`: what a step costs the leader itself, beside ranks that do nothing.
+
+Many long contexts are decoded by an engine whose ranks answer at once, each time the leader waits for them; so nothing
+runs beside the leader, and its parts of a step are timed one by one. The contexts are as long as their page tables:
+there are no keys and values, and no prefill.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from distkv.bench.machine import check_json_file, machine_facts, percentile, write_json
+from distkv.engine import Engine
+from distkv.errors import ConfigError, DistKVError
+from distkv.flight import Draw, Flight
+from distkv.messages import EngineInfo, EngineRequest, RequestFailed, StepOutput
+from distkv.sampling_params import SamplingParams
+from distkv.storage.page import Page
+from distkv.storage.page_size import check_page_size, pages_for
+from distkv.workers.report import Report
+from distkv.workers.step_plan import StepPlan, encode
+
+PARTS = {
+    "plan": "schedule and plan",
+    "book": "book the last step",
+    "launch": "fill in and launch",
+    "answer": "tell answers",
+    "encode": "encode for followers",
+}
+TARGET_MS = 1.0  # of "plan", at the median
+VOCAB = 16  # so that drawing greedily takes little beside what it takes per row
+STEP_TOKENS = 2048  # the most of a step, as an engine has it unless told otherwise
+WARM_UP = 32  # steps
+MOST_STEPS_TO_BEGIN = 1024  # from the first token of the first answer to that of the last
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Where the contexts lie; sizes in pages."""
+
+    name: str
+    device: int
+    host: int
+    most_cold: int  # pages that a step may stream, see `ColdBudget`; 0 for no limit
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What was measured of one variant, step by step."""
+
+    seconds: dict[str, list[float]]  # by part, see PARTS
+    draw_seconds: list[float]  # of the ranks: greedy draws from ready-made logits
+    num_drawn: list[int]  # tokens
+    plan_bytes: list[int]
+    gc_seconds: list[float]  # of Python's garbage collector within these parts
+
+
+class TimedEngine(Engine):
+    """An engine without ranks that takes down how long it spends on the parts of each step."""
+
+    def __init__(self, info: EngineInfo):
+        super().__init__(info, self._answer_at_once)
+        self._runner.shutdown()
+        self._runner = _RunsWhenAwaited(1)
+        self._logits = torch.zeros(info.max_num_seqs, info.vocab_size)
+        self.seconds = dict.fromkeys([*PARTS, "fly"], 0.0)  # since they were cleared last
+        self.plan_bytes = 0  # of the last plan
+
+    def clear(self) -> None:
+        """Sets all seconds to 0."""
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
+
+    def _answer_at_once(self, plan: StepPlan) -> tuple[Tensor | None, Report]:
+        with self._timed("encode"):
+            self.plan_bytes = len(encode(plan))
+        wanted = sum(one.num_logits for one in plan.sequences)
+        report = Report(done=[transfer.id for transfer in plan.transfers])
+        return (self._logits[:wanted] if plan.sequences else None), report
+
+    def _prepare(self) -> Flight | None:
+        with self._timed("plan"):
+            return super()._prepare()
+
+    def _take_in(self, report: Report) -> set[Page]:
+        with self._timed("book"):
+            return super()._take_in(report)
+
+    def _commit(self, flight: Flight, tokens: list[Draw], unread: set[Page]) -> list[list[Draw]]:
+        with self._timed("book"):
+            return super()._commit(flight, tokens, unread)
+
+    def _launch(self, flight: Flight) -> None:
+        with self._timed("launch"):
+            super()._launch(flight)
+
+    def _answer(self, flight: Flight, drawn: list[list[Draw]]) -> list[StepOutput]:
+        with self._timed("answer"):
+            return super()._answer(flight, drawn)
+
+    def _fly(self, *arguments: Any) -> Any:
+        with self._timed("fly"):
+            return super()._fly(*arguments)
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - start
+
+
+class _Awaited(Future):
+    """Has its result made by whoever asks for it first."""
+
+    def __init__(self, make: Callable[[], Any]):
+        super().__init__()
+        self._make = make
+
+    def result(self, timeout: float | None = None) -> Any:
+        if not self.done():
+            self.set_result(self._make())
+        return super().result(timeout)
+
+
+class _RunsWhenAwaited(ThreadPoolExecutor):
+    """Takes the place of an engine's step thread: a real step ends long after the next one is settled, and meanwhile
+    the ranks keep the processor busy, not the interpreter."""
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future:
+        return _Awaited(partial(function, *arguments, **options))
+
+
+def run(num_seqs: int, context: int, steps: int, page_size: int, json_file: Path | None) -> bool:
+    """Measures and prints a table; see `distkv bench scheduler --help`. Returns whether every step drew what it had to.
+
+    Raises ConfigError for options that do not go together.
+    """
+    check_json_file(json_file)
+    _check_sizes(num_seqs, context, page_size)
+    rows, wrong = [], ""
+    for variant in _variants(num_seqs, context, steps, page_size):
+        info = _info(variant, num_seqs, context, steps, page_size)
+        with closing(TimedEngine(info)) as engine:
+            measured = _measure(engine, num_seqs, context, steps)
+        rows.append(_row(variant, measured))
+        wrong = wrong or _check_draws(variant, measured, num_seqs)
+        del engine
+        gc.collect()
+    facts = {
+        "benchmark": "scheduler", "num_seqs": num_seqs, "context": context, "page_size": page_size, "steps": steps,
+        **machine_facts(),
+    }  # fmt: skip
+    _print(facts, rows, wrong)
+    write_json(json_file, facts, rows)
+    return not wrong
+
+
+def _check_sizes(num_seqs: int, context: int, page_size: int) -> None:
+    check_page_size(page_size)
+    if num_seqs > STEP_TOKENS // 2:
+        raise ConfigError(f"num-seqs {num_seqs} is more than half of the {STEP_TOKENS} tokens of a step; lower it")
+    least = max(8 * page_size, num_seqs + 1)
+    if context < least:
+        raise ConfigError(
+            f"context {context} is too short for a quarter of it to be a window and for {num_seqs} lengths, each a "
+            f"token shorter than the other; use {least} at least"
+        )
+
+
+def _variants(num_seqs: int, context: int, steps: int, page_size: int) -> list[Variant]:
+    most = num_seqs * pages_for(context + _answer_tokens(steps), page_size)
+    held = num_seqs * pages_for(context, page_size)
+    quarter = max(held // 4, num_seqs + pages_for(STEP_TOKENS, page_size) + 1)
+    return [
+        Variant("all on device", most, 0, 0),
+        Variant("a quarter, host for the rest", quarter, most - quarter, 0),
+        Variant("a quarter, host for all", quarter, most, 0),
+        Variant("a quarter, cold budget", quarter, most, max(1, (held - quarter) // 2)),
+    ]
+
+
+def _answer_tokens(steps: int) -> int:
+    """So many that no answer ends."""
+    return MOST_STEPS_TO_BEGIN + WARM_UP + steps
+
+
+def _info(variant: Variant, num_seqs: int, context: int, steps: int, page_size: int) -> EngineInfo:
+    return EngineInfo(
+        max_model_len=context + _answer_tokens(steps),
+        max_num_seqs=num_seqs,
+        max_num_batched_tokens=STEP_TOKENS,
+        page_size=page_size,
+        num_pages=variant.device,
+        num_host_pages=variant.host,
+        num_disk_pages=0,
+        page_bytes=1,  # so that the cold budget counts pages
+        pool_bytes=variant.device,
+        kv_bytes_per_token=1,
+        vocab_size=VOCAB,
+        eos_token_ids=(),
+        seed=0,
+        cache_dir=None,
+        max_cold_bytes_per_step=variant.most_cold,
+    )
+
+
+def _measure(engine: TimedEngine, num_seqs: int, context: int, steps: int) -> Steps:
+    """Has all contexts made, warms up, and times so many steps."""
+    # each a token shorter than the one before, so that pages fill at different steps
+    tokens = [1] * context
+    params = SamplingParams(temperature=0, ignore_eos=True)
+    most = _answer_tokens(steps)
+    engine.add(
+        [
+            EngineRequest(str(number), tokens[number:], params, most, number, random_kv_seed=number)
+            for number in range(num_seqs)
+        ]
+    )
+    begun: set[str] = set()
+    while len(begun) < num_seqs:
+        begun |= {output.request_id for output in _checked(engine.step())}
+    for _ in range(WARM_UP):
+        _checked(engine.step())
+    measured = Steps({part: [] for part in PARTS}, [], [], [], [])
+    with _garbage_seconds() as collected:
+        for _ in range(steps):
+            engine.clear()
+            before = sum(collected)
+            measured.num_drawn.append(len(_checked(engine.step())))
+            for part, times in measured.seconds.items():
+                times.append(engine.seconds[part])
+            measured.draw_seconds.append(engine.seconds["fly"] - engine.seconds["encode"])
+            measured.plan_bytes.append(engine.plan_bytes)
+            measured.gc_seconds.append(sum(collected) - before)
+    return measured
+
+
+def _checked(outputs: list[StepOutput]) -> list[StepOutput]:
+    for output in outputs:
+        if isinstance(output, RequestFailed):
+            raise DistKVError(f"request {output.request_id} failed: {output.error}: {output.message}; report it")
+    return outputs
+
+
+@contextmanager
+def _garbage_seconds() -> Iterator[list[float]]:
+    """A list to which each garbage collection adds how long it took."""
+    seconds: list[float] = []
+    start = 0.0
+
+    def watch(phase: str, _: dict[str, int]) -> None:
+        nonlocal start
+        if phase == "start":
+            start = time.perf_counter()
+        else:
+            seconds.append(time.perf_counter() - start)
+
+    gc.callbacks.append(watch)
+    try:
+        yield seconds
+    finally:
+        gc.callbacks.remove(watch)
+
+
+def _row(variant: Variant, measured: Steps) -> dict[str, Any]:
+    """Milliseconds per step, median and 99th percentile, of each part and of all together."""
+    parts = measured.seconds | {"sum": [sum(times) for times in zip(*measured.seconds.values(), strict=True)]}
+    return {
+        "variant": variant.name,
+        "device_pages": variant.device,
+        "host_pages": variant.host,
+        "most_cold_pages_per_step": variant.most_cold or None,
+        "ms": {part: 1e3 * statistics.median(times) for part, times in parts.items()},
+        "p99_ms": {part: 1e3 * percentile(times, 0.99) for part, times in parts.items()},
+        "most_ms": {part: 1e3 * max(times) for part, times in parts.items()},
+        "draw_ms": 1e3 * statistics.median(measured.draw_seconds),
+        "tokens_per_step": statistics.median(measured.num_drawn),
+        "plan_bytes": statistics.median(measured.plan_bytes),
+        "gc_ms_in_all": 1e3 * sum(measured.gc_seconds),
+        "gc_most_ms": 1e3 * max(measured.gc_seconds),
+        "steps_ms": {part: [1e3 * seconds for seconds in times] for part, times in parts.items()},
+    }
+
+
+def _check_draws(variant: Variant, measured: Steps, num_seqs: int) -> str:
+    """What is wrong with the tokens that the steps drew; empty when nothing is. Without a cold budget nobody waits."""
+    for step, count in enumerate(measured.num_drawn):
+        if count != num_seqs and not (variant.most_cold and 0 < count < num_seqs):
+            return f"{variant.name}: step {step} drew {count} tokens for {num_seqs} sequences; report it"
+    return ""
+
+
+def _print(facts: dict[str, Any], rows: list[dict[str, Any]], wrong: str) -> None:
+    console = Console(highlight=False)
+    console.print(", ".join(f"{name} {value}" for name, value in facts.items()), soft_wrap=True)
+    table = Table("ms per step, median / p99", *(row["variant"] for row in rows))
+    for part, title in (PARTS | {"sum": "sum"}).items():
+        table.add_row(title, *(f"{row['ms'][part]:.3f} / {row['p99_ms'][part]:.2f}" for row in rows))
+    lines: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("pages on device + host", lambda row: f"{row['device_pages']} + {row['host_pages']}"),
+        ("tokens per step", lambda row: f"{row['tokens_per_step']:.0f}"),
+        ("bytes of the plan", lambda row: f"{row['plan_bytes']:.0f}"),
+        ("garbage collection, in all", lambda row: f"{row['gc_ms_in_all']:.1f}"),
+        ("the longest one", lambda row: f"{row['gc_most_ms']:.1f}"),
+        ("beside it, greedy draws", lambda row: f"{row['draw_ms']:.3f}"),
+    ]
+    for title, figure in lines:
+        table.add_row(title, *(figure(row) for row in rows))
+    console.print(table)
+    for row in rows:
+        verdict = "met" if row["ms"]["plan"] < TARGET_MS else "MISSED"
+        console.print(
+            f"target, planning a step under {TARGET_MS:g} ms at the median: {row['ms']['plan']:.3f} with "
+            f"{row['variant']}, {verdict}",
+            soft_wrap=True,
+        )
+    console.print(
+        "To plan is to choose the step, give it pages, move pages and write the plan; to launch, to fill in tokens "
+        "drawn meanwhile and say how to draw. The ranks do nothing, and run when the leader waits for them, so that "
+        f"nothing competes with it. Greedy draws are from ready-made logits, vocabulary {VOCAB}. Garbage collection is "
+        "part of the figures above it.",
+        soft_wrap=True,
+    )
+    console.print(f"WRONG: {wrong}" if wrong else "Every step drew a token for each sequence that took part.")

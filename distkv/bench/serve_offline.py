@@ -1,0 +1,261 @@
+"""`distkv bench serve-offline`: throughput of many requests that are submitted at once, with less and less of their KV
+cache on the device.
+
+The requests, of mixed lengths, run with a device window that holds all their pages, half of them and a quarter, and the
+host holds the rest. They draw greedily in float32, and every window must give the same answers.
+"""
+
+import random
+import statistics
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from distkv import errors
+from distkv.bench.machine import check_json_file, machine_facts, percentile, write_json
+from distkv.bench.prompts import Prompts
+from distkv.config import EngineConfig
+from distkv.engine_client import EngineClient
+from distkv.errors import ConfigError
+from distkv.launch import launch
+from distkv.messages import EngineInfo, EngineRequest, RequestFailed
+from distkv.sampling_params import SamplingParams
+from distkv.sequence import most_pages
+from distkv.storage.page_size import check_page_size
+from distkv.workers.model_config import ModelConfig
+
+WINDOWS = (100, 50, 25)  # percent
+TARGET = 0.6  # of the throughput at 100 %, at 50 %
+MAX_NUM_SEQS = 64
+SHORTEST, MEDIAN, SPREAD = 64, 256, 0.8  # tokens of the prompts: lognormal, SPREAD is the deviation of the logarithm
+LEAST_ANSWER = 16
+WARM_UP = 32  # tokens
+Answers = dict[str, list[int]]
+"""The tokens of each request's answer."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """All requests on one engine; times in seconds since they were submitted."""
+
+    times: dict[str, list[float]]  # of the tokens of each request
+    answers: Answers
+    moved: dict[str, int]  # bytes by route, see `EngineStats`
+    most_running: int  # requests at a time
+    peak_pages: int  # that they held at a time
+
+    @property
+    def seconds(self) -> float:
+        """Until the last token."""
+        return max(times[-1] for times in self.times.values())
+
+    @property
+    def first_tokens(self) -> list[float]:
+        return [times[0] for times in self.times.values()]
+
+    @property
+    def between_tokens(self) -> list[float]:
+        return [later - earlier for times in self.times.values() for earlier, later in pairwise(times)]
+
+
+def run(
+    model: Path, num_requests: int, longest_prompt: int, longest_answer: int, seed: int, repeats: int, page_size: int,
+    num_threads: int | None, json_file: Path | None,
+) -> bool:  # fmt: skip
+    """Measures and prints a table; see `distkv bench serve-offline --help`. Returns whether all answers were the same.
+
+    Raises ConfigError for options that do not go together.
+    """
+    check_json_file(json_file)
+    config = ModelConfig.load(model)
+    _check_sizes(longest_prompt, longest_answer, page_size, config.max_position_embeddings)
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    prompts = Prompts(model)
+    requests = _requests(prompts, num_requests, longest_prompt, longest_answer, seed)
+    all_pages = sum(most_pages(request, page_size, 1) for request in requests)
+    page_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4 * page_size
+    served: dict[int, list[Served]] = {percent: [] for percent in WINDOWS}
+    infos: dict[int, EngineInfo] = {}
+    for _ in range(repeats):
+        for percent, turns in served.items():
+            device = -(-all_pages * percent // 100)
+            engine_config = EngineConfig(
+                model, dtype="float32", page_size=page_size, num_threads=torch.get_num_threads(),
+                max_num_seqs=MAX_NUM_SEQS, max_model_len=longest_prompt + longest_answer, enable_prefix_caching=False,
+                device_kv_bytes=device * page_bytes, host_kv_bytes=(all_pages - device) * page_bytes,
+            )  # fmt: skip
+            with closing(launch(engine_config)) as engine:
+                infos[percent] = engine.info
+                serve(engine, [_short(requests[0])])
+                turns.append(serve(engine, requests))
+    wrong = first_difference(
+        {f"{percent} %, turn {n}": one.answers for percent, turns in served.items() for n, one in enumerate(turns)}
+    )
+    rows = [_row(percent, turns, infos[percent], requests) for percent, turns in served.items()]
+    facts = {
+        "benchmark": "serve-offline", "model": model.name, "dtype": "float32", "requests": num_requests, "seed": seed,
+        "prompt_tokens": [len(request.prompt_token_ids) for request in requests],
+        "output_tokens": [request.max_tokens for request in requests], "text": prompts.source,
+        "page_size": page_size, "kv_pages": all_pages, "kv_bytes": all_pages * page_bytes,
+        "max_num_seqs": MAX_NUM_SEQS, "repeats": repeats, **machine_facts(),
+    }  # fmt: skip
+    _print(facts, rows, wrong)
+    write_json(json_file, facts, rows)
+    return not wrong
+
+
+def serve(engine: EngineClient, requests: list[EngineRequest]) -> Served:
+    """Submits all requests at once and waits for the last token. Raises what a request has failed with."""
+    before = engine.stats().moved
+    times: dict[str, list[float]] = {request.request_id: [] for request in requests}
+    answers: Answers = {request.request_id: [] for request in requests}
+    unfinished, most_running = len(requests), 0
+    start = time.perf_counter()
+    engine.add(requests)
+    while unfinished:
+        outputs = engine.step()
+        now = time.perf_counter() - start
+        for output in outputs:
+            if isinstance(output, RequestFailed):
+                raise getattr(errors, output.error)(output.message)
+            times[output.request_id].append(now)
+            answers[output.request_id].append(output.token_id)
+            unfinished -= output.finish_reason is not None
+        most_running = max(most_running, engine.stats().num_running)
+    while engine.has_work:
+        engine.step()
+    stats = engine.stats()
+    moved = {route: count - before.get(route, 0) for route, count in stats.moved.items()}
+    return Served(times, answers, moved, most_running, stats.peak_pages_in_use)
+
+
+def first_difference(answers: dict[str, Answers]) -> str:
+    """Where an answer differs from that of the first window; empty when all are the same."""
+    (first, expected), *others = answers.items()
+    for name, answered in others:
+        for request_id, tokens in expected.items():
+            if answered[request_id] != tokens:
+                pairs = zip(answered[request_id], tokens, strict=False)
+                place = next(
+                    (n for n, (a, b) in enumerate(pairs) if a != b), min(len(answered[request_id]), len(tokens))
+                )
+                return (
+                    f"{name} and {first} differ in request {request_id} from token {place} of the answer on: "
+                    f"{answered[request_id][place : place + 4]} and {tokens[place : place + 4]}"
+                )
+    return ""
+
+
+def _check_sizes(longest_prompt: int, longest_answer: int, page_size: int, positions: int) -> None:
+    check_page_size(page_size)
+    if longest_prompt < SHORTEST or longest_answer < LEAST_ANSWER:
+        raise ConfigError(
+            f"prompts have {SHORTEST} tokens at least and answers {LEAST_ANSWER}; raise longest-prompt, "
+            f"{longest_prompt}, or longest-answer, {longest_answer}"
+        )
+    if longest_prompt + longest_answer > positions:
+        raise ConfigError(
+            f"longest-prompt {longest_prompt} and longest-answer {longest_answer} are more than the {positions} "
+            "positions of the model; lower one of them"
+        )
+
+
+def _requests(prompts: Prompts, count: int, longest_prompt: int, longest_answer: int, seed: int) -> list[EngineRequest]:
+    """Each prompt is a piece of the text of its own; prompt lengths are lognormal, answer lengths uniform."""
+    generator = random.Random(seed)
+    lengths = [
+        min(longest_prompt, max(SHORTEST, round(MEDIAN * generator.lognormvariate(0, SPREAD)))) for _ in range(count)
+    ]
+    answers = [generator.randint(LEAST_ANSWER, longest_answer) for _ in range(count)]
+    text = prompts.text(sum(lengths))
+    params = SamplingParams(temperature=0, ignore_eos=True)
+    requests = []
+    for number, (length, answer) in enumerate(zip(lengths, answers, strict=True)):
+        requests.append(EngineRequest(str(number), text[:length], params, answer, number))
+        text = text[length:]
+    return requests
+
+
+def _short(request: EngineRequest) -> EngineRequest:
+    """To warm up with."""
+    return EngineRequest("warm-up", request.prompt_token_ids[:WARM_UP], request.params, 4, 0)
+
+
+def _row(percent: int, turns: list[Served], info: EngineInfo, requests: list[EngineRequest]) -> dict[str, Any]:
+    """Medians of the turns."""
+    num_prompt = sum(len(request.prompt_token_ids) for request in requests)
+    num_output = sum(request.max_tokens for request in requests)
+    median = statistics.median
+    routes = sorted({route for one in turns for route in one.moved})
+    return {
+        "window_percent": percent,
+        "device_pages": info.num_pages,
+        "host_pages": info.num_host_pages,
+        "seconds": median([one.seconds for one in turns]),
+        "turn_seconds": [one.seconds for one in turns],
+        "output_tokens_per_s": median([num_output / one.seconds for one in turns]),
+        "prompt_tokens_per_s": median([num_prompt / one.seconds for one in turns]),
+        "first_token_p50_s": median([percentile(one.first_tokens, 0.5) for one in turns]),
+        "first_token_p99_s": median([percentile(one.first_tokens, 0.99) for one in turns]),
+        "between_tokens_p50_ms": 1e3 * median([percentile(one.between_tokens, 0.5) for one in turns]),
+        "between_tokens_p99_ms": 1e3 * median([percentile(one.between_tokens, 0.99) for one in turns]),
+        "bytes_per_output_token": {
+            route: median([one.moved.get(route, 0) / num_output for one in turns]) for route in routes
+        },
+        "most_running": max(one.most_running for one in turns),
+        "peak_pages": max(one.peak_pages for one in turns),
+    }
+
+
+def _print(facts: dict[str, Any], rows: list[dict[str, Any]], wrong: str) -> None:
+    console = Console(highlight=False)
+    told = {name: f"{sum(value)} in all" if isinstance(value, list) else value for name, value in facts.items()}
+    console.print(", ".join(f"{name} {value}" for name, value in told.items()), soft_wrap=True)
+    table = Table("device window", *(f"{row['window_percent']} %" for row in rows))
+    lines = [
+        ("pages, device + host", lambda row: f"{row['device_pages']} + {row['host_pages']}"),
+        ("requests at a time", lambda row: str(row["most_running"])),
+        ("seconds in all", lambda row: f"{row['seconds']:.1f}"),
+        ("output tokens/s", lambda row: f"{row['output_tokens_per_s']:.1f}"),
+        ("prompt tokens/s", lambda row: f"{row['prompt_tokens_per_s']:.0f}"),
+        ("throughput vs 100 %", lambda row: f"{_share(row, rows):.2f}"),
+        ("first token, s, p50 / p99", lambda row: f"{row['first_token_p50_s']:.2f} / {row['first_token_p99_s']:.2f}"),
+        (
+            "between tokens, ms, p50 / p99",
+            lambda row: f"{row['between_tokens_p50_ms']:.1f} / {row['between_tokens_p99_ms']:.1f}",
+        ),
+        ("MB streamed per token", lambda row: f"{_bytes(row, '_streamed') / 1e6:.2f}"),
+        ("MB moved to host per token", lambda row: f"{_bytes(row, '_to_host') / 1e6:.2f}"),
+        ("MB moved to device per token", lambda row: f"{_bytes(row, '_to_device') / 1e6:.2f}"),
+    ]
+    for title, figure in lines:
+        table.add_row(title, *(figure(row) for row in rows))
+    console.print(table)
+    half = _share(next(row for row in rows if row["window_percent"] == 50), rows)
+    for line in (
+        f"100 % is {facts['kv_pages']} pages, {facts['kv_bytes'] / 1e6:.0f} MB: the sum over all requests of the pages "
+        "that prompt and answer take at their full length, which is what the scheduler promises them. The host holds "
+        "the rest, to the page. All are submitted at once; tokens are per output token, medians of the turns.",
+        f"target, at 50 % no less than {TARGET:g} of the throughput at 100 %: {half:.2f}, "
+        f"{'met' if half >= TARGET else 'MISSED'}",
+        f"WRONG: {wrong}" if wrong else "All windows gave the same answers, token for token.",
+    ):
+        console.print(line, soft_wrap=True)
+
+
+def _share(row: dict[str, Any], rows: list[dict[str, Any]]) -> float:
+    """Throughput beside that with all on the device."""
+    return float(row["output_tokens_per_s"] / rows[0]["output_tokens_per_s"])
+
+
+def _bytes(row: dict[str, Any], ending: str) -> float:
+    """Per output token, of the routes whose names end so."""
+    return sum(count for route, count in row["bytes_per_output_token"].items() if route.endswith(ending))
