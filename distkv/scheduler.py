@@ -21,7 +21,8 @@ class Scheduler:
 
     A request is admitted when the pages it may still need at most are not promised to others, over all tiers, so a
     running request never loses its pages and nothing is computed twice. The pages themselves are taken as tokens
-    arrive, but for those of a prefix that is known: these it takes up at once.
+    arrive, but for those of a prefix that is known: these it takes up at once. One whose next page another request is
+    about to compute waits for that, and lets those behind it pass.
 
     What a step writes must lie on the device. A sequence whose new pages do not fit beside those that others are
     writing waits for a later step; its chunk is never cut for it, since the cut would change the rounding.
@@ -146,13 +147,14 @@ class Scheduler:
         taken = sum(self._seats(sequence) for sequence in self.running)
         promised = self.cache.num_pages + sum(one.most_pages - len(one.table.pages) for one in self.running)
         chunk = max((self._chunk_pages(one.request) for one in self.running if one.in_prompt), default=0)
-        while self.waiting:
-            sequence = self.waiting[0]
+        for sequence in list(self.waiting):
             request = sequence.request
             seats = taken + request.params.n
             if seats > self._info.max_num_seqs:
                 return
             prefix = self._find_prefix(sequence)
+            if self._is_coming(sequence, len(prefix)):
+                continue
             needed = sequence.most_pages - sum(page.references > 0 for page in prefix)
             if promised + needed > self.cache.capacity:
                 return
@@ -162,7 +164,7 @@ class Scheduler:
                 return
             taken = seats
             promised += needed
-            self.waiting.pop(0)
+            self.waiting.remove(sequence)
             self._begin(sequence, prefix)
 
     def _begin(self, sequence: Sequence, prefix: list[Page]) -> None:
@@ -178,6 +180,15 @@ class Scheduler:
         """The pages that are known of a prompt, without its last token: that must be run for its logits."""
         names = sequence.name_pages(sequence.prompt_len - 1)
         return [] if names is None else self.cache.find(names[: (sequence.prompt_len - 1) // self._info.page_size])
+
+    def _is_coming(self, sequence: Sequence, num_found: int) -> bool:
+        """Whether a running request is about to compute the page after the prefix that was found."""
+        if num_found == (sequence.prompt_len - 1) // self._info.page_size or sequence.root is None:
+            return False
+        name = sequence.names[num_found]
+        if sequence.awaits is None or not sequence.awaits.will_compute(num_found, name):
+            sequence.awaits = next((one for one in self.running if one.will_compute(num_found, name)), None)
+        return sequence.awaits is not None
 
     @staticmethod
     def _seats(sequence: Sequence) -> int:

@@ -28,6 +28,7 @@ class Sequence:
     num_told: int = 0  # pages that the ranks' table holds
     num_cached: tuple[int, int, int] = (0, 0, 0)  # tokens whose KV was found, by tier
     expected: list[Page] = field(default_factory=list)  # what was found when it was queued
+    awaits: "Sequence | None" = None  # computes a page that this one shares; it is not admitted before that is done
     is_parked: bool = False  # waits, so that others need not stream beside it
     turn: int = 0  # those of a lower turn go first, see `ColdBudget`
     turn_steps: int = 0
@@ -83,6 +84,11 @@ class Sequence:
         """Its pages in the order in which they are best kept near: the first, then the newest."""
         yield from self.table.pages[:1]
         yield from reversed(self.table.pages[1:])
+
+    def will_compute(self, index: int, name: PageName) -> bool:
+        """Whether steps that are still to end will fill the page of that place and name."""
+        is_ahead = self.table.num_committed // self.table.page_size <= index < len(self.names)
+        return is_ahead and not self.finished and self.names[index].key == name.key
 
     def name_pages(self, num_tokens: int) -> list[PageName] | None:
         """The names of the full pages of its first tokens, at least; None when its pages are its own."""
