@@ -13,7 +13,7 @@ from distkv.errors import CapacityError, DistKVError, StoreError
 from distkv.flight import Draw, Flight
 from distkv.messages import EngineInfo, EngineRequest, EngineStats, RequestFailed, StepOutput, TokenOutput
 from distkv.scheduler import Scheduler
-from distkv.sequence import Sequence
+from distkv.sequence import Chosen, Sequence
 from distkv.step_runner import Execute, StepRunner
 from distkv.storage.page import Page
 from distkv.storage.tier import Tier
@@ -139,7 +139,7 @@ class Engine:
 
     # --- a step's way ---
 
-    def _choose(self) -> list[tuple[Sequence, int]]:
+    def _choose(self) -> Chosen:
         """The sequences of the next step, with the number of tokens each runs. The choice looks at the step under way
         as if it had ended, so that it does not depend on whether the device has room for both."""
         if self._cache.lost:
@@ -149,7 +149,7 @@ class Engine:
         held = sum(page.references == 1 for pair in copies for page in pair)
         return self._scheduler.schedule(held, self._next_suspect())
 
-    def _settle_step(self, chosen: list[tuple[Sequence, int]]) -> Flight | None:
+    def _settle_step(self, chosen: Chosen) -> Flight | None:
         """Makes room for a step and writes it down for the ranks; None when the step under way must end first, when a
         page was lost, or when there is no room."""
         forks = sum(one.num_fork_pages(count) for one, count in chosen if one.in_prompt)
@@ -176,7 +176,7 @@ class Engine:
             self._runner.wait_for(self._cache.awaited)
         return True
 
-    def _write_down(self, scheduled: list[tuple[Sequence, int]], promote: bool) -> Flight:
+    def _write_down(self, scheduled: Chosen, promote: bool) -> Flight:
         """Gives the step's tokens their pages and writes the step down for the ranks. `promote` lets free device pages
         be filled, which forks would need."""
         clear: list[int] = []
@@ -223,7 +223,7 @@ class Engine:
         self._flight = flight
         self._is_settled = False
 
-    def _land(self, flight: Flight, chosen: list[tuple[Sequence, int]], following: Flight | None) -> list[StepOutput]:
+    def _land(self, flight: Flight, chosen: Chosen, following: Flight | None) -> list[StepOutput]:
         """Waits for a step, launches the one that follows, and adds the drawn tokens to their answers.
 
         Args:

@@ -3,7 +3,7 @@
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from distkv.sequence import Sequence
+from distkv.sequence import Chosen, Sequence
 from distkv.storage.page import Page
 from distkv.workers.report import Report
 from distkv.workers.sampler import SampleRow, TokenLogprobs, uniform_draw
@@ -26,7 +26,7 @@ class Flight:
     """A step that is settled, and runs once it is launched."""
 
     plan: StepPlan
-    scheduled: list[tuple[Sequence, int]]  # with the number of tokens each runs
+    scheduled: Chosen
     parts: list[tuple[Sequence, SequencePlan]]  # those that the model runs
     moved: list[Page]  # whose places the plan tells
     drawing: list[Sequence]  # those that the step draws for, in the order of the logits

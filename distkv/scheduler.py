@@ -6,7 +6,7 @@ from itertools import count as counter
 from distkv.cold_budget import ColdBudget
 from distkv.errors import CapacityError
 from distkv.messages import EngineInfo, EngineRequest
-from distkv.sequence import Sequence, most_pages
+from distkv.sequence import Chosen, Sequence, most_pages
 from distkv.storage.page import Page
 from distkv.storage.page_size import pages_for
 from distkv.storage.page_table import PageTable
@@ -72,7 +72,7 @@ class Scheduler:
         self.cache.touch(sequence.expected)
         insort(self.waiting, sequence, key=lambda one: (one.request.priority, one.number))
 
-    def schedule(self, num_held: int = 0, only: Sequence | None = None) -> list[tuple[Sequence, int]]:
+    def schedule(self, num_held: int = 0, only: Sequence | None = None) -> Chosen:
         """The sequences of the next step with the number of tokens each runs; empty when there is nothing to do.
 
         Args:
@@ -84,7 +84,7 @@ class Scheduler:
         self._cold_budget.review(self.running)
         budget, size = self._info.max_num_batched_tokens, self._info.page_size
         room = self._info.num_pages - num_held
-        step: list[tuple[Sequence, int]] = []
+        step: Chosen = []
         reading = []
         decoding = []
         for sequence in self.running:
@@ -195,7 +195,7 @@ class Scheduler:
         """Answers this sequence stands for: all of its request's until they are forked off it."""
         return 1 if sequence.num_output_tokens else sequence.request.params.n
 
-    def _chunks(self, reading: list[Sequence], budget: int) -> list[tuple[Sequence, int]]:
+    def _chunks(self, reading: list[Sequence], budget: int) -> Chosen:
         """How the prompts that are being read share the tokens of a step."""
         if not reading:
             return []

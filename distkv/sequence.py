@@ -135,6 +135,10 @@ class Sequence:
         return fork, copy
 
 
+Chosen = list[tuple[Sequence, int]]
+"""The sequences of a step, with the number of tokens that each runs."""
+
+
 def most_pages(request: EngineRequest, page_size: int, num_answers: int) -> int:
     """Pages of so many answers at their full length, the prompt's full pages counted once."""
     prompt_len = len(request.prompt_token_ids)

@@ -9,8 +9,8 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,12 +24,16 @@ from torch import Tensor
 from distkv.bench.machine import check_json_file, machine_facts, percentile, write_json
 from distkv.engine import Engine
 from distkv.errors import ConfigError, DistKVError
-from distkv.flight import Draw, Flight
+from distkv.flight import Draw, Flight, Landing
 from distkv.messages import EngineInfo, EngineRequest, RequestFailed, StepOutput
 from distkv.sampling_params import SamplingParams
+from distkv.sequence import Chosen
+from distkv.step_runner import Execute, StepRunner
 from distkv.storage.page import Page
 from distkv.storage.page_size import check_page_size, pages_for
+from distkv.storage.tiered_cache import TieredCache
 from distkv.workers.report import Report
+from distkv.workers.sampler import SampleRow
 from distkv.workers.step_plan import StepPlan, encode
 
 PARTS = {
@@ -72,8 +76,8 @@ class TimedEngine(Engine):
 
     def __init__(self, info: EngineInfo):
         super().__init__(info, self._answer_at_once)
-        self._runner.shutdown()
-        self._runner = _RunsWhenAwaited(1)
+        self._runner.close()
+        self._runner = _TimedRunner(info, self._answer_at_once, self._cache, self._timed)
         self._logits = torch.zeros(info.max_num_seqs, info.vocab_size)
         self.seconds = dict.fromkeys([*PARTS, "fly"], 0.0)  # since they were cleared last
         self.plan_bytes = 0  # of the last plan
@@ -89,13 +93,13 @@ class TimedEngine(Engine):
         report = Report(done=[transfer.id for transfer in plan.transfers])
         return (self._logits[:wanted] if plan.sequences else None), report
 
-    def _prepare(self) -> Flight | None:
+    def _choose(self) -> Chosen:
         with self._timed("plan"):
-            return super()._prepare()
+            return super()._choose()
 
-    def _take_in(self, report: Report) -> set[Page]:
-        with self._timed("book"):
-            return super()._take_in(report)
+    def _settle_step(self, chosen: Chosen) -> Flight | None:
+        with self._timed("plan"):
+            return super()._settle_step(chosen)
 
     def _commit(self, flight: Flight, tokens: list[Draw], unread: set[Page]) -> list[list[Draw]]:
         with self._timed("book"):
@@ -109,15 +113,33 @@ class TimedEngine(Engine):
         with self._timed("answer"):
             return super()._answer(flight, drawn)
 
-    def _fly(self, *arguments: Any) -> Any:
-        with self._timed("fly"):
-            return super()._fly(*arguments)
-
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self.seconds[part] += time.perf_counter() - start
+
+
+class _TimedRunner(StepRunner):
+    """Runs a plan when its end is awaited: a real step ends long after the next one is settled, and meanwhile the ranks
+    keep the processor busy, not the interpreter."""
+
+    def __init__(
+        self, info: EngineInfo, execute: Execute, cache: TieredCache, timed: Callable[[str], AbstractContextManager]
+    ):
+        super().__init__(info, execute, cache)
+        self._timed = timed
+
+    def start(self, plan: StepPlan, rows: list[SampleRow]) -> Future[Landing]:
+        return _Awaited(partial(self._fly, plan, rows))
+
+    def take_in(self, report: Report) -> set[Page]:
+        with self._timed("book"):
+            return super().take_in(report)
+
+    def _fly(self, plan: StepPlan, rows: list[SampleRow]) -> Landing:
+        with self._timed("fly"):
+            return super()._fly(plan, rows)
 
 
 class _Awaited(Future):
@@ -131,14 +153,6 @@ class _Awaited(Future):
         if not self.done():
             self.set_result(self._make())
         return super().result(timeout)
-
-
-class _RunsWhenAwaited(ThreadPoolExecutor):
-    """Takes the place of an engine's step thread: a real step ends long after the next one is settled, and meanwhile
-    the ranks keep the processor busy, not the interpreter."""
-
-    def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future:
-        return _Awaited(partial(function, *arguments, **options))
 
 
 def run(num_seqs: int, context: int, steps: int, page_size: int, json_file: Path | None) -> bool:
