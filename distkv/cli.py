@@ -289,8 +289,8 @@ def bench_prefix(
 def bench_serve_offline(
     model: Model = "smollm2",
     num_requests: Annotated[int, typer.Option(help="Requests, all submitted at once.", min=1)] = 64,
-    longest_prompt: Annotated[int, typer.Option(help="Most tokens of a prompt; lengths are lognormal.")] = 1500,
-    longest_answer: Annotated[int, typer.Option(help="Most tokens of an answer; lengths are uniform.")] = 128,
+    longest_prompt: Annotated[int, typer.Option(help="Most tokens of a prompt; lengths are lognormal.")] = 1024,
+    longest_answer: Annotated[int, typer.Option(help="Most tokens of an answer; lengths are uniform.")] = 64,
     seed: Annotated[int, typer.Option(help="Of the lengths.")] = 0,
     repeats: Annotated[int, typer.Option(help="Turns of each window; medians count.", min=1)] = 3,
     page_size: PageSize = 64,  # with 256, half of these requests' KV were pages being written, which cannot be cold
@@ -298,7 +298,10 @@ def bench_serve_offline(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
 ) -> None:
     """Throughput of many requests with all, half and a quarter of their KV on the device; exit code 1 when answers
-    differ."""
+    differ.
+
+    The lengths are such that nine runs of the demo model come to an end within minutes on two cores.
+    """
     from distkv.bench.serve_offline import run
 
     if not run(
