@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import PAGE_SIZE, Memory, drain, engine_info
+from test_engine import PAGE_SIZE, Memory, engine_info
 from torch import Tensor
 
 from distkv.engine import Engine
@@ -14,7 +14,6 @@ from distkv.errors import CapacityError
 from distkv.messages import EngineInfo, EngineRequest, RequestFailed, TokenOutput
 from distkv.sampling_params import SamplingParams
 from distkv.sequence import Sequence
-from distkv.storage.tier import Tier
 from distkv.workers.page_directory import SequenceStep
 from distkv.workers.report import Report
 from distkv.workers.step_plan import StepPlan
