@@ -311,7 +311,7 @@ def test_forks_share_a_known_prefix(folder: Path) -> None:
             assert cached(llm, SECOND + answer) == (len(SECOND) + 23) // PAGE_SIZE, "each answer's pages are found"
 
 
-@pytest.mark.parametrize("stage", range(14))
+@pytest.mark.parametrize("stage", [0, 1, 2, 3, 5, 8, 11])
 def test_an_abort_frees_all_at_once(folder: Path, tmp_path: Path, stage: int) -> None:
     """After so many steps: queued with the pages it expects on disk, while these are fetched, amid its prompt, or
     while it is answered. The other request, in whose way it stands or beside which it runs, goes on."""
