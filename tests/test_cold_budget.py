@@ -147,13 +147,29 @@ def test_pages_on_disk_cost_more() -> None:
         assert step.cost(step.streamed) <= max(24, alone) + 3 * len(step.tables)
 
 
-def answers(engine: Engine) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
-    while engine.has_work:
-        for output in engine.step():
-            assert isinstance(output, TokenOutput), output
-            found.setdefault(output.request_id, []).append(output.token_id)
-    return found
+# OPEN BUG in ColdBudget: nobody looks at the cost between two reviews, and while a prompt is read, each step makes as
+# many pages cold as its chunk fills; so for up to REVIEW_STEPS steps they stream up to that many chunks more (7 times
+# the limit here). A review whenever the cost that it found may have grown by more than a page per sequence would do.
+@pytest.mark.xfail(strict=True, reason="the cost is not looked at between two reviews")
+def test_the_limit_is_kept_while_a_prompt_is_read() -> None:
+    limit, chunk = 10, 4
+    info = engine_info(
+        eos_token_ids=(), num_pages=48, num_host_pages=2000, max_num_batched_tokens=chunk * PAGE_SIZE + 2,
+        page_bytes=1000, max_model_len=10**5, max_cold_bytes_per_step=1000 * limit,
+    )  # fmt: skip
+    memory = Counting(info)
+    engine = Engine(info, memory.execute, survives=False)
+    memory.watch(engine)
+    engine.add([EngineRequest(str(number), [5 + number] * 16 * PAGE_SIZE, GREEDY, 400, 0) for number in range(2)])
+    while len(memory.steps) < 60:
+        engine.step()
+    engine.add([EngineRequest("long", [9] * 100 * PAGE_SIZE, GREEDY, 5, 0)])
+    while len(memory.steps) < 120:
+        engine.step()
+    assert {len(step.tables) for step in memory.steps[60:]} >= {1, 3}
+    for step in memory.steps[60:]:
+        alone = max(step.cost(cold) for cold in step.cold)
+        assert len(step.tables) == 1 or step.cost(step.streamed) <= max(limit, alone) + chunk + len(step.tables)
 
 
 def test_parked_sequences_resume_and_finish() -> None:

@@ -289,7 +289,9 @@ def test_reset_leaves_a_running_request_alone(folder: Path, tmp_path: Path) -> N
         last = list(stream)[-1]
         assert tokens(last) == expected
         idle_engine(llm).integrity_check()
-        assert cached(llm, FIRST) == 0, "nothing from before the reset"
+        assert found_now(llm, [FIRST, SECOND]) == [0, 0], "nothing from before the reset"
+    with tiered(folder, (8, 6, 100), tmp_path) as llm:
+        assert found_now(llm, [FIRST, SECOND]) == [0, 0], "nor for later processes"
 
 
 # --- the end of requests ---
