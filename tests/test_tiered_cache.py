@@ -945,6 +945,19 @@ def test_the_catalogue_is_told_what_came_and_went() -> None:
     assert [slots.num_used for slots in cache.slots] == [0, 0, 0]
 
 
+def test_a_reset_takes_held_pages_out_of_the_catalogue_at_once() -> None:
+    """A kill before they are let go must not leave them for the next process."""
+    cache = TieredCache((4, 4, 4), 1, write_through=True)
+    pages = named_pages(cache, [5, 6, 7, 8])
+    spill(cache)
+    cache.written.clear()
+    cache.reset()
+    assert cache.vacated == {page.slots[DISK] for page in pages} and not cache.index
+    assert on(DISK, pages) == [0, 1], "who holds them reads them still"
+    release(cache, pages)
+    assert cache.num_idle == 0 and [slots.num_used for slots in cache.slots] == [0, 0, 0]
+
+
 def test_idle_pages_give_way_before_held_ones() -> None:
     """The least recently used and the end of a prefix first, into free room below before it is forgotten."""
     cache = TieredCache((6, 2, 0), 1)
