@@ -139,12 +139,14 @@ def test_the_limit_is_kept_and_everyone_gets_a_turn(num_sequences: int, pages: i
 
 
 def test_pages_on_disk_cost_more() -> None:
+    """Between two reviews each sequence may fill a page, for which another goes to disk, and the host may send two
+    pages ahead of need."""
     _, decoded = decode(4, 8, 16, 24, 300, host=8, num_disk_pages=500, disk_cost=3.0)
     several = [step for step in decoded if len(step.tables) > 1]
     assert any(cold_place(place)[0] is Tier.DISK for step in decoded for place in step.streamed)
     for step in several:
         alone = max(step.cost(cold) for cold in step.cold)
-        assert step.cost(step.streamed) <= max(24, alone) + 3 * len(step.tables)
+        assert step.cost(step.streamed) <= max(24, alone) + 3 * (len(step.tables) + 2)
 
 
 # OPEN BUG in ColdBudget: nobody looks at the cost between two reviews, and while a prompt is read, each step makes as
