@@ -130,7 +130,7 @@ def test_random_requests_forks_and_aborts(seed: int, tiers: tuple[int, int], fau
         num_host_pages=tiers[0], num_disk_pages=tiers[1],
     )  # fmt: skip
     memory = Memory(info, seed, fault_rate)
-    engine = Engine(info, memory.execute)
+    engine = Engine(info, memory.execute, survives=False)
     answers: dict[tuple[str, int], list[int]] = {}
     requests: dict[str, EngineRequest] = {}
     aborted: set[str] = set()
@@ -237,7 +237,7 @@ def test_small_windows_with_a_disk_that_loses_pages(first: int) -> None:
             max_num_batched_tokens=budget, max_model_len=600,
         )  # fmt: skip
         memory = Memory(info, seed, fault_rate=rng.choice([0.0, 0.3]), takes_writes=True)
-        engine = Engine(info, memory.execute)
+        engine = Engine(info, memory.execute, survives=False)
         taken = 0
         for _ in range(3000):
             if rng.random() < 0.1 and taken < 10:

@@ -9,17 +9,21 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 import ray_cluster
 import torch
+import zarr
 from helpers import save_llama, seeded
 from ray_cluster import Cluster, await_no_ranks, rank_processes
 
 from distkv import LLM, AsyncLLM, CapacityError, ConfigError, DistKVError, SamplingParams, WorkerDied
+from distkv.storage.catalogue import Catalogue
 
 ROOT = Path(__file__).resolve().parent.parent
 GREEDY = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
@@ -185,6 +189,60 @@ def test_tiers_change_nothing_for_several_ranks(cluster: Cluster, tmp_path: Path
     assert answers[1] == answers[0]
     assert answers[2] == answers[0]
     check_nothing_is_left(cluster)
+
+
+@pytest.mark.parametrize("kv_heads", [3, pytest.param(2, marks=pytest.mark.slow)])
+def test_pages_are_found_by_any_number_of_ranks(cluster: Cluster, tmp_path: Path, kv_heads: int) -> None:
+    """What 1, 2 and 3 ranks write each of the others reads, all of it, and lets it lie as it is; with 2 KV heads on 3
+    ranks one of them is held twice. With the pages of others a group answers what it does with its own."""
+    folder, _ = save_llama(
+        tmp_path,
+        num_attention_heads=6,
+        num_key_value_heads=kv_heads,
+        hidden_size=96,
+        max_position_embeddings=1024,
+        vocab_size=20,
+    )
+    cache = tmp_path / "cache"
+    # the log-probabilities of the whole vocabulary stand for the logits, which do not leave the cluster
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=20)
+    options: dict[str, Any] = {
+        "page_size": 16, "max_num_batched_tokens": 64, "device_kv_bytes": "1MiB", "host_kv_bytes": "1MiB",
+        "cache_dir": cache, "disk_kv_bytes": "4MiB",
+    }  # fmt: skip
+    known: dict[int, list[int]] = {}  # by the number of ranks that computed it, a prompt with its answer
+    written: dict[bytes, bytes] = {}  # pages by key
+    for size in (1, 2, 3, 1):
+        group = {"tensor_parallel_size": size, "ray_address": cluster.address} if size > 1 else {}
+        with LLM(folder, **options, **group) as llm:
+            for writers, tokens in known.items():
+                prompt = [*tokens, 5, 6, 7]
+                [hit] = llm.generate([prompt], params, use_tqdm=False)
+                assert hit.num_cached_tokens_by_tier == {"device": 0, "host": 0, "disk": 112}, (writers, size)
+                [own] = llm.generate([prompt], params, cache_salt=f"{writers}, {size}", use_tqdm=False)
+                assert own.num_cached_tokens == 0
+                assert hit.outputs[0].token_ids == own.outputs[0].token_ids
+                for mine, other in zip(hit.outputs[0].logprobs or [], own.outputs[0].logprobs or [], strict=True):
+                    assert all(mine[token].logprob == pytest.approx(other[token].logprob, abs=1e-4) for token in mine)
+            prompt = torch.randint(3, 20, (97,), generator=seeded(10 * size + len(known))).tolist()
+            [output] = llm.generate([prompt], params, use_tqdm=False)
+            assert output.num_cached_tokens == 0
+            known.setdefault(size, prompt + output.outputs[0].token_ids)
+            assert llm.info.cache_dir is not None
+            model = Path(llm.info.cache_dir)
+            assert llm.stats().pages_recomputed == 0
+        now = pages_on_disk(model)
+        assert {key: now[key] for key in written} == written, "what was there is there, bit for bit"
+        assert len(now) > len(written)
+        written = now
+    check_nothing_is_left(cluster)
+
+
+def pages_on_disk(model: Path) -> dict[bytes, bytes]:
+    """The bytes of all pages that the catalogue lists, by key."""
+    array = zarr.open_array(str(model / "kv.zarr"), mode="r")
+    with closing(Catalogue(model, read_only=True)) as catalogue:
+        return {entry.key: np.asarray(array[entry.slot]).tobytes() for entry in catalogue.entries()}
 
 
 def test_a_killed_owner_takes_its_ranks_along(cluster: Cluster, tiny: Path) -> None:

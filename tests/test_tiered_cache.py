@@ -946,6 +946,104 @@ def test_the_catalogue_is_told_what_came_and_went() -> None:
     assert [slots.num_used for slots in cache.slots] == [0, 0, 0]
 
 
+def test_a_reset_takes_held_pages_out_of_the_catalogue_at_once() -> None:
+    """A kill before they are let go must not leave them for the next process."""
+    cache = TieredCache((4, 4, 4), 1, write_through=True)
+    pages = named_pages(cache, [5, 6, 7, 8])
+    spill(cache)
+    cache.written.clear()
+    cache.reset()
+    assert cache.vacated == {page.slots[DISK] for page in pages} and not cache.index
+    assert on(DISK, pages) == [0, 1], "who holds them reads them still"
+    release(cache, pages)
+    assert cache.num_idle == 0 and [slots.num_used for slots in cache.slots] == [0, 0, 0]
+
+
+def test_idle_pages_give_way_before_held_ones() -> None:
+    """The least recently used and the end of a prefix first, into free room below before it is forgotten."""
+    cache = TieredCache((6, 2, 0), 1)
+    first, second = named_pages(cache, [1, 1, 2, 2]), named_pages(cache, [3, 3, 4, 4])
+    release(cache, first)
+    release(cache, second)
+    held = fill_pages(cache, 2)
+    assert cache.capacity == 8 and cache.num_pages == 2 and cache.num_idle == 4
+    idle = []
+    for _ in range(6):
+        assert cache.reserve(1)
+        cache.allocate(0)
+        end(cache, cache.take_transfers()[0])
+        idle.append(cache.num_idle)
+    assert idle == [4, 4, 3, 2, 1, 0], "two find room on the host, and then each new page costs one"
+    assert on(DEVICE, held) + on(HOST, held) and cache.num_pages == 8
+    assert not found(cache, [1, 1, 2, 2]) and not found(cache, [3, 3, 4, 4])
+
+
+def test_an_idle_page_is_taken_up_from_any_tier_and_counts_as_used() -> None:
+    cache = TieredCache((8, 8, 8), 1, write_through=True)
+    pages = named_pages(cache, [1, 1, 2, 2, 3, 3])
+    spill(cache)
+    release(cache, pages)
+    assert on(DEVICE, pages) == on(HOST, pages) == on(DISK, pages) == [0, 1, 2] and cache.num_idle == 3
+    table = PageTable(cache, PAGE_SIZE)
+    table.begin(found(cache, [1, 1, 2, 2, 9, 9]))
+    assert table.pages == pages[:2] and table.num_tokens == 4
+    cache.integrity_check()
+    assert (cache.num_pages, cache.num_idle) == (2, 1)
+    cache.touched.clear()
+    table.release()
+    assert cache.touched == {page.slots[DISK] for page in pages[:2]}
+    assert (cache.num_pages, cache.num_idle) == (0, 3)
+    cache.integrity_check()
+
+
+def test_a_full_disk_gives_up_its_oldest_prefix_for_a_younger_one() -> None:
+    cache = TieredCache((8, 8, 2), 1)
+    prefixes = [[1, 1, 2, 2], [3, 3, 4, 4], [5, 5, 6, 6]]
+    for tokens in prefixes:
+        release(cache, named_pages(cache, tokens))
+        spill(cache)
+    on_disk = [len([page for page in found(cache, tokens) if page.has(DISK)]) for tokens in prefixes]
+    assert on_disk == [0, 0, 2]
+    assert [len(found(cache, tokens)) for tokens in prefixes] == [2, 2, 2], "the others lie further up"
+
+
+def test_touching_what_waits_for_a_request_keeps_it() -> None:
+    cache = TieredCache((4, 0, 0), 1)
+    release(cache, named_pages(cache, [1, 1, 2, 2]))
+    release(cache, named_pages(cache, [3, 3, 4, 4]))
+    cache.touch(found(cache, [1, 1, 2, 2]))
+    assert cache.reserve(2)
+    assert len(found(cache, [1, 1, 2, 2])) == 2 and not found(cache, [3, 3, 4, 4])
+    cache.integrity_check()
+
+
+def test_the_catalogue_is_told_before_a_slot_of_an_idle_page_is_written_again() -> None:
+    cache = TieredCache((8, 8, 1), 1)
+    [first] = named_pages(cache, [1, 1])
+    release(cache, [first])
+    spill(cache)
+    slot = first.slots[DISK]
+    cache.written.clear()
+    release(cache, named_pages(cache, [2, 2]))
+    cache.balance()
+    end(cache, take(cache))
+    cache.balance()
+    assert cache.vacated == {slot}, "settled in the plan that writes it"
+    [write] = take(cache)
+    assert (write.target, write.target_slot) == (DISK, slot) and not cache.written
+    end(cache, [write])
+    assert list(cache.written) == [slot]
+
+
+def test_a_nameless_copy_of_what_is_known_is_free_when_it_is_let_go() -> None:
+    cache = TieredCache((4, 0, 0), 1)
+    pages = named_pages(cache, [1, 1]) + named_pages(cache, [1, 1])
+    assert [page.name is None for page in pages] == [False, True]
+    release(cache, pages)
+    assert cache.num_idle == 1 and cache.slots[DEVICE].num_free == 3
+    assert found(cache, [1, 1]) == pages[:1]
+
+
 def test_integrity_check_notices_a_slot_that_nobody_holds() -> None:
     cache = TieredCache((2, 2, 0), 1)
     fill_pages(cache, 1)
