@@ -5,6 +5,7 @@ reviewed now and then, not every step, and turns are long, so that sequences do 
 """
 
 from collections.abc import Iterable
+from itertools import islice
 
 from distkv.messages import EngineInfo
 from distkv.sequence import Sequence
@@ -12,7 +13,8 @@ from distkv.storage.page import Page
 from distkv.storage.tier import Tier
 from distkv.storage.tiered_cache import TieredCache
 
-REVIEW_STEPS = 16  # between two reviews, unless sequences come or go
+REVIEW_STEPS = 16  # between two reviews, unless sequences come or go, or so many pages move that the limit is in doubt
+DOUBT_STEPS = 4  # between two reviews at least in that case
 TURN_STEPS = 128  # after which a sequence goes behind those that wait
 RETURN_SHARE = 0.9  # of the budget: what a parked sequence must fit into to run beside others
 
@@ -26,8 +28,13 @@ class ColdBudget:
         self._disk_cost = info.disk_cost
         self._cache = cache
         self._steps = 0  # since the last review
+        self._slack = 0.0  # pages under the limit that were left then; fewer by what has moved since
         self._members: list[Sequence] = []  # of the last review
         self._any_parked = False
+
+    def note_moved(self, num_pages: int) -> None:
+        """Tells that so many held pages lie elsewhere now."""
+        self._slack -= num_pages * self._disk_cost
 
     def review(self, running: list[Sequence]) -> None:
         """Sets `Sequence.is_parked`; to be called once a step."""
@@ -36,7 +43,8 @@ class ColdBudget:
                 self._unpark(running)
             return
         self._steps += 1
-        if self._steps < REVIEW_STEPS and running == self._members:
+        in_doubt = self._slack < 0 and self._steps >= DOUBT_STEPS
+        if self._steps < REVIEW_STEPS and running == self._members and not in_doubt:
             return
         self._give_turns(running)
         self._choose(running)
@@ -59,9 +67,10 @@ class ColdBudget:
         total = 0.0
         self._any_parked = False
         for place, sequence in enumerate(line):
-            cold = [page for page in sequence.table.pages if not page.has(Tier.DEVICE) and page not in streamed]
-            cost = self._cost(cold)
             limit = self._limit * (RETURN_SHARE if sequence.is_parked else 1)
+            pages = (page for page in sequence.table.pages if not page.has(Tier.DEVICE) and page not in streamed)
+            cold = list(pages) if not place or total < limit else list(islice(pages, 1))
+            cost = self._cost(cold)
             runs = not place or not cost or total + cost <= limit
             if runs:
                 total += cost
@@ -72,6 +81,7 @@ class ColdBudget:
                 self._any_parked = True
                 self._cache.park(sequence.table.pages)
             sequence.is_parked = not runs
+        self._slack = self._limit - total
 
     def _cost(self, cold: Iterable[Page]) -> float:
         """In pages of the host."""

@@ -207,6 +207,7 @@ class Engine:
         # where pages lie is settled now
         transfers, await_ids = self._cache.take_transfers()
         moved = self._cache.take_moved()
+        self._scheduler.cold_budget.note_moved(len(moved))
         ended, self._runner.ended = self._runner.ended, []
         copies, self._copies = self._copies, []
         plan = StepPlan(

@@ -33,7 +33,7 @@ class Scheduler:
         step_pages = pages_for(min(info.max_num_batched_tokens, info.max_model_len), info.page_size)
         sizes = info.num_pages, info.num_host_pages, info.num_disk_pages
         self.cache = TieredCache(sizes, step_pages, info.write_through)
-        self._cold_budget = ColdBudget(info, self.cache)
+        self.cold_budget = ColdBudget(info, self.cache)
         self._numbers = counter()
         self.waiting: list[Sequence] = []  # the first to be admitted first
         self.running: list[Sequence] = []
@@ -81,7 +81,7 @@ class Scheduler:
         """
         if self.waiting:
             self._admit()
-        self._cold_budget.review(self.running)
+        self.cold_budget.review(self.running)
         budget, size = self._info.max_num_batched_tokens, self._info.page_size
         room = self._info.num_pages - num_held
         step: Chosen = []

@@ -106,7 +106,7 @@ def hit(
             llm.close()
             llm = tiered(folder, pages, cache_dir, **options)
         engine = idle_engine(llm)
-        execute = engine._execute
+        execute = engine._runner.execute
 
         def spy(plan):
             result = execute(plan)
@@ -114,7 +114,7 @@ def hit(
                 logits.append(result[0].clone())
             return result
 
-        engine._execute = spy
+        engine._runner.execute = spy
         output = ask(llm, SECOND)
         return Hit(tiers(output), logits, output)
     finally:
@@ -459,14 +459,14 @@ def test_when_pages_are_written(folder: Path, tmp_path: Path, policy: str) -> No
         assert llm.info.cache_dir is not None
         cache = Path(llm.info.cache_dir)
         engine = idle_engine(llm)
-        execute = engine._execute
+        execute = engine._runner.execute
 
         def spy(plan):
             if plan.sequences:
                 listed_while_running.append(listed(cache))
             return execute(plan)
 
-        engine._execute = spy
+        engine._runner.execute = spy
         params = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
         answer = llm.generate([FIRST], params, use_tqdm=False)[0].outputs[0].token_ids
     assert max(listed_while_running) >= 12 if policy == "write_through" else max(listed_while_running) == 0
