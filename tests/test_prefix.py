@@ -21,6 +21,8 @@ from distkv.outputs import RequestOutput
 from distkv.storage import prefix_index
 from distkv.storage.catalogue import Catalogue
 from distkv.storage.prefix_index import page_names, root_key
+from distkv.workers.rank import Rank
+from distkv.workers.step_plan import StepPlan
 
 PAGE_SIZE, PAGE_BYTES = 16, 8192  # of the tiny model in fp32
 OPTIONS: dict[str, Any] = {"page_size": PAGE_SIZE, "max_num_batched_tokens": 32, "max_num_seqs": 4}
@@ -105,17 +107,17 @@ def hit(
         if restart:
             llm.close()
             llm = tiered(folder, pages, cache_dir, **options)
-        engine = idle_engine(llm)
-        execute = engine._runner.execute
+        with pytest.MonkeyPatch.context() as patch:
+            execute = Rank.execute
 
-        def spy(plan):
-            result = execute(plan)
-            if result[0] is not None and len(result[0]):
-                logits.append(result[0].clone())
-            return result
+            def spy(self: Rank, plan: StepPlan) -> Tensor | None:
+                result = execute(self, plan)
+                if result is not None and len(result):
+                    logits.append(result.clone())
+                return result
 
-        engine._runner.execute = spy
-        output = ask(llm, SECOND)
+            patch.setattr(Rank, "execute", spy)
+            output = ask(llm, SECOND)
         return Hit(tiers(output), logits, output)
     finally:
         llm.close()
@@ -451,22 +453,21 @@ def test_pages_of_another_model_are_no_hit(
 
 
 @pytest.mark.parametrize("policy", ["write_through", "idle"])
-def test_when_pages_are_written(folder: Path, tmp_path: Path, policy: str) -> None:
+def test_when_pages_are_written(folder: Path, tmp_path: Path, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With "write_through" while the request still runs, with "idle" only when it has ended; either way everything is
     there after the end, though memory would have held it."""
     listed_while_running: list[int] = []
     with tiered(folder, (40, 40, 60), tmp_path, disk_write_policy=policy) as llm:
         assert llm.info.cache_dir is not None
         cache = Path(llm.info.cache_dir)
-        engine = idle_engine(llm)
-        execute = engine._runner.execute
+        execute = Rank.execute
 
-        def spy(plan):
+        def spy(self: Rank, plan: StepPlan) -> Tensor | None:
             if plan.sequences:
                 listed_while_running.append(listed(cache))
-            return execute(plan)
+            return execute(self, plan)
 
-        engine._runner.execute = spy
+        monkeypatch.setattr(Rank, "execute", spy)
         params = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
         answer = llm.generate([FIRST], params, use_tqdm=False)[0].outputs[0].token_ids
     assert max(listed_while_running) >= 12 if policy == "write_through" else max(listed_while_running) == 0
