@@ -14,7 +14,7 @@ from distkv.storage.tier import Tier
 from distkv.storage.tiered_cache import TieredCache
 
 REVIEW_STEPS = 16  # between two reviews, unless sequences come or go, or so many pages move that the limit is in doubt
-DOUBT_STEPS = 4  # between two reviews at least in that case
+DOUBT_STEPS = 2  # between two reviews at least in that case
 TURN_STEPS = 128  # after which a sequence goes behind those that wait
 RETURN_SHARE = 0.9  # of the budget: what a parked sequence must fit into to run beside others
 

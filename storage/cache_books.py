@@ -120,17 +120,19 @@ class CacheBooks:
 
     def release(self, page: Page) -> None:
         """Drops a holder. What nobody holds is idle if it has a name, and else free once no transfer touches it."""
+        if page.references == 1 and page in self.lost and page.name is not None:
+            self._forget(page)
         page.references -= 1
         assert page.references >= 0
         if page.references:
             return
+        if page.twin is not None:
+            self.touch([page.twin])
         del self._pages[page]
         self._moved.pop(page, None)
         self._parked.pop(page, None)
         self._free_ids.append(page.id)
         self._count(page, -1)
-        if page.name is not None and page in self.lost:
-            self.index.remove(page)
         self.lost.pop(page, None)
         if page.name is None:
             self._free_unheld(page)
@@ -145,9 +147,8 @@ class CacheBooks:
             del self.lost[page]
             page.repairs += 1
         elif name is not None:
-            page.name = name
-            if not self.index.add(page):
-                page.name = None
+            known = self.index.add(page, name)
+            page.twin = known if known is not page else None
         self._full[DEVICE][page] = None
         if self.slots[HOST].num_slots:
             self._unspilled.append(page)
@@ -167,8 +168,8 @@ class CacheBooks:
     def adopt(self, entries: Iterable[tuple[int, int, PageName]]) -> None:
         """Takes in pages that an earlier process left on disk, as (slot, index, name), least recently used first."""
         for slot, index, name in entries:
-            page = Page(index, references=0, name=name, full=True)
-            if self.index.add(page):
+            page = Page(index, references=0, full=True)
+            if self.index.add(page, name) is page:
                 self.slots[DISK].take(slot)
                 page.slots[DISK] = slot
                 self._become_idle(page)
@@ -176,14 +177,12 @@ class CacheBooks:
     def reset(self) -> None:
         """Forgets all names, so that nothing is found any more; idle pages are free once no transfer touches them."""
         for page in self.index:
-            if page.has(DISK):
-                self.vacated.add(page.slots[DISK] or 0)
-                self.written.pop(page.slots[DISK] or 0, None)
-            was_idle = page.is_idle
-            self.index.remove(page)
-            if was_idle:
-                self._leave_idle(page)
-                self._free_unheld(page)
+            slot = page.slots[DISK]
+            if page.has(DISK) and slot is not None:
+                self.vacated.add(slot)
+                self.written.pop(slot, None)
+            if page.name is not None:  # else it went with one before it
+                self._forget(page)
         self.touched.clear()
 
     def park(self, pages: Iterable[Page]) -> None:
@@ -380,8 +379,19 @@ class CacheBooks:
         if page.references:
             self._moved[page] = None
         elif page.name is not None and page.lost:
-            self._num_idle -= 1
-            self.index.remove(page)
+            self._forget(page)
+
+    def _forget(self, page: Page) -> None:
+        """Takes the name of a page; an idle one is free then, and so are idle ones that follow it, which nobody can find
+        any more."""
+        forgotten = [page]
+        while forgotten:
+            page = forgotten.pop()
+            was_idle = page.is_idle
+            forgotten += [follower for follower in self.index.remove(page) if follower.is_idle]
+            if was_idle:
+                self._leave_idle(page)
+                self._free_unheld(page)
 
     def _free_unheld(self, page: Page) -> None:
         """Frees the copies of a nameless page without holders that no transfer touches."""

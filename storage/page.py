@@ -24,6 +24,7 @@ class Page:
     id: int = -1  # by which ranks know it while it is held
     references: int = 1  # holders; an idle page has none, and may be found by its name
     name: PageName | None = None  # None: nobody else may find it
+    twin: "Page | None" = None  # the page of the same content that is found in place of this one, which has no name
     stamp: int = 0  # when an idle page was used last, in order
     full: bool = False
     repairs: int = 0  # how often it was lost and computed again

@@ -41,6 +41,7 @@ class PrefixIndex:
 
     def __init__(self) -> None:
         self._pages: dict[bytes, Page] = {}
+        self._followers: dict[bytes, dict[Page, None]] = {}  # of each parent
 
     def __len__(self) -> int:
         return len(self._pages)
@@ -48,16 +49,25 @@ class PrefixIndex:
     def __iter__(self) -> Iterator[Page]:
         return iter(list(self._pages.values()))
 
-    def add(self, page: Page) -> bool:
-        """Enters a named page; False, and nothing entered, when another page of that key is there."""
-        assert page.name is not None
-        return self._pages.setdefault(page.name.key, page) is page
+    def add(self, page: Page, name: PageName) -> Page:
+        """Enters a page under a name; returns the page that has this key then, which may be another one that was there
+        before."""
+        known = self._pages.setdefault(name.key, page)
+        if known is page:
+            page.name = name
+            self._followers.setdefault(name.parent, {})[page] = None
+        return known
 
-    def remove(self, page: Page) -> None:
-        """Takes a page out, which loses its name."""
-        assert page.name is not None
-        del self._pages[page.name.key]
-        page.name = None
+    def remove(self, page: Page) -> list[Page]:
+        """Takes a page out, which loses its name; returns the pages that follow it, which nobody can find any more."""
+        name, page.name = page.name, None
+        assert name is not None
+        del self._pages[name.key]
+        siblings = self._followers[name.parent]
+        del siblings[page]
+        if not siblings:
+            del self._followers[name.parent]
+        return list(self._followers.get(name.key, ()))
 
     def longest(self, names: Iterable[PageName]) -> list[Page]:
         """The pages of the longest known prefix of a chain. Tokens are compared, not keys alone."""

@@ -119,10 +119,11 @@ class TieredCache(CacheBooks):
     def _evict_idle(self, page: Page) -> None:
         """Takes the device copy of an idle page; if it lies nowhere else, it goes to the host or is forgotten."""
         self._settle(page)
-        if not (page.has(HOST) or page.has(DISK)) and self._displace_on_host(page):
+        if not (page.has(HOST) or page.has(DISK)) and self._displace_on_host(page) and page.has(DEVICE):
             self._start(page, DEVICE, HOST)
             self._settle(page)
-        self._drop(page, DEVICE)
+        if page.has(DEVICE):  # else it followed the one that gave way on the host
+            self._drop(page, DEVICE)
 
     def _displace_on_host(self, page: Page) -> bool:
         """Makes sure of a free host slot for an idle page at the cost of idle ones that matter less."""
@@ -149,13 +150,19 @@ class TieredCache(CacheBooks):
         host, disk = self.slots[HOST], self.slots[DISK]
         if host.num_free:
             return True
-        idle = self._idle.oldest(HOST, saved_in=(DEVICE, DISK)) or self._idle.oldest(HOST)
+        idle = self._idle.oldest(HOST, saved_in=(DEVICE, DISK))
         if idle is not None:
             self._drop(idle, HOST)
             return True
         pages = [page for page in self._full[HOST] if not page.reading[HOST]]
         backed = next((page for page in pages if page.has(DISK)), None)
         if backed is None:
+            idle = self._idle.oldest(HOST)
+            if idle is not None and disk.num_free and not self._writes_paused:
+                self._write_to_disk([idle])
+            elif idle is not None:
+                self._drop(idle, HOST)
+                return True
             if self._writes_paused and not self._disk_writes:
                 oldest = self._idle.oldest(DISK)
                 if oldest is not None:  # its room may do, though the disk takes no more
@@ -189,13 +196,18 @@ class TieredCache(CacheBooks):
             self._unspilled.popleft()
 
     def _give_up_on_host(self, page: Page) -> bool:
-        """Drops the host copy of an idle page in favour of another page's, if that loses nothing that could be saved;
-        without a disk the least recently used is forgotten."""
+        """Drops the host copy of an idle page in favour of another page's, if that loses nothing: it lies on disk, or
+        on the device and will never be written to disk."""
         idle = self._idle.oldest(HOST, saved_in=(DISK,))
-        if idle is None and (self._writes_paused or not self.slots[DISK].num_slots):
-            idle = self._idle.oldest(HOST)
-            if idle is not None and page.is_idle and idle.stamp > page.stamp:
-                return False
+        if idle is None:
+            oldest, last = self._idle.oldest(HOST, saved_in=(DEVICE,)), self._idle.oldest(DISK)
+            disk_is_newer = last is not None and not self.slots[DISK].num_free
+            if oldest is not None and (
+                self._writes_paused
+                or not self.slots[DISK].num_slots
+                or (disk_is_newer and last is not None and last.stamp > oldest.stamp)
+            ):
+                idle = oldest
         if idle is not None:
             self._drop(idle, HOST)
         return idle is not None
@@ -205,7 +217,7 @@ class TieredCache(CacheBooks):
         room = MAX_DISK_WRITES - len(self._disk_writes)
         while self._unsaved and room > 0 and not self._writes_paused:
             page = self._unsaved.popleft()
-            if page.has(HOST) and self._is_to_save(page) and self._make_disk_room(page):
+            if page.has(HOST) and self._is_to_save(page) and self._make_disk_room(page) and page.has(HOST):
                 self._start(page, HOST, DISK)
                 room -= 1
 
@@ -241,8 +253,9 @@ class TieredCache(CacheBooks):
             if page.slots[DISK] is None:
                 if not self.slots[DISK].num_free and not self._reclaim_disk_slot():
                     return
-                self._start(page, HOST, DISK)
-                room -= 1
+                if page.has(HOST):  # else it followed the one that gave up its slot
+                    self._start(page, HOST, DISK)
+                    room -= 1
 
     def _reclaim_disk_slot(self) -> bool:
         """Drops the disk copy of the least recently used idle page, or of a page that lies further up as well."""
