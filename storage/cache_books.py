@@ -382,7 +382,7 @@ class CacheBooks:
             self._forget(page)
 
     def _forget(self, page: Page) -> None:
-        """Takes the name of a page; an idle one is free then, and so are idle ones that follow it: nobody can find them."""
+        """Takes the name of a page. An idle one is free then, and so are idle ones that follow it, lost to searches."""
         forgotten = [page]
         while forgotten:
             page = forgotten.pop()
