@@ -32,6 +32,11 @@ class ColdBudget:
         self._members: list[Sequence] = []  # of the last review
         self._any_parked = False
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is worth while to look for pages to bring up: with parked sequences, after a review only."""
+        return not self._any_parked or not self._steps
+
     def note_moved(self, num_pages: int) -> None:
         """Tells that so many held pages lie elsewhere now."""
         self._slack -= num_pages * self._disk_cost

@@ -43,7 +43,7 @@ class Engine:
         self._cache = self._scheduler.cache
         self._runner = StepRunner(info, execute, self._cache)
         self._flight: Flight | None = None
-        self._failures: list[StepOutput] = []  # to be told with the next outputs
+        self._untold: list[StepOutput] = []  # failures, above all: to be told with the next outputs
         # pages that the next plan has to copy (source, target), held until it has run
         self._copies: list[tuple[Page, Page]] = []
         self._suspects: list[Sequence] = []  # of a step that raised, to be run one by one
@@ -89,7 +89,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do: requests, or pages to be saved."""
-        return self._is_busy or bool(self._failures) or not self._is_settled
+        return self._is_busy or bool(self._untold) or not self._is_settled
 
     @property
     def _is_busy(self) -> bool:
@@ -134,8 +134,8 @@ class Engine:
             self._launch(following)
         elif not chosen:
             self._do_without_step()
-        failures, self._failures = self._failures, []
-        return outputs + failures
+        untold, self._untold = self._untold, []
+        return outputs + untold
 
     # --- a step's way ---
 
@@ -198,7 +198,7 @@ class Engine:
                 sequence.num_drawing += 1
             parts.append((sequence, sequence.plan(start, count, int(draws))))
         self._cache.balance()
-        if promote and self._cache.may_promote:
+        if promote and self._cache.may_promote and self._scheduler.cold_budget.is_settled:
             running = (one for one in self._scheduler.running if not one.is_parked)
             self._cache.promote(chain.from_iterable(one.by_importance() for one in running))
         if promote and self._scheduler.waiting:
@@ -218,9 +218,12 @@ class Engine:
         return Flight(plan, scheduled, parts, moved, drawing, copies)
 
     def _launch(self, flight: Flight) -> None:
-        flight.fill_in()
-        rows = flight.rows()
-        flight.landing = self._runner.start(flight.plan, rows)
+        try:
+            flight.fill_in()
+            flight.landing = self._runner.start(flight.plan, flight.rows())
+        except BaseException:
+            self._undo(flight)
+            raise
         self._flight = flight
         self._is_settled = False
 
@@ -239,7 +242,13 @@ class Engine:
                 self._undo(following)
             raise
         self._flight = None
-        unread = set() if landing.report is None else self._runner.take_in(landing.report)
+        try:
+            unread = set() if landing.report is None else self._runner.take_in(landing.report)
+        except BaseException:
+            for step in (following, flight):
+                if step is not None:
+                    self._undo(step, ran=step is flight)
+            raise
         if following is not None and (landing.error is not None or unread or self._cache.lost):
             self._undo(following)
             following = None
@@ -249,10 +258,14 @@ class Engine:
             return []
         self._release(flight.copies)
         drawn = self._commit(flight, landing.drawn, unread)
-        if following is None and chosen and not unread and not self._cache.lost:
-            following = self._settle_step(chosen)
-        if following is not None:
-            self._launch(following)
+        try:
+            if following is None and chosen and not unread and not self._cache.lost:
+                following = self._settle_step(chosen)
+            if following is not None:
+                self._launch(following)
+        except BaseException:
+            self._untold += self._answer(flight, drawn)
+            raise
         return self._answer(flight, drawn)
 
     def _commit(self, flight: Flight, tokens: list[Draw], unread: set[Page]) -> list[list[Draw]]:
@@ -368,7 +381,7 @@ class Engine:
         """Ends a request that cannot go on."""
         log.error("request %s failed: %s", request.request_id, error)
         self.abort([(request.request_id, None)])
-        self._failures.append(RequestFailed(request.request_id, type(error).__name__, str(error)))
+        self._untold.append(RequestFailed(request.request_id, type(error).__name__, str(error)))
 
     def _refuse(self) -> None:
         """Ends a waiting request for which there will never be room: the disk took less than it was to take."""

@@ -1,9 +1,9 @@
 """The thread that runs an engine: between steps it does what others ask, and after them it hands out the tokens."""
 
-import atexit
 import logging
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -51,7 +51,9 @@ class EngineThread:
         self._close_error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="distkv-engine", daemon=True)
         self._thread.start()
-        atexit.register(self.close)  # a daemon thread must not be within torch when the interpreter ends
+        # a daemon thread must not be within torch when the interpreter ends; and atexit itself comes only after the
+        # executors that steps and transfers need have been shut down
+        threading._register_atexit(_close_if_alive, weakref.ref(self))  # type: ignore[attr-defined]
 
     def add(self, requests: list[EngineRequest], sink: Sink) -> None:
         """Queues requests; all that becomes of them goes to `sink`, a refusal too. Raises DistKVError once closed."""
@@ -88,7 +90,6 @@ class EngineThread:
                 self._commands.put(None)
         if threading.current_thread() is not self._thread:  # where garbage may be collected too
             self._thread.join()
-            atexit.unregister(self.close)
             error, self._close_error = self._close_error, None
             if error is not None:
                 raise error
@@ -201,3 +202,9 @@ class EngineThread:
         if self._error is None:
             self._error = error
             self._break_all(error)
+
+
+def _close_if_alive(thread: "weakref.ref[EngineThread]") -> None:
+    alive = thread()
+    if alive is not None:
+        alive.close()

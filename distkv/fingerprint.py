@@ -46,7 +46,8 @@ def weights_digest(folder: Path) -> str:
     for name in names:
         try:
             status = (folder / name).stat()
-            key = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+            # a file that is put in another's place may keep its size and time, but is another file or was changed now
+            key = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns}
             before = known.get(name, {})
             if {field: before.get(field) for field in key} == key and isinstance(before.get("sha256"), str):
                 found[name] = before

@@ -39,6 +39,9 @@ class FrontEnd:
         except ConfigError as error:
             self._no_tokenizer = str(error)
             log.warning(self._no_tokenizer)
+        except BaseException:
+            self.thread.close()
+            raise
 
     @property
     def tokenizer(self) -> Tokenizer:

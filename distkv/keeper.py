@@ -61,8 +61,13 @@ class Keeper:
             self._catalogue.update(vacated, added, touched, now)
         except StoreError as error:
             log.warning("%s; this run goes on without a catalogue", error)
-            self._catalogue.discard()
-            self._catalogue = None
+            catalogue, self._catalogue = self._catalogue, None
+            try:
+                catalogue.discard()
+            except OSError as left:
+                log.warning(
+                    "the catalogue cannot be removed either: %s; pages that it lists are checked when read", left
+                )
 
     def close(self) -> None:
         if self._catalogue is not None:

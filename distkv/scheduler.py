@@ -13,6 +13,8 @@ from distkv.storage.page_table import PageTable
 from distkv.storage.prefix_index import root_key
 from distkv.storage.tiered_cache import TieredCache
 
+MAX_EXPECTED = 8  # waiting requests whose known pages are brought up ahead
+
 
 class Scheduler:
     """First come, first served within a priority. A step takes one token of every answer being written, then chunks of
@@ -114,8 +116,8 @@ class Scheduler:
         return None if self.running or not self.waiting else self.waiting.pop(0).request
 
     def expected_pages(self) -> list[Page]:
-        """What requests that wait will take up, the first in line first."""
-        return [page for sequence in self.waiting for page in sequence.expected]
+        """What the requests at the head of the line will take up, the first of them first."""
+        return [page for sequence in self.waiting[:MAX_EXPECTED] for page in sequence.expected]
 
     def fork(self, sequence: Sequence) -> list[tuple[Sequence, tuple[Page, Page] | None]]:
         """Starts the other answers of a request whose prompt has been read."""
@@ -182,12 +184,18 @@ class Scheduler:
         return [] if names is None else self.cache.find(names[: (sequence.prompt_len - 1) // self._info.page_size])
 
     def _is_coming(self, sequence: Sequence, num_found: int) -> bool:
-        """Whether a running request is about to compute the page after the prefix that was found."""
+        """Whether a running request that goes before this one is about to compute the page after the prefix that was
+        found."""
         if num_found == (sequence.prompt_len - 1) // self._info.page_size or sequence.root is None:
             return False
         name = sequence.names[num_found]
-        if sequence.awaits is None or not sequence.awaits.will_compute(num_found, name):
-            sequence.awaits = next((one for one in self.running if one.will_compute(num_found, name)), None)
+
+        def computes_it(one: Sequence) -> bool:
+            is_before = not one.is_parked and one.request.priority <= sequence.request.priority
+            return is_before and one.will_compute(num_found, name)
+
+        if sequence.awaits is None or not computes_it(sequence.awaits):
+            sequence.awaits = next(filter(computes_it, self.running), None)
         return sequence.awaits is not None
 
     @staticmethod

@@ -38,9 +38,14 @@ class StepRunner:
         self.ended: list[int] = []  # tables that the ranks may forget with the next plan
         self._cache = cache
         self._thread = ThreadPoolExecutor(1, "distkv-step")
-        self._keeper = _open_keeper(info, cache)
-        if self._keeper is not None:
-            self._keeper.adopt(self._report_of)
+        self._keeper: Keeper | None = None
+        try:
+            self._keeper = _open_keeper(info, cache)
+            if self._keeper is not None:
+                self._keeper.adopt(self._report_of)
+        except BaseException:
+            self.close()
+            raise
 
     def start(self, plan: StepPlan, rows: list[SampleRow]) -> "Future[Landing]":
         """Has the ranks run a plan, and draws tokens from its logits."""
@@ -76,13 +81,16 @@ class StepRunner:
         """Goes on with what moves by itself, write-through and pages that are saved for later processes, while no plan
         runs; False when all is done."""
         self._cache.balance()
-        plan = self._moving_plan(self._cache.awaited)
-        is_moving = bool(plan.transfers or plan.await_ids or plan.ended)
-        if is_moving:
-            self.run(plan)
-        else:
+        awaited = self._cache.awaited
+        plan = self._moving_plan(awaited)
+        if not (plan.transfers or plan.await_ids or plan.ended):
             self._tell_keeper({})
-        return is_moving
+            return False
+        self.run(plan)
+        if awaited and self._cache.awaited[:1] == awaited[:1]:
+            log.error("the ranks do not know transfer %d; what moves by itself is left as it is", awaited[0])
+            return False
+        return True
 
     def close(self) -> None:
         """Ends the thread and closes the catalogue."""

@@ -55,6 +55,7 @@ class CacheBooks:
         self._emptying_host = False
         self._writes_paused = 0  # steps until the disk is tried again
         self._disk_refusal = ""  # why it refused a page last
+        self._refusals = 0  # in a row
         self._dropped: dict[int, Page] = {}  # disk slots given up since the last report, and what they held
         self.lost: dict[Page, None] = {}  # pages that a sequence holds and no tier does
         # what the catalogue has not been told yet: disk slots that hold no named page any more, new ones with the ids
@@ -233,6 +234,7 @@ class CacheBooks:
             self._end(id, failed=True)
             if transfer.target is DISK:
                 self._writes_paused, self._disk_refusal = WRITE_RETRY, reason
+                self._refusals += 1
             else:
                 damaged.add(page)
         unread = self._owners(set(bad_reads))
@@ -314,6 +316,8 @@ class CacheBooks:
             self._moved[page] = None
         elif page.name is None:
             self._free_unheld(page)
+        if target is DISK and not failed:
+            self._refusals = 0
         if failed or page.name is None:
             return
         if target is DISK:
@@ -329,6 +333,7 @@ class CacheBooks:
         return {owners[slot] for slot in disk_slots if slot in owners and owners[slot].references}
 
     def _hold(self, page: Page) -> None:
+        page.repairs = 0
         self._pages[page] = None
         if self._free_ids:
             page.id = self._free_ids.pop()

@@ -35,7 +35,9 @@ class FileLock:
 
     def release(self) -> None:
         """Lets others have it. A second call does nothing."""
-        self._file.close()
+        if self.is_held:
+            fcntl.flock(self._file, fcntl.LOCK_UN)  # a forked process may still hold the file open
+            self._file.close()
 
 
 def is_locked(path: Path) -> bool:

@@ -17,6 +17,7 @@ from distkv.storage.page import Page
 from distkv.storage.tier import Tier
 
 MAX_DISK_WRITES = 4  # pages on their way to disk at a time
+MAX_REFUSALS = 3  # of the disk in a row, after which idle pages there are not given up for room
 
 
 class TieredCache(CacheBooks):
@@ -30,7 +31,9 @@ class TieredCache(CacheBooks):
     def capacity(self) -> int:
         """Distinct pages that sequences may hold: all slots, unless the disk refuses more than it holds."""
         device, host, disk = self.slots
-        on_disk = disk.num_used if self._writes_paused else disk.num_slots
+        on_disk = disk.num_slots
+        if self._writes_paused:
+            on_disk = disk.num_used - (self._idle.count(DISK) if self._refusals >= MAX_REFUSALS else 0)
         return device.num_slots + host.num_slots + on_disk
 
     @property
@@ -163,7 +166,7 @@ class TieredCache(CacheBooks):
             elif idle is not None:
                 self._drop(idle, HOST)
                 return True
-            if self._writes_paused and not self._disk_writes:
+            if self._writes_paused and not self._disk_writes and self._refusals < MAX_REFUSALS:
                 oldest = self._idle.oldest(DISK)
                 if oldest is not None:  # its room may do, though the disk takes no more
                     self._drop(oldest, DISK)
@@ -200,13 +203,8 @@ class TieredCache(CacheBooks):
         on the device and will never be written to disk."""
         idle = self._idle.oldest(HOST, saved_in=(DISK,))
         if idle is None:
-            oldest, last = self._idle.oldest(HOST, saved_in=(DEVICE,)), self._idle.oldest(DISK)
-            disk_is_newer = last is not None and not self.slots[DISK].num_free
-            if oldest is not None and (
-                self._writes_paused
-                or not self.slots[DISK].num_slots
-                or (disk_is_newer and last is not None and last.stamp > oldest.stamp)
-            ):
+            oldest = self._idle.oldest(HOST, saved_in=(DEVICE,))
+            if oldest is not None and (self._writes_paused or self._is_outlived(oldest)):
                 idle = oldest
         if idle is not None:
             self._drop(idle, HOST)
@@ -221,11 +219,16 @@ class TieredCache(CacheBooks):
                 self._start(page, HOST, DISK)
                 room -= 1
 
+    def _is_outlived(self, page: Page) -> bool:
+        """Whether the disk has no room for an idle page: it is full of pages that are held or were used later."""
+        oldest = self._idle.oldest(DISK)
+        return not self.slots[DISK].num_free and (oldest is None or oldest.stamp > page.stamp)
+
     def _make_disk_room(self, page: Page) -> bool:
         if self.slots[DISK].num_free:
             return True
         oldest = self._idle.oldest(DISK)
-        if oldest is None or (page.is_idle and oldest.stamp > page.stamp):
+        if oldest is None or (page.is_idle and self._is_outlived(page)):
             return False
         self._drop(oldest, DISK)
         return True
@@ -237,7 +240,7 @@ class TieredCache(CacheBooks):
         for page in in_order:
             if host.num_free >= wanted:
                 break
-            if page.has(DISK):
+            if page.has(HOST) and (page.has(DISK) or (page.is_idle and self._is_outlived(page))):
                 self._drop(page, HOST)
         if host.num_free >= wanted:
             self._emptying_host = False

@@ -126,6 +126,7 @@ def told(output: str) -> list[tuple[int, int, str]]:
     return [(int(prompt), int(cached), where) for prompt, cached, where in found]
 
 
+@pytest.mark.slow
 def test_a_conversation_finds_its_pages_without_a_session(demo_model: Path) -> None:
     chat = (
         "chat",

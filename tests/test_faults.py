@@ -203,6 +203,45 @@ def test_a_catalogue_that_cannot_be_written_is_given_up(
     assert not list(Path(llm.info.cache_dir).glob("catalogue.sqlite*"))
 
 
+def test_a_disk_that_has_become_read_only(
+    llm: LLM, prompt: list[int], expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the catalogue nor its removal succeeds, nor any write of a page; what fits above the disk is answered."""
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def refuse_update(*arguments: Any) -> None:
+        raise StoreError("the catalogue of the disk tier cannot be written: attempt to write a readonly database")
+
+    short = prompt[:60]
+    with LLM(llm.config.model, host_kv_bytes=0, **OPTIONS) as alone:
+        fits = alone.generate([short], PARAMS, use_tqdm=False)[0]
+    monkeypatch.setattr(Catalogue, "update", refuse_update)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(local_store, "_put", refuse)
+    for _ in range(3):
+        again = llm.generate([short], PARAMS, use_tqdm=False)[0]
+        assert again.error is None and again.outputs[0].token_ids == fits.outputs[0].token_ids
+    assert isinstance(llm.generate([prompt], PARAMS, use_tqdm=False)[0].error, CapacityError)
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("policy", ["write_through", "idle"])
+def test_an_exit_without_close_saves_the_cache(folder: Path, tmp_path: Path, prompt: list[int], policy: str) -> None:
+    code = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "from pathlib import Path; import test_faults as t\n"
+        f"llm = t.tiered(Path({str(folder)!r}), Path({str(tmp_path)!r}), disk_write_policy={policy!r})\n"
+        f"llm.generate([{prompt[:200]}], t.PARAMS, use_tqdm=False)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "Traceback" not in done.stderr
+    with tiered(folder, tmp_path) as llm:
+        output = llm.generate([prompt[:200]], PARAMS, use_tqdm=False)[0]
+        assert output.num_cached_tokens_by_tier == {"device": 0, "host": 0, "disk": 192}
+
+
 def test_too_long_a_request_is_refused_with_the_sizes_of_the_tiers(llm: LLM) -> None:
     with pytest.raises(CapacityError, match=r"device 4, host 6, disk 56.*disk_kv_bytes"):
         llm.generate([[5] * 1500], PARAMS, use_tqdm=False)

@@ -299,3 +299,56 @@ def test_a_prompt_of_lower_priority_number_is_read_before_those_under_way() -> N
         engine.step()
     engine.add([EngineRequest("new", [6] * 640, GREEDY, 1, 0, priority=0)])
     assert wait_for(engine, lambda step: None, "new", 100) <= 2 * -(-640 // BUDGET) + 2
+
+
+def test_a_step_that_cannot_be_launched_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its plan had taken out of the books is there again: the engine comes to rest, and goes on with others."""
+    info = engine_info(num_pages=6, num_host_pages=20, max_num_batched_tokens=32, eos_token_ids=())
+    engine = Engine(info, Memory(info).execute)
+    params = SamplingParams(temperature=0)
+    start, calls = engine._runner.start, iter(range(1000))
+
+    def fail_once(*arguments: Any) -> Any:
+        if next(calls) == 6:
+            raise OSError("the catalogue's disk is gone")
+        return start(*arguments)
+
+    monkeypatch.setattr(engine._runner, "start", fail_once)
+    engine.add([EngineRequest("a", [5] * 100, params, 60, 0)])
+    tokens: list[int] = []
+    failures = 0
+    while engine.has_work:
+        try:
+            tokens += [output.token_id for output in engine.step() if isinstance(output, TokenOutput)]
+        except OSError:
+            failures += 1
+    assert failures == 1 and len(tokens) == 60
+    engine.integrity_check()
+    engine.close()
+
+
+def test_nobody_waits_for_a_prefix_that_a_lower_priority_may_not_compute() -> None:
+    info = engine_info(
+        max_model_len=2000, max_num_batched_tokens=32, num_pages=200, eos_token_ids=(), enable_prefix_caching=True
+    )
+    engine = Engine(info, Memory(info).execute)
+    params = SamplingParams(temperature=0)
+    shared = [7] * 64
+    engine.add([EngineRequest("first", [6] * 1600, params, 1, 0, priority=1)])
+    engine.add([EngineRequest("low", [*shared, 8], params, 1, 0, priority=9)])
+    engine.step()
+    engine.add([EngineRequest("high", [*shared, 9], params, 1, 0, priority=-5)])
+    steps = 0
+    while "high" not in {output.request_id for output in engine.step()}:
+        steps += 1
+    assert steps <= 8
+    drain(engine)
+
+
+def test_of_requests_that_come_together_one_computes_what_they_share() -> None:
+    info = engine_info(max_num_batched_tokens=32, num_pages=40, eos_token_ids=(), enable_prefix_caching=True)
+    engine = Engine(info, Memory(info).execute)
+    params = SamplingParams(temperature=0)
+    engine.add([EngineRequest(str(number), [7] * 64 + [8 + number] * 8, params, 1, 0) for number in range(3)])
+    cached = {output.request_id: sum(output.num_cached_tokens) for output in drain(engine)}
+    assert cached == {"0": 0, "1": 64, "2": 64}

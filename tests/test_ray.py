@@ -140,7 +140,8 @@ def test_an_event_loop_on_a_cluster(cluster: Cluster, tiny: Path) -> None:
             await outputs.aclose()
             while (await llm.stats()).num_running:  # an abort is not answered
                 await asyncio.sleep(0.01)
-            assert not llm._front_end.thread.engine.has_work
+            while llm._front_end.thread.engine.has_work:  # tokens that were on their way
+                await asyncio.sleep(0.01)
 
     with LLM(tiny, device_kv_bytes="4MiB") as alone:
         prompts = [[5, number] for number in range(8)]
@@ -149,7 +150,7 @@ def test_an_event_loop_on_a_cluster(cluster: Cluster, tiny: Path) -> None:
     check_nothing_is_left(cluster)
 
 
-@pytest.mark.parametrize("size, kv_heads", [(2, 3), (3, 3), (3, 2)])
+@pytest.mark.parametrize("size, kv_heads", [(2, 3), pytest.param(3, 3, marks=pytest.mark.slow), (3, 2)])
 def test_tiers_change_nothing_for_several_ranks(cluster: Cluster, tmp_path: Path, size: int, kv_heads: int) -> None:
     """Bit for bit against the same ranks with everything resident; 3 KV heads on 2 ranks are 2 + 1, and 2 of them on 3
     ranks are one that two ranks hold, and another."""

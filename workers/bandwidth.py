@@ -53,8 +53,12 @@ def _host_bandwidth(tiers: RankTiers) -> float:
 def _disk_bandwidth(folder: Path) -> float:
     path = folder / f"probe.{os.getpid()}"
     block = bytearray(READ_BYTES)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    except OSError:
+        return 0.0
+    try:
+        path.unlink()  # so that a kill leaves nothing
         for _ in range(PROBE_BYTES // READ_BYTES):
             os.write(descriptor, block)
         os.fsync(descriptor)
@@ -69,4 +73,3 @@ def _disk_bandwidth(folder: Path) -> float:
         return 0.0
     finally:
         os.close(descriptor)
-        path.unlink()
