@@ -7,6 +7,7 @@ as zeros and a damaged one without a word, and at a third of the speed; hence ou
 import errno
 import os
 import resource
+import time
 from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,8 @@ from distkv.storage.page_pool import check_slot
 from distkv.storage.page_spec import PageSpec
 
 MAX_OPEN = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2  # files that `OpenPages` holds open
+WRITE_TRIES = 3
+SETTLE_SECONDS = 0.05  # in which zarr ends the writes of other heads, after that of one has failed
 
 Parts = list[list[memoryview]]
 """The memory of a layer slice, for each head the pieces in file order: keys, values."""
@@ -64,17 +67,18 @@ class DiskPool:
         self._stored[slot] = True
 
     def _write(self, slot: int, page: Tensor) -> None:
+        """On a full disk the room of what lay in the slot may do, so that is removed before the next try."""
         bits = as_integers(page).view(self._array.dtype)
-        try:
-            self._array[slot, :, :, self._held.start : self._held.stop] = bits
-        except OSError as error:
-            # on a full disk the room of what lay in the slot may do
-            old = [path for path in map(Path, self._names(slot)) if path.exists()]
-            if error.errno != errno.ENOSPC or not old:
-                raise
-            for path in old:
-                path.unlink()
-            self._array[slot, :, :, self._held.start : self._held.stop] = bits
+        for tries_left in reversed(range(WRITE_TRIES)):
+            try:
+                self._array[slot, :, :, self._held.start : self._held.stop] = bits
+                return
+            except OSError as error:
+                if error.errno != errno.ENOSPC or not tries_left or not any(map(os.path.exists, self._names(slot))):
+                    raise
+            time.sleep(SETTLE_SECONDS)
+            for name in self._names(slot):
+                Path(name).unlink(missing_ok=True)
 
     def load(self, slot: int, page: Tensor) -> None:
         with OpenPages(self, [slot]) as pages:
