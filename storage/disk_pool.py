@@ -74,9 +74,9 @@ class DiskPool:
                 self._array[slot, :, :, self._held.start : self._held.stop] = bits
                 return
             except OSError as error:
+                time.sleep(SETTLE_SECONDS)
                 if error.errno != errno.ENOSPC or not tries_left or not any(map(os.path.exists, self._names(slot))):
                     raise
-            time.sleep(SETTLE_SECONDS)
             for name in self._names(slot):
                 Path(name).unlink(missing_ok=True)
 
