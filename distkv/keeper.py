@@ -1,4 +1,4 @@
-"""What the engine tells the catalogue of the disk tier, and what it takes over from earlier processes."""
+"""What the catalogue of the disk tier is told, and what is taken over from earlier processes."""
 
 import logging
 import time
