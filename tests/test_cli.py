@@ -57,6 +57,7 @@ def test_generate_takes_a_prompt_a_file_or_stdin(demo_model: Path, tmp_path: Pat
     assert "Paris" in outputs[0].stdout
 
 
+@pytest.mark.slow
 def test_chat_remembers_the_conversation(demo_model: Path) -> None:
     result = run(
         "chat", "--model", str(demo_model), "--temperature", "0", "--max-tokens", "40", "--dtype", "float32",
@@ -67,6 +68,7 @@ def test_chat_remembers_the_conversation(demo_model: Path) -> None:
     assert result.stdout.count("Paris") >= 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_not_the_conversation(demo_model: Path, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "distkv", "chat", "--model", str(demo_model), "--max-tokens", "150", "--session", "trip",

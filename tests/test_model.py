@@ -251,6 +251,7 @@ def test_dummy_weights_are_those_of_the_seed(tiny_model: Path, tmp_path: Path) -
 
 
 @torch.inference_mode()
+@pytest.mark.slow
 def test_demo_model_on_real_text(demo_model: Path) -> None:
     """3000 tokens in two chunks and one decode step; the last 100 tokens of each are compared."""
     tokens = AutoTokenizer.from_pretrained(demo_model)(TEXT.read_text(encoding="utf-8"))["input_ids"][:3000]

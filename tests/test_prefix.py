@@ -123,7 +123,7 @@ def hit(
         llm.close()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_hits_are_equal_in_every_tier(folder: Path, tmp_path: Path, dtype: str) -> None:
     """Whole pages are found, wherever they lie, and what follows is the same bit for bit; in fp32 it is what a run
     without them answers."""

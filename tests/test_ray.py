@@ -97,6 +97,7 @@ def test_ranks_change_nothing(
     check_nothing_is_left(cluster)
 
 
+@pytest.mark.slow
 def test_the_demo_model_in_bf16_beside_another_group(cluster: Cluster, demo_model: Path, tiny: Path) -> None:
     """3 KV heads on 2 ranks; the end of one group leaves the other alone."""
     question = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
@@ -150,7 +151,9 @@ def test_an_event_loop_on_a_cluster(cluster: Cluster, tiny: Path) -> None:
     check_nothing_is_left(cluster)
 
 
-@pytest.mark.parametrize("size, kv_heads", [(2, 3), pytest.param(3, 3, marks=pytest.mark.slow), (3, 2)])
+@pytest.mark.parametrize(
+    "size, kv_heads", [(2, 3), pytest.param(3, 3, marks=pytest.mark.slow), pytest.param(3, 2, marks=pytest.mark.slow)]
+)
 def test_tiers_change_nothing_for_several_ranks(cluster: Cluster, tmp_path: Path, size: int, kv_heads: int) -> None:
     """Bit for bit against the same ranks with everything resident; 3 KV heads on 2 ranks are 2 + 1, and 2 of them on 3
     ranks are one that two ranks hold, and another."""

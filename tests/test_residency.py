@@ -160,7 +160,7 @@ def test_a_mix_that_changes_during_the_run(folder: Path, tmp_path: Path) -> None
             assert mixed.moved("disk_streamed") and mixed.moved("host_to_disk") and mixed.moved("disk_to_host")
 
 
-@pytest.mark.parametrize("length", [4000, pytest.param(8000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("length", [2500, pytest.param(8000, marks=pytest.mark.slow)])
 def test_the_demo_model_on_real_text(demo_model: Path, tmp_path: Path, length: int) -> None:
     with LLM(demo_model, device_kv_bytes="64MiB", host_kv_bytes=0) as llm:
         prompt = llm.tokenizer.encode(stdlib_text())[:length]
