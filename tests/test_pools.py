@@ -507,7 +507,9 @@ def test_what_a_killed_process_left_is_swept_away(tmp_path: Path, when: str) -> 
         killed.communicate()
         assert killed.returncode == -signal.SIGKILL
         assert (tmp_path / ARRAY).exists()
-        assert len(partial_files(tmp_path)) == (when in ("while it makes the array", "while it writes a page"))
+        # the files of a page are written side by side, so that a kill may find each of them half written
+        is_partial = when in ("while it makes the array", "while it writes a page")
+        assert bool(partial_files(tmp_path)) == is_partial
         pool = disk_pool(tmp_path)
         assert [path.name for path in tmp_path.rglob("*")] == [ARRAY, "zarr.json"]
         page = random_page(SPEC, 9)
