@@ -11,14 +11,13 @@ from distkv.chat_pieces import Message
 from distkv.config import EngineConfig, EngineOptions
 from distkv.engine_thread import Delivery
 from distkv.errors import DistKVError
-from distkv.front_end import Bundle, FrontEnd, Prompt
-from distkv.messages import EngineInfo, EngineStats
+from distkv.front_end import Bundle, Facade, FrontEnd, Prompt
+from distkv.messages import EngineStats
 from distkv.outputs import RequestOutput
 from distkv.sampling_params import SamplingParams
-from distkv.tokenizer import Tokenizer
 
 
-class AsyncLLM:
+class AsyncLLM(Facade):
     """A LLaMA model that answers many requests at a time, as they come. Use it as an async context manager, or call
     `close()`.
 
@@ -104,21 +103,6 @@ class AsyncLLM:
         async with aclosing(outputs):
             async for output in outputs:
                 yield output
-
-    @property
-    def config(self) -> EngineConfig:
-        """The options."""
-        return self._front_end.config
-
-    @property
-    def info(self) -> EngineInfo:
-        """What the engine settled on at start."""
-        return self._front_end.info
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer. Raises ConfigError when the model folder has none."""
-        return self._front_end.tokenizer
 
     async def stats(self) -> EngineStats:
         """State of the KV cache."""

@@ -153,11 +153,7 @@ class Engine:
         """Makes room for a step and writes it down for the ranks; None when the step under way must end first, when a
         page was lost, or when there is no room."""
         forks = sum(one.num_fork_pages(count) for one, count in chosen if one.in_prompt)
-        needed = forks + sum(
-            one.table.missing(count)
-            for one, count in chosen
-            if one.table.num_tokens + count > len(one.table.pages) * self.info.page_size
-        )
+        needed = forks + sum(one.table.missing(count) for one, count in chosen)
         try:
             if not self._make_room(needed) or self._cache.lost:
                 return None
@@ -190,8 +186,7 @@ class Engine:
             if start < sequence.num_random_in_all:
                 random_pages += [(page.location, sequence.page_seed(page)) for page in fresh]
                 continue
-            for page in fresh:
-                clear.append(page.location)
+            clear += [page.location for page in fresh]
             draws = start + count == len(sequence.token_ids) + sequence.num_drawing
             if draws:
                 drawing.append(sequence)
@@ -283,7 +278,7 @@ class Engine:
         rest = iter(tokens)
         drawn = []
         for sequence in flight.drawing:
-            mine = [next(rest) for _ in range(1 if sequence.is_drawn_once else sequence.request.params.n)]
+            mine = [next(rest) for _ in range(sequence.num_answers)]
             sequence.num_drawing -= 1
             if sequence.finished or sequence in spoilt:
                 mine = []

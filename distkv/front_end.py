@@ -105,6 +105,27 @@ class FrontEnd:
             )
 
 
+class Facade:
+    """What `LLM` and `AsyncLLM` tell of their front end alike."""
+
+    _front_end: FrontEnd
+
+    @property
+    def config(self) -> EngineConfig:
+        """The options."""
+        return self._front_end.config
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine settled on at start."""
+        return self._front_end.info
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises ConfigError when the model folder has none."""
+        return self._front_end.tokenizer
+
+
 class Bundle:
     """Requests that are sent together, until they are finished. Use by one thread at a time."""
 

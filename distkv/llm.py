@@ -13,16 +13,15 @@ from distkv.config import EngineConfig, EngineOptions
 from distkv.engine_client import EngineClient
 from distkv.engine_thread import Delivery
 from distkv.errors import RequestError
-from distkv.front_end import Bundle, FrontEnd, Prompt
-from distkv.messages import EngineInfo, EngineStats
+from distkv.front_end import Bundle, Facade, FrontEnd, Prompt
+from distkv.messages import EngineStats
 from distkv.outputs import RequestOutput
 from distkv.sampling_params import SamplingParams
-from distkv.tokenizer import Tokenizer
 
 Value = TypeVar("Value")
 
 
-class LLM:
+class LLM(Facade):
     """A LLaMA model, ready to generate. Use it as a context manager, or call `close()`.
 
     The engine runs in a thread of this process, or with more than one rank as Ray actors. Several threads may call an
@@ -113,21 +112,6 @@ class LLM:
         does, and StoreError or CapacityError when the request cannot go on.
         """
         return self._outputs(self._request(prompt, sampling_params or SamplingParams(), priority, cache_salt))
-
-    @property
-    def config(self) -> EngineConfig:
-        """The options."""
-        return self._front_end.config
-
-    @property
-    def info(self) -> EngineInfo:
-        """What the engine settled on at start."""
-        return self._front_end.info
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer. Raises ConfigError when the model folder has none."""
-        return self._front_end.tokenizer
 
     def stats(self) -> EngineStats:
         """State of the KV cache."""

@@ -99,7 +99,7 @@ class Scheduler:
             elif sequence.may_decode:
                 decoding.append(sequence)
         for sequence in decoding:
-            needed = sequence.table.num_tokens == len(sequence.table.pages) * size
+            needed = sequence.table.missing(1)
             if budget and needed <= room:
                 step.append((sequence, 1))
                 budget -= 1
@@ -146,7 +146,7 @@ class Scheduler:
         return ended
 
     def _admit(self) -> None:
-        taken = sum(self._seats(sequence) for sequence in self.running)
+        taken = sum(sequence.num_answers for sequence in self.running)
         promised = self.cache.num_pages + sum(one.most_pages - len(one.table.pages) for one in self.running)
         chunk = max((self._chunk_pages(one.request) for one in self.running if one.in_prompt), default=0)
         for sequence in list(self.waiting):
@@ -179,14 +179,14 @@ class Scheduler:
         self.running.append(sequence)
 
     def _find_prefix(self, sequence: Sequence) -> list[Page]:
-        """The pages that are known of a prompt, without its last token: that must be run for its logits."""
+        """The pages that are known of a prompt, without its last token."""
         names = sequence.name_pages(sequence.prompt_len - 1)
-        return [] if names is None else self.cache.find(names[: (sequence.prompt_len - 1) // self._info.page_size])
+        return [] if names is None else self.cache.find(names[: sequence.num_prefix_pages])
 
     def _is_coming(self, sequence: Sequence, num_found: int) -> bool:
         """Whether a running request that goes before this one is about to compute the page after the prefix that was
         found."""
-        if num_found == (sequence.prompt_len - 1) // self._info.page_size or sequence.root is None:
+        if num_found == sequence.num_prefix_pages or sequence.root is None:
             return False
         name = sequence.names[num_found]
 
@@ -197,11 +197,6 @@ class Scheduler:
         if sequence.awaits is None or not computes_it(sequence.awaits):
             sequence.awaits = next(filter(computes_it, self.running), None)
         return sequence.awaits is not None
-
-    @staticmethod
-    def _seats(sequence: Sequence) -> int:
-        """Answers this sequence stands for: all of its request's until they are forked off it."""
-        return 1 if sequence.num_output_tokens else sequence.request.params.n
 
     def _chunks(self, reading: list[Sequence], budget: int) -> Chosen:
         """How the prompts that are being read share the tokens of a step."""

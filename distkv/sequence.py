@@ -36,9 +36,11 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.request.prompt_token_ids)
+        # full pages of the prompt without its last token, which must be run for its logits
+        self.num_prefix_pages = (self.prompt_len - 1) // self.table.page_size
         # tokens of the prompt whose keys and values are random, see `EngineRequest.random_kv_seed`; whole pages
-        size = self.table.page_size
-        self.num_random_in_all = 0 if self.request.random_kv_seed is None else (self.prompt_len - 1) // size * size
+        is_random = self.request.random_kv_seed is not None
+        self.num_random_in_all = self.num_prefix_pages * self.table.page_size if is_random else 0
 
     @property
     def num_output_tokens(self) -> int:
@@ -54,9 +56,14 @@ class Sequence:
         return self.table.num_tokens < self.prompt_len
 
     @property
+    def num_answers(self) -> int:
+        """Answers that this sequence stands for: all of its request's until they are forked off it."""
+        return 1 if self.num_output_tokens else self.request.params.n
+
+    @property
     def is_drawn_once(self) -> bool:
         """Whether the next draw is for this answer alone, not for all answers of a request whose prompt is read."""
-        return self.request.params.n == 1 or self.num_output_tokens > 0
+        return self.num_answers == 1
 
     @property
     def may_decode(self) -> bool:
@@ -67,7 +74,7 @@ class Sequence:
     @property
     def most_pages(self) -> int:
         """Pages that the request may need at most, over all answers that this sequence stands for."""
-        return most_pages(self.request, self.table.page_size, 1 if self.num_output_tokens else self.request.params.n)
+        return most_pages(self.request, self.table.page_size, self.num_answers)
 
     @property
     def num_random(self) -> int:

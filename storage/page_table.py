@@ -28,7 +28,7 @@ class PageTable:
 
     def missing(self, num_tokens: int) -> int:
         """Pages that `append` would take."""
-        return max(0, pages_for(self.num_tokens + num_tokens, self.page_size) - len(self.pages))
+        return pages_for(max(0, self.num_tokens + num_tokens - len(self.pages) * self.page_size), self.page_size)
 
     def append(self, num_tokens: int) -> list[Page]:
         """Makes room for `num_tokens` more tokens; returns the pages that it took, with the old content of their slots.
@@ -36,9 +36,6 @@ class PageTable:
         Raises CapacityError when the device lacks free slots; see `TieredCache.reserve`.
         """
         first = len(self.pages)
-        if self.num_tokens + num_tokens <= first * self.page_size:
-            self.num_tokens += num_tokens
-            return []
         for index in range(first, first + self.missing(num_tokens)):
             self.pages.append(self._cache.allocate(index, self.pages[-1] if self.pages else None))
         self.num_tokens += num_tokens

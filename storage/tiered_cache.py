@@ -228,7 +228,7 @@ class TieredCache(CacheBooks):
         if self.slots[DISK].num_free:
             return True
         oldest = self._idle.oldest(DISK)
-        if oldest is None or (page.is_idle and self._is_outlived(page)):
+        if oldest is None or (page.is_idle and oldest.stamp > page.stamp):
             return False
         self._drop(oldest, DISK)
         return True

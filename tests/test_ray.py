@@ -151,20 +151,25 @@ def test_an_event_loop_on_a_cluster(cluster: Cluster, tiny: Path) -> None:
     check_nothing_is_left(cluster)
 
 
+def save_with_heads(folder: Path, kv_heads: int) -> Path:
+    """A random model whose heads divide unevenly among ranks; its vocabulary is small enough to compare whole."""
+    return save_llama(
+        folder,
+        num_attention_heads=6,
+        num_key_value_heads=kv_heads,
+        hidden_size=96,
+        max_position_embeddings=1024,
+        vocab_size=20,
+    )[0]
+
+
 @pytest.mark.parametrize(
     "size, kv_heads", [(2, 3), pytest.param(3, 3, marks=pytest.mark.slow), pytest.param(3, 2, marks=pytest.mark.slow)]
 )
 def test_tiers_change_nothing_for_several_ranks(cluster: Cluster, tmp_path: Path, size: int, kv_heads: int) -> None:
     """Bit for bit against the same ranks with everything resident; 3 KV heads on 2 ranks are 2 + 1, and 2 of them on 3
     ranks are one that two ranks hold, and another."""
-    folder, _ = save_llama(
-        tmp_path,
-        num_attention_heads=6,
-        num_key_value_heads=kv_heads,
-        hidden_size=96,
-        max_position_embeddings=1024,
-        vocab_size=20,
-    )
+    folder = save_with_heads(tmp_path, kv_heads)
     prompts = [torch.randint(3, 20, (n,), generator=seeded(n)).tolist() for n in (300, 40)]
     # the log-probabilities of the whole vocabulary stand for the logits, which do not leave the cluster
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=20)
@@ -199,14 +204,7 @@ def test_tiers_change_nothing_for_several_ranks(cluster: Cluster, tmp_path: Path
 def test_pages_are_found_by_any_number_of_ranks(cluster: Cluster, tmp_path: Path, kv_heads: int) -> None:
     """What 1, 2 and 3 ranks write each of the others reads, all of it, and lets it lie as it is; with 2 KV heads on 3
     ranks one of them is held twice. With the pages of others a group answers what it does with its own."""
-    folder, _ = save_llama(
-        tmp_path,
-        num_attention_heads=6,
-        num_key_value_heads=kv_heads,
-        hidden_size=96,
-        max_position_embeddings=1024,
-        vocab_size=20,
-    )
+    folder = save_with_heads(tmp_path, kv_heads)
     cache = tmp_path / "cache"
     # the log-probabilities of the whole vocabulary stand for the logits, which do not leave the cluster
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=20)
