@@ -128,7 +128,8 @@ class AsyncLLM(Facade):
         self, name: str, messages: list[Message], params: SamplingParams, priority: int, cache_salt: str | None
     ) -> AsyncGenerator[RequestOutput, None]:
         """A turn of a session."""
-        with await asyncio.to_thread(self._front_end.session, name, params) as session:
+        # opened here and not in a thread: a task that is cancelled meanwhile would leave it open
+        with self._front_end.session(name, params) as session:
             prompt = await asyncio.to_thread(session.prompt, self.tokenizer, messages)
             outputs = self.generate(prompt, params, priority=priority, cache_salt=cache_salt)
             last = None

@@ -19,6 +19,7 @@ from helpers import idle_engine, seeded
 import distkv.front_end
 from distkv import LLM, AsyncLLM, CapacityError, DistKVError, EngineConfig, RequestError, SamplingParams, WorkerDied
 from distkv.config import EngineOptions
+from distkv.front_end import FrontEnd
 from distkv.messages import EngineInfo, EngineRequest, EngineStats, RequestFailed, StepOutput, TokenOutput
 from distkv.session import Session
 
@@ -211,6 +212,35 @@ def test_the_tokenizer_is_there_and_chat_answers(demo_model: Path) -> None:
             assert output.prompt == "Paris is" and output.prompt_token_ids == llm.tokenizer.encode("Paris is")
             await await_idle(llm)
 
+    asyncio.run(main())
+
+
+def test_a_task_that_is_cancelled_while_it_opens_a_session_does_not_keep_it(
+    demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = FrontEnd.session
+
+    def open_slowly(self: FrontEnd, *arguments: Any) -> Session:
+        session = opened(self, *arguments)
+        time.sleep(0.2)
+        return session
+
+    async def main() -> None:
+        sizes = dict.fromkeys(("device_kv_bytes", "host_kv_bytes", "disk_kv_bytes"), "64MiB")
+        async with await AsyncLLM.create(demo_model, cache_dir=tmp_path, max_num_batched_tokens=256, **sizes) as llm:
+
+            async def ask() -> int:
+                messages = [{"role": "user", "content": "Hello"}]
+                return len([one async for one in llm.chat(messages, SamplingParams(max_tokens=2), session="trip")])
+
+            task = asyncio.ensure_future(ask())
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert await ask()
+
+    monkeypatch.setattr(FrontEnd, "session", open_slowly)
     asyncio.run(main())
 
 
