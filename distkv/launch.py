@@ -22,7 +22,7 @@ from distkv.storage.tiered_cache import MAX_DISK_WRITES
 from distkv.workers.bandwidth import Bandwidth
 from distkv.workers.model_config import ModelConfig, parse_dtype
 from distkv.workers.process_group import ProcessGroup
-from distkv.workers.rank import Capacity, Rank, RankConfig, rank_page_spec
+from distkv.workers.rank import Budget, Capacity, Rank, RankConfig, rank_page_spec
 from distkv.workers.report import Report, ReportCollector
 from distkv.workers.shard import Shard
 from distkv.workers.step_plan import StepPlan
@@ -58,6 +58,7 @@ def launch(config: EngineConfig) -> EngineClient:
             config, rank_config, max_model_len, capacity, lambda sizes: [local.allocate(sizes)],
             lambda: [local.bandwidth()],
         )  # fmt: skip
+        local.warm_up()
         return Engine(info, execute, local.close)
     except BaseException:
         local.close()
@@ -87,6 +88,7 @@ def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> R
         dtype=dtype,
         device=device,
         page_size=config.page_size,
+        max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         gpu_memory_utilization=config.gpu_memory_utilization,
         num_threads=config.num_threads,
@@ -118,6 +120,8 @@ def make_engine_info(
     specs = [rank_page_spec(ranks, Shard.of(ranks.model, rank, size)) for rank in range(size)]
     sizes = _pool_sizes(config, ranks, specs, max_model_len, capacity)
     pool_bytes = allocate(sizes)
+    if capacity is not None and capacity.budget:
+        log.info("%s", _budget_table(capacity.budget, sizes.device, config.gpu_memory_utilization))
     max_cold_bytes, disk_cost = _cold_budget(config, sizes, measure)
     info = EngineInfo(
         max_model_len=max_model_len,
@@ -160,6 +164,13 @@ def make_engine_info(
             held, max_model_len,
         )  # fmt: skip
     return info
+
+
+def _budget_table(budget: Budget, num_pages: int, utilization: float) -> str:
+    """What the memory of the GPU with the least room is for."""
+    rows = [f"GPU memory at gpu_memory_utilization {utilization:g}, GiB:"]
+    rows += [f"  {size / 2**30:8.3f}  {name}" for name, size in budget]
+    return "\n".join([*rows, f"  {num_pages:8d}  KV pages taken of it"])
 
 
 def _shares_prefixes(config: EngineConfig, model: ModelConfig) -> bool:

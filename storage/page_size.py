@@ -4,8 +4,11 @@ from distkv.errors import ConfigError
 
 MIN_PAGE_SIZE = 16  # tokens
 
-# Tokens of prefix that one split of prefill covers; a multiple of every page_size up to itself.
+# Tokens of prefix that one split of prefill covers on a CPU; a multiple of every page_size up to itself.
 PREFILL_SPLIT = 2048
+
+# Tokens that one split of decode covers on CUDA, or a page where that is larger.
+DECODE_SPLIT = 256
 
 # Buffers of a staging ring: one is filled while another is used.
 NUM_BUFFERS = 2

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from distkv import LLM
 from distkv.engine import Engine
 from distkv.storage.page_size import NUM_BUFFERS, PREFILL_SPLIT
-from distkv.workers.batch import prefix_pieces
+from distkv.workers.cpu_attention import prefix_pieces
 from distkv.workers.model_config import ModelConfig
 from distkv.workers.page_directory import SequenceStep
 from distkv.workers.process_group import ProcessGroup
@@ -95,6 +95,7 @@ def load_rank(
         "dtype": dtype,
         "device": "cpu",
         "page_size": page_size,
+        "max_num_seqs": 64,
         "max_num_batched_tokens": 2048,
         "gpu_memory_utilization": 0.9,
         "num_threads": None,
@@ -154,7 +155,7 @@ def step_plan(
 
 def read_prefix(pool: Tensor, pages: np.ndarray, prefix_len: int) -> list[tuple[Tensor, Tensor]]:
     """The pieces of a prefix that lies in resident pages of `pool` `[2, pages, kv_head, page_size, head_dim]`."""
-    pieces = prefix_pieces(pages, prefix_len, pool.shape[3], pool.device)
+    pieces = prefix_pieces(pages, prefix_len, pool.shape[3])
     return [piece.gather(pool, None) for piece in pieces]
 
 

@@ -16,7 +16,8 @@ from distkv.storage.host_pool import HostPool
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.staging_ring import StagingRing
 from distkv.storage.tier import Tier, location
-from distkv.workers.batch import MAX_DECODE_TOKENS, Batch, Run, _visiting_order, build_batch
+from distkv.workers.batch import MAX_DECODE_TOKENS, Attention, token_arrays
+from distkv.workers.cpu_attention import CpuAttention, Run, _visiting_order, plan_cpu_attention
 from distkv.workers.page_directory import SequenceStep
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -55,6 +56,13 @@ class Sequences:
         object.__setattr__(self, "num_pages", taken)
 
 
+PlanAttention = Callable[[list[SequenceStep], Sequences], Attention]
+
+
+def plan_on_cpu(steps: list[SequenceStep], s: Sequences) -> CpuAttention:
+    return plan_cpu_attention(steps, s.page_size, s.group, BUFFER_PAGES, s.dtype)
+
+
 @dataclass(frozen=True)
 class Step:
     """A step whose pages have found their slots in a pool."""
@@ -65,18 +73,17 @@ class Step:
     steps: list[SequenceStep]
     q: Tensor  # [T, H, D]
 
-    def batch(self) -> Batch:
-        return build_batch(
-            self.steps, self.sequences.page_size, self.sequences.group, BUFFER_PAGES, self.sequences.dtype, CPU
-        )
-
-    def attend(self) -> Tensor:
+    def attend(self, plan: PlanAttention = plan_on_cpu) -> Tensor:
         """Attention of the step: `[T, H * D]`."""
-        batch = self.batch()
-        k, v = self.pool[0][batch.page, :, batch.offset], self.pool[1][batch.page, :, batch.offset]
-        return batch.attend(self.q, k, v, self.pool, None)
+        return plan(self.steps, self.sequences).attend(self.q, *self.new_kv(self.pool), self.pool, None)
 
-    def attend_with_cold(self, cold: set[int]) -> Tensor:
+    def new_kv(self, pool: Tensor) -> Tensor:
+        """Keys and values of the new tokens: `[2, T, K, D]`."""
+        arrays = token_arrays(self.steps, self.sequences.page_size)
+        page, offset = torch.from_numpy(arrays["page"]), torch.from_numpy(arrays["offset"])
+        return torch.stack([pool[0][page, :, offset], pool[1][page, :, offset]])
+
+    def attend_with_cold(self, cold: set[int], plan: PlanAttention = plan_on_cpu) -> Tensor:
         """The same with the given page numbers in a host pool; their device slots hold large numbers."""
         s = self.sequences
         spec = PageSpec(1, s.kv_heads, s.page_size, s.head_dim, s.dtype)
@@ -93,17 +100,17 @@ class Step:
             sequence_step(one.token_ids, one.start, [places.get(p, p) for p in one.pages.tolist()], one.prompt_len, 1)
             for one in self.steps
         ]
-        batch = build_batch(parts, s.page_size, s.group, BUFFER_PAGES, s.dtype, CPU)
-        k, v = pool[0][batch.page, :, batch.offset], pool[1][batch.page, :, batch.offset]
+        attention = plan(parts, s)
         ring = StagingRing(spec, 2 * 32, host, None, None, CPU)
-        if not batch.loads:
-            return batch.attend(self.q, k, v, pool, None)
-        stream = ring.begin(batch.loads)
-        out = batch.attend(self.q, k, v, pool, stream)
+        loads = attention.loads
+        if not loads:
+            return attention.attend(self.q, *self.new_kv(pool), pool, None)
+        stream = ring.begin(loads)
+        out = attention.attend(self.q, *self.new_kv(pool), pool, stream)
         stream.close()
         # each group of the step brings a page once, however many of its sequences share it
-        assert ring.bytes == {Tier.HOST: sum(len(load) for load in batch.loads) * spec.layer_slice_bytes}
-        assert {place for load in batch.loads for place in load} == set(places.values())
+        assert ring.bytes == {Tier.HOST: sum(len(load) for load in loads) * spec.layer_slice_bytes}
+        assert {place for load in loads for place in load} == set(places.values())
         return out
 
     def expected(self) -> list[tuple[slice, Tensor]]:
@@ -117,8 +124,8 @@ class Step:
             first += count
         return expected
 
-    def assert_right(self) -> None:
-        result = self.attend()
+    def assert_right(self, plan: PlanAttention = plan_on_cpu) -> None:
+        result = self.attend(plan)
         assert result.dtype == self.sequences.dtype
         for index, (rows, out) in enumerate(self.expected()):
             error = relative_error(result[rows], out)
@@ -275,7 +282,7 @@ def test_unused_places_have_no_influence(data: st.DataObject) -> None:
 
 
 @given(st.data())
-def test_build_batch(data: st.DataObject) -> None:
+def test_token_arrays(data: st.DataObject) -> None:
     """Where each token goes, and which rows ask for logits."""
     page_size = 16
     lengths = data.draw(st.lists(st.tuples(starts, counts), min_size=1, max_size=5))
@@ -287,22 +294,22 @@ def test_build_batch(data: st.DataObject) -> None:
         plans.append(sequence_step(token_ids, start, slots, prompt_len, num_logits))
         rows += range(first + count - num_logits, first + count)
         first += count
-    batch = build_batch(plans, page_size, 2, BUFFER_PAGES, torch.float32, CPU)
+    arrays = token_arrays(plans, page_size)
     tokens = [
         (token, position, max(position + 1, plan.prompt_len), plan.pages[position // page_size], position % page_size)
         for plan in plans
         for position, token in enumerate(plan.token_ids, start=plan.start)
     ]
-    columns = [batch.token_ids, batch.positions, batch.context, batch.page, batch.offset]
-    assert torch.stack(columns, dim=1).tolist() == [list(token) for token in tokens]
-    assert batch.logit_rows.tolist() == rows
-    assert all(column.dtype == torch.int64 for column in [*columns, batch.logit_rows])
+    columns = [arrays[name] for name in ("token_ids", "positions", "context", "page", "offset")]
+    assert np.stack(columns, axis=1).tolist() == [list(token) for token in tokens]
+    assert arrays["logit_rows"].tolist() == rows
+    assert all(array.dtype == np.int64 for array in arrays.values())
 
 
 def test_a_whole_decode_step_needs_no_indirection() -> None:
     """The fast path: one decode over neighbours is one run, without gathers or reordering."""
     sequences = Sequences([(70, 1)], [0])
-    (group,) = place(sequences, [3, 4, 5, 6, 7]).batch().decode
+    (group,) = plan_on_cpu(place(sequences, [3, 4, 5, 6, 7]).steps, sequences).decode
     assert group.runs == [Run(False, False, 3, 5)] and not group.loads
     assert group.tokens is None and group.row_owner is None and group.order is None
 

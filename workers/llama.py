@@ -9,9 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distkv.kernels.activation import swiglu
-from distkv.kernels.norm import rms_norm
-from distkv.kernels.rope import rope_and_write_kv
+from distkv.kernels.token_kernels import TokenKernels
 from distkv.storage.device_pool import DevicePool
 from distkv.storage.staging_ring import Stream
 from distkv.workers.batch import Batch
@@ -42,6 +40,7 @@ class LlamaModel:
     config: ModelConfig
     shard: Shard
     group: ProcessGroup
+    kernels: TokenKernels
     rope: RotaryEmbedding
     embedding: Tensor  # [V, E]
     layers: list[Layer]
@@ -52,24 +51,24 @@ class LlamaModel:
         """Runs a step and fills the pages of its tokens; `stream` brings the batch's loads. Returns the hidden states
         `[rows, E]` before the final norm of the rows whose logits are wanted. The others end with the last layer's
         attention, which nobody reads."""
-        eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
+        eps, head_dim, kernels = self.config.rms_norm_eps, self.config.head_dim, self.kernels
         cos, sin = self.rope.angles(batch.positions, batch.context)
-        x_TE = self._embed(batch.token_ids)
+        x_TE, delta_TE = self._embed(batch.token_ids), None  # what is still to be added to x
         for index, layer in enumerate(self.layers):
             layer_pool = pool.layer(index)
-            qkv = layer.qkv(rms_norm(x_TE, layer.input_norm, eps)).unflatten(1, (-1, head_dim))
-            q_THD, k_TKD, v_TKD = rope_and_write_kv(qkv, cos, sin, layer_pool, batch.page, batch.offset)
-            attended = batch.attend(q_THD, k_TKD, v_TKD, layer_pool, stream)
+            qkv = layer.qkv(kernels.rms_norm(x_TE, layer.input_norm, eps, delta_TE)).unflatten(1, (-1, head_dim))
+            q_THD, k_TKD, v_TKD = kernels.rope_and_write_kv(qkv, cos, sin, layer_pool, batch.page, batch.offset)
+            attended = batch.attention.attend(q_THD, k_TKD, v_TKD, layer_pool, stream)
             if index == len(self.layers) - 1:
                 x_TE, attended = x_TE[batch.logit_rows], attended[batch.logit_rows]
-            x_TE += self.group.all_reduce(layer.attention_out(attended))
-            gate_up = layer.gate_up(rms_norm(x_TE, layer.post_attention_norm, eps))
-            x_TE += self.group.all_reduce(layer.down(swiglu(gate_up)))
-        return x_TE
+            delta_TE = self.group.all_reduce(layer.attention_out(attended))
+            gate_up = layer.gate_up(kernels.rms_norm(x_TE, layer.post_attention_norm, eps, delta_TE))
+            delta_TE = self.group.all_reduce(layer.down(kernels.swiglu(gate_up)))
+        return x_TE.add_(delta_TE)
 
     def logits(self, x: Tensor) -> Tensor | None:
         """fp32 logits `[rows, vocab_size]` of hidden states `[rows, E]` on rank 0; None on other ranks."""
-        local = self.head(rms_norm(x, self.final_norm, self.config.rms_norm_eps))
+        local = self.head(self.kernels.rms_norm(x, self.final_norm, self.config.rms_norm_eps))
         parts = [Shard.of(self.config, rank, self.shard.size).vocab for rank in range(self.shard.size)]
         logits = self.group.gather_columns(local, [last - first for first, last in parts])
         return None if logits is None else logits.float()
@@ -90,6 +89,7 @@ def load_llama(
     group: ProcessGroup,
     dtype: torch.dtype,
     device: torch.device,
+    kernels: TokenKernels,
 ) -> LlamaModel:
     """Reads this rank's slices; query, key and value rows are fused unless other ranks hold the same KV heads, and gate
     and up always.
@@ -144,6 +144,7 @@ def load_llama(
         config=config,
         shard=shard,
         group=group,
+        kernels=kernels,
         rope=RotaryEmbedding(config.rope, dim, device),
         embedding=embedding,
         layers=[layer(index) for index in range(config.num_hidden_layers)],

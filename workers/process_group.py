@@ -22,6 +22,7 @@ class ProcessGroup:
         """
         self.rank = rank
         self.size = size
+        self.is_capturable = size == 1 or backend == "nccl"  # whether a CUDA graph may hold its collectives
         if size > 1:
             # A rank that waits here for a dead one is ended by the group's supervisor, not by this limit.
             dist.init_process_group(

@@ -6,21 +6,23 @@ from pathlib import Path
 import msgspec
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from distkv.errors import CapacityError
+from distkv.kernels.token_kernels import token_kernels
 from distkv.storage.cache_folder import Description, DiskHeads
 from distkv.storage.host_memory import available_bytes
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.random_pages import random_slice
 from distkv.workers.bandwidth import Bandwidth, measure_bandwidth
-from distkv.workers.batch import build_batch
 from distkv.workers.llama import LlamaModel, load_llama
 from distkv.workers.model_config import ModelConfig
 from distkv.workers.page_directory import PageDirectory
 from distkv.workers.process_group import ProcessGroup
 from distkv.workers.report import Report
+from distkv.workers.runner import make_runner
 from distkv.workers.shard import Shard
-from distkv.workers.step_plan import SequencePlan, StepPlan
+from distkv.workers.step_plan import StepPlan
 from distkv.workers.tiers import DiskTier, PoolSizes, RankTiers
 from distkv.workers.weights import DummySource, SafetensorsSource
 
@@ -39,6 +41,7 @@ class RankConfig:
     dtype: torch.dtype
     device: str  # "cpu" or "cuda"
     page_size: int  # tokens
+    max_num_seqs: int
     max_num_batched_tokens: int
     gpu_memory_utilization: float  # share of the GPU's memory that weights, workspace and KV may take together
     num_threads: int | None  # torch's CPU threads; None leaves them as they are
@@ -48,11 +51,16 @@ class RankConfig:
     fingerprint: str  # of all that the pages depend on, see `fingerprint.py`; "" where nothing is kept
 
 
+Budget = list[tuple[str, int]]
+"""What takes how many bytes, for people to read."""
+
+
 class Capacity(msgspec.Struct, array_like=True, frozen=True):
     """Pages that fit into a rank's memory when nobody says how many bytes they may take."""
 
     device: int
     host: int
+    budget: Budget = []  # what the memory of the device is for, where that was found out
 
 
 class Rank:
@@ -68,6 +76,7 @@ class Rank:
             torch.set_num_threads(config.num_threads)
         self._model = self._load()
         self.tiers = RankTiers(self.page_spec, PoolSizes(), self.device)
+        self._runner = make_runner(self._model, self.tiers, config.max_num_seqs, self.device)
         self._directory = PageDirectory(config.page_size)
 
     def _load(self) -> LlamaModel:
@@ -77,46 +86,40 @@ class Rank:
         else:
             source = SafetensorsSource(config.folder)
         with source as weights, torch.inference_mode():
-            return load_llama(weights, config.model, self.shard, self.group, config.dtype, self.device)
+            kernels = token_kernels(self.device)
+            return load_llama(weights, config.model, self.shard, self.group, config.dtype, self.device, kernels)
 
     def page_capacity(self, ranks_on_node: int, of_device: bool) -> Capacity:
         """Room for KV pages beside the weights, the workspace and the staging ring; that on the device only if it is
         asked for, else 0. Raises CapacityError when not even one fits there."""
+        config, spec = self.config, self.page_spec
         host_room = int(available_bytes() * CPU_KV_SHARE) // ranks_on_node
-        host_pages = host_room // self.page_spec.page_bytes
+        host_pages = host_room // spec.page_bytes
         if not of_device:
             return Capacity(0, host_pages)
-        if self.device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(self.device)
-            used = total - free + self._workspace_bytes()
-            room = int(total * self.config.gpu_memory_utilization) - used
-            cure = "raise gpu_memory_utilization, or use more ranks or a smaller max_num_batched_tokens"
-        else:
-            room = host_room
+        staging = config.staging_pages * spec.layer_slice_bytes
+        budget: Budget = []
+        if self.device.type == "cpu":
+            room, page_bytes = host_room - staging, spec.page_bytes
             cure = "free some memory or set device_kv_bytes"
-        room -= self.config.staging_pages * self.page_spec.layer_slice_bytes
-        pages = room // self.page_spec.page_bytes
+        else:
+            from distkv.workers.gpu_memory import find_memory_in_use
+
+            in_use = find_memory_in_use(
+                self._model, spec, config.max_num_seqs, config.max_num_batched_tokens, self.device
+            )
+            total = torch.cuda.mem_get_info(self.device)[1]
+            budget = [*in_use.budget, ("staging ring", staging)]
+            room = int(total * config.gpu_memory_utilization) - sum(size for _, size in budget)
+            page_bytes = spec.page_bytes + in_use.graph_bytes_per_page
+            budget.append(("left for KV pages", max(room, 0)))
+            cure = "raise gpu_memory_utilization, or use more ranks or a smaller max_num_batched_tokens"
+        pages = room // page_bytes
         if pages < 1:
             raise CapacityError(
-                f"rank {self.shard.rank} has {max(room, 0)} bytes left for KV pages of {self.page_spec.page_bytes} "
-                f"bytes; {cure}"
+                f"rank {self.shard.rank} has {max(room, 0)} bytes left for KV pages of {spec.page_bytes} bytes; {cure}"
             )
-        return Capacity(pages, host_pages)
-
-    def _workspace_bytes(self) -> int:
-        """Peak device memory of activations, from a trial step of the largest size."""
-        tokens = self.config.max_num_batched_tokens
-        pages = self.page_spec.pages_for(tokens)
-        self.allocate(PoolSizes(device=pages))
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        plan = SequencePlan(0, [0] * tokens, 0, tokens, 1, 0, list(range(pages)))
-        self.execute(StepPlan([plan], [], [], moved=[(page, page) for page in range(pages)]))
-        torch.cuda.synchronize(self.device)
-        peak = torch.cuda.max_memory_allocated(self.device)
-        self.allocate(PoolSizes())
-        torch.cuda.empty_cache()
-        return peak - before
+        return Capacity(pages, host_pages, budget)
 
     def allocate(self, sizes: PoolSizes) -> tuple[int, int, int]:
         """Makes the pools of all tiers, dropping the old ones; returns the bytes of each.
@@ -132,13 +135,23 @@ class Rank:
             heads = DiskHeads(shard.kv_heads[0], config.model.num_key_value_heads, reports=is_first, writes=is_first)
             disk = DiskTier(config.cache_dir, heads, shard.rank, self._description() if config.keep_cache else None)
         self.tiers = RankTiers(self.page_spec, sizes, self.device, disk)
+        self._runner = make_runner(self._model, self.tiers, config.max_num_seqs, self.device)
         return self.tiers.nbytes
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compiles kernels and captures graphs, where there are any, with a progress bar on a terminal; all ranks at a
+        time. Follows `allocate`."""
+        parts, count = self._runner.warm_up(), self._runner.num_parts
+        hidden = None if count and self.shard.rank == 0 else True  # None: unless there is no terminal
+        for _ in tqdm(parts, "warming up", count, disable=hidden, leave=False):
+            pass
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> Tensor | None:
         """Runs a step; on rank 0 returns the wanted logits, fp32 `[rows, vocab_size]`, in the plan's order, and None
         when nothing runs. `take_report` must follow."""
-        tiers, spec, shard = self.tiers, self.page_spec, self.shard
+        tiers = self.tiers
         steps = self._directory.update(plan)
         if plan.adopt is not None:
             tiers.adopt(plan.adopt)
@@ -150,11 +163,7 @@ class Rank:
             self._fill_random(slot, seed)
         if not steps:
             return None
-        group_size = shard.num_query_heads // shard.num_kv_heads
-        batch = build_batch(steps, spec.page_size, group_size, tiers.ring.buffer_pages, spec.dtype, self.device)
-        with tiers.stream(batch.loads) as stream:
-            hidden = self._model.forward(batch, tiers.device, stream)
-        return self._model.logits(hidden)
+        return self._model.logits(self._runner.run(steps))
 
     def bandwidth(self) -> Bandwidth:
         """How fast the tiers below the device give pages back."""

@@ -85,6 +85,11 @@ class RankActor:
         assert self._rank is not None
         return self._rank.allocate(sizes)
 
+    def warm_up(self) -> None:
+        """See `Rank.warm_up`."""
+        assert self._rank is not None
+        self._rank.warm_up()
+
     def bandwidth(self) -> Bandwidth:
         """See `Rank.bandwidth`."""
         assert self._rank is not None
@@ -165,11 +170,16 @@ class RayGroup:
                 for actor, node in zip(self._actors, self.nodes, strict=True)
             ]
         )
-        return Capacity(min(room.device for room in rooms), min(room.host for room in rooms))
+        tightest = min(rooms, key=lambda room: room.device)
+        return Capacity(tightest.device, min(room.host for room in rooms), tightest.budget)
 
     def allocate(self, sizes: PoolSizes) -> list[tuple[int, int, int]]:
         """Makes the pools of all ranks; returns the bytes of each tier for each."""
         return [self._wait([actor.allocate.remote(sizes)])[0] for actor in self._actors]
+
+    def warm_up(self) -> None:
+        """See `Rank.warm_up`."""
+        self._call("warm_up")
 
     def bandwidth(self) -> list[Bandwidth]:
         """How fast each rank gets cold pages, all of them at once."""

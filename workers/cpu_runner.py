@@ -1,0 +1,35 @@
+"""Runs the model on a CPU."""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from distkv.workers.batch import Batch, token_arrays
+from distkv.workers.cpu_attention import plan_cpu_attention
+from distkv.workers.llama import LlamaModel
+from distkv.workers.page_directory import SequenceStep
+from distkv.workers.tiers import RankTiers
+from distkv.workers.upload import upload
+
+
+class CpuRunner:
+    """A `Runner`, see `runner.py`."""
+
+    num_parts = 0
+
+    def __init__(self, model: LlamaModel, tiers: RankTiers):
+        self._model, self._tiers = model, tiers
+        self._group_size = model.shard.num_query_heads // model.shard.num_kv_heads
+
+    def run(self, steps: list[SequenceStep]) -> Tensor:
+        """See `Runner`."""
+        pool, ring = self._tiers.device, self._tiers.ring
+        spec = pool.spec
+        attention = plan_cpu_attention(steps, spec.page_size, self._group_size, ring.buffer_pages, spec.dtype)
+        batch = Batch.of(upload(token_arrays(steps, spec.page_size), pool.data.device), attention)
+        with self._tiers.stream(attention.loads) as stream:
+            return self._model.forward(batch, pool, stream)
+
+    def warm_up(self) -> Iterator[None]:
+        """See `Runner`."""
+        yield from ()

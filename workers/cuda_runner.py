@@ -1,0 +1,114 @@
+"""Runs the model on CUDA: decode steps whose pages are all resident as captured graphs, all others launch by launch.
+
+A step of single tokens is padded to one of a few sizes, whether its graph or its single launches run: matrix products
+of other sizes may round in another order, and an answer must not depend on where its pages lie.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distkv.storage.page_size import pages_for
+from distkv.workers.batch import Batch, token_arrays
+from distkv.workers.cuda_attention import CudaAttention, CudaPlan, CudaShape, plan_cuda_attention
+from distkv.workers.llama import LlamaModel
+from distkv.workers.page_directory import SequenceStep
+from distkv.workers.step_graphs import StepGraphs
+from distkv.workers.tiers import RankTiers
+from distkv.workers.upload import upload
+
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Rows that steps of single tokens are padded to; larger ones run as they are."""
+
+WARM_UP_TOKENS = 64  # of a prompt
+
+PROGRAMS = 4
+"""Of the decode kernel for each multiprocessor: more than run at a time, so that all end at about the same time."""
+
+
+@dataclass(frozen=True)
+class CudaStep:
+    """A step as plain arrays."""
+
+    arrays: dict[str, np.ndarray]  # those of `token_arrays`, padded, and of the plan
+    wanted: np.ndarray  # int64: the rows whose logits are wanted, of those that the model returns
+    plan: CudaPlan
+    size: int | None  # rows with padding; None where there is none, and the model returns the wanted rows alone
+
+
+def plan_step(steps: list[SequenceStep], shape: CudaShape, sizes: list[int]) -> CudaStep:
+    """Lays a step out; one of single tokens is padded to the next of `sizes`."""
+    arrays = token_arrays(steps, shape.page_size)
+    wanted, size, padding = arrays["logit_rows"], None, 0
+    if all(len(step.token_ids) == 1 for step in steps):
+        size = next((size for size in sizes if size >= len(steps)), None)
+    if size is not None:
+        padding = size - len(steps)
+        arrays = {name: np.pad(array, (0, padding)) for name, array in arrays.items() if name != "logit_rows"}
+        arrays["page"][len(steps) :] = -1
+        arrays["logit_rows"] = np.arange(size)
+    plan = plan_cuda_attention(steps, shape, padding)
+    return CudaStep(arrays | plan.arrays, wanted, plan, size)
+
+
+class CudaRunner:
+    """Runs steps over the pools of a rank."""
+
+    def __init__(self, model: LlamaModel, tiers: RankTiers, max_num_seqs: int, device: torch.device):
+        self._model, self._tiers, self._device = model, tiers, device
+        spec = tiers.device.spec
+        self.shape = CudaShape(
+            model.shard.num_query_heads, spec.num_kv_heads, spec.head_dim, spec.page_size, tiers.ring.buffer_pages,
+            spec.dtype, _num_programs(device, spec.num_kv_heads),
+        )  # fmt: skip
+        below = [size for size in SIZES if size < max_num_seqs]
+        self.sizes = below + list(SIZES[len(below) : len(below) + 1])
+        self._graphs: StepGraphs | None = None
+
+    def run(self, steps: list[SequenceStep]) -> Tensor:
+        """The hidden states `[rows, E]` whose logits are wanted, see `LlamaModel.forward`. Waits for nothing on the
+        device."""
+        step = plan_step(steps, self.shape, self.sizes)
+        if self._graphs is not None and self._graphs.fits(step.size, step.plan):
+            assert step.size is not None
+            wanted = upload({"wanted": step.wanted}, self._device)["wanted"]
+            return self._graphs.run(step.size, step.arrays)[wanted]
+        arrays = upload(step.arrays | {"wanted": step.wanted}, self._device)
+        attention = CudaAttention(step.plan, self.shape, arrays)
+        batch = Batch.of(arrays, attention)
+        with self._tiers.stream(attention.loads) as stream:
+            hidden = self._model.forward(batch, self._tiers.device, stream)
+        return hidden if step.size is None else hidden[arrays["wanted"]]
+
+    def warm_up(self) -> Iterator[None]:
+        """Compiles what steps launch, and captures the graphs; yields `num_parts` times. Afterwards the pages of the
+        device hold anything."""
+        size, pages = self.shape.page_size, self._tiers.device.num_pages
+        tokens = min(WARM_UP_TOKENS, pages * size)
+        self.run([SequenceStep([0] * tokens, 0, np.arange(pages_for(tokens, size)), tokens, 1)])
+        self.run([SequenceStep([0], 0, np.arange(1), 1, 1)])
+        yield
+        if self._captures:
+            self._graphs = StepGraphs(self._model, self._tiers.device, self.shape, self.sizes[-1])
+            for rows in reversed(self.sizes):  # the largest first, whose memory serves the others
+                self._graphs.capture(rows)
+                yield
+
+    @property
+    def num_parts(self) -> int:
+        """See `warm_up`."""
+        return 1 + self._captures * len(self.sizes)
+
+    @property
+    def _captures(self) -> bool:
+        return self._device.type == "cuda" and self._model.group.is_capturable
+
+
+def _num_programs(device: torch.device, num_kv_heads: int) -> int:
+    """Programs of the decode kernel for each KV head."""
+    if device.type == "cpu":  # Triton's interpreter runs them one by one
+        return 1
+    return -(-PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count // num_kv_heads)

@@ -1,0 +1,71 @@
+"""What of a GPU's memory is spoken for before there are KV pages, found by trial."""
+
+import gc
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from distkv.storage.page_spec import PageSpec
+from distkv.workers.cuda_runner import CudaRunner
+from distkv.workers.llama import LlamaModel
+from distkv.workers.page_directory import SequenceStep
+from distkv.workers.sampler import SampleRow, sample
+from distkv.workers.step_graphs import graph_splits
+from distkv.workers.tiers import PoolSizes, RankTiers
+
+
+@dataclass(frozen=True)
+class MemoryInUse:
+    """Bytes of a GPU that KV pages cannot have."""
+
+    budget: list[tuple[str, int]]
+    graph_bytes_per_page: int  # that a page of the device pool adds to the memory of the graphs
+
+
+@torch.inference_mode()
+def find_memory_in_use(
+    model: LlamaModel, spec: PageSpec, max_num_seqs: int, max_num_batched_tokens: int, device: torch.device
+) -> MemoryInUse:
+    """Runs the largest prompt step and draws from the most logits, over a pool of just that size, and captures the
+    graphs. All ranks of a group at a time."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    weights = torch.cuda.memory_reserved(device)
+    pages = spec.pages_for(max_num_batched_tokens)
+    tiers = RankTiers(spec, PoolSizes(device=pages), device)
+    runner = CudaRunner(model, tiers, max_num_seqs, device)
+    shape = runner.shape
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_reserved(device)
+    _largest_step(model, runner, max_num_seqs, max_num_batched_tokens, pages)
+    torch.cuda.synchronize(device)
+    workspace = torch.cuda.max_memory_reserved(device) - before + shape.streaming_bytes(max_num_batched_tokens)
+    torch.cuda.empty_cache()
+    without = torch.cuda.mem_get_info(device)[0]
+    for _ in runner.warm_up():
+        pass
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    graphs = max(0, without - torch.cuda.mem_get_info(device)[0])
+    del runner
+    tiers.close()
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    budget = [
+        ("in use elsewhere, and by CUDA itself", total - free - torch.cuda.memory_reserved(device)),
+        ("weights", weights),
+        ("workspace of the largest step", workspace),
+        ("graphs", graphs),
+    ]
+    probe = 2**10  # pages
+    return MemoryInUse(budget, graph_splits(probe, 0, shape) * (shape.state_bytes + 32) // probe)
+
+
+def _largest_step(model: LlamaModel, runner: CudaRunner, max_num_seqs: int, tokens: int, pages: int) -> None:
+    hidden = runner.run([SequenceStep([0] * tokens, 0, np.arange(pages), tokens, 1)])
+    logits = model.logits(hidden.expand(max_num_seqs, -1))
+    if logits is not None:  # on rank 0
+        row = SampleRow(0, 1.0, 0.9, 50, 0.0, 1.1, 0.1, 0.1, 5, 0.5, [0], [0])
+        sample(logits, [row] * max_num_seqs)

@@ -1,0 +1,41 @@
+"""Which kernels a rank runs its steps with."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from distkv.workers.cpu_runner import CpuRunner
+from distkv.workers.llama import LlamaModel
+from distkv.workers.page_directory import SequenceStep
+from distkv.workers.tiers import RankTiers
+
+
+class Runner(Protocol):
+    """Runs steps over the pools of a rank."""
+
+    def run(self, steps: list[SequenceStep]) -> Tensor:
+        """The hidden states `[rows, E]` whose logits are wanted, see `LlamaModel.forward`. Waits for nothing on the
+        device."""
+
+    def warm_up(self) -> Iterator[None]:
+        """Does what would delay the first steps; yields `num_parts` times. Afterwards device pages hold anything."""
+
+    @property
+    def num_parts(self) -> int:
+        """See `warm_up`."""
+
+
+def make_runner(model: LlamaModel, tiers: RankTiers, max_num_seqs: int, device: torch.device) -> Runner:
+    """The runner of a device."""
+    if not takes_cuda_path(device):
+        return CpuRunner(model, tiers)
+    from distkv.workers.cuda_runner import CudaRunner  # imports triton
+
+    return CudaRunner(model, tiers, max_num_seqs, device)
+
+
+def takes_cuda_path(device: torch.device) -> bool:
+    """Whether the Triton kernels run; in Triton's interpreter they run on a CPU too."""
+    return device.type == "cuda"
