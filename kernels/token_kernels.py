@@ -1,28 +1,48 @@
-"""The kernels that work token by token, as the device of a rank has them."""
+"""The kernels that work on tokens one by one, for either kind of device."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
-import torch
 from torch import Tensor
+
+
+class RmsNorm(Protocol):
+    """See `norm.rms_norm`."""
+
+    def __call__(self, x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None) -> Tensor: ...
+
+
+class SwiGlu(Protocol):
+    """See `activation.swiglu`."""
+
+    def __call__(self, gate_up: Tensor) -> Tensor: ...
+
+
+class RopeAndWriteKv(Protocol):
+    """See `rope.rope_and_write_kv`."""
+
+    def __call__(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, layer_pool: Tensor, page: Tensor, offset: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
 class TokenKernels:
-    """The functions of this name in `norm.py`, `activation.py` and `rope.py`, or in `cuda/`.
+    """One implementation of each."""
 
-    Common to both: `rope_and_write_kv` may rotate in place, so `qkv` is used up.
-    """
-
-    rms_norm: Callable[..., Tensor]
-    swiglu: Callable[[Tensor], Tensor]
-    rope_and_write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    rms_norm: RmsNorm
+    swiglu: SwiGlu
+    rope_and_write_kv: RopeAndWriteKv
 
 
-def token_kernels(device: torch.device) -> TokenKernels:
-    """Those of `cuda/` on a CUDA device, the ones in torch on the CPU, where Triton need not be installed."""
-    if device.type == "cuda":
-        from distkv.kernels.cuda import activation, norm, rope
+def token_kernels(on_cuda: bool) -> TokenKernels:
+    """Triton's kernels for CUDA, torch's operators for a CPU."""
+    if on_cuda:
+        from distkv.kernels.cuda.activation import swiglu
+        from distkv.kernels.cuda.norm import rms_norm
+        from distkv.kernels.cuda.rope import rope_and_write_kv
     else:
-        from distkv.kernels import activation, norm, rope  # type: ignore[no-redef]
-    return TokenKernels(norm.rms_norm, activation.swiglu, rope.rope_and_write_kv)
+        from distkv.kernels.activation import swiglu
+        from distkv.kernels.norm import rms_norm
+        from distkv.kernels.rope import rope_and_write_kv
+    return TokenKernels(rms_norm, swiglu, rope_and_write_kv)

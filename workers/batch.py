@@ -49,7 +49,7 @@ class Batch:
     @classmethod
     def of(cls, arrays: dict[str, Tensor], attention: Attention) -> "Batch":
         """Of the arrays of `token_arrays`, on the device."""
-        return cls(*(arrays[field] for field in FIELDS), attention)
+        return cls(**{field: arrays[field] for field in FIELDS}, attention=attention)
 
 
 def token_arrays(steps: list[SequenceStep], page_size: int) -> dict[str, np.ndarray]:

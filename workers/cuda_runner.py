@@ -57,12 +57,12 @@ def plan_step(steps: list[SequenceStep], shape: CudaShape, sizes: list[int]) -> 
 class CudaRunner:
     """Runs steps over the pools of a rank."""
 
-    def __init__(self, model: LlamaModel, tiers: RankTiers, max_num_seqs: int, device: torch.device):
-        self._model, self._tiers, self._device = model, tiers, device
+    def __init__(self, model: LlamaModel, tiers: RankTiers, max_num_seqs: int):
+        self._model, self._tiers, self._device = model, tiers, tiers.device.data.device
         spec = tiers.device.spec
         self.shape = CudaShape(
             model.shard.num_query_heads, spec.num_kv_heads, spec.head_dim, spec.page_size, tiers.ring.buffer_pages,
-            spec.dtype, _num_programs(device, spec.num_kv_heads),
+            spec.dtype, _num_programs(self._device, spec.num_kv_heads),
         )  # fmt: skip
         below = [size for size in SIZES if size < max_num_seqs]
         self.sizes = below + list(SIZES[len(below) : len(below) + 1])

@@ -5,7 +5,7 @@ alone. A split is streamed when any of its pages is cold: then all its cold page
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -96,9 +96,7 @@ def plan_decode(
     if num_padding:
         padding = np.zeros((num_padding, 6), dtype=np.int64)
         padding[:, 0] = members[-1][0] + num_tokens + np.arange(num_padding) * num_tokens
-        first = rounds[0]
-        sequences = np.concatenate([first.sequences, padding])
-        rounds[0] = DecodeRound(sequences, first.items, first.num_items, first.loads, first.num_states)
+        rounds[0] = replace(rounds[0], sequences=np.concatenate([rounds[0].sequences, padding]))
     return DecodePlan(num_tokens, table, rounds)
 
 

@@ -34,7 +34,7 @@ def find_memory_in_use(
     weights = torch.cuda.memory_reserved(device)
     pages = spec.pages_for(max_num_batched_tokens)
     tiers = RankTiers(spec, PoolSizes(device=pages), device)
-    runner = CudaRunner(model, tiers, max_num_seqs, device)
+    runner = CudaRunner(model, tiers, max_num_seqs)
     shape = runner.shape
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_reserved(device)
@@ -65,7 +65,7 @@ def find_memory_in_use(
 
 def _largest_step(model: LlamaModel, runner: CudaRunner, max_num_seqs: int, tokens: int, pages: int) -> None:
     hidden = runner.run([SequenceStep([0] * tokens, 0, np.arange(pages), tokens, 1)])
-    logits = model.logits(hidden.expand(max_num_seqs, -1))
+    logits = model.logits(hidden.repeat(max_num_seqs, 1))
     if logits is not None:  # on rank 0
         row = SampleRow(0, 1.0, 0.9, 50, 0.0, 1.1, 0.1, 0.1, 5, 0.5, [0], [0])
         sample(logits, [row] * max_num_seqs)

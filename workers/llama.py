@@ -53,7 +53,8 @@ class LlamaModel:
         attention, which nobody reads."""
         eps, head_dim, kernels = self.config.rms_norm_eps, self.config.head_dim, self.kernels
         cos, sin = self.rope.angles(batch.positions, batch.context)
-        x_TE, delta_TE = self._embed(batch.token_ids), None  # what is still to be added to x
+        x_TE = self._embed(batch.token_ids)
+        delta_TE: Tensor | None = None  # what is still to be added to x
         for index, layer in enumerate(self.layers):
             layer_pool = pool.layer(index)
             qkv = layer.qkv(kernels.rms_norm(x_TE, layer.input_norm, eps, delta_TE)).unflatten(1, (-1, head_dim))
@@ -64,6 +65,7 @@ class LlamaModel:
             delta_TE = self.group.all_reduce(layer.attention_out(attended))
             gate_up = layer.gate_up(kernels.rms_norm(x_TE, layer.post_attention_norm, eps, delta_TE))
             delta_TE = self.group.all_reduce(layer.down(kernels.swiglu(gate_up)))
+        assert delta_TE is not None
         return x_TE.add_(delta_TE)
 
     def logits(self, x: Tensor) -> Tensor | None:

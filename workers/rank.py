@@ -20,7 +20,7 @@ from distkv.workers.model_config import ModelConfig
 from distkv.workers.page_directory import PageDirectory
 from distkv.workers.process_group import ProcessGroup
 from distkv.workers.report import Report
-from distkv.workers.runner import make_runner
+from distkv.workers.runner import make_runner, takes_cuda_path
 from distkv.workers.shard import Shard
 from distkv.workers.step_plan import StepPlan
 from distkv.workers.tiers import DiskTier, PoolSizes, RankTiers
@@ -71,12 +71,13 @@ class Rank:
         self.group = group
         self.shard = Shard.of(config.model, group.rank, group.size)
         self.device = torch.device(config.device)
+        self._on_cuda = takes_cuda_path(self.device)
         self.page_spec = rank_page_spec(config, self.shard)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self._model = self._load()
         self.tiers = RankTiers(self.page_spec, PoolSizes(), self.device)
-        self._runner = make_runner(self._model, self.tiers, config.max_num_seqs, self.device)
+        self._runner = make_runner(self._model, self.tiers, config.max_num_seqs, self._on_cuda)
         self._directory = PageDirectory(config.page_size)
 
     def _load(self) -> LlamaModel:
@@ -86,7 +87,7 @@ class Rank:
         else:
             source = SafetensorsSource(config.folder)
         with source as weights, torch.inference_mode():
-            kernels = token_kernels(self.device)
+            kernels = token_kernels(self._on_cuda)
             return load_llama(weights, config.model, self.shard, self.group, config.dtype, self.device, kernels)
 
     def page_capacity(self, ranks_on_node: int, of_device: bool) -> Capacity:
@@ -135,7 +136,7 @@ class Rank:
             heads = DiskHeads(shard.kv_heads[0], config.model.num_key_value_heads, reports=is_first, writes=is_first)
             disk = DiskTier(config.cache_dir, heads, shard.rank, self._description() if config.keep_cache else None)
         self.tiers = RankTiers(self.page_spec, sizes, self.device, disk)
-        self._runner = make_runner(self._model, self.tiers, config.max_num_seqs, self.device)
+        self._runner = make_runner(self._model, self.tiers, config.max_num_seqs, self._on_cuda)
         return self.tiers.nbytes
 
     @torch.inference_mode()

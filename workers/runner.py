@@ -27,13 +27,13 @@ class Runner(Protocol):
         """See `warm_up`."""
 
 
-def make_runner(model: LlamaModel, tiers: RankTiers, max_num_seqs: int, device: torch.device) -> Runner:
-    """The runner of a device."""
-    if not takes_cuda_path(device):
+def make_runner(model: LlamaModel, tiers: RankTiers, max_num_seqs: int, on_cuda: bool) -> Runner:
+    """The runner for a kind of device."""
+    if not on_cuda:
         return CpuRunner(model, tiers)
     from distkv.workers.cuda_runner import CudaRunner  # imports triton
 
-    return CudaRunner(model, tiers, max_num_seqs, device)
+    return CudaRunner(model, tiers, max_num_seqs)
 
 
 def takes_cuda_path(device: torch.device) -> bool:

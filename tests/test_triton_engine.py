@@ -1,0 +1,47 @@
+"""The whole engine with the CUDA kernels, interpreted on the CPU: tokens of transformers, and one answer in all tiers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import save_llama, seeded
+from test_residency import run
+
+from distkv import LLM, SamplingParams
+
+pytestmark = pytest.mark.interpreter
+
+
+@pytest.fixture(autouse=True)
+def on_the_cuda_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distkv.workers.rank.takes_cuda_path", lambda device: True)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (3, 1)])
+def test_greedy_tokens_equal_those_of_transformers(tmp_path: Path, heads: int, kv_heads: int) -> None:
+    folder, peer = save_llama(
+        tmp_path, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=16, num_hidden_layers=2
+    )
+    prompts = [torch.randint(3, 128, (n,), generator=seeded(n)).tolist() for n in (1, 5, 45)]
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    with LLM(folder, page_size=16, max_num_batched_tokens=32, max_num_seqs=3, device_kv_bytes="1MiB") as llm:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        generated = peer.generate(
+            torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert output.outputs[0].token_ids == generated[0, len(prompt) :].tolist()
+
+
+def test_tiers_change_no_bit(tmp_path: Path) -> None:
+    """Decodes and chunks of prompts of several sequences, with a window of a few pages, the rest on host and disk."""
+    folder, _ = save_llama(tmp_path / "model", num_hidden_layers=1, head_dim=16, max_position_embeddings=1024)
+    prompts = [torch.randint(3, 128, (n,), generator=seeded(n)).tolist() for n in (330, 60, 12)]
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (6, 9, 4)]
+    options = {"page_size": 16, "max_num_batched_tokens": 96, "max_num_seqs": 3}
+    resident = run(folder, prompts, params, **options)
+    for pages in ((12, 60, 0), (12, 8, 60)):
+        mixed = run(folder, prompts, params, pages=pages, cache_dir=tmp_path / str(pages[2]), **options)
+        mixed.assert_same(resident)
+        assert mixed.moved("host_streamed")
+        assert pages[2] == 0 or mixed.moved("disk_streamed")
