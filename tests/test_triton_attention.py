@@ -100,10 +100,12 @@ class Decode:
         first_state = [sum(self.num_states[:b]) for b in range(len(self.lengths))]
         sequences = torch.tensor(
             [
-                (b * self.num_tokens, n, entry, state)
-                for b, (n, entry, state) in enumerate(zip(self.lengths, pages.first_entry, first_state, strict=True))
+                (b * self.num_tokens, n, entry, state, 0, splits)
+                for b, (n, entry, state, splits) in enumerate(
+                    zip(self.lengths, pages.first_entry, first_state, self.num_states, strict=True)
+                )
             ]
-        ).reshape(-1, 4)
+        ).reshape(-1, 6)
         items = torch.tensor([(b, s) for b, n in enumerate(self.num_states) for s in range(n)]).long().reshape(-1, 2)
         if seed is not None:
             items = items[torch.randperm(len(items), generator=seeded(seed))]

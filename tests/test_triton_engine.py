@@ -1,4 +1,4 @@
-"""The whole engine with the CUDA kernels, interpreted on the CPU: tokens of transformers, and one answer in all tiers."""
+"""The whole engine with the CUDA kernels, interpreted on a CPU: tokens of transformers, one answer in all tiers."""
 
 from pathlib import Path
 

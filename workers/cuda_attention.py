@@ -129,7 +129,7 @@ class CudaAttention:
     ) -> None:
         shape, table, count = self.shape, self.arrays[f"{group}.table"], plan.num_tokens
         split_pages = split_pages_for(shape.page_size)
-        carry = Carry.empty(out) if len(plan.rounds) > 1 else None
+        carry = Carry.like(out) if len(plan.rounds) > 1 else None
         for number, one in enumerate(plan.rounds):
             names = (f"{group}.{number}.{name}" for name in ("sequences", "items", "num_items"))
             sequences, items, num_items = (self.arrays[name] for name in names)

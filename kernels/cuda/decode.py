@@ -50,7 +50,7 @@ def _decode_kernel(
     fits0, fits1 = d0 < HEAD_DIM, d1 < HEAD_DIM
 
     for item in range(tl.program_id(1), tl.load(num_items).to(tl.int32), tl.num_programs(1)):
-        sequence = sequences + 4 * tl.load(items + 2 * item)
+        sequence = sequences + 6 * tl.load(items + 2 * item)
         split = tl.load(items + 2 * item + 1)
         first_row, num_keys = tl.load(sequence), tl.load(sequence + 1).to(tl.int32)
         entries = table + tl.load(sequence + 2)
@@ -148,12 +148,12 @@ def decode_splits(
         buffer `[places, 2, K, S, D]` or None; then every page that is read is in the pool
         table `[entries]`: where each page of each sequence lies, in logical order: >= 0 a slot of the pool, < 0 place
             `-1 - entry` of the buffer
-        sequences `[B, 4]`: first row of q, number of keys with the new ones (0 for padding), first entry of the table,
-            first state
+        sequences `[B, 6]`: first row of q, number of keys with the new ones (0 for padding), first entry of the table,
+            state of split 0; the last two columns are for `merge.merge_splits`
         items `[N, 2]`: sequence and split; num_items `[1]`: how many of them count
         out fp32 `[states, K, C * G, D]`, lse fp32 `[states, K, C * G]`: row `c * G + g` is query head `k * G + g`
     `num_tokens` (C) new tokens of each sequence are causal among themselves. Split s of a sequence is its pages
-    `s * split_pages ..`, as far as it has keys; its state is `first state + s`. A row that sees no key there gets out 0
+    `s * split_pages ..`, as far as it has keys; its state is `state of split 0 + s`. A row that sees no key there gets out 0
     and lse -inf. `num_programs` programs per KV head take turns at the items, so a captured launch serves any
     `num_items` up to N.
 

@@ -6,6 +6,9 @@ merge exactly (Dao et al. 2022, https://arxiv.org/abs/2205.14135).
 Dims: B sequences, C new tokens per sequence, H query heads, K KV heads, G = H / K, D head_dim.
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,6 +24,9 @@ def _merge_kernel(
     out,
     lse,
     sequences,
+    carry_acc,
+    carry_m,
+    carry_total,
     result,
     result_stride: tl.int64,
     split_tokens: tl.int32,
@@ -35,19 +41,22 @@ def _merge_kernel(
     LOG2_E: tl.constexpr = 1.4426950408889634
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     token, query_head = tl.program_id(1) // (KV_HEADS * GROUP), tl.program_id(1) % (KV_HEADS * GROUP)
-    sequence = sequences + 4 * tl.program_id(2)
+    sequence = sequences + 6 * tl.program_id(2)
     first_row, num_keys, first_state = tl.load(sequence), tl.load(sequence + 1), tl.load(sequence + 3)
-    num_states = (num_keys.to(tl.int32) + split_tokens - 1) // split_tokens
+    first_split, end_split = tl.load(sequence + 4).to(tl.int32), tl.load(sequence + 5).to(tl.int32)
     fits = column < HEAD_DIM
     # row of (state, head, token, group) in out and lse
     row = (first_state * KV_HEADS + query_head // GROUP) * ROWS + token * GROUP + query_head % GROUP
 
-    m = -float("inf")
-    total = 0.0
-    acc = tl.full([COLUMNS], 0.0, tl.float32)
-    for first in tl.range(0, num_states, STATES, num_stages=3):
+    # whether other launches come before and after is looked up, not compiled in: one binary, and so the same bits
+    continues, ends = first_split > 0, end_split.to(tl.int64) * split_tokens >= num_keys
+    at = (first_row + token) * (KV_HEADS * GROUP) + query_head
+    m = tl.load(carry_m + at, mask=continues, other=-float("inf"))
+    total = tl.load(carry_total + at, mask=continues, other=0.0)
+    acc = tl.load(carry_acc + at * HEAD_DIM + column, mask=fits & continues, other=0.0)
+    for first in tl.range(first_split, end_split, STATES, num_stages=3):
         state = first + tl.arange(0, STATES)
-        there = state < num_states
+        there = state < end_split
         rows = row + state.to(tl.int64) * (KV_HEADS * ROWS)
         x = tl.load(lse + rows, mask=there, other=-float("inf")) * LOG2_E
         part = tl.load(out + rows[:, None] * HEAD_DIM + column, mask=there[:, None] & fits, other=0.0)
@@ -61,29 +70,60 @@ def _merge_kernel(
 
     merged = acc / tl.where(total > 0, total, 1.0)  # zeros where no key was seen
     target = result + (first_row + token) * result_stride + query_head * HEAD_DIM + column
-    tl.store(target, merged.to(result.dtype.element_ty), mask=fits)
+    tl.store(target, merged.to(result.dtype.element_ty), mask=fits & ends)
+    tl.store(carry_acc + at * HEAD_DIM + column, acc, mask=fits & (ends == 0))
+    tl.store(carry_m + at, m, mask=ends == 0)
+    tl.store(carry_total + at, total, mask=ends == 0)
+
+
+class Carry(NamedTuple):
+    """Sums of a merge that goes on in a later launch, in fp32."""
+
+    acc: Tensor  # [T, H, D]
+    m: Tensor  # [T, H]
+    total: Tensor  # [T, H]
+
+    @classmethod
+    def like(cls, result: Tensor) -> "Carry":
+        """Room for those of a result `[T, H, D]`."""
+        rows = result.shape[:2]
+        return cls(*(result.new_empty(shape, dtype=torch.float32) for shape in (result.shape, rows, rows)))
 
 
 def merge_splits(
-    out: Tensor, lse: Tensor, sequences: Tensor, result: Tensor, *, num_tokens: int, split_tokens: int
+    out: Tensor,
+    lse: Tensor,
+    sequences: Tensor,
+    result: Tensor,
+    carry: Carry | None,
+    *,
+    num_tokens: int,
+    split_tokens: int,
 ) -> None:
     """Writes the merged states of each sequence to its rows of `result`.
 
     Shapes:
         out fp32 `[states, K, C * G, D]`, lse fp32 `[states, K, C * G]`: as `decode.decode_splits` writes them
-        sequences int64 `[B, 4]`: first row of the result, number of keys, (not used), first state
+        sequences int64 `[B, 6]`: first row of the result, number of keys, (not used), state of split 0, first split and
+            end of the splits of this launch
         result `[T, H, D]`: of any dtype and row stride
-    Sequence b has the states `first state .. + ceil(keys / split_tokens)`. Its rows are zeros when it has 0 keys.
-    The bits of a row depend on its states in logical order alone.
+    Where a sequence has so many splits that their states are not held all at a time, it goes through several launches
+    in order, which meet at multiples of STATES splits; `carry` takes its sums from one to the next, and the last one
+    writes the result. It is None when every sequence is whole. A sequence with 0 keys gets zeros.
+    The bits of a row depend on its states in logical order alone, not on these cuts.
     """
     _, kv_heads, rows, head_dim = out.shape
     num_heads = result.shape[1]
     if not len(sequences):
         return
+    acc, m, total = carry or (out, lse, lse)  # the latter are neither read nor written
     _merge_kernel[(triton.cdiv(head_dim, COLUMNS), num_tokens * num_heads, len(sequences))](
         out,
         lse,
         sequences,
+        acc,
+        m,
+        total,
         result,
         result.stride(0),
         split_tokens,
