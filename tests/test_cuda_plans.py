@@ -151,4 +151,4 @@ def test_prefill_over_resident_pages_is_one_launch(page_size: int) -> None:
     sequences = [(0, sequence_step([7] * 90, 4910, range(count), 7, 1)), (90, sequence_step([7] * 9, 0, [count], 7, 1))]
     plan = plan_prefill(sequences, page_size, 4, 8, 128, 128)
     assert plan.loads == [None] and plan.num_blocks == [4] and plan.num_saved == 0
-    assert plan.blocks.tolist() == [[0, 256], [0, 128], [0, 0], [1, 0]]  # the rows with the most keys first
+    assert plan.blocks.tolist() == [[0, 0], [0, 128], [0, 256], [1, 0]]

@@ -8,7 +8,7 @@ from test_batch import Sequences, place, slots_for
 from torch import Tensor
 
 from distkv.storage.page_size import DECODE_SPLIT
-from distkv.workers import cuda_attention
+from distkv.workers import cuda_attention, decode_plan
 from distkv.workers.cuda_attention import CudaAttention, CudaShape, plan_cuda_attention
 from distkv.workers.page_directory import SequenceStep
 from distkv.workers.upload import upload
@@ -65,13 +65,14 @@ def test_any_step_is_right_and_the_same_wherever_its_pages_lie(data: st.DataObje
 @pytest.mark.parametrize("state_bytes", [1, 2**26], ids=["rounds", "at once"])
 def test_a_long_context_in_rounds(monkeypatch: pytest.MonkeyPatch, state_bytes: int) -> None:
     """However many states are held at a time, and with pages in a mix of places: bitwise one result."""
-    sequences = Sequences([(16 * 700 + 3, 1), (40, 1), (16 * 600 + 9, 1)], [0, 0, 500], head_dim=64, kv_heads=1)
+    sequences = Sequences([(16 * 140 + 3, 1), (40, 1), (16 * 70 + 9, 1)], [0, 0, 60], head_dim=64, kv_heads=1)
+    monkeypatch.setattr(decode_plan, "DECODE_SPLIT", 16)  # so that it need not be so long for the interpreter
     step = place(sequences, list(range(sequences.num_pages))[::-1])
     expected = step.attend(plan_on_cuda)
     step.assert_right(plan_on_cuda)
     monkeypatch.setattr(cuda_attention, "STATE_BYTES", state_bytes)
     rounds = plan_on_cuda(step.steps, sequences).plan.decode[0].rounds
-    assert len(rounds) == (3 if state_bytes == 1 else 1)
+    assert [one.num_states for one in rounds] == ([64, 64, 14, 64, 7] if state_bytes == 1 else [213])
     assert torch.equal(step.attend(plan_on_cuda), expected)
     cold = set(full_pages(sequences)[::3])
     assert torch.equal(step.attend_with_cold(cold, plan_on_cuda), expected)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from distkv.kernels.cuda.decode import decode_splits
 from distkv.kernels.cuda.merge import STATES, Carry, merge_splits
-from distkv.kernels.cuda.prefill import SEGMENT_TOKENS, PrefillState, block_rows, prefill_walk
+from distkv.kernels.cuda.prefill import BLOCK_M, SEGMENT_TOKENS, PrefillState, prefill_walk
 from torch import Tensor
 
 from distkv.storage.staging_ring import Load, Stream
@@ -92,10 +92,9 @@ def plan_cuda_attention(steps: list[SequenceStep], shape: CudaShape, num_padding
     ]
     chunks = None
     if prefill:
-        rows = block_rows(shape.head_dim, shape.dtype.itemsize)
         chunks = plan_prefill(
-            prefill, shape.page_size, shape.group_size, shape.buffer_pages, SEGMENT_TOKENS, rows
-        )  # fmt: skip
+            prefill, shape.page_size, shape.group_size, shape.buffer_pages, SEGMENT_TOKENS, BLOCK_M
+        )
     return CudaPlan(groups, chunks)
 
 

@@ -49,8 +49,7 @@ def plan_prefill(
         count = len(step.token_ids)
         end_key = step.start + count
         table = step.pages[: pages_for(end_key, page_size)].copy()
-        # late rows see the most keys, so they go first
-        rows = np.arange(-(-count * group_size // block_rows) * block_rows - block_rows, -1, -block_rows)
+        rows = np.arange(0, count * group_size, block_rows)
         segments = list(_segments(table, unit, buffer_pages))
         for first_page, end_page, load in segments:
             keys = first_page * page_size, min(end_page * page_size, end_key)

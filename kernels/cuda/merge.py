@@ -49,11 +49,12 @@ def _merge_kernel(
     row = (first_state * KV_HEADS + query_head // GROUP) * ROWS + token * GROUP + query_head % GROUP
 
     # whether other launches come before and after is looked up, not compiled in: one binary, and so the same bits
-    continues, ends = first_split > 0, end_split.to(tl.int64) * split_tokens >= num_keys
+    reached = end_split.to(tl.int64) * split_tokens
+    continues, ends, goes_on = first_split > 0, reached >= num_keys, reached < num_keys
     at = (first_row + token) * (KV_HEADS * GROUP) + query_head
     m = tl.load(carry_m + at, mask=continues, other=-float("inf"))
     total = tl.load(carry_total + at, mask=continues, other=0.0)
-    acc = tl.load(carry_acc + at * HEAD_DIM + column, mask=fits & continues, other=0.0)
+    acc = tl.load(carry_acc + at * HEAD_DIM + column, mask=column < tl.where(continues, HEAD_DIM, 0), other=0.0)
     for first in tl.range(first_split, end_split, STATES, num_stages=3):
         state = first + tl.arange(0, STATES)
         there = state < end_split
@@ -70,10 +71,10 @@ def _merge_kernel(
 
     merged = acc / tl.where(total > 0, total, 1.0)  # zeros where no key was seen
     target = result + (first_row + token) * result_stride + query_head * HEAD_DIM + column
-    tl.store(target, merged.to(result.dtype.element_ty), mask=fits & ends)
-    tl.store(carry_acc + at * HEAD_DIM + column, acc, mask=fits & (ends == 0))
-    tl.store(carry_m + at, m, mask=ends == 0)
-    tl.store(carry_total + at, total, mask=ends == 0)
+    tl.store(target, merged.to(result.dtype.element_ty), mask=column < tl.where(ends, HEAD_DIM, 0))
+    tl.store(carry_acc + at * HEAD_DIM + column, acc, mask=column < tl.where(goes_on, HEAD_DIM, 0))
+    tl.store(carry_m + at, m, mask=goes_on)
+    tl.store(carry_total + at, total, mask=goes_on)
 
 
 class Carry(NamedTuple):
