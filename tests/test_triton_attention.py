@@ -17,9 +17,7 @@ from torch import Tensor
 
 from distkv.kernels import reference
 from distkv.kernels.cuda.decode import decode_splits
-from distkv.kernels.cuda.merge import STATES, merge_splits
 from distkv.kernels.cuda.prefill import BLOCK_M, SEGMENT_TOKENS, PrefillState, num_blocks, prefill_walk
-from distkv.storage.host_memory import lazy_zeros
 
 pytestmark = pytest.mark.interpreter
 
