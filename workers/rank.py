@@ -14,6 +14,7 @@ from distkv.storage.page_spec import PageSpec
 from distkv.storage.random_pages import random_slice
 from distkv.workers.bandwidth import Bandwidth, measure_bandwidth
 from distkv.workers.batch import build_batch
+from distkv.workers.late_tokens import resolve
 from distkv.workers.llama import LlamaModel, load_llama
 from distkv.workers.model_config import ModelConfig
 from distkv.workers.page_directory import PageDirectory
@@ -135,11 +136,16 @@ class Rank:
         return self.tiers.nbytes
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> Tensor | None:
+    def execute(self, plan: StepPlan, drawn: Tensor | None = None) -> Tensor | None:
         """Runs a step; on rank 0 returns the wanted logits, fp32 `[rows, vocab_size]`, in the plan's order, and None
-        when nothing runs. `take_report` must follow."""
+        when nothing runs. `take_report` must follow.
+
+        Args:
+            drawn: on rank 0, what the step before drew, int64 on the device; needed where the plan refers to it.
+        """
         tiers, spec, shard = self.tiers, self.page_spec, self.shard
         steps = self._directory.update(plan)
+        drawn = self._share_drawn(plan.num_drawn, drawn)
         if plan.adopt is not None:
             tiers.adopt(plan.adopt)
         tiers.mover.start(plan.transfers, plan.await_ids)
@@ -152,9 +158,21 @@ class Rank:
             return None
         group_size = shard.num_query_heads // shard.num_kv_heads
         batch = build_batch(steps, spec.page_size, group_size, tiers.ring.buffer_pages, spec.dtype, self.device)
+        if drawn is not None:
+            batch = replace(batch, token_ids=resolve(batch.token_ids, drawn))
         with tiers.stream(batch.loads) as stream:
             hidden = self._model.forward(batch, tiers.device, stream)
         return self._model.logits(hidden)
+
+    def _share_drawn(self, count: int, drawn: Tensor | None) -> Tensor | None:
+        """The `count` tokens that the step before drew, on all ranks; None when the plan refers to none."""
+        if not count:
+            return None
+        if drawn is None:
+            assert self.shard.rank, "rank 0 draws"
+            drawn = torch.empty(count, dtype=torch.int64, device=self.device)
+        assert len(drawn) == count
+        return self.group.broadcast(drawn)
 
     def bandwidth(self) -> Bandwidth:
         """How fast the tiers below the device give pages back."""
