@@ -4,7 +4,7 @@ from distkv.errors import DistKVError
 from distkv.messages import EngineRequest, TokenOutput
 from distkv.outputs import CompletionOutput, Logprob, RequestOutput
 from distkv.tokenizer import IncrementalDecoder, Tokenizer
-from distkv.workers.sampler import TokenLogprobs
+from distkv.workers.logprobs import TokenLogprobs
 
 TIERS = ("device", "host", "disk")
 

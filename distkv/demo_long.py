@@ -25,8 +25,8 @@ from distkv.sampling_params import SamplingParams
 from distkv.storage.page_size import pages_for
 from distkv.storage.tiered_cache import MAX_DISK_WRITES
 from distkv.tokenizer import Tokenizer
+from distkv.workers.logprobs import TokenLogprobs
 from distkv.workers.model_config import ModelConfig
-from distkv.workers.sampler import TokenLogprobs
 
 TEXT = "Here is the source of a module of Python:"
 QUESTION = "What does the class Timer do? Answer in one sentence."

@@ -1,28 +1,29 @@
 """The engine loop: settles a step, has the ranks run it, draws tokens, ends what is done.
 
-While a step runs, the next one is settled. It is launched as soon as the tokens that the first draws are known, and
-only then is it looked at which answers they end; so an answer that ends by its tokens is run for one token too many,
-which is dropped.
+While a step runs, the next one is settled. It is launched as soon as the first has landed: when the ranks have reported
+on it, whatever their devices are still at. The tokens that the first draws may not be known then; the next step refers
+to them. They are read while it runs, and only then is it looked at which answers they end; so an answer that ends by
+its tokens is run for one token too many, which is dropped.
 """
 
 import logging
 from collections.abc import Callable, Iterable
-from itertools import chain
+from itertools import chain, islice
 
-from distkv.errors import CapacityError, DistKVError, StoreError
-from distkv.flight import Draw, Flight
+from distkv.errors import CapacityError, DistKVError
+from distkv.flight import Flight
+from distkv.fork_copies import ForkCopies
 from distkv.messages import EngineInfo, EngineRequest, EngineStats, RequestFailed, StepOutput, TokenOutput
+from distkv.repairs import Repairs
 from distkv.scheduler import Scheduler
 from distkv.sequence import Chosen, Sequence
 from distkv.step_runner import Execute, StepRunner
 from distkv.storage.page import Page
 from distkv.storage.tier import Tier
-from distkv.workers.sampler import TokenLogprobs
-from distkv.workers.step_plan import StepPlan
+from distkv.workers.logprobs import TokenLogprobs
+from distkv.workers.sampler import Draw, Draws
 
 log = logging.getLogger(__name__)
-
-MAX_REPAIRS = 3  # times that a page is computed again before its requests fail
 
 
 class Engine:
@@ -42,14 +43,15 @@ class Engine:
         self._scheduler = Scheduler(info)
         self._cache = self._scheduler.cache
         self._runner = StepRunner(info, execute, self._cache)
-        self._flight: Flight | None = None
-        self._untold: list[StepOutput] = []  # failures, above all: to be told with the next outputs
-        # pages that the next plan has to copy (source, target), held until it has run
-        self._copies: list[tuple[Page, Page]] = []
+        self._repairs = Repairs(self._cache, self._runner, info.page_size)
+        self._copies = ForkCopies(self._cache)
+        self._flight: Flight | None = None  # launched
+        self._landed: Flight | None = None  # the one before, whose draws are not read yet
+        self._failure: Exception | None = None  # of the device; nothing goes on after it
+        self._untold: list[StepOutput] = []  # failures: to be told with the next outputs
         self._suspects: list[Sequence] = []  # of a step that raised, to be run one by one
         self._is_settled = True  # nothing moves and nothing is to be saved
         self._peak_pages = 0
-        self._pages_recomputed = 0
 
     def add(self, requests: list[EngineRequest]) -> None:
         """Queues requests; raises CapacityError, and queues none, when one of them could never run."""
@@ -73,9 +75,13 @@ class Engine:
     def close(self) -> None:
         """Ends what runs, saves what later processes may use, and frees memory and files."""
         try:
+            if self._failure is not None:
+                raise self._failure
             self.abort([(one.request.request_id, None) for one in self._scheduler.running + self._scheduler.waiting])
+            self._read_draws()
             if self._flight is not None:
                 self._land(self._flight, [], None)
+                self._read_draws()
             while self._runner.settle():
                 pass
         except Exception as error:
@@ -93,7 +99,7 @@ class Engine:
 
     @property
     def _is_busy(self) -> bool:
-        return bool(self._scheduler.waiting or self._scheduler.running or self._flight)
+        return bool(self._scheduler.waiting or self._scheduler.running or self._flight or self._landed)
 
     def stats(self) -> EngineStats:
         """The state between two steps."""
@@ -108,7 +114,7 @@ class Engine:
             host_pages=self._cache.slots[Tier.HOST].num_used,
             disk_pages=self._cache.slots[Tier.DISK].num_used,
             moved=dict(self._runner.moved),
-            pages_recomputed=self._pages_recomputed,
+            pages_recomputed=self._repairs.num_pages,
         )
 
     def integrity_check(self) -> None:
@@ -118,24 +124,30 @@ class Engine:
                 pass
         self._cache.integrity_check()
         if not self._is_busy:
-            self._forget_copies()
+            self._copies.forget_ended()
             assert self._cache.num_pages == 0
             assert not self._cache.awaited
 
     def step(self) -> list[StepOutput]:
-        """Goes on by a step; returns tokens that were drawn, if any have come, and the requests that cannot go on."""
+        """Goes on by a step; returns tokens that were drawn, if any have come, and the requests that cannot go on.
+
+        Raises DistKVError when the device fails; nothing goes on after that.
+        """
+        if self._failure is not None:
+            raise self._failure
+        self._untold += self._read_draws()  # which an exception has left over
         flight = self._flight
         chosen = [] if flight is not None and (flight.forks or self._suspects) else self._choose()
         following = self._settle_step(chosen) if chosen else None
-        outputs: list[StepOutput] = []
         if flight is not None:
-            outputs = self._land(flight, chosen, following)
+            self._land(flight, chosen, following)
         elif following is not None:
             self._launch(following)
         elif not chosen:
             self._do_without_step()
-        untold, self._untold = self._untold, []
-        return outputs + untold
+        outputs = self._untold + self._read_draws()
+        self._untold = []
+        return outputs
 
     # --- a step's way ---
 
@@ -144,9 +156,8 @@ class Engine:
         as if it had ended, so that it does not depend on whether the device has room for both."""
         if self._cache.lost:
             return []
-        self._forget_copies()
-        copies = self._copies + (self._flight.copies if self._flight is not None else [])
-        held = sum(page.references == 1 for pair in copies for page in pair)
+        self._copies.forget_ended()
+        held = self._copies.num_held(self._flight.copies if self._flight is not None else [])
         return self._scheduler.schedule(held, self._next_suspect())
 
     def _settle_step(self, chosen: Chosen) -> Flight | None:
@@ -175,23 +186,7 @@ class Engine:
     def _write_down(self, scheduled: Chosen, promote: bool) -> Flight:
         """Gives the step's tokens their pages and writes the step down for the ranks. `promote` lets free device pages
         be filled, which forks would need."""
-        clear: list[int] = []
-        random_pages = []
-        parts = []
-        drawing = []
-        for sequence, count in scheduled:
-            table = sequence.table
-            start = table.num_tokens
-            fresh = table.append(count)
-            if start < sequence.num_random_in_all:
-                random_pages += [(page.location, sequence.page_seed(page)) for page in fresh]
-                continue
-            clear += [page.location for page in fresh]
-            draws = start + count == len(sequence.token_ids) + sequence.num_drawing
-            if draws:
-                drawing.append(sequence)
-                sequence.num_drawing += 1
-            parts.append((sequence, sequence.plan(start, count, int(draws))))
+        flight = Flight.board(scheduled, self._flight or self._landed)
         self._cache.balance()
         if promote and self._cache.may_promote and self._scheduler.cold_budget.is_settled:
             running = (one for one in self._scheduler.running if not one.is_parked)
@@ -200,21 +195,18 @@ class Engine:
             self._cache.promote(self._scheduler.expected_pages())
         self._peak_pages = max(self._peak_pages, self._cache.num_pages)
         # where pages lie is settled now
-        transfers, await_ids = self._cache.take_transfers()
-        moved = self._cache.take_moved()
-        self._scheduler.cold_budget.note_moved(len(moved))
-        ended, self._runner.ended = self._runner.ended, []
-        copies, self._copies = self._copies, []
-        plan = StepPlan(
-            [part for _, part in parts],
-            [(source.location, target.location) for source, target in copies],
-            clear, transfers, await_ids, random_pages, [(page.id, page.location) for page in moved], ended,
-        )  # fmt: skip
-        return Flight(plan, scheduled, parts, moved, drawing, copies)
+        plan = flight.plan
+        plan.transfers, plan.await_ids = self._cache.take_transfers()
+        flight.moved = self._cache.take_moved()
+        plan.moved = [(page.id, page.location) for page in flight.moved]
+        self._scheduler.cold_budget.note_moved(len(flight.moved))
+        plan.ended, self._runner.ended = self._runner.ended, []
+        flight.copies = self._copies.take()
+        plan.copies = [(source.location, target.location) for source, target in flight.copies]
+        return flight
 
     def _launch(self, flight: Flight) -> None:
         try:
-            flight.fill_in()
             flight.landing = self._runner.start(flight.plan, flight.rows())
         except BaseException:
             self._undo(flight)
@@ -222,8 +214,8 @@ class Engine:
         self._flight = flight
         self._is_settled = False
 
-    def _land(self, flight: Flight, chosen: Chosen, following: Flight | None) -> list[StepOutput]:
-        """Waits for a step, launches the one that follows, and adds the drawn tokens to their answers.
+    def _land(self, flight: Flight, chosen: Chosen, following: Flight | None) -> None:
+        """Waits for the report on a step, and launches the one that follows. What the first draws is left to be read.
 
         Args:
             chosen: what is to follow.
@@ -250,44 +242,28 @@ class Engine:
         if landing.error is not None:
             self._undo(flight, ran=landing.report is not None)
             self._blame(flight, landing.error)
-            return []
-        self._release(flight.copies)
-        drawn = self._commit(flight, landing.drawn, unread)
-        try:
-            if following is None and chosen and not unread and not self._cache.lost:
-                following = self._settle_step(chosen)
-            if following is not None:
-                self._launch(following)
-        except BaseException:
-            self._untold += self._answer(flight, drawn)
-            raise
-        return self._answer(flight, drawn)
+            return
+        self._copies.release(flight.copies)
+        self._commit(flight, landing.draws, unread)
+        if following is None and chosen and not unread and not self._cache.lost:
+            following = self._settle_step(chosen)
+        if following is not None:
+            self._launch(following)
 
-    def _commit(self, flight: Flight, tokens: list[Draw], unread: set[Page]) -> list[list[Draw]]:
-        """Books a step that has ended; returns what was drawn for each of `flight.drawing`, nothing for those that have
-        ended meanwhile, or take the step again since a page could not be read."""
-        spoilt = set()
+    def _commit(self, flight: Flight, draws: Draws | None, unread: set[Page]) -> None:
+        """Books a step that has landed, but for its draws. Pages that it fills get their names: the tokens in them are
+        those that it ran, which are known since the draws of the step before are booked."""
         for sequence, count in flight.scheduled:
             if sequence.finished:
                 continue
             if unread and not unread.isdisjoint(sequence.table.pages):
-                spoilt.add(sequence)
+                flight.spoilt.add(sequence)
                 sequence.rewind(count)
             else:
                 sequence.commit(count)
-        rest = iter(tokens)
-        drawn = []
-        for sequence in flight.drawing:
-            mine = [next(rest) for _ in range(sequence.num_answers)]
-            sequence.num_drawing -= 1
-            if sequence.finished or sequence in spoilt:
-                mine = []
-            elif sequence.is_drawn_once:  # the step that follows may wait for the token
-                sequence.token_ids.append(mine[0][0])
-            drawn.append(mine)
         if self._suspects and flight.scheduled[0][0] is self._suspects[0]:
             del self._suspects[0]  # it was not at fault
-        return drawn
+        flight.draws, self._landed = draws, flight
 
     def _undo(self, flight: Flight, ran: bool = False) -> None:
         """Takes a step back that came to nothing; `ran` says that the ranks have reported on its transfers."""
@@ -298,7 +274,7 @@ class Engine:
             sequence.num_told = min(sequence.num_told, part.first_page)
         for sequence in flight.drawing:
             sequence.num_drawing -= 1
-        self._copies += flight.copies
+        self._copies.put_back(flight.copies)
         if not ran:
             self._cache.put_back(flight.plan.transfers, flight.plan.await_ids, flight.moved)
             self._runner.ended += flight.plan.ended
@@ -332,45 +308,15 @@ class Engine:
             self._is_settled = not self._runner.settle()
 
     def _repair(self) -> None:
-        """Computes a lost page again from its tokens, the first one first, since later ones follow from it."""
+        """Computes a lost page again."""
         try:
             self._make_room(1)
         except CapacityError as error:
             self._fail(self._scheduler.running[-1].request, error)
             return
-        if not self._cache.lost:
-            return
-        page = min(self._cache.lost, key=lambda page: page.index)
-        owners = [one for one in self._scheduler.running if page in one.table.pages[page.index : page.index + 1]]
-        if page.repairs == MAX_REPAIRS:
-            failure = StoreError(
-                f"KV page {page.index} was lost {page.repairs + 1} times, the last time because {self._runner.damage}"
-            )
-            for request in {one.request.request_id: one.request for one in owners}.values():
+        if self._cache.lost:
+            for request, failure in self._repairs.repair(self._scheduler.running):
                 self._fail(request, failure)
-            return
-        self._cache.restore(page)
-        owner, size = owners[0], self.info.page_size
-        slot = page.location
-        if page.index * size < owner.num_random_in_all:
-            parts, random_pages = [], [(slot, owner.page_seed(page))]
-        else:
-            parts, random_pages = [owner.plan(page.index * size, size, 0)], []
-        transfers, await_ids = self._cache.take_transfers()
-        moved = self._cache.take_moved()
-        places = [(page.id, page.location) for page in moved]
-        try:
-            unread = self._runner.run(StepPlan(parts, [], [slot], transfers, await_ids, random_pages, places))
-        except BaseException:
-            self._cache.put_back([], [], moved)
-            owner.num_told = 0
-            self._cache.forget(page)
-            raise
-        if unread:
-            self._cache.forget(page)
-        else:
-            self._cache.fill(page)
-            self._pages_recomputed += 1
 
     def _fail(self, request: EngineRequest, error: DistKVError) -> None:
         """Ends a request that cannot go on."""
@@ -389,57 +335,56 @@ class Engine:
             return
         raise AssertionError(f"request {request.request_id} fits and is not admitted")
 
-    # --- copies for forks ---
-
-    def _forget_copies(self) -> None:
-        """Drops copies for answers that have ended since."""
-        ended = [pair for pair in self._copies if pair[1].references == 1]
-        self._copies = [pair for pair in self._copies if pair not in ended]
-        self._release(ended)
-
-    def _release(self, copies: list[tuple[Page, Page]]) -> None:
-        for pair in copies:
-            for page in pair:
-                self._cache.release(page)
-
     # --- answers ---
 
-    def _answer(self, flight: Flight, drawn: list[list[Draw]]) -> list[StepOutput]:
-        """Adds the drawn tokens to their answers."""
+    def _read_draws(self) -> list[StepOutput]:
+        """Waits for what the step drew that landed last, unless that is known already, and adds it to the answers."""
+        flight = self._landed
+        if flight is None:
+            return []
+        try:
+            drawn = iter(flight.draws.result() if flight.draws is not None else [])
+        except Exception as error:
+            if not self._survives:
+                self._failure = error
+                raise
+            self._failure = DistKVError(
+                f"the device failed, and what it was at is lost ({type(error).__name__}: {error}); "
+                "make a new LLM in a new process"
+            )
+            raise self._failure from error
+        self._landed = None
         outputs: list[StepOutput] = []
-        for sequence, mine in zip(flight.drawing, drawn, strict=True):
-            if sequence.finished or not mine:
-                continue
-            answers = [sequence]
-            if not sequence.is_drawn_once:
-                for fork, copy in self._scheduler.fork(sequence):
-                    answers.append(fork)
-                    if copy is not None:
-                        self._copies.append(copy)
-                        for page in copy:
-                            self._cache.share(page)
-                for answer, (token, _) in zip(answers, mine, strict=True):
-                    answer.token_ids.append(token)
-            outputs += [
-                self._extend(answer, token, logprobs) for answer, (token, logprobs) in zip(answers, mine, strict=True)
-            ]
+        for sequence in flight.drawing:
+            mine = list(islice(drawn, sequence.num_answers))
+            sequence.num_drawing -= 1
+            if not sequence.finished and sequence not in flight.spoilt:
+                outputs += self._answer(sequence, mine)
         return outputs
 
-    def _extend(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenOutput:
+    def _answer(self, sequence: Sequence, drawn: list[Draw]) -> list[TokenOutput]:
+        """Adds what was drawn for a sequence to the answers that it stands for."""
+        answers = [sequence]
+        if not sequence.is_drawn_once:
+            for fork, copy in self._scheduler.fork(sequence):
+                answers.append(fork)
+                if copy is not None:
+                    self._copies.add(copy)
+        for answer, (token, _) in zip(answers, drawn, strict=True):
+            answer.token_ids.append(token)
+        return [self._tell(answer, logprobs) for answer, (_, logprobs) in zip(answers, drawn, strict=True)]
+
+    def _tell(self, sequence: Sequence, logprobs: TokenLogprobs | None) -> TokenOutput:
         """Tells of the newest token of an answer and ends the answer if it is to end here."""
-        request = sequence.request
-        finish_reason = stop_reason = None
-        if not request.params.ignore_eos and token in self.info.eos_token_ids:
-            finish_reason = "stop"
-        elif token in (request.params.stop_token_ids or ()):
-            finish_reason, stop_reason = "stop", token
-        elif sequence.num_output_tokens >= request.max_tokens:
-            finish_reason = "length"
+        finish_reason, stop_reason = sequence.ending(self.info.eos_token_ids)
         if finish_reason:
             self._scheduler.finish(sequence)
             self._end([sequence])
         cached = sequence.num_cached if sequence.num_output_tokens == 1 else (0, 0, 0)
-        return TokenOutput(request.request_id, sequence.index, token, logprobs, finish_reason, stop_reason, cached)
+        return TokenOutput(
+            sequence.request.request_id, sequence.index, sequence.token_ids[-1], logprobs, finish_reason, stop_reason,
+            cached,
+        )  # fmt: skip
 
     def _end(self, sequences: list[Sequence]) -> None:
         """Notes what has ended."""

@@ -48,8 +48,8 @@ def launch(config: EngineConfig) -> EngineClient:
     local = Rank(rank_config, ProcessGroup())
     reports = ReportCollector(num_ranks=1)
 
-    def execute(plan: StepPlan) -> tuple[torch.Tensor | None, Report]:
-        logits = local.execute(plan)
+    def execute(plan: StepPlan, drawn: torch.Tensor | None) -> tuple[torch.Tensor | None, Report]:
+        logits = local.execute(plan, drawn)
         return logits, reports.add([local.take_report()])
 
     try:

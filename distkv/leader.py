@@ -31,9 +31,9 @@ def lead(rank: Rank, followers: LeaderChannel, client: zmq.Socket, info: EngineI
 
     reports = ReportCollector(rank.group.size)
 
-    def execute(plan: StepPlan) -> tuple[Tensor | None, Report]:
+    def execute(plan: StepPlan, drawn: Tensor | None) -> tuple[Tensor | None, Report]:
         followers.send(plan)
-        logits = rank.execute(plan)
+        logits = rank.execute(plan, drawn)
         return logits, reports.add([rank.take_report(), *followers.receive()])
 
     engine = Engine(info, execute, survives=False)

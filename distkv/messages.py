@@ -3,7 +3,7 @@
 import msgspec
 
 from distkv.sampling_params import SamplingParams
-from distkv.workers.sampler import TokenLogprobs
+from distkv.workers.logprobs import TokenLogprobs
 
 
 class EngineInfo(msgspec.Struct, frozen=True):

@@ -24,7 +24,7 @@ class Sequence:
     token_ids: list[int]  # prompt and answer
     root: bytes | None  # of the chain of page names; None when its pages are its own
     names: list[PageName] = field(default_factory=list)  # of its first full pages
-    num_drawing: int = 0  # tokens that steps under way will draw
+    num_drawing: int = 0  # tokens that steps draw which are not known yet
     num_told: int = 0  # pages that the ranks' table holds
     num_cached: tuple[int, int, int] = (0, 0, 0)  # tokens whose KV was found, by tier
     expected: list[Page] = field(default_factory=list)  # what was found when it was queued
@@ -101,20 +101,33 @@ class Sequence:
         """The names of the full pages of its first tokens, at least; None when its pages are its own."""
         if self.root is None:
             return None
+        assert num_tokens <= len(self.token_ids), "a name takes the tokens themselves"
         size = self.table.page_size
         for index in range(len(self.names), num_tokens // size):
             parent = self.names[-1].key if self.names else self.root
             self.names.append(page_name(parent, self.token_ids[index * size : (index + 1) * size]))
         return self.names
 
-    def plan(self, start: int, count: int, num_logits: int) -> SequencePlan:
-        """Its part of a step; tells the ranks of pages that they do not know yet, too."""
+    def plan(self, start: int, count: int, num_logits: int, late: int | None = None) -> SequencePlan:
+        """Its part of a step; tells the ranks of pages that they do not know yet, too. `late` is the number of the draw
+        that it runs, of the step before, when the token is not known yet."""
         end, told = start + count, self.num_told
+        token_ids = self.token_ids[start:end] if late is None else [-1 - late]
+        assert len(token_ids) == count
         pages: list[int] = []
         if end > told * self.table.page_size:
             self.num_told = pages_for(end, self.table.page_size)
             pages = [page.id for page in self.table.pages[told : self.num_told]]
-        return SequencePlan(self.number, self.token_ids[start:end], start, self.prompt_len, num_logits, told, pages)
+        return SequencePlan(self.number, token_ids, start, self.prompt_len, num_logits, told, pages)
+
+    def ending(self, eos_token_ids: tuple[int, ...]) -> tuple[str | None, int | None]:
+        """Why the answer ends with its newest token, if it does, and the token that was asked to stop it."""
+        token, params = self.token_ids[-1], self.request.params
+        if not params.ignore_eos and token in eos_token_ids:
+            return "stop", None
+        if token in (params.stop_token_ids or ()):
+            return "stop", token
+        return ("length" if self.num_output_tokens >= self.request.max_tokens else None), None
 
     def page_seed(self, page: Page) -> int:
         """Of a page of random keys and values."""

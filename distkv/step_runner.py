@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Execute = Callable[[StepPlan], tuple[Tensor | None, Report]]
-"""Runs a step plan on all ranks; returns what rank 0's `Rank.execute` does, and the report of all."""
+Execute = Callable[[StepPlan, Tensor | None], tuple[Tensor | None, Report]]
+"""Runs a step plan on all ranks, given the tokens that the step before drew if the plan refers to them; returns what
+rank 0's `Rank.execute` does, and the report of all."""
 
 
 class StepRunner:
@@ -38,6 +39,7 @@ class StepRunner:
         self.ended: list[int] = []  # tables that the ranks may forget with the next plan
         self._cache = cache
         self._thread = ThreadPoolExecutor(1, "distkv-step")
+        self._drawn: Tensor | None = None  # by the last step, on the device; for the thread
         self._keeper: Keeper | None = None
         try:
             self._keeper = _open_keeper(info, cache)
@@ -48,7 +50,8 @@ class StepRunner:
             raise
 
     def start(self, plan: StepPlan, rows: list[SampleRow]) -> "Future[Landing]":
-        """Has the ranks run a plan, and draws tokens from its logits."""
+        """Has the ranks run a plan, and draws tokens from its logits. The plan, and rows, may refer to the draws of the
+        plan that was started before; `run` may come between."""
         self._tell_keeper({})
         return self._thread.submit(self._fly, plan, rows)
 
@@ -111,11 +114,16 @@ class StepRunner:
         return landing.report
 
     def _fly(self, plan: StepPlan, rows: list[SampleRow]) -> Landing:
-        """On the thread."""
-        report = None
+        """On the thread. Ends when all is launched; on CUDA the device may not have begun with it yet."""
+        report = draws = None
         try:
-            logits, report = self.execute(plan)
-            return Landing(report, [] if logits is None else sample(logits, rows))
+            drawn = self._drawn if plan.num_drawn else None
+            logits, report = self.execute(plan, drawn)
+            if rows:
+                assert logits is not None
+                draws = sample(logits, rows, drawn)
+                self._drawn = draws.tokens
+            return Landing(report, draws)
         except Exception as error:
             return Landing(report, error=error)
 

@@ -171,7 +171,7 @@ def test_demo_answers_and_its_figures_agree(demo_model: Path) -> None:
 
 def test_demo_refuses_an_answer_that_depends_on_where_the_cache_lies() -> None:
     from distkv.demo_long import compare
-    from distkv.workers.sampler import TokenLogprobs
+    from distkv.workers.logprobs import TokenLogprobs
 
     answer: list = [(7, TokenLogprobs(-0.5, 1, [(7, -0.5)]))]
     compare(answer, list(answer))
@@ -225,7 +225,7 @@ def test_bench_offload_counts_bytes_and_compares_answers(tmp_path: Path) -> None
 
 def test_bench_offload_refuses_other_bytes_and_other_answers() -> None:
     from distkv.bench.offload import check_answers, check_streamed, streamed
-    from distkv.workers.sampler import TokenLogprobs
+    from distkv.workers.logprobs import TokenLogprobs
 
     before = {"host_streamed": 100, "device_to_host": 7}
     after = {"host_streamed": 130, "disk_streamed": 20, "device_to_host": 9}

@@ -50,10 +50,10 @@ class Counting(History):
         self.steps: list[Step] = []
         self.cold: list[set[int]] = []
 
-    def execute(self, plan: StepPlan) -> tuple[Tensor | None, Report]:
+    def execute(self, plan: StepPlan, drawn: Tensor | None) -> tuple[Tensor | None, Report]:
         self.cold = []
         tables = [part.table for part in plan.sequences]
-        result = super().execute(plan)
+        result = super().execute(plan, drawn)
         if tables:
             self.steps.append(Step(tables, self.cold, plan.transfers, self.info.disk_cost))
         return result

@@ -41,8 +41,9 @@ class Memory:
         self.read: list[list[int | None]] = []  # what the sequences of the last step find in their pages
         self.moved: Counter[str] = Counter()
 
-    def execute(self, plan: StepPlan) -> tuple[Tensor | None, Report]:
+    def execute(self, plan: StepPlan, drawn: Tensor | None) -> tuple[Tensor | None, Report]:
         report = Report()
+        resolve_draws(plan, drawn)
         steps = self.directory.update(plan)
         for transfer in plan.transfers:
             slot = transfer.target, transfer.target_slot
@@ -96,6 +97,15 @@ class Memory:
     def tokens_of(self, one: SequenceStep) -> list[int | None]:
         places = range(one.start + len(one.token_ids))
         return [self.page(one.pages[place // PAGE_SIZE])[place % PAGE_SIZE] for place in places]
+
+
+def resolve_draws(plan: StepPlan, drawn: Tensor | None) -> None:
+    """Puts in the tokens that a plan refers to."""
+    assert (drawn is None) == (plan.num_drawn == 0)
+    tokens = [] if drawn is None else drawn.tolist()
+    assert len(tokens) == plan.num_drawn
+    for part in plan.sequences:
+        part.token_ids[:] = [token if token >= 0 else tokens[-1 - token] for token in part.token_ids]
 
 
 def engine_info(**options: Any) -> EngineInfo:

@@ -86,13 +86,13 @@ def test_damaged_pages_are_computed_again(
     execute, damaged = engine._runner.execute, 0
     steps = iter(range(1, len(expected) + 100))  # of decode, after the answer's token of that number
 
-    def spy(plan):
+    def spy(plan, drawn):
         nonlocal damaged
         if [len(one.token_ids) for one in plan.sequences] == [1] and (number := next(steps)) in (1, 8, 21):
             for file in chunk_files(llm)[(number - 1) % 5 :: 6]:
                 damage(file)
                 damaged += 1
-        return execute(plan)
+        return execute(plan, drawn)
 
     engine._runner.execute = spy
     assert llm.generate([prompt], PARAMS, use_tqdm=False)[0].outputs[0].token_ids == expected

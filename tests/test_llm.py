@@ -139,9 +139,9 @@ def test_pages_are_taken_as_tokens_arrive(tiny: Path) -> None:
         engine, held = idle_engine(llm), []
         execute = engine._runner.execute
 
-        def spy(plan):
+        def spy(plan, drawn):
             held.extend((one.start + len(one.token_ids), engine.stats().pages_in_use) for one in plan.sequences)
-            return execute(plan)
+            return execute(plan, drawn)
 
         engine._runner.execute = spy
         llm.generate([[5] * 10], params, use_tqdm=False)
@@ -350,10 +350,10 @@ def test_an_llm_goes_on_after_a_failure_in_the_middle(llm: LLM, monkeypatch: pyt
         engine = idle_engine(llm)
         execute, calls = engine._runner.execute, iter(range(100))
 
-        def fail_late(plan, execute=execute, calls=calls, error=error):
+        def fail_late(plan, drawn, execute=execute, calls=calls, error=error):
             if next(calls) == 20:
                 raise error
-            return execute(plan)
+            return execute(plan, drawn)
 
         bystander = llm.stream(prompts[1], FORKED)
         next(bystander)

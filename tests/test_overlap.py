@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import PAGE_SIZE, VOCAB, Memory, drain, engine_info
+from test_engine import PAGE_SIZE, VOCAB, Memory, drain, engine_info, resolve_draws
 from test_prefix_engine import GREEDY, History
 from torch import Tensor
 
@@ -34,10 +34,11 @@ class Speaker(History):
         self._untold = Report()  # of steps that raised
         self._broken: list[int] = []  # slots that the step under way could not read
 
-    def execute(self, plan: StepPlan) -> tuple[Tensor | None, Report]:
+    def execute(self, plan: StepPlan, drawn: Tensor | None) -> tuple[Tensor | None, Report]:
         self.num_steps += bool(plan.sequences)
+        resolve_draws(plan, drawn)
         parts = [(self.owners[part.table], part, part.start + len(part.token_ids)) for part in plan.sequences]
-        told = [owner.token_ids[:end] for owner, _, end in parts]
+        told = [owner.token_ids[: part.start] + part.token_ids for owner, part, _ in parts]
         is_poisoned = any(
             (owner.request.request_id, place) == self.poison
             for owner, part, end in parts
@@ -47,7 +48,7 @@ class Speaker(History):
             raise RuntimeError("poison")
         plan.transfers[:] = [one for one in plan.transfers if one.id not in self._started]
         self._started |= {one.id for one in plan.transfers}
-        logits, report = super().execute(plan)
+        logits, report = super().execute(plan, drawn)
         rows = [speak(tokens) for tokens, (_, part, _) in zip(told, parts, strict=True) for _ in range(part.num_logits)]
         report.bad_reads += [(slot, "it is damaged") for slot in self._broken]
         self._broken = []

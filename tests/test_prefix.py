@@ -110,8 +110,8 @@ def hit(
         with pytest.MonkeyPatch.context() as patch:
             execute = Rank.execute
 
-            def spy(self: Rank, plan: StepPlan) -> Tensor | None:
-                result = execute(self, plan)
+            def spy(self: Rank, plan: StepPlan, drawn: Tensor | None) -> Tensor | None:
+                result = execute(self, plan, drawn)
                 if result is not None and len(result):
                     logits.append(result.clone())
                 return result
@@ -462,10 +462,10 @@ def test_when_pages_are_written(folder: Path, tmp_path: Path, policy: str, monke
         cache = Path(llm.info.cache_dir)
         execute = Rank.execute
 
-        def spy(self: Rank, plan: StepPlan) -> Tensor | None:
+        def spy(self: Rank, plan: StepPlan, drawn: Tensor | None) -> Tensor | None:
             if plan.sequences:
                 listed_while_running.append(listed(cache))
-            return execute(self, plan)
+            return execute(self, plan, drawn)
 
         monkeypatch.setattr(Rank, "execute", spy)
         params = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)

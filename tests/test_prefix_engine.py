@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import PAGE_SIZE, Memory, engine_info
+from test_engine import PAGE_SIZE, Memory, engine_info, resolve_draws
 from torch import Tensor
 
 from distkv.engine import Engine
@@ -50,14 +50,17 @@ class History(Memory):
 
         scheduler.add, scheduler.fork = spy_add, spy_fork  # type: ignore[method-assign]
 
-    def execute(self, plan: StepPlan) -> tuple[Tensor | None, Report]:
+    def execute(self, plan: StepPlan, drawn: Tensor | None) -> tuple[Tensor | None, Report]:
+        resolve_draws(plan, drawn)
         for part in plan.sequences:
-            owner, end = self.owners[part.table], part.start + len(part.token_ids)
-            tokens = owner.token_ids[:end]
-            assert part.token_ids == tokens[part.start :], "a sequence runs its own tokens"
+            owner = self.owners[part.table]
+            # one that is not known yet and not its own either is noticed by the step that reads it
+            for mine, token in zip(owner.token_ids[part.start :], part.token_ids, strict=False):
+                assert mine == token, "a sequence runs its own tokens"
+            tokens = owner.token_ids[: part.start] + part.token_ids
             self.begun.setdefault(part.table, part.start)
             part.token_ids[:] = self.numbers(owner.request.cache_salt, tokens)[part.start :]
-        return super().execute(plan)
+        return super().execute(plan, drawn)
 
     def numbers(self, salt: str | None, tokens: list[int]) -> list[int]:
         found: list[int] = []

@@ -74,8 +74,8 @@ def run(
         engine = idle_engine(llm)
         execute = engine._runner.execute
 
-        def spy(plan):
-            result = execute(plan)
+        def spy(plan, drawn):
+            result = execute(plan, drawn)
             if result[0] is not None and len(result[0]):
                 logits.append(result[0].clone())
             used = engine.stats()

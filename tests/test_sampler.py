@@ -59,7 +59,7 @@ def distribution(logits: np.ndarray, row: SampleRow) -> np.ndarray:
 
 
 def drawn(logits: Tensor, rows: list[SampleRow]) -> list[int]:
-    return [token for token, _ in sample(logits, rows)]
+    return [token for token, _ in sample(logits, rows).result()]
 
 
 def random_logits(seed: int, rows: int, vocab_size: int) -> Tensor:
@@ -185,11 +185,11 @@ def test_a_draw_does_not_depend_on_its_batch(data: st.DataObject, count: int, se
         )
         for _ in range(data.draw(st.integers(1, count + 2)))
     ]
-    together = sample(logits, rows)
-    alone = [sample(logits[row.logits_row :][:1], [replace(row, logits_row=0)])[0] for row in rows]
+    together = sample(logits, rows).result()
+    alone = [sample(logits[row.logits_row :][:1], [replace(row, logits_row=0)]).result()[0] for row in rows]
     assert alone == together
     order = data.draw(st.permutations(range(len(rows))))
-    assert sample(logits, [rows[i] for i in order]) == [together[i] for i in order]
+    assert sample(logits, [rows[i] for i in order]).result() == [together[i] for i in order]
 
 
 @given(st.data(), st.integers(2, 30), st.integers(0, 2**32 - 1))
@@ -198,7 +198,7 @@ def test_logprobs(data: st.DataObject, vocab_size: int, seed: int) -> None:
     logits = random_logits(seed, 1, vocab_size)
     count = data.draw(st.integers(0, vocab_size + 2))
     row = replace(data.draw(sample_rows(vocab_size, temperatures=(0.0, 1.0))), num_logprobs=count)
-    ((token, result),) = sample(logits, [row])
+    ((token, result),) = sample(logits, [row]).result()
     assert result is not None
     exact = logits[0].double().log_softmax(-1)
     ranked = exact.argsort(descending=True).tolist()
@@ -209,7 +209,7 @@ def test_logprobs(data: st.DataObject, vocab_size: int, seed: int) -> None:
 
 
 def test_no_logprobs_unless_asked() -> None:
-    assert sample(random_logits(0, 1, 5), [GREEDY])[0][1] is None
+    assert sample(random_logits(0, 1, 5), [GREEDY]).result()[0][1] is None
 
 
 def test_ties() -> None:
@@ -223,7 +223,7 @@ def test_ties() -> None:
     for wanted, rank in ((3, 1), (4, 1), (2, 4), (5, 4), (0, 6)):
         # a frequency penalty below zero makes the wanted token the drawn one
         row = replace(GREEDY, num_logprobs=1, frequency_penalty=-9.0, output_token_ids=[wanted])
-        ((token, result),) = sample(logits, [row])
+        ((token, result),) = sample(logits, [row]).result()
         assert (token, result.rank) == (wanted, rank)
 
 
@@ -286,7 +286,7 @@ def test_penalties_leave_other_rows_alone() -> None:
     """Two rows that draw from the same logits, and the logits themselves."""
     logits = torch.tensor([[2.0, 1.0]])
     harsh = replace(GREEDY, presence_penalty=9.0, output_token_ids=[0], num_logprobs=2)
-    results = sample(logits, [harsh, replace(GREEDY, num_logprobs=2), harsh])
+    results = sample(logits, [harsh, replace(GREEDY, num_logprobs=2), harsh]).result()
     assert [token for token, _ in results] == [1, 0, 1]
     assert [result.rank for _, result in results] == [2, 1, 2]
     assert logits.tolist() == [[2.0, 1.0]]

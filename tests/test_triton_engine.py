@@ -1,11 +1,13 @@
 """The whole engine with the CUDA kernels, interpreted on a CPU: tokens of transformers, one answer in all tiers."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import save_llama, seeded
 from test_residency import run
+from torch import Tensor
 
 from distkv import LLM, SamplingParams
 
@@ -20,15 +22,15 @@ def on_the_cuda_path(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (3, 1)])
 def test_greedy_tokens_equal_those_of_transformers(tmp_path: Path, heads: int, kv_heads: int) -> None:
     folder, peer = save_llama(
-        tmp_path, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=16, num_hidden_layers=2
+        tmp_path, num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=16 * heads, head_dim=16
     )
-    prompts = [torch.randint(3, 128, (n,), generator=seeded(n)).tolist() for n in (1, 5, 45)]
-    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-    with LLM(folder, page_size=16, max_num_batched_tokens=32, max_num_seqs=3, device_kv_bytes="1MiB") as llm:
+    prompts = [torch.randint(3, 128, (n,), generator=seeded(n)).tolist() for n in (1, 5, 30)]
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    with LLM(folder, page_size=16, max_num_batched_tokens=24, max_num_seqs=3, device_kv_bytes="1MiB") as llm:
         outputs = llm.generate(prompts, params, use_tqdm=False)
     for prompt, output in zip(prompts, outputs, strict=True):
         generated = peer.generate(
-            torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
+            torch.tensor([prompt]), max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0
         )
         assert output.outputs[0].token_ids == generated[0, len(prompt) :].tolist()
 
@@ -36,12 +38,37 @@ def test_greedy_tokens_equal_those_of_transformers(tmp_path: Path, heads: int, k
 def test_tiers_change_no_bit(tmp_path: Path) -> None:
     """Decodes and chunks of prompts of several sequences, with a window of a few pages, the rest on host and disk."""
     folder, _ = save_llama(tmp_path / "model", num_hidden_layers=1, head_dim=16, max_position_embeddings=1024)
-    prompts = [torch.randint(3, 128, (n,), generator=seeded(n)).tolist() for n in (330, 60, 12)]
-    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (6, 9, 4)]
-    options = {"page_size": 16, "max_num_batched_tokens": 96, "max_num_seqs": 3}
+    prompts = [torch.randint(3, 128, (n,), generator=seeded(n)).tolist() for n in (180, 40, 12)]
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (4, 6, 3)]
+    options = {"page_size": 16, "max_num_batched_tokens": 64, "max_num_seqs": 3}
     resident = run(folder, prompts, params, **options)
-    for pages in ((12, 60, 0), (12, 8, 60)):
+    for pages in ((8, 40, 0), (8, 6, 40)):
         mixed = run(folder, prompts, params, pages=pages, cache_dir=tmp_path / str(pages[2]), **options)
         mixed.assert_same(resident)
         assert mixed.moved("host_streamed")
         assert pages[2] == 0 or mixed.moved("disk_streamed")
+
+
+def test_graphs_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps through the inputs of captured graphs, which a CPU can only launch again, and with a ladder of sizes."""
+    folder, _ = save_llama(tmp_path / "model", num_hidden_layers=1, head_dim=16)
+    prompts = [torch.randint(3, 128, (n,), generator=seeded(n)).tolist() for n in (20, 3, 12)]
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (3, 5, 4)]
+    options = {"page_size": 16, "max_num_batched_tokens": 32, "max_num_seqs": 3}
+    eager = run(folder, prompts, params, **options)
+    replayed: list[int] = []
+
+    def replays(run: Callable[[], Tensor], memory: object) -> Callable[[], Tensor]:
+        def replay() -> Tensor:
+            hidden = run()
+            replayed.append(len(hidden))
+            return hidden
+
+        return replay
+
+    monkeypatch.setattr("distkv.workers.step_graphs.captured", replays)
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
+    monkeypatch.setattr("distkv.workers.cuda_runner.takes_graphs", lambda device, group: True)
+    graphs = run(folder, prompts, params, **options)
+    graphs.assert_same(eager)
+    assert set(replayed) == {1, 2, 4}

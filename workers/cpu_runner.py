@@ -6,10 +6,11 @@ from torch import Tensor
 
 from distkv.workers.batch import Batch, token_arrays
 from distkv.workers.cpu_attention import plan_cpu_attention
+from distkv.workers.host_copies import to_device
+from distkv.workers.late_tokens import resolve
 from distkv.workers.llama import LlamaModel
 from distkv.workers.page_directory import SequenceStep
 from distkv.workers.tiers import RankTiers
-from distkv.workers.upload import upload
 
 
 class CpuRunner:
@@ -21,12 +22,14 @@ class CpuRunner:
         self._model, self._tiers = model, tiers
         self._group_size = model.shard.num_query_heads // model.shard.num_kv_heads
 
-    def run(self, steps: list[SequenceStep]) -> Tensor:
+    def run(self, steps: list[SequenceStep], drawn: Tensor | None) -> Tensor:
         """See `Runner`."""
         pool, ring = self._tiers.device, self._tiers.ring
         spec = pool.spec
         attention = plan_cpu_attention(steps, spec.page_size, self._group_size, ring.buffer_pages, spec.dtype)
-        batch = Batch.of(upload(token_arrays(steps, spec.page_size), pool.data.device), attention)
+        arrays = to_device(token_arrays(steps, spec.page_size), pool.data.device)
+        arrays["token_ids"] = resolve(arrays["token_ids"], drawn)
+        batch = Batch.of(arrays, attention)
         with self._tiers.stream(attention.loads) as stream:
             return self._model.forward(batch, pool, stream)
 

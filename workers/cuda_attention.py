@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from distkv.kernels.cuda.decode import decode_splits
 from distkv.kernels.cuda.merge import STATES, Carry, merge_splits
 from distkv.kernels.cuda.prefill import BLOCK_M, SEGMENT_TOKENS, PrefillState, prefill_walk
-from torch import Tensor
-
 from distkv.storage.staging_ring import Load, Stream
 from distkv.workers.batch import MAX_DECODE_TOKENS
 from distkv.workers.decode_plan import DecodePlan, DecodeRound, Member, plan_decode, split_pages_for
@@ -92,9 +92,7 @@ def plan_cuda_attention(steps: list[SequenceStep], shape: CudaShape, num_padding
     ]
     chunks = None
     if prefill:
-        chunks = plan_prefill(
-            prefill, shape.page_size, shape.group_size, shape.buffer_pages, SEGMENT_TOKENS, BLOCK_M
-        )
+        chunks = plan_prefill(prefill, shape.page_size, shape.group_size, shape.buffer_pages, SEGMENT_TOKENS, BLOCK_M)
     return CudaPlan(groups, chunks)
 
 

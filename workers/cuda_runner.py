@@ -14,11 +14,13 @@ from torch import Tensor
 from distkv.storage.page_size import pages_for
 from distkv.workers.batch import Batch, token_arrays
 from distkv.workers.cuda_attention import CudaAttention, CudaPlan, CudaShape, plan_cuda_attention
+from distkv.workers.host_copies import to_device
+from distkv.workers.late_tokens import resolve
 from distkv.workers.llama import LlamaModel
 from distkv.workers.page_directory import SequenceStep
+from distkv.workers.process_group import ProcessGroup
 from distkv.workers.step_graphs import StepGraphs
 from distkv.workers.tiers import RankTiers
-from distkv.workers.upload import upload
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Rows that steps of single tokens are padded to; larger ones run as they are."""
@@ -55,7 +57,7 @@ def plan_step(steps: list[SequenceStep], shape: CudaShape, sizes: list[int]) -> 
 
 
 class CudaRunner:
-    """Runs steps over the pools of a rank."""
+    """A `Runner`, see `runner.py`."""
 
     def __init__(self, model: LlamaModel, tiers: RankTiers, max_num_seqs: int):
         self._model, self._tiers, self._device = model, tiers, tiers.device.data.device
@@ -66,17 +68,18 @@ class CudaRunner:
         )  # fmt: skip
         below = [size for size in SIZES if size < max_num_seqs]
         self.sizes = below + list(SIZES[len(below) : len(below) + 1])
+        self._captures = takes_graphs(self._device, model.group)
         self._graphs: StepGraphs | None = None
 
-    def run(self, steps: list[SequenceStep]) -> Tensor:
-        """The hidden states `[rows, E]` whose logits are wanted, see `LlamaModel.forward`. Waits for nothing on the
-        device."""
+    def run(self, steps: list[SequenceStep], drawn: Tensor | None) -> Tensor:
+        """See `Runner`."""
         step = plan_step(steps, self.shape, self.sizes)
         if self._graphs is not None and self._graphs.fits(step.size, step.plan):
             assert step.size is not None
-            wanted = upload({"wanted": step.wanted}, self._device)["wanted"]
-            return self._graphs.run(step.size, step.arrays)[wanted]
-        arrays = upload(step.arrays | {"wanted": step.wanted}, self._device)
+            wanted = to_device({"wanted": step.wanted}, self._device)["wanted"]
+            return self._graphs.run(step.size, step.arrays, drawn)[wanted]
+        arrays = to_device(step.arrays | {"wanted": step.wanted}, self._device)
+        arrays["token_ids"] = resolve(arrays["token_ids"], drawn)
         attention = CudaAttention(step.plan, self.shape, arrays)
         batch = Batch.of(arrays, attention)
         with self._tiers.stream(attention.loads) as stream:
@@ -84,12 +87,11 @@ class CudaRunner:
         return hidden if step.size is None else hidden[arrays["wanted"]]
 
     def warm_up(self) -> Iterator[None]:
-        """Compiles what steps launch, and captures the graphs; yields `num_parts` times. Afterwards the pages of the
-        device hold anything."""
+        """See `Runner`: compiles what steps launch, and captures the graphs."""
         size, pages = self.shape.page_size, self._tiers.device.num_pages
         tokens = min(WARM_UP_TOKENS, pages * size)
-        self.run([SequenceStep([0] * tokens, 0, np.arange(pages_for(tokens, size)), tokens, 1)])
-        self.run([SequenceStep([0], 0, np.arange(1), 1, 1)])
+        self.run([SequenceStep([0] * tokens, 0, np.arange(pages_for(tokens, size)), tokens, 1)], None)
+        self.run([SequenceStep([0], 0, np.arange(1), 1, 1)], None)
         yield
         if self._captures:
             self._graphs = StepGraphs(self._model, self._tiers.device, self.shape, self.sizes[-1])
@@ -99,12 +101,13 @@ class CudaRunner:
 
     @property
     def num_parts(self) -> int:
-        """See `warm_up`."""
+        """See `Runner`."""
         return 1 + self._captures * len(self.sizes)
 
-    @property
-    def _captures(self) -> bool:
-        return self._device.type == "cuda" and self._model.group.is_capturable
+
+def takes_graphs(device: torch.device, group: ProcessGroup) -> bool:
+    """Whether steps can be captured."""
+    return device.type == "cuda" and group.is_capturable
 
 
 def _num_programs(device: torch.device, num_kv_heads: int) -> int:

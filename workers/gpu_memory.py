@@ -64,7 +64,7 @@ def find_memory_in_use(
 
 
 def _largest_step(model: LlamaModel, runner: CudaRunner, max_num_seqs: int, tokens: int, pages: int) -> None:
-    hidden = runner.run([SequenceStep([0] * tokens, 0, np.arange(pages), tokens, 1)])
+    hidden = runner.run([SequenceStep([0] * tokens, 0, np.arange(pages), tokens, 1)], None)
     logits = model.logits(hidden.repeat(max_num_seqs, 1))
     if logits is not None:  # on rank 0
         row = SampleRow(0, 1.0, 0.9, 50, 0.0, 1.1, 0.1, 0.1, 5, 0.5, [0], [0])

@@ -12,7 +12,7 @@ from distkv.workers.step_plan import StepPlan
 class SequenceStep:
     """The part of one sequence in a step, with its pages in place."""
 
-    token_ids: list[int]  # at positions start, start + 1, ...
+    token_ids: list[int]  # at positions start, start + 1, ..., see `SequencePlan.token_ids`
     start: int
     # int64, where the pages of tokens 0 .. start + len(token_ids) - 1 lie, in logical order, see `tier.location`; those
     # of the new tokens on the device

@@ -23,6 +23,7 @@ class ProcessGroup:
         self.rank = rank
         self.size = size
         self.is_capturable = size == 1 or backend == "nccl"  # whether a CUDA graph may hold its collectives
+        self._backend = backend
         if size > 1:
             # A rank that waits here for a dead one is ended by the group's supervisor, not by this limit.
             dist.init_process_group(
@@ -35,6 +36,12 @@ class ProcessGroup:
             dist.all_reduce(x)
         return x
 
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's x on all ranks, in place; it has the same shape and dtype on each."""
+        if self.size > 1 and x.numel():
+            dist.broadcast(x, src=0)
+        return x
+
     def gather_columns(self, x: Tensor, widths: list[int]) -> Tensor | None:
         """Puts the ranks' columns side by side on rank 0; other ranks get None.
 
@@ -42,13 +49,15 @@ class ProcessGroup:
         """
         if self.size == 1:
             return x
-        # gather wants equal shapes
+        # gather wants equal shapes, and gloo's wants them in CPU memory
         padded = torch.nn.functional.pad(x, (0, max(widths) - x.shape[1])).contiguous()
+        if self._backend == "gloo":
+            padded = padded.cpu()
         parts = [torch.empty_like(padded) for _ in widths] if self.rank == 0 else None
         dist.gather(padded, parts)
         if parts is None:
             return None
-        return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
+        return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1).to(x.device)
 
     def close(self) -> None:
         """Leaves the group."""

@@ -149,11 +149,16 @@ class Rank:
             pass
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> Tensor | None:
+    def execute(self, plan: StepPlan, drawn: Tensor | None = None) -> Tensor | None:
         """Runs a step; on rank 0 returns the wanted logits, fp32 `[rows, vocab_size]`, in the plan's order, and None
-        when nothing runs. `take_report` must follow."""
+        when nothing runs. `take_report` must follow.
+
+        Args:
+            drawn: on rank 0, what the step before drew, int64 on the device; needed where the plan refers to it.
+        """
         tiers = self.tiers
         steps = self._directory.update(plan)
+        drawn = self._share_drawn(plan.num_drawn, drawn)
         if plan.adopt is not None:
             tiers.adopt(plan.adopt)
         tiers.mover.start(plan.transfers, plan.await_ids)
@@ -164,7 +169,17 @@ class Rank:
             self._fill_random(slot, seed)
         if not steps:
             return None
-        return self._model.logits(self._runner.run(steps))
+        return self._model.logits(self._runner.run(steps, drawn))
+
+    def _share_drawn(self, count: int, drawn: Tensor | None) -> Tensor | None:
+        """The `count` tokens that the step before drew, on all ranks; None when the plan refers to none."""
+        if not count:
+            return None
+        if drawn is None:
+            assert self.shard.rank, "rank 0 draws"
+            drawn = torch.empty(count, dtype=torch.int64, device=self.device)
+        assert len(drawn) == count
+        return self.group.broadcast(drawn)
 
     def bandwidth(self) -> Bandwidth:
         """How fast the tiers below the device give pages back."""

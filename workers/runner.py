@@ -15,9 +15,9 @@ from distkv.workers.tiers import RankTiers
 class Runner(Protocol):
     """Runs steps over the pools of a rank."""
 
-    def run(self, steps: list[SequenceStep]) -> Tensor:
+    def run(self, steps: list[SequenceStep], drawn: Tensor | None) -> Tensor:
         """The hidden states `[rows, E]` whose logits are wanted, see `LlamaModel.forward`. Waits for nothing on the
-        device."""
+        device. `drawn` is what the step before drew, int64 on the device, where token ids refer to it."""
 
     def warm_up(self) -> Iterator[None]:
         """Does what would delay the first steps; yields `num_parts` times. Afterwards device pages hold anything."""

@@ -1,6 +1,8 @@
 """CUDA graphs of decode steps whose pages are all resident: one launch instead of a dozen for each layer."""
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -10,7 +12,8 @@ from distkv.storage.device_pool import DevicePool
 from distkv.workers.batch import FIELDS, Batch
 from distkv.workers.cuda_attention import CudaAttention, CudaPlan, CudaShape
 from distkv.workers.decode_plan import DecodePlan, DecodeRound, split_pages_for
-from distkv.workers.upload import ALIGNMENT
+from distkv.workers.host_copies import lay_out, pack
+from distkv.workers.late_tokens import resolve
 
 if TYPE_CHECKING:
     from distkv.workers.llama import LlamaModel
@@ -23,6 +26,21 @@ COLUMNS = FIELDS[:-1]
 def graph_splits(num_pages: int, max_rows: int, shape: CudaShape) -> int:
     """Most splits of a graph's step over a pool of `num_pages`."""
     return min(shape.max_states(1), SHARING * num_pages // split_pages_for(shape.page_size) + max_rows)
+
+
+def captured(run: Callable[[], Tensor], memory: Any) -> Callable[[], Tensor]:
+    """A function that replays what `run` launches, and returns the same tensor each time. `memory` is of
+    `torch.cuda.graph_pool_handle`."""
+    run()  # compiles, and has libraries take their workspace
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=memory):
+        result = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
 
 
 class StepGraphs:
@@ -39,26 +57,17 @@ class StepGraphs:
             "items": (self._num_splits, 2),
             "table": (self._num_entries,),
         }
-        self._spans: dict[str, slice] = {}
-        size = 0
-        for name, one in shapes.items():
-            count = int(np.prod(one))
-            self._spans[name] = slice(size, size + count)
-            size += -(-count // ALIGNMENT) * ALIGNMENT
+        self._spans, size = lay_out({name: math.prod(one) for name, one in shapes.items()})
         self._flat = torch.zeros(size, dtype=torch.int64, device=pool.data.device)
         self._inputs = {name: self._flat[self._spans[name]].view(one) for name, one in shapes.items()}
         self._inputs["page"].fill_(-1)
         self._memory = torch.cuda.graph_pool_handle()
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[int, Callable[[], Tensor]] = {}
 
     def capture(self, rows: int) -> None:
         """Records the graph of steps with `rows` rows; the inputs hold padding."""
         batch = self._batch(rows)
-        self._model.forward(batch, self._pool, None)  # compiles, and has libraries take their workspace
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
-            hidden = self._model.forward(batch, self._pool, None)
-        self._graphs[rows] = graph, hidden
+        self._graphs[rows] = captured(lambda: self._model.forward(batch, self._pool, None), self._memory)
 
     def fits(self, rows: int | None, plan: CudaPlan) -> bool:
         """Whether a step of `rows` rows can run as a graph."""
@@ -69,26 +78,19 @@ class StepGraphs:
         fits = len(one.items) <= self._num_splits and len(group.table) <= self._num_entries
         return fits and len(group.rounds) == 1 and not one.loads
 
-    def run(self, rows: int, arrays: dict[str, np.ndarray]) -> Tensor:
+    def run(self, rows: int, arrays: dict[str, np.ndarray], drawn: Tensor | None) -> Tensor:
         """The hidden states `[rows, E]` of a step that fits; they hold until the next one runs."""
         named = {name: arrays[name] for name in COLUMNS}
-        named |= {
-            "sequences": arrays["0.0.sequences"],
-            "num_items": arrays["0.0.num_items"],
-            "items": arrays["0.0.items"],
-        }
-        ends = {name: self._spans[name].start + array.size for name, array in named.items()}
-        table, first = arrays["0.table"], ends["items"]
-        pinned = torch.empty(first + len(table), dtype=torch.int64, pin_memory=True)
-        host = pinned.numpy()
-        for name, array in named.items():
-            host[self._spans[name].start : ends[name]] = array.reshape(-1)
-        host[first:] = table
-        self._flat[:first].copy_(pinned[:first], non_blocking=True)
-        self._inputs["table"][: len(table)].copy_(pinned[first:], non_blocking=True)
-        graph, hidden = self._graphs[rows]
-        graph.replay()
-        return hidden
+        named |= {name: arrays[f"0.0.{name}"] for name in ("sequences", "num_items", "items")}
+        table, end = arrays["0.table"], self._spans["items"].start + named["items"].size
+        block = torch.empty(end + len(table), dtype=torch.int64, pin_memory=self._flat.is_cuda)
+        pack(named, self._spans, block)
+        block[end:].numpy()[:] = table
+        self._flat[:end].copy_(block[:end], non_blocking=True)
+        self._inputs["table"][: len(table)].copy_(block[end:], non_blocking=True)
+        token_ids = self._inputs["token_ids"][:rows]
+        token_ids.copy_(resolve(token_ids, drawn))
+        return self._graphs[rows]()
 
     def _batch(self, rows: int) -> Batch:
         inputs, capacity = self._inputs, self._num_splits

@@ -9,7 +9,9 @@ class SequencePlan(msgspec.Struct, array_like=True):
     """The part of one sequence in a step."""
 
     table: int  # number of the page table on the ranks
-    token_ids: list[int]  # the new tokens, at positions start, start + 1, ...
+    # the new tokens, at positions start, start + 1, ...; `-1 - k` is the k-th token that the step before drew, counted
+    # from 0, which the leader may not know yet
+    token_ids: list[int]
     start: int
     prompt_len: int
     num_logits: int  # logits are wanted for this many of the last new tokens
@@ -37,6 +39,8 @@ class StepPlan(msgspec.Struct, array_like=True):
     # the pages on disk that an earlier process left, by slot with their checksums, see `DiskPool.adopt`; given once,
     # before anything is written there
     adopt: dict[int, bytes] | None = None
+    # where sequences refer to tokens that the step before drew: how many it drew, which rank 0 gives the others first
+    num_drawn: int = 0
 
 
 encode = msgspec.msgpack.Encoder().encode

@@ -28,8 +28,8 @@ from distkv.sampling_params import SamplingParams
 from distkv.storage.cache_folder import ARRAY
 from distkv.storage.page_size import NUM_BUFFERS, check_page_size
 from distkv.storage.tiered_cache import MAX_DISK_WRITES
+from distkv.workers.logprobs import TokenLogprobs
 from distkv.workers.model_config import ModelConfig, parse_dtype
-from distkv.workers.sampler import TokenLogprobs
 
 WARM_UP = 4  # tokens decoded before those that count
 PAUSE = 0.1  # seconds after each of them, in which pages reach the tier where they will stay

@@ -24,7 +24,7 @@ from torch import Tensor
 from distkv.bench.machine import check_json_file, machine_facts, percentile, write_json
 from distkv.engine import Engine
 from distkv.errors import ConfigError, DistKVError
-from distkv.flight import Draw, Flight, Landing
+from distkv.flight import Flight, Landing
 from distkv.messages import EngineInfo, EngineRequest, RequestFailed, StepOutput
 from distkv.sampling_params import SamplingParams
 from distkv.sequence import Chosen
@@ -33,14 +33,14 @@ from distkv.storage.page import Page
 from distkv.storage.page_size import check_page_size, pages_for
 from distkv.storage.tiered_cache import TieredCache
 from distkv.workers.report import Report
-from distkv.workers.sampler import SampleRow
+from distkv.workers.sampler import Draws, SampleRow
 from distkv.workers.step_plan import StepPlan, encode
 
 PARTS = {
     "plan": "schedule and plan",
     "book": "book the last step",
-    "launch": "fill in and launch",
-    "answer": "tell answers",
+    "launch": "launch",
+    "answer": "read draws, tell answers",
     "encode": "encode for followers",
 }
 TARGET_MS = 1.0  # of "plan", at the median
@@ -86,7 +86,7 @@ class TimedEngine(Engine):
         """Sets all seconds to 0."""
         self.seconds = dict.fromkeys(self.seconds, 0.0)
 
-    def _answer_at_once(self, plan: StepPlan) -> tuple[Tensor | None, Report]:
+    def _answer_at_once(self, plan: StepPlan, drawn: Tensor | None) -> tuple[Tensor | None, Report]:
         with self._timed("encode"):
             self.plan_bytes = len(encode(plan))
         wanted = sum(one.num_logits for one in plan.sequences)
@@ -101,17 +101,17 @@ class TimedEngine(Engine):
         with self._timed("plan"):
             return super()._settle_step(chosen)
 
-    def _commit(self, flight: Flight, tokens: list[Draw], unread: set[Page]) -> list[list[Draw]]:
+    def _commit(self, flight: Flight, draws: Draws | None, unread: set[Page]) -> None:
         with self._timed("book"):
-            return super()._commit(flight, tokens, unread)
+            super()._commit(flight, draws, unread)
 
     def _launch(self, flight: Flight) -> None:
         with self._timed("launch"):
             super()._launch(flight)
 
-    def _answer(self, flight: Flight, drawn: list[list[Draw]]) -> list[StepOutput]:
+    def _read_draws(self) -> list[StepOutput]:
         with self._timed("answer"):
-            return super()._answer(flight, drawn)
+            return super()._read_draws()
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -340,8 +340,8 @@ def _print(facts: dict[str, Any], rows: list[dict[str, Any]], wrong: str) -> Non
             soft_wrap=True,
         )
     console.print(
-        "To plan is to choose the step, give it pages, move pages and write the plan; to launch, to fill in tokens "
-        "drawn meanwhile and say how to draw. The ranks do nothing, and run when the leader waits for them, so that "
+        "To plan is to choose the step, give it pages, move pages and write the plan; to launch, to say how to draw "
+        "and hand the step over. The ranks do nothing, and run when the leader waits for them, so that "
         f"nothing competes with it. Greedy draws are from ready-made logits, vocabulary {VOCAB}. Garbage collection is "
         "part of the figures above it.",
         soft_wrap=True,

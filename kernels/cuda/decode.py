@@ -153,8 +153,8 @@ def decode_splits(
         items `[N, 2]`: sequence and split; num_items `[1]`: how many of them count
         out fp32 `[states, K, C * G, D]`, lse fp32 `[states, K, C * G]`: row `c * G + g` is query head `k * G + g`
     `num_tokens` (C) new tokens of each sequence are causal among themselves. Split s of a sequence is its pages
-    `s * split_pages ..`, as far as it has keys; its state is `state of split 0 + s`. A row that sees no key there gets out 0
-    and lse -inf. `num_programs` programs per KV head take turns at the items, so a captured launch serves any
+    `s * split_pages ..`, as far as it has keys; its state is that of split 0 + s. A row that sees no key there gets
+    out 0 and lse -inf. `num_programs` programs per KV head take turns at the items, so a captured launch serves any
     `num_items` up to N.
 
     The bits of a state depend on its queries, keys and values alone.
