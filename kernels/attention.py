@@ -1,4 +1,4 @@
-"""Exact attention over paged keys and values, as partial states of page-aligned splits and their merge.
+"""Exact attention over paged keys and values on a CPU, as partial states of page-aligned splits and their merge.
 
 The split of the KV axis is fixed by the page grid, a constant and where a step's chunk of a prompt begins, never by
 where a page lies, and states are merged in logical page order in fp32. This is what makes answers independent of
@@ -33,25 +33,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causa
     copy); mask, added to the scores, `[N, 1, R or 1, S]` in q's dtype. Scores are scaled by `D ** -0.5`. `causal` lets
     row i see keys 0..i and takes no mask. Each row must see at least one key.
     Returns out `[N, H, R, D]` in q's dtype and lse fp32 `[N, H, R]`.
-    """
-    if q.device.type == "cpu":
-        return _attend_on_cpu(q, k, v, mask, causal)
-    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-    if causal:
-        rows, keys = scores.shape[-2:]
-        scores.masked_fill_(torch.ones(rows, keys, dtype=torch.bool, device=q.device).triu_(1), -math.inf)
-    if mask is not None:
-        scores += mask
-    lse = torch.logsumexp(scores, dim=-1)
-    return torch.exp_(scores.sub_(lse[..., None])).to(v.dtype) @ v, lse
 
-
-def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> State:
-    """The flash kernel behind torch's scaled_dot_product_attention; only this entry returns the log-sum-exp.
-
-    Its bits for one (n, h) depend neither on the other n and h, nor on the threads, nor on a mask of zeros being given,
-    with two exceptions that are kept away from it: rows that are no multiple of 4 may take another matrix product, and
-    a single (n, h) is computed outside torch's threads, where the product brings its own.
+    It is the flash kernel behind torch's scaled_dot_product_attention, of which only this entry returns the
+    log-sum-exp. Its bits for one (n, h) depend neither on the other n and h, nor on the threads, nor on a mask of zeros
+    being given, with two exceptions that are kept away from it: rows that are no multiple of 4 may take another matrix
+    product, and a single (n, h) is computed outside torch's threads, where the product brings its own.
     """
     count, heads, rows, _ = q.shape
     if padding := -rows % 4:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distkv.storage.page_size import pages_for
-from distkv.workers.batch import Batch, token_arrays
+from distkv.workers.batch import MAX_DECODE_TOKENS, Batch, token_arrays
 from distkv.workers.cuda_attention import CudaAttention, CudaPlan, CudaShape, plan_cuda_attention
 from distkv.workers.host_copies import to_device
 from distkv.workers.late_tokens import resolve
@@ -91,7 +91,8 @@ class CudaRunner:
         size, pages = self.shape.page_size, self._tiers.device.num_pages
         tokens = min(WARM_UP_TOKENS, pages * size)
         self.run([SequenceStep([0] * tokens, 0, np.arange(pages_for(tokens, size)), tokens, 1)], None)
-        self.run([SequenceStep([0], 0, np.arange(1), 1, 1)], None)
+        for count in range(1, MAX_DECODE_TOKENS + 1):
+            self.run([SequenceStep([0] * count, 0, np.arange(1), count, 1)], None)
         yield
         if self._captures:
             self._graphs = StepGraphs(self._model, self._tiers.device, self.shape, self.sizes[-1])
