@@ -63,7 +63,7 @@ def test_rms_norm(
 
 
 def test_token_kernels_of_a_cpu_are_those_in_torch() -> None:
-    kernels = token_kernels(torch.device("cpu"))
+    kernels = token_kernels(on_cuda=False)
     assert kernels == TokenKernels(rms_norm, swiglu, rope_and_write_kv)
 
 

@@ -172,7 +172,7 @@ def test_layouts_that_the_kernels_do_not_read_are_refused() -> None:
 
 
 def test_token_kernels_of_cuda_are_these() -> None:
-    assert token_kernels(torch.device("cuda")) == TokenKernels(rms_norm, swiglu, rope_and_write_kv)
+    assert token_kernels(on_cuda=True) == TokenKernels(rms_norm, swiglu, rope_and_write_kv)
 
 
 def random_bits(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
