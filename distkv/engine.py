@@ -78,10 +78,9 @@ class Engine:
             if self._failure is not None:
                 raise self._failure
             self.abort([(one.request.request_id, None) for one in self._scheduler.running + self._scheduler.waiting])
-            self._read_draws()
             if self._flight is not None:
                 self._land(self._flight, [], None)
-                self._read_draws()
+            self._read_draws()  # the device has done with it, then
             while self._runner.settle():
                 pass
         except Exception as error:

@@ -20,7 +20,7 @@ from crc32c import crc32c
 from helpers import idle_engine, save_llama, seeded
 
 from distkv import LLM, CapacityError, ConfigError, SamplingParams, StoreError
-from distkv.engine import MAX_REPAIRS
+from distkv.repairs import MAX_REPAIRS
 from distkv.storage.catalogue import Catalogue
 from distkv.storage.disk_pool import DiskPool, OpenPages
 

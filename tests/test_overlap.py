@@ -32,7 +32,7 @@ class Speaker(History):
         self.num_steps = self.num_damaged = 0
         self._started: set[int] = set()  # transfers; one that is told again is passed over
         self._untold = Report()  # of steps that raised
-        self._broken: list[int] = []  # slots that the step under way could not read
+        self._broken: list[list[int]] = []  # slots that each sequence of the step under way could not read
 
     def execute(self, plan: StepPlan, drawn: Tensor | None) -> tuple[Tensor | None, Report]:
         self.num_steps += bool(plan.sequences)
@@ -48,10 +48,14 @@ class Speaker(History):
             raise RuntimeError("poison")
         plan.transfers[:] = [one for one in plan.transfers if one.id not in self._started]
         self._started |= {one.id for one in plan.transfers}
-        logits, report = super().execute(plan, drawn)
-        rows = [speak(tokens) for tokens, (_, part, _) in zip(told, parts, strict=True) for _ in range(part.num_logits)]
-        report.bad_reads += [(slot, "it is damaged") for slot in self._broken]
         self._broken = []
+        logits, report = super().execute(plan, drawn)
+        rows = [
+            -speak(tokens) if broken else speak(tokens)
+            for tokens, broken, (_, part, _) in zip(told, self._broken, parts, strict=True)
+            for _ in range(part.num_logits)
+        ]
+        report.bad_reads += [(slot, "it is damaged") for broken in self._broken for slot in broken]
         untold, self._untold = self._untold, Report()
         report.done[:0], report.failed[:0] = untold.done, untold.failed
         report.checksums |= untold.checksums
@@ -61,10 +65,10 @@ class Speaker(History):
         return (torch.stack(rows) if rows else torch.empty(0, VOCAB)) if logits is not None else None, report
 
     def tokens_of(self, one: SequenceStep) -> list[int | None]:
-        if self.num_steps in self.late_damage:
-            cold = [cold_place(place) for place in one.pages.tolist() if place < 0]
-            self._broken = self._broken + [slot for tier, slot in cold if tier is Tier.DISK]
-            self.num_damaged += len(self._broken)
+        cold = [cold_place(place) for place in one.pages.tolist() if place < 0]
+        on_disk = [slot for tier, slot in cold if tier is Tier.DISK]
+        self._broken.append(on_disk if self.num_steps in self.late_damage else [])
+        self.num_damaged += len(self._broken[-1])
         return super().tokens_of(one)
 
 

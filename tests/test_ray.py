@@ -79,7 +79,9 @@ def test_ranks_change_nothing(
         tmp_path, num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=16 * heads, **options
     )
     prompts = [torch.randint(3, 128, (n,), generator=seeded(n)).tolist() for n in (1, 20, 70)]
-    params = [GREEDY, SamplingParams(temperature=1, seed=4, n=2, max_tokens=20, logprobs=2), GREEDY]
+    # penalties count tokens that rank 0 has drawn and nobody has read yet, and all ranks run them
+    penalised = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True, repetition_penalty=1.3, logprobs=1)
+    params = [GREEDY, SamplingParams(temperature=1, seed=4, n=2, max_tokens=20, logprobs=2), penalised]
     engine = {"page_size": 16, "max_num_batched_tokens": 64, "device_kv_bytes": "4MiB"}
     with LLM(folder, **engine) as alone:
         expected = alone.generate(prompts, params, use_tqdm=False)

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from distkv.workers.host_copies import to_device
+from distkv.workers.penalties import penalise, penalty_arrays
 from distkv.workers.sampler import SampleRow, sample, uniform_draw
 
 PLAIN = SampleRow(
@@ -290,3 +292,96 @@ def test_penalties_leave_other_rows_alone() -> None:
     assert [token for token, _ in results] == [1, 0, 1]
     assert [result.rank for _, result in results] == [2, 1, 2]
     assert logits.tolist() == [[2.0, 1.0]]
+
+
+@given(st.data(), st.integers(2, 40), st.integers(0, 2**32 - 1))
+def test_a_late_token_counts_like_any_other(data: st.DataObject, vocab_size: int, seed: int) -> None:
+    """Penalties on an output whose newest token is still among the draws of the step before: bit for bit those with all
+    of it on the host, whatever else that step drew."""
+    count = data.draw(st.integers(1, 5))
+    logits = random_logits(seed, count, vocab_size)
+    rows = [
+        replace(
+            data.draw(sample_rows(vocab_size, temperatures=(0.0, 1.0))), logits_row=number,
+            output_token_ids=data.draw(st.lists(st.integers(0, vocab_size - 1), min_size=1, max_size=6)),
+            num_logprobs=vocab_size,
+        )
+        for number in range(count)
+    ]  # fmt: skip
+    numbers = data.draw(st.permutations(range(count + 2)))[:count]
+    before = torch.randint(0, vocab_size, (count + 2,), generator=seeded(seed))
+    before[numbers] = torch.tensor([row.output_token_ids[-1] for row in rows])
+    late = [
+        replace(row, output_token_ids=row.output_token_ids[:-1], late=number)
+        for row, number in zip(rows, numbers, strict=True)
+    ]
+    some = [data.draw(st.sampled_from(pair)) for pair in zip(rows, late, strict=True)]
+    expected = adjusted(logits, rows, None)
+    assert torch.equal(adjusted(logits, late, before), expected)
+    assert torch.equal(adjusted(logits, some, before), expected)
+    assert sample(logits, late, before).result() == sample(logits, rows).result()
+
+
+def adjusted(logits: Tensor, rows: list[SampleRow], drawn: Tensor | None) -> Tensor:
+    """The logits that rows draw from."""
+    arrays = penalty_arrays(list(enumerate(rows)), logits.shape[1])
+    changed = logits.clone()
+    penalise(changed, to_device(arrays, logits.device), drawn)
+    return changed
+
+
+@given(st.data(), st.integers(2, 60), st.integers(0, 2**32 - 1))
+def test_penalties_by_the_book(data: st.DataObject, vocab_size: int, seed: int) -> None:
+    """In float32 and in this order, one token after the other: an order of its own is part of what a draw is."""
+    logits = random_logits(seed, 2, vocab_size)
+    rows = [data.draw(sample_rows(vocab_size)) for _ in range(2)]
+    expected = logits.clone()
+    for values, row in zip(expected, rows, strict=True):
+        for token in {*row.prompt_token_ids, *row.output_token_ids}:
+            value = values[token]
+            penalty = row.repetition_penalty
+            values[token] = value / penalty if value > 0 else value * penalty
+        for token, count in Counter(row.output_token_ids).items():
+            times = torch.tensor(count, dtype=torch.float32)
+            values[token] -= row.presence_penalty + row.frequency_penalty * times
+    assert torch.equal(adjusted(logits, rows, None), expected)
+
+
+@given(st.data(), st.integers(1, 6), st.integers(0, 2**32 - 1))
+def test_logprobs_of_many_rows_are_those_of_each(data: st.DataObject, count: int, seed: int) -> None:
+    """However many each row wants, with equal logits about: of those the lowest ids, whatever the others ask for."""
+    vocab_size = data.draw(st.sampled_from([2, 9, 200, 5000]))
+    logits = random_logits(seed, count, vocab_size).bfloat16().float()
+    wanted = st.sampled_from([None, 0, 1, 3, 20, vocab_size + 1])
+    rows = [replace(PLAIN, logits_row=n, uniform=0.1 * n, num_logprobs=data.draw(wanted)) for n in range(count)]
+    for row, (token, table) in zip(rows, sample(logits, rows).result(), strict=True):
+        [(alone, own)] = sample(logits[row.logits_row :][:1], [replace(row, logits_row=0)]).result()
+        assert (token, table) == (alone, own)
+        if row.num_logprobs is None:
+            assert table is None
+            continue
+        assert table is not None
+        logprobs = logits[row.logits_row].log_softmax(-1)
+        ranked = logprobs.sort(descending=True, stable=True).indices.tolist()[: row.num_logprobs]
+        assert table.top == [(one, logprobs[one].item()) for one in ranked]
+        assert table.logprob == logprobs[token].item()
+        assert table.rank == 1 + sum(value > table.logprob for value in logprobs.tolist())
+
+
+def test_draws_may_be_read_again() -> None:
+    draws = sample(random_logits(0, 2, 9), [replace(GREEDY, num_logprobs=2), replace(GREEDY, logits_row=1)])
+    assert draws.result() == draws.result()
+    assert draws.tokens.tolist() == [token for token, _ in draws.result()]
+
+
+@given(st.lists(st.lists(st.integers(-(2**62), 2**62), max_size=5), max_size=4))
+def test_parameters_arrive_as_they_are(numbers: list[list[int]]) -> None:
+    arrays: dict[str, np.ndarray] = {}
+    for number, one in enumerate(numbers):
+        arrays[f"int {number}"] = np.array(one, dtype=np.int64)
+        arrays[f"float {number}"] = np.array([one, one], dtype=np.float64).T / 3
+    sent = to_device(arrays, torch.device("cpu"))
+    assert sent.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert sent[name].shape == array.shape and (sent[name].numpy() == array).all()
+        assert sent[name].numpy().dtype == array.dtype
