@@ -149,6 +149,7 @@ class Rank:
         for slot, seed in plan.random_pages:
             self._fill_random(slot, seed)
         if not steps:
+            tiers.mover.wait(plan.await_ids)  # such a plan is sent to learn of their end
             return None
         group_size = shard.num_query_heads // shard.num_kv_heads
         batch = build_batch(steps, spec.page_size, group_size, tiers.ring.buffer_pages, spec.dtype, self.device)
