@@ -4,10 +4,12 @@ waits allow, still finds in every page what belongs there; and each of the waits
 There is no GPU in these tests. The mover, the staging ring and the read-ahead memory are the real ones.
 """
 
+import logging
 import random
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +34,7 @@ from distkv.storage.read_ahead import READ_THREADS, ReadAhead
 from distkv.storage.staging_ring import StagingRing
 from distkv.storage.streams import Lane
 from distkv.storage.tier import Tier, Transfer, cold_place, location
+from distkv.workers import bandwidth
 from distkv.workers.page_directory import PageDirectory, SequenceStep
 from distkv.workers.report import Report
 from distkv.workers.step_plan import StepPlan
@@ -291,6 +294,34 @@ def test_pages_hold_what_belongs_there_however_late_the_device_is(faults: float)
     assert {"DEVICE to HOST", "HOST to DEVICE", "HOST to DISK", "DISK to HOST"} <= total.keys()
     if faults:
         assert total["broken"] > 10 and total["bad reads"]
+
+
+def test_the_faster_way_of_copying_is_chosen_for_each_lane(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The kernel has to be faster by a tenth."""
+    rng = random.Random(0)
+    copies = PageCopies(SimulatedDevice(rng))
+    pool, host = DevicePool(SPEC, 12, CPU), HostPool(SPEC, 9, pinned=False)
+    ring = StagingRing(SPEC, NUM_BUFFERS * 4, host, None, None, CPU, copies)
+    tiers: Any = SimpleNamespace(copies=copies, device=pool, host=host, ring=ring, disk=None)
+    seconds = iter([1.0, 0.5, 1.0, 0.95, 1.0, 2.0, 0.25])
+    ways = []
+
+    def measured(copy: Any) -> float:
+        copy()
+        ways.append(len(copies.kernels))
+        return next(seconds)
+
+    monkeypatch.setattr(bandwidth, "_fastest", measured)
+    caplog.set_level(logging.INFO, "distkv")
+    kernel = partial(any_order, rng)
+    bandwidth.choose_copies(tiers, kernel)
+    assert copies.kernels == {Lane.LOAD: kernel} and ways == [0, 1, 1, 2, 1, 2]
+    assert [line.rsplit(" ", 3)[1:] for line in caplog.messages] == [["kernel", "is", "used"]] + 2 * [
+        ["engine", "is", "used"]
+    ]
+    assert bandwidth.measure_bandwidth(tiers, None).host == 4 * SPEC.layer_slice_bytes / 0.25
 
 
 # --- without a leader: slots change hands as fast as `mover.py` lets them ---

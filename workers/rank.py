@@ -12,7 +12,7 @@ from distkv.storage.cache_folder import Description, DiskHeads
 from distkv.storage.host_memory import available_bytes
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.random_pages import random_slice
-from distkv.workers.bandwidth import Bandwidth, measure_bandwidth
+from distkv.workers.bandwidth import Bandwidth, choose_copies, measure_bandwidth
 from distkv.workers.batch import build_batch
 from distkv.workers.llama import LlamaModel, load_llama
 from distkv.workers.model_config import ModelConfig
@@ -132,6 +132,10 @@ class Rank:
             heads = DiskHeads(shard.kv_heads[0], config.model.num_key_value_heads, reports=is_first, writes=is_first)
             disk = DiskTier(config.cache_dir, heads, shard.rank, self._description() if config.keep_cache else None)
         self.tiers = RankTiers(self.page_spec, sizes, self.device, disk)
+        if self.device.type == "cuda":
+            from distkv.kernels.cuda.page_copy import copy_pages  # imports triton
+
+            choose_copies(self.tiers, copy_pages)
         return self.tiers.nbytes
 
     @torch.inference_mode()
