@@ -60,7 +60,7 @@ class EngineConfig:
         cache_dir: folder for KV pages on disk, a sub-folder for each model; None for none.
         disk_kv_bytes: KV pages on disk, all ranks together; None takes half of what is free in cache_dir.
         staging_pages: pages of the ring through which cold pages pass on their way to attention (one layer of each is
-            held); None takes the least, which is two pieces of 2048 tokens.
+            held); None takes the least, which is four pieces of 2048 tokens (a CPU needs two of them).
         enable_prefix_caching: keep the full pages of ended requests, in whatever tier they lie, for later ones that
             begin with the same tokens; with cache_dir also for later processes.
         disk_write_policy: when full pages that later requests may use are written to disk: "write_through" as soon as
@@ -134,7 +134,7 @@ class EngineConfig:
 
     @property
     def min_staging_pages(self) -> int:
-        """Two pieces of a prefix, so that one is filled while the other is used."""
+        """Buffers for a piece of a prefix each, so that some are filled while others are used."""
         return NUM_BUFFERS * max(1, PREFILL_SPLIT // self.page_size)
 
     def _check_tiers(self) -> None:

@@ -17,8 +17,8 @@ class DevicePool:
     A slot always holds finite numbers: attention reads whole pages and masks what is not filled, and a masked NaN
     would still spread. Hence `clear` for a slot that changes hands.
 
-    `store` and `load` are asynchronous on CUDA: they are ordered by the current stream. Raises CapacityError when the
-    memory cannot be had.
+    On a GPU whole pages cross by `rows`, in lanes of their own (`copier.py`). Raises CapacityError when the memory
+    cannot be had.
     """
 
     def __init__(self, spec: PageSpec, num_pages: int, device: torch.device):
@@ -40,6 +40,10 @@ class DevicePool:
         """One layer of the pool: `[2, device_page, kv_head, page_size, head_dim]`, K first."""
         return self.data[index]
 
+    def rows(self) -> Tensor:
+        """All pages, not copies: `[page, layer * 2, kv_head * page_size * head_dim]`, the last dim contiguous."""
+        return self.data.flatten(0, 1).flatten(2).transpose(0, 1)
+
     def store(self, slot: int, page: Tensor) -> None:
         check_slot(slot, self.num_pages)
         _copy(page, self.data[:, :, slot])
@@ -47,10 +51,6 @@ class DevicePool:
     def load(self, slot: int, page: Tensor) -> None:
         check_slot(slot, self.num_pages)
         _copy(self.data[:, :, slot], page)
-
-    def load_layer(self, slot: int, layer: int, out: Tensor) -> None:
-        check_slot(slot, self.num_pages)
-        _copy(self.data[layer, :, slot], out)
 
     def clear(self, slots: Sequence[int]) -> None:
         """Fills newly taken slots with zeros, over all layers."""
@@ -70,4 +70,4 @@ def _copy(source: Tensor, target: Tensor) -> None:
         # numpy's copy leaves torch's thread team alone, so that it can run beside a step
         as_integers(target)[...] = as_integers(source)
     else:
-        target.copy_(source, non_blocking=True)
+        target.copy_(source)

@@ -86,10 +86,6 @@ class DiskPool:
             for layer in range(self._spec.num_layers):
                 pages.read(0, layer, self._split(memory[layer * size : (layer + 1) * size]))
 
-    def load_layer(self, slot: int, layer: int, out: Tensor) -> None:
-        with OpenPages(self, [slot]) as pages:
-            pages.read(0, layer, self.parts(out))
-
     def open(self, slots: Sequence[int]) -> "OpenPages":
         """Several pages, to be read many times; to be closed before any of the slots is stored again."""
         return OpenPages(self, slots)

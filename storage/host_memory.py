@@ -11,6 +11,7 @@ from torch import Tensor
 from distkv.errors import CapacityError
 
 PIN_CHUNK = 2**30  # bytes registered with the driver at a time
+MAPPED = 2  # cudaHostRegisterMapped: kernels may read and write the memory themselves
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -53,7 +54,7 @@ class HostBuffer:
         chunk = max(1, PIN_CHUNK // unit) * unit
         start = self.data.data_ptr()
         for first in range(0, size, chunk):
-            error = torch.cuda.cudart().cudaHostRegister(start + first, min(chunk, size - first), 0)
+            error = torch.cuda.cudart().cudaHostRegister(start + first, min(chunk, size - first), MAPPED)
             if error.value:
                 self.close()
                 raise CapacityError(

@@ -28,14 +28,20 @@ class HostPool:
         check_slot(first_slot + count - 1, self.num_pages)
         return self._buffer.data[first_slot : first_slot + count, layer]
 
+    def rows(self) -> Tensor:
+        """All pages, not copies: `[page, layer * 2, kv_head * page_size * head_dim]`, contiguous."""
+        return self._buffer.data.flatten(1, 2).flatten(2)
+
+    def layer_rows(self, layer: int) -> Tensor:
+        """One layer of all pages, not a copy: `[page, 1, 2 * kv_head * page_size * head_dim]`, the last dim
+        contiguous."""
+        return self._buffer.data[:, layer].flatten(1)[:, None]
+
     def store(self, slot: int, page: Tensor) -> None:
         as_integers(self.page(slot))[...] = as_integers(page)
 
     def load(self, slot: int, page: Tensor) -> None:
         as_integers(page)[...] = as_integers(self.page(slot))
-
-    def load_layer(self, slot: int, layer: int, out: Tensor) -> None:
-        as_integers(out)[...] = as_integers(self.page(slot)[layer])
 
     def close(self) -> None:
         self._buffer.close()

@@ -20,9 +20,6 @@ class PagePool(Protocol):
     def load(self, slot: int, page: Tensor) -> None:
         """Copies the slot's content into `page`, of the same shape. Raises StoreError when it cannot be read back."""
 
-    def load_layer(self, slot: int, layer: int, out: Tensor) -> None:
-        """Copies one layer's slice `[2, kv_head, page_size, head_dim]` into `out`. Raises as `load` does."""
-
     def close(self) -> None:
         """Gives back what the pool holds."""
 

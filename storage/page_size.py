@@ -10,8 +10,10 @@ PREFILL_SPLIT = 2048
 # Tokens that one split of decode covers on CUDA, or a page where that is larger.
 DECODE_SPLIT = 256
 
-# Buffers of a staging ring: one is filled while another is used.
-NUM_BUFFERS = 2
+# Buffers of a staging ring. One is used, the one before it may still be, and two are filled ahead of them, so that
+# copies go on while a layer's other work is computed. A CPU fills each when its turn comes, and has CPU_BUFFERS.
+NUM_BUFFERS = 4
+CPU_BUFFERS = 2
 
 
 def pages_for(num_tokens: int, page_size: int) -> int:

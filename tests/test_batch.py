@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distkv.kernels import reference
 from distkv.storage.host_pool import HostPool
+from distkv.storage.page_size import NUM_BUFFERS
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.staging_ring import StagingRing
 from distkv.storage.tier import Tier, location
@@ -101,7 +102,7 @@ class Step:
             for one in self.steps
         ]
         attention = plan(parts, s)
-        ring = StagingRing(spec, 2 * 32, host, None, None, CPU)
+        ring = StagingRing(spec, NUM_BUFFERS * 32, host, None, None, CPU)
         loads = attention.loads
         if not loads:
             return attention.attend(self.q, *self.new_kv(pool), pool, None)

@@ -5,51 +5,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from helpers import idle_engine, read_prefix, relative_error, save_llama, seeded
+from helpers import idle_engine, save_llama, seeded
 from test_residency import run
 from test_sampler import GREEDY as GREEDY_ROW
 from test_sampler import PLAIN
 from torch import Tensor
 
 from distkv import LLM, SamplingParams
-from distkv.kernels import reference
-from distkv.kernels.attention import attend, prefill_attention
 from distkv.workers.process_group import ProcessGroup
 from distkv.workers.sampler import SampleRow, sample
 from distkv.workers.step_plan import StepPlan
 
 pytestmark = pytest.mark.gpu
 GREEDY = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
-
-
-@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_prefill_attention_matches_the_reference(dtype: torch.dtype, limit: float, head_dim: int) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = False
-    generator = seeded(1)
-    page_size, prefix, chunk, kv_heads, group = 64, 200, 96, 2, 4
-    pool = torch.randn(2, 8, kv_heads, page_size, head_dim, generator=generator).to("cuda", dtype)
-    q = torch.randn(chunk, kv_heads, group, head_dim, generator=generator).to("cuda", dtype)
-    k, v = torch.randn(2, chunk, kv_heads, head_dim, generator=generator).to("cuda", dtype)
-    pages = [5, 0, 7, 2]
-    out, _ = prefill_attention(q, k, v, read_prefix(pool, np.array(pages), prefix))
-    old_k, old_v = reference.read_pages(pool, pages, prefix)
-    expected, _ = reference.attention(q, torch.cat([old_k, k]), torch.cat([old_v, v]))
-    assert relative_error(out, expected) < limit
-
-
-def test_causal_attend_returns_the_log_sum_exp() -> None:
-    q, k, v = torch.randn(3, 2, 3, 40, 64, generator=seeded(2)).cuda()
-    out, lse = attend(q, k, v, causal=True)
-    for n in range(2):
-        expected, expected_lse = reference.attention(
-            q[n].permute(1, 0, 2)[:, :, None], k[n].transpose(0, 1), v[n].transpose(0, 1)
-        )
-        assert relative_error(out[n].permute(1, 0, 2)[:, :, None], expected) < 1e-5
-        assert relative_error(lse[n].t()[..., None], expected_lse) < 1e-5
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (4, 1)])
@@ -76,8 +46,12 @@ def test_the_device_pool_is_sized_by_gpu_memory_utilization(tmp_path: Path) -> N
         assert llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs[0].finish_reason == "length"
 
 
-def test_tiers_change_no_bit_and_memory_stays_flat(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gain", [0.0, float("inf")], ids=["gather kernel", "copy engine"])
+def test_tiers_change_no_bit_and_memory_stays_flat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gain: float
+) -> None:
     """Decode and prefill over a host tier, and the device memory of contexts that differ fourfold."""
+    monkeypatch.setattr("distkv.workers.bandwidth.KERNEL_GAIN", gain)
     torch.backends.cuda.matmul.allow_tf32 = False
     folder, _ = save_llama(
         tmp_path / "model", num_attention_heads=8, num_key_value_heads=2, hidden_size=512, max_position_embeddings=65536

@@ -106,10 +106,6 @@ def test_pages_come_back_bit_for_bit(pool: PagePool, spec: PageSpec) -> None:
         pool.store(slot, page)
     for slot, page in enumerate(pages):
         assert same(load(pool, slot, spec), page)
-        for layer in range(spec.num_layers):
-            out = torch.full(spec.slice_shape, 7, dtype=spec.dtype)
-            pool.load_layer(slot, layer, out)
-            assert same(out, page[layer])
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, float("nan"), float("inf"), 1e-45])
@@ -146,7 +142,6 @@ def test_slots_outside_the_pool_are_refused(pool: PagePool, spec: PageSpec, slot
     calls: list[Callable[[], None]] = [
         lambda: pool.store(slot, page),
         lambda: pool.load(slot, page),
-        lambda: pool.load_layer(slot, 0, page[0]),
     ]
     for call in calls:
         with pytest.raises(IndexError, match=f"slot {slot} is outside a pool of {NUM_PAGES} pages"):
@@ -163,9 +158,6 @@ def test_threads_use_different_slots_at_the_same_time(pool: PagePool, spec: Page
             page = random_page(spec, seed)
             pool.store(slot, page)
             assert same(load(pool, slot, spec), page)
-            out = torch.empty(spec.slice_shape, dtype=spec.dtype)
-            pool.load_layer(slot, 1, out)
-            assert same(out, page[1])
             assert same(load(pool, NUM_PAGES - 1, spec), shared)
 
     with ThreadPoolExecutor(NUM_PAGES - 1) as threads:
@@ -183,6 +175,20 @@ def test_memory_is_given_back(spec: PageSpec) -> None:
     assert device.data.untyped_storage().nbytes() == 0
 
 
+# --- device ---
+
+
+def test_device_pages_as_rows(spec: PageSpec) -> None:
+    """What copies between device and host go by: each part of a row is a contiguous piece of the pool."""
+    pool = DevicePool(spec, 4, torch.device("cpu"))
+    pages = [random_page(spec, seed) for seed in range(4)]
+    for slot, page in enumerate(pages):
+        for part, piece in zip(pool.rows()[slot], page.flatten(0, 1).flatten(1), strict=True):
+            assert part.is_contiguous()
+            part.view(torch.uint8).copy_(piece.view(torch.uint8))
+    assert all(same(load(pool, slot, spec), page) for slot, page in enumerate(pages))
+
+
 # --- host ---
 
 
@@ -193,6 +199,8 @@ def test_host_pages_lie_in_one_block() -> None:
         pool.store(slot, page)
     assert same(pool.slices(1, 3, 2), torch.stack([page[2] for page in pages[1:]]))
     assert pool.slices(1, 3, 2).data_ptr() == pool.page(1)[2].data_ptr()
+    assert same(pool.rows()[1].view(SPEC.page_shape), pages[1])
+    assert same(pool.layer_rows(2)[3, 0].view(SPEC.slice_shape), pages[3][2])
     for first, count in [(-1, 1), (4, 1), (2, 3)]:
         with pytest.raises(IndexError):
             pool.slices(first, count, 0)
@@ -281,6 +289,11 @@ def two_chunks(tmp_path: Path) -> tuple[DiskPool, list[Tensor]]:
     return pool, pages
 
 
+def read_layer(pool: DiskPool, slot: int, layer: int, out: Tensor) -> None:
+    with pool.open([slot]) as pages:
+        pages.read(0, layer, pool.parts(out))
+
+
 def flip_bit(path: Path) -> str:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0x10
@@ -307,12 +320,12 @@ def test_damage_is_noticed(
     path = pool.chunk_path(1, chunk)
     cause = f"{path} {damage(path)}"
     out = torch.empty(SPEC.slice_shape)
-    for read in (lambda: load(pool, 1), lambda: pool.load_layer(1, 1, out)):
+    for read in (lambda: load(pool, 1), lambda: read_layer(pool, 1, 1, out)):
         with pytest.raises(StoreError) as error:
             read()
         assert str(error.value) == cause
     if damage is not remove:  # a layer is checked by itself
-        pool.load_layer(1, 0, out)
+        read_layer(pool, 1, 0, out)
         assert same(out, pages[1][0])
     assert same(load(pool, 0), pages[0]) and same(load(pool, 2), pages[2])
     pool.store(1, pages[2])
@@ -321,7 +334,7 @@ def test_damage_is_noticed(
 
 def test_a_slot_that_was_never_stored(two_chunks: tuple[DiskPool, list[Tensor]]) -> None:
     pool, _ = two_chunks
-    for read in (lambda: load(pool, 3), lambda: pool.load_layer(3, 0, torch.empty(SPEC.slice_shape))):
+    for read in (lambda: load(pool, 3), lambda: pool.open([3])):
         with pytest.raises(StoreError, match=r"slot 3 of .* holds no page"):
             read()
 

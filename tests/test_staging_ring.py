@@ -20,7 +20,7 @@ from distkv.storage.cache_folder import DiskHeads
 from distkv.storage.disk_array import make_array
 from distkv.storage.disk_pool import DiskPool, OpenPages, Parts
 from distkv.storage.host_pool import HostPool
-from distkv.storage.page_size import NUM_BUFFERS
+from distkv.storage.page_size import CPU_BUFFERS, NUM_BUFFERS
 from distkv.storage.read_ahead import READ_THREADS, ReadAhead, Reads
 from distkv.storage.staging_ring import StagingRing, Stream
 from distkv.storage.tier import Tier, cold_place, location
@@ -246,13 +246,30 @@ def test_damage_in_one_layer(tmp_path: Path, host: HostPool) -> None:
 
 
 def test_memory_is_given_back(host: HostPool) -> None:
-    ring = StagingRing(SPEC, 6, host, None, None, torch.device("cpu"))
-    assert ring.buffers.shape == (NUM_BUFFERS, 3, *SPEC.slice_shape)
+    ring = StagingRing(SPEC, 3 * NUM_BUFFERS, host, None, None, torch.device("cpu"))
+    assert ring.buffers.shape == (CPU_BUFFERS, 3, *SPEC.slice_shape)
     ring.close()
     assert ring.buffers.untyped_storage().nbytes() == 0
 
 
-# --- reading ahead, which CUDA uses ---
+# --- reading ahead, which a GPU uses ---
+
+
+class Copied(threading.Event):
+    """The end of a copy."""
+
+    def query(self) -> bool:
+        return self.is_set()
+
+    def synchronize(self) -> None:
+        assert self.wait(WAIT)
+
+
+def copied() -> Copied:
+    """A copy that has ended."""
+    event = Copied()
+    event.set()
+    return event
 
 
 @contextmanager
@@ -268,7 +285,7 @@ def begin(memory: ReadAhead, disk: DiskPool, slots: list[int], longest: int) -> 
     pages = disk.open(slots)
     reads = memory.begin(pages, len(slots), longest)
     yield reads
-    reads.close()
+    reads.close(copied())
     pages.close()
 
 
@@ -300,14 +317,12 @@ def test_slices_come_in_order(
         first = 0
         while first < total:
             last = min(first + rng.randint(1, longest), total)
-            for number in range(first, last):
-                assert reads.is_started(number)
             for number in rng.sample(range(first, last), last - first):
                 check_slice(reads, number, slots, lost)
                 assert reads.is_read(number)
             for number in range(first, last):  # they stay until they are freed
                 check_slice(reads, number, slots, lost)
-            reads.free(last)
+            reads.free(last, copied())
             first = last
     assert sorted(disk.reads) == sorted((layer, slot) for layer in range(SPEC.num_layers) for slot in slots)
 
@@ -317,11 +332,10 @@ def test_reads_run_ahead_as_far_as_there_is_memory(slow_disks: dict[bool, SlowDi
     disk.start_over(0)
     slots = [3, 4, 5, 0, 8]
     with make_read_ahead(disk, 7) as memory, begin(memory, disk, slots, longest=3) as reads:
-        assert [reads.is_started(number) for number in range(9)] == [True] * 7 + [False] * 2
-        for number in range(3):
+        for number in range(7):
             check_slice(reads, number, slots)
-        reads.free(1)
-        assert reads.is_started(7) and not reads.is_started(8)
+        assert not reads.is_read(7) and len(disk.reads) == 7
+        reads.free(1, copied())
         memory.threads.shutdown()  # all reads that were asked for have ended
         assert sorted(disk.reads) == [(0, 0), (0, 3), (0, 4), (0, 5), (0, 8), (1, 3), (1, 4), (1, 5)]
 
@@ -335,11 +349,38 @@ def test_reads_end_early(slow_disks: dict[bool, SlowDisk]) -> None:
             with begin(memory, disk, [0, 1, 2, 3, 4], longest=1) as reads:
                 for number in range(taken):
                     check_slice(reads, number, [0, 1, 2, 3, 4])
-                    reads.free(number + 1)
+                    reads.free(number + 1, copied())
             with begin(memory, disk, [8, 7], longest=2) as reads:
                 for number in range(2 * SPEC.num_layers):
                     check_slice(reads, number, [8, 7])
-                    reads.free(number + 1)
+                    reads.free(number + 1, copied())
+
+
+def test_memory_is_read_into_once_it_is_copied(slow_disks: dict[bool, SlowDisk]) -> None:
+    """By the threads, in this step and in the next; whoever frees it does not wait."""
+    disk = slow_disks[False]
+    disk.start_over(0)
+    copies = [Copied() for _ in range(6)]
+    with make_read_ahead(disk, 2) as memory:
+        pages = disk.open([3, 4])
+        reads = memory.begin(pages, 2, longest=1)
+        for number in range(2 * SPEC.num_layers):
+            place = reads.get(number)
+            if number >= 1:
+                reads.free(number, copies[number - 1])
+            if number >= 2:
+                assert not reads.is_read(number + 1)
+            assert same(place, PAGES[Tier.DISK, 3 + number % 2][number // 2])
+            if number >= 1:
+                copies[number - 1].set()
+        reads.close(copies[-1])
+        pages.close()
+        with begin(memory, disk, [8], longest=1) as others:
+            check_slice(others, 0, [8])  # in the place whose copy has ended
+            time.sleep(0.02)  # a thread that does not wait has read by now
+            assert not others.is_read(1)
+            copies[-1].set()
+            check_slice(others, 1, [8])
 
 
 def test_close_waits_for_reads_that_run_and_calls_off_the_others(tmp_path: Path) -> None:
@@ -351,7 +392,7 @@ def test_close_waits_for_reads_that_run_and_calls_off_the_others(tmp_path: Path)
         for _ in range(READ_THREADS):
             assert disk.begun.acquire(timeout=WAIT)
         assert not reads.is_read(0)
-        ending = threading.Thread(target=reads.close)
+        ending = threading.Thread(target=reads.close, args=(copied(),))
         ending.start()
         ending.join(0.05)
         assert ending.is_alive()

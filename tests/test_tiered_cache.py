@@ -381,7 +381,9 @@ class Simulation:
             return None
         if self.rng.random() < 0.3 and not self.cache.lost and repairing is None:
             self.settle_ahead()
-        done, failed, checksums = self.ranks.report(await_ids)
+        # a GPU waits for copies by itself, so that a step's report may not tell of them yet
+        must = [] if readers or written else await_ids
+        done, failed, checksums = self.ranks.report(must)
         lost_before = set(self.cache.lost)
         unread = self.cache.apply(done, failed, bad)
         assert unread == {page for page in where if where[page][0] is DISK and where[page][1] in bad}

@@ -1,16 +1,25 @@
-"""How fast the tiers below the device give layer slices back, measured at start on the pools themselves."""
+"""How fast pages move, measured at start on the pools themselves: which way of copying is the faster one between host
+and GPU, and how fast the tiers below the device give layer slices back."""
 
+import logging
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
-import torch
+from torch import Tensor
 
+from distkv.storage.page_copies import Gather, PageCopies
+from distkv.storage.streams import Lane
 from distkv.workers.tiers import RankTiers
 
-PROBE_SECONDS = 0.02  # of copying from the host; the fastest copy counts, since others may use the machine
+log = logging.getLogger(__name__)
+
+PROBE_SECONDS = 0.02  # of copying; the fastest copy counts, since others may use the machine
+PROBE_PAGES = 8  # of a whole-page copy
+KERNEL_GAIN = 1.1  # by which the kernel must be faster, since it takes processors of the GPU from what computes
 PROBE_BYTES = 2**25  # written to disk, and read back
 READ_BYTES = 2**23  # at a time, of which the fastest counts
 
@@ -30,24 +39,72 @@ def measure_bandwidth(tiers: RankTiers, folder: Path | None) -> Bandwidth:
     )
 
 
+def choose_copies(tiers: RankTiers, kernel: Gather) -> None:
+    """Settles for each lane of a GPU whether the copy engine or the kernel copies, and logs what they reach. To be
+    called before any page is stored: it copies pages of zeros about."""
+    copies = tiers.copies
+    if copies is None or not tiers.host.num_pages:
+        return
+    copies.streams.synchronize()  # the pools are being filled with zeros
+    for lane in (Lane.LOAD, Lane.FETCH, Lane.SPILL):
+        source, target = _ends(tiers, lane)
+        rows = [(row, row) for row in range(min(len(source), len(target)))][
+            : None if lane is Lane.LOAD else PROBE_PAGES
+        ]
+        copies.kernels.pop(lane, None)
+        engine_rate = _rate(copies, lane, source, target, rows)
+        copies.kernels[lane] = kernel
+        kernel_rate = _rate(copies, lane, source, target, rows)
+        if kernel_rate < KERNEL_GAIN * engine_rate:
+            del copies.kernels[lane]
+        log.info(
+            "to %s, the copy engine reaches %.1f GB/s and the gather kernel %.1f: the %s is used",
+            lane.value, engine_rate / 1e9, kernel_rate / 1e9, "kernel" if lane in copies.kernels else "engine",
+        )  # fmt: skip
+
+
 def _host_bandwidth(tiers: RankTiers) -> float:
-    target = tiers.ring.buffers[0]
-    pages = min(len(target), tiers.host.num_pages)
-    source = tiers.host.slices(0, pages, 0)
-    source.zero_()  # memory that was never written is not there yet
-    wait: Callable[[], None] = torch.cuda.synchronize if target.is_cuda else lambda: None
+    if tiers.copies is not None:
+        source, target = _ends(tiers, Lane.LOAD)
+        rows = [(row, row) for row in range(min(len(source), len(target)))]
+        return _rate(tiers.copies, Lane.LOAD, source, target, rows)
+    buffer = tiers.ring.buffers[0]
+    pages = min(len(buffer), tiers.host.num_pages)
+    slices = tiers.host.slices(0, pages, 0)
+    slices.zero_()  # memory that was never written is not there yet
+    return slices.nbytes / _fastest(partial(buffer[:pages].copy_, slices))
+
+
+def _ends(tiers: RankTiers, lane: Lane) -> tuple[Tensor, Tensor]:
+    """Source and target of a lane's copies, as `PageCopies` takes them."""
+    if lane is Lane.LOAD:
+        return tiers.host.layer_rows(0), tiers.ring.buffers[0].flatten(1)[:, None]
+    if lane is Lane.FETCH:
+        return tiers.host.rows(), tiers.device.rows()
+    return tiers.device.rows(), tiers.host.rows()
+
+
+def _rate(copies: PageCopies, lane: Lane, source: Tensor, target: Tensor, rows: list[tuple[int, int]]) -> float:
+    """Bytes per second, with what it costs the host to enqueue the copies."""
+    if not rows:
+        return 0.0
+    pairs = copies.prepare(lane, rows)
 
     def copy() -> None:
-        target[:pages].copy_(source, non_blocking=True)
+        copies.start(lane, source, target, pairs)
+        copies.streams.record(lane).synchronize()
 
+    return len(rows) * source[0].nbytes / _fastest(copy)
+
+
+def _fastest(copy: Callable[[], object]) -> float:
+    """Seconds of the fastest of many copies."""
     copy()
-    wait()
     first, fastest = time.perf_counter(), float("inf")
     while (start := time.perf_counter()) - first < PROBE_SECONDS:
         copy()
-        wait()
         fastest = min(fastest, time.perf_counter() - start)
-    return source.nbytes / fastest
+    return fastest
 
 
 def _disk_bandwidth(folder: Path) -> float:

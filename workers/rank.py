@@ -14,7 +14,7 @@ from distkv.storage.cache_folder import Description, DiskHeads
 from distkv.storage.host_memory import available_bytes
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.random_pages import random_slice
-from distkv.workers.bandwidth import Bandwidth, measure_bandwidth
+from distkv.workers.bandwidth import Bandwidth, choose_copies, measure_bandwidth
 from distkv.workers.llama import LlamaModel, load_llama
 from distkv.workers.model_config import ModelConfig
 from distkv.workers.page_directory import PageDirectory
@@ -137,6 +137,10 @@ class Rank:
             disk = DiskTier(config.cache_dir, heads, shard.rank, self._description() if config.keep_cache else None)
         self.tiers = RankTiers(self.page_spec, sizes, self.device, disk)
         self._runner = make_runner(self._model, self.tiers, config.max_num_seqs, self._on_cuda)
+        if self.device.type == "cuda":
+            from distkv.kernels.cuda.page_copy import copy_pages  # imports triton
+
+            choose_copies(self.tiers, copy_pages)
         return self.tiers.nbytes
 
     @torch.inference_mode()
@@ -168,6 +172,7 @@ class Rank:
         for slot, seed in plan.random_pages:
             self._fill_random(slot, seed)
         if not steps:
+            tiers.mover.wait(plan.await_ids)  # such a plan is sent to learn of their end
             return None
         return self._model.logits(self._runner.run(steps, drawn))
 

@@ -32,7 +32,8 @@ class StepPlan(msgspec.Struct, array_like=True):
     copies: list[tuple[int, int]]  # (source, target) device slots
     clear: list[int]  # device slots that change hands
     transfers: list[Transfer] = []
-    await_ids: list[int] = []  # transfers that must have ended
+    # transfers that must have ended before pages are touched, and where no sequence runs, before the report
+    await_ids: list[int] = []
     random_pages: list[tuple[int, int]] = []  # (device slot, seed): filled with random numbers, for stress tests
     moved: list[tuple[int, int]] = []  # (page id, where it lies now, see `tier.location`)
     ended: list[int] = []  # numbers of tables that are not needed any more

@@ -14,9 +14,11 @@ from distkv.storage.device_pool import DevicePool
 from distkv.storage.file_lock import is_locked
 from distkv.storage.host_pool import HostPool
 from distkv.storage.mover import Mover
+from distkv.storage.page_copies import PageCopies
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.read_ahead import ReadAhead
 from distkv.storage.staging_ring import Load, StagingRing, Stream
+from distkv.storage.streams import CudaStreams
 from distkv.workers.report import Report
 
 if TYPE_CHECKING:
@@ -73,14 +75,19 @@ class RankTiers:
             if sizes.disk:
                 assert disk is not None
                 self.disk = self._open_disk(stack, disk, sizes.disk)
+            self.copies = PageCopies(CudaStreams(device)) if device.type == "cuda" else None
+            self.mover = Mover(self.device, self.host, self.disk, self.copies)
+            stack.callback(self.mover.close)
             read_ahead = None
             if self.disk is not None and sizes.read_ahead:
                 read_ahead = ReadAhead(spec, sizes.read_ahead, self.disk, pinned=device.type == "cuda")
                 stack.callback(read_ahead.close)
-            self.ring = StagingRing(spec, sizes.staging, self.host, self.disk, read_ahead, device)
+            self.ring = StagingRing(
+                spec, sizes.staging, self.host, self.disk, read_ahead, device, self.copies, self.mover.filling
+            )
             stack.callback(self.ring.close)
-            self.mover = Mover(self.device, self.host, self.disk)
-            stack.callback(self.mover.close)
+            if self.copies is not None:  # first of all, since what is on its way reads and fills all this memory
+                stack.callback(self.copies.streams.synchronize)
             self._open = stack.pop_all()
 
     def adopt(self, entries: dict[int, bytes]) -> None:
