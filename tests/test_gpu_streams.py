@@ -1,4 +1,4 @@
-"""Copies between device, pinned memory and disk on a CUDA device while the host runs ahead. Run with `pytest -m gpu`."""
+"""Copies between device, pinned memory and disk on a CUDA device as the host runs ahead. Run with `pytest -m gpu`."""
 
 from collections.abc import Iterator
 from itertools import count

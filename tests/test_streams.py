@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_device import SimulatedDevice, Wait
-from test_engine import PAGE_SIZE, VOCAB, engine_info
+from test_engine import PAGE_SIZE, VOCAB, engine_info, resolve_draws
 from torch import Tensor
 
 from distkv.engine import Engine
@@ -126,7 +126,8 @@ class DeviceMemory:
         self.read: list[list[int]] = []  # what sequences found in their pages
         self.counts: Counter[str] = Counter()
 
-    def execute(self, plan: StepPlan) -> tuple[Tensor | None, Report]:
+    def execute(self, plan: StepPlan, drawn: Tensor | None) -> tuple[Tensor | None, Report]:
+        resolve_draws(plan, drawn)
         steps = self.directory.update(plan)
         waits = self.device.num_host_waits
         self.mover.start(plan.transfers, plan.await_ids)
