@@ -46,6 +46,17 @@ def test_the_device_pool_is_sized_by_gpu_memory_utilization(tmp_path: Path) -> N
         assert llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs[0].finish_reason == "length"
 
 
+def test_graphs_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences that come and go, through graphs of several sizes and through single launches."""
+    folder, _ = save_llama(tmp_path / "model", num_attention_heads=8, num_key_value_heads=2, hidden_size=512)
+    prompts = [torch.randint(3, 128, (n,), generator=seeded(n)).tolist() for n in (20, 3, 120, 77, 1, 64)]
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (9, 30, 17, 60, 44, 5)]
+    options = {"page_size": 16, "max_num_batched_tokens": 128, "max_num_seqs": 6, "device": "cuda", "dtype": "bfloat16"}
+    graphs = run(folder, prompts, params, **options)
+    monkeypatch.setattr("distkv.workers.cuda_runner.takes_graphs", lambda device, group: False)
+    run(folder, prompts, params, **options).assert_same(graphs)
+
+
 @pytest.mark.parametrize("gain", [0.0, float("inf")], ids=["gather kernel", "copy engine"])
 def test_tiers_change_no_bit_and_memory_stays_flat(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gain: float
