@@ -7,7 +7,8 @@ kept on the rank, where nobody on the host waits for them but threads of the dis
 
 The first by the *border*: all that was enqueued to be computed when a plan starts its transfers. It covers whatever the
 steps before do to slots of the device, and their streamed reads of slots of the host too, since a step computes behind
-all its loads (`LoadsAhead`). The second by the newest copy in each direction that touches a slot.
+all its loads (`LoadsAhead`; what a failed step did not come to take may be anything). The second by the newest copy in
+each direction that touches a slot.
 
 | slot | who changes it | who may read it or fill it still | what is waited for |
 |---|---|---|---|

@@ -190,7 +190,8 @@ class LoadsAhead:
     that fill its sources; what computes, for the load that it takes. A buffer is released by the next call of `take`
     but one, and at the end by `close`. So the first copies of a step run while that before it computes still. `take`
     waits on the host for one thing, the disk, if a load's turn has come and its pages are not read yet; and `close` for
-    nothing, unless the step has failed.
+    nothing, unless the step has failed and threads still read. What a failed step leaves on its way into buffers is
+    read by nobody, and what fills them later comes behind it in the lane.
     """
 
     def __init__(self, ring: StagingRing, copies: PageCopies, loads: Sequence[Load]):
@@ -232,8 +233,6 @@ class LoadsAhead:
             self._staged += 1
 
     def close(self) -> None:
-        if self._taken < self._total:  # what computes comes after all loads, so that nobody has to look at them
-            self._streams.wait(Lane.COMPUTE, self._streams.record(Lane.LOAD))
         self._release(self._staged)
         self._ring.num_loads += self._staged
         if self._reads is not None:
