@@ -6,12 +6,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 from distkv.fetch import fetch_model
+
+if TYPE_CHECKING:
+    from aot import Case, Compiler, Report
+
+pytest_plugins = ["rings"]
 
 # The same examples on every run, so that a red suite means a changed tree. `pytest --hypothesis-profile explore`
 # searches further and at random.
@@ -42,3 +48,20 @@ def set_threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def compiler(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator["Compiler"]:
+    """Compiles ahead what the selected tests will ask for: those with the parameters `case` and `capability`."""
+    from aot import Compiler
+
+    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    wanted = [(each["case"], each["capability"]) for each in parameters if {"case", "capability"} <= each.keys()]
+    with Compiler(tmp_path_factory.mktemp("triton"), wanted) as compiler:
+        yield compiler
+
+
+@pytest.fixture
+def reports(compiler: "Compiler", case: "Case", capability: int) -> list["Report"]:
+    """Of the kernels that the test's case launches, in order."""
+    return compiler.reports(case, capability)

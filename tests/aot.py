@@ -1,0 +1,138 @@
+"""Compiles kernels for chips that are not here: what a launch would compile, its resources and its instructions.
+
+A launch is recorded, not run: `JITFunction.run` is asked for its warm-up, which takes the arguments' types, integer
+specialisation, alignment and launch options just as a real launch does, and compiles for the chip that a stand-in
+driver names. Arguments are `meta` tensors, whose address counts as aligned.
+"""
+
+import multiprocessing
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+CAPABILITIES = (80, 90, 100)
+"""A100, H100, B200."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """`launch(*arguments)`, a function of a test module that calls one wrapper with meta tensors."""
+
+    launch: Callable[..., object]
+    arguments: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return "-".join(str(argument).removeprefix("torch.") for argument in self.arguments)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one kernel takes of the chip, read from its binary.
+
+    Attributes:
+        registers: of a thread, in words of 4 bytes
+        local_bytes: of a thread, in local memory: what registers spill, and nothing else in these kernels
+        shared_bytes: of a program
+        instructions: how often each opcode with its modifiers (`LDG.E.128`) occurs
+    """
+
+    kernel: str
+    registers: int
+    local_bytes: int
+    shared_bytes: int
+    instructions: Counter[str]
+
+    def count(self, *parts: str) -> int:
+        """Instructions whose opcode, cut at the dots, holds all of `parts`: `count("LDG", "128")`."""
+        return sum(times for opcode, times in self.instructions.items() if set(parts) <= set(opcode.split(".")))
+
+
+class Compiler:
+    """Compiles cases in two processes; what is known to be wanted is compiled ahead. A context manager."""
+
+    def __init__(self, cache_folder: Path, wanted: Iterable[tuple[Case, int]]):
+        # forked: the workers have torch, triton and the kernels imported, and find the functions of a test module
+        self._pool = ProcessPoolExecutor(2, multiprocessing.get_context("fork"), _set_cache, (cache_folder,))
+        self._compiled: dict[tuple[Case, int], Future[list[Report]]] = {}
+        for case, capability in wanted:
+            self._start(case, capability)
+
+    def __enter__(self) -> "Compiler":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def reports(self, case: Case, capability: int) -> list[Report]:
+        """One report for each kernel that the case launches, in the order of the launches."""
+        return self._start(case, capability).result()
+
+    def _start(self, case: Case, capability: int) -> "Future[list[Report]]":
+        key = case, capability
+        if key not in self._compiled:
+            self._compiled[key] = self._pool.submit(compile_launches, case, capability)
+        return self._compiled[key]
+
+
+def compile_launches(case: Case, capability: int) -> list[Report]:
+    """Compiles every kernel that the case launches for a chip of this compute capability (90 for 9.0)."""
+    compiled = []
+    run = JITFunction.run
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    stand_in = SimpleNamespace(
+        get_current_device=lambda: capability,  # kernels are cached by device
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+    )
+    driver.set_active(stand_in)
+    with patch.object(JITFunction, "run", record):
+        case.launch(*case.arguments)
+    assert compiled, f"{case} launched no kernel"
+    return [_report(kernel) for kernel in compiled]
+
+
+def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _set_cache(folder: Path) -> None:
+    triton.knobs.cache.dir = str(folder)
+
+
+def _report(kernel: Any) -> Report:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
+        binary.write(kernel.asm["cubin"])
+        binary.flush()
+        usage, sass = (_cuobjdump(option, binary.name) for option in ("--dump-resource-usage", "-sass"))
+    fields = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    # "        /*0070*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;"
+    opcodes = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
+    return Report(
+        kernel=kernel.metadata.name,
+        registers=fields["REG"],
+        local_bytes=fields["STACK"] + fields["LOCAL"],
+        shared_bytes=fields["SHARED"] + kernel.metadata.shared,  # static, and what the launch asks for
+        instructions=Counter(opcodes),
+    )
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    command = [triton.knobs.nvidia.cuobjdump.path, option, path]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

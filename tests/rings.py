@@ -1,0 +1,109 @@
+"""The kernel tests without a GPU: two rings, each in a process of its own.
+
+Triton reads TRITON_INTERPRET when it is imported and when a kernel is defined, so one process either interprets kernels
+(ring `interpreter`) or compiles them (ring `aot`). `pytest -m <ring>` runs a ring. The default run starts both beside
+the other tests, at a low priority, and `test_rings.py` collects them at its end; a run that selects none of
+`test_rings.py` starts nothing.
+"""
+
+import fnmatch
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from _pytest.mark.expression import Expression
+
+RINGS = {"interpreter": "test_triton_*.py", "aot": "test_aot*.py"}
+"""The markers of the rings, and where their tests lie: a ring imports no other module."""
+OTHER_KINDS = ("unmarked", "slow", "gpu")
+
+RING = pytest.StashKey[str | None]()
+RUNS = pytest.StashKey[dict[str, "RingRun"]]()
+
+
+class RingRun:
+    """A ring's own pytest, on its way, and the processes that it starts: a process group, so that `stop` ends all."""
+
+    def __init__(self, ring: str, root: Path):
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        command = ["nice", "-n", "10", sys.executable, "-m", "pytest", "-m", ring, "--color=no"]
+        self._process = subprocess.Popen(
+            command, cwd=root, stdout=self._output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    def finish(self) -> tuple[int, str]:
+        """Waits for the end; returns exit status and output."""
+        status = self._process.wait()
+        self._output.seek(0)
+        return status, self._output.read()
+
+    def stop(self) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._output.close()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Readies the process for the ring that `-m` selects, before anything imports triton."""
+    expression = config.option.markexpr
+    kinds = [*RINGS, *OTHER_KINDS]
+    if expression:
+        selects = Expression.compile(expression).evaluate
+        kinds = [kind for kind in kinds if selects(lambda name, kind=kind, **_: name == kind)]
+    selected = [kind for kind in kinds if kind in RINGS]
+    if selected and len(kinds) > 1:
+        raise pytest.UsageError(
+            f"-m '{expression}' selects {', '.join(kinds)} tests in one process, and Triton either interprets or "
+            "compiles: run `pytest -m interpreter` and `pytest -m aot` alone, and the others with "
+            "-m 'not interpreter and not aot'"
+        )
+    config.stash[RING] = selected[0] if selected else None
+    os.environ.pop("TRITON_INTERPRET", None)
+    if selected == ["interpreter"]:
+        import torch
+
+        os.environ["TRITON_INTERPRET"] = "1"
+        torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A ring does not import the modules of the other tests."""
+    ring = config.stash[RING]
+    if ring and collection_path.is_file() and not fnmatch.fnmatch(collection_path.name, RINGS[ring]):
+        return True
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Checks that no test of a ring lies where its ring does not look; the rings are collected last."""
+    for item in items:
+        for ring, pattern in RINGS.items():
+            if (item.get_closest_marker(ring) is not None) != fnmatch.fnmatch(item.path.name, pattern):
+                raise pytest.UsageError(f"{item.nodeid}: tests marked {ring}, and no others, live in {pattern}")
+    items.sort(key=_collects_a_ring)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Starts the rings that the selected tests will ask for."""
+    runs = session.config.stash.setdefault(RUNS, {})
+    if session.config.option.collectonly:
+        return
+    for item in filter(_collects_a_ring, session.items):
+        ring = item.callspec.params["ring"]
+        runs[ring] = RingRun(ring, session.config.rootpath)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Leaves no process behind, whatever ended the session."""
+    for run in config.stash.get(RUNS, {}).values():
+        run.stop()
+
+
+def _collects_a_ring(item: pytest.Item) -> bool:
+    return item.path.name == "test_rings.py" and hasattr(item, "callspec")
