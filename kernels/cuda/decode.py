@@ -1,0 +1,193 @@
+"""Paged decode attention: the partial states of a few new tokens per sequence, one for each split of its pages.
+
+Split-KV as in Flash-Decoding (https://pytorch.org/blog/flash-decoding/) with the online softmax of FlashAttention-2
+(https://arxiv.org/abs/2307.08691). A program takes one KV head of one split and reads its keys and values once, for all
+query heads of that KV head and all new tokens, packed into the rows of one tile. The work is bound by memory bandwidth.
+
+Dims: B sequences, C new tokens per sequence, H query heads, K KV heads, G = H / K, S page_size, D head_dim.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from distkv.kernels.cuda.paging import check_layouts, split_head_dim, tile_pages, tile_rows
+
+
+@triton.jit
+def _decode_kernel(
+    q,
+    pool,
+    buffer,
+    table,
+    sequences,
+    items,
+    num_items,
+    out,
+    lse,
+    q_stride: tl.int64,
+    part_stride: tl.int64,
+    split_tokens: tl.int32,
+    GROUP: tl.constexpr,
+    NUM_TOKENS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    ROWS: tl.constexpr = NUM_TOKENS * GROUP
+    LN_2: tl.constexpr = 0.6931471805599453
+    SCALE: tl.constexpr = HEAD_DIM**-0.5 / LN_2  # softmax in powers of two
+    head = tl.program_id(0)
+    row = tl.arange(0, BLOCK_M)
+    real = row < ROWS
+    d0, d1 = tl.arange(0, D0), D0 + tl.arange(0, 16 if D1 == 0 else D1)
+    fits0, fits1 = d0 < HEAD_DIM, d1 < HEAD_DIM
+
+    for item in range(tl.program_id(1), tl.load(num_items).to(tl.int32), tl.num_programs(1)):
+        sequence = sequences + 4 * tl.load(items + 2 * item)
+        split = tl.load(items + 2 * item + 1)
+        first_row, num_keys = tl.load(sequence), tl.load(sequence + 1).to(tl.int32)
+        entries = table + tl.load(sequence + 2)
+        state = tl.load(sequence + 3) + split
+        start = split.to(tl.int32) * split_tokens
+        end = tl.minimum(num_keys, start + split_tokens)
+        limit = tl.minimum(num_keys - (NUM_TOKENS - 1) + row // GROUP, end)  # keys that a row sees end here
+
+        # row c * G + g is query head k * G + g of token c
+        q_row = q + (first_row + row // GROUP) * q_stride + (head * GROUP + row % GROUP) * HEAD_DIM
+        q0 = tl.load(q_row[:, None] + d0, mask=real[:, None] & fits0, other=0.0)
+        if D1:
+            q1 = tl.load(q_row[:, None] + d1, mask=real[:, None] & fits1, other=0.0)
+        m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
+        if D1:
+            acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
+
+        pages = tile_pages(entries, start, end, PAGE_SIZE, BLOCK_N)
+        for first in range(start, end, BLOCK_N):
+            key_rows, value_rows = tile_rows(
+                pages, pool, buffer, head, first, part_stride, KV_HEADS, PAGE_SIZE, HEAD_DIM, BLOCK_N
+            )
+            pages = tile_pages(entries, first + BLOCK_N, end, PAGE_SIZE, BLOCK_N)  # a tile ahead, so that no load waits
+            key = first + tl.arange(0, BLOCK_N)
+            filled = key < end
+            k0 = tl.load(key_rows[:, None] + d0, mask=filled[:, None] & fits0, other=0.0)
+            scores = tl.dot(q0, k0.T, input_precision="ieee")
+            if D1:
+                k1 = tl.load(key_rows[:, None] + d1, mask=filled[:, None] & fits1, other=0.0)
+                scores = tl.dot(q1, k1.T, scores, input_precision="ieee")
+            scores = tl.where(key < limit[:, None], scores * SCALE, -float("inf"))
+            new_m = tl.maximum(m, tl.max(scores, 1))
+            base = tl.where(new_m == -float("inf"), 0.0, new_m)  # a row that sees no key yet
+            p = tl.exp2(scores - base[:, None])
+            shrink = tl.exp2(m - base)
+            total = total * shrink + tl.sum(p, 1)
+            m = new_m
+            v0 = tl.load(value_rows[:, None] + d0, mask=filled[:, None] & fits0, other=0.0)
+            p = p.to(v0.dtype)
+            acc0 = tl.dot(p, v0, acc0 * shrink[:, None], input_precision="ieee")
+            if D1:
+                v1 = tl.load(value_rows[:, None] + d1, mask=filled[:, None] & fits1, other=0.0)
+                acc1 = tl.dot(p, v1, acc1 * shrink[:, None], input_precision="ieee")
+
+        seen = total > 0
+        total = tl.where(seen, total, 1.0)
+        out_row = out + ((state * KV_HEADS + head) * ROWS + row) * HEAD_DIM
+        tl.store(out_row[:, None] + d0, acc0 / total[:, None], mask=real[:, None] & fits0)
+        if D1:
+            tl.store(out_row[:, None] + d1, acc1 / total[:, None], mask=real[:, None] & fits1)
+        logarithm = tl.where(seen, (m + tl.log2(total)) * LN_2, -float("inf"))
+        tl.store(lse + (state * KV_HEADS + head) * ROWS + row, logarithm, mask=real)
+
+
+class DecodeLaunch(NamedTuple):
+    """How the kernel is cut up and launched; none of it depends on the load."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def decode_launch(head_dim: int, dtype_bytes: int, rows: int, page_size: int) -> DecodeLaunch:
+    """Launch parameters for `rows` query rows of one KV head (tokens * group)."""
+    block_m = max(16, triton.next_power_of_2(rows))  # a dot takes at least 16 rows
+    block_n = 64 if head_dim > 64 else 128
+    if dtype_bytes == 4:
+        block_n = 32
+    return DecodeLaunch(block_m, block_n, 4, 3)
+
+
+def decode_splits(
+    q: Tensor,
+    layer_pool: Tensor,
+    buffer: Tensor | None,
+    table: Tensor,
+    sequences: Tensor,
+    items: Tensor,
+    num_items: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    num_tokens: int,
+    split_pages: int,
+    num_programs: int,
+) -> None:
+    """Writes the states `(out, lse)` of the splits in `items`, see `merge.merge_splits` for what becomes of them.
+
+    Shapes, index tensors int64, all on the device:
+        q `[T, H, D]`: rotated queries, of any row stride
+        layer_pool `[2, pages, K, S, D]`: a layer of the pool, contiguous from its pages on; all of it finite
+        buffer `[places, 2, K, S, D]` or None; then every page that is read is in the pool
+        table `[entries]`: where each page of each sequence lies, in logical order: >= 0 a slot of the pool, < 0 place
+            `-1 - entry` of the buffer
+        sequences `[B, 4]`: first row of q, number of keys with the new ones (0 for padding), first entry of the table,
+            first state
+        items `[N, 2]`: sequence and split; num_items `[1]`: how many of them count
+        out fp32 `[states, K, C * G, D]`, lse fp32 `[states, K, C * G]`: row `c * G + g` is query head `k * G + g`
+    `num_tokens` (C) new tokens of each sequence are causal among themselves. Split s of a sequence is its pages
+    `s * split_pages ..`, as far as it has keys; its state is `first state + s`. A row that sees no key there gets out 0
+    and lse -inf. `num_programs` programs per KV head take turns at the items, so a captured launch serves any
+    `num_items` up to N.
+
+    The bits of a state depend on its queries, keys and values alone.
+    """
+    _, _, kv_heads, page_size, head_dim = layer_pool.shape
+    check_layouts(layer_pool, buffer)
+    if buffer is None:
+        buffer = layer_pool
+    group = q.shape[1] // kv_heads
+    launch = decode_launch(head_dim, q.element_size(), num_tokens * group, page_size)
+    d0, d1 = split_head_dim(head_dim, 32)  # four warps share the columns, 8 each at least
+    _decode_kernel[(kv_heads, num_programs)](
+        q,
+        layer_pool,
+        buffer,
+        table,
+        sequences,
+        items,
+        num_items,
+        out,
+        lse,
+        q.stride(0),
+        layer_pool.stride(0),
+        split_pages * page_size,
+        GROUP=group,
+        NUM_TOKENS=num_tokens,
+        KV_HEADS=kv_heads,
+        PAGE_SIZE=page_size,
+        HEAD_DIM=head_dim,
+        D0=d0,
+        D1=d1,
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )

@@ -1,0 +1,97 @@
+"""Merges the states of a sequence's splits into the result, in logical order and in fp32.
+
+A state is the normalised output over some keys and the log-sum-exp of their scores, so that states of disjoint keys
+merge exactly (Dao et al. 2022, https://arxiv.org/abs/2205.14135).
+
+Dims: B sequences, C new tokens per sequence, H query heads, K KV heads, G = H / K, D head_dim.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# States taken at once and columns of a program: constants, since the order of additions follows from them. A sequence
+# alone may have thousands of states, so its rows are cut into as many programs as whole 128-byte lines allow.
+STATES = 32
+COLUMNS = 32
+
+
+@triton.jit
+def _merge_kernel(
+    out,
+    lse,
+    sequences,
+    result,
+    result_stride: tl.int64,
+    split_tokens: tl.int32,
+    GROUP: tl.constexpr,
+    NUM_TOKENS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    STATES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    ROWS: tl.constexpr = NUM_TOKENS * GROUP
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    token, query_head = tl.program_id(1) // (KV_HEADS * GROUP), tl.program_id(1) % (KV_HEADS * GROUP)
+    sequence = sequences + 4 * tl.program_id(2)
+    first_row, num_keys, first_state = tl.load(sequence), tl.load(sequence + 1), tl.load(sequence + 3)
+    num_states = tl.cdiv(num_keys.to(tl.int32), split_tokens)
+    fits = column < HEAD_DIM
+    # row of (state, head, token, group) in out and lse
+    row = (first_state * KV_HEADS + query_head // GROUP) * ROWS + token * GROUP + query_head % GROUP
+
+    m = -float("inf")
+    total = 0.0
+    acc = tl.zeros([COLUMNS], tl.float32)
+    for first in tl.range(0, num_states, STATES, num_stages=3):
+        state = first + tl.arange(0, STATES)
+        there = state < num_states
+        rows = row + state.to(tl.int64) * (KV_HEADS * ROWS)
+        x = tl.load(lse + rows, mask=there, other=-float("inf")) * LOG2_E
+        part = tl.load(out + rows[:, None] * HEAD_DIM + column, mask=there[:, None] & fits, other=0.0)
+        new_m = tl.maximum(m, tl.max(x, 0))
+        base = tl.where(new_m == -float("inf"), 0.0, new_m)
+        weight = tl.exp2(x - base)
+        shrink = tl.exp2(m - base)
+        total = total * shrink + tl.sum(weight, 0)
+        acc = acc * shrink + tl.sum(part * weight[:, None], 0)
+        m = new_m
+
+    merged = acc / tl.where(total > 0, total, 1.0)  # zeros where no key was seen
+    target = result + (first_row + token) * result_stride + query_head * HEAD_DIM + column
+    tl.store(target, merged.to(result.dtype.element_ty), mask=fits)
+
+
+def merge_splits(
+    out: Tensor, lse: Tensor, sequences: Tensor, result: Tensor, *, num_tokens: int, split_tokens: int
+) -> None:
+    """Writes the merged states of each sequence to its rows of `result`.
+
+    Shapes:
+        out fp32 `[states, K, C * G, D]`, lse fp32 `[states, K, C * G]`: as `decode.decode_splits` writes them
+        sequences int64 `[B, 4]`: first row of the result, number of keys, (not used), first state
+        result `[T, H, D]`: of any dtype and row stride
+    Sequence b has the states `first state .. + ceil(keys / split_tokens)`. Its rows are zeros when it has 0 keys.
+    The bits of a row depend on its states in logical order alone.
+    """
+    _, kv_heads, rows, head_dim = out.shape
+    num_heads = result.shape[1]
+    if not len(sequences):
+        return
+    _merge_kernel[(triton.cdiv(head_dim, COLUMNS), num_tokens * num_heads, len(sequences))](
+        out,
+        lse,
+        sequences,
+        result,
+        result.stride(0),
+        split_tokens,
+        GROUP=rows // num_tokens,
+        NUM_TOKENS=num_tokens,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        STATES=STATES,
+        COLUMNS=COLUMNS,
+        num_warps=1,
+    )

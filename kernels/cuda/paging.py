@@ -1,0 +1,75 @@
+"""Where keys and values lie: what the attention kernels share of reading pages through a table.
+
+A page's slice of one layer is `[K, S, D]` for keys and the same for values. In the device pool the values of all pages
+follow the keys of all pages; in the staging buffer they follow the keys of the same page.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def tile_pages(entries, first, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The table's entries of keys `first .. first + BLOCK_N` of a sequence, 0 at and beyond key `end`.
+
+    `entries` points at the sequence's part of the table, `first` is a multiple of BLOCK_N. One entry where a page holds
+    the tile whole, else `[BLOCK_N]`.
+    """
+    if PAGE_SIZE >= BLOCK_N:
+        return tl.load(entries + first // PAGE_SIZE, mask=first < end, other=0)
+    else:
+        rows = first + tl.arange(0, BLOCK_N)
+        return tl.load(entries + rows // PAGE_SIZE, mask=rows < end, other=0)
+
+
+@triton.jit
+def tile_rows(
+    pages,
+    pool,
+    buffer,
+    head,
+    first,
+    part_stride,
+    KV_HEADS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Pointers `[BLOCK_N]` to the rows of keys `first ..` in the `pages` of `tile_pages`, and to those of their values.
+
+    Only what crosses pages is computed in 64 bits.
+    """
+    PAGE: tl.constexpr = KV_HEADS * PAGE_SIZE * HEAD_DIM
+    resident = pages >= 0
+    # a page begins at 16 bytes in either place; the compiler does not see it through a choice per row
+    keys = tl.multiple_of(tl.where(resident, pool + pages * PAGE, buffer + (-1 - pages) * (2 * PAGE)), 16)
+    values = tl.multiple_of(keys + tl.where(resident, part_stride, PAGE), 16)
+    within = (head * PAGE_SIZE + (first + tl.arange(0, BLOCK_N)) % PAGE_SIZE) * HEAD_DIM
+    return keys + within, values + within
+
+
+def check_layouts(layer_pool: Tensor, buffer: Tensor | None) -> None:
+    """Raises ValueError unless pages are laid out as the kernels read them.
+
+    Shapes: layer_pool `[2, pages, K, S, D]`, a layer's view of a larger pool or not; buffer `[places, 2, K, S, D]`.
+    """
+    _, _, kv_heads, page_size, head_dim = layer_pool.shape
+    page = kv_heads * page_size * head_dim
+    if layer_pool.stride()[1:] != (page, page_size * head_dim, head_dim, 1):
+        raise ValueError(
+            f"a layer of the pool must be contiguous from its pages on; its strides are {layer_pool.stride()}"
+        )
+    if buffer is not None and not (buffer.is_contiguous() and buffer.shape[1:] == (2, *layer_pool.shape[2:])):
+        raise ValueError(f"the buffer must be contiguous [places, 2, K, S, D] of the pool's pages, not {buffer.shape}")
+
+
+def split_head_dim(head_dim: int, least: int) -> tuple[int, int]:
+    """Head dim as a power of two and a rest padded to one, at least `least` (0 for none): 80 = 64 + 16.
+
+    A dot wants powers of two. Two dots of nearly the exact size spare the work, shared memory and registers of padding
+    to the next one: 128 columns for 80 are 1.6 times as many.
+    """
+    head = max(16, 1 << (head_dim.bit_length() - 1))
+    rest = head_dim - head
+    return head, max(least, triton.next_power_of_2(rest)) if rest > 0 else 0
