@@ -9,6 +9,8 @@ from distkv.cli_options import Dtype, Model, NumThreads, PageSize, model_folder
 
 bench = typer.Typer(help="Measure on this machine.")
 
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")]
+
 
 @bench.command("decode")
 def bench_decode(
@@ -19,7 +21,7 @@ def bench_decode(
     repeats: Annotated[int, typer.Option(help="Turns of each engine; the median counts.", min=1)] = 3,
     dtype: Dtype = "bfloat16",
     num_threads: NumThreads = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Prefill tokens/s and decode ms/token of one request at several contexts."""
     from distkv.bench.decode import run
@@ -37,7 +39,7 @@ def bench_offload(
     page_size: PageSize = 256,
     num_threads: NumThreads = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Folder of the disk tier; else a temporary one.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Decode ms/token with the context on the device, half or wholly on the host, and on disk."""
     from distkv.bench.offload import run
@@ -55,7 +57,7 @@ def bench_prefix(
     page_size: PageSize = 256,
     num_threads: NumThreads = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Where to make the folder of the disk tier.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Time to first token with a prefix on no tier, device, host, or disk after a restart; exit code 1 when wrong."""
     from distkv.bench.prefix import run
@@ -76,7 +78,7 @@ def bench_serve_offline(
     repeats: Annotated[int, typer.Option(help="Turns of each window; medians count.", min=1)] = 3,
     page_size: PageSize = 64,  # with 256, half of these requests' KV were pages being written, which cannot be cold
     num_threads: NumThreads = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Throughput of many requests with all, half and a quarter of their KV on the device; exit code 1 when answers
     differ.
@@ -98,10 +100,44 @@ def bench_scheduler(
     context: Annotated[int, typer.Option(help="Tokens of each.", min=1)] = 100_000,
     steps: Annotated[int, typer.Option(help="Steps to measure.", min=1)] = 300,
     page_size: PageSize = 256,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Milliseconds that a step costs the leader, with ranks that do nothing; exit code 1 when a token is missing."""
     from distkv.bench.scheduler import run
 
     if not run(num_seqs, context, steps, page_size, json_file):
         raise typer.Exit(1)
+
+
+@bench.command("kernels")
+def bench_kernels(
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Part to measure: ceilings, decode, prefill, elementwise or pages; may be given again."),
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Each Triton kernel beside what the GPU gives at most, at the shape of Llama-3-8B in bfloat16.
+
+    Needs a CUDA device with 45 GB of free memory and 3 GB on the host. --only is for who works on one kernel.
+    """
+    from distkv.bench.kernels import run
+
+    run(only or [], json_file)
+
+
+@bench.command("gpu")
+def bench_gpu(
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Part to measure: streaming, model or residency; may be given again."),
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Streaming, a whole model beside transformers, and bits, on a GPU and random weights of Llama-3-8B's shape.
+
+    Needs a CUDA device with 45 GB of free memory and 40 GB on the host.  --only is for who has a time limit.
+    """
+    from distkv.bench.gpu import run
+
+    run(only or [], json_file)

@@ -176,5 +176,3 @@ def test_decode(drawn: tuple[Decode, list[Tensor], int], cold: float, num_progra
         assert relative_error(rows, expected) < limit
         whole = torch.logsumexp(lse[first : first + batch.num_states[b]].double(), 0)
         assert relative_error(whole.transpose(0, 1).flatten(1), expected_lse) < limit
-
-
