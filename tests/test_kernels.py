@@ -16,6 +16,7 @@ from distkv.kernels.activation import swiglu
 from distkv.kernels.attention import State, attend, merge_states, prefill_attention
 from distkv.kernels.norm import rms_norm
 from distkv.kernels.rope import rope_and_write_kv, rotate
+from distkv.kernels.token_kernels import TokenKernels, token_kernels
 from distkv.storage.page_size import PREFILL_SPLIT
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -45,14 +46,25 @@ def assert_same(actual: State, expected: State) -> None:
     hidden=st.integers(1, 700),
     scale=st.sampled_from([1e-3, 1.0, 30.0]),
     eps=st.sampled_from([1e-6, 1e-5, 1e-2]),
+    adds=st.booleans(),
 )
-def test_rms_norm(dtype: torch.dtype, seed: int, leading: list[int], hidden: int, scale: float, eps: float) -> None:
+def test_rms_norm(
+    dtype: torch.dtype, seed: int, leading: list[int], hidden: int, scale: float, eps: float, adds: bool
+) -> None:
+    """Of x, or with a delta of the rounded sum, which x becomes."""
     generator = seeded(seed)
-    x = (torch.randn(*leading, hidden, generator=generator) * scale).to(dtype)
+    x, delta = (torch.randn(2, *leading, hidden, generator=generator) * scale).to(dtype)
     weight = torch.randn(hidden, generator=generator).to(dtype)
-    result = rms_norm(x, weight, eps)
+    added = x + delta if adds else x.clone()
+    result = rms_norm(x, weight, eps, delta if adds else None)
     assert result.dtype == dtype
-    assert_close(result, reference.rms_norm(x, weight, eps), dtype)
+    assert torch.equal(x, added)
+    assert_close(result, reference.rms_norm(added, weight, eps), dtype)
+
+
+def test_token_kernels_of_a_cpu_are_those_in_torch() -> None:
+    kernels = token_kernels(torch.device("cpu"))
+    assert kernels == TokenKernels(rms_norm, swiglu, rope_and_write_kv)
 
 
 @given(

@@ -6,6 +6,7 @@ small; bf16 is left to the GPU tests, since the interpreter rounds it differentl
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import pytest
 import torch
@@ -16,8 +17,7 @@ from torch import Tensor
 
 from distkv.kernels import reference
 from distkv.kernels.cuda.decode import decode_splits
-from distkv.kernels.cuda.merge import STATES, merge_splits
-from distkv.storage.host_memory import lazy_zeros
+from distkv.kernels.cuda.prefill import BLOCK_M, SEGMENT_TOKENS, PrefillState, num_blocks, prefill_walk
 
 pytestmark = pytest.mark.interpreter
 
@@ -83,12 +83,27 @@ def random_queries(count: int, kv_heads: int, group: int, head_dim: int, dtype: 
 class Decode:
     """A decode batch: the new tokens of each sequence are its last; one of length 0 is padding."""
 
-    q: Tensor
-    num_tokens: int
-    group: int
+    dtype: torch.dtype
+    head_dim: int
     page_size: int
     split_pages: int
+    kv_heads: int
+    group: int
+    num_tokens: int
     lengths: list[int]
+    seed: int = 0
+
+    @cached_property
+    def q(self) -> Tensor:
+        count = len(self.lengths) * self.num_tokens
+        return random_queries(count, self.kv_heads, self.group, self.head_dim, self.dtype, self.seed)
+
+    @cached_property
+    def tokens(self) -> list[Tensor]:
+        return random_tokens(self.lengths, self.kv_heads, self.head_dim, self.dtype, self.seed + 1)
+
+    def lay_out(self, cold: float, seed: int = 0, garbage: float = GARBAGE) -> Pages:
+        return lay_out(self.tokens, self.page_size, cold, seed, garbage)
 
     @property
     def num_states(self) -> list[int]:
@@ -129,50 +144,146 @@ class Decode:
         assert out[-1].isnan().all() and lse[-1].isnan().all(), "a state that is nobody's was written"
         return out[:-1], lse[:-1], sequences
 
-    def result(self, out: Tensor, lse: Tensor, sequences: Tensor) -> Tensor:
-        result = torch.full_like(self.q, math.nan)
-        split_tokens = self.split_pages * self.page_size
-        merge_splits(out, lse, sequences, result, num_tokens=self.num_tokens, split_tokens=split_tokens)
-        return result
-
-    def expected(self, b: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def expected(self, b: int) -> tuple[Tensor, Tensor]:
         """Of sequence b: float64 out `[C, H, D]` and lse `[C, H]`."""
         q = self.q[b * self.num_tokens : (b + 1) * self.num_tokens].unflatten(1, (-1, self.group))
-        out, lse = reference.attention(q, *tokens)
+        out, lse = reference.attention(q, *self.tokens[b])
         return out.flatten(1, 2), lse.flatten(1, 2)
 
 
 @st.composite
-def decodes(draw: st.DrawFn) -> tuple[Decode, list[Tensor], int]:
-    """A batch, the tokens of its sequences, and a seed."""
-    dtype, head_dim, page_size, seed = draw(dtypes), draw(head_dims), draw(page_sizes), draw(seeds)
-    num_tokens = draw(st.integers(1, 8))
-    group = draw(st.integers(1, 16))
-    kv_heads = draw(st.integers(1, 2))
-    split_pages = draw(st.integers(1, max(1, 256 // page_size)))
-    length = st.one_of(st.just(0), st.integers(num_tokens, num_tokens + 40), st.integers(num_tokens, 600))
-    lengths = draw(st.lists(length, min_size=1, max_size=3))
-    q = random_queries(len(lengths) * num_tokens, kv_heads, group, head_dim, dtype, seed)
-    tokens = random_tokens(lengths, kv_heads, head_dim, dtype, seed + 1)
-    return Decode(q, num_tokens, group, page_size, split_pages, lengths), tokens, seed
+def decodes(draw: st.DrawFn) -> Decode:
+    page_size, num_tokens = draw(page_sizes), draw(st.integers(1, 8))
+    length = st.one_of(st.just(0), st.integers(num_tokens, 40), st.integers(num_tokens, 300))
+    return Decode(
+        draw(dtypes),
+        draw(head_dims),
+        page_size,
+        split_pages=draw(st.integers(1, max(1, 256 // page_size))),
+        kv_heads=draw(st.integers(1, 2)),
+        group=draw(st.integers(1, 16)),
+        num_tokens=num_tokens,
+        lengths=draw(st.lists(length, min_size=1, max_size=3)),
+        seed=draw(seeds),
+    )
+
+
+def merged(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition of a merge, in float64 along the first dim."""
+    total = torch.logsumexp(lse.double(), 0)
+    return (out.double() * torch.exp(lse.double() - total)[..., None]).sum(0), total
+
+
+def assert_decoded(batch: Decode, states: tuple[Tensor, Tensor, Tensor]) -> None:
+    """The states of each sequence, merged, are the attention over all its keys."""
+    out, lse, sequences = states
+    assert not out.isnan().any() and not lse.isnan().any()
+    for b, first in enumerate(sequences[:, 3].tolist()):
+        if batch.lengths[b]:
+            mine = slice(first, first + batch.num_states[b])
+            result, total = merged(out[mine], lse[mine])
+            expected, expected_lse = batch.expected(b)
+            rows = result.unflatten(1, (batch.num_tokens, batch.group)).transpose(0, 1).flatten(1, 2)
+            total = total.unflatten(1, (batch.num_tokens, batch.group)).transpose(0, 1).flatten(1, 2)
+            assert relative_error(rows, expected) < TOLERANCE[batch.q.dtype]
+            assert relative_error(total, expected_lse) < TOLERANCE[batch.q.dtype]
 
 
 @few
-@given(drawn=decodes(), cold=st.sampled_from([0.0, 0.5, 1.0]), num_programs=st.integers(1, 9))
-def test_decode(drawn: tuple[Decode, list[Tensor], int], cold: float, num_programs: int) -> None:
-    batch, tokens, seed = drawn
-    pages = lay_out(tokens, batch.page_size, cold, seed)
-    out, lse, sequences = batch.states(pages, num_programs=num_programs, seed=seed)
-    assert not out.isnan().any() and not lse.isnan().any()
-    result = batch.result(out, lse, sequences)
-    limit = TOLERANCE[batch.q.dtype]
-    lse = lse.unflatten(2, (batch.num_tokens, batch.group))
-    for b, first in enumerate(sequences[:, 3].tolist()):
-        rows = result[b * batch.num_tokens : (b + 1) * batch.num_tokens]
-        if batch.lengths[b] == 0:
-            assert torch.equal(rows, torch.zeros_like(rows))
-            continue
-        expected, expected_lse = batch.expected(b, tokens[b])
-        assert relative_error(rows, expected) < limit
-        whole = torch.logsumexp(lse[first : first + batch.num_states[b]].double(), 0)
-        assert relative_error(whole.transpose(0, 1).flatten(1), expected_lse) < limit
+@given(batch=decodes(), cold=st.sampled_from([0.0, 0.5, 1.0]), num_programs=st.integers(1, 9))
+def test_decode(batch: Decode, cold: float, num_programs: int) -> None:
+    assert_decoded(batch, batch.states(batch.lay_out(cold), num_programs=num_programs, seed=batch.seed))
+
+
+@dataclass
+class Prefill:
+    """Chunks of prompts, each behind a prefix of its own, and where to cut their walks."""
+
+    dtype: torch.dtype
+    head_dim: int
+    page_size: int
+    kv_heads: int
+    group: int
+    prefixes: list[int]
+    counts: list[int]
+    cuts: list[list[int]]
+    seed: int = 0
+
+    @cached_property
+    def q(self) -> Tensor:
+        return random_queries(sum(self.counts), self.kv_heads, self.group, self.head_dim, self.dtype, self.seed)
+
+    @cached_property
+    def tokens(self) -> list[Tensor]:
+        lengths = [prefix + count for prefix, count in zip(self.prefixes, self.counts, strict=True)]
+        return random_tokens(lengths, self.kv_heads, self.head_dim, self.dtype, self.seed + 1)
+
+    def lay_out(self, cold: float, seed: int = 0, garbage: float = GARBAGE) -> Pages:
+        return lay_out(self.tokens, self.page_size, cold, seed, garbage)
+
+    def out(self, pages: Pages, cuts: list[list[int]], *, spread: bool = False) -> Tensor:
+        """The walk of each chunk cut at the keys in `cuts`, one launch for all first segments, and so on.
+
+        `spread` puts the chunks' blocks of a launch in turns, and their saved states apart.
+        """
+        num_heads, head_dim = self.q.shape[1:]
+        ends = [prefix + count for prefix, count in zip(self.prefixes, self.counts, strict=True)]
+        borders = [[0, *cut, end] for cut, end in zip(cuts, ends, strict=True)]
+        out = torch.full((len(self.q), num_heads + 1, head_dim), math.nan, dtype=self.q.dtype)[:, :num_heads]
+        gap = 5 if spread else 0
+        rows = len(self.q) + gap * len(cuts)
+        state = PrefillState(
+            *(torch.full(s, math.nan) for s in ((rows, num_heads, head_dim), *[(rows, num_heads)] * 2))
+        )
+        for launch in range(max(map(len, borders)) - 1):
+            chunks, blocks, first_row = [], [], 0
+            for c, (prefix, count) in enumerate(zip(self.prefixes, self.counts, strict=True)):
+                if launch + 1 < len(borders[c]):
+                    start, end = borders[c][launch : launch + 2]
+                    first_state = first_row + gap * (c + 1)
+                    blocks += [(len(chunks), b * BLOCK_M) for b in range(num_blocks(count, self.group))]
+                    chunks.append((first_row, count, prefix, pages.first_entry[c], start, end, first_state, 0))
+                first_row += count
+            if spread:
+                blocks.sort(key=lambda block: (block[1], block[0]))
+            prefill_walk(
+                self.q,
+                pages.layer_pool,
+                pages.buffer if bool((pages.table < 0).any()) else None,
+                pages.table,
+                torch.tensor(chunks).reshape(-1, 8),
+                torch.tensor(blocks).reshape(-1, 2),
+                state if any(cuts) else None,
+                out,
+            )
+        return out
+
+    def assert_close(self, out: Tensor) -> None:
+        assert not out.isnan().any()
+        for rows, q, x in zip(out.split(self.counts), self.q.split(self.counts), self.tokens, strict=True):
+            if len(rows):
+                expected, _ = reference.attention(q.unflatten(1, (-1, self.group)), *x)
+                assert relative_error(rows, expected.flatten(1, 2)) < TOLERANCE[self.q.dtype]
+
+
+@st.composite
+def prefills(draw: st.DrawFn) -> Prefill:
+    page_size, group = draw(page_sizes), draw(st.integers(1, 16))
+    prefixes = draw(st.lists(st.one_of(st.just(0), st.integers(1, 400)), min_size=1, max_size=2))
+    counts = [draw(st.one_of(st.integers(1, 9), st.integers(1, 280 // group))) for _ in prefixes]
+    unit, cuts = max(SEGMENT_TOKENS, page_size), []
+    for prefix, count in zip(prefixes, counts, strict=True):
+        possible = list(range(unit, prefix + count, unit))
+        cuts.append(sorted(draw(st.sets(st.sampled_from(possible)))) if possible else [])
+    kv_heads = draw(st.integers(1, 2))
+    return Prefill(draw(dtypes), draw(head_dims), page_size, kv_heads, group, prefixes, counts, cuts, draw(seeds))
+
+
+@few
+@given(batch=prefills(), cold=st.sampled_from([0.0, 0.5, 1.0]))
+def test_prefill(batch: Prefill, cold: float) -> None:
+    """Any chunks in a launch, whole or cut, resident or not: right, and bitwise the same."""
+    out = batch.out(batch.lay_out(0.0), [[] for _ in batch.cuts])
+    batch.assert_close(out)
+    elsewhere = batch.lay_out(cold, seed=1, garbage=-GARBAGE)
+    assert torch.equal(batch.out(elsewhere, batch.cuts, spread=True), out)

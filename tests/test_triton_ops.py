@@ -23,6 +23,7 @@ from distkv.kernels.cuda.activation import swiglu
 from distkv.kernels.cuda.norm import rms_norm
 from distkv.kernels.cuda.page_copy import copy_pages
 from distkv.kernels.cuda.rope import rope_and_write_kv
+from distkv.kernels.token_kernels import TokenKernels, token_kernels
 from distkv.storage.host_memory import as_integers, lazy_zeros
 
 pytestmark = pytest.mark.interpreter
@@ -56,6 +57,14 @@ def test_rms_norm(
     assert result.dtype == dtype and result.shape == x.shape
     assert torch.equal(x, added)
     assert relative_error(result, reference.rms_norm(added, weight, eps)) < ONE_ROUNDING[dtype]
+
+
+def test_the_norm_is_of_the_rounded_sum() -> None:
+    """2048 + 1 is 2048 in fp16, and the norm of equal numbers is 1."""
+    delta = torch.zeros(1, 8).half()
+    delta[0, 0] = 1
+    result = rms_norm(torch.full_like(delta, 2048), torch.full_like(delta[0], 1.5), 1e-6, delta)
+    assert (result == 1.5).all()
 
 
 @given(
@@ -138,6 +147,10 @@ def test_rope_writes_beyond_2_31_elements() -> None:
     _, k, v = rope_and_write_kv(qkv, angle.cos(), angle.sin(), pool, page, offset)
     assert torch.equal(pool[0, -1, :, -1], k[0]) and torch.equal(pool[1, -1, :, -1], v[0])
     assert not pool[0, 0].any() and not pool[:, -1, :, :-1].any()
+
+
+def test_token_kernels_of_cuda_are_these() -> None:
+    assert token_kernels(torch.device("cuda")) == TokenKernels(rms_norm, swiglu, rope_and_write_kv)
 
 
 def random_bits(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

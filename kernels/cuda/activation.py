@@ -16,7 +16,9 @@ def swiglu(gate_up: Tensor) -> Tensor:
     num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     result = gate_up.new_empty(num_tokens, width)
     if num_tokens:
-        _swiglu[(num_tokens, triton.cdiv(width, BLOCK))](gate_up, result, WIDTH=width, BLOCK=BLOCK, num_warps=4)
+        _swiglu[(num_tokens, triton.cdiv(width, BLOCK))](
+            gate_up, result, WIDTH=width, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True
+        )
     return result
 
 

@@ -65,10 +65,10 @@ def _decode_kernel(
         if D1:
             q1 = tl.load(q_row[:, None] + d1, mask=real[:, None] & fits1, other=0.0)
         m = tl.full([BLOCK_M], -float("inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
+        total = tl.full([BLOCK_M], 0.0, tl.float32)
+        acc0 = tl.full([BLOCK_M, D0], 0.0, tl.float32)
         if D1:
-            acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
+            acc1 = tl.full([BLOCK_M, D1], 0.0, tl.float32)
 
         pages = tile_pages(entries, start, end, PAGE_SIZE, BLOCK_N)
         for first in range(start, end, BLOCK_N):

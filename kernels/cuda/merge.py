@@ -12,7 +12,7 @@ from torch import Tensor
 
 # States taken at once and columns of a program: constants, since the order of additions follows from them. A sequence
 # alone may have thousands of states, so its rows are cut into as many programs as whole 128-byte lines allow.
-STATES = 32
+STATES = 64
 COLUMNS = 32
 
 
@@ -37,14 +37,14 @@ def _merge_kernel(
     token, query_head = tl.program_id(1) // (KV_HEADS * GROUP), tl.program_id(1) % (KV_HEADS * GROUP)
     sequence = sequences + 4 * tl.program_id(2)
     first_row, num_keys, first_state = tl.load(sequence), tl.load(sequence + 1), tl.load(sequence + 3)
-    num_states = tl.cdiv(num_keys.to(tl.int32), split_tokens)
+    num_states = (num_keys.to(tl.int32) + split_tokens - 1) // split_tokens
     fits = column < HEAD_DIM
     # row of (state, head, token, group) in out and lse
     row = (first_state * KV_HEADS + query_head // GROUP) * ROWS + token * GROUP + query_head % GROUP
 
     m = -float("inf")
     total = 0.0
-    acc = tl.zeros([COLUMNS], tl.float32)
+    acc = tl.full([COLUMNS], 0.0, tl.float32)
     for first in tl.range(0, num_states, STATES, num_stages=3):
         state = first + tl.arange(0, STATES)
         there = state < num_states
@@ -93,5 +93,5 @@ def merge_splits(
         HEAD_DIM=head_dim,
         STATES=STATES,
         COLUMNS=COLUMNS,
-        num_warps=1,
+        num_warps=2,
     )

@@ -23,7 +23,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None)
         block = triton.next_power_of_2(hidden)
         warps = min(max(block * x.element_size() // (32 * THREAD_BYTES), 1), MAX_WARPS)
         _rms_norm[(num_tokens,)](
-            x, delta, weight, result, eps, HIDDEN=hidden, BLOCK=block, HAS_DELTA=delta is not None, num_warps=warps
+            x,
+            delta,
+            weight,
+            result,
+            eps,
+            HIDDEN=hidden,
+            BLOCK=block,
+            HAS_DELTA=delta is not None,
+            num_warps=warps,
+            enable_fp_fusion=True,
         )
     return result
 

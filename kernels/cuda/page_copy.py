@@ -43,6 +43,7 @@ def copy_pages(source: Tensor, target: Tensor, pairs: Tensor, num_programs: int)
         WORDS=words,
         TILE_VECTORS=TILE_VECTORS,
         num_warps=8,
+        enable_fp_fusion=True,
     )
 
 

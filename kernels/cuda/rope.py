@@ -5,7 +5,9 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_HEADS = 8
-"""Heads of a program of 2 warps: at head_dim 128, 16 bytes of a half precision type for each thread and half a head."""
+"""Heads of a program."""
+THREAD_BYTES = 16
+"""What a thread reads at a time of each half of a head."""
 
 
 def rope_and_write_kv(
@@ -24,6 +26,7 @@ def rope_and_write_kv(
     num_tokens, num_heads, head_dim = qkv.shape
     kv_heads, page_size = layer_pool.shape[2:4]
     if num_tokens:
+        block_half = triton.next_power_of_2(head_dim // 2)
         _rope_and_write_kv[(num_tokens, triton.cdiv(num_heads, BLOCK_HEADS))](
             qkv,
             cos,
@@ -38,8 +41,9 @@ def rope_and_write_kv(
             PAGE_SIZE=page_size,
             HALF=head_dim // 2,
             BLOCK_HEADS=BLOCK_HEADS,
-            BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
-            num_warps=2,
+            BLOCK_HALF=block_half,
+            num_warps=max(BLOCK_HEADS * block_half * qkv.element_size() // (32 * THREAD_BYTES), 1),
+            enable_fp_fusion=True,
         )
     return qkv[:, : -2 * kv_heads], qkv[:, -2 * kv_heads : -kv_heads], qkv[:, -kv_heads:]
 
@@ -65,16 +69,17 @@ def _rope_and_write_kv(
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[:, None]
     column = tl.arange(0, BLOCK_HALF)[None, :]
-    in_half = column < HALF
-    inside = (head < NUM_HEADS) & in_half
+    inside = (head < NUM_HEADS) & (column < HALF)
     source = qkv + (token * NUM_HEADS + head) * (2 * HALF) + column
     first = tl.load(source, mask=inside, other=0)
     second = tl.load(source + HALF, mask=inside, other=0)
 
     # values, the last heads, are only copied
     rotates = head < NUM_HEADS - KV_HEADS
-    c = tl.load(cos + token * HALF + column, mask=in_half, other=0)
-    s = tl.load(sin + token * HALF + column, mask=in_half, other=0)
+    # each head reads them for itself, from the cache: a row shared by all would pass through shared memory
+    angle = token * HALF + column + tl.zeros_like(head)
+    c = tl.load(cos + angle, mask=inside, other=0)
+    s = tl.load(sin + angle, mask=inside, other=0)
     x, y = first.to(tl.float32), second.to(tl.float32)
     first = tl.where(rotates, (x * c - y * s).to(first.dtype), first)
     second = tl.where(rotates, (y * c + x * s).to(second.dtype), second)

@@ -1,0 +1,224 @@
+"""Paged prefill attention: causal attention of chunks of prompts over all their pages, in one walk or in several.
+
+The online softmax of FlashAttention-2 (https://arxiv.org/abs/2307.08691): a program takes one block of query rows of a
+KV head and walks over the keys in tiles of a fixed grid. Its state can be saved between two tiles and taken up again,
+so that a prefix of which a part is streamed is walked in logical order, piece by piece, with bitwise the same result.
+The work is bound by the tensor cores.
+
+Dims: T tokens, H query heads, K KV heads, G = H / K, S page_size, D head_dim.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from distkv.kernels.cuda.paging import check_layouts, split_head_dim, tile_pages, tile_rows
+
+BLOCK_M = 128
+"""Rows of a block, of which a chunk has `num_tokens * G` for each KV head."""
+SEGMENT_TOKENS = 128
+"""A walk may be cut at multiples of so many keys, and every tile is a divisor of it."""
+
+
+class PrefillState(NamedTuple):
+    """The online softmax of some query tokens between two segments, fp32: `acc [tokens, H, D]`, `m` and `total [tokens,
+    H]`, where m is the largest score so far in powers of two, total the sum of weights and acc that of values."""
+
+    acc: Tensor
+    m: Tensor
+    total: Tensor
+
+
+@triton.jit
+def _prefill_kernel(
+    q,
+    pool,
+    buffer,
+    table,
+    chunks,
+    blocks,
+    saved_acc,
+    saved_m,
+    saved_total,
+    out,
+    q_stride: tl.int64,
+    out_stride: tl.int64,
+    part_stride: tl.int64,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    SCALE: tl.constexpr = HEAD_DIM**-0.5 * 1.4426950408889634  # softmax in powers of two
+    HEADS: tl.constexpr = KV_HEADS * GROUP
+    # the last block of a chunk walks furthest: those are taken first, so that no long one is left at the end
+    block = blocks + 2 * (tl.num_programs(0) - 1 - tl.program_id(0))
+    head = tl.program_id(1)
+    chunk = chunks + 8 * tl.load(block)
+    first_row = tl.load(block + 1).to(tl.int32)
+    num_tokens, position = tl.load(chunk + 1).to(tl.int32), tl.load(chunk + 2).to(tl.int32)
+    entries = table + tl.load(chunk + 3)
+    start, end = tl.load(chunk + 4).to(tl.int32), tl.load(chunk + 5).to(tl.int32)
+
+    # row token * G + g is query head k * G + g of the token
+    row = first_row + tl.arange(0, BLOCK_M)
+    num_rows = num_tokens * GROUP
+    real = row < num_rows
+    token, query_head = row // GROUP, head * GROUP + row % GROUP
+    d0, d1 = tl.arange(0, D0), D0 + tl.arange(0, 16 if D1 == 0 else D1)
+    fits0, fits1 = d0 < HEAD_DIM, d1 < HEAD_DIM
+    q_row = q + (tl.load(chunk) + token) * q_stride + query_head * HEAD_DIM
+    q0 = tl.load(q_row[:, None] + d0, mask=real[:, None] & fits0, other=0.0)
+    if D1:
+        q1 = tl.load(q_row[:, None] + d1, mask=real[:, None] & fits1, other=0.0)
+
+    # a first segment begins with nothing; whether it is one is a choice at run time, so that there is one binary
+    saved_row = (tl.load(chunk + 6) + token) * HEADS + query_head
+    goes_on = row < tl.where(start > 0, num_rows, 0)
+    m = tl.load(saved_m + saved_row, mask=goes_on, other=-float("inf"))
+    total = tl.load(saved_total + saved_row, mask=goes_on, other=0.0)
+    acc_row = saved_acc + saved_row * HEAD_DIM
+    acc0 = tl.load(acc_row[:, None] + d0, mask=goes_on[:, None] & fits0, other=0.0)
+    if D1:
+        acc1 = tl.load(acc_row[:, None] + d1, mask=goes_on[:, None] & fits1, other=0.0)
+
+    # Tiles that all rows see whole, then those on the diagonal, which of them follows from the block alone. Every row
+    # sees key 0, the first of the first tile, so m is finite from there on.
+    last_token = tl.minimum((first_row + BLOCK_M - 1) // GROUP, num_tokens - 1)
+    diagonal = (position + first_row // GROUP + 1) // BLOCK_N * BLOCK_N
+    for MASKED in tl.static_range(2):
+        if MASKED:
+            begin, finish = tl.maximum(start, diagonal), tl.minimum(position + last_token + 1, end)
+        else:
+            begin, finish = start, tl.minimum(diagonal, end)
+        pages = tile_pages(entries, begin, finish, PAGE_SIZE, BLOCK_N)
+        for first in range(begin, finish, BLOCK_N):
+            key_rows, value_rows = tile_rows(
+                pages, pool, buffer, head, first, part_stride, KV_HEADS, PAGE_SIZE, HEAD_DIM, BLOCK_N
+            )
+            pages = tile_pages(entries, first + BLOCK_N, finish, PAGE_SIZE, BLOCK_N)
+            key = first + tl.arange(0, BLOCK_N)
+            if MASKED:
+                there0, there1 = (key < finish)[:, None] & fits0, (key < finish)[:, None] & fits1
+            else:
+                there0, there1 = fits0, fits1
+            k0 = tl.load(key_rows[:, None] + d0, mask=there0, other=0.0)
+            scores = tl.dot(q0, k0.T, input_precision="ieee")
+            if D1:
+                k1 = tl.load(key_rows[:, None] + d1, mask=there1, other=0.0)
+                scores = tl.dot(q1, k1.T, scores, input_precision="ieee")
+            if MASKED:
+                scores = tl.where(key <= position + token[:, None], scores, -float("inf"))
+            new_m = tl.maximum(m, tl.max(scores, 1) * SCALE)
+            p = tl.exp2(scores * SCALE - new_m[:, None])
+            shrink = tl.exp2(m - new_m)
+            total = total * shrink + tl.sum(p, 1)
+            m = new_m
+            v0 = tl.load(value_rows[:, None] + d0, mask=there0, other=0.0)
+            p = p.to(v0.dtype)
+            acc0 = tl.dot(p, v0, acc0 * shrink[:, None], input_precision="ieee")
+            if D1:
+                v1 = tl.load(value_rows[:, None] + d1, mask=there1, other=0.0)
+                acc1 = tl.dot(p, v1, acc1 * shrink[:, None], input_precision="ieee")
+
+    unfinished = end < position + num_tokens
+    saved, done = row < tl.where(unfinished, num_rows, 0), row < tl.where(unfinished, 0, num_rows)
+    tl.store(saved_m + saved_row, m, mask=saved)
+    tl.store(saved_total + saved_row, total, mask=saved)
+    tl.store(acc_row[:, None] + d0, acc0, mask=saved[:, None] & fits0)
+    if D1:
+        tl.store(acc_row[:, None] + d1, acc1, mask=saved[:, None] & fits1)
+    out_row = out + (tl.load(chunk) + token) * out_stride + query_head * HEAD_DIM
+    tl.store(out_row[:, None] + d0, (acc0 / total[:, None]).to(out.dtype.element_ty), mask=done[:, None] & fits0)
+    if D1:
+        tl.store(out_row[:, None] + d1, (acc1 / total[:, None]).to(out.dtype.element_ty), mask=done[:, None] & fits1)
+
+
+class PrefillLaunch(NamedTuple):
+    """How the kernel is cut up and launched; none of it depends on the load."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def prefill_launch(head_dim: int, dtype_bytes: int) -> PrefillLaunch:
+    """Launch parameters by the shape of the model."""
+    if dtype_bytes == 4:
+        return PrefillLaunch(32, 8, 2)
+    return PrefillLaunch(128 if head_dim <= 64 else 64, 8, 3)
+
+
+def num_blocks(num_tokens: int, group: int) -> int:
+    """Blocks of BLOCK_M rows that a chunk has for one KV head."""
+    return -(-num_tokens * group // BLOCK_M)
+
+
+def prefill_walk(
+    q: Tensor,
+    layer_pool: Tensor,
+    buffer: Tensor | None,
+    table: Tensor,
+    chunks: Tensor,
+    blocks: Tensor,
+    state: PrefillState | None,
+    out: Tensor,
+) -> None:
+    """Walks each chunk's queries over one segment of their keys; those of the chunk itself are read from its pages too.
+
+    Shapes, index tensors int64, all on the device:
+        q `[T, H, D]`: rotated queries, of any row stride
+        layer_pool, buffer, table: as for `decode.decode_splits`
+        chunks `[C, 8]`: first row of q and out, number of tokens, position of the first one, first entry of the table,
+            first key and end key of the segment, first row of the state, 0
+        blocks `[N, 2]`: chunk and first row of each block of BLOCK_M rows, where row `token * G + g` of KV head k is
+            query head `k * G + g`; a chunk's blocks in ascending order, see `num_blocks`
+        state: of all tokens that are between two segments; None when each segment is a whole walk
+        out `[T, H, D]`: of any row stride
+    A segment whose first key is not 0 goes on from the state. One that ends before the last token's key saves it, else
+    its rows of `out` are written. A walk is cut at multiples of SEGMENT_TOKENS keys. However it is cut, and wherever
+    the pages lie, the bits of `out` are the same.
+    """
+    _, _, kv_heads, page_size, head_dim = layer_pool.shape
+    check_layouts(layer_pool, buffer)
+    if not len(blocks):
+        return
+    if buffer is None:
+        buffer = layer_pool
+    if state is None:
+        nothing = torch.empty(0, dtype=torch.float32, device=q.device)
+        state = PrefillState(nothing, nothing, nothing)
+    launch = prefill_launch(head_dim, q.element_size())
+    d0, d1 = split_head_dim(head_dim, 16)
+    _prefill_kernel[(len(blocks), kv_heads)](
+        q,
+        layer_pool,
+        buffer,
+        table,
+        chunks,
+        blocks,
+        state.acc,
+        state.m,
+        state.total,
+        out,
+        q.stride(0),
+        out.stride(0),
+        layer_pool.stride(0),
+        GROUP=q.shape[1] // kv_heads,
+        KV_HEADS=kv_heads,
+        PAGE_SIZE=page_size,
+        HEAD_DIM=head_dim,
+        D0=d0,
+        D1=d1,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=launch.block_n,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
