@@ -119,7 +119,8 @@ def bench_kernels(
 ) -> None:
     """Each Triton kernel beside what the GPU gives at most, at the shape of Llama-3-8B in bfloat16.
 
-    Needs a CUDA device with 45 GB of free memory and 3 GB on the host. --only is for who works on one kernel.
+    Needs a CUDA device with 45 GB of free memory (with less, what does not fit is left out) and 3 GB on the host. By
+    estimate it takes three minutes; with --only, who works on one kernel need not wait for the others.
     """
     from distkv.bench.kernels import run
 
@@ -134,9 +135,10 @@ def bench_gpu(
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Streaming, a whole model beside transformers, and bits, on a GPU and random weights of Llama-3-8B's shape.
+    """Streaming, a whole model beside transformers, and equal bits, on random weights of Llama-3-8B's shape.
 
-    Needs a CUDA device with 45 GB of free memory and 40 GB on the host.  --only is for who has a time limit.
+    Needs a CUDA device with 45 GB of free memory and 40 GB on the host. By estimate it takes seven minutes, three of
+    them to make random contexts; with --only, who has a time limit runs it in parts.
     """
     from distkv.bench.gpu import run
 

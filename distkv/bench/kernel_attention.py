@@ -16,6 +16,7 @@ from distkv.bench.kernel_work import AttentionShape
 from distkv.errors import DistKVError
 from distkv.kernels.cuda.decode import decode_splits
 from distkv.kernels.cuda.merge import merge_splits
+from distkv.kernels.cuda.prefill import BLOCK_M, num_blocks, prefill_walk
 from distkv.storage.page_size import pages_for
 
 SPLIT_TOKENS = 512
