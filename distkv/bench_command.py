@@ -137,8 +137,9 @@ def bench_gpu(
 ) -> None:
     """Streaming, a whole model beside transformers, and equal bits, on random weights of Llama-3-8B's shape.
 
-    Needs a CUDA device with 45 GB of free memory and 40 GB on the host. By estimate it takes seven minutes, three of
-    them to make random contexts; with --only, who has a time limit runs it in parts.
+    Needs a CUDA device with 45 GB of free memory and 40 GB on the host. Streaming takes four of the layers at most, so
+    that contexts up to a million tokens fit. By estimate it takes seven minutes, three of them to make random contexts;
+    with --only, who has a time limit runs it in parts.
     """
     from distkv.bench.gpu import run
 
