@@ -206,7 +206,8 @@ def test_fetch_prints_the_folder(demo_model: Path) -> None:
 
 def check_demo(result: subprocess.CompletedProcess[str], kv_bytes_per_token: int) -> None:
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count(str(kv_bytes_per_token)) == 2  # by the formula and as measured
+    cells = re.findall(rf"│ {kv_bytes_per_token} +│$", result.stdout, re.MULTILINE)
+    assert len(cells) == 2, "by the formula and as measured"
     # a second engine finds the text of the first on disk
     assert re.search(r"first +│ 20\d\d +│ 0 +│ 0 +│ 0 ", result.stdout)
     assert re.search(r"second +│ 20\d\d +│ 0 +│ 0 +│ 1984 ", result.stdout) and "last use" in result.stdout
