@@ -119,8 +119,9 @@ def bench_kernels(
 ) -> None:
     """Each Triton kernel beside what the GPU gives at most, at the shape of Llama-3-8B in bfloat16.
 
-    Needs a CUDA device with 45 GB of free memory (with less, what does not fit is left out) and 3 GB on the host. By
-    estimate it takes three minutes; with --only, who works on one kernel need not wait for the others.
+    Needs a CUDA device with 45 GB of free memory and 3 GB on the host.
+    Of decode, what does not fit is left out.
+    By estimate it takes three minutes; --only is for who works on one kernel.
     """
     from distkv.bench.kernels import run
 
@@ -137,9 +138,9 @@ def bench_gpu(
 ) -> None:
     """Streaming, a whole model beside transformers, and equal bits, on random weights of Llama-3-8B's shape.
 
-    Needs a CUDA device with 45 GB of free memory and 40 GB on the host. Streaming takes four of the layers at most, so
-    that contexts up to a million tokens fit. By estimate it takes seven minutes, three of them to make random contexts;
-    with --only, who has a time limit runs it in parts.
+    Needs a CUDA device with 45 GB of free memory and 40 GB on the host.
+    Streaming takes four of the layers at most, so that a million tokens fit.
+    By estimate it takes seven minutes; --only is for who has a time limit.
     """
     from distkv.bench.gpu import run
 
