@@ -8,6 +8,32 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from distkv import __version__
+from distkv.bench_command import bench
+from distkv.cli_options import (
+    CacheDir,
+    DeviceKvBytes,
+    DiskKvBytes,
+    DiskWritePolicy,
+    Dtype,
+    HostKvBytes,
+    LoadFormat,
+    MaxColdBytes,
+    MaxModelLen,
+    MaxTokens,
+    Model,
+    NumThreads,
+    PageSize,
+    PrefixCaching,
+    RayAddress,
+    Seed,
+    StagingPages,
+    Stop,
+    Temperature,
+    TensorParallelSize,
+    TopK,
+    TopP,
+    model_folder,
+)
 from distkv.errors import DistKVError, RequestError
 
 # click's, which newer releases of typer carry under a name of their own
@@ -19,33 +45,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-bench = typer.Typer(help="Measure on this machine.")
 app.add_typer(bench, name="bench")
 cache = typer.Typer(help="Look after a --cache-dir.")
 app.add_typer(cache, name="cache")
-
-Model = Annotated[str, typer.Option(help="Hugging Face model folder, or smollm2, which is fetched if need be.")]
-TensorParallelSize = Annotated[int, typer.Option(help="Ranks; more than one run as Ray actors.")]
-RayAddress = Annotated[str | None, typer.Option(help="Ray cluster to run on, e.g. auto.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
-MaxModelLen = Annotated[int | None, typer.Option(help="Most tokens of prompt and answer together.")]
-PageSize = Annotated[int, typer.Option(help="Tokens of a KV page, a power of two.")]
-DeviceKvBytes = Annotated[str | None, typer.Option(help="KV memory on the devices, e.g. 4GiB.")]
-HostKvBytes = Annotated[str | None, typer.Option(help="KV memory of the host below it; 0 for none.")]
-DiskKvBytes = Annotated[str | None, typer.Option(help="KV pages on disk, with --cache-dir.")]
-CacheDir = Annotated[Path | None, typer.Option(help="Folder for KV pages on disk.")]
-PrefixCaching = Annotated[bool, typer.Option(help="Keep full KV pages for later prompts that begin alike.")]
-DiskWritePolicy = Annotated[str, typer.Option(help="When such pages go to disk: write_through (at once) or idle.")]
-MaxColdBytes = Annotated[str | None, typer.Option(help="Most bytes of cold pages that a step streams.")]
-StagingPages = Annotated[int | None, typer.Option(help="Pages of the ring that cold pages pass through.")]
-LoadFormat = Annotated[str, typer.Option(help="auto, or dummy for random weights.")]
-NumThreads = Annotated[int | None, typer.Option(help="Torch threads of a CPU rank.")]
-MaxTokens = Annotated[int, typer.Option(help="Most tokens of an answer.")]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
-TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens of this mass.")]
-TopK = Annotated[int, typer.Option(help="Keep this many of the likeliest tokens; 0 keeps all.")]
-Seed = Annotated[int | None, typer.Option(help="Makes the answer reproducible.")]
-Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given again.")]
 
 
 def main() -> None:
@@ -111,7 +113,7 @@ def generate(
     params = _sampling_params(locals())
     from distkv.llm import LLM
 
-    with LLM(_model_folder(model), **options) as llm:
+    with LLM(model_folder(model), **options) as llm:
         for piece in _pieces(llm.stream(text, params)):
             print(piece, end="", flush=True)
         print()
@@ -154,7 +156,7 @@ def chat(
     params = _sampling_params(locals())
     from distkv.chat_command import run
 
-    run(_model_folder(model), options, params, system, session, stats)
+    run(model_folder(model), options, params, system, session, stats)
 
 
 @app.command()
@@ -176,7 +178,7 @@ def demo(
     """Ask a real model a few questions and show what its KV cache takes."""
     from distkv.demo import run
 
-    run(_model_folder(model), tensor_parallel_size)
+    run(model_folder(model), tensor_parallel_size)
 
 
 @app.command()
@@ -220,109 +222,12 @@ def stress(
     engine = {name: value for name, value in locals().items() if name in names}
     from distkv.stress import StressOptions, run
 
-    folder = None if model is None else _model_folder(model)
+    folder = None if model is None else model_folder(model)
     options = StressOptions(
         context, new_tokens, folder, shape, fill, stages, seed, verify, json_file, plot_file, max_num_batched_tokens,
         engine,
     )  # fmt: skip
     if not run(options):
-        raise typer.Exit(1)
-
-
-@bench.command("decode")
-def bench_decode(
-    model: Model = "smollm2",
-    peer: Annotated[str | None, typer.Option(help="Engine to compare with, in turns: hf (transformers).")] = None,
-    context: Annotated[list[int] | None, typer.Option(help="Context in tokens; may be given again.")] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to decode at each context.", min=1)] = 32,
-    repeats: Annotated[int, typer.Option(help="Turns of each engine; the median counts.", min=1)] = 3,
-    dtype: Dtype = "bfloat16",
-    num_threads: NumThreads = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
-) -> None:
-    """Prefill tokens/s and decode ms/token of one request at several contexts."""
-    from distkv.bench.decode import run
-
-    run(_model_folder(model), peer, context or [128, 1024, 4096], new_tokens, repeats, dtype, num_threads, json_file)
-
-
-@bench.command("offload")
-def bench_offload(
-    model: Model = "smollm2",
-    context: Annotated[int, typer.Option(help="Context in whole pages, one short of the model's limit.")] = 4096,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to decode in each turn.", min=1)] = 32,
-    repeats: Annotated[int, typer.Option(help="Turns of each variant; the median of all steps counts.", min=1)] = 5,
-    dtype: Dtype = "bfloat16",
-    page_size: PageSize = 256,
-    num_threads: NumThreads = None,
-    cache_dir: Annotated[Path | None, typer.Option(help="Folder of the disk tier; else a temporary one.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
-) -> None:
-    """Decode ms/token with the context on the device, half or wholly on the host, and on disk."""
-    from distkv.bench.offload import run
-
-    run(_model_folder(model), context, new_tokens, repeats, dtype, page_size, num_threads, cache_dir, json_file)
-
-
-@bench.command("prefix")
-def bench_prefix(
-    model: Model = "smollm2",
-    prefix_tokens: Annotated[int, typer.Option(help="Tokens of the shared prefix, in whole pages.")] = 4096,
-    answer_tokens: Annotated[int, typer.Option(help="Tokens of each answer, which are compared.", min=1)] = 16,
-    repeats: Annotated[int, typer.Option(help="Turns, each with a question of its own; medians count.", min=1)] = 5,
-    dtype: Dtype = "bfloat16",
-    page_size: PageSize = 256,
-    num_threads: NumThreads = None,
-    cache_dir: Annotated[Path | None, typer.Option(help="Where to make the folder of the disk tier.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
-) -> None:
-    """Time to first token with a prefix on no tier, device, host, or disk after a restart; exit code 1 when wrong."""
-    from distkv.bench.prefix import run
-
-    if not run(
-        _model_folder(model), prefix_tokens, answer_tokens, repeats, dtype, page_size, num_threads, cache_dir, json_file
-    ):
-        raise typer.Exit(1)
-
-
-@bench.command("serve-offline")
-def bench_serve_offline(
-    model: Model = "smollm2",
-    num_requests: Annotated[int, typer.Option(help="Requests, all submitted at once.", min=1)] = 64,
-    longest_prompt: Annotated[int, typer.Option(help="Most tokens of a prompt; lengths are lognormal.")] = 1024,
-    longest_answer: Annotated[int, typer.Option(help="Most tokens of an answer; lengths are uniform.")] = 64,
-    seed: Annotated[int, typer.Option(help="Of the lengths.")] = 0,
-    repeats: Annotated[int, typer.Option(help="Turns of each window; medians count.", min=1)] = 3,
-    page_size: PageSize = 64,  # with 256, half of these requests' KV were pages being written, which cannot be cold
-    num_threads: NumThreads = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
-) -> None:
-    """Throughput of many requests with all, half and a quarter of their KV on the device; exit code 1 when answers
-    differ.
-
-    The lengths are such that nine runs of the demo model come to an end within minutes on two cores.
-    """
-    from distkv.bench.serve_offline import run
-
-    if not run(
-        _model_folder(model), num_requests, longest_prompt, longest_answer, seed, repeats, page_size, num_threads,
-        json_file,
-    ):  # fmt: skip
-        raise typer.Exit(1)
-
-
-@bench.command("scheduler")
-def bench_scheduler(
-    num_seqs: Annotated[int, typer.Option(help="Sequences that run at a time.", min=1)] = 256,
-    context: Annotated[int, typer.Option(help="Tokens of each.", min=1)] = 100_000,
-    steps: Annotated[int, typer.Option(help="Steps to measure.", min=1)] = 300,
-    page_size: PageSize = 256,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
-) -> None:
-    """Milliseconds that a step costs the leader, with ranks that do nothing; exit code 1 when a token is missing."""
-    from distkv.bench.scheduler import run
-
-    if not run(num_seqs, context, steps, page_size, json_file):
         raise typer.Exit(1)
 
 
@@ -382,13 +287,6 @@ def _sampling_params(given: dict[str, Any]) -> Any:
 
     names = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
     return SamplingParams(**{name: given[name] for name in names})
-
-
-def _model_folder(model: str) -> Path:
-    """The folder of a model given as a path or as the name of one that can be fetched."""
-    from distkv.fetch import MODELS, fetch_model
-
-    return fetch_model(model) if model in MODELS and not Path(model).exists() else Path(model)
 
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:

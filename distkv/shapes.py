@@ -41,14 +41,21 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 @contextmanager
-def shape_folder(name: str) -> Iterator[Path]:
-    """A temporary model folder with the `config.json` of a shape, in bfloat16, for load_format "dummy".
+def shape_folder(name: str, **changes: Any) -> Iterator[Path]:
+    """A temporary model folder with the `config.json` of a shape, in bfloat16, for load_format "dummy". `changes` are
+    fields that shall be others.
 
     Raises ConfigError when there is no such shape.
     """
     if name not in SHAPES:
         raise ConfigError(f"shape {name!r} is not known; use one of {', '.join(SHAPES)}")
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", **SHAPES[name]}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        **SHAPES[name],
+        **changes,
+    }
     with TemporaryDirectory(prefix="distkv-shape-") as folder:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(config), encoding="utf-8")

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from distkv import LLM
+from distkv.bench.device import DeviceMeter, Work
 from distkv.engine import Engine
 from distkv.storage.page_size import NUM_BUFFERS, PREFILL_SPLIT
 from distkv.workers.cpu_attention import prefix_pieces
@@ -193,3 +194,32 @@ def largest_error(actual: Tensor, expected: Tensor) -> float:
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     difference = (actual.double() - expected.double()).abs().max() / expected.double().abs().max()
     return difference.item() if torch.isfinite(difference) else float("inf")
+
+
+class FakeMeter(DeviceMeter):
+    """Runs the work on a CPU and says that it took a millisecond, of a second work at once two."""
+
+    def __init__(self, free_bytes: int = 2**60):
+        self.processors = 4
+        self.order: list[Work] = []  # of what was timed
+        self._peak = 0
+        self._free_bytes = free_bytes
+
+    def seconds(self, work: Work) -> float:
+        self.order.append(work)
+        work()
+        return 1e-3
+
+    def seconds_each(self, works: tuple[Work, Work]) -> tuple[float, float]:
+        for work in works:
+            self.seconds(work)
+        return 1e-3, 2e-3
+
+    def forget_peak(self) -> None:
+        self._peak += 1000
+
+    def peak_bytes(self) -> int:
+        return self._peak
+
+    def free_bytes(self) -> int:
+        return self._free_bytes

@@ -1,19 +1,30 @@
 """The benchmarks of prefixes, serving and scheduling, on models so small that their figures mean nothing: what they
-print and write, and that they end with exit code 1 when what must be equal is not."""
+print and write, and that they end with exit code 1 when what must be equal is not. Of those that need a GPU, what can
+be seen without one: a clock that stands still takes its place (`test_triton_bench.py` calls the kernels)."""
 
 import json
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
-from helpers import save_llama
+import torch
+from helpers import FakeMeter, save_llama
 from typer.testing import CliRunner, Result
 
-from distkv.bench import prefix, scheduler, serve_offline
+from distkv.bench import device, engine_rows, gpu, kernels, prefix, scheduler, serve_offline
+from distkv.bench.device import LinkCeiling, MatmulCeiling, MemoryCeiling, Turns
+from distkv.bench.engine_rows import Shape, model_rows, residency_rows, streaming_rows, weight_bytes
+from distkv.bench.kernel_work import AttentionShape, norm_bytes, rope_bytes, swiglu_bytes
 from distkv.bench.machine import machine_facts, percentile
 from distkv.cli import app
-from distkv.errors import ConfigError
+from distkv.errors import CapacityError, ConfigError, DistKVError
+from distkv.shapes import shape_folder
+from distkv.stress_run import Stage
+from distkv.workers.model_config import ModelConfig
 
 PREFIX = ("--prefix-tokens", "128", "--page-size", "64", "--repeats", "1", "--dtype", "float32", "--answer-tokens", "4")
 SERVE = ("--num-requests", "5", "--longest-prompt", "100", "--longest-answer", "20", "--page-size", "16")
@@ -211,3 +222,221 @@ def test_bench_scheduler_refuses() -> None:
         scheduler.run(4, 100, 5, 16, None)
     with pytest.raises(ConfigError, match="num-seqs 2000"):
         scheduler.run(2000, 100, 5, 16, None)
+
+
+# --- kernels and gpu ---
+
+CPU = torch.device("cpu")
+TINY_KV = 2 * 2 * 64 * 4  # KV bytes of a token of the tiny shape in fp32: 2 layers, one KV head of 64
+
+
+@pytest.mark.parametrize("command", ["kernels", "gpu"])
+def test_benches_of_a_gpu_refuse_without_one(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    figures = tmp_path / "figures.json"
+    result = CliRunner().invoke(app, ["bench", command, "--json", str(figures)])
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception) == (
+        f"distkv bench {command} measures a CUDA device and torch sees none; run it on a machine with an NVIDIA GPU "
+        "and a CUDA build of torch"
+    )
+    assert not figures.exists() and not result.output
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has both commands believe that there is a GPU; what they measure must be replaced too."""
+    monkeypatch.setenv("COLUMNS", "200")  # of the tables
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, 2000))
+    monkeypatch.setattr(gpu.gc, "collect", lambda: 0)  # of all that the tests hold
+    for module in (kernels, gpu):
+        monkeypatch.setattr(module, "require_cuda", lambda command: None)
+        monkeypatch.setattr(module, "DeviceMeter", FakeMeter)
+
+
+KERNEL_ROWS: dict[str, list[dict[str, Any]]] = {
+    "ceilings": [{"name": "device copy", "bytes_per_s": 2.5e12}, {"name": "product", "flops_per_s": 7e14}],
+    "decode": [
+        {"batch": 1, "context": 8192, "ms": 0.0125, "bytes_per_s": 2.1e12, "copy_bytes_per_s": 2.5e12, "share": 0.84,
+         "torch_bytes_per_s": None},
+        {"batch": 32, "context": 131072, "note": "does not fit"},
+    ],
+    "prefill": [
+        {"tokens": 8192, "ms": 1.5, "flops_per_s": 3e14, "torch_flops_per_s": 4e14, "matmul_flops_per_s": 6e14,
+         "share": 0.5},
+    ],
+    "elementwise": [
+        {"kernel": "swiglu", "tokens": 8192, "ms": 0.1, "bytes_per_s": 2e12, "copy_bytes_per_s": 2.5e12, "share": 0.8}
+    ],
+    "pages": [
+        {"direction": "host to device", "slice_bytes": 65536, "kernel_bytes_per_s": 5e10, "engine_bytes_per_s": 2e10,
+         "link_bytes_per_s": 5.5e10, "faster": "kernel"}
+    ],
+}  # fmt: skip
+GPU_ROWS: dict[str, list[dict[str, Any]]] = {
+    "streaming": [
+        {"context": 10, "layers": 4, "ms_per_token": 1.0, "cold_bytes_per_step": 0, "cold_bytes_per_s": None,
+         "link_bytes_per_s": 5e10, "share": None, "kv_bytes": 2**30, "peak_device_bytes": 2**30},
+        {"context": 160, "layers": 4, "ms_per_token": 300.0, "cold_bytes_per_step": 15 * 10**9,
+         "cold_bytes_per_s": 4.6e10, "link_bytes_per_s": 5e10, "share": 0.92, "kv_bytes": 2**34,
+         "peak_device_bytes": 2**30 + 2**28},
+    ],
+    "model": [
+        {"engine": "distkv", "context": 1024, "cache": "on the device", "ms_per_token": 6.0, "weights_ms": 5.0,
+         "cold_ms": 0.0, "ratio": 1.2},
+    ],
+    "residency": [{"cache": "on the host", "context": 6000, "streamed_bytes": 10**8, "same": "yes"}],
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("pretend_gpu")
+@pytest.mark.parametrize(
+    "module, rows, shown",
+    [
+        (
+            kernels,
+            KERNEL_ROWS,
+            (
+                "2500.0", "700", "0.013", "2100", "84 %", "does not fit", "50 %", "64",
+                "decode at 80% of copy bandwidth or more: 84% at the least, met",
+                "prefill at 55% of the matrix product's rate or more: 50% at the least, MISSED",
+            ),
+        ),
+        (
+            gpu,
+            GPU_ROWS,
+            (
+                "300.00", "15.00", "92 %", "1280.0", "1.20x", "that copy: 92%, met",
+                "256.0 MiB more for 15360 MiB of KV, MISSED", "weights: 1.20x, met", "the same in every bit",
+            ),
+        ),
+    ],
+)  # fmt: skip
+def test_benches_of_a_gpu_print_and_write(
+    module: ModuleType, rows: dict[str, list[dict[str, Any]]], shown: tuple[str, ...], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    measured = []
+
+    def canned(part: str, turns: Turns) -> Iterator[dict[str, Any]]:
+        measured.append(part)
+        return iter({"part": part, **row} for row in rows[part])
+
+    monkeypatch.setattr(module, "_rows", canned)
+    name = module.__name__.rpartition(".")[2]
+    result, written = bench(tmp_path, name)
+    assert result.exit_code == 0 and tuple(measured) == module.PARTS == tuple(rows)
+    check_written(written, name, sum(len(part) for part in rows.values()))
+    assert written.keys() >= {"machine", "processor", "device_bytes", "cuda", "triton", "torch", "python", "command"}
+    output = " ".join(result.output.split())
+    for text in shown:
+        assert text in output, text
+
+    *_, last = module.PARTS
+    result, written = bench(tmp_path, name, "--only", last)
+    assert {row["part"] for row in written["rows"]} == {last} and "target" not in result.output
+    result = CliRunner().invoke(app, ["bench", name, "--only", "x"])
+    assert isinstance(result.exception, ConfigError) and f"use {', '.join(module.PARTS)}" in str(result.exception)
+
+
+def test_bytes_and_operations_of_llama_3_8b() -> None:
+    """Against figures that were worked out by hand."""
+    shape = AttentionShape()
+    assert shape.kv_bytes(1) == 4096
+    assert shape.kv_bytes(32 * 131072) == 17_179_869_184
+    assert shape.prefill_flops(8192) == 549_755_813_888
+    assert norm_bytes(8192, 4096, 2, residual=False) == 134_225_920
+    assert norm_bytes(8192, 4096, 2, residual=True) == 268_443_648
+    assert swiglu_bytes(8192, 14336, 2) == 704_643_072
+    assert rope_bytes(1, shape) == 48 * 256 + 40 * 256 + 16 * 256 + 2 * 64 * 4 + 2 * 8
+    with shape_folder("llama-3-8b") as folder:
+        model = ModelConfig.load(folder)
+    # 8,030,261,248 parameters, of which the embedding has 128256 * 4096
+    assert weight_bytes(model, 2) == 2 * (8_030_261_248 - 525_336_576)
+
+
+def test_works_take_turns() -> None:
+    meter = FakeMeter()
+    done: list[str] = []
+    works = {name: (lambda name=name: done.append(name)) for name in "ab"}
+    assert Turns(meter, CPU, 3).seconds(works) == {"a": 1e-3, "b": 1e-3}
+    assert "".join(done) == "a" * device.WARM_UP + "b" * device.WARM_UP + "ababab"
+    assert len(meter.order) == 6, "what warms up is not timed"
+    assert Turns(meter, CPU, 3).seconds_each((works["a"], works["b"])) == (1e-3, 2e-3)
+
+
+def test_ceilings_are_counted_as_their_names_say() -> None:
+    with closing(LinkCeiling(CPU, 3000)) as link:
+        rows = kernels.ceiling_rows(
+            Turns(FakeMeter(), CPU, 1), MemoryCeiling(CPU, 4000), MatmulCeiling(CPU, torch.float32, 16), link
+        )
+        assert not link._host.data[0].eq(0).any() and torch.equal(link._host.data[0], link._device[0])
+    *bandwidths, product = rows
+    assert [round(row["bytes_per_s"] / 1e3) for row in bandwidths] == [8000, 4000, 4000, 3000, 3000, 3000, 1500, 3000]
+    assert product["name"] == "float32 16^3 product" and product["flops_per_s"] == pytest.approx(1e3 * 2 * 16**3)
+
+
+def test_layers_of_the_longest_context_fit_into_the_host() -> None:
+    one = 2**32  # a million tokens of the 8B shape
+    assert gpu.fitting_layers(128 * 2**30, one) == gpu.MOST_LAYERS
+    assert gpu.fitting_layers(17 * 2**30, one) == 2
+    with pytest.raises(CapacityError, match="leave the part out with --only"):
+        gpu.fitting_layers(7 * 2**30, one)
+
+
+@pytest.fixture(scope="module")
+def tiny_shape() -> Iterator[Shape]:
+    with shape_folder("tiny", vocab_size=64) as folder:
+        yield Shape(folder, page_size=16, step_tokens=64, device="cpu", dtype="float32")
+
+
+def test_streaming_rows_count_cold_bytes(tiny_shape: Shape) -> None:
+    with closing(LinkCeiling(CPU, 4096)) as link:
+        rows = list(streaming_rows(Turns(FakeMeter(), CPU, 2), link, tiny_shape, 128, (128, 512, 1024), new_tokens=4))
+    # the device holds 9 pages, of which one is being written
+    assert [row["cold_bytes_per_step"] for row in rows] == [0, 24 * 16 * TINY_KV, 56 * 16 * TINY_KV]
+    assert [row["share"] is None for row in rows] == [True, False, False]
+    for row in rows[1:]:
+        rate = row["cold_bytes_per_step"] / row["ms_per_token"] * 1e3
+        assert row["cold_bytes_per_s"] == pytest.approx(rate) and row["share"] == pytest.approx(rate / 4096e3)
+    assert [row["peak_device_bytes"] for row in rows] == [1000, 2000, 3000], "without the buffers to measure with"
+    assert rows[2]["kv_bytes"] == 1024 * TINY_KV
+
+
+def test_model_rows_stand_beside_what_bounds_them(tiny_shape: Shape) -> None:
+    turns, memory = Turns(FakeMeter(), CPU, 1), MemoryCeiling(CPU, 4000)
+    with closing(LinkCeiling(CPU, 1000)) as link:
+        rows = model_rows(turns, memory, link, tiny_shape, resident=40, cold=300, new_tokens=4)
+    assert [(row["engine"], row["context"]) for row in rows] == [
+        ("distkv", 40), ("transformers", 40), ("distkv", 300), ("transformers", 300),
+    ]  # fmt: skip
+    # of 19 pages the device holds 5, one of which is being written
+    assert [row["cold_bytes_per_step"] for row in rows] == [0, 0, 14 * 16 * TINY_KV, 300 * TINY_KV]
+    for row in rows:
+        assert row["weights_ms"] == pytest.approx(row["weight_bytes"] / 4000)
+        assert row["cold_ms"] == pytest.approx(row["cold_bytes_per_step"] / 1000)
+        assert row["ratio"] == pytest.approx(row["ms_per_token"] / max(row["weights_ms"], row["cold_ms"]))
+
+
+def test_residency_rows_compare_every_bit(tiny_shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = residency_rows(tiny_shape, 200, 4)
+    assert [row["streamed_bytes"] > 0 for row in rows] == [False, True, True]
+    assert rows[2]["streamed_bytes"] > rows[1]["streamed_bytes"]
+    assert all(row["num_logprobs"] == 4 * 64 and row["same"] == "yes" for row in rows)
+    run, calls = engine_rows._run, []
+
+    def tampered(*arguments: Any, **options: Any) -> Any:
+        stage = run(*arguments, **options)
+        calls.append(stage)
+        if len(calls) == 2:
+            logprobs = stage.outputs[3].logprobs
+            token, value = logprobs.top[63]
+            logprobs.top[63] = token, value * (1 + 2**-23)
+        return stage
+
+    monkeypatch.setattr(engine_rows, "_run", tampered)
+    with pytest.raises(DistKVError, match="half on the host and on the device differ from token"):
+        residency_rows(tiny_shape, 200, 4)
+    monkeypatch.setattr(Stage, "moved", {})
+    with pytest.raises(DistKVError, match="with the context half on the host, 0 bytes were streamed"):
+        residency_rows(tiny_shape, 200, 4)

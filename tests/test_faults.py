@@ -1,6 +1,7 @@
 """What the disk can do to a run: damaged, missing and slow files, a full disk, a kill. Never a wrong token."""
 
 import errno
+import json
 import os
 import random
 import signal
@@ -57,10 +58,15 @@ def llm(folder: Path, tmp_path: Path) -> Iterator[LLM]:
 
 
 def tiered(folder: Path, cache_dir: Path, disk_pages: int = 60, **options: Any) -> LLM:
-    return LLM(
-        folder, device_kv_bytes=4 * PAGE_BYTES, host_kv_bytes=6 * PAGE_BYTES, cache_dir=cache_dir,
-        disk_kv_bytes=disk_pages * PAGE_BYTES, **(OPTIONS | options),
-    )  # fmt: skip
+    return LLM(**tiered_options(folder, cache_dir, disk_pages, **options))
+
+
+def tiered_options(folder: Path, cache_dir: Path, disk_pages: int = 60, **options: Any) -> dict[str, Any]:
+    """As another process may be told them, which does not import this module and all that it needs."""
+    return {
+        "model": str(folder), "device_kv_bytes": 4 * PAGE_BYTES, "host_kv_bytes": 6 * PAGE_BYTES,
+        "cache_dir": str(cache_dir), "disk_kv_bytes": disk_pages * PAGE_BYTES, **OPTIONS, **options,
+    }  # fmt: skip
 
 
 def chunk_files(llm: LLM) -> list[Path]:
@@ -230,10 +236,9 @@ def test_a_disk_that_has_become_read_only(
 @pytest.mark.parametrize("policy", ["write_through", "idle"])
 def test_an_exit_without_close_saves_the_cache(folder: Path, tmp_path: Path, prompt: list[int], policy: str) -> None:
     code = (
-        "import sys; sys.path.insert(0, 'tests')\n"
-        "from pathlib import Path; import test_faults as t\n"
-        f"llm = t.tiered(Path({str(folder)!r}), Path({str(tmp_path)!r}), disk_write_policy={policy!r})\n"
-        f"llm.generate([{prompt[:200]}], t.PARAMS, use_tqdm=False)\n"
+        "from distkv import LLM, SamplingParams\n"
+        f"llm = LLM(**{tiered_options(folder, tmp_path, disk_write_policy=policy)})\n"
+        f"llm.generate([{prompt[:200]}], {PARAMS}, use_tqdm=False)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "Traceback" not in done.stderr
@@ -260,21 +265,21 @@ def test_kills_at_any_moment(folder: Path, tmp_path: Path, prompt: list[int], ex
     rng = random.Random(rounds)
     cache = tmp_path / "cache"
     code = (
-        "import sys; sys.path.insert(0, 'tests')\n"
-        "import random; from pathlib import Path; import test_faults as t\n"
-        f"llm = t.tiered(Path({str(folder)!r}), Path({str(cache)!r}), disk_pages=int(sys.argv[1]),"
-        " disk_write_policy=sys.argv[2])\n"
+        "import json, random, sys\n"
+        "from distkv import LLM, SamplingParams\n"
+        "llm = LLM(**json.loads(sys.argv[1]))\n"
         "print('ready', flush=True)\n"
-        f"prompt, rng = {prompt}, random.Random(int(sys.argv[3]))\n"
+        f"prompt, rng = {prompt}, random.Random(int(sys.argv[2]))\n"
         "while True:\n"
         "    cut = rng.randrange(200, 500)\n"
-        "    llm.generate([prompt[:cut] + [rng.randrange(3, 128)] * 40], t.PARAMS, use_tqdm=False)\n"
+        f"    llm.generate([prompt[:cut] + [rng.randrange(3, 128)] * 40], {PARAMS}, use_tqdm=False)\n"
         "    print('answered', flush=True)\n"
     )
     listed = []
     for number in range(rounds):
         policy = rng.choice(["write_through", "idle"])
-        arguments = [str(rng.choice([40, 60])), policy, str(number)]
+        options = tiered_options(folder, cache, rng.choice([40, 60]), disk_write_policy=policy)
+        arguments = [json.dumps(options), str(number)]
         process = subprocess.Popen(
             [sys.executable, "-c", code, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
         )

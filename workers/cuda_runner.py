@@ -64,7 +64,7 @@ class CudaRunner:
         spec = tiers.device.spec
         self.shape = CudaShape(
             model.shard.num_query_heads, spec.num_kv_heads, spec.head_dim, spec.page_size, tiers.ring.buffer_pages,
-            spec.dtype, _num_programs(self._device, spec.num_kv_heads),
+            spec.dtype, decode_programs(self._device, spec.num_kv_heads),
         )  # fmt: skip
         below = [size for size in SIZES if size < max_num_seqs]
         self.sizes = below + list(SIZES[len(below) : len(below) + 1])
@@ -111,7 +111,7 @@ def takes_graphs(device: torch.device, group: ProcessGroup) -> bool:
     return device.type == "cuda" and group.is_capturable
 
 
-def _num_programs(device: torch.device, num_kv_heads: int) -> int:
+def decode_programs(device: torch.device, num_kv_heads: int) -> int:
     """Programs of the decode kernel for each KV head."""
     if device.type == "cpu":  # Triton's interpreter runs them one by one
         return 1

@@ -34,7 +34,11 @@ def run(
     with LLM(model, dtype=dtype, num_threads=num_threads, max_num_seqs=1) as llm:
         runners: dict[str, Runner] = {"distkv": _distkv_runner(llm)}
         if peer == "hf":
-            runners["transformers"] = _transformers_runner(model, dtype)
+            from transformers import AutoModelForCausalLM
+
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=True)
+            runners["transformers"] = transformers_runner(network.eval().to(device))
         for runner in runners.values():
             runner([11] * 32, 4)  # warm-up
         rows = []
@@ -78,17 +82,17 @@ def _distkv_runner(llm: LLM) -> Runner:
     return runner
 
 
-def _transformers_runner(model: Path, dtype: str) -> Runner:
-    """transformers' own LLaMA with its default attention and DynamicCache."""
-    from transformers import AutoModelForCausalLM
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=True).eval().to(device)
+def transformers_runner(network: Any, new_cache: Callable[[], Any] = lambda: None) -> Runner:
+    """transformers' own LLaMA with its default attention; `new_cache` makes the cache of a call, None for
+    DynamicCache."""
+    device = network.device
 
     @torch.inference_mode()
     def runner(prompt: list[int], new_tokens: int) -> tuple[float, float]:
         start = time.perf_counter()
-        out = network(torch.tensor([prompt], device=device), use_cache=True, logits_to_keep=1)
+        out = network(
+            torch.tensor([prompt], device=device), past_key_values=new_cache(), use_cache=True, logits_to_keep=1
+        )
         token = out.logits[:, -1].argmax(-1, keepdim=True)
         token.tolist()  # waits for the device
         first = time.perf_counter()

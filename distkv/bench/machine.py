@@ -19,7 +19,7 @@ from distkv.errors import ConfigError
 def machine_facts() -> dict[str, Any]:
     """Processor or GPU, threads, versions, date and the command."""
     return {
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "distkv": __version__,
@@ -47,7 +47,7 @@ def percentile(values: Iterable[float], share: float) -> float:
     return ordered[math.ceil(share * len(ordered)) - 1]
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -44,6 +44,7 @@ def _decode_kernel(
     LN_2: tl.constexpr = 0.6931471805599453
     SCALE: tl.constexpr = HEAD_DIM**-0.5 / LN_2  # softmax in powers of two
     head = tl.program_id(0)
+    pool_v, buffer_v = pool + part_stride, buffer + KV_HEADS * PAGE_SIZE * HEAD_DIM
     row = tl.arange(0, BLOCK_M)
     real = row < ROWS
     d0, d1 = tl.arange(0, D0), D0 + tl.arange(0, 16 if D1 == 0 else D1)
@@ -72,9 +73,8 @@ def _decode_kernel(
 
         pages = tile_pages(entries, start, end, PAGE_SIZE, BLOCK_N)
         for first in range(start, end, BLOCK_N):
-            key_rows, value_rows = tile_rows(
-                pages, pool, buffer, head, first, part_stride, KV_HEADS, PAGE_SIZE, HEAD_DIM, BLOCK_N
-            )
+            key_rows = tile_rows(pages, pool, buffer, head, first, KV_HEADS, PAGE_SIZE, HEAD_DIM, BLOCK_N)
+            value_rows = tile_rows(pages, pool_v, buffer_v, head, first, KV_HEADS, PAGE_SIZE, HEAD_DIM, BLOCK_N)
             pages = tile_pages(entries, first + BLOCK_N, end, PAGE_SIZE, BLOCK_N)  # a tile ahead, so that no load waits
             key = first + tl.arange(0, BLOCK_N)
             filled = key < end

@@ -30,23 +30,23 @@ def tile_rows(
     buffer,
     head,
     first,
-    part_stride,
     KV_HEADS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Pointers `[BLOCK_N]` to the rows of keys `first ..` in the `pages` of `tile_pages`, and to those of their values.
+    """Pointers `[BLOCK_N]` to the rows of keys `first ..` in the `pages` of `tile_pages`, or to those of values.
 
-    Only what crosses pages is computed in 64 bits.
+    `pool` and `buffer` point at the keys of their first page, or at its values. Only what crosses pages is computed in
+    64 bits.
     """
     PAGE: tl.constexpr = KV_HEADS * PAGE_SIZE * HEAD_DIM
-    resident = pages >= 0
     # a page begins at 16 bytes in either place; the compiler does not see it through a choice per row
-    keys = tl.multiple_of(tl.where(resident, pool + pages * PAGE, buffer + (-1 - pages) * (2 * PAGE)), 16)
-    values = tl.multiple_of(keys + tl.where(resident, part_stride, PAGE), 16)
-    within = (head * PAGE_SIZE + (first + tl.arange(0, BLOCK_N)) % PAGE_SIZE) * HEAD_DIM
-    return keys + within, values + within
+    start = tl.multiple_of(tl.where(pages >= 0, pool + pages * PAGE, buffer + (-1 - pages) * (2 * PAGE)), 16)
+    if PAGE_SIZE >= BLOCK_N:  # a sum of what is one for the tile and what is the same for all tiles
+        return start + (head * PAGE_SIZE + (first & (PAGE_SIZE - 1))) * HEAD_DIM + tl.arange(0, BLOCK_N) * HEAD_DIM
+    else:
+        return start + (head * PAGE_SIZE + ((first + tl.arange(0, BLOCK_N)) & (PAGE_SIZE - 1))) * HEAD_DIM
 
 
 def check_layouts(layer_pool: Tensor, buffer: Tensor | None) -> None:

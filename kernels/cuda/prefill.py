@@ -61,6 +61,7 @@ def _prefill_kernel(
     # the last block of a chunk walks furthest: those are taken first, so that no long one is left at the end
     block = blocks + 2 * (tl.num_programs(0) - 1 - tl.program_id(0))
     head = tl.program_id(1)
+    pool_v, buffer_v = pool + part_stride, buffer + KV_HEADS * PAGE_SIZE * HEAD_DIM
     chunk = chunks + 8 * tl.load(block)
     first_row = tl.load(block + 1).to(tl.int32)
     num_tokens, position = tl.load(chunk + 1).to(tl.int32), tl.load(chunk + 2).to(tl.int32)
@@ -89,44 +90,52 @@ def _prefill_kernel(
     if D1:
         acc1 = tl.load(acc_row[:, None] + d1, mask=goes_on[:, None] & fits1, other=0.0)
 
-    # Tiles that all rows see whole, then those on the diagonal, which of them follows from the block alone. Every row
-    # sees key 0, the first of the first tile, so m is finite from there on.
     last_token = tl.minimum((first_row + BLOCK_M - 1) // GROUP, num_tokens - 1)
+    finish = tl.minimum(position + last_token + 1, end)  # keys that the block sees end here
+    value_pages = tile_pages(entries, start, finish, PAGE_SIZE, BLOCK_N)
+    key_rows = tile_rows(value_pages, pool, buffer, head, start, KV_HEADS, PAGE_SIZE, HEAD_DIM, BLOCK_N)
+    scores = tl.dot(q0, tl.load(key_rows[:, None] + d0).T, input_precision="ieee")
+    if D1:
+        k1 = tl.load(key_rows[:, None] + d1, mask=fits1, other=0.0)
+        scores = tl.dot(q1, k1.T, scores, input_precision="ieee")
+    key_pages = tile_pages(entries, start + BLOCK_N, finish, PAGE_SIZE, BLOCK_N)
+
+    # Tiles that all rows see whole, then those on the diagonal, which of them follows from the block alone. The scores
+    # of the next tile are under way while those of this one pass through the softmax. Rows of a tile that hold no key
+    # yet are read, being finite, and masked. Every row sees key 0, in the first tile, so m is finite from there on.
     diagonal = (position + first_row // GROUP + 1) // BLOCK_N * BLOCK_N
     for MASKED in tl.static_range(2):
         if MASKED:
-            begin, finish = tl.maximum(start, diagonal), tl.minimum(position + last_token + 1, end)
+            begin, stop = tl.maximum(start, diagonal), finish
         else:
-            begin, finish = start, tl.minimum(diagonal, end)
-        pages = tile_pages(entries, begin, finish, PAGE_SIZE, BLOCK_N)
-        for first in range(begin, finish, BLOCK_N):
-            key_rows, value_rows = tile_rows(
-                pages, pool, buffer, head, first, part_stride, KV_HEADS, PAGE_SIZE, HEAD_DIM, BLOCK_N
-            )
-            pages = tile_pages(entries, first + BLOCK_N, finish, PAGE_SIZE, BLOCK_N)
-            key = first + tl.arange(0, BLOCK_N)
-            if MASKED:
-                there0, there1 = (key < finish)[:, None] & fits0, (key < finish)[:, None] & fits1
-            else:
-                there0, there1 = fits0, fits1
-            k0 = tl.load(key_rows[:, None] + d0, mask=there0, other=0.0)
-            scores = tl.dot(q0, k0.T, input_precision="ieee")
+            begin, stop = start, tl.minimum(diagonal, finish)
+        for first in range(begin, stop, BLOCK_N):
+            following = first + BLOCK_N
+            key_rows = tile_rows(key_pages, pool, buffer, head, following, KV_HEADS, PAGE_SIZE, HEAD_DIM, BLOCK_N)
+            value_rows = tile_rows(value_pages, pool_v, buffer_v, head, first, KV_HEADS, PAGE_SIZE, HEAD_DIM, BLOCK_N)
+            # one tile ahead, each by a load of its own: the compiler pipelines no value that is carried over two tiles
+            key_pages = tile_pages(entries, following + BLOCK_N, finish, PAGE_SIZE, BLOCK_N)
+            value_pages = tile_pages(entries, following, finish, PAGE_SIZE, BLOCK_N)
+            k0 = tl.load(key_rows[:, None] + d0)
+            next_scores = tl.dot(q0, k0.T, input_precision="ieee")
             if D1:
-                k1 = tl.load(key_rows[:, None] + d1, mask=there1, other=0.0)
-                scores = tl.dot(q1, k1.T, scores, input_precision="ieee")
+                k1 = tl.load(key_rows[:, None] + d1, mask=fits1, other=0.0)
+                next_scores = tl.dot(q1, k1.T, next_scores, input_precision="ieee")
             if MASKED:
+                key = first + tl.arange(0, BLOCK_N)
                 scores = tl.where(key <= position + token[:, None], scores, -float("inf"))
             new_m = tl.maximum(m, tl.max(scores, 1) * SCALE)
             p = tl.exp2(scores * SCALE - new_m[:, None])
             shrink = tl.exp2(m - new_m)
             total = total * shrink + tl.sum(p, 1)
             m = new_m
-            v0 = tl.load(value_rows[:, None] + d0, mask=there0, other=0.0)
+            v0 = tl.load(value_rows[:, None] + d0)
             p = p.to(v0.dtype)
             acc0 = tl.dot(p, v0, acc0 * shrink[:, None], input_precision="ieee")
             if D1:
-                v1 = tl.load(value_rows[:, None] + d1, mask=there1, other=0.0)
+                v1 = tl.load(value_rows[:, None] + d1, mask=fits1, other=0.0)
                 acc1 = tl.dot(p, v1, acc1 * shrink[:, None], input_precision="ieee")
+            scores = next_scores
 
     unfinished = end < position + num_tokens
     saved, done = row < tl.where(unfinished, num_rows, 0), row < tl.where(unfinished, 0, num_rows)

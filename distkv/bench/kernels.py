@@ -1,0 +1,174 @@
+"""`distkv bench kernels`: what each kernel reaches on this GPU, beside what the GPU gives at most in the same run.
+
+Every figure is the median of turns in which the kernel, its ceiling and its peer alternate, timed by events of the
+device with the cache flushed before each. Results are compared with torch's; the command fails when they differ.
+"""
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from distkv.bench.device import (
+    DeviceMeter,
+    LinkCeiling,
+    MatmulCeiling,
+    MemoryCeiling,
+    Turns,
+    check_parts,
+    device_facts,
+    require_cuda,
+)
+from distkv.bench.machine import check_json_file, write_json
+from distkv.bench.tables import Column, print_rows, target
+from distkv.shapes import SHAPES
+
+PARTS = ("ceilings", "decode", "prefill", "elementwise", "pages")
+MODEL = "llama-3-8b"
+REPEATS = 20
+BATCHES = (1, 8, 32)
+CONTEXTS = (8192, 32768, 131072)
+PROMPTS = (8192, 32768)
+TOKENS = 8192  # of the elementwise kernels: what they move is more than the cache holds
+SLICE_BYTES = tuple(2**n for n in range(15, 22))  # 32 KiB to 2 MiB
+PAGES_BYTES = 2**28  # moved at a time
+
+TARGETS = {"decode": (0.8, "copy bandwidth"), "prefill": (0.55, "the matrix product's rate")}
+
+COLUMNS: dict[str, list[Column]] = {
+    "ceilings": [
+        Column("ceiling", "name"),
+        Column("GB/s", "bytes_per_s", 1e-9, ".1f"),
+        Column("TFLOP/s", "flops_per_s", 1e-12, ".0f"),
+    ],
+    "decode": [
+        Column("batch", "batch"),
+        Column("context", "context"),
+        Column("ms", "ms", 1, ".3f"),
+        Column("KV GB/s", "bytes_per_s", 1e-9, ".0f"),
+        Column("torch GB/s", "torch_bytes_per_s", 1e-9, ".0f"),
+        Column("copy GB/s", "copy_bytes_per_s", 1e-9, ".0f"),
+        Column("share of copy", "share", 100, ".0f", " %"),
+        Column("", "note"),
+    ],
+    "prefill": [
+        Column("tokens", "tokens"),
+        Column("ms", "ms", 1, ".2f"),
+        Column("TFLOP/s", "flops_per_s", 1e-12, ".0f"),
+        Column("torch TFLOP/s", "torch_flops_per_s", 1e-12, ".0f"),
+        Column("matmul TFLOP/s", "matmul_flops_per_s", 1e-12, ".0f"),
+        Column("share of matmul", "share", 100, ".0f", " %"),
+    ],
+    "elementwise": [
+        Column("kernel", "kernel"),
+        Column("tokens", "tokens"),
+        Column("ms", "ms", 1, ".3f"),
+        Column("GB/s", "bytes_per_s", 1e-9, ".0f"),
+        Column("copy GB/s", "copy_bytes_per_s", 1e-9, ".0f"),
+        Column("share of copy", "share", 100, ".0f", " %"),
+    ],
+    "pages": [
+        Column("direction", "direction"),
+        Column("KiB per slice", "slice_bytes", 2**-10, ".0f"),
+        Column("kernel GB/s", "kernel_bytes_per_s", 1e-9, ".1f"),
+        Column("copy engine GB/s", "engine_bytes_per_s", 1e-9, ".1f"),
+        Column("one copy GB/s", "link_bytes_per_s", 1e-9, ".1f"),
+        Column("faster", "faster"),
+    ],
+}
+
+
+def run(only: list[str], json_file: Path | None) -> None:
+    """Measures and prints tables; see `distkv bench kernels --help`.
+
+    Raises ConfigError without a CUDA device or for a part that there is not, DistKVError when a kernel is wrong.
+    """
+    require_cuda("kernels")
+    parts = check_parts(only, PARTS)
+    check_json_file(json_file)
+    console = Console(highlight=False)
+    facts = {"benchmark": "kernels", "shape": MODEL, "repeats": REPEATS, **device_facts()}
+    console.print(", ".join(f"{name} {value}" for name, value in facts.items()), soft_wrap=True)
+    rows: list[dict[str, Any]] = []
+    turns = Turns(DeviceMeter(), torch.device("cuda"), REPEATS)
+    with torch.inference_mode():
+        for part in parts:
+            measured = list(_rows(part, turns))
+            print_rows(console, COLUMNS[part], measured)
+            rows += measured
+            write_json(json_file, facts, rows)  # now, since a later part may fail
+    for line in (
+        "Copy bandwidth counts what is read and what is written. Decode counts keys and values alone, and its time is "
+        "that of splits and merge together; prefill counts 4 * heads * head_dim * tokens^2 / 2 operations.",
+        "torch is scaled_dot_product_attention with its flash backend on keys and values that lie in one piece, left "
+        "out where they do not fit beside the pages.",
+        *_targets(rows),
+    ):
+        console.print(line, soft_wrap=True)
+
+
+def ceiling_rows(turns: Turns, memory: MemoryCeiling, matmul: MatmulCeiling, link: LinkCeiling) -> list[dict[str, Any]]:
+    """What the device gives at most."""
+    seconds = turns.seconds(
+        {"copy": memory.copy, "read": memory.read, "matmul": matmul.run, "in": link.to_device, "out": link.to_host}
+    )
+    both = turns.seconds_each((link.to_device, link.to_host))
+    size = link.num_bytes
+    rates = {
+        "device copy, read and written": memory.copy_bytes / seconds["copy"],
+        "device copy, read alone": memory.copy_bytes / 2 / seconds["copy"],
+        "device read, nothing written": memory.read_bytes / seconds["read"],
+        "pinned host to device": size / seconds["in"],
+        "device to pinned host": size / seconds["out"],
+        "host to device beside device to host": size / both[0],
+        "device to host beside host to device": size / both[1],
+        "both at once, sum": 2 * size / max(both),
+    }
+    rows: list[dict[str, Any]] = [
+        {"part": "ceilings", "name": name, "bytes_per_s": rate} for name, rate in rates.items()
+    ]
+    rate = matmul.flops / seconds["matmul"]
+    return [*rows, {"part": "ceilings", "name": f"{matmul.name} product", "flops_per_s": rate}]
+
+
+def _rows(part: str, turns: Turns) -> Iterator[dict[str, Any]]:
+    """Those of one part; what it allocates is free afterwards."""
+    from distkv.bench.kernel_attention import SPARE_BYTES, decode_row, prefill_row
+    from distkv.bench.kernel_memory import elementwise_rows, page_rows
+    from distkv.bench.kernel_work import AttentionShape
+
+    shape, device = AttentionShape(), turns.device
+    if part == "ceilings":
+        with closing(LinkCeiling(device)) as link:
+            yield from ceiling_rows(turns, MemoryCeiling(device), MatmulCeiling(device, shape.dtype), link)
+    elif part == "decode":
+        memory = MemoryCeiling(device)
+        for batch in BATCHES:
+            for context in CONTEXTS:
+                if turns.meter.free_bytes() > shape.kv_bytes(batch * context) + SPARE_BYTES:
+                    yield decode_row(turns, memory, shape, batch, context)
+                else:
+                    yield {"part": part, "batch": batch, "context": context, "note": "does not fit"}
+    elif part == "prefill":
+        matmul = MatmulCeiling(device, shape.dtype)
+        for num_tokens in PROMPTS:
+            yield prefill_row(turns, matmul, shape, num_tokens)
+    elif part == "elementwise":
+        model = SHAPES[MODEL]
+        sizes = TOKENS, model["hidden_size"], model["intermediate_size"]
+        yield from elementwise_rows(turns, MemoryCeiling(device), shape, *sizes)
+    else:
+        with closing(LinkCeiling(device, PAGES_BYTES)) as link:
+            for slice_bytes in SLICE_BYTES:
+                yield from page_rows(turns, link, slice_bytes, PAGES_BYTES)
+
+
+def _targets(rows: list[dict[str, Any]]) -> Iterator[str]:
+    for part, (least, ceiling) in TARGETS.items():
+        shares = [row["share"] for row in rows if row["part"] == part and "share" in row]
+        if shares:
+            share = min(shares)
+            yield target(f"{part} at {least:.0%} of {ceiling} or more", f"{share:.0%} at the least", share >= least)

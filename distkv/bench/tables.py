@@ -1,0 +1,37 @@
+"""Tables of figures: which field of a row a column shows, and how."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure of each row; a field that is missing or None stays empty."""
+
+    title: str
+    field: str
+    unit: float = 1.0  # what the field is multiplied by
+    form: str = ""  # of `format`
+    ending: str = ""
+
+    def show(self, row: dict[str, Any]) -> str:
+        value = row.get(self.field)
+        if value is None:
+            return ""
+        return format(value * self.unit if self.form else value, self.form) + self.ending
+
+
+def print_rows(console: Console, columns: list[Column], rows: list[dict[str, Any]]) -> None:
+    """A line per row."""
+    table = Table(*(column.title for column in columns))
+    for row in rows:
+        table.add_row(*(column.show(row) for column in columns))
+    console.print(table)
+
+
+def target(what: str, figure: str, is_met: bool) -> str:
+    """The line that says whether a target was met."""
+    return f"target, {what}: {figure}, {'met' if is_met else 'MISSED'}"
