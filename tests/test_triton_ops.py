@@ -149,6 +149,28 @@ def test_rope_writes_beyond_2_31_elements() -> None:
     assert not pool[0, 0].any() and not pool[:, -1, :, :-1].any()
 
 
+def test_layouts_that_the_kernels_do_not_read_are_refused() -> None:
+    wide, row = torch.zeros(4, 16), torch.zeros(8)
+    with pytest.raises(ValueError, match="contiguous"):
+        rms_norm(wide[:, :8], row, 1e-5)
+    with pytest.raises(ValueError, match="contiguous"):
+        rms_norm(wide[:, :8].contiguous(), row, 1e-5, wide[:, 8:])
+    with pytest.raises(ValueError, match="contiguous"):
+        swiglu(wide[:, :8])
+    angle, index, pool = torch.zeros(2, 1, 4), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 3, 1, 16, 8)
+    with pytest.raises(ValueError, match="qkv"):
+        rope_and_write_kv(torch.zeros(2, 5, 8)[:, :4], angle, angle, pool, index, index)
+    with pytest.raises(ValueError, match="page of the pool"):
+        rope_and_write_kv(torch.zeros(2, 4, 8), angle, angle, pool.transpose(2, 3), index, index)
+    pages, pairs = torch.zeros(2, 3, 8), torch.zeros(1, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="pages of"):
+        copy_pages(pages, pages[:, :2], pairs, 1)
+    with pytest.raises(ValueError, match="multiples of 16 bytes"):
+        copy_pages(pages[:, :, :6], pages[:, :, :6], pairs, 1)
+    with pytest.raises(ValueError, match="multiples of 16 bytes"):
+        copy_pages(torch.zeros(2, 3, 10)[:, :, :8], pages, pairs, 1)
+
+
 def test_token_kernels_of_cuda_are_these() -> None:
     assert token_kernels(torch.device("cuda")) == TokenKernels(rms_norm, swiglu, rope_and_write_kv)
 

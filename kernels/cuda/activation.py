@@ -12,7 +12,10 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """`silu(gate) * up` of a fused projection, computed in fp32 and rounded once.
 
     Shapes: gate_up `[T, 2 * I]`, contiguous, the gate in the first half; result `[T, I]`.
+    Raises ValueError when gate_up is not contiguous.
     """
+    if not gate_up.is_contiguous():
+        raise ValueError("gate_up must be contiguous; call .contiguous() where the view is made")
     num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     result = gate_up.new_empty(num_tokens, width)
     if num_tokens:

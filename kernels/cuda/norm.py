@@ -16,7 +16,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None)
     computed from the rounded sum. A row is held in registers by one program, so that its bits depend on it alone.
 
     Shapes: x and delta `[T, E]`, both contiguous, weight `[E]`, result `[T, E]`, all of one dtype.
+    Raises ValueError when x or delta is not contiguous.
     """
+    if not (x.is_contiguous() and (delta is None or delta.is_contiguous())):
+        raise ValueError("x and delta must be contiguous; call .contiguous() where the view is made")
     num_tokens, hidden = x.shape
     result = x.new_empty(num_tokens, hidden)
     if num_tokens:

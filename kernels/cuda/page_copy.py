@@ -21,10 +21,19 @@ def copy_pages(source: Tensor, target: Tensor, pairs: Tensor, num_programs: int)
             16 bytes each; the strides of pages and parts are free multiples of 16 bytes, the last dim is contiguous
         pairs int64 `[k, 2]`, contiguous, on the device
         num_programs: how many programs share the work: it bounds the multiprocessors that the copy takes
+    Raises ValueError for another layout.
     """
-    # as integers, since a floating point move need not keep the bits of a NaN
+    # integers of 8 bytes: one binary for all dtypes, and a NaN keeps its bits
     source, target = source.view(torch.int64), target.view(torch.int64)
     words = VECTOR_BYTES // source.element_size()
+    if source.shape[1:] != target.shape[1:] or not pairs.is_contiguous():
+        raise ValueError(
+            f"pages of {source.shape[1:]} and {target.shape[1:]} words differ, or pairs are not contiguous"
+        )
+    if any(size % words for size in (source.shape[2], *source.stride()[:2], *target.stride()[:2])):
+        raise ValueError(
+            f"blocks and their strides must be multiples of {VECTOR_BYTES} bytes; choose a larger page_size"
+        )
     vectors = source.shape[2] // words
     total = pairs.shape[0] * source.shape[1] * triton.cdiv(vectors, TILE_VECTORS)
     if not total:

@@ -21,10 +21,14 @@ def rope_and_write_kv(
         qkv `[T, H + 2 * K, D]`, contiguous; cos, sin fp32 `[T, 1, D / 2]`, contiguous
         layer_pool `[2, pages, K, S, D]` of qkv's dtype, the last three dims contiguous
         page, offset int64 `[T]`
-    Returns the views q `[T, H, D]` and k, v `[T, K, D]` of qkv.
+    Returns the views q `[T, H, D]` and k, v `[T, K, D]` of qkv. Raises ValueError for another layout.
     """
     num_tokens, num_heads, head_dim = qkv.shape
     kv_heads, page_size = layer_pool.shape[2:4]
+    if not (qkv.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()):
+        raise ValueError("qkv, cos and sin must be contiguous; call .contiguous() where the view is made")
+    if layer_pool.stride()[2:] != (page_size * head_dim, head_dim, 1):
+        raise ValueError(f"a page of the pool must be contiguous [K, S, D]; the strides are {layer_pool.stride()}")
     if num_tokens:
         block_half = triton.next_power_of_2(head_dim // 2)
         _rope_and_write_kv[(num_tokens, triton.cdiv(num_heads, BLOCK_HEADS))](
