@@ -108,7 +108,7 @@ def _decode_kernel(
 
 
 class DecodeLaunch(NamedTuple):
-    """How the kernel is cut up and launched; none of it depends on the load."""
+    """How the work is cut up: rows of a program and keys of a tile."""
 
     block_m: int
     block_n: int
@@ -116,13 +116,17 @@ class DecodeLaunch(NamedTuple):
     num_stages: int
 
 
-def decode_launch(head_dim: int, dtype_bytes: int, rows: int, page_size: int) -> DecodeLaunch:
-    """Launch parameters for `rows` query rows of one KV head (tokens * group)."""
+def decode_launch(dtype_bytes: int, rows: int) -> DecodeLaunch:
+    """Launch parameters for `rows` query rows of one KV head (tokens * group).
+
+    Three stages have two tiles of keys and values on their way. With 64 keys of head_dim 128 in 16 bits those take 64
+    KiB of shared memory, so that three programs fit on an SM of an H100; its bandwidth and latency ask for about 40 KiB
+    under way. A split of 256 tokens is four such tiles.
+    """
     block_m = max(16, triton.next_power_of_2(rows))  # a dot takes at least 16 rows
-    block_n = 64 if head_dim > 64 else 128
-    if dtype_bytes == 4:
-        block_n = 32
-    return DecodeLaunch(block_m, block_n, 4, 3)
+    if dtype_bytes == 4:  # no tensor cores, and operands in registers
+        return DecodeLaunch(block_m, 32 if block_m < 64 else 16, 4 if block_m < 32 else 8, 3)
+    return DecodeLaunch(block_m, 64, 4 if block_m < 64 else 8, 3)
 
 
 def decode_splits(
@@ -144,7 +148,7 @@ def decode_splits(
 
     Shapes, index tensors int64, all on the device:
         q `[T, H, D]`: rotated queries, of any row stride
-        layer_pool `[2, pages, K, S, D]`: a layer of the pool, contiguous from its pages on; all of it finite
+        layer_pool `[2, pages, K, S, D]`: a layer of the pool, contiguous from its pages on
         buffer `[places, 2, K, S, D]` or None; then every page that is read is in the pool
         table `[entries]`: where each page of each sequence lies, in logical order: >= 0 a slot of the pool, < 0 place
             `-1 - entry` of the buffer
@@ -157,14 +161,14 @@ def decode_splits(
     out 0 and lse -inf. `num_programs` programs per KV head take turns at the items, so a captured launch serves any
     `num_items` up to N.
 
-    The bits of a state depend on its queries, keys and values alone.
+    The bits of a state depend on its queries, keys and values alone; nothing else in their pages is read.
     """
     _, _, kv_heads, page_size, head_dim = layer_pool.shape
     check_layouts(layer_pool, buffer)
     if buffer is None:
         buffer = layer_pool
     group = q.shape[1] // kv_heads
-    launch = decode_launch(head_dim, q.element_size(), num_tokens * group, page_size)
+    launch = decode_launch(q.element_size(), num_tokens * group)
     d0, d1 = split_head_dim(head_dim, 32)  # four warps share the columns, 8 each at least
     _decode_kernel[(kv_heads, num_programs)](
         q,
@@ -190,4 +194,5 @@ def decode_splits(
         BLOCK_N=launch.block_n,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        enable_fp_fusion=True,
     )

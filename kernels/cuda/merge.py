@@ -135,4 +135,5 @@ def merge_splits(
         STATES=STATES,
         COLUMNS=COLUMNS,
         num_warps=2,
+        enable_fp_fusion=True,
     )

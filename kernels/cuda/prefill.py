@@ -63,15 +63,14 @@ def _prefill_kernel(
     head = tl.program_id(1)
     pool_v, buffer_v = pool + part_stride, buffer + KV_HEADS * PAGE_SIZE * HEAD_DIM
     chunk = chunks + 8 * tl.load(block)
-    first_row = tl.load(block + 1).to(tl.int32)
+    first_row = tl.load(block + 1).to(tl.int32) + tl.program_id(2) * BLOCK_M
     num_tokens, position = tl.load(chunk + 1).to(tl.int32), tl.load(chunk + 2).to(tl.int32)
     entries = table + tl.load(chunk + 3)
     start, end = tl.load(chunk + 4).to(tl.int32), tl.load(chunk + 5).to(tl.int32)
 
     # row token * G + g is query head k * G + g of the token
     row = first_row + tl.arange(0, BLOCK_M)
-    num_rows = num_tokens * GROUP
-    real = row < num_rows
+    real = row < num_tokens * GROUP
     token, query_head = row // GROUP, head * GROUP + row % GROUP
     d0, d1 = tl.arange(0, D0), D0 + tl.arange(0, 16 if D1 == 0 else D1)
     fits0, fits1 = d0 < HEAD_DIM, d1 < HEAD_DIM
@@ -80,15 +79,20 @@ def _prefill_kernel(
     if D1:
         q1 = tl.load(q_row[:, None] + d1, mask=real[:, None] & fits1, other=0.0)
 
-    # a first segment begins with nothing; whether it is one is a choice at run time, so that there is one binary
-    saved_row = (tl.load(chunk + 6) + token) * HEADS + query_head
-    goes_on = row < tl.where(start > 0, num_rows, 0)
-    m = tl.load(saved_m + saved_row, mask=goes_on, other=-float("inf"))
-    total = tl.load(saved_total + saved_row, mask=goes_on, other=0.0)
-    acc_row = saved_acc + saved_row * HEAD_DIM
-    acc0 = tl.load(acc_row[:, None] + d0, mask=goes_on[:, None] & fits0, other=0.0)
+    # Whether a segment begins with a state, and ends with one, are choices at run time, so that there is one binary
+    m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.full([BLOCK_M], 0.0, tl.float32)
+    acc0 = tl.full([BLOCK_M, D0], 0.0, tl.float32)
     if D1:
-        acc1 = tl.load(acc_row[:, None] + d1, mask=goes_on[:, None] & fits1, other=0.0)
+        acc1 = tl.full([BLOCK_M, D1], 0.0, tl.float32)
+    if start > 0:
+        saved_row = (tl.load(chunk + 6) + token) * HEADS + query_head
+        m = tl.load(saved_m + saved_row, mask=real, other=0.0)
+        total = tl.load(saved_total + saved_row, mask=real, other=1.0)
+        acc_row = saved_acc + saved_row * HEAD_DIM
+        acc0 = tl.load(acc_row[:, None] + d0, mask=real[:, None] & fits0, other=0.0)
+        if D1:
+            acc1 = tl.load(acc_row[:, None] + d1, mask=real[:, None] & fits1, other=0.0)
 
     last_token = tl.minimum((first_row + BLOCK_M - 1) // GROUP, num_tokens - 1)
     finish = tl.minimum(position + last_token + 1, end)  # keys that the block sees end here
@@ -137,32 +141,45 @@ def _prefill_kernel(
                 acc1 = tl.dot(p, v1, acc1 * shrink[:, None], input_precision="ieee")
             scores = next_scores
 
-    unfinished = end < position + num_tokens
-    saved, done = row < tl.where(unfinished, num_rows, 0), row < tl.where(unfinished, 0, num_rows)
-    tl.store(saved_m + saved_row, m, mask=saved)
-    tl.store(saved_total + saved_row, total, mask=saved)
-    tl.store(acc_row[:, None] + d0, acc0, mask=saved[:, None] & fits0)
-    if D1:
-        tl.store(acc_row[:, None] + d1, acc1, mask=saved[:, None] & fits1)
-    out_row = out + (tl.load(chunk) + token) * out_stride + query_head * HEAD_DIM
-    tl.store(out_row[:, None] + d0, (acc0 / total[:, None]).to(out.dtype.element_ty), mask=done[:, None] & fits0)
-    if D1:
-        tl.store(out_row[:, None] + d1, (acc1 / total[:, None]).to(out.dtype.element_ty), mask=done[:, None] & fits1)
+    # Rows are computed once more: `volatile` keeps the compiler from holding the first ones in registers, of which the
+    # walk leaves none over
+    row = tl.load(block + 1, volatile=True).to(tl.int32) + tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = row < num_tokens * GROUP
+    token, query_head = row // GROUP, head * GROUP + row % GROUP
+    if end < position + num_tokens:
+        saved_row = (tl.load(chunk + 6) + token) * HEADS + query_head
+        tl.store(saved_m + saved_row, m, mask=real)
+        tl.store(saved_total + saved_row, total, mask=real)
+        acc_row = saved_acc + saved_row * HEAD_DIM
+        tl.store(acc_row[:, None] + d0, acc0, mask=real[:, None] & fits0)
+        if D1:
+            tl.store(acc_row[:, None] + d1, acc1, mask=real[:, None] & fits1)
+    else:
+        out_row = out + (tl.load(chunk) + token) * out_stride + query_head * HEAD_DIM
+        tl.store(out_row[:, None] + d0, acc0 / total[:, None], mask=real[:, None] & fits0)
+        if D1:
+            tl.store(out_row[:, None] + d1, acc1 / total[:, None], mask=real[:, None] & fits1)
 
 
 class PrefillLaunch(NamedTuple):
-    """How the kernel is cut up and launched; none of it depends on the load."""
+    """How the work is cut up: rows of a program, which divide BLOCK_M, and keys of a tile."""
 
+    rows: int
     block_n: int
     num_warps: int
     num_stages: int
 
 
-def prefill_launch(head_dim: int, dtype_bytes: int) -> PrefillLaunch:
-    """Launch parameters by the shape of the model."""
+def prefill_launch(dtype_bytes: int) -> PrefillLaunch:
+    """Launch parameters by the width of a number.
+
+    In 16 bits: 128 rows are two warpgroups of an H100, each key that is read meets so many that the L2 cache keeps up,
+    and with tiles of 64 keys the accumulator, two tiles of scores and the weights just fit into registers.
+    In 32 bits there are no tensor cores, and operands lie in registers: small tiles, for exactness rather than speed.
+    """
     if dtype_bytes == 4:
-        return PrefillLaunch(32, 8, 2)
-    return PrefillLaunch(128 if head_dim <= 64 else 64, 8, 3)
+        return PrefillLaunch(32, 32, 8, 2)
+    return PrefillLaunch(BLOCK_M, 64, 8, 3)
 
 
 def num_blocks(num_tokens: int, group: int) -> int:
@@ -184,7 +201,8 @@ def prefill_walk(
 
     Shapes, index tensors int64, all on the device:
         q `[T, H, D]`: rotated queries, of any row stride
-        layer_pool, buffer, table: as for `decode.decode_splits`
+        layer_pool, buffer, table: as for `decode.decode_splits`; the whole pool and all pages that are read are finite,
+            places without a token included
         chunks `[C, 8]`: first row of q and out, number of tokens, position of the first one, first entry of the table,
             first key and end key of the segment, first row of the state, 0
         blocks `[N, 2]`: chunk and first row of each block of BLOCK_M rows, where row `token * G + g` of KV head k is
@@ -204,9 +222,9 @@ def prefill_walk(
     if state is None:
         nothing = torch.empty(0, dtype=torch.float32, device=q.device)
         state = PrefillState(nothing, nothing, nothing)
-    launch = prefill_launch(head_dim, q.element_size())
+    launch = prefill_launch(q.element_size())
     d0, d1 = split_head_dim(head_dim, 16)
-    _prefill_kernel[(len(blocks), kv_heads)](
+    _prefill_kernel[(len(blocks), kv_heads, BLOCK_M // launch.rows)](
         q,
         layer_pool,
         buffer,
@@ -226,8 +244,9 @@ def prefill_walk(
         HEAD_DIM=head_dim,
         D0=d0,
         D1=d1,
-        BLOCK_M=BLOCK_M,
+        BLOCK_M=launch.rows,
         BLOCK_N=launch.block_n,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        enable_fp_fusion=True,
     )
