@@ -15,7 +15,7 @@ import torch
 from aot import CAPABILITIES, Case, Report, meta
 
 from distkv.kernels.cuda.decode import decode_splits
-from distkv.kernels.cuda.merge import merge_splits
+from distkv.kernels.cuda.merge import Carry, merge_splits
 from distkv.kernels.cuda.prefill import PrefillState, num_blocks, prefill_walk
 
 pytestmark = [pytest.mark.aot, pytest.mark.parametrize("capability", CAPABILITIES)]
@@ -42,7 +42,7 @@ def launch_decode(
         pool,
         meta(16, 2, kv_heads, page_size, head_dim, dtype=dtype),
         meta(1000, dtype=torch.int64),
-        meta(8, 4, dtype=torch.int64),
+        meta(8, 6, dtype=torch.int64),
         meta(states, 2, dtype=torch.int64),
         meta(1, dtype=torch.int64),
         meta(states, kv_heads, rows, head_dim, dtype=FP32),
@@ -89,7 +89,8 @@ def launch_merge(dtype: torch.dtype, kv_heads: int, group: int, head_dim: int, n
     out = meta(512, kv_heads, num_tokens * group, head_dim, dtype=FP32)
     result = meta(8 * num_tokens, kv_heads * group, head_dim, dtype=dtype)
     lse = meta(*out.shape[:3], dtype=FP32)
-    merge_splits(out, lse, meta(8, 4, dtype=torch.int64), result, num_tokens=num_tokens, split_tokens=256)
+    sequences = meta(8, 6, dtype=torch.int64)
+    merge_splits(out, lse, sequences, result, Carry.like(result), num_tokens=num_tokens, split_tokens=256)
 
 
 MERGES = [(BF16, 8, 4, 128, 1), (FP16, 3, 3, 64, 8), (BF16, 32, 1, 80, 1), (FP32, 32, 1, 96, 2)]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from distkv.kernels import reference
 from distkv.kernels.cuda.decode import decode_splits
-from distkv.kernels.cuda.merge import STATES, merge_splits
+from distkv.kernels.cuda.merge import STATES, Carry, merge_splits
 from distkv.kernels.cuda.prefill import BLOCK_M, SEGMENT_TOKENS, PrefillState, num_blocks, prefill_walk
 from distkv.storage.host_memory import lazy_zeros
 
@@ -247,7 +247,7 @@ def test_decode_and_merge() -> None:
     batch = Decode(torch.float16, 64, 16, split_pages=3, kv_heads=2, group=3, num_tokens=2, lengths=[100, 0, 5])
     out, lse, sequences = batch.states(batch.lay_out(0.5))
     result = torch.full_like(batch.q, math.nan)
-    merge_splits(out, lse, sequences, result, num_tokens=batch.num_tokens, split_tokens=48)
+    merge_splits(out, lse, sequences, result, None, num_tokens=batch.num_tokens, split_tokens=48)
     assert relative_error(result[:2], batch.expected(0)[0]) < TOLERANCE[batch.dtype]
     assert not result[2:4].any()
     assert relative_error(result[4:], batch.expected(2)[0]) < TOLERANCE[batch.dtype]
@@ -291,10 +291,28 @@ def test_merge(num_states: int, head_dim: int, dtype: torch.dtype) -> None:
         states = torch.cat([torch.full((before, *out.shape[1:]), math.nan), out, torch.full_like(out, math.nan)])
         sums = torch.cat([torch.full((before, *lse.shape[1:]), math.nan), lse, torch.full_like(lse, math.nan)])
         into = torch.full((num_tokens * len(keys), heads + 1, head_dim), math.nan, dtype=dtype)
-        sequences = torch.tensor([(b * num_tokens, n, 10**9, before) for b, n in enumerate(keys)])
-        merge_splits(states, sums, sequences, into[:, :heads], num_tokens=num_tokens, split_tokens=split_tokens)
+        splits = [-(-n // split_tokens) for n in keys]
+        sequences = torch.tensor([(b * num_tokens, n, 10**9, before, 0, splits[b]) for b, n in enumerate(keys)])
+        cut = {"num_tokens": num_tokens, "split_tokens": split_tokens}
+        merge_splits(states, sums, sequences, into[:, :heads], None, **cut)
         assert into[:, heads:].isnan().all()
         return into[:, :heads]
+
+    def in_launches() -> Tensor:
+        """The states of each launch in memory that serves again, as in rounds of a long context."""
+        into = torch.full((num_tokens, heads, head_dim), math.nan, dtype=dtype)
+        carry = Carry.like(into)
+        for part in carry:
+            part.fill_(math.nan)
+        for first in range(0, num_states, STATES):
+            end = min(first + STATES, num_states)
+            sequences = torch.tensor([(0, num_states * split_tokens, 10**9, -first, first, end)])
+            merge_splits(
+                out[first:end].clone(), lse[first:end].clone(), sequences, into, carry, num_tokens=num_tokens,
+                split_tokens=split_tokens,
+            )  # fmt: skip
+            assert into.isnan().all() or end == num_states, "the last launch alone writes the result"
+        return into
 
     rows = result(0, [num_states * split_tokens])
     expected = merged(out, lse)[0].unflatten(1, (num_tokens, group)).transpose(0, 1).flatten(1, 2)
@@ -302,6 +320,7 @@ def test_merge(num_states: int, head_dim: int, dtype: torch.dtype) -> None:
     among = result(3, [0, (num_states - 1) * split_tokens + 1])
     assert not among[:num_tokens].any()
     assert torch.equal(among[num_tokens:], rows)
+    assert torch.equal(in_launches(), rows)
 
 
 @dataclass

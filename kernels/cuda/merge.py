@@ -52,8 +52,9 @@ def _merge_kernel(
     reached = end_split.to(tl.int64) * split_tokens
     continues, ends, goes_on = first_split > 0, reached >= num_keys, reached < num_keys
     at = (first_row + token) * (KV_HEADS * GROUP) + query_head
-    m = tl.load(carry_m + at, mask=continues, other=-float("inf"))
-    total = tl.load(carry_total + at, mask=continues, other=0.0)
+    own = at * tl.num_programs(0) + tl.program_id(0)  # each of the programs of a row, lest one overtakes another
+    m = tl.load(carry_m + own, mask=continues, other=-float("inf"))
+    total = tl.load(carry_total + own, mask=continues, other=0.0)
     acc = tl.load(carry_acc + at * HEAD_DIM + column, mask=column < tl.where(continues, HEAD_DIM, 0), other=0.0)
     for first in tl.range(first_split, end_split, STATES, num_stages=3):
         state = first + tl.arange(0, STATES)
@@ -73,22 +74,22 @@ def _merge_kernel(
     target = result + (first_row + token) * result_stride + query_head * HEAD_DIM + column
     tl.store(target, merged.to(result.dtype.element_ty), mask=column < tl.where(ends, HEAD_DIM, 0))
     tl.store(carry_acc + at * HEAD_DIM + column, acc, mask=column < tl.where(goes_on, HEAD_DIM, 0))
-    tl.store(carry_m + at, m, mask=goes_on)
-    tl.store(carry_total + at, total, mask=goes_on)
+    tl.store(carry_m + own, m, mask=goes_on)
+    tl.store(carry_total + own, total, mask=goes_on)
 
 
 class Carry(NamedTuple):
     """Sums of a merge that goes on in a later launch, in fp32."""
 
     acc: Tensor  # [T, H, D]
-    m: Tensor  # [T, H]
-    total: Tensor  # [T, H]
+    m: Tensor  # [T, H, pieces of D]
+    total: Tensor  # [T, H, pieces of D]
 
     @classmethod
     def like(cls, result: Tensor) -> "Carry":
         """Room for those of a result `[T, H, D]`."""
-        rows = result.shape[:2]
-        return cls(*(result.new_empty(shape, dtype=torch.float32) for shape in (result.shape, rows, rows)))
+        pieces = *result.shape[:2], triton.cdiv(result.shape[2], COLUMNS)
+        return cls(*(result.new_empty(shape, dtype=torch.float32) for shape in (result.shape, pieces, pieces)))
 
 
 def merge_splits(
