@@ -27,6 +27,7 @@ from distkv.cli import app
 from distkv.config import EngineConfig
 from distkv.errors import ConfigError, DistKVError, StoreError
 from distkv.fingerprint import DIGESTS, dummy_digest, make_fingerprint, weights_digest
+from distkv.kernels.token_kernels import token_kernels
 from distkv.launch import launch, make_rank_config
 from distkv.storage.cache_folder import (
     ARRAY,
@@ -705,7 +706,7 @@ def project(folder: Path, shard: Shard, dtype: torch.dtype, hidden: Tensor) -> T
 
     with SafetensorsSource(folder) as weights, torch.inference_mode():
         config = ModelConfig.load(folder)
-        llama = load_llama(weights, config, shard, ProcessGroup(), dtype, torch.device("cpu"))
+        llama = load_llama(weights, config, shard, ProcessGroup(), dtype, torch.device("cpu"), token_kernels(False))
         num_tokens = len(hidden)
         positions = torch.arange(num_tokens)
         cos, sin = llama.rope.angles(positions, torch.full((num_tokens,), num_tokens))

@@ -21,7 +21,7 @@ from distkv.launch import launch
 from distkv.messages import EngineRequest, EngineStats, RequestFailed, StepOutput
 from distkv.sampling_params import SamplingParams
 from distkv.shapes import SHAPES, shape_folder
-from distkv.storage.staging_ring import Stream
+from distkv.storage.staging_ring import LoadsInTurn
 from distkv.stress_run import Sample, run_stage
 from distkv.workers.model_config import ModelConfig
 
@@ -50,15 +50,15 @@ def stress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 def spoil_streaming(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[torch.Tensor], object]) -> None:
     """Has `spoil` change what the first load of every step brings for layer 0: `[pages, 2, head, token, dim]`."""
-    take = Stream.take
+    take = LoadsInTurn.take
 
-    def spoilt(self: Stream) -> torch.Tensor:
+    def spoilt(self: LoadsInTurn) -> torch.Tensor:
         pages = take(self)
         if self._taken == 1:
             spoil(pages)
         return pages
 
-    monkeypatch.setattr(Stream, "take", spoilt)
+    monkeypatch.setattr(LoadsInTurn, "take", spoilt)
 
 
 def flip_exponent_byte(pages: torch.Tensor) -> None:
