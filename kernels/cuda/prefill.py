@@ -111,6 +111,9 @@ def _prefill_kernel(
     for MASKED in tl.static_range(2):
         if MASKED:
             begin, stop = tl.maximum(start, diagonal), finish
+            # a row's number is read once more, see below
+            row = tl.load(block + 1, volatile=True).to(tl.int32) + tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+            newest = tl.load(chunk + 2).to(tl.int32) + row // GROUP
         else:
             begin, stop = start, tl.minimum(diagonal, finish)
         for first in range(begin, stop, BLOCK_N):
@@ -127,7 +130,7 @@ def _prefill_kernel(
                 next_scores = tl.dot(q1, k1.T, next_scores, input_precision="ieee")
             if MASKED:
                 key = first + tl.arange(0, BLOCK_N)
-                scores = tl.where(key <= position + token[:, None], scores, -float("inf"))
+                scores = tl.where(key <= newest[:, None], scores, -float("inf"))
             new_m = tl.maximum(m, tl.max(scores, 1) * SCALE)
             p = tl.exp2(scores * SCALE - new_m[:, None])
             shrink = tl.exp2(m - new_m)
@@ -141,12 +144,14 @@ def _prefill_kernel(
                 acc1 = tl.dot(p, v1, acc1 * shrink[:, None], input_precision="ieee")
             scores = next_scores
 
-    # Rows are computed once more: `volatile` keeps the compiler from holding the first ones in registers, of which the
-    # walk leaves none over
+    # Where things go is found out once more: `volatile` keeps the compiler from holding what was known above in
+    # registers, of which the walk leaves none over.
+    chunk = chunks + 8 * tl.load(block, volatile=True)
     row = tl.load(block + 1, volatile=True).to(tl.int32) + tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    num_tokens = tl.load(chunk + 1).to(tl.int32)
     real = row < num_tokens * GROUP
     token, query_head = row // GROUP, head * GROUP + row % GROUP
-    if end < position + num_tokens:
+    if tl.load(chunk + 5) < tl.load(chunk + 2) + num_tokens:
         saved_row = (tl.load(chunk + 6) + token) * HEADS + query_head
         tl.store(saved_m + saved_row, m, mask=real)
         tl.store(saved_total + saved_row, total, mask=real)
