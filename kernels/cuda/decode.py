@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distkv.kernels.cuda.paging import check_layouts, split_head_dim, tile_pages, tile_rows
+from distkv.kernels.cuda.paging import block_head_dim, check_layouts, tile_pages, tile_rows
 
 
 @triton.jit
@@ -35,8 +35,7 @@ def _decode_kernel(
     KV_HEADS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -47,8 +46,8 @@ def _decode_kernel(
     pool_v, buffer_v = pool + part_stride, buffer + KV_HEADS * PAGE_SIZE * HEAD_DIM
     row = tl.arange(0, BLOCK_M)
     real = row < ROWS
-    d0, d1 = tl.arange(0, D0), D0 + tl.arange(0, 16 if D1 == 0 else D1)
-    fits0, fits1 = d0 < HEAD_DIM, d1 < HEAD_DIM
+    dim = tl.arange(0, BLOCK_D)
+    fits = dim < HEAD_DIM
 
     for item in range(tl.program_id(1), tl.load(num_items).to(tl.int32), tl.num_programs(1)):
         sequence = sequences + 6 * tl.load(items + 2 * item)
@@ -62,14 +61,10 @@ def _decode_kernel(
 
         # row c * G + g is query head k * G + g of token c
         q_row = q + (first_row + row // GROUP) * q_stride + (head * GROUP + row % GROUP) * HEAD_DIM
-        q0 = tl.load(q_row[:, None] + d0, mask=real[:, None] & fits0, other=0.0)
-        if D1:
-            q1 = tl.load(q_row[:, None] + d1, mask=real[:, None] & fits1, other=0.0)
+        queries = tl.load(q_row[:, None] + dim, mask=real[:, None] & fits, other=0.0)
         m = tl.full([BLOCK_M], -float("inf"), tl.float32)
         total = tl.full([BLOCK_M], 0.0, tl.float32)
-        acc0 = tl.full([BLOCK_M, D0], 0.0, tl.float32)
-        if D1:
-            acc1 = tl.full([BLOCK_M, D1], 0.0, tl.float32)
+        acc = tl.full([BLOCK_M, BLOCK_D], 0.0, tl.float32)
 
         pages = tile_pages(entries, start, end, PAGE_SIZE, BLOCK_N)
         for first in range(start, end, BLOCK_N):
@@ -78,11 +73,8 @@ def _decode_kernel(
             pages = tile_pages(entries, first + BLOCK_N, end, PAGE_SIZE, BLOCK_N)  # a tile ahead, so that no load waits
             key = first + tl.arange(0, BLOCK_N)
             filled = key < end
-            k0 = tl.load(key_rows[:, None] + d0, mask=filled[:, None] & fits0, other=0.0)
-            scores = tl.dot(q0, k0.T, input_precision="ieee")
-            if D1:
-                k1 = tl.load(key_rows[:, None] + d1, mask=filled[:, None] & fits1, other=0.0)
-                scores = tl.dot(q1, k1.T, scores, input_precision="ieee")
+            keys = tl.load(key_rows[:, None] + dim, mask=filled[:, None] & fits, other=0.0)
+            scores = tl.dot(queries, keys.T, input_precision="ieee")
             scores = tl.where(key < limit[:, None], scores * SCALE, -float("inf"))
             new_m = tl.maximum(m, tl.max(scores, 1))
             base = tl.where(new_m == -float("inf"), 0.0, new_m)  # a row that sees no key yet
@@ -90,19 +82,14 @@ def _decode_kernel(
             shrink = tl.exp2(m - base)
             total = total * shrink + tl.sum(p, 1)
             m = new_m
-            v0 = tl.load(value_rows[:, None] + d0, mask=filled[:, None] & fits0, other=0.0)
-            p = p.to(v0.dtype)
-            acc0 = tl.dot(p, v0, acc0 * shrink[:, None], input_precision="ieee")
-            if D1:
-                v1 = tl.load(value_rows[:, None] + d1, mask=filled[:, None] & fits1, other=0.0)
-                acc1 = tl.dot(p, v1, acc1 * shrink[:, None], input_precision="ieee")
+            values = tl.load(value_rows[:, None] + dim, mask=filled[:, None] & fits, other=0.0)
+            p = p.to(values.dtype)
+            acc = tl.dot(p, values, acc * shrink[:, None], input_precision="ieee")
 
         seen = total > 0
         total = tl.where(seen, total, 1.0)
         out_row = out + ((state * KV_HEADS + head) * ROWS + row) * HEAD_DIM
-        tl.store(out_row[:, None] + d0, acc0 / total[:, None], mask=real[:, None] & fits0)
-        if D1:
-            tl.store(out_row[:, None] + d1, acc1 / total[:, None], mask=real[:, None] & fits1)
+        tl.store(out_row[:, None] + dim, acc / total[:, None], mask=real[:, None] & fits)
         logarithm = tl.where(seen, (m + tl.log2(total)) * LN_2, -float("inf"))
         tl.store(lse + (state * KV_HEADS + head) * ROWS + row, logarithm, mask=real)
 
@@ -169,7 +156,6 @@ def decode_splits(
         buffer = layer_pool
     group = q.shape[1] // kv_heads
     launch = decode_launch(q.element_size(), num_tokens * group)
-    d0, d1 = split_head_dim(head_dim, 32)  # four warps share the columns, 8 each at least
     _decode_kernel[(kv_heads, num_programs)](
         q,
         layer_pool,
@@ -188,8 +174,7 @@ def decode_splits(
         KV_HEADS=kv_heads,
         PAGE_SIZE=page_size,
         HEAD_DIM=head_dim,
-        D0=d0,
-        D1=d1,
+        BLOCK_D=block_head_dim(head_dim),
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
         num_warps=launch.num_warps,

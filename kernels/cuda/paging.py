@@ -13,8 +13,8 @@ from torch import Tensor
 def tile_pages(entries, first, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
     """The table's entries of keys `first .. first + BLOCK_N` of a sequence, 0 at and beyond key `end`.
 
-    `entries` points at the sequence's part of the table, `first` is a multiple of BLOCK_N. One entry where a page holds
-    the tile whole, else `[BLOCK_N]`.
+    `entries` points at the sequence's part of the table, `first` is a multiple of BLOCK_N or of PAGE_SIZE, whichever is
+    smaller. One entry where a page holds the tile whole, else `[BLOCK_N]`.
     """
     if PAGE_SIZE >= BLOCK_N:
         return tl.load(entries + first // PAGE_SIZE, mask=first < end, other=0)
@@ -64,12 +64,10 @@ def check_layouts(layer_pool: Tensor, buffer: Tensor | None) -> None:
         raise ValueError(f"the buffer must be contiguous [places, 2, K, S, D] of the pool's pages, not {buffer.shape}")
 
 
-def split_head_dim(head_dim: int, least: int) -> tuple[int, int]:
-    """Head dim as a power of two and a rest padded to one, at least `least` (0 for none): 80 = 64 + 16.
+def block_head_dim(head_dim: int) -> int:
+    """Columns of a tile: head dim, padded to a power of two for a dot; what is added is never read from memory.
 
-    A dot wants powers of two. Two dots of nearly the exact size spare the work, shared memory and registers of padding
-    to the next one: 128 columns for 80 are 1.6 times as many.
+    Two dots of 64 + 16 or 64 + 32 columns would do less work for 80 and 96, but on Hopper the compiler then waits for
+    each tensor-core instruction before the next, and decode is bound by memory either way.
     """
-    head = max(16, 1 << (head_dim.bit_length() - 1))
-    rest = head_dim - head
-    return head, max(least, triton.next_power_of_2(rest)) if rest > 0 else 0
+    return max(16, triton.next_power_of_2(head_dim))

@@ -1,6 +1,7 @@
 """Paged prefill attention: causal attention of chunks of prompts over all their pages, in one walk or in several.
 
-The online softmax of FlashAttention-2 (https://arxiv.org/abs/2307.08691): a program takes one block of query rows of a
+The online softmax of FlashAttention-2 (https://arxiv.org/abs/2307.08691), with the scores of the next tile under way
+during the softmax of this one as in FlashAttention-3 (https://arxiv.org/abs/2407.08608): a program takes one block of query rows of a
 KV head and walks over the keys in tiles of a fixed grid. Its state can be saved between two tiles and taken up again,
 so that a prefix of which a part is streamed is walked in logical order, piece by piece, with bitwise the same result.
 The work is bound by the tensor cores.
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distkv.kernels.cuda.paging import check_layouts, split_head_dim, tile_pages, tile_rows
+from distkv.kernels.cuda.paging import block_head_dim, check_layouts, tile_pages, tile_rows
 
 BLOCK_M = 128
 """Rows of a block, of which a chunk has `num_tokens * G` for each KV head."""
@@ -51,8 +52,7 @@ def _prefill_kernel(
     KV_HEADS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -72,41 +72,33 @@ def _prefill_kernel(
     row = first_row + tl.arange(0, BLOCK_M)
     real = row < num_tokens * GROUP
     token, query_head = row // GROUP, head * GROUP + row % GROUP
-    d0, d1 = tl.arange(0, D0), D0 + tl.arange(0, 16 if D1 == 0 else D1)
-    fits0, fits1 = d0 < HEAD_DIM, d1 < HEAD_DIM
+    dim = tl.arange(0, BLOCK_D)
+    fits = dim < HEAD_DIM
     q_row = q + (tl.load(chunk) + token) * q_stride + query_head * HEAD_DIM
-    q0 = tl.load(q_row[:, None] + d0, mask=real[:, None] & fits0, other=0.0)
-    if D1:
-        q1 = tl.load(q_row[:, None] + d1, mask=real[:, None] & fits1, other=0.0)
+    queries = tl.load(q_row[:, None] + dim, mask=real[:, None] & fits, other=0.0)
 
     # Whether a segment begins with a state, and ends with one, are choices at run time, so that there is one binary
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.full([BLOCK_M], 0.0, tl.float32)
-    acc0 = tl.full([BLOCK_M, D0], 0.0, tl.float32)
-    if D1:
-        acc1 = tl.full([BLOCK_M, D1], 0.0, tl.float32)
+    acc = tl.full([BLOCK_M, BLOCK_D], 0.0, tl.float32)
     if start > 0:
         saved_row = (tl.load(chunk + 6) + token) * HEADS + query_head
         m = tl.load(saved_m + saved_row, mask=real, other=0.0)
         total = tl.load(saved_total + saved_row, mask=real, other=1.0)
         acc_row = saved_acc + saved_row * HEAD_DIM
-        acc0 = tl.load(acc_row[:, None] + d0, mask=real[:, None] & fits0, other=0.0)
-        if D1:
-            acc1 = tl.load(acc_row[:, None] + d1, mask=real[:, None] & fits1, other=0.0)
+        acc = tl.load(acc_row[:, None] + dim, mask=real[:, None] & fits, other=0.0)
 
     last_token = tl.minimum((first_row + BLOCK_M - 1) // GROUP, num_tokens - 1)
     finish = tl.minimum(position + last_token + 1, end)  # keys that the block sees end here
     value_pages = tile_pages(entries, start, finish, PAGE_SIZE, BLOCK_N)
     key_rows = tile_rows(value_pages, pool, buffer, head, start, KV_HEADS, PAGE_SIZE, HEAD_DIM, BLOCK_N)
-    scores = tl.dot(q0, tl.load(key_rows[:, None] + d0).T, input_precision="ieee")
-    if D1:
-        k1 = tl.load(key_rows[:, None] + d1, mask=fits1, other=0.0)
-        scores = tl.dot(q1, k1.T, scores, input_precision="ieee")
+    keys = tl.load(key_rows[:, None] + dim, mask=fits, other=0.0)
+    scores = tl.dot(queries, keys.T, input_precision="ieee")
     key_pages = tile_pages(entries, start + BLOCK_N, finish, PAGE_SIZE, BLOCK_N)
 
-    # Tiles that all rows see whole, then those on the diagonal, which of them follows from the block alone. The scores
-    # of the next tile are under way while those of this one pass through the softmax. Rows of a tile that hold no key
-    # yet are read, being finite, and masked. Every row sees key 0, in the first tile, so m is finite from there on.
+    # Tiles that all rows see whole, then those on the diagonal; which is which follows from the block alone, not from
+    # the segment. Rows of a tile that hold no key yet are read, being finite, and masked. Every row sees key 0, in the
+    # first tile, so m is finite from there on.
     diagonal = (position + first_row // GROUP + 1) // BLOCK_N * BLOCK_N
     for MASKED in tl.static_range(2):
         if MASKED:
@@ -123,11 +115,8 @@ def _prefill_kernel(
             # one tile ahead, each by a load of its own: the compiler pipelines no value that is carried over two tiles
             key_pages = tile_pages(entries, following + BLOCK_N, finish, PAGE_SIZE, BLOCK_N)
             value_pages = tile_pages(entries, following, finish, PAGE_SIZE, BLOCK_N)
-            k0 = tl.load(key_rows[:, None] + d0)
-            next_scores = tl.dot(q0, k0.T, input_precision="ieee")
-            if D1:
-                k1 = tl.load(key_rows[:, None] + d1, mask=fits1, other=0.0)
-                next_scores = tl.dot(q1, k1.T, next_scores, input_precision="ieee")
+            keys = tl.load(key_rows[:, None] + dim, mask=fits, other=0.0)
+            next_scores = tl.dot(queries, keys.T, input_precision="ieee")
             if MASKED:
                 key = first + tl.arange(0, BLOCK_N)
                 scores = tl.where(key <= newest[:, None], scores, -float("inf"))
@@ -136,12 +125,9 @@ def _prefill_kernel(
             shrink = tl.exp2(m - new_m)
             total = total * shrink + tl.sum(p, 1)
             m = new_m
-            v0 = tl.load(value_rows[:, None] + d0)
-            p = p.to(v0.dtype)
-            acc0 = tl.dot(p, v0, acc0 * shrink[:, None], input_precision="ieee")
-            if D1:
-                v1 = tl.load(value_rows[:, None] + d1, mask=fits1, other=0.0)
-                acc1 = tl.dot(p, v1, acc1 * shrink[:, None], input_precision="ieee")
+            values = tl.load(value_rows[:, None] + dim, mask=fits, other=0.0)
+            p = p.to(values.dtype)
+            acc = tl.dot(p, values, acc * shrink[:, None], input_precision="ieee")
             scores = next_scores
 
     # Where things go is found out once more: `volatile` keeps the compiler from holding what was known above in
@@ -156,14 +142,10 @@ def _prefill_kernel(
         tl.store(saved_m + saved_row, m, mask=real)
         tl.store(saved_total + saved_row, total, mask=real)
         acc_row = saved_acc + saved_row * HEAD_DIM
-        tl.store(acc_row[:, None] + d0, acc0, mask=real[:, None] & fits0)
-        if D1:
-            tl.store(acc_row[:, None] + d1, acc1, mask=real[:, None] & fits1)
+        tl.store(acc_row[:, None] + dim, acc, mask=real[:, None] & fits)
     else:
         out_row = out + (tl.load(chunk) + token) * out_stride + query_head * HEAD_DIM
-        tl.store(out_row[:, None] + d0, acc0 / total[:, None], mask=real[:, None] & fits0)
-        if D1:
-            tl.store(out_row[:, None] + d1, acc1 / total[:, None], mask=real[:, None] & fits1)
+        tl.store(out_row[:, None] + dim, acc / total[:, None], mask=real[:, None] & fits)
 
 
 class PrefillLaunch(NamedTuple):
@@ -228,7 +210,6 @@ def prefill_walk(
         nothing = torch.empty(0, dtype=torch.float32, device=q.device)
         state = PrefillState(nothing, nothing, nothing)
     launch = prefill_launch(q.element_size())
-    d0, d1 = split_head_dim(head_dim, 16)
     _prefill_kernel[(len(blocks), kv_heads, BLOCK_M // launch.rows)](
         q,
         layer_pool,
@@ -247,8 +228,7 @@ def prefill_walk(
         KV_HEADS=kv_heads,
         PAGE_SIZE=page_size,
         HEAD_DIM=head_dim,
-        D0=d0,
-        D1=d1,
+        BLOCK_D=block_head_dim(head_dim),
         BLOCK_M=launch.rows,
         BLOCK_N=launch.block_n,
         num_warps=launch.num_warps,
