@@ -30,19 +30,25 @@ class Engine:
     """Works on tokens alone; an `EngineClient`. Not for several threads at a time; steps run on a thread of its own."""
 
     def __init__(
-        self, info: EngineInfo, execute: Execute, close: Callable[[], None] = lambda: None, survives: bool = True
+        self,
+        info: EngineInfo,
+        execute: Execute,
+        close: Callable[[], None] = lambda: None,
+        survives: bool = True,
+        warm_up: Callable[[], None] = lambda: None,
     ):
         """
         Args:
             close: called when the engine is closed.
             survives: a step that raises leaves the ranks fit for others, so that the sequence at fault can be found.
+            warm_up: does what would delay the first steps, on their thread and before anything else.
         """
         self.info = info
         self._close = close
         self._survives = survives
         self._scheduler = Scheduler(info)
         self._cache = self._scheduler.cache
-        self._runner = StepRunner(info, execute, self._cache)
+        self._runner = StepRunner(info, execute, self._cache, warm_up)
         self._repairs = Repairs(self._cache, self._runner, info.page_size)
         self._copies = ForkCopies(self._cache)
         self._flight: Flight | None = None  # launched

@@ -58,8 +58,7 @@ def launch(config: EngineConfig) -> EngineClient:
             config, rank_config, max_model_len, capacity, lambda sizes: [local.allocate(sizes)],
             lambda: [local.bandwidth()],
         )  # fmt: skip
-        local.warm_up()
-        return Engine(info, execute, local.close)
+        return Engine(info, execute, local.close, warm_up=local.warm_up)
     except BaseException:
         local.close()
         raise

@@ -36,7 +36,7 @@ def lead(rank: Rank, followers: LeaderChannel, client: zmq.Socket, info: EngineI
         logits = rank.execute(plan, drawn)
         return logits, reports.add([rank.take_report(), *followers.receive()])
 
-    engine = Engine(info, execute, survives=False)
+    engine = Engine(info, execute, survives=False, warm_up=rank.warm_up)
     while True:
         while client.poll(0 if engine.has_work else IDLE_POLL):
             match decode_command(client.recv()):

@@ -56,7 +56,6 @@ class RayEngine:
             self.info = make_engine_info(
                 config, ranks, max_model_len, capacity, self._group.allocate, self._group.bandwidth
             )
-            self._group.warm_up()
             self._group.start(lead, self.info)
             self._socket = self._context.socket(zmq.PAIR)
             self._socket.set_hwm(0)

@@ -30,9 +30,11 @@ rank 0's `Rank.execute` does, and the report of all."""
 class StepRunner:
     """Plans run one after another, on a thread of their own."""
 
-    def __init__(self, info: EngineInfo, execute: Execute, cache: TieredCache):
-        """Takes in what earlier processes left on disk; raises StoreError or ConfigError when the catalogue there
-        cannot be used."""
+    def __init__(
+        self, info: EngineInfo, execute: Execute, cache: TieredCache, warm_up: Callable[[], None] = lambda: None
+    ):
+        """Warms up, see `Engine`, and takes in what earlier processes left on disk; raises StoreError or ConfigError
+        when the catalogue there cannot be used."""
         self.execute = execute
         self.moved: Counter[str] = Counter()  # bytes by route
         self.damage = ""  # what could not be read back last, and why
@@ -42,6 +44,7 @@ class StepRunner:
         self._drawn: Tensor | None = None  # by the last step, on the device; for the thread
         self._keeper: Keeper | None = None
         try:
+            self._thread.submit(warm_up).result()
             self._keeper = _open_keeper(info, cache)
             if self._keeper is not None:
                 self._keeper.adopt(self._report_of)

@@ -57,6 +57,7 @@ class PageCopies:
 
 def copy_pieces(source: Tensor, target: Tensor, rows: list[tuple[int, int]]) -> None:
     """Copies contiguous pieces one by one, so that each is a plain asynchronous copy between pinned memory and GPU."""
-    for a, b in rows:
-        for piece, place in zip(source[a], target[b], strict=True):
-            place.copy_(piece, non_blocking=True)
+    for part in range(source.shape[1]):
+        pieces, places = source[:, part], target[:, part]
+        for a, b in rows:
+            places[b].copy_(pieces[a], non_blocking=True)

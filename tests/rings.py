@@ -19,9 +19,11 @@ from _pytest.mark.expression import Expression
 
 RINGS = {"interpreter": "test_triton_*.py", "aot": "test_aot*.py"}
 """The markers of the rings, and where their tests lie: a ring imports no other module."""
-OTHER_KINDS = ("unmarked", "slow", "gpu")
+MODULES = RINGS | {"gpu": "test_gpu*.py"}
+"""The markers whose tests lie apart: `-m` of one of them imports nothing else, which the machine may not be able to."""
+OTHER_KINDS = ("unmarked", "slow")
 
-RING = pytest.StashKey[str | None]()
+ALONE = pytest.StashKey[str | None]()
 RUNS = pytest.StashKey[dict[str, "RingRun"]]()
 
 
@@ -51,7 +53,7 @@ class RingRun:
 def pytest_configure(config: pytest.Config) -> None:
     """Readies the process for the ring that `-m` selects, before anything imports triton."""
     expression = config.option.markexpr
-    kinds = [*RINGS, *OTHER_KINDS]
+    kinds = [*MODULES, *OTHER_KINDS]
     if expression:
         selects = Expression.compile(expression).evaluate
         kinds = [kind for kind in kinds if selects(lambda name, kind=kind, **_: name == kind)]
@@ -62,7 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
             "compiles: run `pytest -m interpreter` and `pytest -m aot` alone, and the others with "
             "-m 'not interpreter and not aot'"
         )
-    config.stash[RING] = selected[0] if selected else None
+    config.stash[ALONE] = kinds[0] if len(kinds) == 1 and kinds[0] in MODULES else None
     os.environ.pop("TRITON_INTERPRET", None)
     if selected == ["interpreter"]:
         import torch
@@ -72,20 +74,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """A ring does not import the modules of the other tests."""
-    ring = config.stash[RING]
-    if ring and collection_path.is_file() and not fnmatch.fnmatch(collection_path.name, RINGS[ring]):
+    """Tests that lie apart do not import the modules of the others."""
+    alone = config.stash[ALONE]
+    if alone and collection_path.is_file() and not fnmatch.fnmatch(collection_path.name, MODULES[alone]):
         return True
     return None
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Checks that no test of a ring lies where its ring does not look; the rings are collected last."""
+    """Checks that no test lies where its marker does not look; the rings are collected last."""
     for item in items:
-        for ring, pattern in RINGS.items():
-            if (item.get_closest_marker(ring) is not None) != fnmatch.fnmatch(item.path.name, pattern):
-                raise pytest.UsageError(f"{item.nodeid}: tests marked {ring}, and no others, live in {pattern}")
+        for kind, pattern in MODULES.items():
+            if (item.get_closest_marker(kind) is not None) != fnmatch.fnmatch(item.path.name, pattern):
+                raise pytest.UsageError(f"{item.nodeid}: tests marked {kind}, and no others, live in {pattern}")
     items.sort(key=_collects_a_ring)
 
 

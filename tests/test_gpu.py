@@ -1,5 +1,6 @@
 """The single-rank path on a CUDA device. Run with `pytest -m gpu`; needs neither ray nor zarr."""
 
+import gc
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -72,6 +73,8 @@ def test_tiers_change_no_bit_and_memory_stays_flat(
     for length in (4000, 16000):
         prompt = torch.randint(3, 128, (length,), generator=seeded(length)).tolist()
         resident = run(folder, [prompt], pages=(length // 64 + 2, 0, 0), **options)
+        gc.collect()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         tiered = run(folder, [prompt], pages=(12, length // 64 + 2, 0), **options)
         peaks.append(torch.cuda.max_memory_allocated())

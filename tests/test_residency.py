@@ -85,8 +85,11 @@ def run(
             return result
 
         engine._runner.execute = spy
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        idle_engine(llm).integrity_check()
+        try:
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            idle_engine(llm).integrity_check()
+        finally:
+            engine._runner.execute = execute  # else engine and spy would keep each other, and the memory of a GPU
         info = llm.info
         assert info.page_bytes == page_bytes
         tiers = info.num_pages, info.num_host_pages, info.num_disk_pages

@@ -10,6 +10,9 @@ from test_residency import run
 from torch import Tensor
 
 from distkv import LLM, SamplingParams
+from distkv.workers.batch import Batch
+from distkv.workers.cuda_attention import CudaAttention
+from distkv.workers.step_graphs import StepGraphs
 
 pytestmark = pytest.mark.interpreter
 
@@ -66,6 +69,18 @@ def test_graphs_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
         return replay
 
+    whole = StepGraphs._batch
+
+    def outlives(self: StepGraphs, rows: int) -> Batch:
+        """A graph reads at the addresses that it has seen, so nothing that it reads may be of the capture alone."""
+        batch = whole(self, rows)
+        assert isinstance(batch.attention, CudaAttention)
+        read = [value for value in vars(batch).values() if isinstance(value, Tensor)]
+        kept = {value.untyped_storage().data_ptr() for value in vars(self).values() if isinstance(value, Tensor)}
+        assert {value.untyped_storage().data_ptr() for value in [*read, *batch.attention.arrays.values()]} <= kept
+        return batch
+
+    monkeypatch.setattr(StepGraphs, "_batch", outlives)
     monkeypatch.setattr("distkv.workers.step_graphs.captured", replays)
     monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
     monkeypatch.setattr("distkv.workers.cuda_runner.takes_graphs", lambda device, group: True)

@@ -150,10 +150,9 @@ class CudaAttention:
     def _prefill(self, plan: PrefillPlan, q: Tensor, layer_pool: Tensor, stream: Stream | None, out: Tensor) -> None:
         state = None
         if plan.num_saved:
-            rows = plan.num_saved, *q.shape[1:]
-            state = PrefillState(
-                q.new_empty(rows, dtype=torch.float32), *q.new_empty((2, *rows[:2]), dtype=torch.float32)
-            )
+            acc = plan.num_saved, *q.shape[1:]
+            # each a tensor of its own: kernels are compiled for pointers that are multiples of 16 bytes
+            state = PrefillState(*(q.new_empty(rows, dtype=torch.float32) for rows in (acc, acc[:2], acc[:2])))
         table, chunks, blocks = (self.arrays[name] for name in ("table", "chunks", "blocks"))
         first = 0
         for load, size in zip(plan.loads, plan.num_blocks, strict=True):

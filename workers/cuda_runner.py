@@ -21,6 +21,7 @@ from distkv.workers.page_directory import SequenceStep
 from distkv.workers.process_group import ProcessGroup
 from distkv.workers.step_graphs import StepGraphs
 from distkv.workers.tiers import RankTiers
+from distkv.workers.trial_draws import draw_in_all_ways
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Rows that steps of single tokens are padded to; larger ones run as they are."""
@@ -90,7 +91,10 @@ class CudaRunner:
         """See `Runner`: compiles what steps launch, and captures the graphs."""
         size, pages = self.shape.page_size, self._tiers.device.num_pages
         tokens = min(WARM_UP_TOKENS, pages * size)
-        self.run([SequenceStep([0] * tokens, 0, np.arange(pages_for(tokens, size)), tokens, 1)], None)
+        hidden = self.run([SequenceStep([0] * tokens, 0, np.arange(pages_for(tokens, size)), tokens, 1)], None)
+        logits = self._model.logits(hidden)
+        if logits is not None:  # on rank 0
+            draw_in_all_ways(logits)
         for count in range(1, MAX_DECODE_TOKENS + 1):
             self.run([SequenceStep([0] * count, 0, np.arange(1), count, 1)], None)
         yield

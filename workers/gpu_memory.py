@@ -1,18 +1,20 @@
 """What of a GPU's memory is spoken for before there are KV pages, found by trial."""
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from distkv.errors import CapacityError
 from distkv.storage.page_spec import PageSpec
 from distkv.workers.cuda_runner import CudaRunner
 from distkv.workers.llama import LlamaModel
 from distkv.workers.page_directory import SequenceStep
-from distkv.workers.sampler import SampleRow, sample
 from distkv.workers.step_graphs import graph_splits
 from distkv.workers.tiers import PoolSizes, RankTiers
+from distkv.workers.trial_draws import draw_in_all_ways
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,32 @@ class MemoryInUse:
     graph_bytes_per_page: int  # that a page of the device pool adds to the memory of the graphs
 
 
-@torch.inference_mode()
 def find_memory_in_use(
     model: LlamaModel, spec: PageSpec, max_num_seqs: int, max_num_batched_tokens: int, device: torch.device
 ) -> MemoryInUse:
     """Runs the largest prompt step and draws from the most logits, over a pool of just that size, and captures the
-    graphs. All ranks of a group at a time."""
+    graphs. All ranks of a group at a time.
+
+    Raises CapacityError when not even that fits.
+    """
+    # libraries keep their handles and workspace for a thread; what this one leaves goes to the thread of the steps
+    with ThreadPoolExecutor(1) as thread:
+        trial = thread.submit(_try_out, model, spec, max_num_seqs, max_num_batched_tokens, device)
+        try:
+            return trial.result()
+        except (torch.OutOfMemoryError, CapacityError):
+            free, total = torch.cuda.mem_get_info(device)
+            raise CapacityError(
+                f"a step of max_num_batched_tokens {max_num_batched_tokens} does not fit beside the weights: of the GPU's "
+                f"{total} bytes {free} are free; lower max_num_batched_tokens or max_num_seqs, or use more ranks"
+            ) from None
+
+
+@torch.inference_mode()
+def _try_out(
+    model: LlamaModel, spec: PageSpec, max_num_seqs: int, max_num_batched_tokens: int, device: torch.device
+) -> MemoryInUse:
+    torch.cuda.set_device(device)
     gc.collect()
     torch.cuda.empty_cache()
     weights = torch.cuda.memory_reserved(device)
@@ -67,5 +89,4 @@ def _largest_step(model: LlamaModel, runner: CudaRunner, max_num_seqs: int, toke
     hidden = runner.run([SequenceStep([0] * tokens, 0, np.arange(pages), tokens, 1)], None)
     logits = model.logits(hidden.repeat(max_num_seqs, 1))
     if logits is not None:  # on rank 0
-        row = SampleRow(0, 1.0, 0.9, 50, 0.0, 1.1, 0.1, 0.1, 5, 0.5, [0], [0])
-        sample(logits, [row] * max_num_seqs)
+        draw_in_all_ways(logits)

@@ -71,6 +71,8 @@ class Rank:
         self.group = group
         self.shard = Shard.of(config.model, group.rank, group.size)
         self.device = torch.device(config.device)
+        if self.device.type == "cuda":  # the current one is a matter of the thread
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self._on_cuda = takes_cuda_path(self.device)
         self.page_spec = rank_page_spec(config, self.shard)
         if config.num_threads is not None:
@@ -145,8 +147,11 @@ class Rank:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compiles kernels and captures graphs, where there are any, with a progress bar on a terminal; all ranks at a
-        time. Follows `allocate`."""
+        """Does what would delay the first steps, see `Runner`, with a progress bar on a terminal. On the thread that
+        will run the steps, all ranks at a time; follows `allocate`."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # pools and weights were made by another thread
+            torch.cuda.set_device(self.device)
         parts, count = self._runner.warm_up(), self._runner.num_parts
         hidden = None if count and self.shard.rank == 0 else True  # None: unless there is no terminal
         for _ in tqdm(parts, "warming up", count, disable=hidden, leave=False):

@@ -85,11 +85,6 @@ class RankActor:
         assert self._rank is not None
         return self._rank.allocate(sizes)
 
-    def warm_up(self) -> None:
-        """See `Rank.warm_up`."""
-        assert self._rank is not None
-        self._rank.warm_up()
-
     def bandwidth(self) -> Bandwidth:
         """See `Rank.bandwidth`."""
         assert self._rank is not None
@@ -110,6 +105,7 @@ class RankActor:
         """On other ranks: runs plans until the end is sent."""
         assert self._rank is not None
         leader = FollowerChannel(self._context, address)
+        self._rank.warm_up()
         while (plan := leader.receive()) is not None:
             self._rank.execute(plan)
             leader.send(self._rank.take_report())
@@ -176,10 +172,6 @@ class RayGroup:
     def allocate(self, sizes: PoolSizes) -> list[tuple[int, int, int]]:
         """Makes the pools of all ranks; returns the bytes of each tier for each."""
         return [self._wait([actor.allocate.remote(sizes)])[0] for actor in self._actors]
-
-    def warm_up(self) -> None:
-        """See `Rank.warm_up`."""
-        self._call("warm_up")
 
     def bandwidth(self) -> list[Bandwidth]:
         """How fast each rank gets cold pages, all of them at once."""

@@ -157,14 +157,21 @@ def _truncate(ordered: Tensor, columns: Tensor) -> None:
     top_k, top_p = columns[:, 3:4], columns[:, 4:]
     place = torch.arange(ordered.shape[1], device=ordered.device)
     ordered.masked_fill_(place >= top_k, 0)
-    mass_before = ordered.cumsum(-1) - ordered
+    mass_before = _cumulated(ordered) - ordered
     ordered.masked_fill_((mass_before >= top_p * ordered.sum(-1, keepdim=True)) & (place > 0), 0)
 
 
 def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
     """Inverse of the cumulative distribution: `[rows]`, never an entry of probability 0."""
-    cumulative = probs.cumsum(-1)
+    cumulative = _cumulated(probs)
     target = uniform * cumulative[:, -1:]
     # the last entry that is not 0, in case rounding puts the target at the very end
     last = probs.shape[1] - 1 - (probs > 0).flip(-1).to(torch.uint8).argmax(-1)
     return torch.searchsorted(cumulative, target, right=True)[:, 0].minimum(last)
+
+
+def _cumulated(probs: Tensor) -> Tensor:
+    """Sums along each row. On CUDA a single row would take another algorithm than several, and may round otherwise."""
+    if probs.is_cuda and len(probs) == 1:
+        return probs.expand(2, -1).cumsum(-1)[:1]
+    return probs.cumsum(-1)

@@ -29,11 +29,11 @@ def graph_splits(num_pages: int, max_rows: int, shape: CudaShape) -> int:
 
 
 def captured(run: Callable[[], Tensor], memory: Any) -> Callable[[], Tensor]:
-    """A function that replays what `run` launches, and returns the same tensor each time. `memory` is of
-    `torch.cuda.graph_pool_handle`."""
+    """A function that replays what `run` launches, and returns the same tensor each time; what `run` reads must live as
+    long. `memory` is of `torch.cuda.graph_pool_handle`."""
     run()  # compiles, and has libraries take their workspace
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=memory):
+    with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
         result = run()
 
     def replay() -> Tensor:
@@ -61,6 +61,8 @@ class StepGraphs:
         self._flat = torch.zeros(size, dtype=torch.int64, device=pool.data.device)
         self._inputs = {name: self._flat[self._spans[name]].view(one) for name, one in shapes.items()}
         self._inputs["page"].fill_(-1)
+        # a graph holds the addresses of what it reads, so all of that must live as long
+        self._logit_rows = torch.arange(max_rows, device=self._flat.device)
         self._memory = torch.cuda.graph_pool_handle()
         self._graphs: dict[int, Callable[[], Tensor]] = {}
 
@@ -95,7 +97,7 @@ class StepGraphs:
     def _batch(self, rows: int) -> Batch:
         inputs, capacity = self._inputs, self._num_splits
         arrays = {name: inputs[name][:rows] for name in COLUMNS}
-        arrays["logit_rows"] = torch.arange(rows, device=self._flat.device)
+        arrays["logit_rows"] = self._logit_rows[:rows]
         arrays |= {
             "0.table": inputs["table"], "0.0.sequences": inputs["sequences"][:rows], "0.0.items": inputs["items"],
             "0.0.num_items": inputs["num_items"],

@@ -83,14 +83,14 @@ def page_rows(turns: Turns, link: LinkCeiling, slice_bytes: int, num_bytes: int)
 
         apart = pool.transpose(0, 1)
         ways: tuple[tuple[str, Tensor, Tensor], ...] = (
-            ("host to device", host, staging),
+            ("host to device", host.flatten(1)[:, None], staging.flatten(1)[:, None]),
             ("device to host", apart, host),
         )
         for direction, source, target in ways:
             works: dict[str, Work] = {
                 "kernel": partial(copy_pages, source, target, pairs, COPY_PROGRAMS),
                 "engine": partial(copy_pieces, source, target, rows),
-                "link": link.to_device if source is host else link.to_host,
+                "link": link.to_device if direction == "host to device" else link.to_host,
             }
             turns.meter.seconds(works["kernel"])
             if not torch.equal(target.cpu()[order], source.cpu()):

@@ -56,7 +56,7 @@ def copy_pages(source: Tensor, target: Tensor, pairs: Tensor, num_programs: int)
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])  # it changes from call to call
 def _copy_pages(
     source,
     target,
