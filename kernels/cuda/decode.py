@@ -112,7 +112,7 @@ def decode_launch(dtype_bytes: int, rows: int) -> DecodeLaunch:
     """
     block_m = max(16, triton.next_power_of_2(rows))  # a dot takes at least 16 rows
     if dtype_bytes == 4:  # no tensor cores, and operands in registers
-        return DecodeLaunch(block_m, 32 if block_m < 64 else 16, 8, 3)
+        return DecodeLaunch(block_m, 32 if block_m < 64 else 16, 4 if block_m < 32 else 8, 3)
     return DecodeLaunch(block_m, 64, 4 if block_m < 32 else 8, 3)
 
 
