@@ -71,7 +71,8 @@ DECODES = {
 def test_decode(case: Case, capability: int, reports: list[Report]) -> None:
     [report] = reports
     dtype, _, group, _, _, num_tokens = case.arguments
-    assert spills(report) == 0
+    # without tensor cores ptxas likes to give up a register or two for one more program on an SM
+    assert spills(report) <= (4 if dtype == FP32 else 0)
     assert report.count("LDGSTS", "128") == report.count("LDGSTS") > 0  # keys and values, ahead of their use
     if dtype != FP32:
         # up to 32 rows the product is one of a warp on every chip
@@ -138,6 +139,8 @@ def test_prefill(case: Case, capability: int, reports: list[Report]) -> None:
     assert report.count("LDGSTS", "128") > 0  # keys and values, ahead of their use
     if dtype != FP32:
         assert report.count(TENSOR_CORES[capability]) > 0
+        # Hopper's run on their own: a wait for many of them, not for each
+        assert report.count("WARPGROUP", "DEPBAR") <= report.count("HGMMA") // 4
         assert spills(report) == 0
     elif head_dim <= 64:  # more, and the queries alone are 128 registers
         assert spills(report) == 0

@@ -1,9 +1,10 @@
 """Paged prefill attention: causal attention of chunks of prompts over all their pages, in one walk or in several.
 
 The online softmax of FlashAttention-2 (https://arxiv.org/abs/2307.08691), with the scores of the next tile under way
-during the softmax of this one as in FlashAttention-3 (https://arxiv.org/abs/2407.08608): a program takes one block of query rows of a
-KV head and walks over the keys in tiles of a fixed grid. Its state can be saved between two tiles and taken up again,
-so that a prefix of which a part is streamed is walked in logical order, piece by piece, with bitwise the same result.
+during the softmax of this one as in FlashAttention-3 (https://arxiv.org/abs/2407.08608). A program takes one block of
+query rows of a KV head and walks over the keys in tiles of a fixed grid. Its state can be saved between two tiles and
+taken up again, so that a prefix of which a part is streamed is walked in logical order, piece by piece, with bitwise
+the same result.
 The work is bound by the tensor cores.
 
 Dims: T tokens, H query heads, K KV heads, G = H / K, S page_size, D head_dim.
