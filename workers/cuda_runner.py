@@ -28,8 +28,9 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 WARM_UP_TOKENS = 64  # of a prompt
 
-PROGRAMS = 4
-"""Of the decode kernel for each multiprocessor: more than run at a time, so that all end at about the same time."""
+PROGRAMS = 3
+"""Of the decode kernel for each multiprocessor: as many as run there at a time with head_dim 128 and up to 16 rows. Each
+takes its share of the splits, so one more would begin when all others have ended."""
 
 
 @dataclass(frozen=True)
@@ -119,4 +120,4 @@ def decode_programs(device: torch.device, num_kv_heads: int) -> int:
     """Programs of the decode kernel for each KV head."""
     if device.type == "cpu":  # Triton's interpreter runs them one by one
         return 1
-    return -(-PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count // num_kv_heads)
+    return max(1, PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count // num_kv_heads)
