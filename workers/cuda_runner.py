@@ -29,7 +29,7 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 WARM_UP_TOKENS = 64  # of a prompt
 
 PROGRAMS = 3
-"""Of the decode kernel for each multiprocessor: as many as run there at a time with head_dim 128 and up to 16 rows. Each
+"""Of the decode kernel for each multiprocessor: as many as run there at a time with head_dim 128 and 16 rows. Each
 takes its share of the splits, so one more would begin when all others have ended."""
 
 

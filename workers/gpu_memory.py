@@ -41,8 +41,8 @@ def find_memory_in_use(
         except (torch.OutOfMemoryError, CapacityError):
             free, total = torch.cuda.mem_get_info(device)
             raise CapacityError(
-                f"a step of max_num_batched_tokens {max_num_batched_tokens} does not fit beside the weights: of the GPU's "
-                f"{total} bytes {free} are free; lower max_num_batched_tokens or max_num_seqs, or use more ranks"
+                f"a step of max_num_batched_tokens {max_num_batched_tokens} does not fit beside the weights: {free} of the "
+                f"GPU's {total} bytes are free; lower max_num_batched_tokens or max_num_seqs, or use more ranks"
             ) from None
 
 
