@@ -20,7 +20,7 @@ class EngineClient(Protocol):
     def step(self) -> list[StepOutput]:
         """Goes on with the work; returns the tokens that have come of it, if any, and the requests that cannot go on.
 
-        Raises WorkerDied when a rank is lost.
+        Raises WorkerDied when a rank is lost, DistKVError when a device fails: nothing goes on then.
         """
         ...
 

@@ -214,7 +214,11 @@ class LoadsAhead:
         self._reads = None
         if self._pages is not None:
             assert ring.read_ahead is not None
-            self._reads = ring.read_ahead.begin(self._pages, sum(map(len, self._on_disk)), ring.buffer_pages)
+            try:
+                self._reads = ring.read_ahead.begin(self._pages, sum(map(len, self._on_disk)), ring.buffer_pages)
+            except BaseException:
+                self._pages.close()
+                raise
 
     def take(self) -> Tensor:
         number = self._taken
@@ -235,10 +239,12 @@ class LoadsAhead:
     def close(self) -> None:
         self._release(self._staged)
         self._ring.num_loads += self._staged
-        if self._reads is not None:
-            self._reads.close(self._streams.record(Lane.LOAD))
-        if self._pages is not None:
-            self._pages.close()
+        try:
+            if self._reads is not None:
+                self._reads.close(self._streams.record(Lane.LOAD))
+        finally:
+            if self._pages is not None:
+                self._pages.close()
 
     def _release(self, before: int) -> None:
         """Lets the buffers of earlier loads be filled again, behind all that is enqueued to be computed."""

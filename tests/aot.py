@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -107,6 +108,15 @@ def compile_launches(case: Case, capability: int) -> list[Report]:
         case.launch(*case.arguments)
     assert compiled, f"{case} launched no kernel"
     return [_report(kernel) for kernel in compiled]
+
+
+def cases(launch: Callable[..., object], shapes: dict[str, tuple[Any, ...]], always: Iterable[str]) -> list[Any]:
+    """A parameter for each of the named shapes; `always` names those of the default run, the others are slow."""
+    assert set(always) <= set(shapes)
+    return [
+        pytest.param(Case(launch, shape), id=name, marks=() if name in always else pytest.mark.slow)
+        for name, shape in shapes.items()
+    ]
 
 
 def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -12,7 +12,7 @@ if sys.platform != "linux":
     pytest.skip("Triton exists for Linux only", allow_module_level=True)
 
 import torch
-from aot import CAPABILITIES, Case, Report, meta
+from aot import CAPABILITIES, Case, Report, cases, meta
 
 from distkv.kernels.cuda.activation import swiglu
 from distkv.kernels.cuda.norm import rms_norm
@@ -40,16 +40,16 @@ def launch_rms_norm(dtype: torch.dtype, hidden: int, adds: bool) -> None:
     rms_norm(x, meta(hidden, dtype=dtype), 1e-5, delta if adds else None)
 
 
-NORMS = [
-    *((BF16, hidden, True) for hidden in (576, 2048, 4096, 8192, 16384)),
-    (BF16, 4096, False),
-    (FP16, 4096, True),
-    (FP32, 576, True),
-    (FP32, 8192, True),
-]
+NORMS = {
+    **{f"{hidden}": (BF16, hidden, True) for hidden in (576, 2048, 4096, 8192, 16384)},
+    "4096 alone": (BF16, 4096, False),
+    "4096 in fp16": (FP16, 4096, True),
+    "576 in fp32": (FP32, 576, True),
+    "8192 in fp32": (FP32, 8192, True),
+}
 
 
-@pytest.mark.parametrize("case", [Case(launch_rms_norm, shape) for shape in NORMS], ids=str)
+@pytest.mark.parametrize("case", cases(launch_rms_norm, NORMS, ["576", "4096", "8192 in fp32"]))
 def test_rms_norm(case: Case, capability: int, reports: list[Report]) -> None:
     [report] = reports
     check(report, scalars=0, shared_bytes=REDUCTION_BYTES)
@@ -59,10 +59,14 @@ def launch_swiglu(dtype: torch.dtype, width: int) -> None:
     swiglu(meta(64, 2 * width, dtype=dtype))
 
 
-SWIGLUS = [(BF16, 1536), (BF16, 14336), (BF16, 28672), (FP16, 14336), (FP32, 1536)]
+SWIGLUS = {
+    **{f"{width}": (BF16, width) for width in (1536, 14336, 28672)},
+    "14336 in fp16": (FP16, 14336),
+    "1536 in fp32": (FP32, 1536),
+}
 
 
-@pytest.mark.parametrize("case", [Case(launch_swiglu, shape) for shape in SWIGLUS], ids=str)
+@pytest.mark.parametrize("case", cases(launch_swiglu, SWIGLUS, ["14336", "1536 in fp32"]))
 def test_swiglu(case: Case, capability: int, reports: list[Report]) -> None:
     [report] = reports
     check(report, scalars=0)
@@ -85,9 +89,10 @@ ROPES = {
     "head_dim 96": (BF16, 32, 32, 96),
     "SmolLM2-135M in fp32": (FP32, 9, 3, 64),
 }
+ALWAYS_ROPES = ["SmolLM2-135M", "Llama-3-8B", "head_dim 80"]
 
 
-@pytest.mark.parametrize("case", [Case(launch_rope, shape) for shape in ROPES.values()], ids=ROPES.keys())
+@pytest.mark.parametrize("case", cases(launch_rope, ROPES, ALWAYS_ROPES))
 def test_rope_and_write_kv(case: Case, capability: int, reports: list[Report]) -> None:
     [report] = reports
     check(report, scalars=2)  # page and offset

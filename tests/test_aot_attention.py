@@ -12,7 +12,7 @@ if sys.platform != "linux":
     pytest.skip("Triton exists for Linux only", allow_module_level=True)
 
 import torch
-from aot import CAPABILITIES, Case, Report, meta
+from aot import CAPABILITIES, Case, Report, cases, meta
 
 from distkv.kernels.cuda.decode import decode_splits
 from distkv.kernels.cuda.merge import Carry, merge_splits
@@ -65,9 +65,10 @@ DECODES = {
     "fp32": (FP32, 8, 4, 128, 256, 1),
     "fp32, 128 rows": (FP32, 2, 16, 64, 256, 8),
 }
+ALWAYS_DECODES = ["SmolLM2-135M", "Llama-3-8B", "Llama-3-8B, pages of 16", "head_dim 80", "head_dim 96", "fp32"]
 
 
-@pytest.mark.parametrize("case", [Case(launch_decode, shape) for shape in DECODES.values()], ids=DECODES.keys())
+@pytest.mark.parametrize("case", cases(launch_decode, DECODES, ALWAYS_DECODES))
 def test_decode(case: Case, capability: int, reports: list[Report]) -> None:
     [report] = reports
     dtype, _, group, _, _, num_tokens = case.arguments
@@ -92,10 +93,15 @@ def launch_merge(dtype: torch.dtype, kv_heads: int, group: int, head_dim: int, n
     merge_splits(out, lse, sequences, result, Carry.like(result), num_tokens=num_tokens, split_tokens=256)
 
 
-MERGES = [(BF16, 8, 4, 128, 1), (FP16, 3, 3, 64, 8), (BF16, 32, 1, 80, 1), (FP32, 32, 1, 96, 2)]
+MERGES = {
+    "Llama-3-8B": (BF16, 8, 4, 128, 1),
+    "SmolLM2-135M in fp16, 8 tokens": (FP16, 3, 3, 64, 8),
+    "head_dim 80": (BF16, 32, 1, 80, 1),
+    "fp32": (FP32, 32, 1, 96, 2),
+}
 
 
-@pytest.mark.parametrize("case", [Case(launch_merge, shape) for shape in MERGES], ids=str)
+@pytest.mark.parametrize("case", cases(launch_merge, MERGES, ["Llama-3-8B", "head_dim 80"]))
 def test_merge(case: Case, capability: int, reports: list[Report]) -> None:
     [report] = reports
     assert spills(report) == 0
@@ -129,9 +135,10 @@ PREFILLS = {
     "fp32": (FP32, 3, 3, 64, 256),
     "fp32, head_dim 128": (FP32, 8, 4, 128, 256),
 }
+ALWAYS_PREFILLS = ["SmolLM2-135M", "Llama-3-8B", "head_dim 80", "head_dim 96", "fp32"]
 
 
-@pytest.mark.parametrize("case", [Case(launch_prefill, shape) for shape in PREFILLS.values()], ids=PREFILLS.keys())
+@pytest.mark.parametrize("case", cases(launch_prefill, PREFILLS, ALWAYS_PREFILLS))
 def test_prefill(case: Case, capability: int, reports: list[Report]) -> None:
     [report] = reports
     dtype, _, _, head_dim, _ = case.arguments

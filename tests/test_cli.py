@@ -140,6 +140,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(demo_model: Path, tmp_p
     assert Tokenizer(demo_model).decode(told["token_ids"]) == told["content"]
 
 
+@pytest.mark.slow
 def test_a_session_goes_on_in_another_process(talker: Path, tmp_path: Path, run_here: Run) -> None:
     chat = (
         "chat", "--model", str(talker), "--temperature", "0", "--max-tokens", "40", "--dtype", "float32",

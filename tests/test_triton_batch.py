@@ -15,7 +15,7 @@ from distkv.workers.page_directory import SequenceStep
 
 pytestmark = pytest.mark.interpreter
 BUFFER_PAGES = DECODE_SPLIT // 16
-few = settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+few = settings(max_examples=4, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 
 
 def plan_on_cuda(steps: list[SequenceStep], s: Sequences) -> CudaAttention:

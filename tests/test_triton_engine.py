@@ -22,7 +22,7 @@ def on_the_cuda_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distkv.workers.rank.takes_cuda_path", lambda device: True)
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (3, 1)])
+@pytest.mark.parametrize("heads, kv_heads", [(4, 2), pytest.param(3, 1, marks=pytest.mark.slow)])
 def test_greedy_tokens_equal_those_of_transformers(tmp_path: Path, heads: int, kv_heads: int) -> None:
     folder, peer = save_llama(
         tmp_path, num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=16 * heads, head_dim=16
@@ -45,11 +45,9 @@ def test_tiers_change_no_bit(tmp_path: Path) -> None:
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (4, 6, 3)]
     options = {"page_size": 16, "max_num_batched_tokens": 64, "max_num_seqs": 3}
     resident = run(folder, prompts, params, **options)
-    for pages in ((8, 40, 0), (8, 6, 40)):
-        mixed = run(folder, prompts, params, pages=pages, cache_dir=tmp_path / str(pages[2]), **options)
-        mixed.assert_same(resident)
-        assert mixed.moved("host_streamed")
-        assert pages[2] == 0 or mixed.moved("disk_streamed")
+    mixed = run(folder, prompts, params, pages=(8, 6, 40), cache_dir=tmp_path / "cache", **options)
+    mixed.assert_same(resident)
+    assert mixed.moved("host_streamed") and mixed.moved("disk_streamed")
 
 
 def test_graphs_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

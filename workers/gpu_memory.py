@@ -2,6 +2,7 @@
 
 import gc
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,8 +42,8 @@ def find_memory_in_use(
         except (torch.OutOfMemoryError, CapacityError):
             free, total = torch.cuda.mem_get_info(device)
             raise CapacityError(
-                f"a step of max_num_batched_tokens {max_num_batched_tokens} does not fit beside the weights: {free} of the "
-                f"GPU's {total} bytes are free; lower max_num_batched_tokens or max_num_seqs, or use more ranks"
+                f"a step of max_num_batched_tokens {max_num_batched_tokens} does not fit beside the weights: "
+                f"{free} of {total} bytes are free; lower max_num_batched_tokens or max_num_seqs, or use more ranks"
             ) from None
 
 
@@ -54,31 +55,30 @@ def _try_out(
     gc.collect()
     torch.cuda.empty_cache()
     weights = torch.cuda.memory_reserved(device)
-    pages = spec.pages_for(max_num_batched_tokens)
-    tiers = RankTiers(spec, PoolSizes(device=pages), device)
-    runner = CudaRunner(model, tiers, max_num_seqs)
+    pool = PoolSizes(device=spec.pages_for(max_num_batched_tokens))
+    with closing(RankTiers(spec, pool, device)) as tiers:
+        runner = CudaRunner(model, tiers, max_num_seqs)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_reserved(device)
+        _largest_step(model, runner, max_num_seqs, max_num_batched_tokens, pool.device)
+        torch.cuda.synchronize(device)
+        workspace = torch.cuda.max_memory_reserved(device) - before
+        torch.cuda.empty_cache()
+        without = torch.cuda.mem_get_info(device)[0]
+        for _ in runner.warm_up():
+            pass
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        graphs = max(0, without - torch.cuda.mem_get_info(device)[0])
     shape = runner.shape
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_reserved(device)
-    _largest_step(model, runner, max_num_seqs, max_num_batched_tokens, pages)
-    torch.cuda.synchronize(device)
-    workspace = torch.cuda.max_memory_reserved(device) - before + shape.streaming_bytes(max_num_batched_tokens)
-    torch.cuda.empty_cache()
-    without = torch.cuda.mem_get_info(device)[0]
-    for _ in runner.warm_up():
-        pass
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
-    graphs = max(0, without - torch.cuda.mem_get_info(device)[0])
     del runner
-    tiers.close()
     gc.collect()
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     budget = [
         ("in use elsewhere, and by CUDA itself", total - free - torch.cuda.memory_reserved(device)),
         ("weights", weights),
-        ("workspace of the largest step", workspace),
+        ("workspace of the largest step", workspace + shape.streaming_bytes(max_num_batched_tokens)),
         ("graphs", graphs),
     ]
     probe = 2**10  # pages

@@ -23,32 +23,32 @@ def penalty_arrays(rows: Sequence[tuple[int, PenalisedRow]], vocab_size: int) ->
     """What `penalise` needs of rows that have penalties, each with its place among the logits; nothing without rows."""
     if not rows:
         return {}
-    seen: list[int] = []  # prompts, where they count, before outputs
-    sizes = []
-    counted = []
-    for _, row in rows:
-        prompt = row.prompt_token_ids if row.repetition_penalty != 1 else []
-        seen += prompt
-        seen += row.output_token_ids
-        sizes.append(len(prompt) + len(row.output_token_ids))
-        counted += [len(prompt), len(row.output_token_ids)]
-    owner = np.repeat(np.arange(len(rows)), sizes)
+    seen, times = zip(*(_seen(row) for _, row in rows), strict=True)
+    owner = np.repeat(np.arange(len(rows)), [len(tokens) for tokens in seen])
     late = [(number * vocab_size, row.late) for number, (_, row) in enumerate(rows) if row.late is not None]
     return {
         "penalised": np.array([place for place, _ in rows]),
         "penalties": np.array(
             [(row.repetition_penalty, row.presence_penalty, row.frequency_penalty) for _, row in rows]
         ),
-        "seen": owner * vocab_size + np.array(seen, dtype=np.int64),
-        "times": np.repeat(np.tile(np.array([0.0, 1.0]), len(rows)), counted),
+        "seen": owner * vocab_size + np.concatenate(seen),
+        "times": np.concatenate(times),
     } | ({"late": np.array(late)} if late else {})
+
+
+def _seen(row: PenalisedRow) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that a row's penalties are about, each once, and how often they are in the output."""
+    output, times = np.unique(np.array(row.output_token_ids, dtype=np.int64), return_counts=True)
+    prompt = row.prompt_token_ids if row.repetition_penalty != 1 else []
+    others = np.setdiff1d(np.array(prompt, dtype=np.int64), output)
+    return np.concatenate([output, others]), np.concatenate([times.astype(np.float64), np.zeros(len(others))])
 
 
 def penalise(logits: Tensor, sent: dict[str, Tensor], drawn: Tensor | None) -> None:
     """In place: repetition penalty on tokens of prompt and output (Keskar et al. 2019,
     https://arxiv.org/abs/1909.05858), presence and frequency penalties on those of the output.
 
-    A token that comes up several times is computed as often, each time from the same numbers.
+    The newest token may be there twice; it is computed as often, each time from the same numbers.
 
     Args:
         logits: fp32 `[rows, vocab_size]`, contiguous.

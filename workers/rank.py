@@ -12,6 +12,7 @@ from distkv.errors import CapacityError
 from distkv.kernels.token_kernels import token_kernels
 from distkv.storage.cache_folder import Description, DiskHeads
 from distkv.storage.host_memory import available_bytes
+from distkv.storage.page_size import CPU_BUFFERS, NUM_BUFFERS
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.random_pages import random_slice
 from distkv.workers.bandwidth import Bandwidth, choose_copies, measure_bandwidth
@@ -103,7 +104,7 @@ class Rank:
         staging = config.staging_pages * spec.layer_slice_bytes
         budget: Budget = []
         if self.device.type == "cpu":
-            room, page_bytes = host_room - staging, spec.page_bytes
+            room, page_bytes = host_room - staging * CPU_BUFFERS // NUM_BUFFERS, spec.page_bytes
             cure = "free some memory or set device_kv_bytes"
         else:
             from distkv.workers.gpu_memory import find_memory_in_use

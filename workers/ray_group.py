@@ -97,8 +97,11 @@ class RankActor:
             main(self._rank, self._followers, self._requests, *arguments)
             self._followers.send(None)
             self._followers.receive()  # they have let go of the disk, which rank 0 sweeps
-        finally:
-            self._rank.close()
+        except BaseException:
+            if self._rank.device.type == "cpu":  # a step may still run for a GPU; the process ends soon
+                self._rank.close()
+            raise
+        self._rank.close()
         self._rank.group.close()
 
     def follow(self, address: str) -> None:

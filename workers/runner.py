@@ -17,7 +17,11 @@ class Runner(Protocol):
 
     def run(self, steps: list[SequenceStep], drawn: Tensor | None) -> Tensor:
         """The hidden states `[rows, E]` whose logits are wanted, see `LlamaModel.forward`. Waits for nothing on the
-        device. `drawn` is what the step before drew, int64 on the device, where token ids refer to it."""
+        device, but with gloo.
+
+        Args:
+            drawn: what the step before drew, int64 on the device, where token ids refer to it.
+        """
 
     def warm_up(self) -> Iterator[None]:
         """Does what would delay the first steps; yields `num_parts` times. Afterwards device pages hold anything."""
@@ -37,5 +41,5 @@ def make_runner(model: LlamaModel, tiers: RankTiers, max_num_seqs: int, on_cuda:
 
 
 def takes_cuda_path(device: torch.device) -> bool:
-    """Whether the Triton kernels run; in Triton's interpreter they run on a CPU too."""
+    """Whether the Triton kernels run. Tests that run them in Triton's interpreter take the place of this."""
     return device.type == "cuda"
