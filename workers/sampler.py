@@ -171,7 +171,9 @@ def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _cumulated(probs: Tensor) -> Tensor:
-    """Sums along each row. On CUDA a single row would take another algorithm than several, and may round otherwise."""
-    if probs.is_cuda and len(probs) == 1:
-        return probs.expand(2, -1).cumsum(-1)[:1]
-    return probs.cumsum(-1)
+    """Sums along each row, which never fall. On CUDA rounding might make them, and a single row would take another
+    algorithm than several, which may round otherwise."""
+    if not probs.is_cuda:
+        return probs.cumsum(-1)
+    rows = probs if len(probs) > 1 else probs.expand(2, -1)
+    return rows.cumsum(-1).cummax(-1).values[: len(probs)]
