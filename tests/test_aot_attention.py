@@ -16,7 +16,7 @@ from aot import CAPABILITIES, Case, Report, cases, meta
 
 from distkv.kernels.cuda.decode import decode_splits
 from distkv.kernels.cuda.merge import Carry, merge_splits
-from distkv.kernels.cuda.prefill import PrefillState, num_blocks, prefill_walk
+from distkv.kernels.cuda.prefill import BLOCK_M, PrefillState, prefill_walk
 
 pytestmark = [pytest.mark.aot, pytest.mark.parametrize("capability", CAPABILITIES)]
 
@@ -119,7 +119,7 @@ def launch_prefill(dtype: torch.dtype, kv_heads: int, group: int, head_dim: int,
         meta(16, 2, kv_heads, page_size, head_dim, dtype=dtype),
         meta(1000, dtype=torch.int64),
         meta(4, 8, dtype=torch.int64),
-        meta(num_blocks(tokens, group), 2, dtype=torch.int64),
+        meta(tokens * group // BLOCK_M, 2, dtype=torch.int64),
         state,
         meta(tokens, heads, head_dim, dtype=dtype),
     )

@@ -15,7 +15,7 @@ import torch
 from helpers import FakeMeter, save_llama
 from typer.testing import CliRunner, Result
 
-from distkv.bench import device, engine_rows, gpu, kernels, prefix, scheduler, serve_offline
+from distkv.bench import device, engine_rows, gpu, kernels, parts, prefix, scheduler, serve_offline
 from distkv.bench.device import LinkCeiling, MatmulCeiling, MemoryCeiling, Turns
 from distkv.bench.engine_rows import Shape, model_rows, residency_rows, streaming_rows, weight_bytes
 from distkv.bench.kernel_work import AttentionShape, norm_bytes, rope_bytes, swiglu_bytes
@@ -248,10 +248,9 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has both commands believe that there is a GPU; what they measure must be replaced too."""
     monkeypatch.setenv("COLUMNS", "200")  # of the tables
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, 2000))
-    monkeypatch.setattr(gpu.gc, "collect", lambda: 0)  # of all that the tests hold
-    for module in (kernels, gpu):
-        monkeypatch.setattr(module, "require_cuda", lambda command: None)
-        monkeypatch.setattr(module, "DeviceMeter", FakeMeter)
+    monkeypatch.setattr(parts.gc, "collect", lambda: 0)  # of all that the tests hold
+    monkeypatch.setattr(parts, "require_cuda", lambda command: None)
+    monkeypatch.setattr(parts, "DeviceMeter", FakeMeter)
 
 
 KERNEL_ROWS: dict[str, list[dict[str, Any]]] = {

@@ -23,7 +23,7 @@ from torch import Tensor
 from distkv.kernels import reference
 from distkv.kernels.cuda.decode import decode_splits
 from distkv.kernels.cuda.merge import STATES, Carry, merge_splits
-from distkv.kernels.cuda.prefill import BLOCK_M, SEGMENT_TOKENS, PrefillState, num_blocks, prefill_walk
+from distkv.kernels.cuda.prefill import BLOCK_M, SEGMENT_TOKENS, PrefillState, prefill_walk
 from distkv.storage.host_memory import lazy_zeros
 
 pytestmark = pytest.mark.interpreter
@@ -369,7 +369,7 @@ class Prefill:
                 if launch + 1 < len(borders[c]):
                     start, end = borders[c][launch : launch + 2]
                     first_state = first_row + gap * (c + 1)
-                    blocks += [(len(chunks), b * BLOCK_M) for b in range(num_blocks(count, self.group))]
+                    blocks += [(len(chunks), row) for row in range(0, count * self.group, BLOCK_M)]
                     chunks.append((first_row, count, prefix, pages.first_entry[c], start, end, first_state, 0))
                 first_row += count
             if spread:

@@ -5,27 +5,15 @@ the time that its weights take to be read once, and beside transformers; and whe
 every bit wherever the context lies, without which the command fails. All on random weights.
 """
 
-import gc
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-
-from distkv.bench.device import (
-    DeviceMeter,
-    LinkCeiling,
-    MemoryCeiling,
-    Turns,
-    check_parts,
-    device_facts,
-    require_cuda,
-)
+from distkv.bench.device import LinkCeiling, MemoryCeiling, Turns
 from distkv.bench.engine_rows import Shape, model_rows, residency_rows, streaming_rows
-from distkv.bench.machine import check_json_file, write_json
-from distkv.bench.tables import Column, print_rows, target
+from distkv.bench.parts import measure_parts
+from distkv.bench.tables import Column, target
 from distkv.errors import CapacityError
 from distkv.sampling_params import MAX_LOGPROBS
 from distkv.shapes import shape_folder
@@ -88,21 +76,8 @@ def run(only: list[str], json_file: Path | None) -> None:
 
     Raises ConfigError without a CUDA device or for a part that there is not, DistKVError when answers differ.
     """
-    require_cuda("gpu")
-    parts = check_parts(only, PARTS)
-    check_json_file(json_file)
-    console = Console(highlight=False)
-    facts = {"benchmark": "gpu", "shape": MODEL, "page_size": PAGE_SIZE, "repeats": REPEATS, **device_facts()}
-    console.print(", ".join(f"{name} {value}" for name, value in facts.items()), soft_wrap=True)
-    rows: list[dict[str, Any]] = []
-    turns = Turns(DeviceMeter(), torch.device("cuda"), REPEATS)
-    for part in parts:
-        measured = list(_rows(part, turns))
-        print_rows(console, COLUMNS[part], measured)
-        rows += measured
-        write_json(json_file, facts, rows)  # now, since a later part may fail
-        gc.collect()
-        torch.cuda.empty_cache()
+    facts = {"benchmark": "gpu", "shape": MODEL, "page_size": PAGE_SIZE, "repeats": REPEATS}
+    console, rows = measure_parts(facts, PARTS, COLUMNS, only, json_file, _rows)
     for line in _notes(rows):
         console.print(line, soft_wrap=True)
 

@@ -10,20 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from distkv.bench.device import (
-    DeviceMeter,
-    LinkCeiling,
-    MatmulCeiling,
-    MemoryCeiling,
-    Turns,
-    check_parts,
-    device_facts,
-    require_cuda,
-)
-from distkv.bench.machine import check_json_file, write_json
-from distkv.bench.tables import Column, print_rows, target
+from distkv.bench.device import LinkCeiling, MatmulCeiling, MemoryCeiling, Turns
+from distkv.bench.parts import measure_parts
+from distkv.bench.tables import Column, target
 from distkv.shapes import SHAPES
 
 PARTS = ("ceilings", "decode", "prefill", "elementwise", "pages")
@@ -86,20 +76,9 @@ def run(only: list[str], json_file: Path | None) -> None:
 
     Raises ConfigError without a CUDA device or for a part that there is not, DistKVError when a kernel is wrong.
     """
-    require_cuda("kernels")
-    parts = check_parts(only, PARTS)
-    check_json_file(json_file)
-    console = Console(highlight=False)
-    facts = {"benchmark": "kernels", "shape": MODEL, "repeats": REPEATS, **device_facts()}
-    console.print(", ".join(f"{name} {value}" for name, value in facts.items()), soft_wrap=True)
-    rows: list[dict[str, Any]] = []
-    turns = Turns(DeviceMeter(), torch.device("cuda"), REPEATS)
+    facts = {"benchmark": "kernels", "shape": MODEL, "repeats": REPEATS}
     with torch.inference_mode():
-        for part in parts:
-            measured = list(_rows(part, turns))
-            print_rows(console, COLUMNS[part], measured)
-            rows += measured
-            write_json(json_file, facts, rows)  # now, since a later part may fail
+        console, rows = measure_parts(facts, PARTS, COLUMNS, only, json_file, _rows)
     for line in (
         "Copy bandwidth counts what is read and what is written. Decode counts keys and values alone, and its time is "
         "that of splits and merge together; prefill counts 4 * heads * head_dim * tokens^2 / 2 operations.",

@@ -170,11 +170,6 @@ def prefill_launch(dtype_bytes: int) -> PrefillLaunch:
     return PrefillLaunch(BLOCK_M, 64, 8, 3)
 
 
-def num_blocks(num_tokens: int, group: int) -> int:
-    """Blocks of BLOCK_M rows that a chunk has for one KV head."""
-    return -(-num_tokens * group // BLOCK_M)
-
-
 def prefill_walk(
     q: Tensor,
     layer_pool: Tensor,
@@ -194,7 +189,7 @@ def prefill_walk(
         chunks `[C, 8]`: first row of q and out, number of tokens, position of the first one, first entry of the table,
             first key and end key of the segment, first row of the state, 0
         blocks `[N, 2]`: chunk and first row of each block of BLOCK_M rows, where row `token * G + g` of KV head k is
-            query head `k * G + g`; a chunk's blocks in ascending order, see `num_blocks`
+            query head `k * G + g`; a chunk's blocks in ascending order
         state: of all tokens that are between two segments; None when each segment is a whole walk
         out `[T, H, D]`: of any row stride
     A segment whose first key is not 0 goes on from the state. One that ends before the last token's key saves it, else
