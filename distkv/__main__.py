@@ -1,5 +1,5 @@
 """`python -m distkv` is the command `distkv`."""
 
-from distkv.cli import main
+from distkv.commands.main import main
 
 main()

@@ -7,12 +7,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Unpack
 
-from distkv.chat_pieces import Message
 from distkv.config import EngineConfig, EngineOptions
-from distkv.engine_thread import Delivery
+from distkv.engine.protocol import EngineStats
+from distkv.engine.thread import Delivery
 from distkv.errors import DistKVError
-from distkv.front_end import Bundle, Facade, FrontEnd, Prompt
-from distkv.messages import EngineStats
+from distkv.frontend.chat_pieces import Message
+from distkv.frontend.front_end import Bundle, Facade, FrontEnd, Prompt
 from distkv.outputs import RequestOutput
 from distkv.sampling_params import SamplingParams
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from distkv.errors import ConfigError
-from distkv.storage.page_size import NUM_BUFFERS, PREFILL_SPLIT, check_page_size
+from distkv.storage.paging import NUM_BUFFERS, PREFILL_SPLIT, check_page_size
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}

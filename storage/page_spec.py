@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from distkv.storage.page_size import check_page_size, pages_for
+from distkv.storage.paging import check_page_size, pages_for
 
 
 @dataclass(frozen=True)

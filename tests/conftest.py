@@ -12,12 +12,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from distkv.fetch import fetch_model
+from distkv.models.fetch import fetch_model
 
 if TYPE_CHECKING:
-    from aot import Case, Compiler, Report
+    from support.aot import Case, Compiler, Report
 
-pytest_plugins = ["rings"]
+pytest_plugins = ["support.rings"]
 
 # The same examples on every run, so that a red suite means a changed tree. `pytest --hypothesis-profile explore`
 # searches further and at random.
@@ -37,7 +37,7 @@ def demo_model() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small random LLaMA in fp32: `helpers.save_llama` with its defaults."""
-    from helpers import save_llama
+    from support.helpers import save_llama
 
     return save_llama(tmp_path_factory.mktemp("tiny"))[0]
 
@@ -53,7 +53,7 @@ def set_threads() -> Iterator[Callable[[int], None]]:
 @pytest.fixture(scope="session")
 def compiler(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator["Compiler"]:
     """Compiles ahead what the selected tests will ask for: those with the parameters `case` and `capability`."""
-    from aot import Compiler
+    from support.aot import Compiler
 
     parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     wanted = [(each["case"], each["capability"]) for each in parameters if {"case", "capability"} <= each.keys()]

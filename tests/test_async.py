@@ -14,14 +14,14 @@ from typing import Any, get_type_hints
 
 import pytest
 import torch
-from helpers import idle_engine, seeded
+from support.helpers import idle_engine, seeded
 
-import distkv.front_end
+import distkv.frontend.front_end
 from distkv import LLM, AsyncLLM, CapacityError, DistKVError, EngineConfig, RequestError, SamplingParams, WorkerDied
 from distkv.config import EngineOptions
-from distkv.front_end import FrontEnd
-from distkv.messages import EngineInfo, EngineRequest, EngineStats, RequestFailed, StepOutput, TokenOutput
-from distkv.session import Session
+from distkv.engine.protocol import EngineInfo, EngineRequest, EngineStats, RequestFailed, StepOutput, TokenOutput
+from distkv.frontend.front_end import FrontEnd
+from distkv.frontend.session import Session
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
@@ -429,7 +429,7 @@ def fake(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     made = []
 
     def make(engine: FakeEngine) -> LLM:
-        monkeypatch.setattr(distkv.front_end, "launch", lambda config: engine)
+        monkeypatch.setattr(distkv.frontend.front_end, "launch", lambda config: engine)
         made.append(LLM(tiny_model))
         return made[-1]
 
@@ -615,7 +615,7 @@ def test_an_error_of_closing_is_raised_once(fake: Fake, monkeypatch: pytest.Monk
 
 def test_an_llm_that_nobody_holds_closes_itself(fake: Fake, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FakeEngine()
-    monkeypatch.setattr(distkv.front_end, "launch", lambda config: engine)
+    monkeypatch.setattr(distkv.frontend.front_end, "launch", lambda config: engine)
     llm = LLM(tiny_model)
     llm.generate([[5]], GREEDY, use_tqdm=False)
     del llm
@@ -627,7 +627,7 @@ def test_an_answer_that_cannot_be_decoded_does_not_hang(tiny_model: Path, monkey
     def fail(*_: object) -> None:
         raise ValueError("no such token")
 
-    monkeypatch.setattr("distkv.answer.Answer.add", fail)
+    monkeypatch.setattr("distkv.frontend.answer.Answer.add", fail)
 
     async def test(llm: AsyncLLM) -> None:
         with pytest.raises(ValueError, match="no such token"):

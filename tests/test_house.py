@@ -61,7 +61,7 @@ def run_python(code: str) -> str:
 
 
 def test_one_rank_on_a_cpu_needs_neither_ray_nor_zarr_nor_triton(tmp_path: Path) -> None:
-    from helpers import save_llama
+    from support.helpers import save_llama
 
     folder, _ = save_llama(tmp_path)
     run_python(
@@ -78,7 +78,7 @@ def test_importing_distkv_imports_nothing_heavy() -> None:
     heavy = {"torch", "ray", "zarr", "transformers", "numpy", "typer", "rich"}
     loaded = run_python("import distkv, sys; print(*sys.modules)").split()
     assert not heavy & set(loaded)
-    loaded = run_python("import distkv.cli, sys; print(*sys.modules)").split()
+    loaded = run_python("import distkv.commands.main, sys; print(*sys.modules)").split()
     assert not {"torch", "ray", "zarr", "transformers"} & set(loaded)
 
 

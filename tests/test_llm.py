@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import idle_engine, save_llama, seeded
+from support.helpers import idle_engine, save_llama, seeded
 
 from distkv import LLM, CapacityError, ConfigError, DistKVError, RequestError, RequestOutput, SamplingParams
-from distkv.session import Session
+from distkv.frontend.session import Session
 
 GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
 FORKED = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, n=2)

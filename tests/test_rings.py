@@ -4,7 +4,7 @@ import re
 import sys
 
 import pytest
-from rings import RINGS, RUNS
+from support.rings import RINGS, RUNS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton, and so the CUDA kernels, exist for Linux only")
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import msgspec
 from torch import Tensor
 
-from distkv.storage.page_copies import Gather, PageCopies
-from distkv.storage.streams import Lane
-from distkv.workers.tiers import RankTiers
+from distkv.storage.moving.page_copies import Gather, PageCopies
+from distkv.storage.moving.streams import Lane
+from distkv.workers.kv_pools import RankTiers
 
 log = logging.getLogger(__name__)
 

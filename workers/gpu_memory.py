@@ -10,12 +10,12 @@ import torch
 
 from distkv.errors import CapacityError
 from distkv.storage.page_spec import PageSpec
-from distkv.workers.cuda_runner import CudaRunner
-from distkv.workers.llama import LlamaModel
+from distkv.workers.kv_pools import PoolSizes, RankTiers
+from distkv.workers.model.llama import LlamaModel
 from distkv.workers.page_directory import SequenceStep
-from distkv.workers.step_graphs import graph_splits
-from distkv.workers.tiers import PoolSizes, RankTiers
-from distkv.workers.trial_draws import draw_in_all_ways
+from distkv.workers.runners.cuda_runner import CudaRunner
+from distkv.workers.runners.step_graphs import graph_splits
+from distkv.workers.sampling.trial_draws import draw_in_all_ways
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distkv.storage.page_size import pages_for
-from distkv.workers.step_plan import StepPlan
+from distkv.storage.paging import pages_for
+from distkv.workers.group.step_plan import StepPlan
 
 
 @dataclass(frozen=True)

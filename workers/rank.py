@@ -10,22 +10,22 @@ from tqdm import tqdm
 
 from distkv.errors import CapacityError
 from distkv.kernels.token_kernels import token_kernels
-from distkv.storage.cache_folder import Description, DiskHeads
-from distkv.storage.host_memory import available_bytes
-from distkv.storage.page_size import CPU_BUFFERS, NUM_BUFFERS
+from distkv.storage.disk.cache_folder import Description, DiskHeads
 from distkv.storage.page_spec import PageSpec
+from distkv.storage.paging import CPU_BUFFERS, NUM_BUFFERS
+from distkv.storage.pools.host_memory import available_bytes
 from distkv.storage.random_pages import random_slice
 from distkv.workers.bandwidth import Bandwidth, choose_copies, measure_bandwidth
-from distkv.workers.llama import LlamaModel, load_llama
-from distkv.workers.model_config import ModelConfig
+from distkv.workers.group.process_group import ProcessGroup
+from distkv.workers.group.report import Report
+from distkv.workers.group.step_plan import StepPlan
+from distkv.workers.kv_pools import DiskTier, PoolSizes, RankTiers
+from distkv.workers.model.llama import LlamaModel, load_llama
+from distkv.workers.model.model_config import ModelConfig
+from distkv.workers.model.shard import Shard
+from distkv.workers.model.weights import DummySource, SafetensorsSource
 from distkv.workers.page_directory import PageDirectory
-from distkv.workers.process_group import ProcessGroup
-from distkv.workers.report import Report
-from distkv.workers.runner import make_runner, takes_cuda_path
-from distkv.workers.shard import Shard
-from distkv.workers.step_plan import StepPlan
-from distkv.workers.tiers import DiskTier, PoolSizes, RankTiers
-from distkv.workers.weights import DummySource, SafetensorsSource
+from distkv.workers.runners.runner import make_runner, takes_cuda_path
 
 # Share of the memory free at start that each KV pool in CPU memory may grow to, unless a size is given.
 CPU_KV_SHARE = 0.25

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from distkv.storage.host_memory import HostBuffer
+from distkv.storage.pools.host_memory import HostBuffer
 
 READ_THREADS = 4
 WARM_UP = 2

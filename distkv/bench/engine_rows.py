@@ -13,14 +13,14 @@ from distkv.bench.decode import transformers_runner
 from distkv.bench.device import LinkCeiling, MemoryCeiling, Turns
 from distkv.bench.offload import check_answers
 from distkv.config import EngineConfig
-from distkv.engine_client import EngineClient
+from distkv.engine.client import EngineClient
+from distkv.engine.protocol import EngineRequest
 from distkv.errors import DistKVError
-from distkv.launch import launch
-from distkv.messages import EngineRequest
+from distkv.launch.launch import launch
 from distkv.sampling_params import MAX_LOGPROBS, SamplingParams
 from distkv.storage.page_spec import PageSpec
-from distkv.stress_run import Stage, run_stage
-from distkv.workers.model_config import ModelConfig, parse_dtype
+from distkv.stress.stage import Stage, run_stage
+from distkv.workers.model.model_config import ModelConfig, parse_dtype
 
 SEED = 1
 WARM_UP = 32  # tokens

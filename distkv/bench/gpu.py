@@ -15,9 +15,9 @@ from distkv.bench.engine_rows import Shape, model_rows, residency_rows, streamin
 from distkv.bench.parts import measure_parts
 from distkv.bench.tables import Column, target
 from distkv.errors import CapacityError
+from distkv.models.shapes import shape_folder
 from distkv.sampling_params import MAX_LOGPROBS
-from distkv.shapes import shape_folder
-from distkv.storage.host_memory import available_bytes
+from distkv.storage.pools.host_memory import available_bytes
 
 PARTS = ("streaming", "model", "residency")
 MODEL = "llama-3-8b"

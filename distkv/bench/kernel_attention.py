@@ -14,11 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from distkv.bench.device import MatmulCeiling, MemoryCeiling, Turns, Work
 from distkv.bench.kernel_work import AttentionShape
 from distkv.errors import DistKVError
-from distkv.storage.page_size import pages_for
-from distkv.workers.cuda_attention import CudaAttention, CudaShape, plan_cuda_attention
-from distkv.workers.cuda_runner import decode_programs
-from distkv.workers.host_copies import to_device
+from distkv.storage.paging import pages_for
+from distkv.workers.attention.cuda import CudaAttention, CudaShape, plan_cuda_attention
 from distkv.workers.page_directory import SequenceStep
+from distkv.workers.runners.cuda_runner import decode_programs
+from distkv.workers.runners.host_copies import to_device
 
 SPARE_BYTES = 2**31  # for states, and for what is gathered on the way
 

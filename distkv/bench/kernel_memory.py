@@ -17,9 +17,9 @@ from distkv.kernels.cuda.activation import swiglu
 from distkv.kernels.cuda.norm import rms_norm
 from distkv.kernels.cuda.page_copy import copy_pages
 from distkv.kernels.cuda.rope import rope_and_write_kv
-from distkv.storage.host_memory import HostBuffer
-from distkv.storage.page_copies import COPY_PROGRAMS, copy_pieces
-from distkv.storage.page_size import pages_for
+from distkv.storage.moving.page_copies import COPY_PROGRAMS, copy_pieces
+from distkv.storage.paging import pages_for
+from distkv.storage.pools.host_memory import HostBuffer
 
 
 def elementwise_rows(

@@ -21,15 +21,15 @@ from rich.table import Table
 from distkv.bench.ceilings import READ_THREADS, CopyCeiling, ReadCeiling, bytes_from_disk, drop_page_cache, flush
 from distkv.bench.machine import check_json_file, machine_facts, write_json
 from distkv.config import EngineConfig
+from distkv.engine.protocol import EngineRequest, RequestFailed, TokenOutput
 from distkv.errors import ConfigError, DistKVError
-from distkv.launch import launch
-from distkv.messages import EngineRequest, RequestFailed, TokenOutput
+from distkv.launch.launch import launch
 from distkv.sampling_params import SamplingParams
-from distkv.storage.cache_folder import ARRAY
-from distkv.storage.page_size import NUM_BUFFERS, check_page_size
-from distkv.storage.tiered_cache import MAX_DISK_WRITES
-from distkv.workers.logprobs import TokenLogprobs
-from distkv.workers.model_config import ModelConfig, parse_dtype
+from distkv.storage.disk.cache_folder import ARRAY
+from distkv.storage.ledger.tiered_cache import MAX_DISK_WRITES
+from distkv.storage.paging import NUM_BUFFERS, check_page_size
+from distkv.workers.model.model_config import ModelConfig, parse_dtype
+from distkv.workers.sampling.logprobs import TokenLogprobs
 
 WARM_UP = 4  # tokens decoded before those that count
 PAUSE = 0.1  # seconds after each of them, in which pages reach the tier where they will stay

@@ -25,15 +25,15 @@ from distkv.bench.ceilings import CopyCeiling, ReadCeiling, bytes_from_disk, dro
 from distkv.bench.machine import check_json_file, machine_facts, write_json
 from distkv.bench.prompts import Prompts
 from distkv.config import EngineConfig
-from distkv.engine_client import EngineClient
+from distkv.engine.client import EngineClient
+from distkv.engine.protocol import EngineRequest, RequestFailed
 from distkv.errors import ConfigError
-from distkv.launch import launch
-from distkv.messages import EngineRequest, RequestFailed
+from distkv.launch.launch import launch
 from distkv.sampling_params import SamplingParams
-from distkv.storage.cache_folder import ARRAY
-from distkv.storage.page_size import check_page_size
-from distkv.storage.tiered_cache import MAX_DISK_WRITES
-from distkv.workers.model_config import ModelConfig, parse_dtype
+from distkv.storage.disk.cache_folder import ARRAY
+from distkv.storage.ledger.tiered_cache import MAX_DISK_WRITES
+from distkv.storage.paging import check_page_size
+from distkv.workers.model.model_config import ModelConfig, parse_dtype
 
 VARIANTS = {
     "cold": "nothing cached",

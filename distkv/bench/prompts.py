@@ -5,8 +5,8 @@ import sysconfig
 from itertools import cycle
 from pathlib import Path
 
-from distkv.tokenizer import TOKENIZER_FILES, Tokenizer
-from distkv.workers.model_config import ModelConfig
+from distkv.frontend.tokenizer import TOKENIZER_FILES, Tokenizer
+from distkv.workers.model.model_config import ModelConfig
 
 STDLIB = "the sources of Python's standard library"
 RANDOM = "random tokens, since the model has no tokenizer"

@@ -22,19 +22,19 @@ from rich.table import Table
 from torch import Tensor
 
 from distkv.bench.machine import check_json_file, machine_facts, percentile, write_json
-from distkv.engine import Engine
+from distkv.engine.engine import Engine
+from distkv.engine.protocol import EngineInfo, EngineRequest, RequestFailed, StepOutput
+from distkv.engine.sequence import Chosen
+from distkv.engine.step import Flight, Landing
+from distkv.engine.step_runner import Execute, StepRunner
 from distkv.errors import ConfigError, DistKVError
-from distkv.flight import Flight, Landing
-from distkv.messages import EngineInfo, EngineRequest, RequestFailed, StepOutput
 from distkv.sampling_params import SamplingParams
-from distkv.sequence import Chosen
-from distkv.step_runner import Execute, StepRunner
-from distkv.storage.page import Page
-from distkv.storage.page_size import check_page_size, pages_for
-from distkv.storage.tiered_cache import TieredCache
-from distkv.workers.report import Report
-from distkv.workers.sampler import Draws, SampleRow
-from distkv.workers.step_plan import StepPlan, encode
+from distkv.storage.ledger.page import Page
+from distkv.storage.ledger.tiered_cache import TieredCache
+from distkv.storage.paging import check_page_size, pages_for
+from distkv.workers.group.report import Report
+from distkv.workers.group.step_plan import StepPlan, encode
+from distkv.workers.sampling.sampler import Draws, SampleRow
 
 PARTS = {
     "plan": "schedule and plan",

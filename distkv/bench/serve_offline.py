@@ -22,14 +22,14 @@ from distkv import errors
 from distkv.bench.machine import check_json_file, machine_facts, percentile, write_json
 from distkv.bench.prompts import Prompts
 from distkv.config import EngineConfig
-from distkv.engine_client import EngineClient
+from distkv.engine.client import EngineClient
+from distkv.engine.protocol import EngineInfo, EngineRequest, RequestFailed
+from distkv.engine.sequence import most_pages
 from distkv.errors import ConfigError
-from distkv.launch import launch
-from distkv.messages import EngineInfo, EngineRequest, RequestFailed
+from distkv.launch.launch import launch
 from distkv.sampling_params import SamplingParams
-from distkv.sequence import most_pages
-from distkv.storage.page_size import check_page_size
-from distkv.workers.model_config import ModelConfig
+from distkv.storage.paging import check_page_size
+from distkv.workers.model.model_config import ModelConfig
 
 WINDOWS = (100, 50, 25)  # percent
 TARGET = 0.6  # of the throughput at 100 %, at 50 %

@@ -1,0 +1,1 @@
+"""`distkv demo`: a real model, a restart and a long text."""

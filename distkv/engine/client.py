@@ -1,0 +1,75 @@
+"""What a front end knows of an engine, wherever that runs."""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from distkv.engine.protocol import EngineInfo, EngineRequest, EngineStats, RequestFailed, StepOutput
+
+
+class EngineClient(Protocol):
+    """An engine in this process or on a cluster. One thread at a time may call it."""
+
+    info: EngineInfo
+
+    def add(self, requests: list[EngineRequest]) -> None:
+        """Queues requests. Raises CapacityError, and queues none, when one of them could never run."""
+
+    def abort(self, answers: list[tuple[str, int | None]]) -> None:
+        """Ends answers `(request id, index)`, with index None all of a request; ended ones are passed over."""
+
+    def step(self) -> list[StepOutput]:
+        """Goes on with the work; returns the tokens that have come of it, if any, and the requests that cannot go on.
+
+        Raises WorkerDied when a rank is lost, DistKVError when a device fails: nothing goes on then.
+        """
+        ...
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do or to return."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """State of the KV cache."""
+        ...
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets the pages that are kept for later requests."""
+
+    def close(self) -> None:
+        """Frees everything."""
+
+
+class OpenAnswers:
+    """Which answers of which requests an engine has still to finish."""
+
+    def __init__(self) -> None:
+        self._indexes: dict[str, set[int]] = {}
+
+    def __len__(self) -> int:
+        """Requests with an open answer."""
+        return len(self._indexes)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._indexes
+
+    def add(self, requests: Iterable[EngineRequest]) -> None:
+        """Opens all answers of new requests."""
+        for request in requests:
+            self._indexes[request.request_id] = set(range(request.params.n))
+
+    def close(self, answers: Iterable[tuple[str, int | None]]) -> None:
+        """Closes answers as `EngineClient.abort` ends them."""
+        for request_id, index in answers:
+            indexes = self._indexes.get(request_id, set())
+            indexes.discard(index) if index is not None else indexes.clear()
+            if not indexes:
+                self._indexes.pop(request_id, None)
+
+    def take(self, outputs: Iterable[StepOutput]) -> None:
+        """Closes the answers that these outputs end."""
+        for output in outputs:
+            if isinstance(output, RequestFailed):
+                self.close([(output.request_id, None)])
+            elif output.finish_reason is not None:
+                self.close([(output.request_id, output.index)])

@@ -1,0 +1,101 @@
+"""Which of the running sequences take part in the next steps, when their cold pages are more than a step should stream.
+
+Sequences that wait are parked: their pages leave the device first, so that those which run stream less. The choice is
+reviewed now and then, not every step, and turns are long, so that sequences do not push each other out all the time.
+"""
+
+from collections.abc import Iterable
+from itertools import islice
+
+from distkv.engine.protocol import EngineInfo
+from distkv.engine.sequence import Sequence
+from distkv.storage.ledger.page import Page
+from distkv.storage.ledger.tiered_cache import TieredCache
+from distkv.storage.tier import Tier
+
+REVIEW_STEPS = 16  # between two reviews, unless sequences come or go, or so many pages move that the limit is in doubt
+DOUBT_STEPS = 2  # between two reviews at least in that case
+TURN_STEPS = 128  # after which a sequence goes behind those that wait
+RETURN_SHARE = 0.9  # of the budget: what a parked sequence must fit into to run beside others
+
+
+class ColdBudget:
+    """Keeps the cold bytes of a step under `EngineInfo.max_cold_bytes_per_step`, 0 for no limit. The first in line
+    always runs, whatever it streams, and so do sequences that stream nothing."""
+
+    def __init__(self, info: EngineInfo, cache: TieredCache):
+        self._limit = info.max_cold_bytes_per_step / info.page_bytes  # pages
+        self._disk_cost = info.disk_cost
+        self._cache = cache
+        self._steps = 0  # since the last review
+        self._slack = 0.0  # pages under the limit that were left then; fewer by what has moved since
+        self._members: list[Sequence] = []  # of the last review
+        self._any_parked = False
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is worth while to look for pages to bring up: with parked sequences, after a review only."""
+        return not self._any_parked or not self._steps
+
+    def note_moved(self, num_pages: int) -> None:
+        """Tells that so many held pages lie elsewhere now."""
+        self._slack -= num_pages * self._disk_cost
+
+    def review(self, running: list[Sequence]) -> None:
+        """Sets `Sequence.is_parked`; to be called once a step."""
+        if not self._limit or not self._cache.has_cold:
+            if self._any_parked:
+                self._unpark(running)
+            return
+        self._steps += 1
+        in_doubt = self._slack < 0 and self._steps >= DOUBT_STEPS
+        if self._steps < REVIEW_STEPS and running == self._members and not in_doubt:
+            return
+        self._give_turns(running)
+        self._choose(running)
+        self._members, self._steps = list(running), 0
+
+    def _give_turns(self, running: list[Sequence]) -> None:
+        newest = max((sequence.turn for sequence in self._members if not sequence.finished), default=0)
+        known = set(self._members)
+        for sequence in running:
+            if sequence not in known:
+                sequence.turn = max(sequence.turn, newest)
+            elif not sequence.is_parked:
+                sequence.turn_steps += self._steps
+                if self._any_parked and sequence.turn_steps >= TURN_STEPS:
+                    sequence.turn, sequence.turn_steps = newest + 1, 0
+
+    def _choose(self, running: list[Sequence]) -> None:
+        line = sorted(running, key=lambda one: (one.request.priority, one.turn, one.number))
+        streamed: set[Page] = set()
+        total = 0.0
+        self._any_parked = False
+        for place, sequence in enumerate(line):
+            limit = self._limit * (RETURN_SHARE if sequence.is_parked else 1)
+            pages = (page for page in sequence.table.pages if not page.has(Tier.DEVICE) and page not in streamed)
+            cold = list(pages) if not place or total < limit else list(islice(pages, 1))
+            cost = self._cost(cold)
+            runs = not place or not cost or total + cost <= limit
+            if runs:
+                total += cost
+                streamed.update(cold)
+                if sequence.is_parked:
+                    self._cache.unpark(sequence.table.pages)
+            else:
+                self._any_parked = True
+                self._cache.park(sequence.table.pages)
+            sequence.is_parked = not runs
+        self._slack = self._limit - total
+
+    def _cost(self, cold: Iterable[Page]) -> float:
+        """In pages of the host."""
+        return sum(1.0 if page.has(Tier.HOST) else self._disk_cost for page in cold)
+
+    def _unpark(self, running: list[Sequence]) -> None:
+        for sequence in running:
+            if sequence.is_parked:
+                sequence.is_parked = False
+                self._cache.unpark(sequence.table.pages)
+        self._any_parked = False
+        self._members = []

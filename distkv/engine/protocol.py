@@ -1,0 +1,133 @@
+"""What goes between a front end (text, requests) and the engine (tokens, pages), within a process or over a socket."""
+
+import msgspec
+
+from distkv.sampling_params import SamplingParams
+from distkv.workers.sampling.logprobs import TokenLogprobs
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What the engine settled on at start. Byte figures are of the whole group, replicated heads counted as often as
+    they are held."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    page_size: int
+    num_pages: int  # on the device
+    num_host_pages: int
+    num_disk_pages: int
+    page_bytes: int
+    pool_bytes: int  # of the device pools as allocated
+    kv_bytes_per_token: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    seed: int
+    cache_dir: str | None  # of the disk tier: the sub-folder for this model's pages
+    fingerprint: str = ""  # of all that pages on disk depend on; "" where they do not outlive the engine
+    enable_prefix_caching: bool = False  # whether full pages of ended requests are kept for later ones
+    write_through: bool = True  # whether pages that may be used again are written to disk as soon as they are full
+    max_cold_bytes_per_step: int = 0  # see `ColdBudget`; 0 for no limit
+    disk_cost: float = 1.0  # how often a byte on disk counts towards it
+
+
+class EngineRequest(msgspec.Struct, frozen=True):
+    """A checked request; `max_tokens` is set and fits the model's limit."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    max_tokens: int
+    seed: int
+    # The keys and values of all full pages but the last token's are random numbers of this seed, not those of the
+    # prompt: a context of any length without its prefill, for stress tests.
+    random_kv_seed: int | None = None
+    priority: int = 0  # lower goes first
+    cache_salt: str | None = None  # pages of a prefix are shared among requests of one salt only
+
+
+class TokenOutput(msgspec.Struct, frozen=True, tag=True):
+    """One more token of one answer."""
+
+    request_id: str
+    index: int
+    token_id: int
+    logprobs: TokenLogprobs | None
+    finish_reason: str | None
+    stop_reason: int | None
+    # with the first token of an answer: tokens of the prompt whose KV was found on device, host and disk
+    num_cached_tokens: tuple[int, int, int] = (0, 0, 0)
+
+
+class RequestFailed(msgspec.Struct, frozen=True, tag=True):
+    """A request that cannot go on, with all its answers; the others do."""
+
+    request_id: str
+    error: str  # name of a class of `distkv.errors`
+    message: str
+
+
+StepOutput = TokenOutput | RequestFailed
+
+
+class EngineStats(msgspec.Struct, frozen=True, tag=True):
+    """State of the KV cache. A page that lies in several tiers counts for each, and once in `pages_in_use`."""
+
+    pages_in_use: int
+    peak_pages_in_use: int
+    num_running: int
+    num_waiting: int
+    num_parked: int = 0  # running ones that wait for their turn, see `ColdBudget`
+    idle_pages: int = 0  # held by nobody, kept for later requests; they count below, and not in `pages_in_use`
+    device_pages: int = 0
+    host_pages: int = 0
+    disk_pages: int = 0
+    # bytes by route since the start, all ranks together: device_to_host, host_to_disk, disk_to_host, host_to_device for
+    # whole pages; host_streamed and disk_streamed for the layer slices that passed through the staging ring
+    moved: dict[str, int] = {}
+    pages_recomputed: int = 0  # that could not be read back
+
+
+class Add(msgspec.Struct, frozen=True, tag=True):
+    """Client to leader: queue requests; answered by Accepted or Refused."""
+
+    requests: list[EngineRequest]
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Client to leader: end answers, see `Engine.abort`. Not answered."""
+
+    answers: list[tuple[str, int | None]]
+
+
+class GetStats(msgspec.Struct, frozen=True, tag=True):
+    """Client to leader; answered by EngineStats."""
+
+
+class ResetPrefixCache(msgspec.Struct, frozen=True, tag=True):
+    """Client to leader: forget the pages that are kept for later requests; answered by Accepted."""
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """Client to leader: end the group. Not answered."""
+
+
+class Accepted(msgspec.Struct, frozen=True, tag=True):
+    """Leader to client: the requests are queued, or the prefix cache is empty."""
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """Leader to client: none of the requests is queued; why, as the text of a CapacityError."""
+
+    reason: str
+
+
+class Tokens(msgspec.Struct, frozen=True, tag=True):
+    """Leader to client: what a step drew."""
+
+    outputs: list[StepOutput]
+
+
+encode = msgspec.msgpack.Encoder().encode
+decode_command = msgspec.msgpack.Decoder(Add | Abort | GetStats | ResetPrefixCache | Shutdown).decode
+decode_reply = msgspec.msgpack.Decoder(Accepted | Refused | Tokens | EngineStats).decode

@@ -1,0 +1,58 @@
+"""Pages that no tier can give back are computed again from their tokens."""
+
+from distkv.engine.protocol import EngineRequest
+from distkv.engine.sequence import Sequence
+from distkv.engine.step_runner import StepRunner
+from distkv.errors import StoreError
+from distkv.storage.ledger.tiered_cache import TieredCache
+from distkv.workers.group.step_plan import StepPlan
+
+MAX_REPAIRS = 3  # times that a page is computed again before its requests fail
+
+
+class Repairs:
+    """Runs plans of its own, while no step is under way and the tokens of all steps are known."""
+
+    def __init__(self, cache: TieredCache, runner: StepRunner, page_size: int):
+        self.num_pages = 0  # computed again so far
+        self._cache = cache
+        self._runner = runner
+        self._page_size = page_size
+
+    def repair(self, running: list[Sequence]) -> list[tuple[EngineRequest, StoreError]]:
+        """Computes one of the pages that the cache counts as lost, of which there must be one, and for which it must
+        have room on the device: the first one in its sequences, since later ones follow from it.
+
+        Returns the requests that cannot go on, since their page was lost too often.
+        """
+        page = min(self._cache.lost, key=lambda page: page.index)
+        owners = [one for one in running if page in one.table.pages[page.index : page.index + 1]]
+        if page.repairs == MAX_REPAIRS:
+            failure = StoreError(
+                f"KV page {page.index} was lost {page.repairs + 1} times, the last time because {self._runner.damage}"
+            )
+            requests = {one.request.request_id: one.request for one in owners}
+            return [(request, failure) for request in requests.values()]
+        self._cache.restore(page)
+        owner, size = owners[0], self._page_size
+        slot = page.location
+        if page.index * size < owner.num_random_in_all:
+            parts, random_pages = [], [(slot, owner.page_seed(page))]
+        else:
+            parts, random_pages = [owner.plan(page.index * size, size, 0)], []
+        transfers, await_ids = self._cache.take_transfers()
+        moved = self._cache.take_moved()
+        places = [(page.id, page.location) for page in moved]
+        try:
+            unread = self._runner.run(StepPlan(parts, [], [slot], transfers, await_ids, random_pages, places))
+        except BaseException:
+            self._cache.put_back([], [], moved)
+            owner.num_told = 0
+            self._cache.forget(page)
+            raise
+        if unread:
+            self._cache.forget(page)
+        else:
+            self._cache.fill(page)
+            self.num_pages += 1
+        return []

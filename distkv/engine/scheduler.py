@@ -1,0 +1,236 @@
+"""Which tokens run in the next step. Bookkeeping only, no tensor."""
+
+from bisect import insort
+from itertools import count as counter
+
+from distkv.engine.cold_budget import ColdBudget
+from distkv.engine.protocol import EngineInfo, EngineRequest
+from distkv.engine.sequence import Chosen, Sequence, most_pages
+from distkv.errors import CapacityError
+from distkv.storage.ledger.page import Page
+from distkv.storage.ledger.page_table import PageTable
+from distkv.storage.ledger.prefix_index import root_key
+from distkv.storage.ledger.tiered_cache import TieredCache
+from distkv.storage.paging import pages_for
+
+MAX_EXPECTED = 8  # waiting requests whose known pages are brought up ahead
+
+
+class Scheduler:
+    """First come, first served within a priority. A step takes one token of every answer being written, then chunks of
+    prompts. The first prompt in line gets half of what is left for prompts at least, and the others share the rest, the
+    one with the fewest tokens to go first: so none waits for ever, the long ones or the short.
+
+    A request is admitted when the pages it may still need at most are not promised to others, over all tiers, so a
+    running request never loses its pages and nothing is computed twice. The pages themselves are taken as tokens
+    arrive, but for those of a prefix that is known: these it takes up at once. One whose next page another request is
+    about to compute waits for that, and lets those behind it pass.
+
+    What a step writes must lie on the device. A sequence whose new pages do not fit beside those that others are
+    writing waits for a later step; its chunk is never cut for it, since the cut would change the rounding.
+    """
+
+    def __init__(self, info: EngineInfo):
+        self._info = info
+        step_pages = pages_for(min(info.max_num_batched_tokens, info.max_model_len), info.page_size)
+        sizes = info.num_pages, info.num_host_pages, info.num_disk_pages
+        self.cache = TieredCache(sizes, step_pages, info.write_through)
+        self.cold_budget = ColdBudget(info, self.cache)
+        self._numbers = counter()
+        self.waiting: list[Sequence] = []  # the first to be admitted first
+        self.running: list[Sequence] = []
+
+    def check(self, request: EngineRequest) -> None:
+        """Raises CapacityError when a request could never run."""
+        needed = most_pages(request, self._info.page_size, request.params.n)
+        held, size = self.cache.capacity, self._info.page_bytes
+        if needed > held:
+            device, host, disk = (slots.num_slots for slots in self.cache.slots)
+            raise CapacityError(
+                f"the request may need {needed} KV pages ({needed * size} bytes) for {len(request.prompt_token_ids)} "
+                f"prompt tokens and up to {request.max_tokens} more, n={request.params.n}; the tiers hold {held} "
+                f"({held * size} bytes; device {device}, host {host}, disk {disk}){self.cache.disk_refusal}. "
+                "Raise device_kv_bytes, host_kv_bytes or disk_kv_bytes, or lower max_tokens"
+            )
+        if request.params.n > self._info.max_num_seqs:
+            raise CapacityError(
+                f"n is {request.params.n} and max_num_seqs {self._info.max_num_seqs}; lower n or raise max_num_seqs"
+            )
+        written = self._chunk_pages(request) + request.params.n
+        if written > self._info.num_pages and needed > self._info.num_pages:
+            raise CapacityError(
+                f"a step of the request writes {written} KV pages, n={request.params.n}; the device holds "
+                f"{self._info.num_pages}. Raise device_kv_bytes, or lower max_num_batched_tokens or n"
+            )
+
+    def add(self, request: EngineRequest) -> None:
+        """Queues a request that passed `check`; what is known of its prefix counts as used from now on."""
+        table = PageTable(self.cache, self._info.page_size)
+        root = None
+        if self._info.enable_prefix_caching and request.random_kv_seed is None:
+            root = root_key(self._info.fingerprint, request.cache_salt)
+        sequence = Sequence(request, 0, next(self._numbers), table, list(request.prompt_token_ids), root)
+        sequence.expected = self._find_prefix(sequence)
+        self.cache.touch(sequence.expected)
+        insort(self.waiting, sequence, key=lambda one: (one.request.priority, one.number))
+
+    def schedule(self, num_held: int = 0, only: Sequence | None = None) -> Chosen:
+        """The sequences of the next step with the number of tokens each runs; empty when there is nothing to do.
+
+        Args:
+            num_held: device pages that must stay and belong to no sequence.
+            only: leaves all others out.
+        """
+        if self.waiting:
+            self._admit()
+        self.cold_budget.review(self.running)
+        budget, size = self._info.max_num_batched_tokens, self._info.page_size
+        room = self._info.num_pages - num_held
+        step: Chosen = []
+        reading = []
+        decoding = []
+        for sequence in self.running:
+            table = sequence.table
+            room -= len(table.pages) - table.num_tokens // size
+            if sequence.is_parked if only is None else sequence is not only:
+                continue
+            if table.num_tokens < sequence.prompt_len:
+                reading.append(sequence)
+            elif sequence.may_decode:
+                decoding.append(sequence)
+        for sequence in decoding:
+            needed = sequence.table.missing(1)
+            if budget and needed <= room:
+                step.append((sequence, 1))
+                budget -= 1
+                room -= needed
+        for sequence, count in self._chunks(reading, budget):
+            pages = sequence.table.missing(count) + sequence.num_fork_pages(count)
+            if pages <= room:
+                step.append((sequence, count))
+                room -= pages
+        return step
+
+    def refuse(self) -> EngineRequest | None:
+        """Takes the first waiting request out when nothing runs that could make room for it."""
+        return None if self.running or not self.waiting else self.waiting.pop(0).request
+
+    def expected_pages(self) -> list[Page]:
+        """What the requests at the head of the line will take up, the first of them first."""
+        return [page for sequence in self.waiting[:MAX_EXPECTED] for page in sequence.expected]
+
+    def fork(self, sequence: Sequence) -> list[tuple[Sequence, tuple[Page, Page] | None]]:
+        """Starts the other answers of a request whose prompt has been read."""
+        forks = [sequence.fork(index, next(self._numbers)) for index in range(1, sequence.request.params.n)]
+        self.running += [fork for fork, _ in forks]
+        return forks
+
+    def finish(self, sequence: Sequence) -> None:
+        """Ends one answer and lets go of its pages."""
+        sequence.finished = True
+        sequence.table.release()
+        self.running.remove(sequence)
+
+    def abort(self, request_id: str, index: int | None = None) -> list[Sequence]:
+        """Ends one answer of a request, or all of them with index None; one that has ended already is passed over.
+        Returns those that had begun."""
+        if index is None:
+            self.waiting = [sequence for sequence in self.waiting if sequence.request.request_id != request_id]
+        ended = [
+            sequence
+            for sequence in self.running
+            if sequence.request.request_id == request_id and index in (None, sequence.index)
+        ]
+        for sequence in ended:
+            self.finish(sequence)
+        return ended
+
+    def _admit(self) -> None:
+        taken = sum(sequence.num_answers for sequence in self.running)
+        promised = self.cache.num_pages + sum(one.most_pages - len(one.table.pages) for one in self.running)
+        chunk = max((self._chunk_pages(one.request) for one in self.running if one.in_prompt), default=0)
+        for sequence in list(self.waiting):
+            request = sequence.request
+            seats = taken + request.params.n
+            if seats > self._info.max_num_seqs:
+                return
+            prefix = self._find_prefix(sequence)
+            if self._is_coming(sequence, len(prefix)):
+                continue
+            needed = sequence.most_pages - sum(page.references > 0 for page in prefix)
+            if promised + needed > self.cache.capacity:
+                return
+            # the largest chunk must fit beside a page of each other answer, or all pages on the device
+            chunk = max(chunk, self._chunk_pages(request))
+            if seats + chunk > self._info.num_pages < promised + needed:
+                return
+            taken = seats
+            promised += needed
+            self.waiting.remove(sequence)
+            self._begin(sequence, prefix)
+
+    def _begin(self, sequence: Sequence, prefix: list[Page]) -> None:
+        found = [0, 0, 0]
+        for page in prefix:
+            found[page.tier] += self._info.page_size
+        sequence.num_cached = found[0], found[1], found[2]
+        sequence.table.begin(prefix)
+        sequence.expected = []
+        self.running.append(sequence)
+
+    def _find_prefix(self, sequence: Sequence) -> list[Page]:
+        """The pages that are known of a prompt, without its last token."""
+        names = sequence.name_pages(sequence.prompt_len - 1)
+        return [] if names is None else self.cache.find(names[: sequence.num_prefix_pages])
+
+    def _is_coming(self, sequence: Sequence, num_found: int) -> bool:
+        """Whether a running request that goes before this one is about to compute the page after the prefix that was
+        found."""
+        if num_found == sequence.num_prefix_pages or sequence.root is None:
+            return False
+        name = sequence.names[num_found]
+
+        def computes_it(one: Sequence) -> bool:
+            is_before = not one.is_parked and one.request.priority <= sequence.request.priority
+            return is_before and one.will_compute(num_found, name)
+
+        if sequence.awaits is None or not computes_it(sequence.awaits):
+            sequence.awaits = next(filter(computes_it, self.running), None)
+        return sequence.awaits is not None
+
+    def _chunks(self, reading: list[Sequence], budget: int) -> Chosen:
+        """How the prompts that are being read share the tokens of a step."""
+        if not reading:
+            return []
+        first, *others = sorted(reading, key=lambda one: (one.request.priority, one.number))
+        chunks = []
+        own = self._chunk(first, budget if not others else -(-budget // 2))
+        left = budget - self._cost(first, own)
+        for sequence in sorted(others, key=lambda one: (one.request.priority, one.prompt_len - one.table.num_tokens)):
+            count = self._chunk(sequence, left)
+            if count:
+                chunks.append((sequence, count))
+                left -= self._cost(sequence, count)
+        own = self._chunk(first, left + self._cost(first, own))  # what the others leave
+        return [(first, own), *chunks] if own else chunks
+
+    @staticmethod
+    def _cost(sequence: Sequence, count: int) -> int:
+        """Tokens of a chunk that the model reads."""
+        return 0 if sequence.num_random else count
+
+    def _chunk(self, sequence: Sequence, budget: int) -> int:
+        """Tokens of the prompt to run; a chunk that is not the last ends on a page border where it can."""
+        size = self._info.page_size
+        if sequence.num_random:
+            whole_pages = self._info.max_num_batched_tokens // size or 1
+            return min(sequence.num_random, whole_pages * size)
+        start = sequence.table.num_tokens
+        if sequence.prompt_len - start <= budget:
+            return sequence.prompt_len - start
+        border = (start + budget) // size * size
+        return border - start if border > start else budget
+
+    def _chunk_pages(self, request: EngineRequest) -> int:
+        """Pages that a step may fill with a chunk of the prompt."""
+        return pages_for(min(len(request.prompt_token_ids), self._info.max_num_batched_tokens), self._info.page_size)

@@ -1,0 +1,1 @@
+"""The way from text and chats to requests, and from tokens to answers."""

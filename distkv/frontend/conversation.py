@@ -1,0 +1,106 @@
+"""A conversation with the model: its messages, and the tokens of its answers."""
+
+import logging
+from typing import Annotated
+
+import msgspec
+
+from distkv.errors import DistKVError, RequestError
+from distkv.frontend.tokenizer import Message, Tokenizer
+from distkv.outputs import CompletionOutput
+
+log = logging.getLogger(__name__)
+
+
+class StoredMessage(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """A message; `token_ids` are what the model drew for it, without the end token."""
+
+    role: str
+    content: str
+    token_ids: list[Annotated[int, msgspec.Meta(ge=0)]] | None = None
+
+
+class Conversation:
+    """A conversation that lasts as long as this object; `Session` is one that is kept.
+
+    Answers are kept as the tokens that were drawn, so that each prompt repeats those of the turn before and finds their
+    KV pages, even where the text of an answer would be encoded otherwise.
+    """
+
+    title = "the conversation"  # what errors call it
+
+    def __init__(self) -> None:
+        self._messages: list[StoredMessage] = []
+        self._tokenizer = ""  # fingerprint of the one that the tokens belong to
+        self._asked: list[StoredMessage] | None = None  # messages that wait for an answer
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation so far; answers have `token_ids`, as `Tokenizer.encode_chat` takes them."""
+        return [msgspec.to_builtins(message) for message in self._messages]
+
+    def check(self, new_messages: list[Message]) -> list[StoredMessage]:
+        """What new messages add to the conversation: all but the system message that it began with.
+
+        Raises RequestError when they are malformed or have another system message.
+        """
+        try:
+            new = msgspec.convert(new_messages, list[StoredMessage])
+        except msgspec.ValidationError as error:
+            raise RequestError(
+                f"a session takes messages such as {{'role': 'user', 'content': 'Hello'}}, of text alone: {error}"
+            ) from None
+        if self._messages and new and new[0].role == "system":
+            if new[0] != self._messages[0]:
+                raise RequestError(
+                    f"{self.title} did not begin with this system message; leave it out, or begin a session under "
+                    "another name"
+                )
+            return new[1:]
+        return new
+
+    def prompt(self, tokenizer: Tokenizer, new_messages: list[Message]) -> list[int]:
+        """Tokens of the conversation and the new messages, up to where the assistant answers.
+
+        They begin with the last prompt, the tokens of its answer and the end token, where the chat template allows. The
+        system message may be given again. With another tokenizer than before, earlier answers are encoded from their
+        text. The new messages become part of the conversation with their answer; until then another prompt takes the
+        place of this one.
+
+        Raises RequestError as `check` does, and as `Tokenizer.encode_chat` does.
+        """
+        self._asked = None
+        asked = self.check(new_messages)
+        if self._tokenizer != tokenizer.fingerprint:
+            if self._messages:
+                log.warning(
+                    "%s was written with another tokenizer; its answers are encoded from their text", self.title
+                )
+            for message in self._messages:
+                message.token_ids = None
+            self._tokenizer = tokenizer.fingerprint
+        token_ids = tokenizer.encode_chat([*self.messages, *map(msgspec.to_builtins, asked)])
+        self._asked = asked
+        return token_ids
+
+    def add_answer(self, text: str, token_ids: list[int]) -> None:
+        """Adds the last prompt's messages and the answer to them.
+
+        Args:
+            text: of the answer, finished or not.
+            token_ids: what the model drew for it, without the end token.
+        """
+        if self._asked is None:
+            raise DistKVError(f"{self.title} has no prompt without an answer; call prompt() first")
+        answer = StoredMessage("assistant", text, list(token_ids))
+        grown = [*self._messages, *self._asked, answer]
+        self._save(grown)
+        self._messages, self._asked = grown, None
+
+    def add_output(self, answer: CompletionOutput) -> None:
+        """Adds an answer as `add_answer` does, finished or not."""
+        by_token = answer.finish_reason == "stop" and not isinstance(answer.stop_reason, str)
+        self.add_answer(answer.text, answer.token_ids[:-1] if by_token else answer.token_ids)
+
+    def _save(self, messages: list[StoredMessage]) -> None:
+        """Called before the messages become these; when it raises, they do not."""

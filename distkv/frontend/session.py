@@ -1,0 +1,136 @@
+"""Conversations that go on after a restart.
+
+cache_dir/sessions/NAME.json   the messages, with the tokens that the model drew for its answers
+cache_dir/sessions/NAME.lock   names the process that has the session open, and is locked by it
+"""
+
+import os
+import re
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+
+from distkv.errors import ConfigError, DistKVError, StoreError
+from distkv.frontend.conversation import Conversation, StoredMessage
+from distkv.storage.disk.cache_folder import SESSIONS
+from distkv.storage.disk.file_lock import FileLock, HeldError
+
+FORMAT = 1
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")
+
+
+class FileVersion(msgspec.Struct):
+    """What the file of any version says of itself."""
+
+    version: int
+
+
+class SessionFile(msgspec.Struct, forbid_unknown_fields=True):
+    """Content of a session's file."""
+
+    version: int
+    tokenizer: str  # fingerprint of the one that the tokens belong to
+    messages: list[StoredMessage]
+
+
+class Session(Conversation):
+    """A named conversation in a cache folder, held by one process at a time. Use it as a context manager, or call
+    `close()`.
+
+    Example:
+        with Session(cache_dir, "planning") as session:
+            prompt = session.prompt(llm.tokenizer, [{"role": "user", "content": "Where were we?"}])
+            ...
+            session.add_answer(text, token_ids)
+    """
+
+    def __init__(self, cache_dir: str | Path, name: str):
+        """Opens the session, or begins it; nothing is written before the first answer.
+
+        Raises ConfigError when the name cannot be one, when another process has the session open, and when its file is
+        damaged or cannot be read.
+        """
+        if not isinstance(name, str) or NAME.fullmatch(name) is None:
+            raise ConfigError(
+                f"session is {name!r}; use up to 64 letters, digits and '-', '_' or '.', with no dot at the beginning"
+            )
+        super().__init__()
+        folder = Path(cache_dir) / SESSIONS
+        self.name = name
+        self.title = f"session {name}"
+        self._path = folder / f"{name}.json"
+        self._lock = _lock(folder / f"{name}.lock", name)
+        try:
+            found = _load(self._path)
+        except ConfigError:
+            self._lock.release()
+            raise
+        self._messages, self._tokenizer = found.messages, found.tokenizer
+
+    def close(self) -> None:
+        """Lets others open the session. A second call does nothing."""
+        self._lock.release()
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _save(self, messages: list[StoredMessage]) -> None:
+        """Writes the file, so that `add_answer` raises StoreError, and adds nothing, when that fails."""
+        if not self._lock.is_held:
+            raise DistKVError(f"session {self.name} is closed; open it again")
+        _save(self._path, SessionFile(FORMAT, self._tokenizer, messages))
+
+
+def _lock(path: Path, name: str) -> FileLock:
+    """Raises ConfigError when the file cannot be written or is locked."""
+    try:
+        return FileLock(path)
+    except OSError as error:
+        raise ConfigError(
+            f"session {name} cannot be kept in {str(path.parent)!r} ({error.strerror}); name a cache_dir that can be "
+            "written"
+        ) from error
+    except HeldError as holder:
+        raise ConfigError(f"session {name} is open in {holder}; end that, or name another session") from None
+
+
+def _load(path: Path) -> SessionFile:
+    """The content of a session's file, or of a new session when there is none. Raises ConfigError for a damaged one."""
+    cure = "move it away to begin the session anew, or bring back a copy of it"
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return SessionFile(FORMAT, "", [])
+    except OSError as error:
+        raise ConfigError(f"session file {str(path)!r} cannot be read ({error.strerror}); {cure}") from error
+    try:
+        version = msgspec.json.decode(content, type=FileVersion).version
+        if version == FORMAT:
+            return msgspec.json.decode(content, type=SessionFile)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"session file {str(path)!r} is damaged ({error}); {cure}") from error
+    raise ConfigError(
+        f"session file {str(path)!r} has version {version} and this distkv reads version {FORMAT}; update distkv, or "
+        "name another session"
+    )
+
+
+def _save(path: Path, content: SessionFile) -> None:
+    """Replaces the file, which is the old one or the new one whatever happens; raises StoreError when it cannot."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(msgspec.json.encode(content))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise StoreError(
+            f"session file {str(path)!r} cannot be written ({error.strerror}); make room for it or let it be written"
+        ) from error

@@ -1,0 +1,143 @@
+"""Text to tokens and back."""
+
+import hashlib
+import json
+import logging
+import threading
+from functools import cached_property
+from itertools import chain, zip_longest
+from pathlib import Path
+
+from distkv.errors import ConfigError, RequestError
+from distkv.frontend.chat_pieces import Message, text_around_answers
+
+log = logging.getLogger(__name__)
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+# Tokens of the prompt that are decoded with the answer's first token, so that its leading space comes out right.
+CONTEXT_TOKENS = 5
+
+
+class Tokenizer:
+    """The tokenizer and chat template of a model folder, through transformers. For use by several threads."""
+
+    def __init__(self, folder: Path):
+        """Raises ConfigError when the folder has no tokenizer that can be loaded."""
+        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            raise ConfigError(
+                f"{str(folder)!r} has no tokenizer files, so prompts must be token ids and answers have no text; "
+                "add tokenizer.json for text"
+            )
+        from transformers import AutoTokenizer  # takes seconds
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"the tokenizer in {str(folder)!r} cannot be loaded: {error}") from error
+        self._lock = threading.Lock()  # of encoding, before which transformers sets truncation in place
+        self._warned = False  # that answers cannot be repeated by their tokens
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a plain prompt, with the tokens that the model puts before any text; raises RequestError when it is
+        empty or not Unicode."""
+        if not text:
+            raise RequestError("the prompt is empty; give some text")
+        _check_unicode(text)
+        with self._lock:
+            return self._tokenizer.encode(text)
+
+    def encode_chat(self, messages: list[Message]) -> list[int]:
+        """Tokens of a conversation up to where the assistant answers, by the model's chat template.
+
+        Answers that carry `token_ids` come out as these, so that the tokens begin with those of the turn before, whose
+        KV pages may be cached. Where the template rewrites earlier answers, their text is encoded instead, and the
+        first time a warning is logged.
+
+        Raises ConfigError when the model has no template, RequestError when the template refuses the messages.
+        """
+        if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
+            raise RequestError(
+                f"a conversation is {messages!r}; it must be a list of messages such as "
+                "{'role': 'user', 'content': 'Hello'}"
+            )
+        if not self._tokenizer.chat_template:
+            raise ConfigError("the model's tokenizer has no chat template; use generate() with a plain prompt")
+        answers = [message for message in messages if message.get("token_ids") is not None]
+        if not all(isinstance(one["token_ids"], list) and isinstance(one.get("content"), str) for one in answers):
+            raise RequestError("a message with token_ids needs them as a list of integers, and its text as content")
+        drawn = [message["token_ids"] for message in answers]
+        texts = text_around_answers(self._render, self._tokenizer.eos_token, messages) if drawn else None
+        if texts is None:
+            if drawn and not self._warned:
+                log.warning(
+                    "the chat template rewrites earlier answers, so they are encoded from their text, and their cached "
+                    "KV pages may not be found again"
+                )
+                self._warned = True
+            drawn, texts = [], [self._render(messages)]
+        with self._lock:
+            pieces = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        return list(chain.from_iterable(chain(*zip_longest(pieces, drawn, fillvalue=[]))))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same for tokenizers whose token ids mean the same."""
+        vocabulary = sorted(self._tokenizer.get_vocab().items())
+        return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Text of tokens, special ones left out."""
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def token_text(self, token_id: int) -> str:
+        """Text of a single token, special or not."""
+        return str(self._tokenizer.decode([token_id]))
+
+    def _render(self, messages: list[Message]) -> str:
+        """Text of a conversation up to where the assistant answers."""
+        from jinja2 import TemplateError
+
+        plain = [{key: value for key, value in message.items() if key != "token_ids"} for message in messages]
+        try:
+            text = str(self._tokenizer.apply_chat_template(plain, add_generation_prompt=True, tokenize=False))
+        except (TemplateError, TypeError, KeyError) as error:
+            raise RequestError(f"the chat template refuses these messages: {error}") from error
+        _check_unicode(text)
+        return text
+
+
+def _check_unicode(text: str) -> None:
+    """Refuses lone surrogates, which stand for bytes that were not UTF-8 on a command line."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the prompt is not valid Unicode at character {error.start}; convert it to UTF-8") from None
+
+
+class IncrementalDecoder:
+    """Decodes an answer token by token: text is given out once no later token can change it."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int]):
+        self._tokenizer = tokenizer
+        self._ids = prompt_token_ids[-CONTEXT_TOKENS:]
+        self._start = 0  # of the window that is decoded together
+        self._given = len(self._ids)  # tokens whose text was given out
+
+    def add(self, token_id: int) -> str:
+        """The text that this token completes; empty while a character lacks some of its bytes."""
+        self._ids.append(token_id)
+        text = self._pending()
+        if text.endswith("\ufffd"):
+            return ""
+        self._start, self._given = self._given, len(self._ids)
+        return text
+
+    def finish(self) -> str:
+        """What is left at the end: the replacement character for a character that was never completed."""
+        text = self._pending()
+        self._given = len(self._ids)
+        return text
+
+    def _pending(self) -> str:
+        before = self._tokenizer.decode(self._ids[self._start : self._given])
+        return self._tokenizer.decode(self._ids[self._start :])[len(before) :]

@@ -1,0 +1,1 @@
+"""Starts an engine from its options: sizes, fingerprint, a group of ranks here or on Ray."""

@@ -1,0 +1,159 @@
+"""An engine on a Ray cluster, as the process that owns it sees it."""
+
+import time
+from collections import deque
+
+import zmq
+
+from distkv.config import EngineConfig
+from distkv.engine.client import OpenAnswers
+from distkv.engine.protocol import (
+    Abort,
+    Accepted,
+    Add,
+    EngineInfo,
+    EngineRequest,
+    EngineStats,
+    GetStats,
+    Refused,
+    ResetPrefixCache,
+    Shutdown,
+    StepOutput,
+    Tokens,
+    decode_reply,
+    encode,
+)
+from distkv.errors import CapacityError, DistKVError
+from distkv.launch.launch import make_engine_info, make_rank_config, needs_capacity
+from distkv.launch.leader import lead
+from distkv.workers.group.ray_group import RayGroup
+from distkv.workers.model.model_config import ModelConfig
+
+STEP_WAIT = 10  # milliseconds that `step` waits for tokens
+DEATH_POLL = 200  # milliseconds of silence after which the ranks are checked
+FINISH_TIMEOUT = 60.0  # seconds in which the ranks may save the cache and end by themselves
+
+Reply = Accepted | Refused | Tokens | EngineStats
+
+
+class RayEngine:
+    """Owns the group of actors and speaks to its leader. An `EngineClient`."""
+
+    info: EngineInfo
+
+    def __init__(self, config: EngineConfig, model: ModelConfig, max_model_len: int):
+        """Starts the ranks; raises CapacityError, ConfigError or WorkerDied, having released everything."""
+        self._group = RayGroup(config.tensor_parallel_size, config.ray_address, config.device)
+        self._context = zmq.Context()
+        self._unread: deque[list[StepOutput]] = deque()
+        self._open = OpenAnswers()
+        self._heard = 0.0  # monotonic time of the last message, or of the last look at the ranks
+        self._closed = False
+        try:
+            ranks = make_rank_config(config, model, self._group.device)
+            self._group.load(ranks)
+            capacity = self._group.capacity(config.device_kv_bytes is None) if needs_capacity(config) else None
+            self.info = make_engine_info(
+                config, ranks, max_model_len, capacity, self._group.allocate, self._group.bandwidth
+            )
+            self._group.start(lead, self.info)
+            self._socket = self._context.socket(zmq.PAIR)
+            self._socket.set_hwm(0)
+            self._socket.connect(self._group.request_address)
+            self.stats()  # the loops run
+        except BaseException:
+            self._end()
+            raise
+
+    def add(self, requests: list[EngineRequest]) -> None:
+        """See `EngineClient.add`."""
+        self._send(Add(requests))
+        reply = self._answer()
+        if isinstance(reply, Refused):
+            raise CapacityError(reply.reason)
+        self._open.add(requests)
+
+    def abort(self, answers: list[tuple[str, int | None]]) -> None:
+        """See `EngineClient.abort`; nothing to do once the group has ended."""
+        if not self._closed:
+            self._send(Abort(answers))
+            self._open.close(answers)
+
+    def step(self) -> list[StepOutput]:
+        """See `EngineClient.step`: the group runs by itself, and this waits a moment for what it draws."""
+        if not self._unread:
+            reply = self._receive(STEP_WAIT)
+            if reply is None:
+                return []
+            assert isinstance(reply, Tokens)
+            self._unread.append(reply.outputs)
+        outputs = self._unread.popleft()
+        self._open.take(outputs)
+        return outputs
+
+    @property
+    def has_work(self) -> bool:
+        """See `EngineClient.has_work`."""
+        return bool(self._unread or self._open)
+
+    def stats(self) -> EngineStats:
+        """See `EngineClient.stats`."""
+        self._send(GetStats())
+        reply = self._answer()
+        assert isinstance(reply, EngineStats)
+        return reply
+
+    def reset_prefix_cache(self) -> None:
+        """See `EngineClient.reset_prefix_cache`."""
+        self._send(ResetPrefixCache())
+        self._answer()
+
+    def close(self) -> None:
+        """Ends the ranks, by themselves if they will, and releases what they held of the cluster."""
+        if self._closed:
+            return
+        try:
+            self._send(Shutdown())
+            self._group.finish(FINISH_TIMEOUT)
+        finally:
+            self._end()
+
+    def _send(self, command: Add | Abort | GetStats | ResetPrefixCache | Shutdown) -> None:
+        if self._closed:
+            raise DistKVError("the engine has ended; make a new LLM")
+        self._socket.send(encode(command))
+
+    def _answer(self) -> Reply:
+        """The answer to what was sent last; tokens that come before it are kept for `step`."""
+        while True:
+            reply = self._receive(DEATH_POLL)
+            if isinstance(reply, Tokens):
+                self._unread.append(reply.outputs)
+            elif reply is not None:
+                return reply
+
+    def _receive(self, wait: int) -> Reply | None:
+        """The next message, or None when none comes within `wait` milliseconds; raises WorkerDied when that is because
+        a rank has ended."""
+        if self._socket.poll(wait):
+            self._heard = time.monotonic()
+            return decode_reply(self._socket.recv())
+        if time.monotonic() - self._heard >= DEATH_POLL / 1e3:
+            self._check()
+            self._heard = time.monotonic()
+        return None
+
+    def _check(self) -> None:
+        """Raises WorkerDied when a rank has ended, having released everything."""
+        try:
+            self._group.check()
+        except Exception:
+            self._end()
+            raise
+
+    def _end(self) -> None:
+        self._closed = True
+        try:
+            self._context.destroy(linger=0)
+        finally:
+            self._group.close()

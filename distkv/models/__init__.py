@@ -1,0 +1,1 @@
+"""Models to run: one that can be fetched, and shapes for random weights."""

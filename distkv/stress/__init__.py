@@ -1,0 +1,1 @@
+"""`distkv stress`: one very long context, watched and verified."""

@@ -1,0 +1,122 @@
+"""The folder of one model's pages on disk: what lies in it under which name, who uses it, and whose pages they are.
+
+lock               names the process that uses the folder, and is locked by it
+kv.zarr            the pages, see `disk_array.py`
+catalogue.sqlite   which slots hold a page, and of which tokens, see `catalogue.py`
+model.json         which model's they are, where the pages outlive the process, see `Description`
+
+It is a sub-folder of the user's cache_dir, named after the model's fingerprint, or SCRATCH for pages that are dropped
+when the engine closes.
+"""
+
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from distkv.errors import ConfigError, StoreError
+from distkv.storage.disk.file_lock import FileLock, HeldError
+
+FORMAT = 2  # of what lies on disk; part of the fingerprint
+ARRAY, CATALOGUE, LOCK, DESCRIPTION = "kv.zarr", "catalogue.sqlite", "lock", "model.json"
+SCRATCH, SESSIONS = "scratch", "sessions"  # sub-folders of cache_dir that are no model's
+
+_CHUNK = re.compile(r"c\.(\d+)\.0\.0\.(\d+)\.0\.(?:0|[0-9a-f.]*\.partial)")
+
+
+@dataclass(frozen=True)
+class DiskHeads:
+    """A rank's part of the model's KV heads on disk. With more ranks than heads, several ranks share a head's files."""
+
+    first: int
+    total: int  # of the model
+    reports: bool = True  # checksums for the catalogue: no rank before this one holds its heads
+    writes: bool = True  # else another rank writes the same bytes to the same files
+
+
+class Description(msgspec.Struct, frozen=True):
+    """What `model.json` says of the pages in a folder."""
+
+    fingerprint: str
+    model: str  # path of the model's folder when the cache was made
+    dtype: str
+    page_size: int  # tokens
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    page_bytes: int
+    created: float = msgspec.field(default_factory=time.time)  # unix seconds
+
+
+class FolderLock(FileLock):
+    """The right to use a cache folder."""
+
+    def __init__(self, folder: Path):
+        """Makes the folder if need be. Raises ConfigError when it cannot be used or another process uses it."""
+        try:
+            super().__init__(folder / LOCK)
+        except OSError as error:
+            raise ConfigError(
+                f"cache_dir {str(folder)!r} cannot be used ({error.strerror}); name a folder that can be written"
+            ) from error
+        except HeldError as holder:
+            raise ConfigError(
+                f"cache_dir {str(folder)!r} is in use by {holder}; end that, or name another folder"
+            ) from None
+
+
+def chunk_name(slot: int, head: int) -> str:
+    """The file of one KV head of a page, in the array's folder."""
+    return f"c.{slot}.0.0.{head}.0.0"
+
+
+def parse_chunk(name: str) -> tuple[int, int] | None:
+    """The slot and the head of a chunk's file or of a write to it that has not ended; None for other files."""
+    match = _CHUNK.fullmatch(name)
+    return None if match is None else (int(match[1]), int(match[2]))
+
+
+def read_description(folder: Path) -> Description | None:
+    """What lies in a folder; None when nothing says so. Raises ConfigError when it cannot be read."""
+    try:
+        return msgspec.json.decode((folder / DESCRIPTION).read_bytes(), type=Description)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigError(
+            f"{str(folder / DESCRIPTION)!r} cannot be read ({error}); remove {str(folder)!r} or name another cache_dir"
+        ) from error
+
+
+def describe(folder: Path, description: Description) -> None:
+    """Writes down whose pages a folder holds, once. Raises ConfigError when they are another model's, StoreError when
+    it cannot be written."""
+    found = read_description(folder)
+    if found is None:
+        try:
+            replace_file(folder / DESCRIPTION, msgspec.json.format(msgspec.json.encode(description)))
+        except OSError as error:
+            raise StoreError(f"{str(folder / DESCRIPTION)!r} cannot be written: {error.strerror}") from error
+    elif found.fingerprint != description.fingerprint:
+        raise ConfigError(
+            f"{str(folder)!r} holds the KV pages of another model, {found.model}; remove it or name another cache_dir"
+        )
+
+
+def remove_catalogue(folder: Path) -> None:
+    """Removes the catalogue, which is better than one that is not true."""
+    for path in folder.glob(f"{CATALOGUE}*"):
+        path.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file so that a kill at any moment leaves the old content or the new. Raises OSError."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,76 @@
+"""Takes over a folder of pages that an earlier process left, in whatever number of slots it has.
+
+A kill at any moment leaves every page that the catalogue lists whole. It may leave files that are not listed, which
+`DiskPool.adopt` sweeps away.
+"""
+
+import os
+from pathlib import Path
+
+from distkv.errors import StoreError
+from distkv.storage.disk.cache_folder import ARRAY, Description, chunk_name, describe, remove_catalogue
+from distkv.storage.disk.catalogue import Catalogue
+from distkv.storage.disk.disk_array import find_slots, fit_array, has_array
+from distkv.storage.page_spec import PageSpec
+
+
+def open_kept(folder: Path, spec: PageSpec, num_pages: int, description: Description) -> None:
+    """Makes the array of a locked folder, or fits the one found there to `num_pages` slots.
+
+    Fewer slots keep the pages that were used last. Raises ConfigError when what lies there is something else,
+    StoreError when it cannot be written.
+
+    Args:
+        spec: the whole model's pages.
+    """
+    describe(folder, description)
+    if has_array(folder):
+        find_slots(folder, spec)  # before anything is changed
+        catalogue = Catalogue(folder)
+        try:
+            _fit(folder, catalogue, num_pages, spec.num_kv_heads)
+        finally:
+            catalogue.close()
+    fit_array(folder, spec, num_pages)
+
+
+def join_kept(folder: Path, spec: PageSpec, num_pages: int) -> None:
+    """Does the same for a rank on a node with a disk of its own. The catalogue lies with the leader; one that another
+    run left here is true no longer. Raises as `open_kept` does."""
+    remove_catalogue(folder)
+    fit_array(folder, spec, num_pages)
+
+
+def _fit(folder: Path, catalogue: Catalogue, num_pages: int, num_heads: int) -> None:
+    """Takes out of the catalogue what is of no use or has no room, and brings the rest into the first slots."""
+    entries = catalogue.entries()
+    kept = entries[max(0, len(entries) - num_pages) :]
+    taken = {entry.slot for entry in kept}
+    dropped = catalogue.slots() - taken
+    if dropped:
+        catalogue.update(dropped, [])
+    free = (slot for slot in range(num_pages) if slot not in taken)
+    moves = [(entry, next(free)) for entry in kept if entry.slot >= num_pages]
+    if not moves:
+        return
+    array = folder / ARRAY
+    old = [(entry.slot, head) for entry, _ in moves for head in range(num_heads)]
+    new = [(slot, head) for _, slot in moves for head in range(num_heads)]
+    try:
+        for source, target in zip(old, new, strict=True):
+            _link(array / chunk_name(*source), array / chunk_name(*target))
+        catalogue.update([entry.slot for entry, _ in moves], [entry._replace(slot=slot) for entry, slot in moves])
+        for source in old:
+            (array / chunk_name(*source)).unlink(missing_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"pages in cache_dir {str(folder)!r} cannot be moved to fewer slots ({error.strerror}); leave "
+            "disk_kv_bytes as it was, or remove the folder"
+        ) from error
+
+
+def _link(source: Path, target: Path) -> None:
+    """Gives a file a second name, in place of what no entry lists."""
+    target.unlink(missing_ok=True)
+    if source.exists():  # one that is not there is found out by `DiskPool.adopt`
+        os.link(source, target)

@@ -1,0 +1,51 @@
+"""Pages that nobody holds and a later request may ask for: which of them has been left alone longest, by tier."""
+
+from sortedcontainers import SortedDict
+
+from distkv.storage.ledger.page import ALL_TIERS, Page
+from distkv.storage.tier import Tier
+
+
+class IdlePages:
+    """Whole copies of idle pages in each tier, least recently used first.
+
+    A page is never older than one that follows it in a sequence, so that prefixes are given up from their end.
+    """
+
+    def __init__(self) -> None:
+        self._by_tier = tuple(SortedDict() for _ in ALL_TIERS)  # stamp -> page
+        self._clock = 0
+
+    def touch(self, page: Page) -> None:
+        """Makes a page the most recently used; it must not be entered."""
+        self._clock += 1
+        page.stamp = self._clock
+
+    def add(self, page: Page, tier: Tier) -> None:
+        """Enters the copy in a tier."""
+        self._by_tier[tier][page.stamp] = page
+
+    def discard(self, page: Page, tier: Tier) -> None:
+        """Takes the copy in a tier out, if it is entered."""
+        self._by_tier[tier].pop(page.stamp, None)
+
+    def count(self, tier: Tier) -> int:
+        return len(self._by_tier[tier])
+
+    def pages(self, tier: Tier) -> list[Page]:
+        """All with a copy in a tier, least recently used first."""
+        return list(self._by_tier[tier].values())
+
+    def oldest(self, tier: Tier, saved_in: tuple[Tier, ...] = (), unread: bool = True) -> Page | None:
+        """The least recently used with a copy in the tier.
+
+        Args:
+            saved_in: it must have a copy in one of these tiers too.
+            unread: no transfer may read the copy.
+        """
+        for page in self._by_tier[tier].values():
+            if unread and page.reading[tier]:
+                continue
+            if not saved_in or any(page.has(other) for other in saved_in):
+                return page
+        return None

@@ -1,0 +1,108 @@
+"""Copies of whole pages between device and host: on a CPU in a thread, on a GPU on lanes of their own."""
+
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from typing import Protocol
+
+from distkv.storage.moving.page_copies import PageCopies
+from distkv.storage.moving.streams import Event, Lane
+from distkv.storage.pools.device_pool import DevicePool
+from distkv.storage.pools.host_pool import HostPool
+from distkv.storage.pools.page_pool import check_slot
+from distkv.storage.tier import Tier, Transfer
+
+
+class Task:
+    """Work of a thread, as an event that happens when it has ended, however it did."""
+
+    def __init__(self, threads: ThreadPoolExecutor, work: Callable[[], None]):
+        self._future: Future[None] = threads.submit(work)
+
+    def query(self) -> bool:
+        return self._future.done()
+
+    def synchronize(self) -> None:
+        with suppress(CancelledError):
+            self._future.exception()
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why it failed, once it has ended."""
+        return self._future.exception()
+
+
+class Copier(Protocol):
+    """Runs batches of copies of one direction."""
+
+    def border(self) -> list[Event]:
+        """What the device has been given to compute so far: it may read any slot, and write those of the device."""
+
+    def start(self, batch: list[Transfer], after: list[Event]) -> list[Event]:
+        """Starts copies of distinct targets, which are all of one direction; returns the end of each.
+
+        Args:
+            after: what must have happened before.
+        """
+
+    def hold(self, event: Event) -> None:
+        """Lets nothing be computed from now on before a copy has ended."""
+
+    def close(self) -> None:
+        """Waits for what is on its way."""
+
+
+class ThreadCopier:
+    """For a CPU, where what computes has ended when the next plan begins: a thread that copies pages in turn."""
+
+    def __init__(self, device: DevicePool, host: HostPool):
+        self._device, self._host = device, host
+        self._thread = ThreadPoolExecutor(1, "kv-copy")
+
+    def border(self) -> list[Event]:
+        return []
+
+    def start(self, batch: list[Transfer], after: list[Event]) -> list[Event]:
+        return [Task(self._thread, self._copy(transfer)) for transfer in batch]  # in turn, so that none has to wait
+
+    def hold(self, event: Event) -> None:
+        event.synchronize()
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def _copy(self, transfer: Transfer) -> Callable[[], None]:
+        if transfer.target is Tier.DEVICE:
+            return partial(self._device.store, transfer.target_slot, self._host.page(transfer.source_slot))
+        return partial(self._device.load, transfer.source_slot, self._host.page(transfer.target_slot))
+
+
+class LaneCopier:
+    """For a GPU: a lane for each direction, and nobody on the host waits."""
+
+    def __init__(self, device: DevicePool, host: HostPool, copies: PageCopies):
+        self._device, self._host, self._copies = device, host, copies
+
+    def border(self) -> list[Event]:
+        return [self._copies.streams.record(Lane.COMPUTE)]
+
+    def start(self, batch: list[Transfer], after: list[Event]) -> list[Event]:
+        lane, source, target = Lane.SPILL, self._device.rows(), self._host.rows()
+        if batch[0].target is Tier.DEVICE:
+            lane, source, target = Lane.FETCH, target, source
+        for transfer in batch:
+            check_slot(transfer.source_slot, len(source))
+            check_slot(transfer.target_slot, len(target))
+        for event in after:
+            self._copies.streams.wait(lane, event)
+        pairs = self._copies.prepare(lane, [(transfer.source_slot, transfer.target_slot) for transfer in batch])
+        self._copies.start(lane, source, target, pairs)
+        return [self._copies.streams.record(lane)] * len(batch)
+
+    def hold(self, event: Event) -> None:
+        self._copies.streams.wait(Lane.COMPUTE, event)
+
+    def close(self) -> None:
+        for lane in (Lane.FETCH, Lane.SPILL):
+            self._copies.streams.record(lane).synchronize()

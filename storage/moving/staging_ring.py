@@ -1,0 +1,290 @@
+"""Streaming: layer slices of cold pages pass through a few small buffers on the device, in a fixed order.
+
+The order is known when a step begins: all loads of layer 0, then all of layer 1, and so on. On a GPU copies run ahead
+of it on a lane of their own, and disk reads ahead of them in threads (`LoadsAhead`). On a CPU both happen when their
+turn comes, straight into the buffer (`LoadsInTurn`): threads would compete with compute for the same cores, what was
+just copied is read from the processor's cache, and the system itself reads ahead in files that are read from front to
+back.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from distkv.errors import StoreError
+from distkv.storage.moving.page_copies import PageCopies
+from distkv.storage.moving.read_ahead import ReadAhead
+from distkv.storage.moving.streams import Event, Lane
+from distkv.storage.page_spec import PageSpec
+from distkv.storage.paging import CPU_BUFFERS, NUM_BUFFERS
+from distkv.storage.pools.host_pool import HostPool
+from distkv.storage.tier import Tier, cold_place
+
+if TYPE_CHECKING:
+    from distkv.storage.pools.disk_pool import DiskPool, OpenPages, Parts
+
+Load = Sequence[int]
+"""Cold places (`tier.location`) that are brought side by side into one buffer."""
+
+
+class Stream(Protocol):
+    """The loads of one step: `take` gives them in order, once for every layer, and `close` must end it."""
+
+    bad_reads: dict[int, str]  # disk slot -> why it could not be read
+
+    def take(self) -> Tensor:
+        """The next load: `[pages, 2, kv_head, page_size, head_dim]` on the device, until the next call but one.
+
+        Pages that cannot be read back are zeros and noted in `bad_reads`, so that the ranks of a group stay in step.
+        """
+
+    def close(self) -> None:
+        """Ends it, also for a step that has failed, after which loads may be left."""
+
+
+class StagingRing:
+    """The buffers `[buffer, buffer_pages, 2, kv_head, page_size, head_dim]` on the device of a rank, and what is to be
+    known of them from one step to the next."""
+
+    def __init__(
+        self,
+        spec: PageSpec,
+        num_pages: int,
+        host: HostPool,
+        disk: "DiskPool | None",
+        read_ahead: ReadAhead | None,
+        device: torch.device,
+        copies: PageCopies | None = None,
+        filling: Callable[[], dict[int, Event]] = dict,
+    ):
+        """
+        Args:
+            num_pages: pages of NUM_BUFFERS buffers together; one layer's slice of each is held.
+            read_ahead: for pages on disk, with memory for a buffer's at least; for a GPU only.
+            copies: of the device, for a GPU.
+            filling: see `Mover.filling`, called once a step; for a GPU only.
+        """
+        self.spec, self.host, self.disk, self.read_ahead = spec, host, disk, read_ahead
+        self.copies, self.filling = copies, filling
+        self.buffer_pages = num_pages // NUM_BUFFERS
+        self.buffers = torch.zeros(
+            CPU_BUFFERS if copies is None else NUM_BUFFERS, self.buffer_pages, *spec.slice_shape,
+            dtype=spec.dtype, device=device,
+        )  # fmt: skip
+        self.num_loads = 0  # of all steps; load n goes to buffer n, counted round
+        # by buffer, what must have happened before it is filled again: at first that it was made
+        self.released = [] if copies is None else [copies.streams.record(Lane.COMPUTE)] * NUM_BUFFERS
+        self.parts: list[list[Parts]] = []  # of each place of each buffer, which is read into where it lies
+        if disk is not None and copies is None:
+            self.parts = [[disk.parts(one) for one in buffer] for buffer in self.buffers]
+        self.bytes: Counter[Tier] = Counter()  # streamed so far, by where they came from
+
+    def begin(self, loads: Sequence[Load]) -> Stream:
+        """Starts bringing `loads`, each of at most `buffer_pages` places, once for every layer. The stream before must
+        be closed."""
+        if self.copies is None:
+            return LoadsInTurn(self, loads)
+        stream = LoadsAhead(self, self.copies, loads)
+        try:
+            stream.go_on()
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    def open(self, loads: Sequence[Load]) -> "OpenPages | None":
+        """The pages on disk of all loads in order, None when there are none."""
+        slots = [slot for load in loads for tier, slot in map(cold_place, load) if tier is Tier.DISK]
+        if not slots:
+            return None
+        assert self.disk is not None
+        return self.disk.open(slots)
+
+    def close(self) -> None:
+        """Gives back the buffers, into which nothing may be on its way."""
+        self.parts = []
+        self.buffers = self.buffers[:0].clone()
+
+
+# --- on a CPU ---
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Neighbouring slots of one tier that go to neighbouring places of a buffer."""
+
+    tier: Tier
+    first_slot: int
+    first: int
+    count: int
+
+
+class LoadsInTurn:
+    """A `Stream` that fills each buffer when its turn comes."""
+
+    def __init__(self, ring: StagingRing, loads: Sequence[Load]):
+        self.bad_reads: dict[int, str] = {}
+        self._ring = ring
+        self._loads = [_runs(load) for load in loads]
+        self._sizes = [len(load) for load in loads]
+        self._pages = ring.open(loads)
+        self._taken = 0
+        self._on_disk = 0  # pages on disk of the layer that were brought already
+
+    def take(self) -> Tensor:
+        number = self._taken
+        self._taken += 1
+        layer, load = divmod(number, len(self._loads))
+        if load == 0:
+            self._on_disk = 0
+        buffer = number % CPU_BUFFERS
+        for run in self._loads[load]:
+            self._ring.bytes[run.tier] += run.count * self._ring.spec.layer_slice_bytes
+            if run.tier is Tier.HOST:
+                source = self._ring.host.slices(run.first_slot, run.count, layer)
+                self._ring.buffers[buffer, run.first : run.first + run.count].copy_(source)
+                continue
+            for index in range(run.count):
+                self._read(layer, run.first_slot + index, buffer, run.first + index)
+        return self._ring.buffers[buffer, : self._sizes[load]]
+
+    def close(self) -> None:
+        if self._pages is not None:
+            self._pages.close()
+
+    def _read(self, layer: int, slot: int, buffer: int, place: int) -> None:
+        assert self._pages is not None
+        try:
+            self._pages.read(self._on_disk, layer, self._ring.parts[buffer][place])
+        except StoreError as error:
+            self.bad_reads[slot] = str(error)
+            self._ring.buffers[buffer, place].zero_()
+        self._on_disk += 1
+
+
+def _runs(load: Load) -> list[_Run]:
+    runs: list[_Run] = []
+    for index, place in enumerate(load):
+        tier, slot = cold_place(place)
+        last = runs[-1] if runs else None
+        if last and last.tier is tier and slot == last.first_slot + last.count:
+            runs[-1] = _Run(tier, last.first_slot, last.first, last.count + 1)
+        else:
+            runs.append(_Run(tier, slot, index, 1))
+    return runs
+
+
+# --- on a GPU ---
+
+
+class LoadsAhead:
+    """A `Stream` whose copies are enqueued ahead of what computes, as far as there are buffers.
+
+    What is enqueued waits on the device alone: a copy for the release of its buffer, and in the first layer for copies
+    that fill its sources; what computes, for the load that it takes. A buffer is released by the next call of `take`
+    but one, and at the end by `close`. So the first copies of a step run while that before it computes still. `take`
+    waits on the host for one thing, the disk, if a load's turn has come and its pages are not read yet; and `close` for
+    nothing, unless the step has failed and threads still read. What a failed step leaves on its way into buffers is
+    read by nobody, and what fills them later comes behind it in the lane.
+    """
+
+    def __init__(self, ring: StagingRing, copies: PageCopies, loads: Sequence[Load]):
+        self.bad_reads: dict[int, str] = {}
+        self._ring, self._copies, self._streams = ring, copies, copies.streams
+        self._filling = ring.filling()
+        self._total = ring.spec.num_layers * len(loads)
+        self._sizes = [len(load) for load in loads]
+        places = [[(*cold_place(place), index) for index, place in enumerate(load)] for load in loads]
+        self._on_disk = [[(slot, index) for tier, slot, index in load if tier is Tier.DISK] for load in places]
+        on_host = [[(slot, index) for tier, slot, index in load if tier is Tier.HOST] for load in places]
+        pairs = copies.prepare(Lane.LOAD, [pair for load in on_host for pair in load])  # one upload for the whole step
+        edges = [0, *accumulate(map(len, on_host))]
+        self._on_host = [pairs.part(first, last) for first, last in pairwise(edges)]
+        self._taken = self._staged = self._released = 0  # loads
+        self._first = ring.num_loads
+        self._ready: deque[Event] = deque()  # of loads that are staged and not taken
+        self._read = 0  # slices from disk that were copied so far
+        self._pages = ring.open(loads)
+        self._reads = None
+        if self._pages is not None:
+            assert ring.read_ahead is not None
+            try:
+                self._reads = ring.read_ahead.begin(self._pages, sum(map(len, self._on_disk)), ring.buffer_pages)
+            except BaseException:
+                self._pages.close()
+                raise
+
+    def take(self) -> Tensor:
+        number = self._taken
+        self._taken += 1
+        self._release(number - 1)
+        self.go_on()
+        self._streams.wait(Lane.COMPUTE, self._ready.popleft())
+        return self._ring.buffers[self._buffer(number), : self._sizes[number % len(self._sizes)]]
+
+    def go_on(self) -> None:
+        """Enqueues what there are buffers for; of loads whose turn has not come, those whose pages are read."""
+        while self._staged < min(self._released + NUM_BUFFERS, self._total):
+            if self._staged >= self._taken and not self._is_read(self._staged):
+                break
+            self._stage(self._staged)
+            self._staged += 1
+
+    def close(self) -> None:
+        self._release(self._staged)
+        self._ring.num_loads += self._staged
+        try:
+            if self._reads is not None:
+                self._reads.close(self._streams.record(Lane.LOAD))
+        finally:
+            if self._pages is not None:
+                self._pages.close()
+
+    def _release(self, before: int) -> None:
+        """Lets the buffers of earlier loads be filled again, behind all that is enqueued to be computed."""
+        while self._released < before:
+            self._ring.released[self._buffer(self._released)] = self._streams.record(Lane.COMPUTE)
+            self._released += 1
+
+    def _stage(self, number: int) -> None:
+        ring = self._ring
+        layer, load = divmod(number, len(self._sizes))
+        buffer = ring.buffers[self._buffer(number)]
+        on_host, on_disk = self._on_host[load], self._on_disk[load]
+        self._streams.wait(Lane.LOAD, ring.released[self._buffer(number)])
+        if layer == 0 and self._filling:
+            for slot in {slot for slot, _ in on_host.rows} & self._filling.keys():
+                self._streams.wait(Lane.LOAD, self._filling[slot])
+        self._copies.start(Lane.LOAD, ring.host.layer_rows(layer), buffer.flatten(1)[:, None], on_host)
+        for slot, index in on_disk:
+            self._copy_read(slot, buffer[index])
+        self._ready.append(self._streams.record(Lane.LOAD))
+        if self._reads is not None and on_disk:
+            self._reads.free(self._read, self._ready[-1])
+        ring.bytes[Tier.HOST] += len(on_host.rows) * ring.spec.layer_slice_bytes
+        ring.bytes[Tier.DISK] += len(on_disk) * ring.spec.layer_slice_bytes
+
+    def _copy_read(self, slot: int, target: Tensor) -> None:
+        """Brings the next slice that comes from disk, in one piece: the disk is slower than any way of copying."""
+        assert self._reads is not None
+        try:
+            source = self._reads.get(self._read)
+            self._streams.run(Lane.LOAD, partial(target.copy_, source, non_blocking=True))
+        except StoreError as error:
+            self.bad_reads[slot] = str(error)
+            self._streams.run(Lane.LOAD, target.zero_)
+        self._read += 1
+
+    def _is_read(self, number: int) -> bool:
+        """Whether the disk slices of the load that comes next are all there."""
+        wanted = len(self._on_disk[number % len(self._sizes)])
+        return self._reads is None or all(self._reads.is_read(self._read + index) for index in range(wanted))
+
+    def _buffer(self, number: int) -> int:
+        return (self._first + number) % NUM_BUFFERS

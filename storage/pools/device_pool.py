@@ -1,0 +1,73 @@
+"""The device tier: the pages that attention can read without moving them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distkv.errors import CapacityError
+from distkv.storage.page_spec import PageSpec
+from distkv.storage.pools.host_memory import as_integers, available_bytes, lazy_zeros
+from distkv.storage.pools.page_pool import check_slot
+
+
+class DevicePool:
+    """A `PagePool` as one tensor of `PageSpec.device_shape` on `device`.
+
+    A slot always holds finite numbers: attention reads whole pages and masks what is not filled, and a masked NaN
+    would still spread. Hence `clear` for a slot that changes hands.
+
+    On a GPU whole pages cross by `rows`, in lanes of their own (`copier.py`). Raises CapacityError when the memory
+    cannot be had.
+    """
+
+    def __init__(self, spec: PageSpec, num_pages: int, device: torch.device):
+        self.spec = spec
+        self.num_pages = num_pages
+        shape = spec.device_shape(num_pages)
+        on_cpu = device.type == "cpu"
+        try:
+            self.data = lazy_zeros(shape, spec.dtype) if on_cpu else torch.zeros(shape, dtype=spec.dtype, device=device)
+        except (MemoryError, torch.OutOfMemoryError):
+            size = num_pages * spec.page_bytes
+            free = available_bytes() if on_cpu else torch.cuda.mem_get_info(device)[0]
+            raise CapacityError(
+                f"the device's KV pages take {size} bytes and {free} are free beside the weights; "
+                f"lower device_kv_bytes by {max(0, size - free)} for each rank there"
+            ) from None
+
+    def layer(self, index: int) -> Tensor:
+        """One layer of the pool: `[2, device_page, kv_head, page_size, head_dim]`, K first."""
+        return self.data[index]
+
+    def rows(self) -> Tensor:
+        """All pages, not copies: `[page, layer * 2, kv_head * page_size * head_dim]`, the last dim contiguous."""
+        return self.data.flatten(0, 1).flatten(2).transpose(0, 1)
+
+    def store(self, slot: int, page: Tensor) -> None:
+        check_slot(slot, self.num_pages)
+        _copy(page, self.data[:, :, slot])
+
+    def load(self, slot: int, page: Tensor) -> None:
+        check_slot(slot, self.num_pages)
+        _copy(self.data[:, :, slot], page)
+
+    def clear(self, slots: Sequence[int]) -> None:
+        """Fills newly taken slots with zeros, over all layers."""
+        for slot in slots:
+            self.data[:, :, slot].zero_()
+
+    def copy(self, source: int, target: int) -> None:
+        """Copies a whole page to another slot, over all layers."""
+        self.data[:, :, target].copy_(self.data[:, :, source])
+
+    def close(self) -> None:
+        self.data = self.data[:, :, :0].clone()
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    if source.device.type == target.device.type == "cpu":
+        # numpy's copy leaves torch's thread team alone, so that it can run beside a step
+        as_integers(target)[...] = as_integers(source)
+    else:
+        target.copy_(source)

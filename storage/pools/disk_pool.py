@@ -1,0 +1,249 @@
+"""The disk tier: one rank's heads of a plain Zarr array, written through zarr and read by preadv.
+
+zarr writes a chunk to a temporary file and renames it, so a killed write leaves no torn chunk. It reads a missing chunk
+as zeros and a damaged one without a word, and at a third of the speed; hence our own reading, checked by crc32c.
+"""
+
+import errno
+import os
+import resource
+import time
+from collections.abc import Container, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from crc32c import crc32c
+from torch import Tensor
+
+from distkv.errors import StoreError
+from distkv.storage.disk.cache_folder import ARRAY, DiskHeads, chunk_name, parse_chunk
+from distkv.storage.disk.disk_array import open_array
+from distkv.storage.page_spec import PageSpec
+from distkv.storage.pools.host_memory import as_integers
+from distkv.storage.pools.page_pool import check_slot
+
+MAX_OPEN = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2  # files that `OpenPages` holds open
+WRITE_TRIES = 3
+SETTLE_SECONDS = 0.05  # in which zarr ends the writes of other heads, after that of one has failed
+
+Parts = list[list[memoryview]]
+"""The memory of a layer slice, for each head the pieces in file order: keys, values."""
+
+
+class DiskPool:
+    """A `PagePool` over the KV heads of one rank; pages in different slots may be stored and loaded at the same time.
+
+    The checksum of each head's layer slice is kept in memory; `checksums` gives those of a slot for the catalogue.
+    """
+
+    def __init__(self, spec: PageSpec, folder: Path, num_pages: int, heads: DiskHeads):
+        """Opens the array that lies in `folder`, of at least so many slots."""
+        self.num_pages = num_pages
+        self._spec = spec
+        self._heads = heads
+        self._held = range(heads.first, heads.first + spec.num_kv_heads)
+        self._folder = str(folder / ARRAY)
+        self._array = open_array(folder)
+        self._crcs = np.zeros((num_pages, spec.num_kv_heads, spec.num_layers), dtype=np.uint32)
+        self._stored = np.zeros(num_pages, dtype=bool)
+
+    def store(self, slot: int, page: Tensor) -> None:
+        """See `PagePool`. A rank that shares its heads with the one that writes them takes the checksums alone.
+
+        Raises StoreError when the disk does not take the page; the slot is empty then.
+        """
+        check_slot(slot, self.num_pages)
+        self._stored[slot] = False
+        for layer in range(self._spec.num_layers):
+            for head, parts in enumerate(self.parts(page[layer])):
+                self._crcs[slot, head, layer] = _checksum(parts)
+        if self._heads.writes:
+            try:
+                self._write(slot, page)
+            except OSError as error:
+                full = "; make room on the disk or lower disk_kv_bytes" if error.errno == errno.ENOSPC else ""
+                raise StoreError(f"a KV page cannot be written to {self._folder}: {error.strerror}{full}") from error
+        self._stored[slot] = True
+
+    def _write(self, slot: int, page: Tensor) -> None:
+        """On a full disk the room of what lay in the slot may do, so that is removed before the next try."""
+        bits = as_integers(page).view(self._array.dtype)
+        for tries_left in reversed(range(WRITE_TRIES)):
+            try:
+                self._array[slot, :, :, self._held.start : self._held.stop] = bits
+                return
+            except OSError as error:
+                time.sleep(SETTLE_SECONDS)
+                if error.errno != errno.ENOSPC or not tries_left or not any(map(os.path.exists, self._names(slot))):
+                    raise
+            for name in self._names(slot):
+                Path(name).unlink(missing_ok=True)
+
+    def load(self, slot: int, page: Tensor) -> None:
+        with OpenPages(self, [slot]) as pages:
+            memory, size = _bytes(page), self._spec.layer_slice_bytes
+            for layer in range(self._spec.num_layers):
+                pages.read(0, layer, self._split(memory[layer * size : (layer + 1) * size]))
+
+    def open(self, slots: Sequence[int]) -> "OpenPages":
+        """Several pages, to be read many times; to be closed before any of the slots is stored again."""
+        return OpenPages(self, slots)
+
+    def adopt(self, entries: dict[int, bytes]) -> list[int]:
+        """Takes over the pages that an earlier process left, and no others; to be called before any page is stored.
+
+        Args:
+            entries: by slot the checksums of the whole model, uint32 `[kv_head, layer]` in C order.
+
+        Returns the slots of pages that this rank cannot read: a file is missing or has another size, or the checksums
+        are not this model's. Files of other pages, and of writes that were cut off, are removed where they belong to
+        heads that this rank writes. Raises StoreError when the folder cannot be read.
+        """
+        self._stored[:] = False
+        shape = self._heads.total, self._spec.num_layers
+        whole = set(self._sweep(entries))
+        missing = []
+        for slot, checksums in entries.items():
+            crcs = np.frombuffer(checksums, np.uint32) if len(checksums) % 4 == 0 else np.empty(0)
+            files = all((slot, head) in whole for head in self._held)
+            if slot >= self.num_pages or crcs.size != shape[0] * shape[1] or not files:
+                missing.append(slot)
+                continue
+            self._crcs[slot] = crcs.reshape(shape)[self._held.start : self._held.stop]
+            self._stored[slot] = True
+        return missing
+
+    def parts(self, layer_slice: Tensor) -> Parts:
+        """The memory of a contiguous layer slice `[2, kv_head, page_size, head_dim]`, to read into."""
+        return self._split(_bytes(layer_slice))
+
+    def checksums(self, slot: int) -> bytes:
+        """This rank's part of a slot's entry in the catalogue: crc32c of each head's layer slice, uint32
+        `[kv_head, layer]` in C order. Empty where an earlier rank holds the same heads."""
+        return self._crcs[slot].tobytes() if self._heads.reports else b""
+
+    def chunk_path(self, slot: int, head: int) -> Path:
+        """The file of one of this rank's heads, counted on the rank."""
+        return Path(self.files(slot)[head])
+
+    def close(self) -> None:
+        """Nothing to give back: the files belong to the folder."""
+
+    def files(self, slot: int) -> list[str]:
+        """The files of a slot, one for each head."""
+        check_slot(slot, self.num_pages)
+        if not self._stored[slot]:
+            raise StoreError(f"slot {slot} of {self._folder} holds no page")
+        return self._names(slot)
+
+    def layer_checksums(self, slot: int) -> list[list[int]]:
+        """crc32c by head and layer."""
+        return self._crcs[slot].tolist()
+
+    @property
+    def slice_bytes(self) -> int:
+        """Bytes of a head's part of a layer slice."""
+        return self._spec.layer_slice_bytes // self._spec.num_kv_heads
+
+    def _names(self, slot: int) -> list[str]:
+        return [f"{self._folder}/{chunk_name(slot, head)}" for head in self._held]
+
+    def _split(self, layer_slice: memoryview) -> Parts:
+        half, size = len(layer_slice) // 2, self.slice_bytes // 2
+        return [
+            [layer_slice[first : first + size], layer_slice[half + first : half + first + size]]
+            for first in range(0, half, size)
+        ]
+
+    def _sweep(self, kept: Container[int]) -> Iterator[tuple[int, int]]:
+        """Removes the files of slots that are not kept; gives slot and head of each other chunk of the right size."""
+        size = self.slice_bytes * self._spec.num_layers
+        try:
+            with os.scandir(self._folder) as files:
+                for file in files:
+                    chunk = parse_chunk(file.name)
+                    is_partial = file.name.endswith(".partial")
+                    if chunk is None:  # the metadata
+                        swept = is_partial and self._held.start == 0
+                    elif chunk[1] not in self._held:
+                        continue
+                    elif chunk[0] in kept and not is_partial:
+                        swept = False
+                        if file.stat().st_size == size:
+                            yield chunk
+                    else:
+                        swept = True
+                    if swept and self._heads.writes:
+                        Path(file.path).unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreError(f"{self._folder} cannot be swept: {error.strerror}") from error
+
+
+class OpenPages:
+    """Pages of a `DiskPool` that are read layer by layer, from several threads if need be. A context manager.
+
+    MAX_OPEN files stay open, so that the system reads ahead in them; the others are opened for each read.
+    """
+
+    def __init__(self, pool: DiskPool, slots: Sequence[int]):
+        """Raises StoreError for a slot that holds no page."""
+        self._slice_bytes = pool.slice_bytes
+        self._files = [pool.files(slot) for slot in slots]
+        self._checksums = [pool.layer_checksums(slot) for slot in slots]
+        self._descriptors: list[list[int | None]] = [[None] * len(files) for files in self._files]
+        room = MAX_OPEN
+        for files, descriptors in zip(self._files, self._descriptors, strict=True):
+            for head, file in enumerate(files[: max(0, room)]):
+                with suppress(OSError):  # `read` says why
+                    descriptors[head] = os.open(file, os.O_RDONLY)
+            room -= len(files)
+
+    def read(self, index: int, layer: int, parts: Parts) -> None:
+        """Reads and checks one layer of the index-th page. Raises StoreError when it cannot be read back."""
+        offset, checksums = layer * self._slice_bytes, self._checksums[index]
+        for head, (descriptor, pieces) in enumerate(zip(self._descriptors[index], parts, strict=True)):
+            try:
+                if descriptor is None:
+                    count = self._read_closed(index, head, pieces, offset)
+                else:
+                    count = os.preadv(descriptor, pieces, offset)
+            except OSError as error:
+                raise StoreError(f"{self._files[index][head]} cannot be read: {error.strerror}") from error
+            if count != self._slice_bytes:
+                raise StoreError(f"{self._files[index][head]} is cut short in layer {layer}")
+            if _checksum(pieces) != checksums[head][layer]:
+                raise StoreError(f"{self._files[index][head]} is damaged: the checksum of layer {layer} is wrong")
+
+    def close(self) -> None:
+        for descriptors in self._descriptors:
+            for head, descriptor in enumerate(descriptors):
+                if descriptor is not None:
+                    os.close(descriptor)
+                    descriptors[head] = None
+
+    def __enter__(self) -> "OpenPages":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _read_closed(self, index: int, head: int, pieces: list[memoryview], offset: int) -> int:
+        descriptor = os.open(self._files[index][head], os.O_RDONLY)
+        try:
+            return os.preadv(descriptor, pieces, offset)
+        finally:
+            os.close(descriptor)
+
+
+def _bytes(x: Tensor) -> memoryview:
+    """The memory of a contiguous tensor; a part of it costs less than a part of the tensor."""
+    assert x.is_contiguous()
+    return as_integers(x).reshape(-1).view(np.uint8).data
+
+
+def _checksum(pieces: list[memoryview]) -> int:
+    value = 0
+    for piece in pieces:
+        value = crc32c(piece, value)
+    return value

@@ -1,0 +1,187 @@
+"""The single-rank path on a CUDA device. Run with `pytest -m gpu`; needs neither ray nor zarr."""
+
+import gc
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.helpers import idle_engine, save_llama, seeded
+from support.sample_rows import GREEDY as GREEDY_ROW
+from support.sample_rows import PLAIN
+from test_residency import run
+from torch import Tensor
+
+from distkv import LLM, SamplingParams
+from distkv.workers.group.process_group import ProcessGroup
+from distkv.workers.group.step_plan import StepPlan
+from distkv.workers.sampling.sampler import SampleRow, sample
+
+pytestmark = pytest.mark.gpu
+GREEDY = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (4, 1)])
+def test_greedy_tokens_equal_those_of_transformers(tmp_path: Path, heads: int, kv_heads: int) -> None:
+    folder, peer = save_llama(tmp_path, num_attention_heads=heads, num_key_value_heads=kv_heads)
+    prompts = [torch.randint(3, 128, (n,), generator=seeded(n)).tolist() for n in (1, 5, 70, 150)]
+    with LLM(folder, device="cuda", page_size=16, max_num_batched_tokens=64, device_kv_bytes="8MiB") as llm:
+        outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    peer = peer.cuda()
+    for prompt, output in zip(prompts, outputs, strict=True):
+        generated = peer.generate(
+            torch.tensor([prompt], device="cuda"), max_new_tokens=48, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert output.outputs[0].token_ids == generated[0, len(prompt) :].tolist()
+
+
+def test_the_device_pool_is_sized_by_gpu_memory_utilization(tmp_path: Path) -> None:
+    folder, _ = save_llama(tmp_path, max_position_embeddings=1 << 20)
+    before = torch.cuda.mem_get_info()[0]
+    total = torch.cuda.mem_get_info()[1]
+    with LLM(folder, device="cuda", gpu_memory_utilization=0.5, max_num_seqs=256, dtype="bfloat16") as llm:
+        assert llm.info.pool_bytes <= 0.5 * total
+        assert llm.info.pool_bytes > 0.5 * total - (total - before) - 4 * 2**30
+        assert llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs[0].finish_reason == "length"
+
+
+def test_graphs_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences that come and go, through graphs of several sizes and through single launches."""
+    folder, _ = save_llama(tmp_path / "model", num_attention_heads=8, num_key_value_heads=2, hidden_size=512)
+    prompts = [torch.randint(3, 128, (n,), generator=seeded(n)).tolist() for n in (20, 3, 120, 77, 1, 64)]
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (9, 30, 17, 60, 44, 5)]
+    options = {"page_size": 16, "max_num_batched_tokens": 128, "max_num_seqs": 6, "device": "cuda", "dtype": "bfloat16"}
+    graphs = run(folder, prompts, params, **options)
+    monkeypatch.setattr("distkv.workers.runners.cuda_runner.takes_graphs", lambda device, group: False)
+    run(folder, prompts, params, **options).assert_same(graphs)
+
+
+@pytest.mark.parametrize("gain", [0.0, float("inf")], ids=["gather kernel", "copy engine"])
+def test_tiers_change_no_bit_and_memory_stays_flat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gain: float
+) -> None:
+    """Decode and prefill over a host tier, and the device memory of contexts that differ fourfold."""
+    monkeypatch.setattr("distkv.workers.bandwidth.KERNEL_GAIN", gain)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    folder, _ = save_llama(
+        tmp_path / "model", num_attention_heads=8, num_key_value_heads=2, hidden_size=512, max_position_embeddings=65536
+    )
+    options = {"page_size": 64, "max_num_batched_tokens": 512, "max_num_seqs": 1}
+    peaks = []
+    for length in (4000, 16000):
+        prompt = torch.randint(3, 128, (length,), generator=seeded(length)).tolist()
+        resident = run(folder, [prompt], pages=(length // 64 + 2, 0, 0), **options)
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        tiered = run(folder, [prompt], pages=(12, length // 64 + 2, 0), **options)
+        peaks.append(torch.cuda.max_memory_allocated())
+        tiered.assert_same(resident)
+        assert tiered.moved("host_streamed") > 20 * (length // 64 - 12) * tiered.page_bytes
+    assert peaks[1] - peaks[0] < 4 * 2**20, peaks
+
+
+def sample_rows_of_all_kinds() -> list[SampleRow]:
+    """A row of each way to draw, with and without penalties, log-probabilities and a token that is late."""
+    rows = [GREEDY_ROW, PLAIN, replace(PLAIN, temperature=0.6, min_p=0.1), replace(PLAIN, top_k=5, top_p=0.9)]
+    seen = {"prompt_token_ids": [3, 9, 9], "output_token_ids": [4, 4, 17]}
+    rows += [replace(row, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.2, **seen) for row in rows]
+    rows += [replace(row, num_logprobs=number % 3) for number, row in enumerate(rows)]
+    rows += [replace(row, output_token_ids=[4, 4], late=number % 2) for number, row in enumerate(rows)]
+    return [replace(row, logits_row=number, uniform=number / 97) for number, row in enumerate(rows)]
+
+
+def test_drawing_waits_for_nothing() -> None:
+    """All ways to draw, one by one and together; the tokens are those of a CPU, where rounding does not decide."""
+    rows = sample_rows_of_all_kinds()
+    logits = torch.randn(len(rows), 40_000, generator=seeded(3)) * 2.5
+    before = torch.tensor([17, 17])
+    expected = [token for token, _ in sample(logits, rows, before).result()]
+    there, before = logits.cuda(), before.cuda()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        together = sample(there, rows, before)
+        backwards = sample(there, rows[::-1], before)
+        alone = [sample(there[row.logits_row :][:1], [replace(row, logits_row=0)], before) for row in rows]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    found = together.result()
+    assert backwards.result() == found[::-1]
+    assert [token for token, _ in found] == expected
+    assert together.tokens.tolist() == expected
+    for row, (token, table), one in zip(rows, found, alone, strict=True):
+        [(own_token, own_table)] = one.result()
+        assert own_token == token and (table is None) == (row.num_logprobs is None) == (own_table is None)
+        if table is not None and own_table is not None:
+            assert (own_table.rank, [top for top, _ in own_table.top]) == (table.rank, [top for top, _ in table.top])
+            assert own_table.logprob == pytest.approx(table.logprob, abs=1e-5)
+
+
+def test_no_step_of_a_decode_waits_for_the_device(tmp_path: Path) -> None:
+    """Resident sequences, with all that a row may ask for: what the step's thread does raises where it would wait. A
+    failed step would show as an error of its request, or as one more step."""
+    folder, _ = save_llama(tmp_path, num_attention_heads=8, num_key_value_heads=2, hidden_size=512)
+    prompts = [torch.randint(3, 128, (n,), generator=seeded(n)).tolist() for n in (1, 20, 70, 5)]
+    params = [
+        SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, logprobs=3),
+        SamplingParams(temperature=1, seed=1, max_tokens=60, ignore_eos=True),
+        SamplingParams(temperature=0.8, seed=2, top_p=0.9, repetition_penalty=1.2, max_tokens=60, ignore_eos=True),
+        SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, frequency_penalty=0.3, logprobs=1),
+    ]
+    with LLM(folder, device="cuda", page_size=16, device_kv_bytes="8MiB", enable_prefix_caching=False) as llm:
+        expected = llm.generate(prompts, params, use_tqdm=False)  # warms up what is made on first use
+        runner = idle_engine(llm)._runner
+        fly = runner._fly
+        errors: list[Exception] = []
+        num_strict = 0
+
+        def strict(plan: StepPlan, rows: list[SampleRow]) -> Any:
+            nonlocal num_strict
+            is_decode = bool(plan.sequences) and all(len(part.token_ids) == 1 for part in plan.sequences)
+            is_decode = is_decode and all(part.start >= part.prompt_len for part in plan.sequences)
+            num_strict += is_decode
+            torch.cuda.set_sync_debug_mode("error" if is_decode else "default")
+            try:
+                landing = fly(plan, rows)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            errors.extend([landing.error] if landing.error is not None else [])
+            return landing
+
+        runner._fly = strict
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert not errors, errors
+    assert num_strict >= 59
+    for output, other in zip(outputs, expected, strict=True):
+        assert output.error is None
+        assert output.outputs[0].token_ids == other.outputs[0].token_ids
+
+
+def _collectives(rank: int, port: int, folder: str) -> None:
+    torch.cuda.set_device(0)
+    group = ProcessGroup(rank, 2, f"tcp://127.0.0.1:{port}", "gloo")
+    drawn = torch.tensor([7, 8, 9] if rank == 0 else [0, 0, 0], device="cuda")
+    total = group.all_reduce(torch.full((4,), rank + 1.0, device="cuda"))
+    gathered = group.gather_columns(torch.full((2, 3 - rank), rank + 1.0, device="cuda"), [3, 2])
+    seen: dict[str, Tensor | None] = {"drawn": group.broadcast(drawn), "total": total, "gathered": gathered}
+    torch.save(seen, Path(folder, f"{rank}.pt"))
+    group.close()
+
+
+def test_ranks_that_share_a_gpu(tmp_path: Path) -> None:
+    """Over gloo, which has no gather for CUDA tensors."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_collectives, (port, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        seen = torch.load(tmp_path / f"{rank}.pt")
+        assert seen["drawn"].is_cuda and seen["drawn"].tolist() == [7, 8, 9]
+        assert seen["total"].tolist() == [3.0] * 4
+        if rank == 0:
+            assert seen["gathered"].is_cuda and seen["gathered"].tolist() == [[1.0, 1.0, 1.0, 2.0, 2.0]] * 2
+        else:
+            assert seen["gathered"] is None

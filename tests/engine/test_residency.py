@@ -1,0 +1,177 @@
+"""The promise of the product: logits are bit for bit the same wherever the pages lie, and the pages did lie there."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.helpers import idle_engine, save_llama, seeded, stdlib_text
+from torch import Tensor
+
+from distkv import LLM, SamplingParams
+from distkv.engine.engine import Engine
+from distkv.engine.protocol import EngineStats
+from distkv.outputs import RequestOutput
+from distkv.storage.page_spec import PageSpec
+from distkv.workers.model.model_config import ModelConfig, parse_dtype
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run computed and moved."""
+
+    logits: list[Tensor]  # of each step that wanted any
+    outputs: list[RequestOutput]
+    stats: EngineStats
+    page_bytes: int
+    peak: tuple[int, int, int]  # most pages in use by tier
+    tiers: tuple[int, int, int]
+
+    def moved(self, route: str) -> int:
+        return self.stats.moved.get(route, 0)
+
+    def assert_same(self, other: "Run") -> None:
+        """Bit for bit, step by step."""
+        assert [len(one) for one in self.logits] == [len(one) for one in other.logits]
+        for step, (mine, theirs) in enumerate(zip(self.logits, other.logits, strict=True)):
+            assert torch.equal(mine, theirs), f"step {step}"
+        for mine, theirs in zip(self.outputs, other.outputs, strict=True):
+            assert [one.token_ids for one in mine.outputs] == [one.token_ids for one in theirs.outputs]
+
+
+def run(
+    folder: Path,
+    prompts: list[list[int]],
+    params: SamplingParams | list[SamplingParams] = GREEDY,
+    *,
+    pages: tuple[int | None, int, int] = (None, 0, 0),
+    cache_dir: Path | None = None,
+    watch: Callable[[Engine], None] = lambda engine: None,
+    **options: Any,
+) -> Run:
+    """Answers the prompts with `pages` of (device, host, disk).
+
+    After each step the books are checked, and `watch` is called.
+    """
+    model = ModelConfig.load(folder)
+    dtype = model.dtype if "dtype" not in options else parse_dtype(options["dtype"])
+    spec = PageSpec(
+        model.num_hidden_layers, model.num_key_value_heads, options["page_size"], model.head_dim, dtype
+    )  # fmt: skip
+    page_bytes = spec.page_bytes
+    sizes: dict[str, Any] = {"device_kv_bytes": "1GiB" if pages[0] is None else pages[0] * page_bytes}
+    sizes["host_kv_bytes"] = pages[1] * page_bytes
+    if pages[2]:
+        sizes |= {"cache_dir": cache_dir, "disk_kv_bytes": pages[2] * page_bytes}
+    logits: list[Tensor] = []
+    peak = [0, 0, 0]
+    with LLM(folder, **sizes, **({"enable_prefix_caching": False} | options)) as llm:
+        engine = idle_engine(llm)
+        execute = engine._runner.execute
+
+        def spy(plan, drawn):
+            result = execute(plan, drawn)
+            if result[0] is not None and len(result[0]):
+                logits.append(result[0].clone())
+            used = engine.stats()
+            for tier, count in enumerate((used.device_pages, used.host_pages, used.disk_pages)):
+                peak[tier] = max(peak[tier], count)
+            watch(engine)
+            return result
+
+        engine._runner.execute = spy
+        try:
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            idle_engine(llm).integrity_check()
+        finally:
+            engine._runner.execute = execute  # else engine and spy would keep each other, and the memory of a GPU
+        info = llm.info
+        assert info.page_bytes == page_bytes
+        tiers = info.num_pages, info.num_host_pages, info.num_disk_pages
+        assert all(count <= size for count, size in zip(peak, tiers, strict=True))
+        if info.cache_dir is not None:
+            files = sum(file.stat().st_size for file in Path(info.cache_dir, "kv.zarr").iterdir())
+            assert files <= pages[2] * page_bytes + 4096
+        return Run(logits, outputs, llm.stats(), page_bytes, (peak[0], peak[1], peak[2]), tiers)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(
+        tmp_path_factory.mktemp("model"), max_position_embeddings=8192, num_attention_heads=6, num_key_value_heads=3,
+        hidden_size=96, head_dim=16,
+    )[0]  # fmt: skip
+
+
+def random_prompt(length: int, seed: int = 1) -> list[int]:
+    return torch.randint(3, 128, (length,), generator=seeded(seed)).tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("page_size", [16, 64, 256])
+def test_tiers_change_no_bit(folder: Path, tmp_path: Path, page_size: int, dtype: str) -> None:
+    """A window of a few pages, with everything else on the host, and with most of that on disk."""
+    prompt = random_prompt(13 * page_size + page_size // 2)
+    options = {"page_size": page_size, "max_num_batched_tokens": 2 * page_size, "dtype": dtype, "max_num_seqs": 2}
+    resident = run(folder, [prompt], **options)
+    assert resident.stats.moved == {}
+
+    on_host = run(folder, [prompt], pages=(3, 40, 0), **options)
+    on_host.assert_same(resident)
+    slices = cold_slices(len(prompt), GREEDY.max_tokens, page_size, window=3)
+    assert on_host.moved("host_streamed") == slices * on_host.page_bytes
+    assert on_host.moved("device_to_host") == (len(prompt) + 23) // page_size * on_host.page_bytes
+
+    on_disk = run(folder, [prompt], pages=(3, 2, 40), cache_dir=tmp_path, **options)
+    on_disk.assert_same(resident)
+    assert on_disk.moved("host_streamed") + on_disk.moved("disk_streamed") == slices * on_disk.page_bytes
+    assert on_disk.moved("disk_streamed") > 0.6 * slices * on_disk.page_bytes
+    assert on_disk.peak[2] >= 7
+
+
+def cold_slices(prompt_len: int, new_tokens: int, page_size: int, window: int) -> int:
+    """Pages times steps that a single sequence must stream at least, with chunks of two pages: in each step all full
+    pages of its past that do not lie in the window beside the pages that the step fills."""
+    starts = [*range(0, prompt_len, 2 * page_size), prompt_len]
+    steps = list(pairwise(starts)) + [(prompt_len + i, prompt_len + i + 1) for i in range(new_tokens - 1)]
+    total = 0
+    for start, end in steps:
+        full = start // page_size
+        held = min(full, window - (-(-end // page_size) - full))
+        total += full - held
+    return total
+
+
+def test_a_mix_that_changes_during_the_run(folder: Path, tmp_path: Path) -> None:
+    """Sequences of several lengths that end one after another: pages leave for host and disk and come back up."""
+    prompts = [random_prompt(length, length) for length in (250, 40, 333, 90, 500, 7)]
+    params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in (90, 60, 12, 30, 48, 110)]
+    forks = SamplingParams(temperature=1, seed=3, n=3, max_tokens=40, ignore_eos=True)
+    options = {"page_size": 16, "max_num_batched_tokens": 64, "max_num_seqs": 12}
+    everything = [*prompts, random_prompt(100, 9)], [*params, forks]
+    resident = run(folder, *everything, **options)
+    for pages in ((20, 200, 0), (20, 12, 200)):
+        mixed = run(folder, *everything, pages=pages, cache_dir=tmp_path / str(pages[2]), **options)
+        mixed.assert_same(resident)
+        assert mixed.moved("host_streamed") and mixed.moved("host_to_device")
+        if pages[2]:
+            assert mixed.moved("disk_streamed") and mixed.moved("host_to_disk") and mixed.moved("disk_to_host")
+
+
+@pytest.mark.parametrize("length", [2500, pytest.param(8000, marks=pytest.mark.slow)])
+def test_the_demo_model_on_real_text(demo_model: Path, tmp_path: Path, length: int) -> None:
+    with LLM(demo_model, device_kv_bytes="64MiB", host_kv_bytes=0) as llm:
+        prompt = llm.tokenizer.encode(stdlib_text())[:length]
+    assert len(prompt) == length
+    options = {"page_size": 64, "max_num_batched_tokens": 1024, "max_num_seqs": 1}
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    resident = run(demo_model, [prompt], params, **options)
+    tiered = run(demo_model, [prompt], params, pages=(18, 16, 200), cache_dir=tmp_path, **options)
+    tiered.assert_same(resident)
+    cold = length // 64 - 18
+    assert tiered.moved("disk_streamed") > 5 * (cold - 16) * tiered.page_bytes

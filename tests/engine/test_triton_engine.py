@@ -1,0 +1,87 @@
+"""The whole engine with the CUDA kernels, interpreted on a CPU: tokens of transformers, one answer in all tiers."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support.helpers import save_llama, seeded
+from test_residency import run
+from torch import Tensor
+
+from distkv import LLM, SamplingParams
+from distkv.workers.attention.cuda import CudaAttention
+from distkv.workers.runners.batch import Batch
+from distkv.workers.runners.step_graphs import StepGraphs
+
+pytestmark = pytest.mark.interpreter
+
+
+@pytest.fixture(autouse=True)
+def on_the_cuda_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distkv.workers.rank.takes_cuda_path", lambda device: True)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 2), pytest.param(3, 1, marks=pytest.mark.slow)])
+def test_greedy_tokens_equal_those_of_transformers(tmp_path: Path, heads: int, kv_heads: int) -> None:
+    folder, peer = save_llama(
+        tmp_path, num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=16 * heads, head_dim=16
+    )
+    prompts = [torch.randint(3, 128, (n,), generator=seeded(n)).tolist() for n in (1, 5, 30)]
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    with LLM(folder, page_size=16, max_num_batched_tokens=24, max_num_seqs=3, device_kv_bytes="1MiB") as llm:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        generated = peer.generate(
+            torch.tensor([prompt]), max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert output.outputs[0].token_ids == generated[0, len(prompt) :].tolist()
+
+
+def test_tiers_change_no_bit(tmp_path: Path) -> None:
+    """Decodes and chunks of prompts of several sequences, with a window of a few pages, the rest on host and disk."""
+    folder, _ = save_llama(tmp_path / "model", num_hidden_layers=1, head_dim=16, max_position_embeddings=1024)
+    prompts = [torch.randint(3, 128, (n,), generator=seeded(n)).tolist() for n in (180, 40, 12)]
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (4, 6, 3)]
+    options = {"page_size": 16, "max_num_batched_tokens": 64, "max_num_seqs": 3}
+    resident = run(folder, prompts, params, **options)
+    mixed = run(folder, prompts, params, pages=(8, 6, 40), cache_dir=tmp_path / "cache", **options)
+    mixed.assert_same(resident)
+    assert mixed.moved("host_streamed") and mixed.moved("disk_streamed")
+
+
+def test_graphs_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps through the inputs of captured graphs, which a CPU can only launch again, and with a ladder of sizes."""
+    folder, _ = save_llama(tmp_path / "model", num_hidden_layers=1, head_dim=16)
+    prompts = [torch.randint(3, 128, (n,), generator=seeded(n)).tolist() for n in (20, 3, 12)]
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (3, 8, 5)]
+    options = {"page_size": 16, "max_num_batched_tokens": 32, "max_num_seqs": 3}
+    eager = run(folder, prompts, params, **options)
+    replayed: list[int] = []
+
+    def replays(run: Callable[[], Tensor], memory: object) -> Callable[[], Tensor]:
+        def replay() -> Tensor:
+            hidden = run()
+            replayed.append(len(hidden))
+            return hidden
+
+        return replay
+
+    whole = StepGraphs._batch
+
+    def outlives(self: StepGraphs, rows: int) -> Batch:
+        """A graph reads at the addresses that it has seen, so nothing that it reads may be of the capture alone."""
+        batch = whole(self, rows)
+        assert isinstance(batch.attention, CudaAttention)
+        read = [value for value in vars(batch).values() if isinstance(value, Tensor)]
+        kept = {value.untyped_storage().data_ptr() for value in vars(self).values() if isinstance(value, Tensor)}
+        assert {value.untyped_storage().data_ptr() for value in [*read, *batch.attention.arrays.values()]} <= kept
+        return batch
+
+    monkeypatch.setattr(StepGraphs, "_batch", outlives)
+    monkeypatch.setattr("distkv.workers.runners.step_graphs.captured", replays)
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
+    monkeypatch.setattr("distkv.workers.runners.cuda_runner.takes_graphs", lambda device, group: True)
+    graphs = run(folder, prompts, params, **options)
+    graphs.assert_same(eager)
+    assert set(replayed) == {1, 2, 4}

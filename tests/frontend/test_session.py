@@ -1,0 +1,310 @@
+"""Sessions: what is kept of a conversation, and that its prompts repeat the tokens of the turn before."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distkv.errors import ConfigError, DistKVError, RequestError, StoreError
+from distkv.frontend.session import Session
+from distkv.frontend.tokenizer import Message, Tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+SYSTEM = {"role": "system", "content": "Be brief."}
+QUESTIONS = [
+    {"role": "user", "content": text} for text in ("What is the capital of France?", "And of Peru?", "Thanks!")
+]
+ANSWERS = ["Paris. \n", "That is Lima — 🙂", ""]
+END = "<|im_end|>"
+LLAMA_2 = (
+    "{% for one in messages %}{% if one.role == 'user' %}{{ '<|im_start|>[INST] ' + one.content | trim + ' [/INST]' }}"
+    "{% elif one.role == 'assistant' %}{{ ' ' + one.content | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+TURN = (
+    "{% for one in messages %}{{ one.role + ': ' + CONTENT + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: OPENING' }}{% endif %}"
+)
+REWRITING = {
+    "drops reasoning": TURN.replace("CONTENT", "one.content.split('</think>')[-1]").replace("OPENING", ""),
+    "opens reasoning": TURN.replace("CONTENT", "one.content").replace("OPENING", "<think>"),
+    "drops answers": TURN.replace("CONTENT", "(one.content if one.role == 'user' else '')").replace("OPENING", ""),
+    "cuts answers": TURN.replace("CONTENT", "one.content[:10]").replace("OPENING", ""),
+    "repeats answers": TURN.replace("CONTENT", "one.content + one.content").replace("OPENING", ""),
+    "turns them round": TURN.replace("in messages", "in messages[::-1]").replace("CONTENT", "one.content"),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo_model: Path) -> Tokenizer:
+    return Tokenizer(demo_model)
+
+
+def with_template(demo_model: Path, folder: Path, template: str) -> Tokenizer:
+    """The demo model's tokenizer with another chat template."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_model / name, folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    return Tokenizer(folder)
+
+
+def spelled(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Tokens that decode to the text, a character each: what a model may draw, and no encoding gives."""
+    token_ids = [token for character in text for token in tokenizer.encode(character)]
+    assert tokenizer.decode(token_ids) == text
+    assert len(text) < 2 or token_ids != tokenizer.encode(text)
+    return token_ids
+
+
+def answered(
+    session: Session, tokenizer: Tokenizer, question: Message, text: str, token_ids: list[int] | None = None
+) -> None:
+    session.prompt(tokenizer, [question])
+    session.add_answer(text, spelled(tokenizer, text) if token_ids is None else token_ids)
+
+
+def turns(tokenizer: Tokenizer, cache_dir: Path, **first: Message) -> list[tuple[list[int], list[int]]]:
+    """Prompt and answer of each turn, every one by a session that was opened anew."""
+    found = []
+    for question, answer in zip(QUESTIONS, ANSWERS, strict=True):
+        with Session(cache_dir, "trip") as session:
+            prompt = session.prompt(tokenizer, [*first.values(), question])
+            token_ids = spelled(tokenizer, answer) if answer else []
+            session.add_answer(answer, token_ids)
+            found.append((prompt, token_ids))
+    return found
+
+
+@pytest.mark.parametrize("template", [None, LLAMA_2], ids=["smollm2", "blanks around answers"])
+def test_a_prompt_begins_with_the_tokens_of_the_turn_before(
+    demo_model: Path, tmp_path: Path, template: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = with_template(demo_model, tmp_path, template) if template else Tokenizer(demo_model)
+    [end] = tokenizer.encode(END)
+    first, second, third = turns(tokenizer, tmp_path)
+    for (prompt, answer), (following, _) in ((first, second), (second, third)):
+        held = [*prompt, *answer, end]
+        assert following[: len(held)] == held
+    with Session(tmp_path, "trip") as session:
+        after_nothing = session.prompt(tokenizer, QUESTIONS[:1])
+    assert after_nothing[: len(third[0]) + 1] == [*third[0], end], "an answer that was interrupted at once"
+    assert not caplog.records
+
+
+def test_spliced_tokens_say_what_the_template_says(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    turns(tokenizer, tmp_path, system=SYSTEM)
+    with Session(tmp_path, "trip") as session:
+        prompt = session.prompt(tokenizer, QUESTIONS[:1])
+        plain = [{"role": one["role"], "content": one["content"]} for one in session.messages]
+    rendered = tokenizer.encode_chat([*plain, QUESTIONS[0]])
+    assert tokenizer._tokenizer.decode(prompt) == tokenizer._tokenizer.decode(rendered)
+    assert prompt != rendered
+
+
+@pytest.mark.parametrize("template", REWRITING.values(), ids=REWRITING)
+def test_where_the_template_rewrites_answers_their_text_is_encoded(
+    demo_model: Path, tmp_path: Path, template: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = with_template(demo_model, tmp_path, template)
+    text = "It may be Lyon. No: </think>Paris."
+    messages = [QUESTIONS[0], {"role": "assistant", "content": text}, QUESTIONS[1]]
+    with Session(tmp_path, "trip") as session:
+        answered(session, tokenizer, QUESTIONS[0], text)
+        for _ in range(2):
+            assert session.prompt(tokenizer, [QUESTIONS[1]]) == tokenizer.encode_chat(messages)
+    [record] = caplog.records
+    assert (record.levelno, "encoded from their text" in record.message) == (logging.WARNING, True)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"content": "x", "token_ids": 5}, {"token_ids": [5]}, {"content": 1, "token_ids": []}]
+)
+def test_answers_without_text_or_with_something_else_as_tokens_are_refused(
+    tokenizer: Tokenizer, wrong: dict[str, Any]
+) -> None:
+    with pytest.raises(RequestError, match="list of integers, and its text as content"):
+        tokenizer.encode_chat([QUESTIONS[0], {"role": "assistant"} | wrong, QUESTIONS[1]])
+
+
+def test_a_restart_brings_the_conversation_back(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with Session(tmp_path / "not" / "there", "trip") as session:
+        assert session.messages == []
+        session.prompt(tokenizer, [SYSTEM, QUESTIONS[0]])
+        session.add_answer("Paris.", [7, 8])
+        kept = [SYSTEM, QUESTIONS[0], {"role": "assistant", "content": "Paris.", "token_ids": [7, 8]}]
+        assert session.messages == kept
+    with Session(tmp_path / "not" / "there", "trip") as session, Session(tmp_path, "trip") as other:
+        assert session.messages == kept
+        assert other.messages == []
+    assert list((tmp_path / "sessions").glob("*.json")) == [], "nothing is written before the first answer"
+
+
+def test_the_system_message_is_kept_once(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    prompts = [prompt for prompt, _ in turns(tokenizer, tmp_path, system=SYSTEM)]
+    assert [tokenizer.decode(prompt).count(SYSTEM["content"]) for prompt in prompts] == [1, 1, 1]
+    with Session(tmp_path, "trip") as session:
+        assert [message["role"] for message in session.messages] == ["system"] + ["user", "assistant"] * 3
+        with pytest.raises(RequestError, match="did not begin with this system message; leave it out, or"):
+            session.prompt(tokenizer, [{"role": "system", "content": "Rhyme."}, QUESTIONS[0]])
+    with Session(tmp_path, "other") as session:
+        answered(session, tokenizer, QUESTIONS[0], "Paris.", [])
+        with pytest.raises(RequestError, match="did not begin with this system message"):
+            session.prompt(tokenizer, [SYSTEM, QUESTIONS[0]])
+
+
+def test_with_another_tokenizer_the_text_counts(
+    tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Session(tmp_path, "trip") as session:
+        answered(session, tokenizer, QUESTIONS[0], "Paris.")
+    path = tmp_path / "sessions" / "trip.json"
+    path.write_text(path.read_text().replace(tokenizer.fingerprint, "another"))
+    plain = [QUESTIONS[0], {"role": "assistant", "content": "Paris."}, QUESTIONS[1]]
+    with Session(tmp_path, "trip") as session:
+        for _ in range(2):
+            assert session.prompt(tokenizer, [QUESTIONS[1]]) == tokenizer.encode_chat(plain)
+    assert ["another tokenizer" in record.message for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", ".hidden", "a/b", "../up", "a b", "ä", "a\n", "x" * 65, "a\0", None, 5, Path("a")]
+)
+def test_bad_names(tmp_path: Path, name: Any) -> None:
+    with pytest.raises(ConfigError, match=r"session is .*; use up to 64 letters, digits"):
+        Session(tmp_path, name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a", "A-b_c.9", "-", "x" * 64, "trip.json"])
+def test_good_names(tokenizer: Tokenizer, tmp_path: Path, name: str) -> None:
+    with Session(tmp_path, name) as session:
+        answered(session, tokenizer, QUESTIONS[0], "Paris.", [1])
+    with Session(tmp_path, name) as session:
+        assert len(session.messages) == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff\xfe",
+        b'{"version": 1, "tokenizer": "", "messages": [{"role": "user", "content": "\xff"}]}',
+        b'{"tokenizer": "", "messages": []}',
+        b'{"version": 1, "messages": []}',
+        b'{"version": 1, "tokenizer": "", "messages": [{"role": "user"}]}',
+        b'{"version": 1, "tokenizer": "", "messages": [{"role": "assistant", "content": "", "token_ids": [-1]}]}',
+        b'{"version": 1, "tokenizer": "", "messages": [{"role": "assistant", "content": "", "token_ids": [1.5]}]}',
+    ],
+)
+def test_a_damaged_file_is_named_and_left_alone(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "sessions" / "trip.json"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    for _ in range(2):  # the first refusal does not hold the session
+        with pytest.raises(
+            ConfigError, match=f"{path}' is damaged .*; move it away to begin the session anew"
+        ) as error:
+            Session(tmp_path, "trip")
+        assert "\n" not in str(error.value)
+    assert path.read_bytes() == content
+
+
+def test_a_file_of_a_later_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "sessions" / "trip.json"
+    path.parent.mkdir()
+    path.write_text('{"version": 2, "turns": []}')
+    with pytest.raises(ConfigError, match="has version 2 and this distkv reads version 1; update distkv"):
+        Session(tmp_path, "trip")
+
+
+def test_a_file_that_cannot_be_read_or_made(tmp_path: Path) -> None:
+    (tmp_path / "sessions" / "trip.json").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"trip.json' cannot be read \(Is a directory\); move it away"):
+        Session(tmp_path, "trip")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"session trip cannot be kept in .*; name a cache_dir that can be written"):
+        Session(tmp_path / "file", "trip")
+
+
+def test_messages_that_are_not_text_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with Session(tmp_path, "trip") as session:
+        for wrong in ([{"role": "user"}], [{"role": "user", "content": 5}], ["hello"], "hello", [{"x": 1}], None):
+            with pytest.raises(RequestError, match="a session takes messages such as"):
+                session.prompt(tokenizer, wrong)  # type: ignore[arg-type]
+
+
+def test_one_holder_at_a_time(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with Session(tmp_path, "trip") as session, Session(tmp_path, "other"):
+        with pytest.raises(ConfigError, match=f"^session trip is open in process {os.getpid()} on .*; end that, or"):
+            Session(tmp_path, "trip")
+        result = run_python(f"Session({str(tmp_path)!r}, 'trip')")
+        assert "session trip is open in process" in result.stderr
+        answered(session, tokenizer, QUESTIONS[0], "Paris.", [1])
+        session.prompt(tokenizer, QUESTIONS[1:2])
+    with pytest.raises(DistKVError, match="session trip is closed; open it again"):
+        session.add_answer("Lima.", [2])
+    session.close()
+    with Session(tmp_path, "trip") as again:
+        assert len(again.messages) == 2
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "import os; from distkv.frontend.session import Session\n" + code]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_a_kill_before_the_rename_leaves_the_old_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with Session(tmp_path, "trip") as session:
+        answered(session, tokenizer, QUESTIONS[0], "Paris.", [1])
+        kept = session.messages
+    killed = run_python(
+        "class Fake:\n"
+        f"    fingerprint = {tokenizer.fingerprint!r}\n"
+        "    encode_chat = staticmethod(len)\n"
+        "os.replace = lambda *paths: os.kill(os.getpid(), 9)\n"
+        f"session = Session({str(tmp_path)!r}, 'trip')\n"
+        f"session.prompt(Fake, [{QUESTIONS[1]!r}])\n"
+        "session.add_answer('Lima.', [2])"
+    )
+    assert killed.returncode == -9
+    assert (tmp_path / "sessions" / "trip.json.partial").exists()
+    with Session(tmp_path, "trip") as session:  # the lock has gone with its holder
+        assert session.messages == kept
+        answered(session, tokenizer, QUESTIONS[2], "You are welcome.", [3])
+    with Session(tmp_path, "trip") as session:
+        assert [message["content"] for message in session.messages[2:]] == ["Thanks!", "You are welcome."]
+    assert sorted(path.name for path in (tmp_path / "sessions").iterdir()) == ["trip.json", "trip.lock"]
+
+
+def test_an_answer_that_cannot_be_saved_is_not_added(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with Session(tmp_path, "trip") as session:
+        answered(session, tokenizer, QUESTIONS[0], "Paris.", [1])
+        kept = session.messages
+        (tmp_path / "sessions" / "trip.json.partial").mkdir()
+        with pytest.raises(StoreError, match=r"trip.json' cannot be written \(Is a directory\); make room"):
+            answered(session, tokenizer, QUESTIONS[1], "Lima.", [2])
+        assert session.messages == kept
+        (tmp_path / "sessions" / "trip.json.partial").rmdir()
+        session.add_answer("Lima.", [2])
+        assert len(session.messages) == 4
+
+
+def test_a_prompt_waits_for_one_answer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with Session(tmp_path, "trip") as session:
+        session.prompt(tokenizer, QUESTIONS[:1])
+        with pytest.raises(RequestError, match="not valid Unicode"):
+            session.prompt(tokenizer, [{"role": "user", "content": "\ud800"}])
+        with pytest.raises(DistKVError, match=r"has no prompt without an answer; call prompt\(\) first"):
+            session.add_answer("Paris.", [1])
+        session.prompt(tokenizer, QUESTIONS[:1])
+        session.prompt(tokenizer, QUESTIONS[1:2])
+        session.add_answer("Lima.", [2])
+        assert [message["content"] for message in session.messages] == [QUESTIONS[1]["content"], "Lima."]

@@ -1,0 +1,153 @@
+"""The attention kernels, compiled for real chips at the shapes of real models.
+
+Decode is bound by memory and prefill by the tensor cores. What both need: no register that spills, tensor cores for
+every product of 16-bit numbers, and keys and values on their way (LDGSTS, cp.async) before they are used.
+"""
+
+import sys
+
+import pytest
+
+if sys.platform != "linux":
+    pytest.skip("Triton exists for Linux only", allow_module_level=True)
+
+import torch
+from support.aot import CAPABILITIES, Case, Report, cases, meta
+
+from distkv.kernels.cuda.decode import decode_splits
+from distkv.kernels.cuda.merge import Carry, merge_splits
+from distkv.kernels.cuda.prefill import BLOCK_M, PrefillState, prefill_walk
+
+pytestmark = [pytest.mark.aot, pytest.mark.parametrize("capability", CAPABILITIES)]
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SHARED_BYTES = 160 * 1024
+"""A program's share of the 163 KiB that an A100 has for one; newer chips have 227."""
+TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+
+
+def spills(report: Report) -> int:
+    """Loads and stores of local memory. The size of the stack says less: some is reserved and never used."""
+    return report.count("LDL") + report.count("STL")
+
+
+def launch_decode(
+    dtype: torch.dtype, kv_heads: int, group: int, head_dim: int, page_size: int, num_tokens: int
+) -> None:
+    # as many pages as an H100 has memory for: strides beyond 32 bits
+    pool = meta(4, 2, 2**26 // page_size, kv_heads, page_size, head_dim, dtype=dtype)[1]
+    heads, rows, states = kv_heads * group, num_tokens * group, 512
+    decode_splits(
+        meta(8 * num_tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)[:, :heads],
+        pool,
+        meta(16, 2, kv_heads, page_size, head_dim, dtype=dtype),
+        meta(1000, dtype=torch.int64),
+        meta(8, 6, dtype=torch.int64),
+        meta(states, 2, dtype=torch.int64),
+        meta(1, dtype=torch.int64),
+        meta(states, kv_heads, rows, head_dim, dtype=FP32),
+        meta(states, kv_heads, rows, dtype=FP32),
+        num_tokens=num_tokens,
+        split_pages=max(1, 256 // page_size),
+        num_programs=400,
+    )
+
+
+DECODES = {
+    "SmolLM2-135M": (BF16, 3, 3, 64, 256, 1),
+    "Llama-3-8B": (BF16, 8, 4, 128, 256, 1),
+    "Llama-3-8B in fp16, 8 tokens": (FP16, 8, 4, 128, 256, 8),
+    "Llama-3-8B, pages of 16": (BF16, 8, 4, 128, 16, 1),
+    "Llama-3-70B on 8 ranks": (BF16, 1, 8, 128, 256, 1),
+    "head_dim 80": (BF16, 32, 1, 80, 256, 1),
+    "head_dim 96": (BF16, 32, 1, 96, 256, 1),
+    "128 rows": (BF16, 2, 16, 128, 256, 8),
+    "fp32": (FP32, 8, 4, 128, 256, 1),
+    "fp32, 128 rows": (FP32, 2, 16, 64, 256, 8),
+}
+ALWAYS_DECODES = ["SmolLM2-135M", "Llama-3-8B", "Llama-3-8B, pages of 16", "head_dim 80", "head_dim 96", "fp32"]
+
+
+@pytest.mark.parametrize("case", cases(launch_decode, DECODES, ALWAYS_DECODES))
+def test_decode(case: Case, capability: int, reports: list[Report]) -> None:
+    [report] = reports
+    dtype, _, group, _, _, num_tokens = case.arguments
+    # without tensor cores ptxas likes to give up a register or two for one more program on an SM
+    assert spills(report) <= (4 if dtype == FP32 else 0)
+    assert report.count("LDGSTS", "128") == report.count("LDGSTS") > 0  # keys and values, ahead of their use
+    if dtype != FP32:
+        # up to 32 rows the product is one of a warp on every chip
+        assert report.count("HMMA") + report.count("HGMMA") + report.count("UTCHMMA") > 0
+        # three programs on an SM of an H100, which has 227 KiB and 64 Ki registers
+        if num_tokens * group <= 16 and capability == 90:
+            assert 3 * (report.shared_bytes + 1024) <= 227 * 1024
+            assert 3 * 128 * report.registers <= 64 * 1024
+    assert report.shared_bytes <= SHARED_BYTES
+
+
+def launch_merge(dtype: torch.dtype, kv_heads: int, group: int, head_dim: int, num_tokens: int) -> None:
+    out = meta(512, kv_heads, num_tokens * group, head_dim, dtype=FP32)
+    result = meta(8 * num_tokens, kv_heads * group, head_dim, dtype=dtype)
+    lse = meta(*out.shape[:3], dtype=FP32)
+    sequences = meta(8, 6, dtype=torch.int64)
+    merge_splits(out, lse, sequences, result, Carry.like(result), num_tokens=num_tokens, split_tokens=256)
+
+
+MERGES = {
+    "Llama-3-8B": (BF16, 8, 4, 128, 1),
+    "SmolLM2-135M in fp16, 8 tokens": (FP16, 3, 3, 64, 8),
+    "head_dim 80": (BF16, 32, 1, 80, 1),
+    "fp32": (FP32, 32, 1, 96, 2),
+}
+
+
+@pytest.mark.parametrize("case", cases(launch_merge, MERGES, ["Llama-3-8B", "head_dim 80"]))
+def test_merge(case: Case, capability: int, reports: list[Report]) -> None:
+    [report] = reports
+    assert spills(report) == 0
+    assert report.count("LDGSTS", "128") > 0  # states, ahead of their use
+    assert report.shared_bytes <= 24 * 1024
+
+
+def launch_prefill(dtype: torch.dtype, kv_heads: int, group: int, head_dim: int, page_size: int) -> None:
+    pool = meta(4, 2, 2**26 // page_size, kv_heads, page_size, head_dim, dtype=dtype)[1]
+    heads, tokens = kv_heads * group, 2048
+    state = PrefillState(meta(tokens, heads, head_dim, dtype=FP32), *(meta(tokens, heads, dtype=FP32) for _ in "mt"))
+    prefill_walk(
+        meta(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)[:, :heads],
+        pool,
+        meta(16, 2, kv_heads, page_size, head_dim, dtype=dtype),
+        meta(1000, dtype=torch.int64),
+        meta(4, 8, dtype=torch.int64),
+        meta(tokens * group // BLOCK_M, 2, dtype=torch.int64),
+        state,
+        meta(tokens, heads, head_dim, dtype=dtype),
+    )
+
+
+PREFILLS = {
+    "SmolLM2-135M": (BF16, 3, 3, 64, 256),
+    "Llama-3-8B": (BF16, 8, 4, 128, 256),
+    "Llama-3-8B in fp16, pages of 16": (FP16, 8, 4, 128, 16),
+    "Llama-3-70B on 8 ranks, pages of 512": (BF16, 1, 8, 128, 512),
+    "head_dim 80": (BF16, 32, 1, 80, 256),
+    "head_dim 96": (FP16, 32, 1, 96, 256),
+    "fp32": (FP32, 3, 3, 64, 256),
+    "fp32, head_dim 128": (FP32, 8, 4, 128, 256),
+}
+ALWAYS_PREFILLS = ["SmolLM2-135M", "Llama-3-8B", "head_dim 80", "head_dim 96", "fp32"]
+
+
+@pytest.mark.parametrize("case", cases(launch_prefill, PREFILLS, ALWAYS_PREFILLS))
+def test_prefill(case: Case, capability: int, reports: list[Report]) -> None:
+    [report] = reports
+    dtype, _, _, head_dim, _ = case.arguments
+    assert report.shared_bytes <= SHARED_BYTES
+    assert report.count("LDGSTS", "128") > 0  # keys and values, ahead of their use
+    if dtype != FP32:
+        assert report.count(TENSOR_CORES[capability]) > 0
+        # Hopper's run on their own: a wait for many of them, not for each
+        assert report.count("WARPGROUP", "DEPBAR") <= report.count("HGMMA") // 4
+        assert spills(report) == 0
+    elif head_dim <= 64:  # more, and the queries alone are 128 registers
+        assert spills(report) == 0

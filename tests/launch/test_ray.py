@@ -1,0 +1,374 @@
+"""Tensor parallelism on a real Ray cluster: equal answers, clear deaths, nothing left behind."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+import zarr
+from support import ray_cluster
+from support.helpers import save_llama, seeded
+from support.ray_cluster import Cluster, await_no_ranks, rank_processes
+
+from distkv import LLM, AsyncLLM, CapacityError, ConfigError, DistKVError, SamplingParams, WorkerDied
+from distkv.storage.disk.catalogue import Catalogue
+
+ROOT = Path(__file__).resolve().parents[2]
+GREEDY = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
+NUM_CPUS = 4
+UNEVEN = {"tie_word_embeddings": True, "vocab_size": 130, "intermediate_size": 113}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("ray")
+    cluster, head = ray_cluster.start(folder, NUM_CPUS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(folder))  # the token to connect with lies there
+        patch.chdir(ROOT)  # Ray puts the driver's folder on the workers' path
+        try:
+            yield cluster
+        finally:
+            ray.shutdown()
+            ray_cluster.stop(head)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return save_llama(tmp_path)[0]
+
+
+def check_nothing_is_left(cluster: Cluster) -> None:
+    assert await_no_ranks() == {}
+    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+    try:
+        states = {group["state"] for group in ray.util.placement_group_table().values()}
+        assert states <= {"REMOVED"}
+        deadline = time.monotonic() + 30  # Ray tells the resources of dead actors a moment later
+        while ray.available_resources().get("CPU") != NUM_CPUS and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert ray.available_resources()["CPU"] == NUM_CPUS
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.parametrize(
+    "heads, kv_heads, size, options",
+    [
+        (6, 3, 2, {"attention_bias": True, "mlp_bias": True}),  # 2 + 1 KV heads
+        pytest.param(6, 3, 3, UNEVEN, marks=pytest.mark.slow),  # only heads are even
+        (4, 2, 3, {"attention_bias": True, **UNEVEN}),  # one KV head is held twice, the other once; nothing is even
+        (4, 1, 2, {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}),
+    ],
+)
+def test_ranks_change_nothing(
+    cluster: Cluster, tmp_path: Path, heads: int, kv_heads: int, size: int, options: dict
+) -> None:
+    folder, _ = save_llama(
+        tmp_path, num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=16 * heads, **options
+    )
+    prompts = [torch.randint(3, 128, (n,), generator=seeded(n)).tolist() for n in (1, 20, 70)]
+    # penalties count tokens that rank 0 has drawn and nobody has read yet, and all ranks run them
+    penalised = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True, repetition_penalty=1.3, logprobs=1)
+    params = [GREEDY, SamplingParams(temperature=1, seed=4, n=2, max_tokens=20, logprobs=2), penalised]
+    engine = {"page_size": 16, "max_num_batched_tokens": 64, "device_kv_bytes": "4MiB"}
+    with LLM(folder, **engine) as alone:
+        expected = alone.generate(prompts, params, use_tqdm=False)
+    with LLM(folder, tensor_parallel_size=size, ray_address=cluster.address, **engine) as llm:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        assert llm.stats().pages_in_use == 0
+    for output, single in zip(outputs, expected, strict=True):
+        for answer, other in zip(output.outputs, single.outputs, strict=True):
+            assert (answer.token_ids, answer.finish_reason) == (other.token_ids, other.finish_reason)
+            for table, wanted in zip(answer.logprobs or [], other.logprobs or [], strict=True):
+                assert table.keys() == wanted.keys()
+                for token, entry in table.items():
+                    assert entry.logprob == pytest.approx(wanted[token].logprob, abs=1e-4)
+    assert outputs[1].outputs[0].logprobs
+    check_nothing_is_left(cluster)
+
+
+@pytest.mark.slow
+def test_the_demo_model_in_bf16_beside_another_group(cluster: Cluster, demo_model: Path, tiny: Path) -> None:
+    """3 KV heads on 2 ranks; the end of one group leaves the other alone."""
+    question = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+    params = SamplingParams(temperature=0, n=2, max_tokens=40, stop="is Paris")
+    with LLM(demo_model, tensor_parallel_size=2, ray_address=cluster.address, device_kv_bytes="64MiB") as llm:
+        with LLM(tiny, ray_address=cluster.address, device_kv_bytes="4MiB") as other:
+            assert other.generate([[5]], GREEDY, use_tqdm=False)[0].finished
+        for answer in llm.chat(question, params, use_tqdm=False)[0].outputs:
+            assert (answer.text, answer.stop_reason) == ("The capital of France ", "is Paris")
+        while llm.stats().num_running:  # an abort is not answered
+            time.sleep(0.01)
+        assert llm.stats().pages_in_use == 0
+    check_nothing_is_left(cluster)
+
+
+def test_an_interrupted_wait_leaves_the_engine_in_step(cluster: Cluster, tiny: Path) -> None:
+    endless = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+    with LLM(tiny, ray_address=cluster.address, device_kv_bytes="4MiB") as llm:
+        expected = llm.generate([[5, 6]], GREEDY, use_tqdm=False)[0].outputs
+        for _ in range(3):
+            timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+            timer.start()
+            with pytest.raises(KeyboardInterrupt):
+                while True:
+                    llm.generate([[7, 8]], endless, use_tqdm=False)
+            timer.join()
+            assert llm.generate([[5, 6]], GREEDY, use_tqdm=False)[0].outputs == expected
+            assert llm.stats().num_running == 0
+    check_nothing_is_left(cluster)
+
+
+def test_an_event_loop_on_a_cluster(cluster: Cluster, tiny: Path) -> None:
+    async def tokens(llm: AsyncLLM, prompt: list[int]) -> list[int]:
+        return [output async for output in llm.generate(prompt, GREEDY)][-1].outputs[0].token_ids
+
+    async def main() -> None:
+        async with await AsyncLLM.create(tiny, ray_address=cluster.address, device_kv_bytes="4MiB") as llm:
+            assert await asyncio.gather(*(tokens(llm, [5, number]) for number in range(8))) == expected
+            outputs = llm.generate([5, 6, 7], SamplingParams(max_tokens=200, ignore_eos=True))
+            await anext(outputs)
+            await outputs.aclose()
+            while (await llm.stats()).num_running:  # an abort is not answered
+                await asyncio.sleep(0.01)
+            while llm._front_end.thread.engine.has_work:  # tokens that were on their way
+                await asyncio.sleep(0.01)
+
+    with LLM(tiny, device_kv_bytes="4MiB") as alone:
+        prompts = [[5, number] for number in range(8)]
+        expected = [one.outputs[0].token_ids for one in alone.generate(prompts, GREEDY, use_tqdm=False)]
+    asyncio.run(main())
+    check_nothing_is_left(cluster)
+
+
+def save_with_heads(folder: Path, kv_heads: int) -> Path:
+    """A random model whose heads divide unevenly among ranks; its vocabulary is small enough to compare whole."""
+    return save_llama(
+        folder,
+        num_attention_heads=6,
+        num_key_value_heads=kv_heads,
+        hidden_size=96,
+        max_position_embeddings=1024,
+        vocab_size=20,
+    )[0]
+
+
+@pytest.mark.parametrize(
+    "size, kv_heads", [(2, 3), pytest.param(3, 3, marks=pytest.mark.slow), pytest.param(3, 2, marks=pytest.mark.slow)]
+)
+def test_tiers_change_nothing_for_several_ranks(cluster: Cluster, tmp_path: Path, size: int, kv_heads: int) -> None:
+    """Bit for bit against the same ranks with everything resident; 3 KV heads on 2 ranks are 2 + 1, and 2 of them on 3
+    ranks are one that two ranks hold, and another."""
+    folder = save_with_heads(tmp_path, kv_heads)
+    prompts = [torch.randint(3, 20, (n,), generator=seeded(n)).tolist() for n in (300, 40)]
+    # the log-probabilities of the whole vocabulary stand for the logits, which do not leave the cluster
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=20)
+    options = {"page_size": 16, "max_num_batched_tokens": 64, "max_num_seqs": 2, "tensor_parallel_size": size}
+    cache, page_bytes = tmp_path / "cache", 2 * 2 * max(size, kv_heads) * 16 * 16 * 4
+    tiers: list[tuple[dict[str, Any], set[str]]] = [
+        ({"host_kv_bytes": 0}, set()),
+        ({"device_kv_bytes": 7 * page_bytes, "host_kv_bytes": 60 * page_bytes}, {"host_streamed"}),
+        (
+            {"device_kv_bytes": 7 * page_bytes, "host_kv_bytes": 6 * page_bytes, "cache_dir": cache,
+             "disk_kv_bytes": 60 * page_bytes},
+            {"host_to_disk", "disk_streamed"},
+        ),
+    ]  # fmt: skip
+    answers = []
+    for sizes, moved in tiers:
+        with LLM(folder, ray_address=cluster.address, **options, **sizes) as llm:
+            assert llm.info.page_bytes == page_bytes
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            stats = llm.stats()
+            assert moved <= stats.moved.keys() and stats.pages_recomputed == 0
+            if "cache_dir" in sizes:
+                chunks = [path.name.split(".")[4] for path in cache.glob("*/kv.zarr/c.*")]
+                assert set(chunks) == {"0", "1", "2"} if kv_heads == 3 else {"0", "1"}, "a file per page and head"
+        answers.append([(one.outputs[0].token_ids, one.outputs[0].logprobs) for one in outputs])
+    assert answers[1] == answers[0]
+    assert answers[2] == answers[0]
+    check_nothing_is_left(cluster)
+
+
+@pytest.mark.parametrize("kv_heads", [3, pytest.param(2, marks=pytest.mark.slow)])
+def test_pages_are_found_by_any_number_of_ranks(cluster: Cluster, tmp_path: Path, kv_heads: int) -> None:
+    """What 1, 2 and 3 ranks write each of the others reads, all of it, and lets it lie as it is; with 2 KV heads on 3
+    ranks one of them is held twice. With the pages of others a group answers what it does with its own."""
+    folder = save_with_heads(tmp_path, kv_heads)
+    cache = tmp_path / "cache"
+    # the log-probabilities of the whole vocabulary stand for the logits, which do not leave the cluster
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=20)
+    options: dict[str, Any] = {
+        "page_size": 16, "max_num_batched_tokens": 64, "device_kv_bytes": "1MiB", "host_kv_bytes": "1MiB",
+        "cache_dir": cache, "disk_kv_bytes": "4MiB",
+    }  # fmt: skip
+    known: dict[int, list[int]] = {}  # by the number of ranks that computed it, a prompt with its answer
+    written: dict[bytes, bytes] = {}  # pages by key
+    for size in (1, 2, 3, 1):
+        group = {"tensor_parallel_size": size, "ray_address": cluster.address} if size > 1 else {}
+        with LLM(folder, **options, **group) as llm:
+            for writers, tokens in known.items():
+                prompt = [*tokens, 5, 6, 7]
+                [hit] = llm.generate([prompt], params, use_tqdm=False)
+                assert hit.num_cached_tokens_by_tier == {"device": 0, "host": 0, "disk": 112}, (writers, size)
+                [own] = llm.generate([prompt], params, cache_salt=f"{writers}, {size}", use_tqdm=False)
+                assert own.num_cached_tokens == 0
+                assert hit.outputs[0].token_ids == own.outputs[0].token_ids
+                for mine, other in zip(hit.outputs[0].logprobs or [], own.outputs[0].logprobs or [], strict=True):
+                    assert all(mine[token].logprob == pytest.approx(other[token].logprob, abs=1e-4) for token in mine)
+            prompt = torch.randint(3, 20, (97,), generator=seeded(10 * size + len(known))).tolist()
+            [output] = llm.generate([prompt], params, use_tqdm=False)
+            assert output.num_cached_tokens == 0
+            known.setdefault(size, prompt + output.outputs[0].token_ids)
+            assert llm.info.cache_dir is not None
+            model = Path(llm.info.cache_dir)
+            assert llm.stats().pages_recomputed == 0
+        now = pages_on_disk(model)
+        assert {key: now[key] for key in written} == written, "what was there is there, bit for bit"
+        assert len(now) > len(written)
+        written = now
+    check_nothing_is_left(cluster)
+
+
+def pages_on_disk(model: Path) -> dict[bytes, bytes]:
+    """The bytes of all pages that the catalogue lists, by key."""
+    array = zarr.open_array(str(model / "kv.zarr"), mode="r")
+    with closing(Catalogue(model, read_only=True)) as catalogue:
+        return {entry.key: np.asarray(array[entry.slot]).tobytes() for entry in catalogue.entries()}
+
+
+def test_a_killed_owner_takes_its_ranks_along(cluster: Cluster, tiny: Path) -> None:
+    code = (
+        "import sys; from distkv import LLM, SamplingParams\n"
+        f"llm = LLM({str(tiny)!r}, tensor_parallel_size=2, ray_address={cluster.address!r}, device_kv_bytes='4MiB')\n"
+        "for _ in llm.stream([5], SamplingParams(max_tokens=None, ignore_eos=True)): print('token', flush=True)\n"
+        "sys.stdin.read()"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout is not None and owner.stdout.readline() == "token\n"
+    assert rank_processes()
+    owner.kill()
+    owner.communicate()
+    check_nothing_is_left(cluster)
+
+
+def test_one_rank_on_a_cluster(cluster: Cluster, tiny: Path) -> None:
+    with LLM(tiny, device_kv_bytes="4MiB") as alone:
+        expected = alone.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs
+    with LLM(tiny, ray_address=cluster.address, device_kv_bytes="4MiB") as llm:
+        assert rank_processes().keys() == {"lead"}
+        assert llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs == expected
+        with pytest.raises(CapacityError, match="KV pages"):
+            llm.generate([[5] * 200], SamplingParams(n=64, max_tokens=50), use_tqdm=False)
+        stream = llm.stream([5, 6, 7], SamplingParams(max_tokens=200, ignore_eos=True))
+        next(stream)
+        stream.close()
+        while llm.stats().num_running:  # an abort is not answered
+            time.sleep(0.01)
+        assert llm.stats().pages_in_use == 0
+    check_nothing_is_left(cluster)
+
+
+@pytest.mark.parametrize("role, rank", [("follow", 1), ("lead", 0)])
+def test_a_killed_rank_is_named_and_nothing_hangs(cluster: Cluster, tiny: Path, role: str, rank: int) -> None:
+    with LLM(tiny, tensor_parallel_size=2, ray_address=cluster.address, device_kv_bytes="4MiB") as llm:
+        stream = llm.stream([5] * 10, SamplingParams(max_tokens=None, ignore_eos=True))
+        next(stream)
+        [pid] = rank_processes()[role]
+        [node] = ray.nodes()
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(WorkerDied) as caught:
+            for _ in stream:
+                pass
+        assert (caught.value.rank, caught.value.node) == (rank, node["NodeManagerAddress"])
+        assert "process has died" in caught.value.cause
+        with pytest.raises(DistKVError, match="make a new LLM"):
+            llm.generate([[5]], use_tqdm=False)
+    check_nothing_is_left(cluster)
+
+
+def test_a_damaged_shard_on_a_rank_is_a_config_error(cluster: Cluster, tiny: Path) -> None:
+    weights = tiny / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ConfigError, match="truncated"):
+        LLM(tiny, tensor_parallel_size=2, ray_address=cluster.address)
+    check_nothing_is_left(cluster)
+
+
+def test_a_cluster_that_is_too_small_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+    folder, _ = save_llama(tmp_path, num_attention_heads=8)
+    with pytest.raises(CapacityError, match=r"needs 5 CPUs and the cluster has 4"):
+        LLM(folder, tensor_parallel_size=5, ray_address=cluster.address)
+    check_nothing_is_left(cluster)
+
+
+def test_workers_without_distkv_are_told_apart_from_dead_ones(
+    cluster: Cluster, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny)
+    with pytest.raises(ConfigError, match="install distkv on every node"):
+        LLM(tiny, tensor_parallel_size=2, ray_address=cluster.address)
+    check_nothing_is_left(cluster)
+
+
+def test_an_address_where_nothing_answers_is_refused(cluster: Cluster, tiny: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no Ray cluster answers at ray_address '127\.0\.0\.1:1'"):
+        LLM(tiny, tensor_parallel_size=2, ray_address="127.0.0.1:1")
+
+
+def test_auto_joins_the_cluster_of_this_machine(cluster: Cluster, tiny: Path) -> None:
+    with LLM(tiny, ray_address="auto", device_kv_bytes="4MiB"):
+        assert ray.get_runtime_context().gcs_address.rpartition(":")[2] == cluster.address.rpartition(":")[2]
+    check_nothing_is_left(cluster)
+
+
+def test_a_cluster_that_is_gone_is_not_waited_for(
+    cluster: Cluster, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's note of the last cluster outlives it. Without an address a private cluster is started instead."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # sockets lie below it, whose paths must be short
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        Path(folder, "ray").mkdir()
+        Path(folder, "ray", "ray_current_cluster").write_text("127.0.0.1:1")
+        with pytest.raises(ConfigError, match="ray start --head"):
+            LLM(tiny, tensor_parallel_size=2, ray_address="auto")
+        with LLM(tiny, tensor_parallel_size=2, device_kv_bytes="4MiB") as llm:
+            assert llm.generate([[5]], GREEDY, use_tqdm=False)[0].finished
+        assert not ray.is_initialized()
+        assert await_no_ranks() == {}
+
+
+@pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "nonsense"])
+def test_addresses_of_other_forms_are_refused(tiny: Path, address: str) -> None:
+    with pytest.raises(ConfigError, match=address):
+        LLM(tiny, ray_address=address)
+
+
+def test_a_job_needs_nothing_of_ours_installed(cluster: Cluster, demo_model: Path) -> None:
+    command = [
+        "python", "-m", "distkv", "generate", "--model", str(demo_model), "--prompt", "The capital of France is",
+        "--temperature", "0", "--max-tokens", "6", "--dtype", "float32", "--tensor-parallel-size", "2",
+        "--device-kv-bytes", "64MiB",
+    ]  # fmt: skip
+    submitted = cluster.ray(
+        "job", "submit", "--address", cluster.dashboard, "--working-dir", str(ROOT), "--", *command, timeout=240
+    )
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    assert "Paris" in submitted.stdout
+    assert "succeeded" in submitted.stdout
+    check_nothing_is_left(cluster)

@@ -1,0 +1,154 @@
+"""How the kernels on CUDA are told what to compute: every key once, loads that fit, cuts on the grid."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.helpers import sequence_step
+
+from distkv.storage.paging import pages_for
+from distkv.storage.tier import Tier, location
+from distkv.workers.attention.decode_plan import Member, plan_decode, split_pages_for
+from distkv.workers.attention.prefill_plan import plan_prefill
+
+TILE = 4  # states, so that small contexts go through several rounds
+
+
+@st.composite
+def members(draw: st.DrawFn, counts: st.SearchStrategy[int]) -> tuple[int, list[Member]]:
+    """Page size and sequences of a step, with pages on the device, the host and the disk, some of them shared."""
+    page_size = draw(st.sampled_from([16, 64, 256, 512]))
+    result: list[Member] = []
+    first = 0
+    for number in range(draw(st.integers(1, 4))):
+        count, start = draw(counts), draw(st.integers(0, 40 * page_size))
+        num_pages = -(-(start + count) // page_size)
+        own = 100 * number + np.arange(num_pages)
+        tiers = draw(st.lists(st.sampled_from(list(Tier)), min_size=num_pages, max_size=num_pages))
+        places = [location(tier, int(slot)) for tier, slot in zip(tiers, own, strict=True)]
+        last_full = start // page_size  # new tokens are written on the device
+        places[last_full:] = own[last_full:].tolist()
+        if result and draw(st.booleans()):
+            before = result[-1][1]
+            common = min(before.start, start) // page_size
+            places[:common] = before.pages[:common].tolist()
+        result.append((first, sequence_step([7] * count, start, places, start + count, 1)))
+        first += count
+    return page_size, result
+
+
+@given(
+    drawn=st.integers(1, 8).flatmap(lambda count: members(st.just(count))),
+    buffer_pages=st.integers(16, 40),
+    max_states=st.integers(TILE, 60),
+    padding=st.integers(0, 3),
+)
+def test_decode_visits_every_split_once(
+    drawn: tuple[int, list[Member]], buffer_pages: int, max_states: int, padding: int
+) -> None:
+    page_size, sequences = drawn
+    count, split_pages = len(sequences[0][1].token_ids), split_pages_for(page_size)
+    before = [step.pages.copy() for _, step in sequences]
+    plan = plan_decode(count, sequences, page_size, buffer_pages, max_states, TILE, padding)
+
+    by_row = {first: step for first, step in sequences}
+    ends = dict.fromkeys(by_row, 0)  # splits that the rounds so far have covered
+    for number, one in enumerate(plan.rounds):
+        assert one.num_states <= max_states
+        assert len(one.items) == one.num_states == sum(one.num_items)
+        assert len(one.num_items) == 1 + len(one.loads)
+        states = []
+        for first_row, num_keys, _, _, first, end in one.sequences.tolist():
+            if not num_keys:
+                assert number == 0 and first == end == 0 and first_row not in by_row
+                continue
+            step = by_row[first_row]
+            assert num_keys == step.start + count
+            assert first == ends[first_row] and first % TILE == 0
+            ends[first_row] = end
+        launch = np.repeat(np.arange(len(one.num_items)), one.num_items)
+        for (row, split), where in zip(one.items.tolist(), launch.tolist(), strict=True):
+            first_row, num_keys, entry, state, first, end = one.sequences[row].tolist()
+            assert first <= split < end
+            states.append(state + split)
+            last = min((split + 1) * split_pages, -(-num_keys // page_size))
+            pages = by_row[first_row].pages[split * split_pages : last]
+            entries = plan.table[entry + split * split_pages :][: len(pages)]
+            assert bool((pages < 0).any()) == bool(where)
+            for page, told in zip(pages.tolist(), entries.tolist(), strict=True):
+                assert told == page if page >= 0 else one.loads[where - 1][-1 - told] == page
+        assert sorted(states) == list(range(one.num_states))
+        for load in one.loads:
+            assert 0 < len(load) <= buffer_pages and len(set(load)) == len(load)
+    for (first_row, step), pages in zip(sequences, before, strict=True):
+        assert ends[first_row] == pages_for(pages_for(step.start + count, page_size), split_pages)
+        assert np.array_equal(step.pages, pages)  # the directory's own
+    rows = [row[0] for row in plan.rounds[0].sequences.tolist() if not row[1]]
+    assert rows == [(len(sequences) + number) * count for number in range(padding)]
+
+
+def test_sequences_that_share_cold_pages_share_their_loads() -> None:
+    cold = [location(Tier.HOST, slot) for slot in range(30)]
+    sequences = [(row, sequence_step([7], 31 * 256 - 1, [*cold, row], 7, 1)) for row in range(3)]
+    (one,) = plan_decode(1, sequences, 256, 8, 4096, 32).rounds
+    assert [len(load) for load in one.loads] == [8, 8, 8, 6]
+    assert one.num_items == [3, 24, 24, 24, 18]
+
+
+def test_decode_cuts_long_contexts_into_rounds() -> None:
+    sequences = [(0, sequence_step([7], 256 * 100 - 1, range(100), 7, 1)), (1, sequence_step([7], 20, [100], 7, 1))]
+    plan = plan_decode(1, sequences, 256, 8, 70, 32)
+    assert [one.num_states for one in plan.rounds] == [64, 37]
+    assert plan.rounds[1].sequences[:, 3:].tolist() == [[-64, 64, 100], [36, 0, 1]]
+
+
+@given(
+    drawn=members(st.integers(1, 700)),
+    group_size=st.integers(1, 8),
+    buffer_pages=st.integers(16, 40),
+    block_rows=st.sampled_from([64, 128]),
+)
+def test_prefill_walks_over_every_key_once(
+    drawn: tuple[int, list[Member]], group_size: int, buffer_pages: int, block_rows: int
+) -> None:
+    page_size, sequences = drawn
+    before = [step.pages.copy() for _, step in sequences]
+    plan = plan_prefill(sequences, page_size, group_size, buffer_pages, 128, block_rows)
+    by_row = {first: step for first, step in sequences}
+    walked: dict[tuple[int, int], int] = {}  # (first row, block) -> keys so far
+    assert len(plan.blocks) == sum(plan.num_blocks) and len(plan.num_blocks) == len(plan.loads)
+    launch = np.repeat(np.arange(len(plan.loads)), plan.num_blocks)
+    for (row, block), where in zip(plan.blocks.tolist(), launch.tolist(), strict=True):
+        first_row, count, position, entry, first, end, saved_at, _ = plan.chunks[row].tolist()
+        step, load = by_row[first_row], plan.loads[where]
+        assert (count, position) == (len(step.token_ids), step.start)
+        assert block % block_rows == 0 and 0 <= block < count * group_size
+        assert walked.get((first_row, block), 0) == first
+        walked[first_row, block] = end
+        assert end == position + count or end % max(128, page_size) == 0
+        if first or end < position + count:
+            assert saved_at + count <= plan.num_saved
+        pages = step.pages[first // page_size : -(-end // page_size)]
+        for page, told in zip(pages.tolist(), plan.table[entry + first // page_size :].tolist(), strict=False):
+            if page >= 0:
+                assert told == page
+            else:
+                assert load is not None and load[-1 - told] == page
+    assert walked == {
+        (first, block): step.start + len(step.token_ids)
+        for first, step in sequences
+        for block in range(0, len(step.token_ids) * group_size, block_rows)
+    }
+    for load in plan.loads:
+        assert load is None or 0 < len(load) <= buffer_pages
+    for (_, step), pages in zip(sequences, before, strict=True):
+        assert np.array_equal(step.pages, pages)
+
+
+@pytest.mark.parametrize("page_size", [16, 256, 1024])
+def test_prefill_over_resident_pages_is_one_launch(page_size: int) -> None:
+    count = -(-5000 // page_size)
+    sequences = [(0, sequence_step([7] * 90, 4910, range(count), 7, 1)), (90, sequence_step([7] * 9, 0, [count], 7, 1))]
+    plan = plan_prefill(sequences, page_size, 4, 8, 128, 128)
+    assert plan.loads == [None] and plan.num_blocks == [4] and plan.num_saved == 0
+    assert plan.blocks.tolist() == [[0, 0], [0, 128], [0, 256], [1, 0]]

@@ -1,0 +1,172 @@
+"""Attention of a step on CUDA: kernels that read pages through tables, with no copy of a page on the device.
+
+Dims: T tokens of the step, H query heads, K KV heads, G = H / K, S page_size, D head_dim; within a decode group,
+B sequences of C tokens each.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distkv.kernels.cuda.decode import decode_splits
+from distkv.kernels.cuda.merge import STATES, Carry, merge_splits
+from distkv.kernels.cuda.prefill import BLOCK_M, SEGMENT_TOKENS, PrefillState, prefill_walk
+from distkv.storage.moving.staging_ring import Load, Stream
+from distkv.workers.attention.decode_plan import DecodePlan, DecodeRound, Member, plan_decode, split_pages_for
+from distkv.workers.attention.prefill_plan import PrefillPlan, plan_prefill
+from distkv.workers.page_directory import SequenceStep
+from distkv.workers.runners.batch import MAX_DECODE_TOKENS
+
+# Bytes of the states that decode holds at a time; a context that has more goes through in rounds.
+STATE_BYTES = 2**26
+
+
+@dataclass(frozen=True)
+class CudaShape:
+    """What of a rank decides how attention is cut up and launched."""
+
+    num_heads: int  # query heads of the rank
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    buffer_pages: int  # of the staging ring
+    dtype: torch.dtype
+    num_programs: int  # of the decode kernel for each KV head: enough to fill the GPU
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def state_bytes(self) -> int:
+        """Of one split's state for one token: out and lse in fp32."""
+        return self.num_heads * (self.head_dim + 1) * 4
+
+    def streaming_bytes(self, num_tokens: int) -> int:
+        """Device memory that attention takes beside its result, in a step of `num_tokens` that streams."""
+        decode = max(STATE_BYTES, STATES * MAX_DECODE_TOKENS * self.state_bytes)
+        return decode + num_tokens * (self.state_bytes + self.num_heads * 4)
+
+    def max_states(self, num_tokens: int) -> int:
+        """States of a round of sequences with `num_tokens` new tokens each."""
+        return max(STATES, STATE_BYTES // (self.state_bytes * num_tokens))
+
+
+@dataclass(frozen=True)
+class CudaPlan:
+    """The attention of a step as plain arrays."""
+
+    decode: list[DecodePlan]
+    prefill: PrefillPlan | None
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What the kernels read, by the names that `CudaAttention` looks for."""
+        arrays = {}
+        for group, plan in enumerate(self.decode):
+            arrays[f"{group}.table"] = plan.table
+            for number, one in enumerate(plan.rounds):
+                arrays |= _round_arrays(f"{group}.{number}", one)
+        if self.prefill is not None:
+            arrays |= {"table": self.prefill.table, "chunks": self.prefill.chunks, "blocks": self.prefill.blocks}
+        return arrays
+
+
+def plan_cuda_attention(steps: list[SequenceStep], shape: CudaShape, num_padding: int = 0) -> CudaPlan:
+    """Plans the attention of a step; behind its rows come `num_padding` that stand for nobody, which only a step of
+    one new token for each sequence may have."""
+    decode: dict[int, list[Member]] = defaultdict(list)
+    prefill: list[Member] = []
+    first = 0
+    for step in steps:
+        count = len(step.token_ids)
+        (decode[count] if count <= MAX_DECODE_TOKENS else prefill).append((first, step))
+        first += count
+    groups = [
+        plan_decode(count, members, shape.page_size, shape.buffer_pages, shape.max_states(count), STATES, num_padding)
+        for count, members in decode.items()
+    ]
+    chunks = None
+    if prefill:
+        chunks = plan_prefill(prefill, shape.page_size, shape.group_size, shape.buffer_pages, SEGMENT_TOKENS, BLOCK_M)
+    return CudaPlan(groups, chunks)
+
+
+@dataclass(frozen=True)
+class CudaAttention:
+    """An `Attention`, see `batch.py`: a plan and its arrays on the device."""
+
+    plan: CudaPlan
+    shape: CudaShape
+    arrays: dict[str, Tensor]
+
+    @property
+    def loads(self) -> list[Load]:
+        """See `Attention`."""
+        loads = [load for plan in self.plan.decode for one in plan.rounds for load in one.loads]
+        if self.plan.prefill is not None:
+            loads += [load for load in self.plan.prefill.loads if load is not None]
+        return loads
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer_pool: Tensor, stream: Stream | None) -> Tensor:
+        """See `Attention`; keys and values are read from their pages."""
+        out = q.new_empty(q.shape)
+        for group, plan in enumerate(self.plan.decode):
+            self._decode(group, plan, q, layer_pool, stream, out)
+        if self.plan.prefill is not None:
+            self._prefill(self.plan.prefill, q, layer_pool, stream, out)
+        return out.flatten(1)
+
+    def _decode(
+        self, group: int, plan: DecodePlan, q: Tensor, layer_pool: Tensor, stream: Stream | None, out: Tensor
+    ) -> None:
+        shape, table, count = self.shape, self.arrays[f"{group}.table"], plan.num_tokens
+        split_pages = split_pages_for(shape.page_size)
+        carry = Carry.like(out) if len(plan.rounds) > 1 else None
+        for number, one in enumerate(plan.rounds):
+            names = (f"{group}.{number}.{name}" for name in ("sequences", "items", "num_items"))
+            sequences, items, num_items = (self.arrays[name] for name in names)
+            rows = one.num_states, shape.num_kv_heads, count * shape.group_size
+            states = q.new_empty((*rows, shape.head_dim), dtype=torch.float32)
+            lse = q.new_empty(rows, dtype=torch.float32)
+            first = 0
+            for launch, size in enumerate(one.num_items):
+                buffer = _next_buffer(stream) if launch else None
+                if size:
+                    decode_splits(
+                        q, layer_pool, buffer, table, sequences, items[first : first + size], num_items[launch],
+                        states, lse, num_tokens=count, split_pages=split_pages,
+                        num_programs=min(size, shape.num_programs),
+                    )  # fmt: skip
+                first += size
+            merge_splits(
+                states, lse, sequences, out, carry, num_tokens=count, split_tokens=split_pages * shape.page_size
+            )
+
+    def _prefill(self, plan: PrefillPlan, q: Tensor, layer_pool: Tensor, stream: Stream | None, out: Tensor) -> None:
+        state = None
+        if plan.num_saved:
+            acc = plan.num_saved, *q.shape[1:]
+            # each a tensor of its own: kernels are compiled for pointers that are multiples of 16 bytes
+            state = PrefillState(*(q.new_empty(rows, dtype=torch.float32) for rows in (acc, acc[:2], acc[:2])))
+        table, chunks, blocks = (self.arrays[name] for name in ("table", "chunks", "blocks"))
+        first = 0
+        for load, size in zip(plan.loads, plan.num_blocks, strict=True):
+            buffer = None if load is None else _next_buffer(stream)
+            prefill_walk(q, layer_pool, buffer, table, chunks, blocks[first : first + size], state, out)
+            first += size
+
+
+def _next_buffer(stream: Stream | None) -> Tensor:
+    assert stream is not None
+    return stream.take()
+
+
+def _round_arrays(name: str, one: DecodeRound) -> dict[str, np.ndarray]:
+    num_items = np.zeros((len(one.num_items), 2), dtype=np.int64)  # a second column keeps each aligned
+    num_items[:, 0] = one.num_items
+    return {f"{name}.sequences": one.sequences, f"{name}.items": one.items, f"{name}.num_items": num_items}

@@ -1,0 +1,47 @@
+"""Step plans from the leader to the followers, and their reports back, over ZeroMQ."""
+
+import zmq
+
+from distkv.workers.group.report import Report, decode_report, encode_report
+from distkv.workers.group.step_plan import StepPlan, decode, encode
+
+
+class LeaderChannel:
+    """The leader's end: a socket per follower, so that none misses a plan."""
+
+    def __init__(self, context: zmq.Context, host: str, num_followers: int):
+        self._sockets = []
+        self.addresses = []  # one per follower, in order of rank
+        for _ in range(num_followers):
+            socket = context.socket(zmq.PAIR)
+            socket.set_hwm(0)
+            self.addresses.append(f"tcp://{host}:{socket.bind_to_random_port(f'tcp://{host}')}")
+            self._sockets.append(socket)
+
+    def send(self, plan: StepPlan | None) -> None:
+        """Sends a plan to all followers; None ends them."""
+        message = b"" if plan is None else encode(plan)
+        for socket in self._sockets:
+            socket.send(message)
+
+    def receive(self) -> list[Report]:
+        """Waits for each follower's report of a plan, in order of rank."""
+        return [decode_report(socket.recv()) for socket in self._sockets]
+
+
+class FollowerChannel:
+    """A follower's end."""
+
+    def __init__(self, context: zmq.Context, address: str):
+        self._socket = context.socket(zmq.PAIR)
+        self._socket.set_hwm(0)
+        self._socket.connect(address)
+
+    def receive(self) -> StepPlan | None:
+        """Waits for the next plan; None means the end."""
+        message = self._socket.recv()
+        return decode(message) if message else None
+
+    def send(self, report: Report) -> None:
+        """Answers a plan."""
+        self._socket.send(encode_report(report))

@@ -1,0 +1,154 @@
+"""The three pools of one rank, and what moves pages between them."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import torch
+
+from distkv.storage.disk.cache_folder import LOCK, Description, DiskHeads, FolderLock
+from distkv.storage.disk.file_lock import is_locked
+from distkv.storage.moving.mover import Mover
+from distkv.storage.moving.page_copies import PageCopies
+from distkv.storage.moving.read_ahead import ReadAhead
+from distkv.storage.moving.staging_ring import Load, StagingRing, Stream
+from distkv.storage.moving.streams import CudaStreams
+from distkv.storage.page_spec import PageSpec
+from distkv.storage.pools.device_pool import DevicePool
+from distkv.storage.pools.host_pool import HostPool
+from distkv.workers.group.report import Report
+
+if TYPE_CHECKING:
+    from distkv.storage.pools.disk_pool import DiskPool
+
+
+class PoolSizes(msgspec.Struct, array_like=True, frozen=True):
+    """Pages of each tier, the same on all ranks."""
+
+    device: int = 0
+    host: int = 0
+    disk: int = 0
+    staging: int = 0  # pages of the staging ring, of which it holds one layer
+    read_ahead: int = 0  # layer slices of host memory for reads from disk; 0 where the device is a CPU
+
+
+@dataclass(frozen=True)
+class DiskTier:
+    """Where a rank's disk tier lies."""
+
+    folder: Path  # rank 0 locks it and makes the array
+    heads: DiskHeads
+    rank: int
+    kept: Description | None  # of pages that outlive the process; None for a folder that is emptied on open and close
+
+
+class RankTiers:
+    """Owns the pools of a rank, the mover and the staging ring."""
+
+    def __init__(
+        self,
+        spec: PageSpec,
+        sizes: PoolSizes,
+        device: torch.device,
+        disk: DiskTier | None = None,
+    ):
+        """
+        Args:
+            disk: needed where the disk has pages.
+        """
+        self._spec = spec
+        size = spec.page_bytes
+        own_files = disk is not None and disk.heads.reports
+        self.nbytes = sizes.device * size, sizes.host * size, sizes.disk * size * own_files
+        self._missing: list[int] = []
+        self._bad_reads: dict[int, str] = {}
+        self._told: dict[str, int] = {}
+        with ExitStack() as stack:  # what is open is closed again if something fails on the way
+            self.device = DevicePool(spec, sizes.device, device)
+            stack.callback(self.device.close)
+            self.host = HostPool(spec, sizes.host, pinned=device.type == "cuda")
+            stack.callback(self.host.close)
+            self.disk = None
+            if sizes.disk:
+                assert disk is not None
+                self.disk = self._open_disk(stack, disk, sizes.disk)
+            self.copies = PageCopies(CudaStreams(device)) if device.type == "cuda" else None
+            self.mover = Mover(self.device, self.host, self.disk, self.copies)
+            stack.callback(self.mover.close)
+            read_ahead = None
+            if self.disk is not None and sizes.read_ahead:
+                read_ahead = ReadAhead(spec, sizes.read_ahead, self.disk, pinned=device.type == "cuda")
+                stack.callback(read_ahead.close)
+            self.ring = StagingRing(
+                spec, sizes.staging, self.host, self.disk, read_ahead, device, self.copies, self.mover.filling
+            )
+            stack.callback(self.ring.close)
+            if self.copies is not None:  # first of all, since what is on its way reads and fills all this memory
+                stack.callback(self.copies.streams.synchronize)
+            self._open = stack.pop_all()
+
+    def adopt(self, entries: dict[int, bytes]) -> None:
+        """Takes over what an earlier process left on disk, see `DiskPool.adopt`; the report says what is missing."""
+        assert self.disk is not None
+        self._missing = self.disk.adopt(entries)
+
+    @contextmanager
+    def stream(self, loads: list[Load]) -> Iterator[Stream | None]:
+        """The stream of a step's loads, None when there are none."""
+        if not loads:
+            yield None
+            return
+        stream = self.ring.begin(loads)
+        try:
+            yield stream
+        finally:
+            stream.close()
+            self._bad_reads |= stream.bad_reads
+
+    def take_report(self) -> Report:
+        """See `Rank.take_report`."""
+        moved = self.mover.report()
+        routes = {
+            f"{source.name}_to_{target.name}".lower(): count for (source, target), count in self.mover.bytes.items()
+        }
+        routes |= {f"{tier.name}_streamed".lower(): count for tier, count in self.ring.bytes.items()}
+        new = {route: count - self._told.get(route, 0) for route, count in routes.items()}
+        self._told = routes
+        bad_reads, self._bad_reads = self._bad_reads, {}
+        missing, self._missing = self._missing, []
+        return Report(
+            moved.done, moved.failed, moved.checksums, list(bad_reads.items()),
+            {route: count for route, count in new.items() if count}, missing,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Waits for what is on its way, frees memory, and removes what lies on disk unless it is kept. A second call
+        does nothing."""
+        self._open.close()
+
+    def _open_disk(self, stack: ExitStack, disk: DiskTier, num_pages: int) -> "DiskPool":
+        from distkv.storage.disk.disk_array import make_array, matches, remove_array
+        from distkv.storage.disk.reopen import join_kept, open_kept
+        from distkv.storage.pools.disk_pool import DiskPool  # imports zarr
+
+        folder, heads = disk.folder, disk.heads
+        whole = replace(self._spec, num_kv_heads=heads.total)
+        if disk.rank == 0:
+            lock = FolderLock(folder)
+            stack.callback(lock.release)
+            if disk.kept is not None:
+                open_kept(folder, whole, num_pages, disk.kept)
+            else:
+                make_array(folder, whole, num_pages)
+                stack.callback(remove_array, folder)
+        elif not is_locked(folder / LOCK):  # a node with a disk of its own, where nobody else may write these heads
+            heads = replace(heads, writes=True)
+            if disk.kept is not None:
+                join_kept(folder, whole, num_pages)
+            elif not matches(folder, whole, num_pages):
+                make_array(folder, whole, num_pages)
+                stack.callback(remove_array, folder)
+        return DiskPool(self._spec, folder, num_pages, heads)

@@ -1,0 +1,155 @@
+"""The LLaMA model (https://arxiv.org/abs/2302.13971), as one rank runs its part of it.
+
+Dims: T tokens of the step, E hidden_size, H query heads and K KV heads of this rank, D head_dim, V vocabulary of this
+rank. Row-parallel outputs (attention's and the MLP's second projection, the embedding) are summed over the ranks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distkv.kernels.token_kernels import TokenKernels
+from distkv.storage.moving.staging_ring import Stream
+from distkv.storage.pools.device_pool import DevicePool
+from distkv.workers.group.process_group import ProcessGroup
+from distkv.workers.model.linear import Linear, make_linear, side_by_side
+from distkv.workers.model.model_config import ModelConfig
+from distkv.workers.model.rope import RotaryEmbedding
+from distkv.workers.model.shard import Shard
+from distkv.workers.model.weights import Rows, WeightSource
+from distkv.workers.runners.batch import Batch
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One transformer block."""
+
+    input_norm: Tensor
+    qkv: Linear  # E -> (H + 2 * K) * D
+    attention_out: Linear  # H * D -> E, a part of the sum
+    post_attention_norm: Tensor
+    gate_up: Linear  # E -> 2 * intermediate of this rank
+    down: Linear  # intermediate of this rank -> E, a part of the sum
+
+
+@dataclass(frozen=True)
+class LlamaModel:
+    """A rank's part of the model."""
+
+    config: ModelConfig
+    shard: Shard
+    group: ProcessGroup
+    kernels: TokenKernels
+    rope: RotaryEmbedding
+    embedding: Tensor  # [V, E]
+    layers: list[Layer]
+    final_norm: Tensor
+    head: Linear  # E -> V
+
+    def forward(self, batch: Batch, pool: DevicePool, stream: Stream | None) -> Tensor:
+        """Runs a step and fills the pages of its tokens; `stream` brings the batch's loads. Returns the hidden states
+        `[rows, E]` before the final norm of the rows whose logits are wanted. The others end with the last layer's
+        attention, which nobody reads."""
+        eps, head_dim, kernels = self.config.rms_norm_eps, self.config.head_dim, self.kernels
+        cos, sin = self.rope.angles(batch.positions, batch.context)
+        x_TE = self._embed(batch.token_ids)
+        delta_TE: Tensor | None = None  # what is still to be added to x
+        for index, layer in enumerate(self.layers):
+            layer_pool = pool.layer(index)
+            qkv = layer.qkv(kernels.rms_norm(x_TE, layer.input_norm, eps, delta_TE)).unflatten(1, (-1, head_dim))
+            q_THD, k_TKD, v_TKD = kernels.rope_and_write_kv(qkv, cos, sin, layer_pool, batch.page, batch.offset)
+            attended = batch.attention.attend(q_THD, k_TKD, v_TKD, layer_pool, stream)
+            if index == len(self.layers) - 1:
+                x_TE, attended = x_TE[batch.logit_rows], attended[batch.logit_rows]
+            delta_TE = self.group.all_reduce(layer.attention_out(attended))
+            gate_up = layer.gate_up(kernels.rms_norm(x_TE, layer.post_attention_norm, eps, delta_TE))
+            delta_TE = self.group.all_reduce(layer.down(kernels.swiglu(gate_up)))
+        assert delta_TE is not None
+        return x_TE.add_(delta_TE)
+
+    def logits(self, x: Tensor) -> Tensor | None:
+        """fp32 logits `[rows, vocab_size]` of hidden states `[rows, E]` on rank 0; None on other ranks."""
+        local = self.head(self.kernels.rms_norm(x, self.final_norm, self.config.rms_norm_eps))
+        parts = [Shard.of(self.config, rank, self.shard.size).vocab for rank in range(self.shard.size)]
+        logits = self.group.gather_columns(local, [last - first for first, last in parts])
+        return None if logits is None else logits.float()
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        first, last = self.shard.vocab
+        if self.shard.size == 1:
+            return self.embedding[token_ids]
+        mine = (token_ids >= first) & (token_ids < last)
+        x = self.embedding[torch.where(mine, token_ids - first, 0)].masked_fill_(~mine[:, None], 0)
+        return self.group.all_reduce(x)
+
+
+def load_llama(
+    source: WeightSource,
+    config: ModelConfig,
+    shard: Shard,
+    group: ProcessGroup,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: TokenKernels,
+) -> LlamaModel:
+    """Reads this rank's slices; query, key and value rows are fused unless other ranks hold the same KV heads, and gate
+    and up always.
+
+    Raises ConfigError when a tensor is missing or its shape is not what the config says.
+    """
+    hidden, dim = config.hidden_size, config.head_dim
+    heads = shard.query_heads[0] * dim, shard.query_heads[1] * dim
+    kv = shard.kv_heads[0] * dim, shard.kv_heads[1] * dim
+
+    def read(name: str, shape: tuple[int, ...], rows: Rows = None, columns: Rows = None) -> Tensor:
+        return source.read(name, shape, rows, columns).to(device=device, dtype=dtype)
+
+    def columns_of(parts: list[tuple[str, int, tuple[int, int]]], biased: bool) -> Linear:
+        """Column-parallel: the given output rows of several weights, fused."""
+        weight = torch.cat([read(f"{name}.weight", (size, hidden), rows) for name, size, rows in parts])
+        bias = torch.cat([read(f"{name}.bias", (size,), rows) for name, size, rows in parts]) if biased else None
+        return make_linear(weight, bias)
+
+    def rows_of(name: str, size: int, columns: tuple[int, int], biased: bool) -> Linear:
+        """Row-parallel: the given input columns; rank 0 alone adds the bias to the sum."""
+        bias = read(f"{name}.bias", (hidden,)) if biased and shard.rank == 0 else None
+        return make_linear(read(f"{name}.weight", (hidden, size), None, columns), bias)
+
+    def layer(index: int) -> Layer:
+        prefix = f"model.layers.{index}"
+        q_size, kv_size = config.num_attention_heads * dim, config.num_key_value_heads * dim
+        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        q = [(f"{attention}.q_proj", q_size, heads)]
+        k_and_v = [(f"{attention}.k_proj", kv_size, kv), (f"{attention}.v_proj", kv_size, kv)]
+        if shard.num_holders == 1:
+            qkv = columns_of(q + k_and_v, config.attention_bias)
+        else:
+            # the holders of a KV head share its pages on disk, so they must agree in every bit: a product of one shape,
+            # while their shares of the query heads differ
+            qkv = side_by_side(columns_of(q, config.attention_bias), columns_of(k_and_v, config.attention_bias))
+        gate_up = [(f"{mlp}.{part}_proj", config.intermediate_size, shard.mlp) for part in ("gate", "up")]
+        return Layer(
+            input_norm=read(f"{prefix}.input_layernorm.weight", (hidden,)),
+            qkv=qkv,
+            attention_out=rows_of(f"{attention}.o_proj", q_size, heads, config.attention_bias),
+            post_attention_norm=read(f"{prefix}.post_attention_layernorm.weight", (hidden,)),
+            gate_up=columns_of(gate_up, config.mlp_bias),
+            down=rows_of(f"{mlp}.down_proj", config.intermediate_size, shard.mlp, config.mlp_bias),
+        )
+
+    vocab = (config.vocab_size, hidden)
+    embedding = read("model.embed_tokens.weight", vocab, shard.vocab)
+    # as in transformers, a head that the checkpoint does hold wins over the config's tie
+    tied = config.tie_word_embeddings and not source.has("lm_head.weight")
+    return LlamaModel(
+        config=config,
+        shard=shard,
+        group=group,
+        kernels=kernels,
+        rope=RotaryEmbedding(config.rope, dim, device),
+        embedding=embedding,
+        layers=[layer(index) for index in range(config.num_hidden_layers)],
+        final_norm=read("model.norm.weight", (hidden,)),
+        head=make_linear(embedding if tied else read("lm_head.weight", vocab, shard.vocab)),
+    )
