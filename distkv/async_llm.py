@@ -12,7 +12,7 @@ from distkv.engine.protocol import EngineStats
 from distkv.engine.thread import Delivery
 from distkv.errors import DistKVError
 from distkv.frontend.chat_pieces import Message
-from distkv.frontend.front_end import Bundle, Facade, FrontEnd, Prompt
+from distkv.frontend.front_end import Facade, FrontEnd, Prompt, RequestGroup
 from distkv.outputs import RequestOutput
 from distkv.sampling_params import SamplingParams
 
@@ -64,9 +64,9 @@ class AsyncLLM(Facade):
         state = await asyncio.to_thread(
             self._front_end.request, number, prompt, sampling_params or SamplingParams(), priority, cache_salt
         )
-        bundle, grown = Bundle(self._front_end.thread, [state]), asyncio.Event()
+        bundle, grown = RequestGroup(self._front_end.thread, [state]), asyncio.Event()
         mailbox = self._mailbox_of_loop()
-        mailbox.bundles[state.request.request_id] = bundle, grown
+        mailbox.groups[state.request.request_id] = bundle, grown
         try:
             bundle.start(mailbox.put)
             while bundle.unfinished or grown.is_set():
@@ -77,7 +77,7 @@ class AsyncLLM(Facade):
                 yield state.output()
         finally:
             bundle.end()
-            del mailbox.bundles[state.request.request_id]
+            del mailbox.groups[state.request.request_id]
 
     async def chat(
         self,
@@ -157,7 +157,7 @@ class _Mailbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop
-        self.bundles: dict[str, tuple[Bundle, asyncio.Event]] = {}  # by request
+        self.groups: dict[str, tuple[RequestGroup, asyncio.Event]] = {}  # by request
 
     def put(self, deliveries: list[Delivery]) -> None:
         """A `Sink`."""
@@ -165,8 +165,8 @@ class _Mailbox:
 
     def _sort(self, deliveries: list[Delivery]) -> None:
         for delivery in deliveries:
-            if delivery.request_id in self.bundles:
-                bundle, grown = self.bundles[delivery.request_id]
+            if delivery.request_id in self.groups:
+                bundle, grown = self.groups[delivery.request_id]
                 try:
                     bundle.take([delivery])
                 except Exception as error:  # text that cannot be decoded, say

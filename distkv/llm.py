@@ -14,7 +14,7 @@ from distkv.engine.thread import Delivery
 from distkv.errors import RequestError
 from distkv.frontend.answer import RequestState
 from distkv.frontend.chat_pieces import Message
-from distkv.frontend.front_end import Bundle, Facade, FrontEnd, Prompt
+from distkv.frontend.front_end import Facade, FrontEnd, Prompt, RequestGroup
 from distkv.outputs import RequestOutput
 from distkv.sampling_params import SamplingParams
 
@@ -172,7 +172,7 @@ class LLM(Facade):
     def _drive(self, states: list[RequestState]) -> Generator[list[RequestState], None, None]:
         """Runs requests to their end, yielding those that a step lets grow; what is unfinished at exit is aborted."""
         inbox: queue.SimpleQueue[list[Delivery]] = queue.SimpleQueue()
-        bundle = Bundle(self._front_end.thread, states)
+        bundle = RequestGroup(self._front_end.thread, states)
         try:
             bundle.start(inbox.put)
             while bundle.unfinished:

@@ -1,6 +1,6 @@
 """The arithmetic of page sizes, apart from the tensors so that options can be checked without torch."""
 
-from distkv.errors import ConfigError
+from distkv.storage.errors import ConfigError
 
 MIN_PAGE_SIZE = 16  # tokens
 

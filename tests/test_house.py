@@ -6,58 +6,115 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from support.processes import run_python
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = ("distkv", "workers", "storage", "kernels")
+PACKAGES = ("distkv", "workers", "storage", "kernels")
+"""An arrow may only point to the right."""
+ROOMS = (
+    "commands", "bench", "demo", "stress", "async_llm", "llm", "frontend", "launch", "engine", "models", "reporting",
+    "outputs", "config", "sampling_params", "errors",
+)  # fmt: skip
+"""Folders and modules of `distkv`, in the same order."""
+WITHOUT_TENSOR = ("distkv.engine", "distkv.storage.ledger")
+
+
+def modules() -> dict[str, Path]:
+    """All modules by the names they are imported by."""
+    found = {}
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            parts = list(path.relative_to(ROOT).with_suffix("").parts)
+            if package == "distkv" and len(parts) > 1 and parts[1] in PACKAGES:
+                continue  # the same once more, through a link
+            parts = ["distkv", *parts] if package != "distkv" else parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
 
 
 def imports(path: Path) -> set[str]:
+    """What a module imports, anywhere in it: modules where there are such, else what the statement names."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+            assert node.level == 0 and node.module, f"{path}: relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in names}
     return found
 
 
-@pytest.mark.parametrize("package", ORDER[1:])
-def test_arrows_point_downwards(package: str) -> None:
-    """distkv -> workers -> storage -> kernels; distkv.errors is everybody's."""
-    allowed = {f"distkv.{name}" for name in ORDER[ORDER.index(package) :]} | {"distkv.errors"}
-    modules = list((ROOT / package).rglob("*.py"))
-    assert modules
-    for path in modules:
-        for name in imports(path):
-            if name == "distkv" or name.startswith("distkv."):
-                top = ".".join(name.split(".")[:2])
-                assert top in allowed, f"{path.relative_to(ROOT)} imports {name}"
+IMPORTS = {name: imports(path) for name, path in MODULES.items()}
 
 
-def test_kernels_know_nothing_of_ray_and_policy_holds_no_tensor() -> None:
-    for path in [*(ROOT / "kernels").rglob("*.py"), *(ROOT / "storage").rglob("*.py")]:
-        assert not {"ray", "zmq", "transformers"} & {name.split(".")[0] for name in imports(path)}, path
-    policy = ["slot_allocator", "tiered_cache", "page", "page_table", "prefix_index", "idle_pages", "tier", "page_size"]
-    engine = ["scheduler", "sequence", "cold_budget"]
-    for path in [f"storage/{name}.py" for name in policy] + [f"distkv/{name}.py" for name in engine]:
-        assert "torch" not in {name.split(".")[0] for name in imports(ROOT / path)}, path
+def arrows() -> list[tuple[str, str]]:
+    """Which of our modules imports which."""
+    return [(name, other) for name, others in IMPORTS.items() for other in others if other in MODULES and other != name]
+
+
+def test_arrows_between_packages_point_downwards() -> None:
+    for package in PACKAGES:
+        assert any(name.startswith(f"distkv.{package}.") or package == "distkv" for name in MODULES)
+    for name, other in arrows():
+        assert _package(name) <= _package(other), f"{name} imports {other}"
+
+
+def test_arrows_between_rooms_point_downwards() -> None:
+    rooms = {name.split(".")[1] for name in MODULES if _package(name) == 0 and "." in name}
+    assert rooms == {*ROOMS, "__main__"}
+    for name, other in arrows():
+        if "." in name and "." in other and _package(name) == _package(other) == 0 and name != "distkv.__main__":
+            assert ROOMS.index(name.split(".")[1]) <= ROOMS.index(other.split(".")[1]), f"{name} imports {other}"
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """`distkv/__init__.py` gives its names on demand, so whoever imports it takes the version alone."""
+    graph: dict[str, set[str]] = {name: set() for name in MODULES}
+    for name, other in arrows():
+        if name != "distkv":
+            graph[name].add(other)
+    assert list(TopologicalSorter(graph).static_order())
+
+
+def test_every_import_says_distkv() -> None:
+    for name, others in IMPORTS.items():
+        assert not {other.split(".")[0] for other in others} & {"workers", "storage", "kernels"}, name
+
+
+def test_kernels_and_storage_know_neither_ray_nor_text() -> None:
+    for name, others in IMPORTS.items():
+        if _package(name) >= PACKAGES.index("storage"):
+            assert not {"ray", "zmq", "transformers"} & {other.split(".")[0] for other in others}, name
+
+
+@pytest.mark.parametrize("room", WITHOUT_TENSOR)
+def test_policy_holds_no_tensor(room: str) -> None:
+    """Nor does anything that it imports."""
+    names = sorted(name for name in MODULES if name == room or name.startswith(f"{room}."))
+    assert len(names) > 5
+    loaded = run_python(f"import {', '.join(names)}, sys; print(*sys.modules)").split()
+    assert "torch" not in loaded
+
+
+def _package(name: str) -> int:
+    """Index in `PACKAGES` of the one that a module belongs to."""
+    part = name.split(".")[1] if "." in name else ""
+    return PACKAGES.index(part) if part in PACKAGES else 0
 
 
 def test_folders_are_symlinked_namespace_packages() -> None:
-    for package in ORDER[1:]:
+    for package in PACKAGES[1:]:
         link = ROOT / "distkv" / package
         assert link.is_symlink() and os.readlink(link) == f"../{package}"
         assert not (ROOT / package / "__init__.py").exists()
-
-
-def run_python(code: str) -> str:
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def test_one_rank_on_a_cpu_needs_neither_ray_nor_zarr_nor_triton(tmp_path: Path) -> None:
@@ -98,6 +155,6 @@ def test_a_wheel_contains_everything(tmp_path: Path) -> None:
     [wheel] = tmp_path.glob("*.whl")
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
     expected = {f"distkv/{path.relative_to(ROOT / 'distkv')}" for path in (ROOT / "distkv").rglob("*.py")}
-    for package in ORDER[1:]:
+    for package in PACKAGES[1:]:
         expected |= {f"distkv/{path.relative_to(ROOT)}" for path in (ROOT / package).rglob("*.py")}
     assert packed == expected

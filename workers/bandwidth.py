@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distkv.storage.moving.page_copies import Gather, PageCopies
 from distkv.storage.moving.streams import Lane
-from distkv.workers.kv_pools import RankTiers
+from distkv.workers.kv_pools import KVPools
 
 log = logging.getLogger(__name__)
 
@@ -31,23 +31,23 @@ class Bandwidth(msgspec.Struct, array_like=True, frozen=True):
     disk: float = 0.0
 
 
-def measure_bandwidth(tiers: RankTiers, folder: Path | None) -> Bandwidth:
+def measure_bandwidth(pools: KVPools, folder: Path | None) -> Bandwidth:
     """Copies from the host through the staging ring's memory, and reads a file in `folder` past the page cache."""
     return Bandwidth(
-        _host_bandwidth(tiers) if tiers.host.num_pages else 0.0,
-        _disk_bandwidth(folder) if tiers.disk is not None and folder is not None else 0.0,
+        _host_bandwidth(pools) if pools.host.num_pages else 0.0,
+        _disk_bandwidth(folder) if pools.disk is not None and folder is not None else 0.0,
     )
 
 
-def choose_copies(tiers: RankTiers, kernel: Gather) -> None:
+def choose_copies(pools: KVPools, kernel: Gather) -> None:
     """Settles for each lane of a GPU whether the copy engine or the kernel copies, and logs what they reach. To be
     called before any page is stored: it copies pages of zeros about."""
-    copies = tiers.copies
-    if copies is None or not tiers.host.num_pages:
+    copies = pools.copies
+    if copies is None or not pools.host.num_pages:
         return
     copies.streams.synchronize()  # the pools are being filled with zeros
     for lane in (Lane.LOAD, Lane.FETCH, Lane.SPILL):
-        source, target = _ends(tiers, lane)
+        source, target = _ends(pools, lane)
         rows = [(row, row) for row in range(min(len(source), len(target)))][
             : None if lane is Lane.LOAD else PROBE_PAGES
         ]
@@ -63,25 +63,25 @@ def choose_copies(tiers: RankTiers, kernel: Gather) -> None:
         )  # fmt: skip
 
 
-def _host_bandwidth(tiers: RankTiers) -> float:
-    if tiers.copies is not None:
-        source, target = _ends(tiers, Lane.LOAD)
+def _host_bandwidth(pools: KVPools) -> float:
+    if pools.copies is not None:
+        source, target = _ends(pools, Lane.LOAD)
         rows = [(row, row) for row in range(min(len(source), len(target)))]
-        return _rate(tiers.copies, Lane.LOAD, source, target, rows)
-    buffer = tiers.ring.buffers[0]
-    pages = min(len(buffer), tiers.host.num_pages)
-    slices = tiers.host.slices(0, pages, 0)
+        return _rate(pools.copies, Lane.LOAD, source, target, rows)
+    buffer = pools.ring.buffers[0]
+    pages = min(len(buffer), pools.host.num_pages)
+    slices = pools.host.slices(0, pages, 0)
     slices.zero_()  # memory that was never written is not there yet
     return slices.nbytes / _fastest(partial(buffer[:pages].copy_, slices))
 
 
-def _ends(tiers: RankTiers, lane: Lane) -> tuple[Tensor, Tensor]:
+def _ends(pools: KVPools, lane: Lane) -> tuple[Tensor, Tensor]:
     """Source and target of a lane's copies, as `PageCopies` takes them."""
     if lane is Lane.LOAD:
-        return tiers.host.layer_rows(0), tiers.ring.buffers[0].flatten(1)[:, None]
+        return pools.host.layer_rows(0), pools.ring.buffers[0].flatten(1)[:, None]
     if lane is Lane.FETCH:
-        return tiers.host.rows(), tiers.device.rows()
-    return tiers.device.rows(), tiers.host.rows()
+        return pools.host.rows(), pools.device.rows()
+    return pools.device.rows(), pools.host.rows()
 
 
 def _rate(copies: PageCopies, lane: Lane, source: Tensor, target: Tensor, rows: list[tuple[int, int]]) -> float:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from distkv.errors import CapacityError
 from distkv.storage.page_spec import PageSpec
-from distkv.workers.kv_pools import PoolSizes, RankTiers
+from distkv.workers.errors import CapacityError
+from distkv.workers.kv_pools import KVPools, PoolSizes
 from distkv.workers.model.llama import LlamaModel
 from distkv.workers.page_directory import SequenceStep
 from distkv.workers.runners.cuda_runner import CudaRunner
 from distkv.workers.runners.step_graphs import graph_splits
-from distkv.workers.sampling.trial_draws import draw_in_all_ways
+from distkv.workers.sampling.trial_sampling import sample_in_all_ways
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def _try_out(
     torch.cuda.empty_cache()
     weights = torch.cuda.memory_reserved(device)
     pool = PoolSizes(device=spec.pages_for(max_num_batched_tokens))
-    with closing(RankTiers(spec, pool, device)) as tiers:
-        runner = CudaRunner(model, tiers, max_num_seqs)
+    with closing(KVPools(spec, pool, device)) as pools:
+        runner = CudaRunner(model, pools, max_num_seqs)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_reserved(device)
         _largest_step(model, runner, max_num_seqs, max_num_batched_tokens, pool.device)
@@ -89,4 +89,4 @@ def _largest_step(model: LlamaModel, runner: CudaRunner, max_num_seqs: int, toke
     hidden = runner.run([SequenceStep([0] * tokens, 0, np.arange(pages), tokens, 1)], None)
     logits = model.logits(hidden.repeat(max_num_seqs, 1))
     if logits is not None:  # on rank 0
-        draw_in_all_ways(logits)
+        sample_in_all_ways(logits)

@@ -45,7 +45,7 @@ class DiskTier:
     kept: Description | None  # of pages that outlive the process; None for a folder that is emptied on open and close
 
 
-class RankTiers:
+class KVPools:
     """Owns the pools of a rank, the mover and the staging ring."""
 
     def __init__(
@@ -131,7 +131,7 @@ class RankTiers:
 
     def _open_disk(self, stack: ExitStack, disk: DiskTier, num_pages: int) -> "DiskPool":
         from distkv.storage.disk.disk_array import make_array, matches, remove_array
-        from distkv.storage.disk.reopen import join_kept, open_kept
+        from distkv.storage.disk.reopen import rejoin, reopen
         from distkv.storage.pools.disk_pool import DiskPool  # imports zarr
 
         folder, heads = disk.folder, disk.heads
@@ -140,14 +140,14 @@ class RankTiers:
             lock = FolderLock(folder)
             stack.callback(lock.release)
             if disk.kept is not None:
-                open_kept(folder, whole, num_pages, disk.kept)
+                reopen(folder, whole, num_pages, disk.kept)
             else:
                 make_array(folder, whole, num_pages)
                 stack.callback(remove_array, folder)
         elif not is_locked(folder / LOCK):  # a node with a disk of its own, where nobody else may write these heads
             heads = replace(heads, writes=True)
             if disk.kept is not None:
-                join_kept(folder, whole, num_pages)
+                rejoin(folder, whole, num_pages)
             elif not matches(folder, whole, num_pages):
                 make_array(folder, whole, num_pages)
                 stack.callback(remove_array, folder)

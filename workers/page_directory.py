@@ -33,8 +33,8 @@ class PageDirectory:
         """Takes in what a plan tells; returns its sequences."""
         for number in plan.ended:
             self._tables.pop(number, None)
-        if plan.moved:
-            moved = np.asarray(plan.moved)
+        if plan.relocated:
+            moved = np.asarray(plan.relocated)
             self._places = _grown(self._places, int(moved[:, 0].max()) + 1)
             self._places[moved[:, 0]] = moved[:, 1]
         steps = []

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from distkv.errors import CapacityError
 from distkv.kernels.token_kernels import token_kernels
 from distkv.storage.disk.cache_folder import Description, DiskHeads
 from distkv.storage.page_spec import PageSpec
@@ -16,10 +15,11 @@ from distkv.storage.paging import CPU_BUFFERS, NUM_BUFFERS
 from distkv.storage.pools.host_memory import available_bytes
 from distkv.storage.random_pages import random_slice
 from distkv.workers.bandwidth import Bandwidth, choose_copies, measure_bandwidth
+from distkv.workers.errors import CapacityError
 from distkv.workers.group.process_group import ProcessGroup
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan
-from distkv.workers.kv_pools import DiskTier, PoolSizes, RankTiers
+from distkv.workers.kv_pools import DiskTier, KVPools, PoolSizes
 from distkv.workers.model.llama import LlamaModel, load_llama
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import Shard
@@ -79,8 +79,8 @@ class Rank:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self._model = self._load()
-        self.tiers = RankTiers(self.page_spec, PoolSizes(), self.device)
-        self._runner = make_runner(self._model, self.tiers, config.max_num_seqs, self._on_cuda)
+        self.pools = KVPools(self.page_spec, PoolSizes(), self.device)
+        self._runner = make_runner(self._model, self.pools, config.max_num_seqs, self._on_cuda)
         self._directory = PageDirectory(config.page_size)
 
     def _load(self) -> LlamaModel:
@@ -131,20 +131,20 @@ class Rank:
         Raises CapacityError, ConfigError or StoreError when one cannot be had. The first rank must have returned before
         the others start: it makes the array on disk.
         """
-        self.tiers.close()
+        self.pools.close()
         config, shard = self.config, self.shard
         disk = None
         if config.cache_dir is not None:
             is_first = shard.holder == 0
             heads = DiskHeads(shard.kv_heads[0], config.model.num_key_value_heads, reports=is_first, writes=is_first)
             disk = DiskTier(config.cache_dir, heads, shard.rank, self._description() if config.keep_cache else None)
-        self.tiers = RankTiers(self.page_spec, sizes, self.device, disk)
-        self._runner = make_runner(self._model, self.tiers, config.max_num_seqs, self._on_cuda)
+        self.pools = KVPools(self.page_spec, sizes, self.device, disk)
+        self._runner = make_runner(self._model, self.pools, config.max_num_seqs, self._on_cuda)
         if self.device.type == "cuda":
             from distkv.kernels.cuda.page_copy import copy_pages  # imports triton
 
-            choose_copies(self.tiers, copy_pages)
-        return self.tiers.nbytes
+            choose_copies(self.pools, copy_pages)
+        return self.pools.nbytes
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -159,51 +159,51 @@ class Rank:
             pass
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan, drawn: Tensor | None = None) -> Tensor | None:
+    def execute(self, plan: StepPlan, sampled: Tensor | None = None) -> Tensor | None:
         """Runs a step; on rank 0 returns the wanted logits, fp32 `[rows, vocab_size]`, in the plan's order, and None
         when nothing runs. `take_report` must follow.
 
         Args:
-            drawn: on rank 0, what the step before drew, int64 on the device; needed where the plan refers to it.
+            sampled: on rank 0, what the step before drew, int64 on the device; needed where the plan refers to it.
         """
-        tiers = self.tiers
+        pools = self.pools
         steps = self._directory.update(plan)
-        drawn = self._share_drawn(plan.num_drawn, drawn)
+        sampled = self._share_sampled(plan.num_sampled, sampled)
         if plan.adopt is not None:
-            tiers.adopt(plan.adopt)
-        tiers.mover.start(plan.transfers, plan.await_ids)
+            pools.adopt(plan.adopt)
+        pools.mover.start(plan.transfers, plan.await_ids)
         for source, target in plan.copies:
-            tiers.device.copy(source, target)
-        tiers.device.clear(plan.clear)
+            pools.device.copy(source, target)
+        pools.device.clear(plan.clear)
         for slot, seed in plan.random_pages:
             self._fill_random(slot, seed)
         if not steps:
-            tiers.mover.wait(plan.await_ids)  # such a plan is sent to learn of their end
+            pools.mover.wait(plan.await_ids)  # such a plan is sent to learn of their end
             return None
-        return self._model.logits(self._runner.run(steps, drawn))
+        return self._model.logits(self._runner.run(steps, sampled))
 
-    def _share_drawn(self, count: int, drawn: Tensor | None) -> Tensor | None:
+    def _share_sampled(self, count: int, sampled: Tensor | None) -> Tensor | None:
         """The `count` tokens that the step before drew, on all ranks; None when the plan refers to none."""
         if not count:
             return None
-        if drawn is None:
+        if sampled is None:
             assert self.shard.rank, "rank 0 draws"
-            drawn = torch.empty(count, dtype=torch.int64, device=self.device)
-        assert len(drawn) == count
-        return self.group.broadcast(drawn)
+            sampled = torch.empty(count, dtype=torch.int64, device=self.device)
+        assert len(sampled) == count
+        return self.group.broadcast(sampled)
 
     def bandwidth(self) -> Bandwidth:
         """How fast the tiers below the device give pages back."""
-        return measure_bandwidth(self.tiers, self.config.cache_dir)
+        return measure_bandwidth(self.pools, self.config.cache_dir)
 
     def take_report(self) -> Report:
         """What has ended since the last call; bytes by route are of this rank alone: `device_to_host` and so on for
         whole pages, `host_streamed` and `disk_streamed` for layer slices."""
-        return self.tiers.take_report()
+        return self.pools.take_report()
 
     def close(self) -> None:
         """Ends transfers and gives back memory and files."""
-        self.tiers.close()
+        self.pools.close()
 
     def _description(self) -> Description:
         config, model = self.config, self.config.model
@@ -224,7 +224,7 @@ class Rank:
         spec, heads = self.page_spec, range(*self.shard.kv_heads)
         for layer in range(spec.num_layers):
             values = random_slice(seed, layer, heads, spec.page_size, spec.head_dim)
-            self.tiers.device.data[layer, :, slot] = values.to(self.device, spec.dtype)
+            self.pools.device.data[layer, :, slot] = values.to(self.device, spec.dtype)
 
 
 def rank_page_spec(config: RankConfig, shard: Shard) -> PageSpec:

@@ -12,9 +12,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from distkv.bench.machine import check_json_file, machine_facts, write_json
 from distkv.errors import ConfigError
 from distkv.llm import LLM
+from distkv.reporting.machine import check_json_file, machine_facts, write_json
 from distkv.sampling_params import SamplingParams
 
 Runner = Callable[[list[int], int], tuple[float, float]]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distkv.bench.machine import cpu_name, machine_facts
 from distkv.errors import ConfigError
+from distkv.reporting.machine import cpu_name, machine_facts
 from distkv.storage.pools.host_memory import HostBuffer
 
 FLUSH_BYTES = 2**30  # many times any L2, and reading it takes longer than the launches that wait behind it

@@ -173,7 +173,7 @@ def residency_rows(shape: Shape, context: int, new_tokens: int) -> list[dict[str
         with closing(shape.engine(context + new_tokens, device_pages)) as engine:
             stage = _run(shape, engine, context, new_tokens, logprobs=model.vocab_size)
         answers[name] = [(output.token_id, output.logprobs) for output in stage.outputs]
-        streamed = stage.moved.get("host_streamed", 0)
+        streamed = stage.bytes_moved.get("host_streamed", 0)
         if (streamed > 0) != (device_pages < pages):
             raise DistKVError(f"with the context {name}, {streamed} bytes were streamed; report it")
         rows.append(

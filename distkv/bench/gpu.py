@@ -13,9 +13,9 @@ from typing import Any
 from distkv.bench.device import LinkCeiling, MemoryCeiling, Turns
 from distkv.bench.engine_rows import Shape, model_rows, residency_rows, streaming_rows
 from distkv.bench.parts import measure_parts
-from distkv.bench.tables import Column, target
 from distkv.errors import CapacityError
 from distkv.models.shapes import shape_folder
+from distkv.reporting.tables import Column, target
 from distkv.sampling_params import MAX_LOGPROBS
 from distkv.storage.pools.host_memory import available_bytes
 

@@ -13,8 +13,8 @@ import torch
 
 from distkv.bench.device import LinkCeiling, MatmulCeiling, MemoryCeiling, Turns
 from distkv.bench.parts import measure_parts
-from distkv.bench.tables import Column, target
 from distkv.models.shapes import SHAPES
+from distkv.reporting.tables import Column, target
 
 PARTS = ("ceilings", "decode", "prefill", "elementwise", "pages")
 MODEL = "llama-3-8b"

@@ -19,17 +19,17 @@ from rich.console import Console
 from rich.table import Table
 
 from distkv.bench.ceilings import READ_THREADS, CopyCeiling, ReadCeiling, bytes_from_disk, drop_page_cache, flush
-from distkv.bench.machine import check_json_file, machine_facts, write_json
 from distkv.config import EngineConfig
 from distkv.engine.protocol import EngineRequest, RequestFailed, TokenOutput
 from distkv.errors import ConfigError, DistKVError
 from distkv.launch.launch import launch
+from distkv.reporting.machine import check_json_file, machine_facts, write_json
 from distkv.sampling_params import SamplingParams
 from distkv.storage.disk.cache_folder import ARRAY
 from distkv.storage.ledger.tiered_cache import MAX_DISK_WRITES
 from distkv.storage.paging import NUM_BUFFERS, check_page_size
 from distkv.workers.model.model_config import ModelConfig, parse_dtype
-from distkv.workers.sampling.logprobs import TokenLogprobs
+from distkv.workers.sampling.sampled_token import TokenLogprobs
 
 WARM_UP = 4  # tokens decoded before those that count
 PAUSE = 0.1  # seconds after each of them, in which pages reach the tier where they will stay
@@ -92,12 +92,12 @@ class Decoder:
         start = bytes_from_disk()
         for _ in range(new_tokens):
             drop_page_cache(self.files)
-            before = self._engine.stats().moved
+            before = self._engine.stats().bytes_moved
             drawn = len(self.answer)
             seconds.append(self._step())
             if len(self.answer) != drawn + 1:
                 raise DistKVError(f"{self.variant.name}: a page could not be read and was computed again; see the log")
-            host, disk = streamed(before, self._engine.stats().moved)
+            host, disk = streamed(before, self._engine.stats().bytes_moved)
             check_streamed(self.variant.name, host + disk, self.cold_bytes)
             host_bytes, disk_bytes = host_bytes + host, disk_bytes + disk
         end = bytes_from_disk()
@@ -161,7 +161,7 @@ def run(
 
 
 def streamed(before: dict[str, int], after: dict[str, int]) -> tuple[int, int]:
-    """Bytes that reached attention from host and disk between two readings of `EngineStats.moved`."""
+    """Bytes that reached attention from host and disk between two readings of `EngineStats.bytes_moved`."""
     host, disk = (after.get(route, 0) - before.get(route, 0) for route in ("host_streamed", "disk_streamed"))
     return host, disk
 

@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 
 from distkv.bench.device import DeviceMeter, Turns, check_parts, device_facts, require_cuda
-from distkv.bench.machine import check_json_file, write_json
-from distkv.bench.tables import Column, print_rows
+from distkv.reporting.machine import check_json_file, write_json
+from distkv.reporting.tables import Column, print_rows
 
 
 def measure_parts(

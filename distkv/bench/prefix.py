@@ -22,13 +22,13 @@ from rich.table import Table
 
 from distkv import errors
 from distkv.bench.ceilings import CopyCeiling, ReadCeiling, bytes_from_disk, drop_page_cache, flush
-from distkv.bench.machine import check_json_file, machine_facts, write_json
 from distkv.bench.prompts import Prompts
 from distkv.config import EngineConfig
 from distkv.engine.client import EngineClient
 from distkv.engine.protocol import EngineRequest, RequestFailed
 from distkv.errors import ConfigError
 from distkv.launch.launch import launch
+from distkv.reporting.machine import check_json_file, machine_facts, write_json
 from distkv.sampling_params import SamplingParams
 from distkv.storage.disk.cache_folder import ARRAY
 from distkv.storage.ledger.tiered_cache import MAX_DISK_WRITES

@@ -21,20 +21,21 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from distkv.bench.machine import check_json_file, machine_facts, percentile, write_json
 from distkv.engine.engine import Engine
 from distkv.engine.protocol import EngineInfo, EngineRequest, RequestFailed, StepOutput
 from distkv.engine.sequence import Chosen
 from distkv.engine.step import Flight, Landing
 from distkv.engine.step_runner import Execute, StepRunner
 from distkv.errors import ConfigError, DistKVError
+from distkv.reporting.machine import check_json_file, machine_facts, percentile, write_json
 from distkv.sampling_params import SamplingParams
 from distkv.storage.ledger.page import Page
 from distkv.storage.ledger.tiered_cache import TieredCache
 from distkv.storage.paging import check_page_size, pages_for
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan, encode
-from distkv.workers.sampling.sampler import Draws, SampleRow
+from distkv.workers.sampling.sample_row import SampleRow
+from distkv.workers.sampling.sampler import SampledTokens
 
 PARTS = {
     "plan": "schedule and plan",
@@ -66,7 +67,7 @@ class Steps:
 
     seconds: dict[str, list[float]]  # by part, see PARTS
     draw_seconds: list[float]  # of the ranks: greedy draws from ready-made logits
-    num_drawn: list[int]  # tokens
+    num_sampled: list[int]  # tokens
     plan_bytes: list[int]
     gc_seconds: list[float]  # of Python's garbage collector within these parts
 
@@ -101,7 +102,7 @@ class TimedEngine(Engine):
         with self._timed("plan"):
             return super()._settle_step(chosen)
 
-    def _commit(self, flight: Flight, draws: Draws | None, unread: set[Page]) -> None:
+    def _commit(self, flight: Flight, draws: SampledTokens | None, unread: set[Page]) -> None:
         with self._timed("book"):
             super()._commit(flight, draws, unread)
 
@@ -109,9 +110,9 @@ class TimedEngine(Engine):
         with self._timed("launch"):
             super()._launch(flight)
 
-    def _read_draws(self) -> list[StepOutput]:
+    def _read_sampled(self) -> list[StepOutput]:
         with self._timed("answer"):
-            return super()._read_draws()
+            return super()._read_sampled()
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -251,7 +252,7 @@ def _measure(engine: TimedEngine, num_seqs: int, context: int, steps: int) -> St
         for _ in range(steps):
             engine.clear()
             before = sum(collected)
-            measured.num_drawn.append(len(_checked(engine.step())))
+            measured.num_sampled.append(len(_checked(engine.step())))
             for part, times in measured.seconds.items():
                 times.append(engine.seconds[part])
             measured.draw_seconds.append(engine.seconds["fly"] - engine.seconds["encode"])
@@ -299,7 +300,7 @@ def _row(variant: Variant, measured: Steps) -> dict[str, Any]:
         "p99_ms": {part: 1e3 * percentile(times, 0.99) for part, times in parts.items()},
         "most_ms": {part: 1e3 * max(times) for part, times in parts.items()},
         "draw_ms": 1e3 * statistics.median(measured.draw_seconds),
-        "tokens_per_step": statistics.median(measured.num_drawn),
+        "tokens_per_step": statistics.median(measured.num_sampled),
         "plan_bytes": statistics.median(measured.plan_bytes),
         "gc_ms_in_all": 1e3 * sum(measured.gc_seconds),
         "gc_most_ms": 1e3 * max(measured.gc_seconds),
@@ -309,7 +310,7 @@ def _row(variant: Variant, measured: Steps) -> dict[str, Any]:
 
 def _check_draws(variant: Variant, measured: Steps, num_seqs: int) -> str:
     """What is wrong with the tokens that the steps drew; empty when nothing is. Without a cold budget nobody waits."""
-    for step, count in enumerate(measured.num_drawn):
+    for step, count in enumerate(measured.num_sampled):
         if count != num_seqs and not (variant.most_cold and 0 < count < num_seqs):
             return f"{variant.name}: step {step} drew {count} tokens for {num_seqs} sequences; report it"
     return ""

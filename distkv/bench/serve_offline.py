@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.table import Table
 
 from distkv import errors
-from distkv.bench.machine import check_json_file, machine_facts, percentile, write_json
 from distkv.bench.prompts import Prompts
 from distkv.config import EngineConfig
 from distkv.engine.client import EngineClient
@@ -27,6 +26,7 @@ from distkv.engine.protocol import EngineInfo, EngineRequest, RequestFailed
 from distkv.engine.sequence import most_pages
 from distkv.errors import ConfigError
 from distkv.launch.launch import launch
+from distkv.reporting.machine import check_json_file, machine_facts, percentile, write_json
 from distkv.sampling_params import SamplingParams
 from distkv.storage.paging import check_page_size
 from distkv.workers.model.model_config import ModelConfig
@@ -47,7 +47,7 @@ class Served:
 
     times: dict[str, list[float]]  # of the tokens of each request
     answers: Answers
-    moved: dict[str, int]  # bytes by route, see `EngineStats`
+    bytes_moved: dict[str, int]  # bytes by route, see `EngineStats`
     most_running: int  # requests at a time
     peak_pages: int  # that they held at a time
 
@@ -114,7 +114,7 @@ def run(
 
 def serve(engine: EngineClient, requests: list[EngineRequest]) -> Served:
     """Submits all requests at once and waits for the last token. Raises what a request has failed with."""
-    before = engine.stats().moved
+    before = engine.stats().bytes_moved
     times: dict[str, list[float]] = {request.request_id: [] for request in requests}
     answers: Answers = {request.request_id: [] for request in requests}
     unfinished, most_running = len(requests), 0
@@ -133,7 +133,7 @@ def serve(engine: EngineClient, requests: list[EngineRequest]) -> Served:
     while engine.has_work:
         engine.step()
     stats = engine.stats()
-    moved = {route: count - before.get(route, 0) for route, count in stats.moved.items()}
+    moved = {route: count - before.get(route, 0) for route, count in stats.bytes_moved.items()}
     return Served(times, answers, moved, most_running, stats.peak_pages_in_use)
 
 
@@ -194,7 +194,7 @@ def _row(percent: int, turns: list[Served], info: EngineInfo, requests: list[Eng
     num_prompt = sum(len(request.prompt_token_ids) for request in requests)
     num_output = sum(request.max_tokens for request in requests)
     median = statistics.median
-    routes = sorted({route for one in turns for route in one.moved})
+    routes = sorted({route for one in turns for route in one.bytes_moved})
     return {
         "window_percent": percent,
         "device_pages": info.num_pages,
@@ -208,7 +208,7 @@ def _row(percent: int, turns: list[Served], info: EngineInfo, requests: list[Eng
         "between_tokens_p50_ms": 1e3 * median([percentile(one.between_tokens, 0.5) for one in turns]),
         "between_tokens_p99_ms": 1e3 * median([percentile(one.between_tokens, 0.99) for one in turns]),
         "bytes_per_output_token": {
-            route: median([one.moved.get(route, 0) / num_output for one in turns]) for route in routes
+            route: median([one.bytes_moved.get(route, 0) / num_output for one in turns]) for route in routes
         },
         "most_running": max(one.most_running for one in turns),
         "peak_pages": max(one.peak_pages for one in turns),

@@ -16,17 +16,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from distkv.commands.live_view import LiveView
 from distkv.config import EngineConfig
 from distkv.engine.protocol import EngineInfo, EngineRequest, EngineStats, RequestFailed, TokenOutput
 from distkv.errors import DistKVError
 from distkv.frontend.tokenizer import Tokenizer
 from distkv.launch.launch import launch
+from distkv.reporting.live_view import LiveView
 from distkv.sampling_params import SamplingParams
 from distkv.storage.ledger.tiered_cache import MAX_DISK_WRITES
 from distkv.storage.paging import pages_for
 from distkv.workers.model.model_config import ModelConfig
-from distkv.workers.sampling.logprobs import TokenLogprobs
+from distkv.workers.sampling.sampled_token import TokenLogprobs
 
 TEXT = "Here is the source of a module of Python:"
 QUESTION = "What does the class Timer do? Answer in one sentence."
@@ -49,7 +49,7 @@ class Answered:
     """An answer and how it came about."""
 
     tokens: list[tuple[int, TokenLogprobs | None]]
-    moved: dict[str, int]  # see `EngineStats.moved`
+    bytes_moved: dict[str, int]  # see `EngineStats.bytes_moved`
     seconds: float
     page_bytes: int  # over all ranks
 
@@ -80,7 +80,7 @@ def run(console: Console, model: Path, tokenizer: Tokenizer, tensor_parallel_siz
         )
         answered = _answer(console, window, prompt)
     _show_answer(console, tokenizer, answered)
-    console.print(_moved_table(answered.moved))
+    console.print(_moved_table(answered.bytes_moved))
     compare(answered.tokens, expected.tokens)
     console.print(
         f"[bold]{len(answered.tokens)} tokens and their logprobs: bit for bit the same as with everything resident."
@@ -123,7 +123,7 @@ def _answer(console: Console, config: EngineConfig, prompt: list[int]) -> Answer
                     finished = output.finish_reason is not None
                 if not finished:  # at the end the pages are given back
                     view.show(engine.stats(), len(tokens))
-        return Answered(tokens, engine.stats().moved, time.perf_counter() - start, engine.info.page_bytes)
+        return Answered(tokens, engine.stats().bytes_moved, time.perf_counter() - start, engine.info.page_bytes)
 
 
 class _View(LiveView):

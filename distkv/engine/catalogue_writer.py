@@ -7,7 +7,7 @@ from pathlib import Path
 
 from distkv.errors import StoreError
 from distkv.storage.disk.catalogue import Catalogue, Entry
-from distkv.storage.ledger.page import PageName
+from distkv.storage.ledger.page import PageKey
 from distkv.storage.ledger.tiered_cache import TieredCache
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan
@@ -15,7 +15,7 @@ from distkv.workers.group.step_plan import StepPlan
 log = logging.getLogger(__name__)
 
 
-class Keeper:
+class CatalogueWriter:
     """Keeps the catalogue of a cache folder true while the engine runs."""
 
     def __init__(self, folder: Path, cache: TieredCache):
@@ -35,7 +35,7 @@ class Keeper:
                 kept[one.key] = one.slot
         self._catalogue.update(self._catalogue.slots() - set(kept.values()), [])
         self._cache.adopt(
-            (one.slot, one.index, PageName(one.key, one.parent, one.tokens)) for one in entries if one.key in kept
+            (one.slot, one.index, PageKey(one.key, one.parent, one.tokens)) for one in entries if one.key in kept
         )
         self._cache.touched.clear()
         if missing:
@@ -53,9 +53,9 @@ class Keeper:
             return
         now = time.time()
         added = [
-            Entry(slot, *page.name, checksums[id], now, page.index)
+            Entry(slot, *page.key, checksums[id], now, page.index)
             for slot, (id, page) in written.items()
-            if id in checksums and page.name is not None
+            if id in checksums and page.key is not None
         ]
         try:
             self._catalogue.update(vacated, added, touched, now)

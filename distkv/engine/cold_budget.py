@@ -37,7 +37,7 @@ class ColdBudget:
         """Whether it is worth while to look for pages to bring up: with parked sequences, after a review only."""
         return not self._any_parked or not self._steps
 
-    def note_moved(self, num_pages: int) -> None:
+    def note_relocated(self, num_pages: int) -> None:
         """Tells that so many held pages lie elsewhere now."""
         self._slack -= num_pages * self._disk_cost
 

@@ -20,8 +20,8 @@ from distkv.engine.step_runner import Execute, StepRunner
 from distkv.errors import CapacityError, DistKVError
 from distkv.storage.ledger.page import Page
 from distkv.storage.tier import Tier
-from distkv.workers.sampling.logprobs import TokenLogprobs
-from distkv.workers.sampling.sampler import Draw, Draws
+from distkv.workers.sampling.sampled_token import SampledToken, TokenLogprobs
+from distkv.workers.sampling.sampler import SampledTokens
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class Engine:
             self.abort([(one.request.request_id, None) for one in self._scheduler.running + self._scheduler.waiting])
             if self._flight is not None:
                 self._land(self._flight, [], None)
-            self._read_draws()  # the device has done with it, then
+            self._read_sampled()  # the device has done with it, then
             while self._runner.settle():
                 pass
         except Exception as error:
@@ -118,7 +118,7 @@ class Engine:
             device_pages=self._cache.slots[Tier.DEVICE].num_used,
             host_pages=self._cache.slots[Tier.HOST].num_used,
             disk_pages=self._cache.slots[Tier.DISK].num_used,
-            moved=dict(self._runner.moved),
+            bytes_moved=dict(self._runner.bytes_moved),
             pages_recomputed=self._repairs.num_pages,
         )
 
@@ -140,7 +140,7 @@ class Engine:
         """
         if self._failure is not None:
             raise self._failure
-        self._untold += self._read_draws()  # which an exception has left over
+        self._untold += self._read_sampled()  # which an exception has left over
         flight = self._flight
         chosen = [] if flight is not None and (flight.forks or self._suspects) else self._choose()
         following = self._settle_step(chosen) if chosen else None
@@ -150,7 +150,7 @@ class Engine:
             self._launch(following)
         elif not chosen:
             self._do_without_step()
-        outputs = self._untold + self._read_draws()
+        outputs = self._untold + self._read_sampled()
         self._untold = []
         return outputs
 
@@ -202,9 +202,9 @@ class Engine:
         # where pages lie is settled now
         plan = flight.plan
         plan.transfers, plan.await_ids = self._cache.take_transfers()
-        flight.moved = self._cache.take_moved()
-        plan.moved = [(page.id, page.location) for page in flight.moved]
-        self._scheduler.cold_budget.note_moved(len(flight.moved))
+        flight.relocated = self._cache.take_relocated()
+        plan.relocated = [(page.id, page.location) for page in flight.relocated]
+        self._scheduler.cold_budget.note_relocated(len(flight.relocated))
         plan.ended, self._runner.ended = self._runner.ended, []
         flight.copies = self._copies.take()
         plan.copies = [(source.location, target.location) for source, target in flight.copies]
@@ -255,7 +255,7 @@ class Engine:
         if following is not None:
             self._launch(following)
 
-    def _commit(self, flight: Flight, draws: Draws | None, unread: set[Page]) -> None:
+    def _commit(self, flight: Flight, draws: SampledTokens | None, unread: set[Page]) -> None:
         """Books a step that has landed, but for its draws. Pages that it fills get their names: the tokens in them are
         those that it ran, which are known since the draws of the step before are booked."""
         for sequence, count in flight.scheduled:
@@ -278,10 +278,10 @@ class Engine:
         for sequence, part in flight.parts:
             sequence.num_told = min(sequence.num_told, part.first_page)
         for sequence in flight.drawing:
-            sequence.num_drawing -= 1
+            sequence.num_pending -= 1
         self._copies.put_back(flight.copies)
         if not ran:
-            self._cache.put_back(flight.plan.transfers, flight.plan.await_ids, flight.moved)
+            self._cache.put_back(flight.plan.transfers, flight.plan.await_ids, flight.relocated)
             self._runner.ended += flight.plan.ended
 
     def _blame(self, flight: Flight, error: Exception) -> None:
@@ -342,7 +342,7 @@ class Engine:
 
     # --- answers ---
 
-    def _read_draws(self) -> list[StepOutput]:
+    def _read_sampled(self) -> list[StepOutput]:
         """Waits for what the step drew that landed last, unless that is known already, and adds it to the answers."""
         flight = self._landed
         if flight is None:
@@ -362,12 +362,12 @@ class Engine:
         outputs: list[StepOutput] = []
         for sequence in flight.drawing:
             mine = list(islice(drawn, sequence.num_answers))
-            sequence.num_drawing -= 1
+            sequence.num_pending -= 1
             if not sequence.finished and sequence not in flight.spoilt:
                 outputs += self._answer(sequence, mine)
         return outputs
 
-    def _answer(self, sequence: Sequence, drawn: list[Draw]) -> list[TokenOutput]:
+    def _answer(self, sequence: Sequence, drawn: list[SampledToken]) -> list[TokenOutput]:
         """Adds what was drawn for a sequence to the answers that it stands for."""
         answers = [sequence]
         if not sequence.is_drawn_once:

@@ -3,7 +3,7 @@
 import msgspec
 
 from distkv.sampling_params import SamplingParams
-from distkv.workers.sampling.logprobs import TokenLogprobs
+from distkv.workers.sampling.sampled_token import TokenLogprobs
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -84,7 +84,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     disk_pages: int = 0
     # bytes by route since the start, all ranks together: device_to_host, host_to_disk, disk_to_host, host_to_device for
     # whole pages; host_streamed and disk_streamed for the layer slices that passed through the staging ring
-    moved: dict[str, int] = {}
+    bytes_moved: dict[str, int] = {}
     pages_recomputed: int = 0  # that could not be read back
 
 

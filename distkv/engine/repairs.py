@@ -41,7 +41,7 @@ class Repairs:
         else:
             parts, random_pages = [owner.plan(page.index * size, size, 0)], []
         transfers, await_ids = self._cache.take_transfers()
-        moved = self._cache.take_moved()
+        moved = self._cache.take_relocated()
         places = [(page.id, page.location) for page in moved]
         try:
             unread = self._runner.run(StepPlan(parts, [], [slot], transfers, await_ids, random_pages, places))

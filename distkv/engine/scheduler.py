@@ -180,19 +180,19 @@ class Scheduler:
 
     def _find_prefix(self, sequence: Sequence) -> list[Page]:
         """The pages that are known of a prompt, without its last token."""
-        names = sequence.name_pages(sequence.prompt_len - 1)
-        return [] if names is None else self.cache.find(names[: sequence.num_prefix_pages])
+        keys = sequence.page_keys(sequence.prompt_len - 1)
+        return [] if keys is None else self.cache.find(keys[: sequence.num_prefix_pages])
 
     def _is_coming(self, sequence: Sequence, num_found: int) -> bool:
         """Whether a running request that goes before this one is about to compute the page after the prefix that was
         found."""
         if num_found == sequence.num_prefix_pages or sequence.root is None:
             return False
-        name = sequence.names[num_found]
+        key = sequence.keys[num_found]
 
         def computes_it(one: Sequence) -> bool:
             is_before = not one.is_parked and one.request.priority <= sequence.request.priority
-            return is_before and one.will_compute(num_found, name)
+            return is_before and one.will_compute(num_found, key)
 
         if sequence.awaits is None or not computes_it(sequence.awaits):
             sequence.awaits = next(filter(computes_it, self.running), None)

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from distkv.engine.protocol import EngineRequest
-from distkv.storage.ledger.page import Page, PageName
+from distkv.storage.ledger.page import Page, PageKey
 from distkv.storage.ledger.page_table import PageTable
-from distkv.storage.ledger.prefix_index import page_name
+from distkv.storage.ledger.prefix_index import page_key
 from distkv.storage.paging import pages_for
 from distkv.storage.random_pages import page_seed
 from distkv.workers.group.step_plan import SequencePlan
@@ -23,8 +23,8 @@ class Sequence:
     table: PageTable
     token_ids: list[int]  # prompt and answer
     root: bytes | None  # of the chain of page names; None when its pages are its own
-    names: list[PageName] = field(default_factory=list)  # of its first full pages
-    num_drawing: int = 0  # tokens that steps draw which are not known yet
+    keys: list[PageKey] = field(default_factory=list)  # of its first full pages
+    num_pending: int = 0  # tokens that steps draw which are not known yet
     num_told: int = 0  # pages that the ranks' table holds
     num_cached: tuple[int, int, int] = (0, 0, 0)  # tokens whose KV was found, by tier
     expected: list[Page] = field(default_factory=list)  # what was found when it was queued
@@ -69,7 +69,7 @@ class Sequence:
     def may_decode(self) -> bool:
         """Whether a step may take the answer's newest token, drawn already or by a step under way."""
         drawn = len(self.token_ids) - self.prompt_len
-        return 0 < drawn + self.num_drawing < self.request.max_tokens and (drawn > 0 or self.request.params.n == 1)
+        return 0 < drawn + self.num_pending < self.request.max_tokens and (drawn > 0 or self.request.params.n == 1)
 
     @property
     def most_pages(self) -> int:
@@ -92,21 +92,21 @@ class Sequence:
         yield from self.table.pages[:1]
         yield from reversed(self.table.pages[1:])
 
-    def will_compute(self, index: int, name: PageName) -> bool:
+    def will_compute(self, index: int, key: PageKey) -> bool:
         """Whether steps that are still to end will fill the page of that place and name."""
-        is_ahead = self.table.num_committed // self.table.page_size <= index < len(self.names)
-        return is_ahead and not self.finished and self.names[index].key == name.key
+        is_ahead = self.table.num_committed // self.table.page_size <= index < len(self.keys)
+        return is_ahead and not self.finished and self.keys[index].digest == key.digest
 
-    def name_pages(self, num_tokens: int) -> list[PageName] | None:
+    def page_keys(self, num_tokens: int) -> list[PageKey] | None:
         """The names of the full pages of its first tokens, at least; None when its pages are its own."""
         if self.root is None:
             return None
         assert num_tokens <= len(self.token_ids), "a name takes the tokens themselves"
         size = self.table.page_size
-        for index in range(len(self.names), num_tokens // size):
-            parent = self.names[-1].key if self.names else self.root
-            self.names.append(page_name(parent, self.token_ids[index * size : (index + 1) * size]))
-        return self.names
+        for index in range(len(self.keys), num_tokens // size):
+            parent = self.keys[-1].digest if self.keys else self.root
+            self.keys.append(page_key(parent, self.token_ids[index * size : (index + 1) * size]))
+        return self.keys
 
     def plan(self, start: int, count: int, num_logits: int, late: int | None = None) -> SequencePlan:
         """Its part of a step; tells the ranks of pages that they do not know yet, too. `late` is the number of the draw
@@ -145,12 +145,12 @@ class Sequence:
         if table.num_committed % table.page_size + count < table.page_size:
             table.num_committed += count
         else:
-            table.commit(count, self.name_pages(table.num_committed + count))
+            table.commit(count, self.page_keys(table.num_committed + count))
 
     def fork(self, index: int, number: int) -> tuple["Sequence", tuple[Page, Page] | None]:
         """Another answer from the same state; also the page copy it needs, see `PageTable.fork`."""
         table, copy = self.table.fork()
-        fork = Sequence(self.request, index, number, table, list(self.token_ids), self.root, list(self.names))
+        fork = Sequence(self.request, index, number, table, list(self.token_ids), self.root, list(self.keys))
         fork.turn, fork.num_cached = self.turn, self.num_cached
         return fork, copy
 

@@ -8,7 +8,8 @@ from distkv.engine.sequence import Chosen, Sequence
 from distkv.storage.ledger.page import Page
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import SequencePlan, StepPlan
-from distkv.workers.sampling.sampler import Draws, SampleRow, uniform_draw
+from distkv.workers.sampling.sample_row import SampleRow, uniform_number
+from distkv.workers.sampling.sampler import SampledTokens
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Landing:
     drawn."""
 
     report: Report | None  # None when the ranks did not come so far
-    draws: Draws | None = None  # None when there are none
+    draws: SampledTokens | None = None  # None when there are none
     error: Exception | None = None
 
 
@@ -32,11 +33,11 @@ class Flight:
     drawing: dict[Sequence, int]
     num_draws: int
     late: dict[Sequence, int]  # those that run a draw of the step before, which is not known yet, with its number
-    moved: list[Page] = field(default_factory=list)  # whose places the plan tells
+    relocated: list[Page] = field(default_factory=list)  # whose places the plan tells
     copies: list[PageCopy] = field(default_factory=list)  # whose pages are held until the step has landed
     landing: "Future[Landing] | None" = None  # once it is launched
     # once it has landed
-    draws: Draws | None = None
+    draws: SampledTokens | None = None
     spoilt: set[Sequence] = field(default_factory=set)  # take the step again, since a page could not be read
 
     @classmethod
@@ -60,17 +61,17 @@ class Flight:
                 random_pages += [(page.location, sequence.page_seed(page)) for page in fresh]
                 continue
             clear += [page.location for page in fresh]
-            draws = start + count == len(sequence.token_ids) + sequence.num_drawing
-            if sequence.num_drawing:
+            draws = start + count == len(sequence.token_ids) + sequence.num_pending
+            if sequence.num_pending:
                 assert before is not None
                 late[sequence] = before.drawing[sequence]
             if draws:
                 drawing[sequence] = num_draws
                 num_draws += sequence.num_answers
-                sequence.num_drawing += 1
+                sequence.num_pending += 1
             parts.append((sequence, sequence.plan(start, count, int(draws), late.get(sequence))))
-        num_drawn = before.num_draws if before is not None and late else 0
-        plan = StepPlan([part for _, part in parts], [], clear, random_pages=random_pages, num_drawn=num_drawn)
+        num_sampled = before.num_draws if before is not None and late else 0
+        plan = StepPlan([part for _, part in parts], [], clear, random_pages=random_pages, num_sampled=num_sampled)
         return cls(plan, scheduled, parts, drawing, num_draws, late)
 
     @property
@@ -101,10 +102,10 @@ def _sample_row(sequence: Sequence, index: int, logits_row: int, late: int | Non
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
         num_logprobs=params.logprobs,
-        uniform=uniform_draw(sequence.request.seed, index, position) if params.temperature > 0 else 0.0,
+        uniform=uniform_number(sequence.request.seed, index, position) if params.temperature > 0 else 0.0,
         prompt_token_ids=sequence.request.prompt_token_ids,
         output_token_ids=[],
-        late=late,
+        pending=late,
     )
     if row.penalised:
         row.output_token_ids.extend(sequence.output_token_ids)

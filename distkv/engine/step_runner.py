@@ -15,10 +15,11 @@ from distkv.storage.ledger.page import Page
 from distkv.storage.ledger.tiered_cache import TieredCache
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan
-from distkv.workers.sampling.sampler import SampleRow, sample
+from distkv.workers.sampling.sample_row import SampleRow
+from distkv.workers.sampling.sampler import sample
 
 if TYPE_CHECKING:
-    from distkv.engine.catalogue_writer import Keeper
+    from distkv.engine.catalogue_writer import CatalogueWriter
 
 log = logging.getLogger(__name__)
 
@@ -36,18 +37,18 @@ class StepRunner:
         """Warms up, see `Engine`, and takes in what earlier processes left on disk; raises StoreError or ConfigError
         when the catalogue there cannot be used."""
         self.execute = execute
-        self.moved: Counter[str] = Counter()  # bytes by route
+        self.bytes_moved: Counter[str] = Counter()  # bytes by route
         self.damage = ""  # what could not be read back last, and why
         self.ended: list[int] = []  # tables that the ranks may forget with the next plan
         self._cache = cache
         self._thread = ThreadPoolExecutor(1, "distkv-step")
         self._drawn: Tensor | None = None  # by the last step, on the device; for the thread
-        self._keeper: Keeper | None = None
+        self._catalogue_writer: CatalogueWriter | None = None
         try:
             self._thread.submit(warm_up).result()
-            self._keeper = _open_keeper(info, cache)
-            if self._keeper is not None:
-                self._keeper.adopt(self._report_of)
+            self._catalogue_writer = _open_catalogue_writer(info, cache)
+            if self._catalogue_writer is not None:
+                self._catalogue_writer.adopt(self._report_of)
         except BaseException:
             self.close()
             raise
@@ -55,13 +56,13 @@ class StepRunner:
     def start(self, plan: StepPlan, rows: list[SampleRow]) -> "Future[Landing]":
         """Has the ranks run a plan, and draws tokens from its logits. The plan, and rows, may refer to the draws of the
         plan that was started before; `run` may come between."""
-        self._tell_keeper({})
+        self._tell_catalogue({})
         return self._thread.submit(self._fly, plan, rows)
 
     def run(self, plan: StepPlan) -> set[Page]:
         """Waits for a plan that draws nothing, while no other runs; returns what `take_in` does."""
         try:
-            self._tell_keeper({})
+            self._tell_catalogue({})
             report = self._report_of(plan)
         except BaseException:
             self._cache.put_back(plan.transfers, plan.await_ids)
@@ -71,12 +72,12 @@ class StepRunner:
 
     def take_in(self, report: Report) -> set[Page]:
         """Books what the ranks report; returns the held pages that the step could not read."""
-        self.moved.update(report.moved)
+        self.bytes_moved.update(report.bytes_moved)
         for _, reason in [*report.failed, *report.bad_reads]:
             log.warning("%s", reason)
             self.damage = reason
         unread = self._cache.apply(report.done, report.failed, [slot for slot, _ in report.bad_reads])
-        self._tell_keeper(report.checksums)
+        self._tell_catalogue(report.checksums)
         return unread
 
     def wait_for(self, ids: Iterable[int]) -> None:
@@ -90,7 +91,7 @@ class StepRunner:
         awaited = self._cache.awaited
         plan = self._moving_plan(awaited)
         if not (plan.transfers or plan.await_ids or plan.ended):
-            self._tell_keeper({})
+            self._tell_catalogue({})
             return False
         self.run(plan)
         if awaited and self._cache.awaited[:1] == awaited[:1]:
@@ -101,8 +102,8 @@ class StepRunner:
     def close(self) -> None:
         """Ends the thread and closes the catalogue."""
         self._thread.shutdown()
-        if self._keeper is not None:
-            self._keeper.close()
+        if self._catalogue_writer is not None:
+            self._catalogue_writer.close()
 
     def _moving_plan(self, await_ids: Iterable[int]) -> StepPlan:
         transfers, others = self._cache.take_transfers()
@@ -120,7 +121,7 @@ class StepRunner:
         """On the thread. Ends when all is launched; on CUDA the device may not have begun with it yet."""
         report = draws = None
         try:
-            drawn = self._drawn if plan.num_drawn else None
+            drawn = self._drawn if plan.num_sampled else None
             logits, report = self.execute(plan, drawn)
             if rows:
                 assert logits is not None
@@ -130,16 +131,16 @@ class StepRunner:
         except Exception as error:
             return Landing(report, error=error)
 
-    def _tell_keeper(self, checksums: dict[int, bytes]) -> None:
-        if self._keeper is not None:
-            self._keeper.update(checksums)
+    def _tell_catalogue(self, checksums: dict[int, bytes]) -> None:
+        if self._catalogue_writer is not None:
+            self._catalogue_writer.update(checksums)
         for told in (self._cache.vacated, self._cache.written, self._cache.touched):
             told.clear()
 
 
-def _open_keeper(info: EngineInfo, cache: TieredCache) -> "Keeper | None":
+def _open_catalogue_writer(info: EngineInfo, cache: TieredCache) -> "CatalogueWriter | None":
     if info.cache_dir is None or not info.enable_prefix_caching:
         return None
-    from distkv.engine.catalogue_writer import Keeper  # imports zarr
+    from distkv.engine.catalogue_writer import CatalogueWriter  # imports zarr
 
-    return Keeper(Path(info.cache_dir), cache)
+    return CatalogueWriter(Path(info.cache_dir), cache)

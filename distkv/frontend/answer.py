@@ -4,7 +4,7 @@ from distkv.engine.protocol import EngineRequest, TokenOutput
 from distkv.errors import DistKVError
 from distkv.frontend.tokenizer import IncrementalDecoder, Tokenizer
 from distkv.outputs import CompletionOutput, Logprob, RequestOutput
-from distkv.workers.sampling.logprobs import TokenLogprobs
+from distkv.workers.sampling.sampled_token import TokenLogprobs
 
 TIERS = ("device", "host", "disk")
 

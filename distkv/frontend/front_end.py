@@ -126,7 +126,7 @@ class Facade:
         return self._front_end.tokenizer
 
 
-class Bundle:
+class RequestGroup:
     """Requests that are sent together, until they are finished. Use by one thread at a time."""
 
     def __init__(self, thread: EngineThread, states: list[RequestState]):

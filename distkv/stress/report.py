@@ -34,7 +34,7 @@ def stage_facts(stage: Stage, info: EngineInfo) -> dict[str, Any]:
         "pages": {"in_use": full.pages_in_use, **full.pages},
         "bytes": {"in_use": full.pages_in_use * info.page_bytes}
         | {tier: pages * info.page_bytes for tier, pages in full.pages.items()},
-        "moved_bytes": stage.moved,
+        "moved_bytes": stage.bytes_moved,
         "streamed_bytes_per_step": stage.streamed_per_step,
         "cold_tokens": stage.cold_pages * info.page_size,
         "expected_streamed_per_step": stage.cold_pages * info.page_size * info.kv_bytes_per_token,

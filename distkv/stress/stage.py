@@ -29,12 +29,12 @@ class Sample:
     in_fill: bool  # the request waits for its first token
     pages_in_use: int  # distinct ones
     pages: dict[str, int]  # by tier; one that lies in several counts for each
-    moved: dict[str, int]  # bytes by route since the engine started, see `EngineStats`
+    bytes_moved: dict[str, int]  # bytes by route since the engine started, see `EngineStats`
 
     @property
     def streamed(self) -> int:
         """Bytes that passed through the staging ring so far."""
-        return sum(count for route, count in self.moved.items() if route.endswith("_streamed"))
+        return sum(count for route, count in self.bytes_moved.items() if route.endswith("_streamed"))
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ class Stage:
         return next((sample for sample in reversed(self.samples) if sample.pages_in_use), self.samples[-1])
 
     @property
-    def moved(self) -> dict[str, int]:
+    def bytes_moved(self) -> dict[str, int]:
         """Bytes by route during this request."""
-        before, after = self.samples[0].moved, self.samples[-1].moved
+        before, after = self.samples[0].bytes_moved, self.samples[-1].bytes_moved
         return {route: count - before.get(route, 0) for route, count in after.items() if count != before.get(route, 0)}
 
     @property
@@ -141,5 +141,5 @@ def _sample(stats: EngineStats, seconds: float, request: EngineRequest, new_toke
         in_fill=not new_tokens and bool(stats.num_running or stats.num_waiting),
         pages_in_use=stats.pages_in_use,
         pages={tier: getattr(stats, f"{tier}_pages") for tier in TIERS},
-        moved=stats.moved,
+        bytes_moved=stats.bytes_moved,
     )

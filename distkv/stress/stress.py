@@ -14,7 +14,6 @@ import msgspec
 import torch
 from rich.console import Console
 
-from distkv.bench.machine import check_json_file, machine_facts
 from distkv.config import EngineConfig
 from distkv.engine.client import EngineClient
 from distkv.engine.protocol import EngineInfo, EngineRequest
@@ -22,6 +21,7 @@ from distkv.errors import CapacityError, ConfigError
 from distkv.frontend.tokenizer import TOKENIZER_FILES, Tokenizer
 from distkv.launch.launch import launch
 from distkv.models.shapes import shape_folder
+from distkv.reporting.machine import check_json_file, machine_facts
 from distkv.sampling_params import MAX_LOGPROBS, SamplingParams
 from distkv.storage.paging import pages_for
 from distkv.storage.pools.host_memory import available_bytes

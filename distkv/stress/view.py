@@ -4,8 +4,8 @@ from rich.console import Console, Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from distkv.commands.live_view import LiveView
 from distkv.engine.protocol import EngineInfo
+from distkv.reporting.live_view import LiveView
 from distkv.stress.stage import TIERS, Sample
 
 LINE_SECONDS = 5.0
@@ -51,7 +51,7 @@ class StressView(LiveView):
         seconds = now.seconds - before.seconds
         if now.tokens > before.tokens:
             self._speed = f", {1e3 * seconds / (now.tokens - before.tokens):.3g} ms per token"
-        moved = {route: count - before.moved.get(route, 0) for route, count in now.moved.items()}
+        moved = {route: count - before.bytes_moved.get(route, 0) for route, count in now.bytes_moved.items()}
         self._rates = {route: count / seconds for route, count in moved.items() if count}
 
     def _line(self, sample: Sample) -> str:

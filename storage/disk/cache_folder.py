@@ -17,8 +17,8 @@ from pathlib import Path
 
 import msgspec
 
-from distkv.errors import ConfigError, StoreError
 from distkv.storage.disk.file_lock import FileLock, HeldError
+from distkv.storage.errors import ConfigError, StoreError
 
 FORMAT = 2  # of what lies on disk; part of the fingerprint
 ARRAY, CATALOGUE, LOCK, DESCRIPTION = "kv.zarr", "catalogue.sqlite", "lock", "model.json"

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from distkv.errors import ConfigError, StoreError
 from distkv.storage.disk.cache_folder import CATALOGUE, remove_catalogue
+from distkv.storage.errors import ConfigError, StoreError
 
 COLUMNS = """(
     slot INTEGER PRIMARY KEY, key BLOB UNIQUE NOT NULL, parent BLOB NOT NULL, tokens BLOB NOT NULL,

@@ -14,8 +14,8 @@ import torch
 import zarr
 from zarr.storage import LocalStore
 
-from distkv.errors import ConfigError, StoreError
 from distkv.storage.disk.cache_folder import ARRAY, FORMAT, remove_catalogue, replace_file
+from distkv.storage.errors import ConfigError, StoreError
 from distkv.storage.page_spec import PageSpec
 
 log = logging.getLogger(__name__)

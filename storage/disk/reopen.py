@@ -7,14 +7,14 @@ A kill at any moment leaves every page that the catalogue lists whole. It may le
 import os
 from pathlib import Path
 
-from distkv.errors import StoreError
 from distkv.storage.disk.cache_folder import ARRAY, Description, chunk_name, describe, remove_catalogue
 from distkv.storage.disk.catalogue import Catalogue
 from distkv.storage.disk.disk_array import find_slots, fit_array, has_array
+from distkv.storage.errors import StoreError
 from distkv.storage.page_spec import PageSpec
 
 
-def open_kept(folder: Path, spec: PageSpec, num_pages: int, description: Description) -> None:
+def reopen(folder: Path, spec: PageSpec, num_pages: int, description: Description) -> None:
     """Makes the array of a locked folder, or fits the one found there to `num_pages` slots.
 
     Fewer slots keep the pages that were used last. Raises ConfigError when what lies there is something else,
@@ -34,9 +34,9 @@ def open_kept(folder: Path, spec: PageSpec, num_pages: int, description: Descrip
     fit_array(folder, spec, num_pages)
 
 
-def join_kept(folder: Path, spec: PageSpec, num_pages: int) -> None:
+def rejoin(folder: Path, spec: PageSpec, num_pages: int) -> None:
     """Does the same for a rank on a node with a disk of its own. The catalogue lies with the leader; one that another
-    run left here is true no longer. Raises as `open_kept` does."""
+    run left here is true no longer. Raises as `reopen` does."""
     remove_catalogue(folder)
     fit_array(folder, spec, num_pages)
 

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from distkv.storage.ledger.idle_pages import IdlePages
-from distkv.storage.ledger.page import ALL_TIERS, Page, PageName
+from distkv.storage.ledger.page import ALL_TIERS, Page, PageKey
 from distkv.storage.ledger.prefix_index import PrefixIndex
 from distkv.storage.ledger.slot_allocator import SlotAllocator
 from distkv.storage.tier import Tier, Transfer
@@ -44,7 +44,7 @@ class CacheBooks:
         self._held_above_disk = 0
         self._free_ids: list[int] = []
         self._next_page_id = 0
-        self._moved: dict[Page, None] = {}  # held pages whose location the ranks have not been told
+        self._relocated: dict[Page, None] = {}  # held pages whose location the ranks have not been told
         self._unspilled: deque[Page] = deque()  # full, on the device alone
         self._unsaved: deque[Page] = deque()  # named, on the host and not on disk
         self._in_flight: dict[int, tuple[Transfer, Page]] = {}
@@ -103,7 +103,7 @@ class CacheBooks:
         assert page.lost
         page.full = False
         self._set_slot(page, DEVICE, self._allocate(DEVICE))
-        self._moved[page] = None
+        self._relocated[page] = None
 
     def forget(self, page: Page) -> None:
         """Takes a page back whose restoration has failed; it is as lost as before."""
@@ -121,7 +121,7 @@ class CacheBooks:
 
     def release(self, page: Page) -> None:
         """Drops a holder. What nobody holds is idle if it has a name, and else free once no transfer touches it."""
-        if page.references == 1 and page in self.lost and page.name is not None:
+        if page.references == 1 and page in self.lost and page.key is not None:
             self._forget(page)
         page.references -= 1
         assert page.references >= 0
@@ -130,33 +130,33 @@ class CacheBooks:
         if page.twin is not None:
             self.touch([page.twin])
         del self._pages[page]
-        self._moved.pop(page, None)
+        self._relocated.pop(page, None)
         self._parked.pop(page, None)
         self._free_ids.append(page.id)
         self._count(page, -1)
         self.lost.pop(page, None)
-        if page.name is None:
+        if page.key is None:
             self._free_unheld(page)
         else:
             self._become_idle(page)
 
-    def fill(self, page: Page, name: PageName | None = None) -> None:
+    def fill(self, page: Page, key: PageKey | None = None) -> None:
         """Tells that a page on the device is full and its content final; under its name it may be found, unless
         another page of the same content is there already."""
         page.full = True
         if page in self.lost:
             del self.lost[page]
             page.repairs += 1
-        elif name is not None:
-            known = self.index.add(page, name)
+        elif key is not None:
+            known = self.index.add(page, key)
             page.twin = known if known is not page else None
         self._full[DEVICE][page] = None
         if self.slots[HOST].num_slots:
             self._unspilled.append(page)
 
-    def find(self, names: Iterable[PageName]) -> list[Page]:
+    def find(self, keys: Iterable[PageKey]) -> list[Page]:
         """The pages of the longest prefix of a chain that can be read."""
-        found = self.index.longest(names)
+        found = self.index.longest(keys)
         return next((found[:number] for number, page in enumerate(found) if page.lost), found)
 
     def touch(self, pages: list[Page]) -> None:
@@ -166,11 +166,11 @@ class CacheBooks:
                 self._leave_idle(page)
                 self._become_idle(page)
 
-    def adopt(self, entries: Iterable[tuple[int, int, PageName]]) -> None:
+    def adopt(self, entries: Iterable[tuple[int, int, PageKey]]) -> None:
         """Takes in pages that an earlier process left on disk, as (slot, index, name), least recently used first."""
-        for slot, index, name in entries:
+        for slot, index, key in entries:
             page = Page(index, references=0, full=True)
-            if self.index.add(page, name) is page:
+            if self.index.add(page, key) is page:
                 self.slots[DISK].take(slot)
                 page.slots[DISK] = slot
                 self._become_idle(page)
@@ -182,7 +182,7 @@ class CacheBooks:
             if page.has(DISK) and slot is not None:
                 self.vacated.add(slot)
                 self.written.pop(slot, None)
-            if page.name is not None:  # else it went with one before it
+            if page.key is not None:  # else it went with one before it
                 self._forget(page)
         self.touched.clear()
 
@@ -203,10 +203,10 @@ class CacheBooks:
         self._queued, self._wait = [], []
         return taken
 
-    def take_moved(self) -> list[Page]:
+    def take_relocated(self) -> list[Page]:
         """Held pages that lie elsewhere than the ranks were told; to be told by the next plan that reads pages."""
-        moved = [page for page in self._moved if not page.lost]
-        self._moved = {page: None for page in self._moved if page.lost}
+        moved = [page for page in self._relocated if not page.lost]
+        self._relocated = {page: None for page in self._relocated if page.lost}
         return moved
 
     def put_back(self, transfers: list[Transfer], wait: list[int], moved: Iterable[Page] = ()) -> None:
@@ -214,7 +214,7 @@ class CacheBooks:
         self._queued, self._wait = transfers + self._queued, wait + self._wait
         for page in moved:
             if page.references:
-                self._moved[page] = None
+                self._relocated[page] = None
 
     def apply(self, done: Iterable[int], failed: Iterable[tuple[int, str]], bad_reads: Iterable[int]) -> set[Page]:
         """Takes in what the ranks report of the plan that ended last.
@@ -313,12 +313,12 @@ class CacheBooks:
         else:
             self._full[target][page] = None
         if page.references:
-            self._moved[page] = None
-        elif page.name is None:
+            self._relocated[page] = None
+        elif page.key is None:
             self._free_unheld(page)
         if target is DISK and not failed:
             self._refusals = 0
-        if failed or page.name is None:
+        if failed or page.key is None:
             return
         if target is DISK:
             self.written[transfer.target_slot] = id, page
@@ -341,7 +341,7 @@ class CacheBooks:
             page.id = self._next_page_id
             self._next_page_id += 1
         self._count(page, 1)
-        self._moved[page] = None
+        self._relocated[page] = None
 
     def _become_idle(self, page: Page) -> None:
         self._num_idle += 1
@@ -363,7 +363,7 @@ class CacheBooks:
                 self._full[tier][page] = None
 
     def _is_to_save(self, page: Page) -> bool:
-        return page.name is not None and page.slots[DISK] is None and (self._write_through or not page.references)
+        return page.key is not None and page.slots[DISK] is None and (self._write_through or not page.references)
 
     def _drop(self, page: Page, tier: Tier) -> None:
         """Gives a copy up; an idle page whose last copy this was is forgotten."""
@@ -382,8 +382,8 @@ class CacheBooks:
             self.vacated.add(slot)
             self._dropped[slot] = page
         if page.references:
-            self._moved[page] = None
-        elif page.name is not None and page.lost:
+            self._relocated[page] = None
+        elif page.key is not None and page.lost:
             self._forget(page)
 
     def _forget(self, page: Page) -> None:

@@ -8,10 +8,10 @@ from distkv.storage.tier import Tier, location
 ALL_TIERS = tuple(Tier)
 
 
-class PageName(NamedTuple):
+class PageKey(NamedTuple):
     """What a full page holds: its tokens, and by the chain of keys all tokens before them. See `prefix_index.py`."""
 
-    key: bytes
+    digest: bytes
     parent: bytes  # key of the page before, or the chain's root
     tokens: bytes  # uint32, little endian
 
@@ -23,7 +23,7 @@ class Page:
     index: int  # logical place in its sequences
     id: int = -1  # by which ranks know it while it is held
     references: int = 1  # holders; an idle page has none, and may be found by its name
-    name: PageName | None = None  # None: nobody else may find it
+    key: PageKey | None = None  # None: nobody else may find it
     twin: "Page | None" = None  # the page of the same content that is found in place of this one, which has no name
     stamp: int = 0  # when an idle page was used last, in order
     full: bool = False
@@ -44,7 +44,7 @@ class Page:
     @property
     def is_idle(self) -> bool:
         """Whether nobody holds it and it may still be found."""
-        return not self.references and self.name is not None
+        return not self.references and self.key is not None
 
     @property
     def tier(self) -> Tier:

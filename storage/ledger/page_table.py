@@ -1,6 +1,6 @@
 """The pages of one sequence, in logical order."""
 
-from distkv.storage.ledger.page import Page, PageName
+from distkv.storage.ledger.page import Page, PageKey
 from distkv.storage.ledger.tiered_cache import TieredCache
 from distkv.storage.paging import pages_for
 
@@ -47,16 +47,16 @@ class PageTable:
         while len(self.pages) > pages_for(self.num_tokens, self.page_size):
             self._cache.release(self.pages.pop())
 
-    def commit(self, num_tokens: int, names: list[PageName] | None = None) -> None:
+    def commit(self, num_tokens: int, keys: list[PageKey] | None = None) -> None:
         """Tells that the next `num_tokens` tokens are in their pages; those that are full never change again.
 
         Args:
-            names: of all full pages of the sequence, by which others may find them; None keeps them to this sequence.
+            keys: of all full pages of the sequence, by which others may find them; None keeps them to this sequence.
         """
         first = self.num_committed // self.page_size
         self.num_committed += num_tokens
         for index in range(first, self.num_committed // self.page_size):
-            self._cache.fill(self.pages[index], None if names is None else names[index])
+            self._cache.fill(self.pages[index], None if keys is None else keys[index])
 
     def fork(self) -> tuple["PageTable", tuple[Page, Page] | None]:
         """A second table over the same tokens. Full pages are shared; a partly filled last page is the new table's own.

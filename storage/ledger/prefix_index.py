@@ -9,31 +9,31 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 
-from distkv.storage.ledger.page import Page, PageName
+from distkv.storage.ledger.page import Page, PageKey
 
 
 def root_key(fingerprint: str, cache_salt: str | None) -> bytes:
-    """The parent of first pages: `fingerprint` names model and KV format, and pages of different salts never meet."""
+    """The parent of first pages: `fingerprint` keys model and KV format, and pages of different salts never meet."""
     salt = b"" if cache_salt is None else b"salt" + cache_salt.encode()
     return sha256(fingerprint.encode() + b"\0" + salt).digest()
 
 
-def page_name(parent: bytes, token_ids: Sequence[int]) -> PageName:
-    """The name of the full page with these tokens that follows page `parent`."""
+def page_key(parent: bytes, token_ids: Sequence[int]) -> PageKey:
+    """The key of the full page with these tokens that follows page `parent`."""
     values = array("I", token_ids)
     if sys.byteorder == "big":
         values.byteswap()
     tokens = values.tobytes()
-    return PageName(sha256(parent + tokens).digest(), parent, tokens)
+    return PageKey(sha256(parent + tokens).digest(), parent, tokens)
 
 
-def page_names(root: bytes, token_ids: Sequence[int], page_size: int) -> Iterator[PageName]:
-    """The names of all full pages of a sequence, in order."""
+def page_keys(root: bytes, token_ids: Sequence[int], page_size: int) -> Iterator[PageKey]:
+    """The keys of all full pages of a sequence, in order."""
     parent = root
     for start in range(0, len(token_ids) - page_size + 1, page_size):
-        name = page_name(parent, token_ids[start : start + page_size])
-        yield name
-        parent = name.key
+        key = page_key(parent, token_ids[start : start + page_size])
+        yield key
+        parent = key.digest
 
 
 class PrefixIndex:
@@ -49,32 +49,32 @@ class PrefixIndex:
     def __iter__(self) -> Iterator[Page]:
         return iter(list(self._pages.values()))
 
-    def add(self, page: Page, name: PageName) -> Page:
-        """Enters a page under a name; returns the page that has this key then, which may be another one that was there
+    def add(self, page: Page, key: PageKey) -> Page:
+        """Enters a page under a key; returns the page that has this key then, which may be another one that was there
         before."""
-        known = self._pages.setdefault(name.key, page)
+        known = self._pages.setdefault(key.digest, page)
         if known is page:
-            page.name = name
-            self._followers.setdefault(name.parent, {})[page] = None
+            page.key = key
+            self._followers.setdefault(key.parent, {})[page] = None
         return known
 
     def remove(self, page: Page) -> list[Page]:
-        """Takes a page out, which loses its name; returns the pages that follow it, which nobody can find any more."""
-        name, page.name = page.name, None
-        assert name is not None
-        del self._pages[name.key]
-        siblings = self._followers[name.parent]
+        """Takes a page out, which loses its key; returns the pages that follow it, which nobody can find any more."""
+        key, page.key = page.key, None
+        assert key is not None
+        del self._pages[key.digest]
+        siblings = self._followers[key.parent]
         del siblings[page]
         if not siblings:
-            del self._followers[name.parent]
-        return list(self._followers.get(name.key, ()))
+            del self._followers[key.parent]
+        return list(self._followers.get(key.digest, ()))
 
-    def longest(self, names: Iterable[PageName]) -> list[Page]:
+    def longest(self, keys: Iterable[PageKey]) -> list[Page]:
         """The pages of the longest known prefix of a chain. Tokens are compared, not keys alone."""
         found = []
-        for name in names:
-            page = self._pages.get(name.key)
-            if page is None or page.name != name:
+        for key in keys:
+            page = self._pages.get(key.digest)
+            if page is None or page.key != key:
                 break
             found.append(page)
         return found

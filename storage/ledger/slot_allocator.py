@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from sortedcontainers import SortedDict
 
-from distkv.errors import CapacityError
+from distkv.storage.errors import CapacityError
 
 
 class SlotAllocator:

@@ -11,7 +11,7 @@ be promised. Those with a name are written to disk for later processes.
 
 from collections.abc import Iterable, Iterator
 
-from distkv.errors import CapacityError
+from distkv.storage.errors import CapacityError
 from distkv.storage.ledger.cache_books import DEVICE, DISK, HOST, CacheBooks
 from distkv.storage.ledger.page import Page
 from distkv.storage.tier import Tier

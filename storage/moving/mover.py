@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from distkv.errors import StoreError
+from distkv.storage.errors import StoreError
 from distkv.storage.moving.copier import Copier, LaneCopier, Task, ThreadCopier
 from distkv.storage.moving.page_copies import PageCopies
 from distkv.storage.moving.streams import Event

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from distkv.errors import StoreError
+from distkv.storage.errors import StoreError
 from distkv.storage.moving.streams import Event
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools.host_memory import HostBuffer

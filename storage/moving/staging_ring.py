@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from distkv.errors import StoreError
+from distkv.storage.errors import StoreError
 from distkv.storage.moving.page_copies import PageCopies
 from distkv.storage.moving.read_ahead import ReadAhead
 from distkv.storage.moving.streams import Event, Lane

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distkv.errors import CapacityError
+from distkv.storage.errors import CapacityError
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools.host_memory import as_integers, available_bytes, lazy_zeros
 from distkv.storage.pools.page_pool import check_slot

@@ -16,9 +16,9 @@ import numpy as np
 from crc32c import crc32c
 from torch import Tensor
 
-from distkv.errors import StoreError
 from distkv.storage.disk.cache_folder import ARRAY, DiskHeads, chunk_name, parse_chunk
 from distkv.storage.disk.disk_array import open_array
+from distkv.storage.errors import StoreError
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools.host_memory import as_integers
 from distkv.storage.pools.page_pool import check_slot

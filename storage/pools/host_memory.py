@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distkv.errors import CapacityError
+from distkv.storage.errors import CapacityError
 
 PIN_CHUNK = 2**30  # bytes registered with the driver at a time
 MAPPED = 2  # cudaHostRegisterMapped: kernels may read and write the memory themselves

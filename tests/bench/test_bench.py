@@ -19,10 +19,10 @@ from distkv.bench import device, engine_rows, gpu, kernels, parts, prefix, sched
 from distkv.bench.device import LinkCeiling, MatmulCeiling, MemoryCeiling, Turns
 from distkv.bench.engine_rows import Shape, model_rows, residency_rows, streaming_rows, weight_bytes
 from distkv.bench.kernel_work import AttentionShape, norm_bytes, rope_bytes, swiglu_bytes
-from distkv.bench.machine import machine_facts, percentile
 from distkv.commands.main import app
 from distkv.errors import CapacityError, ConfigError, DistKVError
 from distkv.models.shapes import shape_folder
+from distkv.reporting.machine import machine_facts, percentile
 from distkv.stress.stage import Stage
 from distkv.workers.model.model_config import ModelConfig
 
@@ -209,7 +209,7 @@ def test_bench_scheduler_notices_a_missing_token(tmp_path: Path, monkeypatch: py
 
     def tampered(*arguments: Any) -> scheduler.Steps:
         measured = measure(*arguments)
-        measured.num_drawn[0] -= 1
+        measured.num_sampled[0] -= 1
         return measured
 
     monkeypatch.setattr(scheduler, "_measure", tampered)
@@ -436,6 +436,6 @@ def test_residency_rows_compare_every_bit(tiny_shape: Shape, monkeypatch: pytest
     monkeypatch.setattr(engine_rows, "_run", tampered)
     with pytest.raises(DistKVError, match="half on the host and on the device differ from token"):
         residency_rows(tiny_shape, 200, 4)
-    monkeypatch.setattr(Stage, "moved", {})
+    monkeypatch.setattr(Stage, "bytes_moved", {})
     with pytest.raises(DistKVError, match="with the context half on the host, 0 bytes were streamed"):
         residency_rows(tiny_shape, 200, 4)

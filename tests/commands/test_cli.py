@@ -235,7 +235,7 @@ def test_demo_of_a_small_model(talker: Path) -> None:
 
 def test_demo_refuses_an_answer_that_depends_on_where_the_cache_lies() -> None:
     from distkv.demo.long_text import compare
-    from distkv.workers.sampling.logprobs import TokenLogprobs
+    from distkv.workers.sampling.sampled_token import TokenLogprobs
 
     answer: list = [(7, TokenLogprobs(-0.5, 1, [(7, -0.5)]))]
     compare(answer, list(answer))
@@ -289,7 +289,7 @@ def test_bench_offload_counts_bytes_and_compares_answers(tmp_path: Path, run_her
 
 def test_bench_offload_refuses_other_bytes_and_other_answers() -> None:
     from distkv.bench.offload import check_answers, check_streamed, streamed
-    from distkv.workers.sampling.logprobs import TokenLogprobs
+    from distkv.workers.sampling.sampled_token import TokenLogprobs
 
     before = {"host_streamed": 100, "device_to_host": 7}
     after = {"host_streamed": 130, "disk_streamed": 20, "device_to_host": 9}

@@ -39,7 +39,7 @@ class Memory:
         self.directory = PageDirectory(PAGE_SIZE)
         self.on_their_way: list[Transfer] = []
         self.read: list[list[int | None]] = []  # what the sequences of the last step find in their pages
-        self.moved: Counter[str] = Counter()
+        self.bytes_moved: Counter[str] = Counter()
 
     def execute(self, plan: StepPlan, drawn: Tensor | None) -> tuple[Tensor | None, Report]:
         report = Report()
@@ -86,7 +86,7 @@ class Memory:
         report.done.append(transfer.id)
         if transfer.target is Tier.DISK:
             report.checksums[transfer.id] = b""
-        self.moved[f"{transfer.source.name} to {transfer.target.name}"] += 1
+        self.bytes_moved[f"{transfer.source.name} to {transfer.target.name}"] += 1
 
     def page(self, place: int) -> list[int | None]:
         tier, slot = cold_place(place) if place < 0 else (Tier.DEVICE, place)
@@ -101,9 +101,9 @@ class Memory:
 
 def resolve_draws(plan: StepPlan, drawn: Tensor | None) -> None:
     """Puts in the tokens that a plan refers to."""
-    assert (drawn is None) == (plan.num_drawn == 0)
+    assert (drawn is None) == (plan.num_sampled == 0)
     tokens = [] if drawn is None else drawn.tolist()
-    assert len(tokens) == plan.num_drawn
+    assert len(tokens) == plan.num_sampled
     for part in plan.sequences:
         part.token_ids[:] = [token if token >= 0 else tokens[-1 - token] for token in part.token_ids]
 
@@ -192,9 +192,9 @@ def test_random_requests_forks_and_aborts(seed: int, tiers: tuple[int, int], fau
     assert len(requests) > 20
     assert len(requests) > 2 * len([one for one in aborted if one in requests]) or fault_rate
     if tiers[0]:
-        assert memory.moved["DEVICE to HOST"]
+        assert memory.bytes_moved["DEVICE to HOST"]
     if tiers[1]:
-        assert memory.moved["HOST to DISK"]
+        assert memory.bytes_moved["HOST to DISK"]
     for request_id, request in requests.items():
         if request_id not in aborted:
             assert {index for one, index in ended if one == request_id} == set(range(request.params.n))

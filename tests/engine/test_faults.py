@@ -162,7 +162,7 @@ def test_slow_reads_and_writes_are_waited_for(
     monkeypatch.setattr(OpenPages, "read", slow_read)
     monkeypatch.setattr(DiskPool, "store", slow_store)
     assert llm.generate([prompt], PARAMS, use_tqdm=False)[0].outputs[0].token_ids == expected
-    assert llm.stats().pages_recomputed == 0 and llm.stats().moved["disk_streamed"]
+    assert llm.stats().pages_recomputed == 0 and llm.stats().bytes_moved["disk_streamed"]
 
 
 def test_a_full_disk(
@@ -186,7 +186,7 @@ def test_a_full_disk(
         fits = alone.generate([prompt[:200]], PARAMS, use_tqdm=False)[0]
     again = llm.generate([prompt[:200]], PARAMS, use_tqdm=False)[0]
     assert again.error is None and again.outputs[0].token_ids == fits.outputs[0].token_ids
-    assert llm.stats().moved["host_to_disk"] <= 30 * PAGE_BYTES
+    assert llm.stats().bytes_moved["host_to_disk"] <= 30 * PAGE_BYTES
     monkeypatch.undo()  # there is room again
     assert llm.generate([prompt], PARAMS, use_tqdm=False)[0].outputs[0].token_ids == expected
 
@@ -204,7 +204,7 @@ def test_a_catalogue_that_cannot_be_written_is_given_up(
 
     monkeypatch.setattr(Catalogue, "update", limited)
     assert llm.generate([prompt], PARAMS, use_tqdm=False)[0].outputs[0].token_ids == expected
-    assert llm.stats().moved["disk_streamed"]
+    assert llm.stats().bytes_moved["disk_streamed"]
     assert llm.info.cache_dir is not None
     assert not list(Path(llm.info.cache_dir).glob("catalogue.sqlite*"))
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from distkv import LLM, SamplingParams
 from distkv.workers.group.process_group import ProcessGroup
 from distkv.workers.group.step_plan import StepPlan
-from distkv.workers.sampling.sampler import SampleRow, sample
+from distkv.workers.sampling.sample_row import SampleRow
+from distkv.workers.sampling.sampler import sample
 
 pytestmark = pytest.mark.gpu
 GREEDY = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
@@ -89,7 +90,7 @@ def sample_rows_of_all_kinds() -> list[SampleRow]:
     seen = {"prompt_token_ids": [3, 9, 9], "output_token_ids": [4, 4, 17]}
     rows += [replace(row, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.2, **seen) for row in rows]
     rows += [replace(row, num_logprobs=number % 3) for number, row in enumerate(rows)]
-    rows += [replace(row, output_token_ids=[4, 4], late=number % 2) for number, row in enumerate(rows)]
+    rows += [replace(row, output_token_ids=[4, 4], pending=number % 2) for number, row in enumerate(rows)]
     return [replace(row, logits_row=number, uniform=number / 97) for number, row in enumerate(rows)]
 
 

@@ -38,7 +38,8 @@ answer("warm", 3000, 3)
 print("warm", flush=True)
 sys.stdin.readline()
 tokens = answer("long", context, 6)
-print(json.dumps({"tokens": tokens, "moved": engine.stats().moved, "kv": engine.info.kv_bytes_per_token}), flush=True)
+told = {"tokens": tokens, "moved": engine.stats().bytes_moved, "kv": engine.info.kv_bytes_per_token}
+print(json.dumps(told), flush=True)
 sys.stdin.readline()
 engine.close()
 """

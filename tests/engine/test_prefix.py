@@ -20,7 +20,7 @@ from distkv.engine.protocol import TokenOutput
 from distkv.outputs import RequestOutput
 from distkv.storage.disk.catalogue import Catalogue
 from distkv.storage.ledger import prefix_index
-from distkv.storage.ledger.prefix_index import page_names, root_key
+from distkv.storage.ledger.prefix_index import page_keys, root_key
 from distkv.workers.group.step_plan import StepPlan
 from distkv.workers.rank import Rank
 
@@ -254,7 +254,7 @@ def test_switched_off_nothing_is_kept(folder: Path, tmp_path: Path) -> None:
         answers = [ask(llm, FIRST) for _ in range(2)]
         assert [tiers(one) for one in answers] == [(0, 0, 0)] * 2
         stats = llm.stats()
-        assert stats.moved["host_to_disk"] and stats.idle_pages == stats.pages_in_use == 0
+        assert stats.bytes_moved["host_to_disk"] and stats.idle_pages == stats.pages_in_use == 0
         assert (stats.device_pages, stats.host_pages, stats.disk_pages) == (0, 0, 0)
         assert llm.info.cache_dir is not None
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["lock"]
@@ -368,7 +368,7 @@ def found_now(llm: LLM, prompts: list[list[int]]) -> list[int]:
     """Pages of each prompt that a request would find, without using them."""
     engine = idle_engine(llm)
     root = root_key(llm.info.fingerprint, None)
-    return [len(engine._cache.find(page_names(root, prompt, PAGE_SIZE))) for prompt in prompts]
+    return [len(engine._cache.find(page_keys(root, prompt, PAGE_SIZE))) for prompt in prompts]
 
 
 def test_the_last_use_outlives_the_process(folder: Path, tmp_path: Path) -> None:
@@ -476,7 +476,7 @@ def test_when_pages_are_written(folder: Path, tmp_path: Path, policy: str, monke
     with closing(Catalogue(cache, read_only=True)) as catalogue:
         names = [(entry.key, entry.parent, entry.tokens) for entry in catalogue.entries()]
         assert all(array[entry.slot].any() for entry in catalogue.entries())
-    wanted = page_names(root_key(json.loads((cache / "model.json").read_bytes())["fingerprint"], None),
+    wanted = page_keys(root_key(json.loads((cache / "model.json").read_bytes())["fingerprint"], None),
         (FIRST + answer)[:-1], PAGE_SIZE)  # fmt: skip
     assert names[::-1] == [tuple(name) for name in wanted]
 
@@ -498,7 +498,7 @@ def test_an_idle_page_that_is_damaged(
             llm.close()
         with closing(Catalogue(cache, read_only=True)) as catalogue:
             root = root_key(json.loads((cache / "model.json").read_bytes())["fingerprint"], None)
-            keys = [name.key for name in page_names(root, FIRST, PAGE_SIZE)]
+            keys = [name.digest for name in page_keys(root, FIRST, PAGE_SIZE)]
             [slot] = [entry.slot for entry in catalogue.entries() if entry.key == keys[4]]
             before = len(catalogue.entries())
         damage(cache / "kv.zarr" / f"c.{slot}.0.0.1.0.0")

@@ -33,7 +33,7 @@ class Run:
     tiers: tuple[int, int, int]
 
     def moved(self, route: str) -> int:
-        return self.stats.moved.get(route, 0)
+        return self.stats.bytes_moved.get(route, 0)
 
     def assert_same(self, other: "Run") -> None:
         """Bit for bit, step by step."""
@@ -119,7 +119,7 @@ def test_tiers_change_no_bit(folder: Path, tmp_path: Path, page_size: int, dtype
     prompt = random_prompt(13 * page_size + page_size // 2)
     options = {"page_size": page_size, "max_num_batched_tokens": 2 * page_size, "dtype": dtype, "max_num_seqs": 2}
     resident = run(folder, [prompt], **options)
-    assert resident.stats.moved == {}
+    assert resident.stats.bytes_moved == {}
 
     on_host = run(folder, [prompt], pages=(3, 40, 0), **options)
     on_host.assert_same(resident)

@@ -193,7 +193,7 @@ def test_tiers_change_nothing_for_several_ranks(cluster: Cluster, tmp_path: Path
             assert llm.info.page_bytes == page_bytes
             outputs = llm.generate(prompts, params, use_tqdm=False)
             stats = llm.stats()
-            assert moved <= stats.moved.keys() and stats.pages_recomputed == 0
+            assert moved <= stats.bytes_moved.keys() and stats.pages_recomputed == 0
             if "cache_dir" in sizes:
                 chunks = [path.name.split(".")[4] for path in cache.glob("*/kv.zarr/c.*")]
                 assert set(chunks) == {"0", "1", "2"} if kv_heads == 3 else {"0", "1"}, "a file per page and head"

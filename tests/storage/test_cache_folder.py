@@ -42,14 +42,14 @@ from distkv.storage.disk.cache_folder import (
 from distkv.storage.disk.catalogue import Catalogue, Entry
 from distkv.storage.disk.disk_array import find_slots, make_array
 from distkv.storage.disk.file_lock import is_locked
-from distkv.storage.disk.reopen import open_kept
+from distkv.storage.disk.reopen import reopen
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools.disk_pool import DiskPool
 from distkv.storage.tier import Tier, Transfer
 from distkv.workers.group.process_group import ProcessGroup
 from distkv.workers.group.report import Report, ReportCollector
 from distkv.workers.group.step_plan import StepPlan, decode, encode
-from distkv.workers.kv_pools import DiskTier, PoolSizes, RankTiers
+from distkv.workers.kv_pools import DiskTier, KVPools, PoolSizes
 from distkv.workers.model.llama import load_llama
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import Shard
@@ -159,14 +159,14 @@ def test_a_node_with_a_disk_of_its_own(tmp_path: Path) -> None:
         make_array(folder, SPEC, NUM_PAGES + 2)
         (folder / CATALOGUE).touch()
         tier = DiskTier(folder, DiskHeads(1, 3, reports=False, writes=False), 1, kept)
-        tiers = RankTiers(own, PoolSizes(host=1, disk=NUM_PAGES), torch.device("cpu"), tier)
+        tiers = KVPools(own, PoolSizes(host=1, disk=NUM_PAGES), torch.device("cpu"), tier)
         assert tiers.disk is not None and find_slots(folder, SPEC) == NUM_PAGES and not (folder / CATALOGUE).exists()
         tiers.disk.store(2, random_page(own, 0))
         assert files(folder) == {"c.2.0.0.1.0.0"} and tiers.disk.checksums(2) == b""
         tiers.close()
         assert (folder / ARRAY).exists() == bool(kept)
     lock = FolderLock(tmp_path / "True")
-    tiers = RankTiers(
+    tiers = KVPools(
         own, PoolSizes(host=1, disk=NUM_PAGES), torch.device("cpu"), replace(tier, folder=tmp_path / "True")
     )
     assert tiers.disk is not None
@@ -244,7 +244,7 @@ def test_a_step_plan_has_the_ranks_adopt(tmp_path: Path, tiny_model: Path) -> No
     rank.execute(StepPlan([], [], [], await_ids=[0, 1]))
     report = rank.take_report()
     assert report.done == [0, 1] and report.missing == []
-    page = rank.tiers.host.page(1).clone()
+    page = rank.pools.host.page(1).clone()
     rank.close()
     assert files(folder) == {"c.2.0.0.0.0.0", "c.2.0.0.1.0.0"} and not is_locked(folder / LOCK)
 
@@ -255,7 +255,7 @@ def test_a_step_plan_has_the_ranks_adopt(tmp_path: Path, tiny_model: Path) -> No
     rank.execute(decode(encode(plan)))
     assert rank.take_report().missing == [3] and rank.take_report().missing == []
     rank.execute(StepPlan([], [], [], [Transfer(0, Tier.DISK, 2, Tier.HOST, 0)], await_ids=[0]))
-    assert rank.take_report().done == [0] and same(rank.tiers.host.page(0), page)
+    assert rank.take_report().done == [0] and same(rank.pools.host.page(0), page)
     rank.execute(StepPlan([], [], [], adopt={}))
     assert files(folder) == set()
     rank.close()
@@ -339,7 +339,7 @@ def fill(folder: Path, num_pages: int, chains: list[list[int]]) -> dict[bytes, T
     """Makes a kept folder with sequences of pages in the given slots, the last one used last; returns the pages by
     key."""
     folder.mkdir(exist_ok=True)
-    open_kept(folder, SPEC, num_pages, description())
+    reopen(folder, SPEC, num_pages, description())
     pages, entries = {}, []
     for now, slots in enumerate(chains):
         parent = None
@@ -371,7 +371,7 @@ def check_whole(folder: Path, pages: dict[bytes, Tensor], num_pages: int) -> dic
 def test_the_same_number_of_slots_changes_nothing(tmp_path: Path) -> None:
     pages = fill(tmp_path, NUM_PAGES, [[3, 0], [5]])
     before = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    open_kept(tmp_path, SPEC, NUM_PAGES, description())
+    reopen(tmp_path, SPEC, NUM_PAGES, description())
     after = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert after == before
     assert check_whole(tmp_path, pages, NUM_PAGES).keys() == pages.keys()
@@ -380,7 +380,7 @@ def test_the_same_number_of_slots_changes_nothing(tmp_path: Path) -> None:
 
 def test_more_slots_leave_all_pages_where_they_are(tmp_path: Path) -> None:
     pages = fill(tmp_path, NUM_PAGES, [[3, 0], [5]])
-    open_kept(tmp_path, SPEC, 10 * NUM_PAGES, description())
+    reopen(tmp_path, SPEC, 10 * NUM_PAGES, description())
     assert find_slots(tmp_path, SPEC) == 10 * NUM_PAGES
     assert check_whole(tmp_path, pages, 10 * NUM_PAGES) == {b"key 3": 3, b"key 0": 0, b"key 5": 5}
     store(tmp_path, 2, 10 * NUM_PAGES - 1, random_page(SPEC, 0), 10 * NUM_PAGES)
@@ -396,7 +396,7 @@ def test_fewer_slots_keep_the_pages_used_last(tmp_path: Path, num_pages: int, ex
     """Chains 11 - 1 (old), 9 - 7 and 0 - 10 (new)."""
     chains = [[11, 1], [7, 9], [0, 10]]
     pages = fill(tmp_path, 12, chains)
-    open_kept(tmp_path, SPEC, num_pages, description())
+    reopen(tmp_path, SPEC, num_pages, description())
     assert find_slots(tmp_path, SPEC) == num_pages
     slots = check_whole(tmp_path, pages, num_pages)
     assert slots.keys() == {b"key %d" % key for key in expected}
@@ -438,7 +438,7 @@ def test_a_kill_while_pages_are_moved(tmp_path: Path, monkeypatch: pytest.Monkey
         try:
             with monkeypatch.context() as patch:
                 kill_at(patch, number)
-                open_kept(folder, SPEC, 4, description())
+                reopen(folder, SPEC, 4, description())
         except Killed:
             kills += 1
             slots = find_slots(folder, SPEC)
@@ -447,7 +447,7 @@ def test_a_kill_while_pages_are_moved(tmp_path: Path, monkeypatch: pytest.Monkey
             for again in (4, 12, 3, 20):
                 copy = tmp_path / f"{number} {again}"
                 shutil.copytree(folder, copy)
-                open_kept(copy, SPEC, again, description())
+                reopen(copy, SPEC, again, description())
                 kept = check_whole(copy, pages, again)
                 assert kept.keys() == listed.keys() if again >= 12 else len(kept) == again
                 shutil.rmtree(copy)
@@ -461,7 +461,7 @@ def test_a_kill_while_pages_are_moved(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_missing_file_is_not_moved(tmp_path: Path) -> None:
     fill(tmp_path, 12, [[11, 1], [7, 9], [0, 10]])
     (tmp_path / ARRAY / "c.10.0.0.1.0.0").unlink()
-    open_kept(tmp_path, SPEC, 2, description())
+    reopen(tmp_path, SPEC, 2, description())
     with closing(Catalogue(tmp_path)) as catalogue:
         slots = {one.key: one.slot for one in catalogue.entries()}
         checksums = {one.slot: one.crc32c for one in catalogue.entries()}
@@ -475,15 +475,15 @@ def test_a_disk_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     fill(tmp_path, 12, [[11, 1], [7, 9], [0, 10]])
     monkeypatch.setattr(os, "link", refuse)
     with pytest.raises(StoreError, match=r"cannot be moved to fewer slots \(Operation not permitted\); leave"):
-        open_kept(tmp_path, SPEC, 4, description())
-    open_kept(tmp_path, SPEC, 12, description())
+        reopen(tmp_path, SPEC, 4, description())
+    reopen(tmp_path, SPEC, 12, description())
 
 
 def test_what_was_killed_while_it_was_made(tmp_path: Path) -> None:
     """An array without metadata is none, and a catalogue beside it lists nothing that is there."""
     fill(tmp_path, NUM_PAGES, [[3, 0]])
     (tmp_path / ARRAY / "zarr.json").unlink()
-    open_kept(tmp_path, SPEC, NUM_PAGES, description())
+    reopen(tmp_path, SPEC, NUM_PAGES, description())
     assert files(tmp_path) == set()
     with closing(Catalogue(tmp_path)) as catalogue:
         assert catalogue.entries() == []
@@ -499,20 +499,20 @@ def test_what_was_killed_while_it_was_made(tmp_path: Path) -> None:
 def test_an_array_of_other_pages_is_refused(tmp_path: Path, other: PageSpec) -> None:
     pages = fill(tmp_path, NUM_PAGES, [[3, 0]])
     with pytest.raises(ConfigError, match=r"does not hold .* pages of shape .* in format 2; remove it or name another"):
-        open_kept(tmp_path, other, 2, description())
+        reopen(tmp_path, other, 2, description())
     assert len(check_whole(tmp_path, pages, NUM_PAGES)) == 2
 
 
 def test_other_things_in_the_folder_are_refused(tmp_path: Path) -> None:
     fill(tmp_path, NUM_PAGES, [[3, 0]])
     with pytest.raises(ConfigError, match="holds the KV pages of another model, /models/one; remove it or name"):
-        open_kept(tmp_path, SPEC, NUM_PAGES, description("fedcba9876543210" * 4))
+        reopen(tmp_path, SPEC, NUM_PAGES, description("fedcba9876543210" * 4))
     (tmp_path / ARRAY / "zarr.json").write_text("{")
     with pytest.raises(ConfigError, match=r"kv.zarr' cannot be opened .*; remove it or name another cache_dir"):
-        open_kept(tmp_path, SPEC, NUM_PAGES, description())
+        reopen(tmp_path, SPEC, NUM_PAGES, description())
     (tmp_path / DESCRIPTION).write_text("[]")
     with pytest.raises(ConfigError, match=r"model.json' cannot be read .*; remove"):
-        open_kept(tmp_path, SPEC, NUM_PAGES, description())
+        reopen(tmp_path, SPEC, NUM_PAGES, description())
 
 
 def test_is_locked(tmp_path: Path) -> None:
@@ -733,7 +733,7 @@ def cache(tmp_path: Path) -> Path:
     fill(tmp_path / FINGERPRINT[:16], NUM_PAGES, [[0, 1, 2], [5]])
     other = tmp_path / "fedcba9876543210"
     other.mkdir()
-    open_kept(other, SPEC, NUM_PAGES, description(other.name * 4))
+    reopen(other, SPEC, NUM_PAGES, description(other.name * 4))
     crc32c = store(other, 1, 3, random_page(SPEC, 1))
     with closing(Catalogue(other)) as catalogue:
         catalogue.update([], [page_entry(3, 0, None, 0.5, crc32c)])

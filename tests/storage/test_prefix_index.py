@@ -11,7 +11,7 @@ from distkv.storage.ledger import prefix_index
 from distkv.storage.ledger.idle_pages import IdlePages
 from distkv.storage.ledger.page import Page
 from distkv.storage.ledger.page_table import PageTable
-from distkv.storage.ledger.prefix_index import PrefixIndex, page_name, page_names, root_key
+from distkv.storage.ledger.prefix_index import PrefixIndex, page_key, page_keys, root_key
 from distkv.storage.ledger.tiered_cache import TieredCache
 from distkv.storage.tier import Tier
 
@@ -25,10 +25,10 @@ ROOT = b"root"
 
 def test_a_name_is_a_chain_of_sha256_over_little_endian_tokens() -> None:
     """What lies in catalogues was named so: another rule is another format."""
-    first, second = page_names(ROOT, [1, 2, 3, 2**32 - 1, 7], PAGE_SIZE)
+    first, second = page_keys(ROOT, [1, 2, 3, 2**32 - 1, 7], PAGE_SIZE)
     assert first.tokens == bytes([1, 0, 0, 0, 2, 0, 0, 0]) and first.parent == ROOT
-    assert first.key == sha256(ROOT + first.tokens).digest()
-    assert second == (sha256(first.key + second.tokens).digest(), first.key, bytes([3, 0, 0, 0]) + b"\xff" * 4)
+    assert first.digest == sha256(ROOT + first.tokens).digest()
+    assert second == (sha256(first.digest + second.tokens).digest(), first.digest, bytes([3, 0, 0, 0]) + b"\xff" * 4)
 
 
 def test_roots_do_not_meet() -> None:
@@ -39,7 +39,7 @@ def test_roots_do_not_meet() -> None:
 
 @given(st.lists(st.integers(0, 3), max_size=12), st.lists(st.integers(0, 3), max_size=12))
 def test_names_are_equal_as_far_as_all_tokens_are(one: list[int], other: list[int]) -> None:
-    names, others = list(page_names(ROOT, one, PAGE_SIZE)), list(page_names(ROOT, other, PAGE_SIZE))
+    names, others = list(page_keys(ROOT, one, PAGE_SIZE)), list(page_keys(ROOT, other, PAGE_SIZE))
     assert len(names) == len(one) // PAGE_SIZE
     for end, (name, theirs) in enumerate(zip(names, others, strict=False), 1):
         assert (name == theirs) == (one[: end * PAGE_SIZE] == other[: end * PAGE_SIZE])
@@ -50,7 +50,7 @@ def test_names_are_equal_as_far_as_all_tokens_are(one: list[int], other: list[in
 
 def add(index: PrefixIndex, tokens: list[int]) -> list[tuple[Page, Page]]:
     """Enters a page for each full page of a sequence; returns them beside those that have their keys then."""
-    pages = [(Page(place, full=True), name) for place, name in enumerate(page_names(ROOT, tokens, PAGE_SIZE))]
+    pages = [(Page(place, full=True), name) for place, name in enumerate(page_keys(ROOT, tokens, PAGE_SIZE))]
     return [(page, index.add(page, name)) for page, name in pages]
 
 
@@ -61,11 +61,11 @@ def test_the_longest_known_prefix_is_found(known: list[list[int]], wanted: list[
     for tokens in known:
         add(index, tokens)
     assert len(index) == len(entered) == len(list(index))
-    found = index.longest(page_names(ROOT, wanted, PAGE_SIZE))
+    found = index.longest(page_keys(ROOT, wanted, PAGE_SIZE))
     count = 0
     while tuple(wanted[: (count + 1) * PAGE_SIZE]) in entered and (count + 1) * PAGE_SIZE <= len(wanted):
         count += 1
-    assert [page.name for page in found] == list(page_names(ROOT, wanted, PAGE_SIZE))[:count]
+    assert [page.key for page in found] == list(page_keys(ROOT, wanted, PAGE_SIZE))[:count]
 
 
 def test_a_key_is_entered_once_and_its_loser_is_told() -> None:
@@ -73,10 +73,10 @@ def test_a_key_is_entered_once_and_its_loser_is_told() -> None:
     [(first, known), (follower, _)] = add(index, [1, 2, 3, 4])
     assert known is first
     [(second, known)] = add(index, [1, 2])
-    assert known is first and second.name is None
-    assert index.remove(first) == [follower] and first.name is None
+    assert known is first and second.key is None
+    assert index.remove(first) == [follower] and first.key is None
     [(third, known)] = add(index, [1, 2])
-    assert known is third and index.longest(page_names(ROOT, [1, 2, 3, 4], PAGE_SIZE)) == [third, follower]
+    assert known is third and index.longest(page_keys(ROOT, [1, 2, 3, 4], PAGE_SIZE)) == [third, follower]
     assert index.remove(follower) == [] and index.remove(third) == [] and not len(index)
 
 
@@ -91,9 +91,9 @@ def test_equal_keys_of_other_tokens_are_no_match(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(prefix_index, "sha256", Constant)
     index = PrefixIndex()
     [(page, _)] = add(index, [1, 2])
-    assert index.longest(page_names(ROOT, [1, 3], PAGE_SIZE)) == []
-    assert index.longest(page_names(b"other", [1, 2], PAGE_SIZE)) == [], "nor is another parent"
-    assert index.longest(page_names(ROOT, [1, 2], PAGE_SIZE)) == [page]
+    assert index.longest(page_keys(ROOT, [1, 3], PAGE_SIZE)) == []
+    assert index.longest(page_keys(b"other", [1, 2], PAGE_SIZE)) == [], "nor is another parent"
+    assert index.longest(page_keys(ROOT, [1, 2], PAGE_SIZE)) == [page]
 
 
 # --- the order of giving up ---
@@ -137,7 +137,7 @@ def test_the_oldest_idle_copy_of_each_tier(seed: int) -> None:
 
 def table_of(cache: TieredCache, tokens: list[int]) -> PageTable:
     """A sequence that takes up what is known of its tokens and computes the rest at once."""
-    names = list(page_names(ROOT, tokens, PAGE_SIZE))
+    names = list(page_keys(ROOT, tokens, PAGE_SIZE))
     table = PageTable(cache, PAGE_SIZE)
     table.begin(cache.find(names))
     count = len(tokens) - table.num_tokens
@@ -148,7 +148,7 @@ def table_of(cache: TieredCache, tokens: list[int]) -> PageTable:
 
 
 def found(cache: TieredCache, tokens: list[int]) -> int:
-    return len(cache.find(page_names(ROOT, tokens, PAGE_SIZE)))
+    return len(cache.find(page_keys(ROOT, tokens, PAGE_SIZE)))
 
 
 def test_prefixes_are_given_up_from_their_end() -> None:
@@ -171,7 +171,7 @@ def test_prefixes_are_given_up_from_their_end() -> None:
 def test_a_beginning_that_was_computed_twice_outlives_its_end() -> None:
     cache = TieredCache((8, 0, 0), 1)
     stem = [1, 1, 2, 2]
-    names = [list(page_names(ROOT, [*stem, end, end], PAGE_SIZE)) for end in (3, 4)]
+    names = [list(page_keys(ROOT, [*stem, end, end], PAGE_SIZE)) for end in (3, 4)]
     tables = [PageTable(cache, PAGE_SIZE) for _ in range(2)]
     for table in tables:  # both begin before the pages of either are known
         table.append(6)
@@ -198,7 +198,7 @@ def test_what_is_left_of_any_prefix_is_its_beginning(num_pages: tuple[int, int, 
         cache = TieredCache(num_pages, 1, write_through=rng.random() < 0.5)
         for _ in range(30):
             tokens = [rng.randrange(2) for _ in range(rng.randint(2, 8))]
-            names = list(page_names(ROOT, tokens, PAGE_SIZE))
+            names = list(page_keys(ROOT, tokens, PAGE_SIZE))
             table = PageTable(cache, PAGE_SIZE)
             table.begin(cache.find(names))
             while (count := len(tokens) - table.num_tokens) > 0:
@@ -212,10 +212,10 @@ def test_what_is_left_of_any_prefix_is_its_beginning(num_pages: tuple[int, int, 
             for _ in range(rng.randint(0, 4)):
                 cache.balance()
                 pass_on(cache)
-            known = {page.name.key for page in cache.index if page.name is not None}
+            known = {page.key.digest for page in cache.index if page.key is not None}
             for page in cache.index:
-                assert page.name is not None
-                assert page.name.parent == ROOT or page.name.parent in known, seed
+                assert page.key is not None
+                assert page.key.parent == ROOT or page.key.parent in known, seed
             cache.integrity_check()
 
 
@@ -228,4 +228,4 @@ def pass_on(cache: TieredCache) -> None:
 
 
 def test_page_name_takes_any_sequence_of_tokens() -> None:
-    assert page_name(ROOT, (1, 2)) == page_name(ROOT, [1, 2])
+    assert page_key(ROOT, (1, 2)) == page_key(ROOT, [1, 2])

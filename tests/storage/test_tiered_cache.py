@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from distkv.errors import CapacityError
 from distkv.storage.ledger.cache_books import WRITE_RETRY
-from distkv.storage.ledger.page import Page, PageName
+from distkv.storage.ledger.page import Page, PageKey
 from distkv.storage.ledger.page_table import PageTable
-from distkv.storage.ledger.prefix_index import page_names
+from distkv.storage.ledger.prefix_index import page_keys
 from distkv.storage.ledger.tiered_cache import MAX_DISK_WRITES, TieredCache
 from distkv.storage.tier import Tier, Transfer, cold_place, location
 
@@ -188,8 +188,8 @@ class Simulation:
                 table.commit(count, self.names(self.tokens[table]) if self.caching else None)
 
     @staticmethod
-    def names(tokens: list[int]) -> list[PageName]:
-        return list(page_names(b"root", tokens, PAGE_SIZE))
+    def names(tokens: list[int]) -> list[PageKey]:
+        return list(page_keys(b"root", tokens, PAGE_SIZE))
 
     def begin(self) -> None:
         """A new sequence that has a prefix in common with one that was there."""
@@ -916,7 +916,7 @@ def test_what_a_broken_plan_was_to_do_is_taken_again_in_order() -> None:
 def named_pages(cache: TieredCache, tokens: list[int]) -> list[Page]:
     """A sequence of full pages that may be found."""
     pages = []
-    for index, name in enumerate(page_names(b"root", tokens, PAGE_SIZE)):
+    for index, name in enumerate(page_keys(b"root", tokens, PAGE_SIZE)):
         pages.append(cache.allocate(index, pages[-1] if pages else None))
         cache.fill(pages[-1], name)
     return pages
@@ -930,7 +930,7 @@ def release(cache: TieredCache, pages: list[Page]) -> None:
 
 
 def found(cache: TieredCache, tokens: list[int]) -> list[Page]:
-    return cache.find(page_names(b"root", tokens, PAGE_SIZE))
+    return cache.find(page_keys(b"root", tokens, PAGE_SIZE))
 
 
 def test_the_catalogue_is_told_what_came_and_went() -> None:
@@ -1040,7 +1040,7 @@ def test_the_catalogue_is_told_before_a_slot_of_an_idle_page_is_written_again() 
 def test_a_nameless_copy_of_what_is_known_is_free_when_it_is_let_go() -> None:
     cache = TieredCache((4, 0, 0), 1)
     pages = named_pages(cache, [1, 1]) + named_pages(cache, [1, 1])
-    assert [page.name is None for page in pages] == [False, True]
+    assert [page.key is None for page in pages] == [False, True]
     release(cache, pages)
     assert cache.num_idle == 1 and cache.slots[DEVICE].num_free == 3
     assert found(cache, [1, 1]) == pages[:1]

@@ -151,7 +151,7 @@ def step_plan(
         ids = list(range(len(places), len(places) + len(one.pages)))
         places += one.pages.tolist()
         sequences.append(SequencePlan(table, one.token_ids, one.start, one.prompt_len, one.num_logits, 0, ids))
-    return StepPlan(sequences, list(copies), list(clear), moved=list(enumerate(places)))
+    return StepPlan(sequences, list(copies), list(clear), relocated=list(enumerate(places)))
 
 
 def read_prefix(pool: Tensor, pages: np.ndarray, prefix_len: int) -> list[tuple[Tensor, Tensor]]:
@@ -162,7 +162,7 @@ def read_prefix(pool: Tensor, pages: np.ndarray, prefix_len: int) -> list[tuple[
 
 def rank_pages(rank: Rank) -> int:
     """Pages in the rank's pool."""
-    return rank.tiers.device.num_pages
+    return rank.pools.device.num_pages
 
 
 def scatter(count: int, num_pages: int) -> list[int]:

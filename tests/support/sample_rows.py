@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from distkv.workers.sampling.sampler import SampleRow
+from distkv.workers.sampling.sample_row import SampleRow
 
 PLAIN = SampleRow(
     logits_row=0,

@@ -226,7 +226,7 @@ def test_copies_come_before_clears_and_both_before_the_sequences(tiny_model: Pat
     rank.execute(step_plan([sequence_step(tokens[:20], 0, [0, 1], 24, 0)]))
     logits = rank.execute(step_plan([sequence_step(tokens[20:], 20, [0, 5], 24, 1)], [(1, 5)], [1, 6]))
     assert torch.equal(logits, expected)
-    assert not rank.tiers.device.data[:, :, [1, 6]].any()
+    assert not rank.pools.device.data[:, :, [1, 6]].any()
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 0.06), (torch.float16, 0.01)], ids=["bf16", "fp16"])

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from distkv.workers.runners.host_copies import to_device
 from distkv.workers.sampling.penalties import penalise, penalty_arrays
-from distkv.workers.sampling.sampler import SampleRow, sample, uniform_draw
+from distkv.workers.sampling.sample_row import SampleRow, uniform_number
+from distkv.workers.sampling.sampler import sample
 
 ALMOST_ONE = float(np.nextafter(1.0, 0.0))
 
@@ -132,9 +133,9 @@ def test_draws_of_a_request_pass_a_chi_square_test(name: str) -> None:
     logits, count = random_logits(4, 1, 12), 6000
     expected = distribution(logits[0].numpy(), CHOICES[name]) * count
     for uniforms in (
-        [uniform_draw(11, 0, position) for position in range(count)],
-        [uniform_draw(11, index, 5) for index in range(count)],
-        [uniform_draw(seed, 0, 0) for seed in range(count)],
+        [uniform_number(11, 0, position) for position in range(count)],
+        [uniform_number(11, index, 5) for index in range(count)],
+        [uniform_number(seed, 0, 0) for seed in range(count)],
     ):
         tokens = drawn(logits, [replace(CHOICES[name], uniform=uniform) for uniform in uniforms])
         observed = np.bincount(tokens, minlength=12)
@@ -146,10 +147,10 @@ def test_draws_of_a_request_pass_a_chi_square_test(name: str) -> None:
 
 def test_uniform_draw() -> None:
     """A pure function into [0, 1), whose three arguments all matter; neighbours are not alike."""
-    assert uniform_draw(1, 2, 3) == uniform_draw(1, 2, 3)
+    assert uniform_number(1, 2, 3) == uniform_number(1, 2, 3)
     arguments = [(seed, index, position) for seed in range(-4, 8) for index in range(8) for position in range(8)]
     arguments += [(2**63, 0, 0), (2**64 - 5, 0, 0), (0, 0, 2**40)]
-    draws = [uniform_draw(*each) for each in arguments]
+    draws = [uniform_number(*each) for each in arguments]
     assert all(0 <= draw < 1 for draw in draws)
     assert len(set(draws)) == len(draws)
     grid = np.array(draws[: 12 * 64]).reshape(12, 8, 8)
@@ -298,7 +299,7 @@ def test_a_late_token_counts_like_any_other(data: st.DataObject, vocab_size: int
     before = torch.randint(0, vocab_size, (count + 2,), generator=seeded(seed))
     before[numbers] = torch.tensor([row.output_token_ids[-1] for row in rows])
     late = [
-        replace(row, output_token_ids=row.output_token_ids[:-1], late=number)
+        replace(row, output_token_ids=row.output_token_ids[:-1], pending=number)
         for row, number in zip(rows, numbers, strict=True)
     ]
     some = [data.draw(st.sampled_from(pair)) for pair in zip(rows, late, strict=True)]

@@ -19,8 +19,8 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayEr
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from distkv.errors import CapacityError, ConfigError, DistKVError, WorkerDied
 from distkv.workers.bandwidth import Bandwidth
+from distkv.workers.errors import CapacityError, ConfigError, DistKVError, WorkerDied
 from distkv.workers.group.channel import FollowerChannel, LeaderChannel
 from distkv.workers.group.process_group import ProcessGroup
 from distkv.workers.group.report import Report
@@ -121,7 +121,7 @@ class RayGroup:
     """The ranks of one engine, as their owner sees them; in the order `load`, `allocate`, `start`, `close`."""
 
     def __init__(self, size: int, address: str | None, device: str):
-        """Takes `size` bundles of the cluster and starts an actor on each.
+        """Takes `size` groups of the cluster and starts an actor on each.
 
         Args:
             address: as `ray.init` takes it; None takes a running cluster or starts one on this machine.

@@ -12,7 +12,7 @@ class Report(msgspec.Struct, array_like=True):
     failed: list[tuple[int, str]] = []  # ids with the reason
     checksums: dict[int, bytes] = {}  # of pages written to disk, by id
     bad_reads: list[tuple[int, str]] = []  # disk slots that this step could not read back, with the reason
-    moved: dict[str, int] = {}  # bytes by route, see `Rank.take_report`
+    bytes_moved: dict[str, int] = {}  # bytes by route, see `Rank.take_report`
     missing: list[int] = []  # disk slots of `StepPlan.adopt` whose page is not there
 
 
@@ -42,9 +42,9 @@ class ReportCollector:
             for id, own in report.checksums.items():
                 self._checksums.setdefault(id, [b""] * self._num_ranks)[rank] = own
             together.bad_reads += report.bad_reads
-            moved.update(report.moved)
+            moved.update(report.bytes_moved)
             missing.update(report.missing)
-        together.moved, together.missing = dict(moved), sorted(missing)
+        together.bytes_moved, together.missing = dict(moved), sorted(missing)
         for id in [id for id, count in self._ended.items() if count == self._num_ranks]:
             del self._ended[id]
             checksums = self._checksums.pop(id, [])

@@ -5,12 +5,17 @@ import msgspec
 from distkv.storage.tier import Transfer
 
 
+def placeholder(index: int) -> int:
+    """Stands in `SequencePlan.token_ids` for a token that the step before sampled, counted from 0, which the leader may
+    not know yet; see `placeholders.py`."""
+    return -1 - index
+
+
 class SequencePlan(msgspec.Struct, array_like=True):
     """The part of one sequence in a step."""
 
     table: int  # number of the page table on the ranks
-    # the new tokens, at positions start, start + 1, ...; `-1 - k` is the k-th token that the step before drew, counted
-    # from 0, which the leader may not know yet
+    # the new tokens, at positions start, start + 1, ...; a negative one is a `placeholder`
     token_ids: list[int]
     start: int
     prompt_len: int
@@ -35,13 +40,13 @@ class StepPlan(msgspec.Struct, array_like=True):
     # transfers that must have ended before pages are touched, and where no sequence runs, before the report
     await_ids: list[int] = []
     random_pages: list[tuple[int, int]] = []  # (device slot, seed): filled with random numbers, for stress tests
-    moved: list[tuple[int, int]] = []  # (page id, where it lies now, see `tier.location`)
+    relocated: list[tuple[int, int]] = []  # (page id, where it lies now, see `tier.location`)
     ended: list[int] = []  # numbers of tables that are not needed any more
     # the pages on disk that an earlier process left, by slot with their checksums, see `DiskPool.adopt`; given once,
     # before anything is written there
     adopt: dict[int, bytes] | None = None
-    # where sequences refer to tokens that the step before drew: how many it drew, which rank 0 gives the others first
-    num_drawn: int = 0
+    # where sequences have placeholders: how many tokens the step before sampled, which rank 0 gives the others first
+    num_sampled: int = 0
 
 
 encode = msgspec.msgpack.Encoder().encode

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from distkv.errors import ConfigError
+from distkv.workers.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from distkv.errors import ConfigError
+from distkv.workers.errors import ConfigError
 from distkv.workers.model.model_config import ModelConfig
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from distkv.errors import ConfigError
+from distkv.workers.errors import ConfigError
 
 Rows = tuple[int, int] | None
 """A half-open range along one dim, or all of it."""

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from distkv.workers.attention.cpu import plan_cpu_attention
-from distkv.workers.kv_pools import RankTiers
+from distkv.workers.kv_pools import KVPools
 from distkv.workers.model.llama import LlamaModel
 from distkv.workers.page_directory import SequenceStep
 from distkv.workers.runners.batch import Batch, token_arrays
 from distkv.workers.runners.host_copies import to_device
-from distkv.workers.sampling.late_tokens import resolve
+from distkv.workers.sampling.placeholders import resolve_placeholders
 
 
 class CpuRunner:
@@ -18,19 +18,19 @@ class CpuRunner:
 
     num_parts = 0
 
-    def __init__(self, model: LlamaModel, tiers: RankTiers):
-        self._model, self._tiers = model, tiers
+    def __init__(self, model: LlamaModel, pools: KVPools):
+        self._model, self._pools = model, pools
         self._group_size = model.shard.num_query_heads // model.shard.num_kv_heads
 
-    def run(self, steps: list[SequenceStep], drawn: Tensor | None) -> Tensor:
+    def run(self, steps: list[SequenceStep], sampled: Tensor | None) -> Tensor:
         """See `Runner`."""
-        pool, ring = self._tiers.device, self._tiers.ring
+        pool, ring = self._pools.device, self._pools.ring
         spec = pool.spec
         attention = plan_cpu_attention(steps, spec.page_size, self._group_size, ring.buffer_pages, spec.dtype)
         arrays = to_device(token_arrays(steps, spec.page_size), pool.data.device)
-        arrays["token_ids"] = resolve(arrays["token_ids"], drawn)
+        arrays["token_ids"] = resolve_placeholders(arrays["token_ids"], sampled)
         batch = Batch.of(arrays, attention)
-        with self._tiers.stream(attention.loads) as stream:
+        with self._pools.stream(attention.loads) as stream:
             return self._model.forward(batch, pool, stream)
 
     def warm_up(self) -> Iterator[None]:

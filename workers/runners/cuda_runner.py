@@ -14,14 +14,14 @@ from torch import Tensor
 from distkv.storage.paging import pages_for
 from distkv.workers.attention.cuda import CudaAttention, CudaPlan, CudaShape, plan_cuda_attention
 from distkv.workers.group.process_group import ProcessGroup
-from distkv.workers.kv_pools import RankTiers
+from distkv.workers.kv_pools import KVPools
 from distkv.workers.model.llama import LlamaModel
 from distkv.workers.page_directory import SequenceStep
 from distkv.workers.runners.batch import MAX_DECODE_TOKENS, Batch, token_arrays
 from distkv.workers.runners.host_copies import to_device
 from distkv.workers.runners.step_graphs import StepGraphs
-from distkv.workers.sampling.late_tokens import resolve
-from distkv.workers.sampling.trial_draws import draw_in_all_ways
+from distkv.workers.sampling.placeholders import resolve_placeholders
+from distkv.workers.sampling.trial_sampling import sample_in_all_ways
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Rows that steps of single tokens are padded to; larger ones run as they are."""
@@ -61,11 +61,11 @@ def plan_step(steps: list[SequenceStep], shape: CudaShape, sizes: list[int]) -> 
 class CudaRunner:
     """A `Runner`, see `runner.py`."""
 
-    def __init__(self, model: LlamaModel, tiers: RankTiers, max_num_seqs: int):
-        self._model, self._tiers, self._device = model, tiers, tiers.device.data.device
-        spec = tiers.device.spec
+    def __init__(self, model: LlamaModel, pools: KVPools, max_num_seqs: int):
+        self._model, self._pools, self._device = model, pools, pools.device.data.device
+        spec = pools.device.spec
         self.shape = CudaShape(
-            model.shard.num_query_heads, spec.num_kv_heads, spec.head_dim, spec.page_size, tiers.ring.buffer_pages,
+            model.shard.num_query_heads, spec.num_kv_heads, spec.head_dim, spec.page_size, pools.ring.buffer_pages,
             spec.dtype, decode_programs(self._device, spec.num_kv_heads),
         )  # fmt: skip
         below = [size for size in SIZES if size < max_num_seqs]
@@ -73,34 +73,34 @@ class CudaRunner:
         self._captures = takes_graphs(self._device, model.group)
         self._graphs: StepGraphs | None = None
 
-    def run(self, steps: list[SequenceStep], drawn: Tensor | None) -> Tensor:
+    def run(self, steps: list[SequenceStep], sampled: Tensor | None) -> Tensor:
         """See `Runner`."""
         step = plan_step(steps, self.shape, self.sizes)
         if self._graphs is not None and self._graphs.fits(step.size, step.plan):
             assert step.size is not None
             wanted = to_device({"wanted": step.wanted}, self._device)["wanted"]
-            return self._graphs.run(step.size, step.arrays, drawn)[wanted]
+            return self._graphs.run(step.size, step.arrays, sampled)[wanted]
         arrays = to_device(step.arrays | {"wanted": step.wanted}, self._device)
-        arrays["token_ids"] = resolve(arrays["token_ids"], drawn)
+        arrays["token_ids"] = resolve_placeholders(arrays["token_ids"], sampled)
         attention = CudaAttention(step.plan, self.shape, arrays)
         batch = Batch.of(arrays, attention)
-        with self._tiers.stream(attention.loads) as stream:
-            hidden = self._model.forward(batch, self._tiers.device, stream)
+        with self._pools.stream(attention.loads) as stream:
+            hidden = self._model.forward(batch, self._pools.device, stream)
         return hidden if step.size is None else hidden[arrays["wanted"]]
 
     def warm_up(self) -> Iterator[None]:
         """See `Runner`: compiles what steps launch, and captures the graphs."""
-        size, pages = self.shape.page_size, self._tiers.device.num_pages
+        size, pages = self.shape.page_size, self._pools.device.num_pages
         tokens = min(WARM_UP_TOKENS, pages * size)
         hidden = self.run([SequenceStep([0] * tokens, 0, np.arange(pages_for(tokens, size)), tokens, 1)], None)
         logits = self._model.logits(hidden)
         if logits is not None:  # on rank 0
-            draw_in_all_ways(logits)
+            sample_in_all_ways(logits)
         for count in range(1, MAX_DECODE_TOKENS + 1):
             self.run([SequenceStep([0] * count, 0, np.arange(1), count, 1)], None)
         yield
         if self._captures:
-            self._graphs = StepGraphs(self._model, self._tiers.device, self.shape, self.sizes[-1])
+            self._graphs = StepGraphs(self._model, self._pools.device, self.shape, self.sizes[-1])
             for rows in reversed(self.sizes):  # the largest first, whose memory serves the others
                 self._graphs.capture(rows)
                 yield

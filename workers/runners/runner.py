@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from distkv.workers.kv_pools import RankTiers
+from distkv.workers.kv_pools import KVPools
 from distkv.workers.model.llama import LlamaModel
 from distkv.workers.page_directory import SequenceStep
 from distkv.workers.runners.cpu_runner import CpuRunner
@@ -15,12 +15,12 @@ from distkv.workers.runners.cpu_runner import CpuRunner
 class Runner(Protocol):
     """Runs steps over the pools of a rank."""
 
-    def run(self, steps: list[SequenceStep], drawn: Tensor | None) -> Tensor:
+    def run(self, steps: list[SequenceStep], sampled: Tensor | None) -> Tensor:
         """The hidden states `[rows, E]` whose logits are wanted, see `LlamaModel.forward`. Waits for nothing on the
         device, but with gloo.
 
         Args:
-            drawn: what the step before drew, int64 on the device, where token ids refer to it.
+            sampled: what the step before drew, int64 on the device, where token ids refer to it.
         """
 
     def warm_up(self) -> Iterator[None]:
@@ -31,13 +31,13 @@ class Runner(Protocol):
         """See `warm_up`."""
 
 
-def make_runner(model: LlamaModel, tiers: RankTiers, max_num_seqs: int, on_cuda: bool) -> Runner:
+def make_runner(model: LlamaModel, pools: KVPools, max_num_seqs: int, on_cuda: bool) -> Runner:
     """The runner for a kind of device."""
     if not on_cuda:
-        return CpuRunner(model, tiers)
+        return CpuRunner(model, pools)
     from distkv.workers.runners.cuda_runner import CudaRunner  # imports triton
 
-    return CudaRunner(model, tiers, max_num_seqs)
+    return CudaRunner(model, pools, max_num_seqs)
 
 
 def takes_cuda_path(device: torch.device) -> bool:

@@ -13,7 +13,7 @@ from distkv.workers.attention.cuda import CudaAttention, CudaPlan, CudaShape
 from distkv.workers.attention.decode_plan import DecodePlan, DecodeRound, split_pages_for
 from distkv.workers.runners.batch import FIELDS, Batch
 from distkv.workers.runners.host_copies import lay_out, pack
-from distkv.workers.sampling.late_tokens import resolve
+from distkv.workers.sampling.placeholders import resolve_placeholders
 
 if TYPE_CHECKING:
     from distkv.workers.model.llama import LlamaModel
@@ -80,7 +80,7 @@ class StepGraphs:
         fits = len(one.items) <= self._num_splits and len(group.table) <= self._num_entries
         return fits and len(group.rounds) == 1 and not one.loads
 
-    def run(self, rows: int, arrays: dict[str, np.ndarray], drawn: Tensor | None) -> Tensor:
+    def run(self, rows: int, arrays: dict[str, np.ndarray], sampled: Tensor | None) -> Tensor:
         """The hidden states `[rows, E]` of a step that fits; they hold until the next one runs."""
         named = {name: arrays[name] for name in COLUMNS}
         named |= {name: arrays[f"0.0.{name}"] for name in ("sequences", "num_items", "items")}
@@ -91,7 +91,7 @@ class StepGraphs:
         self._flat[:end].copy_(block[:end], non_blocking=True)
         self._inputs["table"][: len(table)].copy_(block[end:], non_blocking=True)
         token_ids = self._inputs["token_ids"][:rows]
-        token_ids.copy_(resolve(token_ids, drawn))
+        token_ids.copy_(resolve_placeholders(token_ids, sampled))
         return self._graphs[rows]()
 
     def _batch(self, rows: int) -> Batch:

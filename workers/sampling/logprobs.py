@@ -1,19 +1,10 @@
-"""Log-probabilities of drawn tokens and of the likeliest ones, for all rows of a step at once."""
-
-from dataclasses import dataclass
+"""Log-probabilities of sampled tokens and of the likeliest ones, for all rows of a step at once."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """Log-probabilities under the model's own distribution, before penalties, temperature and truncation."""
-
-    logprob: float  # of the drawn token
-    rank: int  # of the drawn token, 1 is the likeliest
-    top: list[tuple[int, float]]  # (token id, logprob), likeliest first, of equal ones the lowest id first
+from distkv.workers.sampling.sampled_token import TokenLogprobs
 
 
 def pack_logprobs(logits: Tensor, tokens: Tensor, count: int) -> Tensor:

@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 class PenalisedRow(Protocol):
-    """What a row of draws says about penalties, see `SampleRow`."""
+    """What a row says about penalties, see `SampleRow`."""
 
     repetition_penalty: float
     presence_penalty: float
     frequency_penalty: float
     prompt_token_ids: list[int]
     output_token_ids: list[int]
-    late: int | None
+    pending: int | None
 
 
 def penalty_arrays(rows: Sequence[tuple[int, PenalisedRow]], vocab_size: int) -> dict[str, np.ndarray]:
@@ -25,7 +25,7 @@ def penalty_arrays(rows: Sequence[tuple[int, PenalisedRow]], vocab_size: int) ->
         return {}
     seen, times = zip(*(_seen(row) for _, row in rows), strict=True)
     owner = np.repeat(np.arange(len(rows)), [len(tokens) for tokens in seen])
-    late = [(number * vocab_size, row.late) for number, (_, row) in enumerate(rows) if row.late is not None]
+    pending = [(number * vocab_size, row.pending) for number, (_, row) in enumerate(rows) if row.pending is not None]
     return {
         "penalised": np.array([place for place, _ in rows]),
         "penalties": np.array(
@@ -33,7 +33,7 @@ def penalty_arrays(rows: Sequence[tuple[int, PenalisedRow]], vocab_size: int) ->
         ),
         "seen": owner * vocab_size + np.concatenate(seen),
         "times": np.concatenate(times),
-    } | ({"late": np.array(late)} if late else {})
+    } | ({"pending": np.array(pending)} if pending else {})
 
 
 def _seen(row: PenalisedRow) -> tuple[np.ndarray, np.ndarray]:
@@ -44,7 +44,7 @@ def _seen(row: PenalisedRow) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([output, others]), np.concatenate([times.astype(np.float64), np.zeros(len(others))])
 
 
-def penalise(logits: Tensor, sent: dict[str, Tensor], drawn: Tensor | None) -> None:
+def penalise(logits: Tensor, sent: dict[str, Tensor], sampled: Tensor | None) -> None:
     """In place: repetition penalty on tokens of prompt and output (Keskar et al. 2019,
     https://arxiv.org/abs/1909.05858), presence and frequency penalties on those of the output.
 
@@ -53,14 +53,14 @@ def penalise(logits: Tensor, sent: dict[str, Tensor], drawn: Tensor | None) -> N
     Args:
         logits: fp32 `[rows, vocab_size]`, contiguous.
         sent: what `penalty_arrays` made, on the device.
-        drawn: of the step before, for rows whose newest token is one of them.
+        sampled: of the step before, for rows whose newest token is one of them.
     """
     vocab_size = logits.shape[1]
     seen, times = sent["seen"], sent["times"].float()
-    if "late" in sent:
-        assert drawn is not None
-        base, number = sent["late"].unbind(1)
-        seen = torch.cat([seen, base + drawn.index_select(0, number)])
+    if "pending" in sent:
+        assert sampled is not None
+        base, number = sent["pending"].unbind(1)
+        seen = torch.cat([seen, base + sampled.index_select(0, number)])
         times = torch.cat([times, times.new_ones(len(base))])
     owner = seen // vocab_size
     place = (sent["penalised"].index_select(0, owner) - owner) * vocab_size + seen

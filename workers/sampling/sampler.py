@@ -1,48 +1,20 @@
-"""Draws the next tokens from logits, on rank 0. A draw depends on its own row alone, never on its batch-mates."""
+"""Samples the next tokens from logits, on rank 0. A token depends on its own row alone, never on its batch-mates."""
 
 from collections import defaultdict
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from distkv.workers.runners.host_copies import HostCopy, to_device
-from distkv.workers.sampling.logprobs import TokenLogprobs, pack_logprobs, unpack_logprobs
+from distkv.workers.sampling.logprobs import pack_logprobs, unpack_logprobs
 from distkv.workers.sampling.penalties import penalise, penalty_arrays
-
-Draw = tuple[int, TokenLogprobs | None]
-
-
-@dataclass(slots=True)
-class SampleRow:
-    """How to draw one token; the parameters mean what they mean in `SamplingParams`."""
-
-    logits_row: int
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    num_logprobs: int | None
-    uniform: float  # the draw itself, in [0, 1)
-    prompt_token_ids: list[int]
-    output_token_ids: list[int]
-    late: int | None = None  # the output has one token more: this draw of the step before
-
-    @property
-    def penalised(self) -> bool:
-        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
-
-    @property
-    def truncated(self) -> bool:
-        return self.top_k > 0 or self.top_p < 1
+from distkv.workers.sampling.sample_row import SampleRow
+from distkv.workers.sampling.sampled_token import SampledToken
 
 
-class Draws:
-    """The tokens that a step draws, on their way to the host."""
+class SampledTokens:
+    """The tokens that a step has sampled, on their way to the host."""
 
     def __init__(self, tokens: Tensor, logprobs: Tensor | None, counts: list[int | None]):
         """
@@ -53,7 +25,7 @@ class Draws:
         self._counts = counts
         self._copy = HostCopy(tokens if logprobs is None else torch.cat([tokens, logprobs.view(-1)]))
 
-    def result(self) -> list[Draw]:
+    def result(self) -> list[SampledToken]:
         """Waits for the tokens; may be called again. Raises what the device failed with."""
         numbers = self._copy.wait()
         tokens, packed = numbers[: len(self._counts)].tolist(), numbers[len(self._counts) :]
@@ -66,20 +38,13 @@ class Draws:
         ]
 
 
-def uniform_draw(seed: int, sample: int, position: int) -> float:
-    """A number in [0, 1) that is a pure function of a request's seed, the index of its sample and the output position
-    (Philox, https://doi.org/10.1145/2063384.2063405)."""
-    key = np.array([seed & (2**64 - 1), sample], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=position)).random()
-
-
 @torch.inference_mode()
-def sample(logits: Tensor, rows: list[SampleRow], drawn: Tensor | None = None) -> Draws:
-    """Draws one token per row, on the device; nothing waits for it. Ties in greedy rows go to the lowest token id.
+def sample(logits: Tensor, rows: list[SampleRow], sampled: Tensor | None = None) -> SampledTokens:
+    """Samples one token per row, on the device; nothing waits for it. Ties in greedy rows go to the lowest token id.
 
     Args:
-        logits: fp32 `[N, vocab_size]`, left as they are; several rows may draw from the same ones.
-        drawn: int64, what the step before drew, for rows that are `late`.
+        logits: fp32 `[N, vocab_size]`, left as they are; several rows may be sampled from the same ones.
+        sampled: int64, what the step before sampled, for rows whose newest token is `pending`.
     """
     picked = [row.logits_row for row in rows]
     ways: dict[str, list[int]] = defaultdict(list)
@@ -105,7 +70,7 @@ def sample(logits: Tensor, rows: list[SampleRow], drawn: Tensor | None = None) -
     adjusted = logits
     if is_penalised:
         adjusted = logits.clone(memory_format=torch.contiguous_format)
-        penalise(adjusted, sent, drawn)
+        penalise(adjusted, sent, sampled)
     tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     for way in ways:
         own = _DRAW[way](of(way, adjusted), sent.get(f"parameters of {way}"))
@@ -114,7 +79,7 @@ def sample(logits: Tensor, rows: list[SampleRow], drawn: Tensor | None = None) -
     if tables:
         most = max(rows[index].num_logprobs or 0 for index in tables)
         packed = pack_logprobs(of("tables", logits), of("tables", tokens), most)
-    return Draws(tokens, packed, [row.num_logprobs for row in rows])
+    return SampledTokens(tokens, packed, [row.num_logprobs for row in rows])
 
 
 def _parameters(row: SampleRow) -> tuple[float, ...]:

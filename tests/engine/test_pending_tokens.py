@@ -20,8 +20,10 @@ from distkv.engine.engine import Engine
 from distkv.engine.protocol import EngineRequest, RequestFailed, TokenOutput
 from distkv.workers.group.process_group import ProcessGroup
 from distkv.workers.group.step_plan import StepPlan
-from distkv.workers.sampling.late_tokens import resolve
-from distkv.workers.sampling.sampler import Draw, Draws, SampleRow, sample, uniform_draw
+from distkv.workers.sampling.placeholders import resolve_placeholders
+from distkv.workers.sampling.sample_row import SampleRow, uniform_number
+from distkv.workers.sampling.sampled_token import SampledToken
+from distkv.workers.sampling.sampler import SampledTokens, sample
 
 SAMPLED = SamplingParams(temperature=1.0, ignore_eos=True)
 PENALISED = SamplingParams(temperature=1.0, repetition_penalty=1.4, frequency_penalty=0.3, ignore_eos=True)
@@ -35,7 +37,7 @@ def test_references_become_tokens(drawn: list[int], data: st.DataObject) -> None
     references = st.integers(-len(drawn), -1)
     token_ids = data.draw(st.lists(references | st.integers(0, 99), max_size=12))
     wanted = [token if token >= 0 else drawn[-1 - token] for token in token_ids]
-    assert resolve(torch.tensor(token_ids, dtype=torch.int64), torch.tensor(drawn)).tolist() == wanted
+    assert resolve_placeholders(torch.tensor(token_ids, dtype=torch.int64), torch.tensor(drawn)).tolist() == wanted
 
 
 def test_a_rank_runs_what_a_plan_refers_to(tiny_model: Path) -> None:
@@ -54,7 +56,7 @@ def test_a_rank_runs_what_a_plan_refers_to(tiny_model: Path) -> None:
                 for token, (one, own) in zip(newest, contexts, strict=True)
             ]
         )
-        plan.num_drawn = len(drawn)
+        plan.num_sampled = len(drawn)
         logits.append(rank.execute(plan, torch.tensor(drawn) if drawn else None))
     assert torch.equal(*logits)
 
@@ -74,7 +76,7 @@ def test_a_real_engine_refers_in_every_step_of_a_decode(tiny_model: Path) -> Non
     decodes = [plan for plan in plans if plan.sequences and plan.sequences[0].start >= 7]
     assert len(decodes) == 19
     for plan in decodes:
-        assert plan.num_drawn == 2
+        assert plan.num_sampled == 2
         assert [part.token_ids for part in plan.sequences] == [[-1], [-2]]
 
 
@@ -108,12 +110,12 @@ def test_gloo_gathers_in_cpu_memory(monkeypatch: pytest.MonkeyPatch, backend: st
 
 
 class LateDraws:
-    """Draws that are read when a test lets them."""
+    """Sampled tokens that are read when a test lets them."""
 
-    def __init__(self, draws: Draws, read: Callable[[], None]):
+    def __init__(self, draws: SampledTokens, read: Callable[[], None]):
         self.tokens, self._draws, self._read = draws.tokens, draws, read
 
-    def result(self) -> list[Draw]:
+    def result(self) -> list[SampledToken]:
         self._read()
         return self._draws.result()
 
@@ -182,7 +184,7 @@ def test_a_draw_knows_the_token_that_is_late(params: SamplingParams) -> None:
         for place, token in enumerate(answer):
             row = SampleRow(
                 0, params.temperature, params.top_p, params.top_k, params.min_p, params.repetition_penalty,
-                params.presence_penalty, params.frequency_penalty, None, uniform_draw(request.seed, 0, place),
+                params.presence_penalty, params.frequency_penalty, None, uniform_number(request.seed, 0, place),
                 request.prompt_token_ids, answer[:place],
             )  # fmt: skip
             logits = speak([*request.prompt_token_ids, *answer[:place]])[None]
@@ -308,7 +310,9 @@ def test_drawing_that_fails_on_the_host_fails_the_step(monkeypatch: pytest.Monke
     for wanted in (0, 1, 7, 19):
         calls = iter(range(10**6))
 
-        def fail_once(logits: Tensor, rows: list[SampleRow], drawn: Tensor | None, wanted=wanted, calls=calls) -> Draws:
+        def fail_once(
+            logits: Tensor, rows: list[SampleRow], drawn: Tensor | None, wanted=wanted, calls=calls
+        ) -> SampledTokens:
             if next(calls) == wanted:
                 raise MemoryError("no room for parameters")
             return sample(logits, rows, drawn)
@@ -374,8 +378,8 @@ def test_a_name_takes_the_tokens_themselves() -> None:
     for _ in range(14):
         engine.step()
     [sequence] = engine._scheduler.running
-    assert sequence.num_drawing == 1 and engine._flight is not None
+    assert sequence.num_pending == 1 and engine._flight is not None
     assert len(sequence.token_ids) == sequence.table.num_tokens, "the step under way draws the token after them"
     with pytest.raises(AssertionError, match="the tokens themselves"):
-        sequence.name_pages(len(sequence.token_ids) + 1)
+        sequence.page_keys(len(sequence.token_ids) + 1)
     engine.close()

@@ -1,0 +1,16 @@
+"""What the leader is told of a token that was sampled; without a tensor."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities under the model's own distribution, before penalties, temperature and truncation."""
+
+    logprob: float  # of the sampled token
+    rank: int  # of the sampled token, 1 is the likeliest
+    top: list[tuple[int, float]]  # (token id, logprob), likeliest first, of equal ones the lowest id first
+
+
+SampledToken = tuple[int, TokenLogprobs | None]
+"""Its id, and its log-probabilities where they were asked for."""
