@@ -8,21 +8,16 @@ from torch import Tensor
 VALUE_SCALE = 64
 
 
-def page_seed(kv_seed: int, index: int) -> int:
-    """The seed of page `index` of a sequence, see `EngineRequest.random_kv_seed`."""
-    return (kv_seed << 32) + index
-
-
 def random_slice(seed: int, layer: int, heads: range, page_size: int, head_dim: int) -> Tensor:
     """One layer of a page: fp32 `[2, kv_head, page_size, head_dim]` on the CPU, K first; normal numbers, the values
     times VALUE_SCALE.
 
-    A head's numbers depend on the page's seed, the layer and the head's place in the model alone, so they are the same
+    A head's numbers depend on the page's seed, the layer and the head's index in the model alone, so they are the same
     whichever rank holds it.
     """
-    drawn = torch.empty(2, len(heads), page_size, head_dim)
-    for place, head in enumerate(heads):
+    numbers = torch.empty(2, len(heads), page_size, head_dim)
+    for index, head in enumerate(heads):
         generator = torch.Generator().manual_seed(hash((seed, layer, head)))
-        drawn[:, place] = torch.randn(2, page_size, head_dim, generator=generator)
-    drawn[1] *= VALUE_SCALE
-    return drawn
+        numbers[:, index] = torch.randn(2, page_size, head_dim, generator=generator)
+    numbers[1] *= VALUE_SCALE
+    return numbers

@@ -137,13 +137,13 @@ def test_pages_are_taken_as_tokens_arrive(tiny: Path) -> None:
     with LLM(tiny, page_size=16, device_kv_bytes="4MiB") as llm:
         params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
         engine, held = idle_engine(llm), []
-        execute = engine._runner.execute
+        execute = engine._runner.executor.forward
 
         def spy(plan, drawn):
             held.extend((one.start + len(one.token_ids), engine.stats().pages_in_use) for one in plan.sequences)
             return execute(plan, drawn)
 
-        engine._runner.execute = spy
+        engine._runner.executor.forward = spy
         llm.generate([[5] * 10], params, use_tqdm=False)
         assert [length for length, _ in held] == list(range(10, 256))
         for length, pages in held:  # the step that follows may have taken its page
@@ -348,7 +348,7 @@ def test_an_llm_goes_on_after_a_failure_in_the_middle(llm: LLM, monkeypatch: pyt
     expected = tokens(llm.generate(prompts, GREEDY, use_tqdm=False))
     for error in (RuntimeError, MemoryError):
         engine = idle_engine(llm)
-        execute, calls = engine._runner.execute, iter(range(100))
+        execute, calls = engine._runner.executor.forward, iter(range(100))
 
         def fail_late(plan, drawn, execute=execute, calls=calls, error=error):
             if next(calls) == 20:

@@ -9,8 +9,8 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import AbstractContextManager, closing, contextmanager
+from concurrent.futures import Executor, Future
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,30 +22,28 @@ from rich.table import Table
 from torch import Tensor
 
 from distkv.engine.engine import Engine
+from distkv.engine.observer import StepObserver
 from distkv.engine.protocol import EngineInfo, EngineRequest, RequestFailed, StepOutput
-from distkv.engine.sequence import Chosen
-from distkv.engine.step import Flight, Landing
-from distkv.engine.step_runner import Execute, StepRunner
+from distkv.engine.step import Step
 from distkv.errors import ConfigError, DistKVError
 from distkv.reporting.machine import check_json_file, machine_facts, percentile, write_json
 from distkv.sampling_params import SamplingParams
-from distkv.storage.ledger.page import Page
-from distkv.storage.ledger.tiered_cache import TieredCache
 from distkv.storage.paging import check_page_size, pages_for
+from distkv.workers.group.executor import StepResult
+from distkv.workers.group.rank_executor import RankExecutor
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan, encode
 from distkv.workers.sampling.sample_row import SampleRow
-from distkv.workers.sampling.sampler import SampledTokens
 
 PARTS = {
     "plan": "schedule and plan",
     "book": "book the last step",
     "launch": "launch",
-    "answer": "read draws, tell answers",
+    "answer": "read tokens, extend answers",
     "encode": "encode for followers",
 }
 TARGET_MS = 1.0  # of "plan", at the median
-VOCAB = 16  # so that drawing greedily takes little beside what it takes per row
+VOCAB = 16  # so that sampling greedily takes little beside what it takes per row
 STEP_TOKENS = 2048  # the most of a step, as an engine has it unless told otherwise
 WARM_UP = 32  # steps
 MOST_STEPS_TO_BEGIN = 1024  # from the first token of the first answer to that of the last
@@ -66,81 +64,80 @@ class Steps:
     """What was measured of one variant, step by step."""
 
     seconds: dict[str, list[float]]  # by part, see PARTS
-    draw_seconds: list[float]  # of the ranks: greedy draws from ready-made logits
+    sample_seconds: list[float]  # of the ranks: greedy sampling from ready-made logits
     num_sampled: list[int]  # tokens
     plan_bytes: list[int]
     gc_seconds: list[float]  # of Python's garbage collector within these parts
 
 
-class TimedEngine(Engine):
-    """An engine without ranks that takes down how long it spends on the parts of each step."""
+class StepTimer(StepObserver):
+    """Takes down how long the engine spends on the parts of a step, see PARTS."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """A step begins."""
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self._last = time.perf_counter()
+
+    def prepared(self, step: Step | None) -> None:
+        self._take("plan")
+
+    def reported(self, step: Step) -> None:
+        self._last = time.perf_counter()  # what came before was the ranks' time
+
+    def completed(self, step: Step) -> None:
+        self._take("book")
+
+    def started(self, step: Step) -> None:
+        self._take("launch")
+
+    def emitted(self, outputs: list[StepOutput]) -> None:
+        self._take("answer")
+
+    def _take(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part] += now - self._last
+        self._last = now
+
+
+class IdleRanks:
+    """An `Executor` without ranks: it answers at once, from ready-made logits."""
 
     def __init__(self, info: EngineInfo):
-        super().__init__(info, self._answer_at_once)
-        self._runner.close()
-        self._runner = _TimedRunner(info, self._answer_at_once, self._cache, self._timed)
         self._logits = torch.zeros(info.max_num_seqs, info.vocab_size)
-        self.seconds = dict.fromkeys([*PARTS, "fly"], 0.0)  # since they were cleared last
+        self._executor = RankExecutor(self._forward)
+        self.encode_seconds = self.sample_seconds = 0.0  # of the last plan
         self.plan_bytes = 0  # of the last plan
 
-    def clear(self) -> None:
-        """Sets all seconds to 0."""
-        self.seconds = dict.fromkeys(self.seconds, 0.0)
+    def warm_up(self) -> None:
+        """There is nothing to do."""
 
-    def _answer_at_once(self, plan: StepPlan, drawn: Tensor | None) -> tuple[Tensor | None, Report]:
-        with self._timed("encode"):
-            self.plan_bytes = len(encode(plan))
+    def run(self, plan: StepPlan, rows: list[SampleRow]) -> StepResult:
+        """See `Executor.run`; takes down how long sampling takes, and encoding the plan for followers."""
+        start = time.perf_counter()
+        result = self._executor.run(plan, rows)
+        self.sample_seconds = time.perf_counter() - start - self.encode_seconds
+        return result
+
+    def _forward(self, plan: StepPlan, sampled: Tensor | None) -> tuple[Tensor | None, Report]:
+        start = time.perf_counter()
+        self.plan_bytes = len(encode(plan))
+        self.encode_seconds = time.perf_counter() - start
         wanted = sum(one.num_logits for one in plan.sequences)
         report = Report(done=[transfer.id for transfer in plan.transfers])
         return (self._logits[:wanted] if plan.sequences else None), report
 
-    def _choose(self) -> Chosen:
-        with self._timed("plan"):
-            return super()._choose()
 
-    def _settle_step(self, chosen: Chosen) -> Flight | None:
-        with self._timed("plan"):
-            return super()._settle_step(chosen)
+class LazyThread(Executor):
+    """Runs a call when its result is awaited: a real step ends long after the next one is prepared, and meanwhile the
+    ranks keep the processor busy, not the interpreter."""
 
-    def _commit(self, flight: Flight, draws: SampledTokens | None, unread: set[Page]) -> None:
-        with self._timed("book"):
-            super()._commit(flight, draws, unread)
-
-    def _launch(self, flight: Flight) -> None:
-        with self._timed("launch"):
-            super()._launch(flight)
-
-    def _read_sampled(self) -> list[StepOutput]:
-        with self._timed("answer"):
-            return super()._read_sampled()
-
-    @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[part] += time.perf_counter() - start
-
-
-class _TimedRunner(StepRunner):
-    """Runs a plan when its end is awaited: a real step ends long after the next one is settled, and meanwhile the ranks
-    keep the processor busy, not the interpreter."""
-
-    def __init__(
-        self, info: EngineInfo, execute: Execute, cache: TieredCache, timed: Callable[[str], AbstractContextManager]
-    ):
-        super().__init__(info, execute, cache)
-        self._timed = timed
-
-    def start(self, plan: StepPlan, rows: list[SampleRow]) -> Future[Landing]:
-        return _Awaited(partial(self._fly, plan, rows))
-
-    def take_in(self, report: Report) -> set[Page]:
-        with self._timed("book"):
-            return super().take_in(report)
-
-    def _fly(self, plan: StepPlan, rows: list[SampleRow]) -> Landing:
-        with self._timed("fly"):
-            return super()._fly(plan, rows)
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        """See `concurrent.futures.Executor.submit`."""
+        return _Awaited(partial(function, *arguments, **named))
 
 
 class _Awaited(Future):
@@ -166,8 +163,9 @@ def run(num_seqs: int, context: int, steps: int, page_size: int, json_file: Path
     rows, wrong = [], ""
     for variant in _variants(num_seqs, context, steps, page_size):
         info = _info(variant, num_seqs, context, steps, page_size)
-        with closing(TimedEngine(info)) as engine:
-            measured = _measure(engine, num_seqs, context, steps)
+        ranks, timer = IdleRanks(info), StepTimer()
+        with closing(Engine(info, ranks, observer=timer, thread=LazyThread())) as engine:
+            measured = _measure(engine, ranks, timer, num_seqs, context, steps)
         rows.append(_row(variant, measured))
         wrong = wrong or _check_draws(variant, measured, num_seqs)
         del engine
@@ -230,7 +228,7 @@ def _info(variant: Variant, num_seqs: int, context: int, steps: int, page_size: 
     )
 
 
-def _measure(engine: TimedEngine, num_seqs: int, context: int, steps: int) -> Steps:
+def _measure(engine: Engine, ranks: IdleRanks, timer: StepTimer, num_seqs: int, context: int, steps: int) -> Steps:
     """Has all contexts made, warms up, and times so many steps."""
     # each a token shorter than the one before, so that pages fill at different steps
     tokens = [1] * context
@@ -250,13 +248,14 @@ def _measure(engine: TimedEngine, num_seqs: int, context: int, steps: int) -> St
     measured = Steps({part: [] for part in PARTS}, [], [], [], [])
     with _garbage_seconds() as collected:
         for _ in range(steps):
-            engine.clear()
             before = sum(collected)
+            timer.begin()
             measured.num_sampled.append(len(_checked(engine.step())))
+            timer.seconds["encode"] = ranks.encode_seconds
             for part, times in measured.seconds.items():
-                times.append(engine.seconds[part])
-            measured.draw_seconds.append(engine.seconds["fly"] - engine.seconds["encode"])
-            measured.plan_bytes.append(engine.plan_bytes)
+                times.append(timer.seconds[part])
+            measured.sample_seconds.append(ranks.sample_seconds)
+            measured.plan_bytes.append(ranks.plan_bytes)
             measured.gc_seconds.append(sum(collected) - before)
     return measured
 
@@ -299,7 +298,7 @@ def _row(variant: Variant, measured: Steps) -> dict[str, Any]:
         "ms": {part: 1e3 * statistics.median(times) for part, times in parts.items()},
         "p99_ms": {part: 1e3 * percentile(times, 0.99) for part, times in parts.items()},
         "most_ms": {part: 1e3 * max(times) for part, times in parts.items()},
-        "draw_ms": 1e3 * statistics.median(measured.draw_seconds),
+        "draw_ms": 1e3 * statistics.median(measured.sample_seconds),
         "tokens_per_step": statistics.median(measured.num_sampled),
         "plan_bytes": statistics.median(measured.plan_bytes),
         "gc_ms_in_all": 1e3 * sum(measured.gc_seconds),

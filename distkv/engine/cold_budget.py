@@ -33,12 +33,12 @@ class ColdBudget:
         self._any_parked = False
 
     @property
-    def is_settled(self) -> bool:
+    def is_steady(self) -> bool:
         """Whether it is worth while to look for pages to bring up: with parked sequences, after a review only."""
         return not self._any_parked or not self._steps
 
     def note_relocated(self, num_pages: int) -> None:
-        """Tells that so many held pages lie elsewhere now."""
+        """Takes note that so many held pages lie elsewhere now."""
         self._slack -= num_pages * self._disk_cost
 
     def review(self, running: list[Sequence]) -> None:
@@ -71,12 +71,12 @@ class ColdBudget:
         streamed: set[Page] = set()
         total = 0.0
         self._any_parked = False
-        for place, sequence in enumerate(line):
+        for index, sequence in enumerate(line):
             limit = self._limit * (RETURN_SHARE if sequence.is_parked else 1)
             pages = (page for page in sequence.table.pages if not page.has(Tier.DEVICE) and page not in streamed)
-            cold = list(pages) if not place or total < limit else list(islice(pages, 1))
+            cold = list(pages) if not index or total < limit else list(islice(pages, 1))
             cost = self._cost(cold)
-            runs = not place or not cost or total + cost <= limit
+            runs = not index or not cost or total + cost <= limit
             if runs:
                 total += cost
                 streamed.update(cold)

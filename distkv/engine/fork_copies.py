@@ -23,12 +23,12 @@ class ForkCopies:
         self._pending.append(copy)
 
     def take(self) -> list[PageCopy]:
-        """What a step makes that is being settled."""
+        """The copies that the step being prepared has to make; `put_back` or `release` must follow."""
         taken, self._pending = self._pending, []
         return taken
 
     def put_back(self, copies: list[PageCopy]) -> None:
-        """Copies of a step that came to nothing."""
+        """Undoes `take`."""
         self._pending += copies
 
     def release(self, copies: Iterable[PageCopy]) -> None:
@@ -43,6 +43,6 @@ class ForkCopies:
         self._pending = [copy for copy in self._pending if copy not in ended]
         self.release(ended)
 
-    def num_held(self, under_way: list[PageCopy]) -> int:
-        """Pages that are held for these copies alone, or for those of the step under way."""
-        return sum(page.references == 1 for copy in [*self._pending, *under_way] for page in copy)
+    def num_held(self, taken: list[PageCopy]) -> int:
+        """Pages that are held for these copies alone, or for those that a running step has taken."""
+        return sum(page.references == 1 for copy in [*self._pending, *taken] for page in copy)

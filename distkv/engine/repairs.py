@@ -36,21 +36,21 @@ class Repairs:
         self._cache.restore(page)
         owner, size = owners[0], self._page_size
         slot = page.location
-        if page.index * size < owner.num_random_in_all:
-            parts, random_pages = [], [(slot, owner.page_seed(page))]
+        if owner.synthetic.covers(page.index * size):
+            parts, random_pages = [], owner.synthetic.fills([page])
         else:
             parts, random_pages = [owner.plan(page.index * size, size, 0)], []
         transfers, await_ids = self._cache.take_transfers()
-        moved = self._cache.take_relocated()
-        places = [(page.id, page.location) for page in moved]
+        relocated = self._cache.take_relocated()
+        locations = [(page.id, page.location) for page in relocated]
         try:
-            unread = self._runner.run(StepPlan(parts, [], [slot], transfers, await_ids, random_pages, places))
+            damaged = self._runner.run(StepPlan(parts, [], [slot], transfers, await_ids, random_pages, locations))
         except BaseException:
-            self._cache.put_back([], [], moved)
-            owner.num_told = 0
+            self._cache.put_back([], [], relocated)
+            owner.num_sent = 0
             self._cache.forget(page)
             raise
-        if unread:
+        if damaged:
             self._cache.forget(page)
         else:
             self._cache.fill(page)

@@ -5,7 +5,7 @@ from itertools import count as counter
 
 from distkv.engine.cold_budget import ColdBudget
 from distkv.engine.protocol import EngineInfo, EngineRequest
-from distkv.engine.sequence import Chosen, Sequence, most_pages
+from distkv.engine.sequence import Scheduled, Sequence, most_pages
 from distkv.errors import CapacityError
 from distkv.storage.ledger.page import Page
 from distkv.storage.ledger.page_table import PageTable
@@ -74,7 +74,7 @@ class Scheduler:
         self.cache.touch(sequence.expected)
         insort(self.waiting, sequence, key=lambda one: (one.request.priority, one.number))
 
-    def schedule(self, num_held: int = 0, only: Sequence | None = None) -> Chosen:
+    def schedule(self, num_held: int = 0, only: Sequence | None = None) -> Scheduled:
         """The sequences of the next step with the number of tokens each runs; empty when there is nothing to do.
 
         Args:
@@ -86,8 +86,8 @@ class Scheduler:
         self.cold_budget.review(self.running)
         budget, size = self._info.max_num_batched_tokens, self._info.page_size
         room = self._info.num_pages - num_held
-        step: Chosen = []
-        reading = []
+        step: Scheduled = []
+        prefilling = []
         decoding = []
         for sequence in self.running:
             table = sequence.table
@@ -95,7 +95,7 @@ class Scheduler:
             if sequence.is_parked if only is None else sequence is not only:
                 continue
             if table.num_tokens < sequence.prompt_len:
-                reading.append(sequence)
+                prefilling.append(sequence)
             elif sequence.may_decode:
                 decoding.append(sequence)
         for sequence in decoding:
@@ -104,7 +104,7 @@ class Scheduler:
                 step.append((sequence, 1))
                 budget -= 1
                 room -= needed
-        for sequence, count in self._chunks(reading, budget):
+        for sequence, count in self._chunks(prefilling, budget):
             pages = sequence.table.missing(count) + sequence.num_fork_pages(count)
             if pages <= room:
                 step.append((sequence, count))
@@ -148,7 +148,7 @@ class Scheduler:
     def _admit(self) -> None:
         taken = sum(sequence.num_answers for sequence in self.running)
         promised = self.cache.num_pages + sum(one.most_pages - len(one.table.pages) for one in self.running)
-        chunk = max((self._chunk_pages(one.request) for one in self.running if one.in_prompt), default=0)
+        chunk = max((self._chunk_pages(one.request) for one in self.running if one.is_prefilling), default=0)
         for sequence in list(self.waiting):
             request = sequence.request
             seats = taken + request.params.n
@@ -198,11 +198,11 @@ class Scheduler:
             sequence.awaits = next(filter(computes_it, self.running), None)
         return sequence.awaits is not None
 
-    def _chunks(self, reading: list[Sequence], budget: int) -> Chosen:
-        """How the prompts that are being read share the tokens of a step."""
-        if not reading:
+    def _chunks(self, prefilling: list[Sequence], budget: int) -> Scheduled:
+        """How the prompts that are being read share the tokens of a step: the sequences that get any, with how many."""
+        if not prefilling:
             return []
-        first, *others = sorted(reading, key=lambda one: (one.request.priority, one.number))
+        first, *others = sorted(prefilling, key=lambda one: (one.request.priority, one.number))
         chunks = []
         own = self._chunk(first, budget if not others else -(-budget // 2))
         left = budget - self._cost(first, own)
@@ -217,14 +217,14 @@ class Scheduler:
     @staticmethod
     def _cost(sequence: Sequence, count: int) -> int:
         """Tokens of a chunk that the model reads."""
-        return 0 if sequence.num_random else count
+        return 0 if sequence.num_synthetic_left else count
 
     def _chunk(self, sequence: Sequence, budget: int) -> int:
         """Tokens of the prompt to run; a chunk that is not the last ends on a page border where it can."""
         size = self._info.page_size
-        if sequence.num_random:
+        if sequence.num_synthetic_left:
             whole_pages = self._info.max_num_batched_tokens // size or 1
-            return min(sequence.num_random, whole_pages * size)
+            return min(sequence.num_synthetic_left, whole_pages * size)
         start = sequence.table.num_tokens
         if sequence.prompt_len - start <= budget:
             return sequence.prompt_len - start

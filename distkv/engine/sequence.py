@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from distkv.engine.protocol import EngineRequest
+from distkv.engine.synthetic_kv import SyntheticKV
 from distkv.storage.ledger.page import Page, PageKey
 from distkv.storage.ledger.page_table import PageTable
 from distkv.storage.ledger.prefix_index import page_key
 from distkv.storage.paging import pages_for
-from distkv.storage.random_pages import page_seed
-from distkv.workers.group.step_plan import SequencePlan
+from distkv.workers.group.step_plan import SequencePlan, placeholder
 
 
 @dataclass(eq=False)
@@ -22,10 +22,10 @@ class Sequence:
     number: int  # of its page table on the ranks; rises with arrival
     table: PageTable
     token_ids: list[int]  # prompt and answer
-    root: bytes | None  # of the chain of page names; None when its pages are its own
+    root: bytes | None  # of the chain of page keys; None when its pages are its own
     keys: list[PageKey] = field(default_factory=list)  # of its first full pages
-    num_pending: int = 0  # tokens that steps draw which are not known yet
-    num_told: int = 0  # pages that the ranks' table holds
+    num_pending: int = 0  # tokens that steps under way sample, which are not known yet
+    num_sent: int = 0  # pages that the ranks' table holds
     num_cached: tuple[int, int, int] = (0, 0, 0)  # tokens whose KV was found, by tier
     expected: list[Page] = field(default_factory=list)  # what was found when it was queued
     awaits: "Sequence | None" = None  # computes a page that this one shares; it is not admitted before that is done
@@ -38,9 +38,9 @@ class Sequence:
         self.prompt_len = len(self.request.prompt_token_ids)
         # full pages of the prompt without its last token, which must be run for its logits
         self.num_prefix_pages = (self.prompt_len - 1) // self.table.page_size
-        # tokens of the prompt whose keys and values are random, see `EngineRequest.random_kv_seed`; whole pages
-        is_random = self.request.random_kv_seed is not None
-        self.num_random_in_all = self.num_prefix_pages * self.table.page_size if is_random else 0
+        seed = self.request.random_kv_seed
+        tokens = self.num_prefix_pages * self.table.page_size
+        self.synthetic = SyntheticKV() if seed is None else SyntheticKV(seed, tokens)
 
     @property
     def num_output_tokens(self) -> int:
@@ -51,7 +51,7 @@ class Sequence:
         return self.token_ids[self.prompt_len :]
 
     @property
-    def in_prompt(self) -> bool:
+    def is_prefilling(self) -> bool:
         """Whether steps that read the prompt are still to come."""
         return self.table.num_tokens < self.prompt_len
 
@@ -61,15 +61,15 @@ class Sequence:
         return 1 if self.num_output_tokens else self.request.params.n
 
     @property
-    def is_drawn_once(self) -> bool:
-        """Whether the next draw is for this answer alone, not for all answers of a request whose prompt is read."""
+    def is_forked(self) -> bool:
+        """Whether it stands for its own answer alone, not for all answers of a request whose prompt is being read."""
         return self.num_answers == 1
 
     @property
     def may_decode(self) -> bool:
-        """Whether a step may take the answer's newest token, drawn already or by a step under way."""
-        drawn = len(self.token_ids) - self.prompt_len
-        return 0 < drawn + self.num_pending < self.request.max_tokens and (drawn > 0 or self.request.params.n == 1)
+        """Whether a step may run the answer's newest token, known already or sampled by a step under way."""
+        known = self.num_output_tokens
+        return 0 < known + self.num_pending < self.request.max_tokens and (known > 0 or self.request.params.n == 1)
 
     @property
     def most_pages(self) -> int:
@@ -77,9 +77,9 @@ class Sequence:
         return most_pages(self.request, self.table.page_size, self.num_answers)
 
     @property
-    def num_random(self) -> int:
-        """Tokens with random keys and values that are still to come."""
-        return max(0, self.num_random_in_all - self.table.num_tokens)
+    def num_synthetic_left(self) -> int:
+        """Tokens of the prompt whose pages have still to be filled, not read."""
+        return self.synthetic.num_left(self.table.num_tokens)
 
     def num_fork_pages(self, count: int) -> int:
         """Pages that the other answers of the request need once `count` more tokens have been read: a copy each of the
@@ -93,32 +93,36 @@ class Sequence:
         yield from reversed(self.table.pages[1:])
 
     def will_compute(self, index: int, key: PageKey) -> bool:
-        """Whether steps that are still to end will fill the page of that place and name."""
+        """Whether steps that are still to end will fill the page of that index and key."""
         is_ahead = self.table.num_committed // self.table.page_size <= index < len(self.keys)
         return is_ahead and not self.finished and self.keys[index].digest == key.digest
 
     def page_keys(self, num_tokens: int) -> list[PageKey] | None:
-        """The names of the full pages of its first tokens, at least; None when its pages are its own."""
+        """The keys of the full pages of its first tokens, at least; None when its pages are its own."""
         if self.root is None:
             return None
-        assert num_tokens <= len(self.token_ids), "a name takes the tokens themselves"
+        assert num_tokens <= len(self.token_ids), "a key takes the tokens themselves"
         size = self.table.page_size
         for index in range(len(self.keys), num_tokens // size):
             parent = self.keys[-1].digest if self.keys else self.root
             self.keys.append(page_key(parent, self.token_ids[index * size : (index + 1) * size]))
         return self.keys
 
-    def plan(self, start: int, count: int, num_logits: int, late: int | None = None) -> SequencePlan:
-        """Its part of a step; tells the ranks of pages that they do not know yet, too. `late` is the number of the draw
-        that it runs, of the step before, when the token is not known yet."""
-        end, told = start + count, self.num_told
-        token_ids = self.token_ids[start:end] if late is None else [-1 - late]
+    def plan(self, start: int, count: int, num_logits: int, pending_index: int | None = None) -> SequencePlan:
+        """Its part of a step; sends the ranks the pages that they do not know yet, too.
+
+        Args:
+            pending_index: where it runs a token that nobody knows yet, the token's index among those that the step
+                before sampled.
+        """
+        end, sent = start + count, self.num_sent
+        token_ids = self.token_ids[start:end] if pending_index is None else [placeholder(pending_index)]
         assert len(token_ids) == count
         pages: list[int] = []
-        if end > told * self.table.page_size:
-            self.num_told = pages_for(end, self.table.page_size)
-            pages = [page.id for page in self.table.pages[told : self.num_told]]
-        return SequencePlan(self.number, token_ids, start, self.prompt_len, num_logits, told, pages)
+        if end > sent * self.table.page_size:
+            self.num_sent = pages_for(end, self.table.page_size)
+            pages = [page.id for page in self.table.pages[sent : self.num_sent]]
+        return SequencePlan(self.number, token_ids, start, self.prompt_len, num_logits, sent, pages)
 
     def ending(self, eos_token_ids: tuple[int, ...]) -> tuple[str | None, int | None]:
         """Why the answer ends with its newest token, if it does, and the token that was asked to stop it."""
@@ -129,18 +133,13 @@ class Sequence:
             return "stop", token
         return ("length" if self.num_output_tokens >= self.request.max_tokens else None), None
 
-    def page_seed(self, page: Page) -> int:
-        """Of a page of random keys and values."""
-        assert self.request.random_kv_seed is not None
-        return page_seed(self.request.random_kv_seed, page.index)
-
     def rewind(self, count: int) -> None:
         """Takes back what a step with `count` of its tokens was to do."""
         self.table.rewind(count)
-        self.num_told = min(self.num_told, len(self.table.pages))
+        self.num_sent = min(self.num_sent, len(self.table.pages))
 
     def commit(self, count: int) -> None:
-        """Tells that a step with `count` of its tokens has ended well."""
+        """Takes note that a step with `count` of its tokens has ended well."""
         table = self.table
         if table.num_committed % table.page_size + count < table.page_size:
             table.num_committed += count
@@ -155,7 +154,7 @@ class Sequence:
         return fork, copy
 
 
-Chosen = list[tuple[Sequence, int]]
+Scheduled = list[tuple[Sequence, int]]
 """The sequences of a step, with the number of tokens that each runs."""
 
 
@@ -163,6 +162,6 @@ def most_pages(request: EngineRequest, page_size: int, num_answers: int) -> int:
     """Pages of so many answers at their full length, the prompt's full pages counted once."""
     prompt_len = len(request.prompt_token_ids)
     shared = prompt_len // page_size
-    # the last token drawn is never read
+    # the last token sampled is never read
     longest = pages_for(prompt_len + request.max_tokens - 1, page_size)
     return shared + num_answers * (longest - shared)

@@ -1,97 +1,177 @@
-"""A step on its way through the ranks."""
+"""A step on its way through the ranks: what it runs, how it is taken back, what comes of it."""
 
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from distkv.engine.fork_copies import PageCopy
-from distkv.engine.sequence import Chosen, Sequence
+from distkv.engine.fork_copies import ForkCopies, PageCopy
+from distkv.engine.sequence import Scheduled, Sequence
+from distkv.engine.step_runner import StepRunner
 from distkv.storage.ledger.page import Page
-from distkv.workers.group.report import Report
+from distkv.storage.ledger.tiered_cache import TieredCache
+from distkv.workers.group.executor import PendingTokens, StepResult
 from distkv.workers.group.step_plan import SequencePlan, StepPlan
 from distkv.workers.sampling.sample_row import SampleRow, uniform_number
-from distkv.workers.sampling.sampler import SampledTokens
+from distkv.workers.sampling.sampled_token import SampledToken
 
 
-@dataclass(frozen=True)
-class Landing:
-    """What came of a plan, as far as the host knows without waiting for the device; with an `error`, nothing is
-    drawn."""
+@dataclass(eq=False, slots=True)
+class SequenceWork:
+    """What a step does for one sequence."""
 
-    report: Report | None  # None when the ranks did not come so far
-    draws: SampledTokens | None = None  # None when there are none
-    error: Exception | None = None
+    sequence: Sequence
+    num_tokens: int  # that it runs, or whose pages it fills with synthetic KV
+    plan: SequencePlan | None = None  # None where nothing is run
+    sampled_index: int | None = None  # of its first token among those that the step samples; None when it gets none
+    pending_index: int | None = None  # of the token that it runs among those of the step before, while it is unknown
+    is_damaged: bool = False  # could not read one of its pages, so its tokens are to be run again
 
 
-@dataclass(eq=False)
-class Flight:
-    """A step that is settled, and runs once it is launched."""
+class Step:
+    """Made, it has given its tokens their pages; `fix_pages` completes its plan. Then it is started and waited for. In
+    the end it is committed, and its tokens are read; or it is undone, which is possible at any time before."""
 
-    plan: StepPlan
-    scheduled: Chosen
-    parts: list[tuple[Sequence, SequencePlan]]  # those that the model runs
-    # those that the step draws for, in the order of the logits, each with the number of its first draw
-    drawing: dict[Sequence, int]
-    num_draws: int
-    late: dict[Sequence, int]  # those that run a draw of the step before, which is not known yet, with its number
-    relocated: list[Page] = field(default_factory=list)  # whose places the plan tells
-    copies: list[PageCopy] = field(default_factory=list)  # whose pages are held until the step has landed
-    landing: "Future[Landing] | None" = None  # once it is launched
-    # once it has landed
-    draws: SampledTokens | None = None
-    spoilt: set[Sequence] = field(default_factory=set)  # take the step again, since a page could not be read
-
-    @classmethod
-    def board(cls, scheduled: Chosen, before: "Flight | None") -> "Flight":
-        """Gives the step's tokens their pages and writes down what the sequences run.
-
-        Args:
-            before: the step before, unless its draws are booked; those that follow from it are run by their number.
+    def __init__(
+        self, scheduled: Scheduled, before: "Step | None", cache: TieredCache, copies: ForkCopies, runner: StepRunner
+    ):
         """
-        clear: list[int] = []
-        random_pages = []
-        parts = []
-        drawing: dict[Sequence, int] = {}
-        late: dict[Sequence, int] = {}
-        num_draws = 0
+        Args:
+            before: the step before, while its tokens are not read; the plan refers to those by their indexes.
+        """
+        self._cache, self._copies, self._runner = cache, copies, runner
+        self.work: list[SequenceWork] = []
+        self.num_sampled = 0  # tokens
+        self.copies: list[PageCopy] = []  # whose pages are held until the step has ended
+        self.relocated: list[Page] = []  # whose locations the plan tells
+        self._indexes: dict[Sequence, int] = {}  # `SequenceWork.sampled_index`, where there is one
+        self._result: Future[StepResult] | None = None  # once it has started
+        self._sampled: PendingTokens | None = None  # once it is committed
+        self._is_open = True  # neither committed nor undone
+        self.plan = StepPlan([], [], [])
         for sequence, count in scheduled:
-            table = sequence.table
-            start = table.num_tokens
-            fresh = table.append(count)
-            if start < sequence.num_random_in_all:
-                random_pages += [(page.location, sequence.page_seed(page)) for page in fresh]
-                continue
-            clear += [page.location for page in fresh]
-            draws = start + count == len(sequence.token_ids) + sequence.num_pending
-            if sequence.num_pending:
-                assert before is not None
-                late[sequence] = before.drawing[sequence]
-            if draws:
-                drawing[sequence] = num_draws
-                num_draws += sequence.num_answers
-                sequence.num_pending += 1
-            parts.append((sequence, sequence.plan(start, count, int(draws), late.get(sequence))))
-        num_sampled = before.num_draws if before is not None and late else 0
-        plan = StepPlan([part for _, part in parts], [], clear, random_pages=random_pages, num_sampled=num_sampled)
-        return cls(plan, scheduled, parts, drawing, num_draws, late)
+            self.work.append(self._work(sequence, count, before))
+        if any(work.pending_index is not None for work in self.work):
+            assert before is not None
+            self.plan.num_sampled = before.num_sampled
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """All that take part, in order."""
+        return [work.sequence for work in self.work]
 
     @property
     def forks(self) -> bool:
         """Whether more than one answer of a request begins with this step."""
-        return any(not sequence.is_drawn_once for sequence in self.drawing)
+        return any(not sequence.is_forked for sequence in self._indexes)
 
-    def rows(self) -> list[SampleRow]:
-        """What is to be drawn from the step's logits: one token for an answer being written, one for each answer of a
-        request whose prompt has just been read. To be called before the draws of the step before are booked."""
+    def fix_pages(self) -> None:
+        """Completes the plan by what ranks must know of pages and tables; nothing of that changes before it starts."""
+        plan = self.plan
+        plan.transfers, plan.await_ids = self._cache.take_transfers()
+        self.relocated = self._cache.take_relocated()
+        plan.relocated = [(page.id, page.location) for page in self.relocated]
+        plan.ended = self._runner.take_ended()
+        self.copies = self._copies.take()
+        plan.copies = [(source.location, target.location) for source, target in self.copies]
+
+    def start(self) -> None:
+        """Has the ranks run it. To be called before the tokens of the step before are read."""
+        self._result = self._runner.start(self.plan, self._rows())
+
+    def wait(self) -> StepResult:
+        """What came of it, as soon as the ranks have reported. A wait that was interrupted may be taken up again."""
+        assert self._result is not None
+        return self._result.result()
+
+    def commit(self, sampled: PendingTokens | None, damaged: set[Page]) -> None:
+        """Books what it has run, but for the tokens that it sampled. Pages that it fills get their keys: the tokens in
+        them are known, since those of the step before are read.
+
+        Args:
+            damaged: pages that could not be read. Sequences that hold one have run in vain.
+        """
+        self._is_open = False
+        self._sampled = sampled
+        self._copies.release(self.copies)
+        for work in self.work:
+            sequence = work.sequence
+            if sequence.finished:
+                continue
+            if damaged and not damaged.isdisjoint(sequence.table.pages):
+                work.is_damaged = True
+                sequence.rewind(work.num_tokens)
+            else:
+                sequence.commit(work.num_tokens)
+
+    def read(self) -> list[tuple[Sequence, list[list[SampledToken]]]]:
+        """Waits for the tokens that it sampled. Returns the sequences that go on by them, each with the tokens of every
+        answer that it stands for. Raises what the device failed with; to be called again after an interruption."""
+        tokens = [] if self._sampled is None else self._sampled.result()
+        found = []
+        for work in self.work:
+            sequence, first = work.sequence, work.sampled_index
+            if first is not None:
+                sequence.num_pending -= 1
+                if not sequence.finished and not work.is_damaged:
+                    found.append((sequence, tokens[first : first + sequence.num_answers]))
+        return found
+
+    def undo(self, reported: bool = False) -> None:
+        """Takes back all that was prepared, unless it has ended already; steps behind it must have been undone.
+
+        Args:
+            reported: the ranks have reported on the plan's transfers, so only what sequences have run is taken back.
+        """
+        if not self._is_open:
+            return
+        self._is_open = False
+        for work in self.work:
+            if not work.sequence.finished:
+                work.sequence.rewind(work.num_tokens)
+        for work in self.work:
+            if work.plan is not None:
+                work.sequence.num_sent = min(work.sequence.num_sent, work.plan.first_page)
+            if work.sampled_index is not None:
+                work.sequence.num_pending -= 1
+        self._copies.put_back(self.copies)
+        if not reported:
+            self._cache.put_back(self.plan.transfers, self.plan.await_ids, self.relocated)
+            self._runner.put_back_ended(self.plan.ended)
+
+    def _work(self, sequence: Sequence, count: int, before: "Step | None") -> SequenceWork:
+        """Gives a sequence the pages of its next tokens and adds its part to the plan."""
+        work = SequenceWork(sequence, count)
+        start = sequence.table.num_tokens
+        taken = sequence.table.append(count)
+        if sequence.synthetic.covers(start):
+            self.plan.random_pages += sequence.synthetic.fills(taken)
+            return work
+        self.plan.clear += [page.location for page in taken]
+        is_last = start + count == len(sequence.token_ids) + sequence.num_pending
+        if sequence.num_pending:
+            assert before is not None
+            work.pending_index = before._indexes[sequence]
+        if is_last:
+            work.sampled_index = self._indexes[sequence] = self.num_sampled
+            self.num_sampled += sequence.num_answers
+            sequence.num_pending += 1
+        work.plan = sequence.plan(start, count, int(is_last), work.pending_index)
+        self.plan.sequences.append(work.plan)
+        return work
+
+    def _rows(self) -> list[SampleRow]:
+        """What is to be sampled from the step's logits: one token for an answer being written, one for each answer of a
+        request whose prompt has just been read."""
+        sampling = [work for work in self.work if work.sampled_index is not None]
         return [
-            _sample_row(sequence, index, number, self.late.get(sequence))
-            for number, sequence in enumerate(self.drawing)
-            for index in ([sequence.index] if sequence.is_drawn_once else range(sequence.request.params.n))
+            _sample_row(work.sequence, index, logits_row, work.pending_index)
+            for logits_row, work in enumerate(sampling)
+            for index in ([work.sequence.index] if work.sequence.is_forked else range(work.sequence.request.params.n))
         ]
 
 
-def _sample_row(sequence: Sequence, index: int, logits_row: int, late: int | None) -> SampleRow:
+def _sample_row(sequence: Sequence, index: int, logits_row: int, pending_index: int | None) -> SampleRow:
     params = sequence.request.params
-    position = sequence.num_output_tokens + (late is not None)
+    position = sequence.num_output_tokens + (pending_index is not None)
     row = SampleRow(
         logits_row=logits_row,
         temperature=params.temperature,
@@ -105,7 +185,7 @@ def _sample_row(sequence: Sequence, index: int, logits_row: int, late: int | Non
         uniform=uniform_number(sequence.request.seed, index, position) if params.temperature > 0 else 0.0,
         prompt_token_ids=sequence.request.prompt_token_ids,
         output_token_ids=[],
-        pending=late,
+        pending=pending_index,
     )
     if row.penalised:
         row.output_token_ids.extend(sequence.output_token_ids)

@@ -2,50 +2,45 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from concurrent.futures import Executor as Thread
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from distkv.engine.protocol import EngineInfo
-from distkv.engine.step import Landing
 from distkv.storage.ledger.page import Page
 from distkv.storage.ledger.tiered_cache import TieredCache
+from distkv.workers.group.executor import Executor, StepResult
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan
 from distkv.workers.sampling.sample_row import SampleRow
-from distkv.workers.sampling.sampler import sample
 
 if TYPE_CHECKING:
     from distkv.engine.catalogue_writer import CatalogueWriter
 
 log = logging.getLogger(__name__)
 
-Execute = Callable[[StepPlan, Tensor | None], tuple[Tensor | None, Report]]
-"""Runs a step plan on all ranks, given the tokens that the step before drew if the plan refers to them; returns what
-rank 0's `Rank.execute` does, and the report of all."""
-
 
 class StepRunner:
     """Plans run one after another, on a thread of their own."""
 
-    def __init__(
-        self, info: EngineInfo, execute: Execute, cache: TieredCache, warm_up: Callable[[], None] = lambda: None
-    ):
-        """Warms up, see `Engine`, and takes in what earlier processes left on disk; raises StoreError or ConfigError
-        when the catalogue there cannot be used."""
-        self.execute = execute
-        self.bytes_moved: Counter[str] = Counter()  # bytes by route
+    def __init__(self, info: EngineInfo, executor: Executor, cache: TieredCache, thread: Thread | None = None):
+        """Warms up, and takes in what earlier processes left on disk; raises StoreError or ConfigError when the
+        catalogue there cannot be used.
+
+        Args:
+            thread: runs one call after another; one is made unless it is given.
+        """
+        self.bytes_moved: Counter[str] = Counter()  # by route
         self.damage = ""  # what could not be read back last, and why
-        self.ended: list[int] = []  # tables that the ranks may forget with the next plan
+        self.executor = executor
         self._cache = cache
-        self._thread = ThreadPoolExecutor(1, "distkv-step")
-        self._drawn: Tensor | None = None  # by the last step, on the device; for the thread
+        self._ended: list[int] = []  # tables that the ranks may forget with the next plan
+        self._thread = ThreadPoolExecutor(1, "distkv-step") if thread is None else thread
         self._catalogue_writer: CatalogueWriter | None = None
         try:
-            self._thread.submit(warm_up).result()
+            self._thread.submit(executor.warm_up).result()
             self._catalogue_writer = _open_catalogue_writer(info, cache)
             if self._catalogue_writer is not None:
                 self._catalogue_writer.adopt(self._report_of)
@@ -53,20 +48,20 @@ class StepRunner:
             self.close()
             raise
 
-    def start(self, plan: StepPlan, rows: list[SampleRow]) -> "Future[Landing]":
-        """Has the ranks run a plan, and draws tokens from its logits. The plan, and rows, may refer to the draws of the
-        plan that was started before; `run` may come between."""
-        self._tell_catalogue({})
-        return self._thread.submit(self._fly, plan, rows)
+    def start(self, plan: StepPlan, rows: list[SampleRow]) -> "Future[StepResult]":
+        """Has the ranks run a plan, and sample tokens from its logits. The plan, and rows, may refer to the tokens of
+        the plan that was started before; `run` may come between."""
+        self._update_catalogue({})
+        return self._thread.submit(self.executor.run, plan, rows)
 
     def run(self, plan: StepPlan) -> set[Page]:
-        """Waits for a plan that draws nothing, while no other runs; returns what `take_in` does."""
+        """Waits for a plan that samples nothing, while no other runs; returns what `take_in` does."""
         try:
-            self._tell_catalogue({})
+            self._update_catalogue({})
             report = self._report_of(plan)
         except BaseException:
             self._cache.put_back(plan.transfers, plan.await_ids)
-            self.ended += plan.ended
+            self.put_back_ended(plan.ended)
             raise
         return self.take_in(report)
 
@@ -76,22 +71,22 @@ class StepRunner:
         for _, reason in [*report.failed, *report.bad_reads]:
             log.warning("%s", reason)
             self.damage = reason
-        unread = self._cache.apply(report.done, report.failed, [slot for slot, _ in report.bad_reads])
-        self._tell_catalogue(report.checksums)
-        return unread
+        damaged = self._cache.apply(report.done, report.failed, [slot for slot, _ in report.bad_reads])
+        self._update_catalogue(report.checksums)
+        return damaged
 
     def wait_for(self, ids: Iterable[int]) -> None:
         """Runs a plan of nothing but transfers that waits for some."""
-        self.run(self._moving_plan(ids))
+        self.run(self._transfer_plan(ids))
 
-    def settle(self) -> bool:
+    def drain(self) -> bool:
         """Goes on with what moves by itself, write-through and pages that are saved for later processes, while no plan
         runs; False when all is done."""
         self._cache.balance()
         awaited = self._cache.awaited
-        plan = self._moving_plan(awaited)
+        plan = self._transfer_plan(awaited)
         if not (plan.transfers or plan.await_ids or plan.ended):
-            self._tell_catalogue({})
+            self._update_catalogue({})
             return False
         self.run(plan)
         if awaited and self._cache.awaited[:1] == awaited[:1]:
@@ -99,39 +94,37 @@ class StepRunner:
             return False
         return True
 
+    def end_tables(self, numbers: Iterable[int]) -> None:
+        """Has the next plan tell the ranks which page tables nobody needs any more."""
+        self._ended += numbers
+
+    def take_ended(self) -> list[int]:
+        """What a plan has to say of ended tables; `put_back_ended` must follow if it does not reach the ranks."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def put_back_ended(self, numbers: list[int]) -> None:
+        """Undoes `take_ended`; ranks pass over what they know."""
+        self._ended += numbers
+
     def close(self) -> None:
         """Ends the thread and closes the catalogue."""
         self._thread.shutdown()
         if self._catalogue_writer is not None:
             self._catalogue_writer.close()
 
-    def _moving_plan(self, await_ids: Iterable[int]) -> StepPlan:
+    def _transfer_plan(self, await_ids: Iterable[int]) -> StepPlan:
         transfers, others = self._cache.take_transfers()
-        ended, self.ended = self.ended, []
-        return StepPlan([], [], [], transfers, [*others, *await_ids], ended=ended)
+        return StepPlan([], [], [], transfers, [*others, *await_ids], ended=self.take_ended())
 
     def _report_of(self, plan: StepPlan) -> Report:
-        landing = self._thread.submit(self._fly, plan, []).result()
-        if landing.report is None:
-            assert landing.error is not None
-            raise landing.error
-        return landing.report
+        result = self._thread.submit(self.executor.run, plan, []).result()
+        if result.report is None:
+            assert result.error is not None
+            raise result.error
+        return result.report
 
-    def _fly(self, plan: StepPlan, rows: list[SampleRow]) -> Landing:
-        """On the thread. Ends when all is launched; on CUDA the device may not have begun with it yet."""
-        report = draws = None
-        try:
-            drawn = self._drawn if plan.num_sampled else None
-            logits, report = self.execute(plan, drawn)
-            if rows:
-                assert logits is not None
-                draws = sample(logits, rows, drawn)
-                self._drawn = draws.tokens
-            return Landing(report, draws)
-        except Exception as error:
-            return Landing(report, error=error)
-
-    def _tell_catalogue(self, checksums: dict[int, bytes]) -> None:
+    def _update_catalogue(self, checksums: dict[int, bytes]) -> None:
         if self._catalogue_writer is not None:
             self._catalogue_writer.update(checksums)
         for told in (self._cache.vacated, self._cache.written, self._cache.touched):

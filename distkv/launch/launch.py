@@ -1,37 +1,25 @@
-"""Starts an engine from its options: reads the model's config, settles the sizes, and loads the ranks."""
+"""Starts an engine from its options: reads the model's config, loads the ranks, has their pools allocated."""
 
 import logging
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from distkv.config import EngineConfig
 from distkv.engine.client import EngineClient
 from distkv.engine.engine import Engine
 from distkv.engine.protocol import EngineInfo
-from distkv.errors import CapacityError, ConfigError
+from distkv.errors import ConfigError
 from distkv.launch.fingerprint import FOLDER_DIGITS, dummy_digest, make_fingerprint, weights_digest
+from distkv.launch.sizing import cold_budget, engine_info, needs_bandwidth, needs_capacity, pool_sizes, shares_prefixes
 from distkv.storage.disk.cache_folder import ARRAY, SCRATCH
-from distkv.storage.ledger.tiered_cache import MAX_DISK_WRITES
-from distkv.storage.page_spec import PageSpec
-from distkv.storage.paging import NUM_BUFFERS, pages_for
-from distkv.workers.bandwidth import Bandwidth
-from distkv.workers.group.process_group import ProcessGroup
-from distkv.workers.group.report import Report, ReportCollector
-from distkv.workers.group.step_plan import StepPlan
-from distkv.workers.kv_pools import PoolSizes
+from distkv.workers.group.local_group import LocalGroup
+from distkv.workers.group.rank_group import RankGroup
 from distkv.workers.model.model_config import ModelConfig, parse_dtype
 from distkv.workers.model.shard import Shard
-from distkv.workers.rank import Budget, Capacity, Rank, RankConfig, rank_page_spec
+from distkv.workers.rank import Budget, RankConfig
 
 log = logging.getLogger(__name__)
-
-KEPT_PAGES = 2**18  # most pages of a disk tier that outlives the engine, unless a size is given: each takes memory here
-STREAM_SECONDS = 1.0  # what a step may spend on cold pages, unless a number of bytes is given
 
 
 def launch(config: EngineConfig) -> EngineClient:
@@ -41,32 +29,54 @@ def launch(config: EngineConfig) -> EngineClient:
     for rank in range(config.tensor_parallel_size):
         Shard.of(model, rank, config.tensor_parallel_size)  # refuses too many ranks before anything starts
     if config.tensor_parallel_size > 1 or config.ray_address is not None:
-        from distkv.launch.ray_engine import RayEngine  # imports ray
-
-        return RayEngine(config, model, max_model_len)
-    rank_config = make_rank_config(config, model, _local_device(config.device))
-    local = Rank(rank_config, ProcessGroup())
-    reports = ReportCollector(num_ranks=1)
-
-    def execute(plan: StepPlan, drawn: torch.Tensor | None) -> tuple[torch.Tensor | None, Report]:
-        logits = local.execute(plan, drawn)
-        return logits, reports.add([local.take_report()])
-
+        return _launch_on_ray(config, model, max_model_len)
+    group = LocalGroup(config.device)
     try:
-        capacity = local.page_capacity(1, config.device_kv_bytes is None) if needs_capacity(config) else None
-        info = make_engine_info(
-            config, rank_config, max_model_len, capacity, lambda sizes: [local.allocate(sizes)],
-            lambda: [local.bandwidth()],
-        )  # fmt: skip
-        return Engine(info, execute, local.close, warm_up=local.warm_up)
+        info = set_up(group, config, model, max_model_len)
+        return Engine(info, group.executor, group.close)
     except BaseException:
-        local.close()
+        group.close()
         raise
 
 
-def needs_capacity(config: EngineConfig) -> bool:
-    """Whether the ranks must be asked how much memory they have."""
-    return config.device_kv_bytes is None or config.host_kv_bytes is None
+def _launch_on_ray(config: EngineConfig, model: ModelConfig, max_model_len: int) -> EngineClient:
+    from distkv.launch.ray_engine import RayEngine  # imports ray
+    from distkv.workers.group.ray_group import RayGroup
+
+    group = RayGroup(config.tensor_parallel_size, config.ray_address, config.device)
+    try:
+        return RayEngine(group, set_up(group, config, model, max_model_len))
+    except BaseException:
+        group.close()
+        raise
+
+
+def set_up(group: RankGroup, config: EngineConfig, model: ModelConfig, max_model_len: int) -> EngineInfo:
+    """Has a group load the model and allocate its pools, and logs their sizes.
+
+    Raises CapacityError when a tier is too small to work with, ConfigError or StoreError when the checkpoint or the
+    cache folder cannot be used, WorkerDied when a rank is lost.
+    """
+    ranks = make_rank_config(config, model, group.device)
+    group.load(ranks)
+    capacity = group.capacity(config.device_kv_bytes is None) if needs_capacity(config) else None
+    free_disk = None if ranks.cache_dir is None else _free_disk_bytes(ranks.cache_dir)
+    sizes = pool_sizes(config, ranks, max_model_len, capacity, free_disk)
+    pool_bytes = group.allocate(sizes)
+    if capacity is not None and capacity.budget:
+        log.info("%s", _budget_table(capacity.budget, sizes.device, config.gpu_memory_utilization))
+    rates = group.bandwidth() if needs_bandwidth(config, sizes) else []
+    if rates:
+        host, disk = (min(getattr(rate, tier) for rate in rates) for tier in ("host", "disk"))
+        log.info("cold pages come from the host at %.1f GB/s, from disk at %.1f, for each rank", host / 1e9, disk / 1e9)
+    info = engine_info(config, ranks, max_model_len, sizes, pool_bytes, cold_budget(config, sizes, rates))
+    if config.enable_prefix_caching and not info.enable_prefix_caching:
+        log.warning(
+            "prefix caching is off: with rope_type 'dynamic' the keys of a token depend on the length of its prompt, "
+            "so prompts that begin alike do not share pages"
+        )
+    _log_pools(info, pool_bytes)
+    return info
 
 
 def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> RankConfig:
@@ -75,7 +85,7 @@ def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> R
     folder, dtype = Path(config.model).absolute(), model.dtype if config.dtype == "auto" else parse_dtype(config.dtype)
     cache_dir, fingerprint = None, ""
     if config.cache_dir is not None:
-        if _shares_prefixes(config, model):
+        if shares_prefixes(config, model):
             weights = dummy_digest(config.seed, device) if config.load_format == "dummy" else weights_digest(folder)
             fingerprint = make_fingerprint(weights, model, dtype, config.page_size)
         cache_dir = Path(config.cache_dir).absolute() / (fingerprint[:FOLDER_DIGITS] or SCRATCH)
@@ -98,71 +108,20 @@ def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> R
     )
 
 
-def make_engine_info(
-    config: EngineConfig,
-    ranks: RankConfig,
-    max_model_len: int,
-    capacity: Capacity | None,
-    allocate: Callable[[PoolSizes], list[tuple[int, int, int]]],
-    measure: Callable[[], list[Bandwidth]],
-) -> EngineInfo:
-    """Settles the sizes of the pools, has them allocated, and logs them.
-
-    Args:
-        capacity: of the rank with the least room; None when `needs_capacity` says that nobody asks.
-        allocate: makes pools on all ranks and returns the bytes of each tier for each.
-        measure: has all ranks measure how fast these give pages back.
-
-    Raises CapacityError when a tier is too small to work with.
-    """
-    size = config.tensor_parallel_size
-    specs = [rank_page_spec(ranks, Shard.of(ranks.model, rank, size)) for rank in range(size)]
-    sizes = _pool_sizes(config, ranks, specs, max_model_len, capacity)
-    pool_bytes = allocate(sizes)
-    if capacity is not None and capacity.budget:
-        log.info("%s", _budget_table(capacity.budget, sizes.device, config.gpu_memory_utilization))
-    max_cold_bytes, disk_cost = _cold_budget(config, sizes, measure)
-    info = EngineInfo(
-        max_model_len=max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        page_size=config.page_size,
-        num_pages=sizes.device,
-        num_host_pages=sizes.host,
-        num_disk_pages=sizes.disk,
-        page_bytes=sum(spec.page_bytes for spec in specs),
-        pool_bytes=sum(device for device, _, _ in pool_bytes),
-        kv_bytes_per_token=sum(spec.bytes_per_token for spec in specs),
-        vocab_size=ranks.model.vocab_size,
-        eos_token_ids=ranks.model.eos_token_ids,
-        seed=config.seed,
-        cache_dir=str(ranks.cache_dir) if sizes.disk else None,
-        fingerprint=ranks.fingerprint if sizes.disk else "",
-        enable_prefix_caching=_shares_prefixes(config, ranks.model),
-        write_through=config.disk_write_policy == "write_through",
-        max_cold_bytes_per_step=max_cold_bytes,
-        disk_cost=disk_cost,
-    )
-    if config.enable_prefix_caching and not info.enable_prefix_caching:
-        log.warning(
-            "prefix caching is off: with rope_type 'dynamic' the keys of a token depend on the length of its prompt, "
-            "so prompts that begin alike do not share pages"
-        )
-    for name, pages, per_rank in zip(
-        ("device", "host", "disk"), (sizes.device, sizes.host, sizes.disk), zip(*pool_bytes, strict=True), strict=True
-    ):
+def _log_pools(info: EngineInfo, pool_bytes: list[tuple[int, int, int]]) -> None:
+    pages = info.num_pages, info.num_host_pages, info.num_disk_pages
+    for tier, count, per_rank in zip(("device", "host", "disk"), pages, zip(*pool_bytes, strict=True), strict=True):
         log.info(
             "KV cache on %s: %d pages of %d tokens, %.3f GiB over %d rank(s); each rank holds %s GiB",
-            name, pages, config.page_size, sum(per_rank) / 2**30, size,
+            tier, count, info.page_size, sum(per_rank) / 2**30, len(per_rank),
             ", ".join(f"{one / 2**30:.3f}" for one in per_rank),
         )  # fmt: skip
-    held = (sizes.device + sizes.host + sizes.disk) * config.page_size
-    if held < max_model_len:
+    held = sum(pages) * info.page_size
+    if held < info.max_model_len:
         log.warning(
             "the tiers hold %d tokens, less than max_model_len %d; a request that may need more is refused",
-            held, max_model_len,
+            held, info.max_model_len,
         )  # fmt: skip
-    return info
 
 
 def _budget_table(budget: Budget, num_pages: int, utilization: float) -> str:
@@ -170,94 +129,6 @@ def _budget_table(budget: Budget, num_pages: int, utilization: float) -> str:
     rows = [f"GPU memory at gpu_memory_utilization {utilization:g}, GiB:"]
     rows += [f"  {size / 2**30:8.3f}  {name}" for name, size in budget]
     return "\n".join([*rows, f"  {num_pages:8d}  KV pages taken of it"])
-
-
-def _shares_prefixes(config: EngineConfig, model: ModelConfig) -> bool:
-    """Whether pages of equal tokens are equal and are to be kept."""
-    return config.enable_prefix_caching and model.rope.rope_type != "dynamic"
-
-
-def _cold_budget(config: EngineConfig, sizes: PoolSizes, measure: Callable[[], list[Bandwidth]]) -> tuple[int, float]:
-    """`EngineInfo.max_cold_bytes_per_step` and `disk_cost`: the bytes as given, or what the host brings in
-    STREAM_SECONDS, of which the disk takes more for each byte as it is slower."""
-    if not sizes.host:
-        return 0, 1.0
-    if config.max_cold_bytes_per_step is not None:
-        return int(config.max_cold_bytes_per_step), 1.0
-    ranks = measure()
-    host, disk = (min(getattr(rank, tier) for rank in ranks) for tier in ("host", "disk"))
-    log.info("cold pages come from the host at %.1f GB/s, from disk at %.1f, for each rank", host / 1e9, disk / 1e9)
-    return int(host * STREAM_SECONDS) * len(ranks), max(1.0, host / disk) if disk else 1.0
-
-
-def _pool_sizes(
-    config: EngineConfig, ranks: RankConfig, specs: list[PageSpec], max_model_len: int, capacity: Capacity | None
-) -> PoolSizes:
-    """Pages of each tier. Sizes in the options are of all ranks together."""
-    page_bytes = sum(spec.page_bytes for spec in specs)
-    disk_page_bytes = replace(specs[0], num_kv_heads=ranks.model.num_key_value_heads).page_bytes
-
-    def given(name: str, page_bytes: int = page_bytes) -> int | None:
-        size = getattr(config, name)
-        if size is None or size == 0:
-            return size
-        if size < page_bytes:
-            raise CapacityError(
-                f"{name} {size} is less than one page of {config.page_size} tokens, {page_bytes} bytes over all ranks; "
-                "raise it or lower page_size"
-            )
-        return size // page_bytes
-
-    most = config.max_num_seqs * specs[0].pages_for(max_model_len)
-    device = given("device_kv_bytes")
-    if device is None:
-        assert capacity is not None
-        device = min(capacity.device, most)
-    host = given("host_kv_bytes")
-    if host is None:
-        assert capacity is not None
-        # what is to reach the disk passes through the host
-        host = min(capacity.host, most) if device < most or ranks.keep_cache else 0
-    staging = ranks.staging_pages if host else 0
-    disk = read_ahead = 0
-    if ranks.cache_dir is not None and host:
-        room = _free_disk_bytes(ranks.cache_dir) // 2 // disk_page_bytes
-        disk = given("disk_kv_bytes", disk_page_bytes) or min(room, max(most, KEPT_PAGES) if ranks.keep_cache else most)
-        if disk < 2:
-            raise CapacityError(
-                f"there is room for {disk} KV pages of {disk_page_bytes} bytes in cache_dir; raise disk_kv_bytes to "
-                f"{2 * disk_page_bytes} at least, or make room on the disk"
-            )
-        disk -= min(MAX_DISK_WRITES, disk - 1)  # pages on their way to disk lie there twice for a moment
-        if ranks.device == "cuda":  # what is read from disk passes through host memory, which counts as the host's
-            least = -(-(staging // NUM_BUFFERS) // specs[0].num_layers)  # a buffer of the ring
-            ahead = max(least, host // 16)
-            if host <= ahead:
-                raise CapacityError(
-                    f"host_kv_bytes holds {host} pages and reading from disk takes {ahead} of them; raise it to "
-                    f"{(ahead + 1) * page_bytes}"
-                )
-            host, read_ahead = host - ahead, ahead * specs[0].num_layers
-    if config.host_kv_bytes is not None or disk:  # else each request is checked by itself
-        _check_window(config, device, host, max_model_len, page_bytes)
-    if not _shares_prefixes(config, ranks.model):  # no use for more than the running requests can fill
-        device, host, disk = min(device, most), min(host, most), min(disk, most)
-    return PoolSizes(device, host, disk, staging, read_ahead)
-
-
-def _check_window(config: EngineConfig, device: int, host: int, max_model_len: int, page_bytes: int) -> None:
-    """Raises CapacityError when a step of the largest size does not fit on the device, and a request may need more."""
-    tokens = min(config.max_num_batched_tokens, max_model_len)
-    step = pages_for(tokens, config.page_size)
-    if not host or device > step or device >= pages_for(max_model_len, config.page_size):
-        return
-    fits = (device - 1) * config.page_size
-    lower = f", or lower max_num_batched_tokens to {fits}" if fits >= config.max_num_seqs else ""
-    raise CapacityError(
-        f"the device holds {device} KV pages of {config.page_size} tokens, and a step of {tokens} tokens fills {step} "
-        f"beside one being written: raise device_kv_bytes by {(step + 1 - device) * page_bytes} to "
-        f"{(step + 1) * page_bytes}{lower}"
-    )
 
 
 def _free_disk_bytes(folder: Path) -> int:
@@ -281,13 +152,3 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
             f"use at most {limit}"
         )
     return config.max_model_len
-
-
-def _local_device(device: str) -> str:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "device is 'cuda' and torch sees no CUDA device; use device='cpu' or install a CUDA build of torch"
-        )
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device

@@ -1,7 +1,6 @@
 """What rank 0 of a Ray group runs: the engine loop, fed with requests over ZeroMQ."""
 
 import zmq
-from torch import Tensor
 
 from distkv.engine.engine import Engine
 from distkv.engine.protocol import (
@@ -18,25 +17,14 @@ from distkv.engine.protocol import (
     encode,
 )
 from distkv.errors import CapacityError
-from distkv.workers.group.channel import LeaderChannel
-from distkv.workers.group.report import Report, ReportCollector
-from distkv.workers.group.step_plan import StepPlan
-from distkv.workers.rank import Rank
+from distkv.workers.group.executor import Executor
 
 IDLE_POLL = 1000  # milliseconds
 
 
-def lead(rank: Rank, followers: LeaderChannel, client: zmq.Socket, info: EngineInfo) -> None:
+def lead(executor: Executor, client: zmq.Socket, info: EngineInfo) -> None:
     """Serves the owner of the group on a PAIR socket until it sends Shutdown."""
-
-    reports = ReportCollector(rank.group.size)
-
-    def execute(plan: StepPlan, drawn: Tensor | None) -> tuple[Tensor | None, Report]:
-        followers.send(plan)
-        logits = rank.execute(plan, drawn)
-        return logits, reports.add([rank.take_report(), *followers.receive()])
-
-    engine = Engine(info, execute, survives=False, warm_up=rank.warm_up)
+    engine = Engine(info, executor, survives=False)
     while True:
         while client.poll(0 if engine.has_work else IDLE_POLL):
             match decode_command(client.recv()):

@@ -5,7 +5,6 @@ from collections import deque
 
 import zmq
 
-from distkv.config import EngineConfig
 from distkv.engine.client import OpenAnswers
 from distkv.engine.protocol import (
     Abort,
@@ -24,10 +23,8 @@ from distkv.engine.protocol import (
     encode,
 )
 from distkv.errors import CapacityError, DistKVError
-from distkv.launch.launch import make_engine_info, make_rank_config, needs_capacity
 from distkv.launch.leader import lead
 from distkv.workers.group.ray_group import RayGroup
-from distkv.workers.model.model_config import ModelConfig
 
 STEP_WAIT = 10  # milliseconds that `step` waits for tokens
 DEATH_POLL = 200  # milliseconds of silence after which the ranks are checked
@@ -39,27 +36,21 @@ Reply = Accepted | Refused | Tokens | EngineStats
 class RayEngine:
     """Owns the group of actors and speaks to its leader. An `EngineClient`."""
 
-    info: EngineInfo
-
-    def __init__(self, config: EngineConfig, model: ModelConfig, max_model_len: int):
-        """Starts the ranks; raises CapacityError, ConfigError or WorkerDied, having released everything."""
-        self._group = RayGroup(config.tensor_parallel_size, config.ray_address, config.device)
+    def __init__(self, group: RayGroup, info: EngineInfo):
+        """Takes over a group whose pools are allocated and starts its engine; raises WorkerDied when a rank is lost,
+        having released everything."""
+        self.info = info
+        self._group = group
         self._context = zmq.Context()
         self._unread: deque[list[StepOutput]] = deque()
         self._open = OpenAnswers()
         self._heard = 0.0  # monotonic time of the last message, or of the last look at the ranks
         self._closed = False
         try:
-            ranks = make_rank_config(config, model, self._group.device)
-            self._group.load(ranks)
-            capacity = self._group.capacity(config.device_kv_bytes is None) if needs_capacity(config) else None
-            self.info = make_engine_info(
-                config, ranks, max_model_len, capacity, self._group.allocate, self._group.bandwidth
-            )
-            self._group.start(lead, self.info)
+            group.start(lead, info)
             self._socket = self._context.socket(zmq.PAIR)
             self._socket.set_hwm(0)
-            self._socket.connect(self._group.request_address)
+            self._socket.connect(group.request_address)
             self.stats()  # the loops run
         except BaseException:
             self._end()

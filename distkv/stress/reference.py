@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from distkv.engine.protocol import EngineRequest
+from distkv.engine.synthetic_kv import SyntheticKV
 from distkv.kernels import reference
-from distkv.storage.random_pages import page_seed, random_slice
+from distkv.storage.random_pages import random_slice
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.rope import RotaryEmbedding
 from distkv.workers.model.weights import WeightSource
@@ -67,7 +68,7 @@ class Reference:
         out, lse = reference.attention(q_TKGD, reference.rotate(k_TKD, *angles), v_TKD)
         assert request.random_kv_seed is not None
         for index in range(num_pages):
-            seed = page_seed(request.random_kv_seed, index)
+            seed = SyntheticKV(request.random_kv_seed).page_seed(index)
             page = random_slice(seed, layer, range(heads["k"]), self.page_size, model.head_dim)
             k_KSD, v_KSD = page.to(self.device, self.dtype).double()
             scores = torch.einsum("tkgd,ksd->tkgs", q_TKGD, k_KSD) * model.head_dim**-0.5

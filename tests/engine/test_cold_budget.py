@@ -15,6 +15,7 @@ from distkv.engine.cold_budget import DOUBT_STEPS, REVIEW_STEPS, TURN_STEPS
 from distkv.engine.engine import Engine
 from distkv.engine.protocol import EngineRequest, TokenOutput
 from distkv.storage.tier import Tier, Transfer, cold_place
+from distkv.workers.group.rank_executor import RankExecutor
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan
 from distkv.workers.page_directory import SequenceStep
@@ -72,7 +73,7 @@ def decode(
         max_model_len=10**5, max_cold_bytes_per_step=1000 * limit, max_num_seqs=num_sequences, **options,
     )  # fmt: skip
     memory = Counting(info)
-    engine = Engine(info, memory.execute, survives=False)
+    engine = Engine(info, RankExecutor(memory.execute), survives=False)
     memory.watch(engine)
     rng = random.Random(0)
     engine.add(
@@ -81,7 +82,7 @@ def decode(
             for number in range(num_sequences)
         ]
     )
-    while engine._scheduler.waiting or any(one.in_prompt for one in engine._scheduler.running):
+    while engine._scheduler.waiting or any(one.is_prefilling for one in engine._scheduler.running):
         engine.step()
     memory.steps.clear()
     while len(memory.steps) < steps:
@@ -160,7 +161,7 @@ def test_the_limit_is_kept_while_a_prompt_is_read() -> None:
         page_bytes=1000, max_model_len=10**5, max_cold_bytes_per_step=1000 * limit,
     )  # fmt: skip
     memory = Counting(info)
-    engine = Engine(info, memory.execute, survives=False)
+    engine = Engine(info, RankExecutor(memory.execute), survives=False)
     memory.watch(engine)
     engine.add([EngineRequest(str(number), [5 + number] * 16 * PAGE_SIZE, GREEDY, 400, 0) for number in range(2)])
     while len(memory.steps) < 60:

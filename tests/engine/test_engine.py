@@ -13,6 +13,7 @@ from distkv.engine.protocol import EngineInfo, EngineRequest, RequestFailed
 from distkv.errors import CapacityError
 from distkv.sampling_params import SamplingParams
 from distkv.storage.tier import Tier, Transfer, cold_place
+from distkv.workers.group.rank_executor import RankExecutor
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan
 from distkv.workers.page_directory import PageDirectory, SequenceStep
@@ -140,7 +141,7 @@ def test_random_requests_forks_and_aborts(seed: int, tiers: tuple[int, int], fau
         num_host_pages=tiers[0], num_disk_pages=tiers[1],
     )  # fmt: skip
     memory = Memory(info, seed, fault_rate)
-    engine = Engine(info, memory.execute, survives=False)
+    engine = Engine(info, RankExecutor(memory.execute), survives=False)
     answers: dict[tuple[str, int], list[int]] = {}
     requests: dict[str, EngineRequest] = {}
     aborted: set[str] = set()
@@ -203,7 +204,7 @@ def test_random_requests_forks_and_aborts(seed: int, tiers: tuple[int, int], fau
 def test_a_long_prompt_and_short_ones_all_move_on() -> None:
     """Decodes go first, and a prompt that has begun takes the rest of each step."""
     info = engine_info(max_model_len=1000, max_num_batched_tokens=32, num_pages=200, eos_token_ids=())
-    engine = Engine(info, Memory(info).execute)
+    engine = Engine(info, RankExecutor(Memory(info).execute))
     params = SamplingParams(temperature=0)
     engine.add([EngineRequest(str(number), [5] * 4, params, 50, 0) for number in range(4)])
     engine.step()
@@ -220,7 +221,7 @@ def test_a_long_prompt_and_short_ones_all_move_on() -> None:
 def test_forks_take_no_more_pages_than_they_need() -> None:
     """A full last page is shared, and what ended answers were to copy is given up."""
     info = engine_info(num_pages=2, max_num_batched_tokens=40, eos_token_ids=())
-    engine = Engine(info, Memory(info).execute)
+    engine = Engine(info, RankExecutor(Memory(info).execute))
     two = SamplingParams(n=2, temperature=1.0)
     engine.add([EngineRequest("full", [5] * 32, two, 1, 0)])
     assert [output.finish_reason for output in drain(engine)] == ["length"] * 2
@@ -247,7 +248,7 @@ def test_small_windows_with_a_disk_that_loses_pages(first: int) -> None:
             max_num_batched_tokens=budget, max_model_len=600,
         )  # fmt: skip
         memory = Memory(info, seed, fault_rate=rng.choice([0.0, 0.3]), takes_writes=True)
-        engine = Engine(info, memory.execute, survives=False)
+        engine = Engine(info, RankExecutor(memory.execute), survives=False)
         taken = 0
         for _ in range(3000):
             if rng.random() < 0.1 and taken < 10:

@@ -89,7 +89,7 @@ def test_damaged_pages_are_computed_again(
     llm: LLM, prompt: list[int], expected: list[int], damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = idle_engine(llm)
-    execute, damaged = engine._runner.execute, 0
+    execute, damaged = engine._runner.executor.forward, 0
     steps = iter(range(1, len(expected) + 100))  # of decode, after the answer's token of that number
 
     def spy(plan, drawn):
@@ -100,7 +100,7 @@ def test_damaged_pages_are_computed_again(
                 damaged += 1
         return execute(plan, drawn)
 
-    engine._runner.execute = spy
+    engine._runner.executor.forward = spy
     assert llm.generate([prompt], PARAMS, use_tqdm=False)[0].outputs[0].token_ids == expected
     assert damaged >= 9
     assert 9 <= llm.stats().pages_recomputed <= damaged

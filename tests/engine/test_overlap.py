@@ -14,6 +14,7 @@ from distkv.engine.engine import Engine
 from distkv.engine.protocol import EngineInfo, EngineRequest, RequestFailed, TokenOutput
 from distkv.sampling_params import SamplingParams
 from distkv.storage.tier import Tier, cold_place
+from distkv.workers.group.rank_executor import RankExecutor
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan
 from distkv.workers.page_directory import SequenceStep
@@ -80,7 +81,7 @@ def make(**options: Any) -> tuple[Engine, Speaker]:
     memory_options = options.pop("memory", {})
     info = engine_info(**({"enable_prefix_caching": True, "max_model_len": 1000} | options))
     memory = Speaker(info, **memory_options)
-    engine = Engine(info, memory.execute)
+    engine = Engine(info, RankExecutor(memory.execute))
     memory.watch(engine)
     return engine, memory
 
@@ -237,7 +238,7 @@ def quiet(**options: Any) -> Engine:
         **({"max_model_len": 5000, "max_num_batched_tokens": BUDGET, "num_pages": 2000, "eos_token_ids": (),
             "max_num_seqs": 40} | options)
     )  # fmt: skip
-    return Engine(info, Memory(info).execute, survives=False)
+    return Engine(info, RankExecutor(Memory(info).execute), survives=False)
 
 
 def test_short_prompts_do_not_starve_a_long_one() -> None:
@@ -266,7 +267,7 @@ def test_a_long_prompt_does_not_starve_short_ones() -> None:
         engine.add([EngineRequest(str(number), [6] * 30, GREEDY, 2, 0)])
         # its 30 tokens fit into the half beside the first, which a page border may cut, in one step or two
         assert wait_for(engine, lambda step: None, str(number), 10) <= 3
-    assert any(one.request.request_id == "long" and one.in_prompt for one in engine._scheduler.running)
+    assert any(one.request.request_id == "long" and one.is_prefilling for one in engine._scheduler.running)
 
 
 def test_long_prompts_behind_the_first_are_not_starved_by_short_ones() -> None:
@@ -309,7 +310,7 @@ def test_a_prompt_of_lower_priority_number_is_read_before_those_under_way() -> N
 def test_a_step_that_cannot_be_launched_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """What its plan had taken out of the books is there again: the engine comes to rest, and goes on with others."""
     info = engine_info(num_pages=6, num_host_pages=20, max_num_batched_tokens=32, eos_token_ids=())
-    engine = Engine(info, Memory(info).execute)
+    engine = Engine(info, RankExecutor(Memory(info).execute))
     params = SamplingParams(temperature=0)
     start, calls = engine._runner.start, iter(range(1000))
 
@@ -336,7 +337,7 @@ def test_nobody_waits_for_a_prefix_that_a_lower_priority_may_not_compute() -> No
     info = engine_info(
         max_model_len=2000, max_num_batched_tokens=32, num_pages=200, eos_token_ids=(), enable_prefix_caching=True
     )
-    engine = Engine(info, Memory(info).execute)
+    engine = Engine(info, RankExecutor(Memory(info).execute))
     params = SamplingParams(temperature=0)
     shared = [7] * 64
     engine.add([EngineRequest("first", [6] * 1600, params, 1, 0, priority=1)])
@@ -352,7 +353,7 @@ def test_nobody_waits_for_a_prefix_that_a_lower_priority_may_not_compute() -> No
 
 def test_of_requests_that_come_together_one_computes_what_they_share() -> None:
     info = engine_info(max_num_batched_tokens=32, num_pages=40, eos_token_ids=(), enable_prefix_caching=True)
-    engine = Engine(info, Memory(info).execute)
+    engine = Engine(info, RankExecutor(Memory(info).execute))
     params = SamplingParams(temperature=0)
     engine.add([EngineRequest(str(number), [7] * 64 + [8 + number] * 8, params, 1, 0) for number in range(3)])
     cached = {output.request_id: sum(output.num_cached_tokens) for output in drain(engine)}

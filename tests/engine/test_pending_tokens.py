@@ -19,6 +19,7 @@ from distkv import LLM, DistKVError, SamplingParams
 from distkv.engine.engine import Engine
 from distkv.engine.protocol import EngineRequest, RequestFailed, TokenOutput
 from distkv.workers.group.process_group import ProcessGroup
+from distkv.workers.group.rank_executor import RankExecutor
 from distkv.workers.group.step_plan import StepPlan
 from distkv.workers.sampling.placeholders import resolve_placeholders
 from distkv.workers.sampling.sample_row import SampleRow, uniform_number
@@ -64,13 +65,13 @@ def test_a_rank_runs_what_a_plan_refers_to(tiny_model: Path) -> None:
 def test_a_real_engine_refers_in_every_step_of_a_decode(tiny_model: Path) -> None:
     with LLM(tiny_model, device_kv_bytes="4MiB") as llm:
         engine = idle_engine(llm)
-        execute, plans = engine._runner.execute, []
+        execute, plans = engine._runner.executor.forward, []
 
         def spy(plan: StepPlan, drawn: Tensor | None) -> Any:
             plans.append(plan)
             return execute(plan, drawn)
 
-        engine._runner.execute = spy
+        engine._runner.executor.forward = spy
         greedy = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
         llm.generate([[5] * 10, [6] * 7], greedy, use_tqdm=False)
     decodes = [plan for plan in plans if plan.sequences and plan.sequences[0].start >= 7]
@@ -126,7 +127,7 @@ def read_by(patch: pytest.MonkeyPatch, read: Callable[[], None]) -> None:
     def late(logits: Tensor, rows: list[SampleRow], drawn: Tensor | None) -> Any:
         return LateDraws(sample(logits, rows, drawn), read)
 
-    patch.setattr("distkv.engine.step_runner.sample", late)
+    patch.setattr("distkv.workers.group.rank_executor.sample", late)
 
 
 def run_all(engine: Engine, added: list[EngineRequest]) -> tuple[dict[tuple[str, int], list[int]], list[Any]]:
@@ -145,7 +146,7 @@ def test_the_next_step_runs_before_tokens_are_read(monkeypatch: pytest.MonkeyPat
     expected, _ = run(added)
     engine, _ = make(num_pages=window, num_host_pages=0 if window == 40 else 100, max_num_batched_tokens=32)
     num_read = num_ahead = begun = 0
-    execute = engine._runner.execute
+    execute = engine._runner.executor.forward
 
     def spy(plan: StepPlan, drawn: Tensor | None) -> Any:
         nonlocal begun
@@ -156,14 +157,13 @@ def test_the_next_step_runs_before_tokens_are_read(monkeypatch: pytest.MonkeyPat
 
     def read() -> None:
         nonlocal num_read, num_ahead
-        following = engine._flight
+        following = engine._running
         if following is not None:
-            assert following.landing is not None
-            assert following.landing.result(timeout=60).error is None
-            num_ahead += bool(following.late)
+            assert following.wait().error is None
+            num_ahead += bool(following.plan.num_sampled)
         num_read += 1
 
-    engine._runner.execute = spy
+    engine._runner.executor.forward = spy
     read_by(monkeypatch, read)
     found, outputs = run_all(engine, added)
     assert found == expected
@@ -226,7 +226,7 @@ def test_a_device_that_fails_ends_the_engine(monkeypatch: pytest.MonkeyPatch, wa
     with pytest.raises(DistKVError, match=r"device failed.*illegal memory access.*make a new LLM"):
         while True:
             outputs += engine.step()
-    assert (engine._flight is None) == (wanted == 29)
+    assert (engine._running is None) == (wanted == 29)
     found = answers(outputs)
     assert all(tokens == expected[key][: len(tokens)] for key, tokens in found.items())
     assert sum(map(len, found.values())) == sum(isinstance(one, TokenOutput) for one in outputs)
@@ -235,7 +235,7 @@ def test_a_device_that_fails_ends_the_engine(monkeypatch: pytest.MonkeyPatch, wa
     for _ in range(3):
         with pytest.raises(DistKVError, match="device failed"):
             engine.step()
-    engine._runner.settle = lambda: pytest.fail("what such a device computed is not saved")  # type: ignore[method-assign]
+    engine._runner.drain = lambda: pytest.fail("what such a device computed is not saved")  # type: ignore[method-assign]
     engine.close()
     assert closed == [True]
     assert memory.num_steps <= steps + 1, "the one that was launched"
@@ -296,9 +296,9 @@ def test_an_engine_is_closed_with_tokens_unread(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(KeyboardInterrupt):
         while True:
             engine.step()
-    assert engine._landed is not None and engine._flight is not None
+    assert engine._unread is not None and engine._running is not None
     engine.close()
-    assert engine._landed is None and engine._flight is None
+    assert engine._unread is None and engine._running is None
     assert engine.stats().pages_in_use == 0
 
 
@@ -319,7 +319,7 @@ def test_drawing_that_fails_on_the_host_fails_the_step(monkeypatch: pytest.Monke
 
         engine, _ = make()
         with monkeypatch.context() as patch:
-            patch.setattr("distkv.engine.step_runner.sample", fail_once)
+            patch.setattr("distkv.workers.group.rank_executor.sample", fail_once)
             found, outputs = run_all(engine, added)
         assert not [one for one in outputs if isinstance(one, RequestFailed)]
         assert found == expected
@@ -357,14 +357,14 @@ def test_no_answer_is_run_past_its_limit() -> None:
     for limit in (1, 2, 3, 17):
         info = engine_info(eos_token_ids=(), enable_prefix_caching=True)
         memory = Memory(info)
-        engine = Engine(info, memory.execute, survives=False)
-        execute, ran = engine._runner.execute, []
+        engine = Engine(info, RankExecutor(memory.execute), survives=False)
+        execute, ran = engine._runner.executor.forward, []
 
         def spy(plan: StepPlan, drawn: Tensor | None, execute=execute, ran=ran) -> Any:
             ran.extend(part.start + len(part.token_ids) for part in plan.sequences)
             return execute(plan, drawn)
 
-        engine._runner.execute = spy
+        engine._runner.executor.forward = spy
         found, _ = run_all(engine, [EngineRequest("0", list(range(3, 24)), SAMPLED, limit, 0)])
         assert len(found["0", 0]) == limit and max(found["0", 0]) < VOCAB
         assert ran == list(range(21, 21 + limit))
@@ -378,7 +378,7 @@ def test_a_name_takes_the_tokens_themselves() -> None:
     for _ in range(14):
         engine.step()
     [sequence] = engine._scheduler.running
-    assert sequence.num_pending == 1 and engine._flight is not None
+    assert sequence.num_pending == 1 and engine._running is not None
     assert len(sequence.token_ids) == sequence.table.num_tokens, "the step under way draws the token after them"
     with pytest.raises(AssertionError, match="the tokens themselves"):
         sequence.page_keys(len(sequence.token_ids) + 1)

@@ -14,6 +14,7 @@ from distkv.engine.protocol import EngineInfo, EngineRequest, RequestFailed, Tok
 from distkv.engine.sequence import Sequence
 from distkv.errors import CapacityError
 from distkv.sampling_params import SamplingParams
+from distkv.workers.group.rank_executor import RankExecutor
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan
 from distkv.workers.page_directory import SequenceStep
@@ -84,7 +85,7 @@ class History(Memory):
 def caching_engine(memory_options: dict[str, Any] | None = None, **options: Any) -> tuple[Engine, History]:
     info = engine_info(**({"enable_prefix_caching": True, "eos_token_ids": ()} | options))
     memory = History(info, **(memory_options or {}))
-    engine = Engine(info, memory.execute, survives=False)  # what the memory finds wrong is raised
+    engine = Engine(info, RankExecutor(memory.execute), survives=False)  # what the memory finds wrong is raised
     memory.watch(engine)
     return engine, memory
 

@@ -72,7 +72,7 @@ def run(
     peak = [0, 0, 0]
     with LLM(folder, **sizes, **({"enable_prefix_caching": False} | options)) as llm:
         engine = idle_engine(llm)
-        execute = engine._runner.execute
+        execute = engine._runner.executor.forward
 
         def spy(plan, drawn):
             result = execute(plan, drawn)
@@ -84,12 +84,14 @@ def run(
             watch(engine)
             return result
 
-        engine._runner.execute = spy
+        engine._runner.executor.forward = spy
         try:
             outputs = llm.generate(prompts, params, use_tqdm=False)
             idle_engine(llm).integrity_check()
         finally:
-            engine._runner.execute = execute  # else engine and spy would keep each other, and the memory of a GPU
+            engine._runner.executor.forward = (
+                execute  # else engine and spy would keep each other, and the memory of a GPU
+            )
         info = llm.info
         assert info.page_bytes == page_bytes
         tiers = info.num_pages, info.num_host_pages, info.num_disk_pages

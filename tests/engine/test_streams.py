@@ -35,6 +35,7 @@ from distkv.storage.pools.device_pool import DevicePool
 from distkv.storage.pools.host_pool import HostPool
 from distkv.storage.tier import Tier, Transfer, cold_place, location
 from distkv.workers import bandwidth
+from distkv.workers.group.rank_executor import RankExecutor
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan
 from distkv.workers.page_directory import PageDirectory, SequenceStep
@@ -244,7 +245,7 @@ def run_requests(seed: int, faults: float, forgets: Wait | None = None) -> tuple
     )  # fmt: skip
     known = [rng.randrange(3, VOCAB) for _ in range(60)]  # what many prompts begin with
     memory = DeviceMemory(info, seed, faults, forgets)
-    engine = Engine(info, memory.execute)
+    engine = Engine(info, RankExecutor(memory.execute))
     requests: dict[str, EngineRequest] = {}
     answers: dict[tuple[str, int], list[int]] = {}
     step = 0

@@ -1,0 +1,31 @@
+"""Who wants to know how an engine's steps go: metrics, traces, benchmarks."""
+
+from typing import TYPE_CHECKING
+
+from distkv.engine.protocol import StepOutput
+
+if TYPE_CHECKING:
+    from distkv.engine.step import Step
+
+
+class StepObserver:
+    """Is told of each stage of a step when it is over, in the engine's thread; this one does nothing with it.
+
+    While step n runs, n + 1 is prepared. Then n is reported and completed, n + 1 is started, and what n sampled is
+    emitted. So the time between two calls is that of the stage which the second one names; `reported` ends a wait.
+    """
+
+    def prepared(self, step: "Step | None") -> None:
+        """The next step has its pages and its plan; None when there is none, or the device has no room for it yet."""
+
+    def reported(self, step: "Step") -> None:
+        """The ranks have reported on a step."""
+
+    def completed(self, step: "Step") -> None:
+        """A step is booked or taken back; its tokens may still be unknown."""
+
+    def started(self, step: "Step") -> None:
+        """The ranks have been given a step."""
+
+    def emitted(self, outputs: list[StepOutput]) -> None:
+        """The tokens of a step are read and added to the answers."""

@@ -1,0 +1,172 @@
+"""The sizes of an engine's pools and what follows from them, from options and measured facts. It touches nothing: the
+launch and a planner reckon alike."""
+
+from dataclasses import replace
+
+from distkv.config import EngineConfig
+from distkv.engine.protocol import EngineInfo
+from distkv.errors import CapacityError
+from distkv.storage.ledger.tiered_cache import MAX_DISK_WRITES
+from distkv.storage.page_spec import PageSpec
+from distkv.storage.paging import NUM_BUFFERS, pages_for
+from distkv.workers.bandwidth import Bandwidth
+from distkv.workers.kv_pools import PoolSizes
+from distkv.workers.model.model_config import ModelConfig
+from distkv.workers.model.shard import Shard
+from distkv.workers.rank import Capacity, RankConfig, rank_page_spec
+
+KEPT_PAGES = 2**18  # most pages of a disk tier that outlives the engine, unless a size is given: each takes memory here
+STREAM_SECONDS = 1.0  # what a step may spend on cold pages, unless a number of bytes is given
+
+
+def needs_capacity(config: EngineConfig) -> bool:
+    """Whether the ranks must be asked how much memory they have."""
+    return config.device_kv_bytes is None or config.host_kv_bytes is None
+
+
+def needs_bandwidth(config: EngineConfig, sizes: PoolSizes) -> bool:
+    """Whether the ranks must measure how fast cold pages come."""
+    return bool(sizes.host) and config.max_cold_bytes_per_step is None
+
+
+def shares_prefixes(config: EngineConfig, model: ModelConfig) -> bool:
+    """Whether pages of equal tokens are equal and are to be kept."""
+    return config.enable_prefix_caching and model.rope.rope_type != "dynamic"
+
+
+def page_specs(config: EngineConfig, ranks: RankConfig) -> list[PageSpec]:
+    """The pages of each rank."""
+    size = config.tensor_parallel_size
+    return [rank_page_spec(ranks, Shard.of(ranks.model, rank, size)) for rank in range(size)]
+
+
+def pool_sizes(
+    config: EngineConfig, ranks: RankConfig, max_model_len: int, capacity: Capacity | None, free_disk: int | None
+) -> PoolSizes:
+    """Pages of each tier, where sizes in the options are of all ranks together.
+
+    Args:
+        capacity: of the rank with the least room; None when `needs_capacity` says that nobody asks.
+        free_disk: bytes that are free in the cache folder or taken by the pages in it; None where there is no folder.
+
+    Raises CapacityError when a tier is too small to work with.
+    """
+    specs = page_specs(config, ranks)
+    page_bytes = sum(spec.page_bytes for spec in specs)
+    disk_page_bytes = replace(specs[0], num_kv_heads=ranks.model.num_key_value_heads).page_bytes
+
+    def given(name: str, page_bytes: int = page_bytes) -> int | None:
+        size = getattr(config, name)
+        if size is None or size == 0:
+            return size
+        if size < page_bytes:
+            raise CapacityError(
+                f"{name} {size} is less than one page of {config.page_size} tokens, {page_bytes} bytes over all ranks; "
+                "raise it or lower page_size"
+            )
+        return size // page_bytes
+
+    most = config.max_num_seqs * specs[0].pages_for(max_model_len)
+    device = given("device_kv_bytes")
+    if device is None:
+        assert capacity is not None
+        device = min(capacity.device, most)
+    host = given("host_kv_bytes")
+    if host is None:
+        assert capacity is not None
+        # what is to reach the disk passes through the host
+        host = min(capacity.host, most) if device < most or ranks.keep_cache else 0
+    staging = ranks.staging_pages if host else 0
+    disk = read_ahead = 0
+    if free_disk is not None and host:
+        room = free_disk // 2 // disk_page_bytes
+        disk = given("disk_kv_bytes", disk_page_bytes) or min(room, max(most, KEPT_PAGES) if ranks.keep_cache else most)
+        if disk < 2:
+            raise CapacityError(
+                f"there is room for {disk} KV pages of {disk_page_bytes} bytes in cache_dir; raise disk_kv_bytes to "
+                f"{2 * disk_page_bytes} at least, or make room on the disk"
+            )
+        disk -= min(MAX_DISK_WRITES, disk - 1)  # pages on their way to disk lie there twice for a moment
+        if ranks.device == "cuda":  # what is read from disk passes through host memory, which counts as the host's
+            least = -(-(staging // NUM_BUFFERS) // specs[0].num_layers)  # a buffer of the ring
+            ahead = max(least, host // 16)
+            if host <= ahead:
+                raise CapacityError(
+                    f"host_kv_bytes holds {host} pages and reading from disk takes {ahead} of them; raise it to "
+                    f"{(ahead + 1) * page_bytes}"
+                )
+            host, read_ahead = host - ahead, ahead * specs[0].num_layers
+    if config.host_kv_bytes is not None or disk:  # else each request is checked by itself
+        _check_window(config, device, host, max_model_len, page_bytes)
+    if not shares_prefixes(config, ranks.model):  # no use for more than the running requests can fill
+        device, host, disk = min(device, most), min(host, most), min(disk, most)
+    return PoolSizes(device, host, disk, staging, read_ahead)
+
+
+def cold_budget(config: EngineConfig, sizes: PoolSizes, rates: list[Bandwidth]) -> tuple[int, float]:
+    """`EngineInfo.max_cold_bytes_per_step` and `disk_cost`: the bytes as given, or what the host brings in
+    STREAM_SECONDS, of which the disk takes more for each byte as it is slower.
+
+    Args:
+        rates: of each rank; needed where `needs_bandwidth` says so.
+    """
+    if not sizes.host:
+        return 0, 1.0
+    if config.max_cold_bytes_per_step is not None:
+        return int(config.max_cold_bytes_per_step), 1.0
+    host, disk = min(rate.host for rate in rates), min(rate.disk for rate in rates)
+    return int(host * STREAM_SECONDS) * len(rates), max(1.0, host / disk) if disk else 1.0
+
+
+def engine_info(
+    config: EngineConfig,
+    ranks: RankConfig,
+    max_model_len: int,
+    sizes: PoolSizes,
+    pool_bytes: list[tuple[int, int, int]],
+    budget: tuple[int, float],
+) -> EngineInfo:
+    """What the engine is told.
+
+    Args:
+        pool_bytes: of device, host and disk, for each rank, as allocated.
+        budget: see `cold_budget`.
+    """
+    specs = page_specs(config, ranks)
+    max_cold_bytes, disk_cost = budget
+    return EngineInfo(
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        page_size=config.page_size,
+        num_pages=sizes.device,
+        num_host_pages=sizes.host,
+        num_disk_pages=sizes.disk,
+        page_bytes=sum(spec.page_bytes for spec in specs),
+        pool_bytes=sum(device for device, _, _ in pool_bytes),
+        kv_bytes_per_token=sum(spec.bytes_per_token for spec in specs),
+        vocab_size=ranks.model.vocab_size,
+        eos_token_ids=ranks.model.eos_token_ids,
+        seed=config.seed,
+        cache_dir=str(ranks.cache_dir) if sizes.disk else None,
+        fingerprint=ranks.fingerprint if sizes.disk else "",
+        enable_prefix_caching=shares_prefixes(config, ranks.model),
+        write_through=config.disk_write_policy == "write_through",
+        max_cold_bytes_per_step=max_cold_bytes,
+        disk_cost=disk_cost,
+    )
+
+
+def _check_window(config: EngineConfig, device: int, host: int, max_model_len: int, page_bytes: int) -> None:
+    """Raises CapacityError when a step of the largest size does not fit on the device, and a request may need more."""
+    tokens = min(config.max_num_batched_tokens, max_model_len)
+    step = pages_for(tokens, config.page_size)
+    if not host or device > step or device >= pages_for(max_model_len, config.page_size):
+        return
+    fits = (device - 1) * config.page_size
+    lower = f", or lower max_num_batched_tokens to {fits}" if fits >= config.max_num_seqs else ""
+    raise CapacityError(
+        f"the device holds {device} KV pages of {config.page_size} tokens, and a step of {tokens} tokens fills {step} "
+        f"beside one being written: raise device_kv_bytes by {(step + 1 - device) * page_bytes} to "
+        f"{(step + 1) * page_bytes}{lower}"
+    )

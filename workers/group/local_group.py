@@ -1,0 +1,61 @@
+"""A group of one rank, in this process."""
+
+import torch
+
+from distkv.workers.bandwidth import Bandwidth
+from distkv.workers.errors import ConfigError
+from distkv.workers.group.process_group import ProcessGroup
+from distkv.workers.group.rank_executor import RankExecutor
+from distkv.workers.kv_pools import PoolSizes
+from distkv.workers.rank import Capacity, Rank, RankConfig
+
+
+class LocalGroup:
+    """A `RankGroup` whose engine runs in this process too."""
+
+    def __init__(self, device: str):
+        """Chooses the device, "auto" for CUDA where there is any; raises ConfigError when it is not there."""
+        self.device = _local_device(device)
+        self._rank: Rank | None = None
+
+    @property
+    def rank(self) -> Rank:
+        """The one rank, once it is loaded."""
+        assert self._rank is not None
+        return self._rank
+
+    @property
+    def executor(self) -> RankExecutor:
+        """What runs an engine's steps."""
+        return RankExecutor.on(self.rank)
+
+    def load(self, config: RankConfig) -> None:
+        """See `RankGroup.load`."""
+        self._rank = Rank(config, ProcessGroup())
+
+    def capacity(self, of_device: bool) -> Capacity:
+        """See `RankGroup.capacity`."""
+        return self.rank.page_capacity(1, of_device)
+
+    def allocate(self, sizes: PoolSizes) -> list[tuple[int, int, int]]:
+        """See `RankGroup.allocate`."""
+        return [self.rank.allocate(sizes)]
+
+    def bandwidth(self) -> list[Bandwidth]:
+        """See `RankGroup.bandwidth`."""
+        return [self.rank.bandwidth()]
+
+    def close(self) -> None:
+        """See `RankGroup.close`."""
+        if self._rank is not None:
+            self._rank.close()
+
+
+def _local_device(device: str) -> str:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device is 'cuda' and torch sees no CUDA device; use device='cpu' or install a CUDA build of torch"
+        )
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device

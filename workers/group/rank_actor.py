@@ -1,0 +1,104 @@
+"""A rank in a Ray actor of its own."""
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import zmq
+
+from distkv.workers.bandwidth import Bandwidth
+from distkv.workers.group.channel import FollowerChannel, LeaderChannel
+from distkv.workers.group.process_group import ProcessGroup
+from distkv.workers.group.rank_executor import RankExecutor
+from distkv.workers.group.report import Report
+from distkv.workers.kv_pools import PoolSizes
+from distkv.workers.rank import Capacity, Rank, RankConfig
+
+LeaderMain = Callable[..., None]
+"""What rank 0 runs: `main(executor, request_socket, *arguments)`. Followers end when it returns."""
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where rank 0 of a group is reached."""
+
+    init_method: str  # by torch's rendezvous
+    requests: str  # by the owner of the group
+    plans: list[str]  # by each follower
+
+
+class RankActor:
+    """A rank in a process of its own."""
+
+    def __init__(self) -> None:
+        self._context = zmq.Context()
+        self._context.linger = 0
+        self._loaded: Rank | None = None
+
+    @property
+    def _rank(self) -> Rank:
+        assert self._loaded is not None, "load comes first"
+        return self._loaded
+
+    def node(self) -> tuple[str, int]:
+        """The id of the node this actor runs on, and the node's cores."""
+        return ray.get_runtime_context().get_node_id(), os.cpu_count() or 1
+
+    def open(self, host: str, num_followers: int) -> Addresses:
+        """On rank 0: binds the group's sockets."""
+        self._followers = LeaderChannel(self._context, host, num_followers)
+        self._requests = self._context.socket(zmq.PAIR)
+        self._requests.set_hwm(0)
+        port = self._requests.bind_to_random_port(f"tcp://{host}")
+        return Addresses(f"tcp://{host}:{_free_port(host)}", f"tcp://{host}:{port}", self._followers.addresses)
+
+    def load(self, config: RankConfig, rank: int, size: int, init_method: str) -> None:
+        """Joins the process group and loads this rank's part of the model."""
+        backend = "nccl" if config.device == "cuda" else "gloo"
+        self._loaded = Rank(config, ProcessGroup(rank, size, init_method, backend))
+
+    def capacity(self, ranks_on_node: int, of_device: bool) -> Capacity:
+        """See `Rank.page_capacity`."""
+        return self._rank.page_capacity(ranks_on_node, of_device)
+
+    def allocate(self, sizes: PoolSizes) -> tuple[int, int, int]:
+        """See `Rank.allocate`."""
+        return self._rank.allocate(sizes)
+
+    def bandwidth(self) -> Bandwidth:
+        """See `Rank.bandwidth`."""
+        return self._rank.bandwidth()
+
+    def lead(self, main: LeaderMain, arguments: tuple[Any, ...]) -> None:
+        """On rank 0: runs `main` until it returns, then ends the followers."""
+        try:
+            main(RankExecutor.on(self._rank, self._followers), self._requests, *arguments)
+            self._followers.send(None)
+            self._followers.receive()  # they have let go of the disk, which rank 0 sweeps
+        except BaseException:
+            if self._rank.device.type == "cpu":  # a step may still run for a GPU; the process ends soon
+                self._rank.close()
+            raise
+        self._rank.close()
+        self._rank.group.close()
+
+    def follow(self, address: str) -> None:
+        """On other ranks: runs plans until the end is sent."""
+        leader = FollowerChannel(self._context, address)
+        self._rank.warm_up()
+        while (plan := leader.receive()) is not None:
+            self._rank.execute(plan)
+            leader.send(self._rank.take_report())
+        self._rank.close()
+        leader.send(Report())
+        self._rank.group.close()
+
+
+def _free_port(host: str) -> int:
+    """A port that torch's rendezvous can bind a moment later."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,32 @@
+"""A group of ranks, wherever they run, until an engine runs on them."""
+
+from typing import Protocol
+
+from distkv.workers.bandwidth import Bandwidth
+from distkv.workers.kv_pools import PoolSizes
+from distkv.workers.rank import Capacity, RankConfig
+
+
+class RankGroup(Protocol):
+    """The tensor-parallel ranks of one engine. `load` comes first, `allocate` after `capacity`. Then an engine runs on
+    them: with `LocalGroup.executor` in this process, by `RayGroup.start` beside rank 0."""
+
+    device: str  # "cpu" or "cuda"
+
+    def load(self, config: RankConfig) -> None:
+        """Loads the model on all ranks; raises ConfigError, or WorkerDied when a rank is lost."""
+
+    def capacity(self, of_device: bool) -> Capacity:
+        """Pages that fit on the rank with the least room, see `Rank.page_capacity`."""
+        ...
+
+    def allocate(self, sizes: PoolSizes) -> list[tuple[int, int, int]]:
+        """Makes the pools of all ranks; returns for each rank the bytes of device, host and disk."""
+        ...
+
+    def bandwidth(self) -> list[Bandwidth]:
+        """How fast each rank gets cold pages, all of them at once."""
+        ...
+
+    def close(self) -> None:
+        """Frees what the ranks hold; a second call does nothing."""

@@ -1,0 +1,27 @@
+"""What Ray's errors say of why a rank's call failed."""
+
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
+
+
+def failure_of(ref: Any) -> Exception | None:
+    """What a finished call ended with, or None when it returned."""
+    try:
+        ray.get(ref)
+    except RayError as error:
+        return error
+    return None
+
+
+def cause_of(error: BaseException) -> str:
+    """What is known of why a call failed, in a line."""
+    if isinstance(error, RayTaskError) and error.cause is not None:
+        return f"{type(error.cause).__name__}: {error.cause}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if not isinstance(error, ActorDiedError):
+        return lines[-1]
+    # Ray's own account, without its list of common causes
+    known = next((line for line in lines if line.startswith("The actor is dead")), lines[0])
+    return known.partition(" Some common causes")[0].rstrip(".")
