@@ -358,7 +358,7 @@ def test_an_llm_goes_on_after_a_failure_in_the_middle(llm: LLM, monkeypatch: pyt
         bystander = llm.stream(prompts[1], FORKED)
         next(bystander)
         with monkeypatch.context() as patch:
-            patch.setattr(engine._runner, "execute", fail_late)
+            patch.setattr(engine._runner.executor, "forward", fail_late)
             assert tokens(llm.generate(prompts, GREEDY, use_tqdm=False)) == expected
             assert next(calls) > 20
         *_, last = bystander
