@@ -20,7 +20,8 @@ from rich.table import Table
 
 from distkv.bench.ceilings import READ_THREADS, CopyCeiling, ReadCeiling, bytes_from_disk, drop_page_cache, flush
 from distkv.config import EngineConfig
-from distkv.engine.protocol import EngineRequest, RequestFailed, TokenOutput
+from distkv.engine.drive import next_tokens
+from distkv.engine.protocol import EngineRequest
 from distkv.errors import ConfigError, DistKVError
 from distkv.launch.launch import launch
 from distkv.reporting.machine import check_json_file, machine_facts, write_json
@@ -86,16 +87,16 @@ class Decoder:
     def turn(self, new_tokens: int) -> Turn:
         """Decodes so many tokens, with the page cache dropped before each where pages lie on disk.
 
-        Raises DistKVError when a step streams other bytes than it has to, or draws no token.
+        Raises DistKVError when a step streams other bytes than it has to, or brings no token.
         """
         seconds, host_bytes, disk_bytes = [], 0, 0
         start = bytes_from_disk()
         for _ in range(new_tokens):
             drop_page_cache(self.files)
             before = self._engine.stats().bytes_moved
-            drawn = len(self.answer)
+            num_tokens = len(self.answer)
             seconds.append(self._step())
-            if len(self.answer) != drawn + 1:
+            if len(self.answer) != num_tokens + 1:
                 raise DistKVError(f"{self.variant.name}: a page could not be read and was computed again; see the log")
             host, disk = streamed(before, self._engine.stats().bytes_moved)
             check_streamed(self.variant.name, host + disk, self.cold_bytes)
@@ -107,15 +108,14 @@ class Decoder:
         self._engine.close()
 
     def _step(self) -> float:
-        """Seconds of one step; what it draws goes to `answer`."""
+        """The seconds of one step, whose tokens go to `answer`."""
         start = time.perf_counter()
-        outputs = self._engine.step()
+        try:
+            tokens = next_tokens(self._engine)
+        except DistKVError as error:
+            raise DistKVError(f"{self.variant.name}: {type(error).__name__}: {error}") from error
         seconds = time.perf_counter() - start
-        for output in outputs:
-            if isinstance(output, RequestFailed):
-                raise DistKVError(f"{self.variant.name}: {output.error}: {output.message}")
-            assert isinstance(output, TokenOutput)
-            self.answer.append((output.token_id, output.logprobs))
+        self.answer += [(token.token_id, token.logprobs) for token in tokens]
         return seconds
 
 

@@ -20,12 +20,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from distkv import errors
 from distkv.bench.ceilings import CopyCeiling, ReadCeiling, bytes_from_disk, drop_page_cache, flush
 from distkv.bench.prompts import Prompts
 from distkv.config import EngineConfig
 from distkv.engine.client import EngineClient
-from distkv.engine.protocol import EngineRequest, RequestFailed
+from distkv.engine.drive import drain, drive
+from distkv.engine.protocol import EngineRequest
 from distkv.errors import ConfigError
 from distkv.launch.launch import launch
 from distkv.reporting.machine import check_json_file, machine_facts, write_json
@@ -151,16 +151,13 @@ def answer(engine: EngineClient, prompt: list[int], num_tokens: int, salt: str |
     seconds, cached, from_disk = 0.0, (0, 0, 0), None
     before = bytes_from_disk()
     start = time.perf_counter()
-    engine.add([EngineRequest("0", prompt, params, num_tokens, 0, cache_salt=salt)])
-    while engine.has_work:
-        for output in engine.step():
-            if isinstance(output, RequestFailed):
-                raise getattr(errors, output.error)(output.message)
-            if not tokens:
-                seconds = time.perf_counter() - start
-                now = bytes_from_disk()
-                cached, from_disk = output.num_cached_tokens, None if before is None or now is None else now - before
-            tokens.append(output.token_id)
+    for outputs in drive(engine, [EngineRequest("0", prompt, params, num_tokens, 0, cache_salt=salt)]):
+        if outputs and not tokens:
+            seconds = time.perf_counter() - start
+            now = bytes_from_disk()
+            cached, from_disk = outputs[0].num_cached_tokens, None if before is None or now is None else now - before
+        tokens += [output.token_id for output in outputs]
+    drain(engine)
     return Answered(seconds, tokens, cached, from_disk)
 
 

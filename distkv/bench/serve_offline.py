@@ -18,11 +18,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from distkv import errors
 from distkv.bench.prompts import Prompts
 from distkv.config import EngineConfig
 from distkv.engine.client import EngineClient
-from distkv.engine.protocol import EngineInfo, EngineRequest, RequestFailed
+from distkv.engine.drive import drain, drive
+from distkv.engine.protocol import EngineInfo, EngineRequest
 from distkv.engine.sequence import most_pages
 from distkv.errors import ConfigError
 from distkv.launch.launch import launch
@@ -117,21 +117,15 @@ def serve(engine: EngineClient, requests: list[EngineRequest]) -> Served:
     before = engine.stats().bytes_moved
     times: dict[str, list[float]] = {request.request_id: [] for request in requests}
     answers: Answers = {request.request_id: [] for request in requests}
-    unfinished, most_running = len(requests), 0
+    most_running = 0
     start = time.perf_counter()
-    engine.add(requests)
-    while unfinished:
-        outputs = engine.step()
+    for outputs in drive(engine, requests):
         now = time.perf_counter() - start
         for output in outputs:
-            if isinstance(output, RequestFailed):
-                raise getattr(errors, output.error)(output.message)
             times[output.request_id].append(now)
             answers[output.request_id].append(output.token_id)
-            unfinished -= output.finish_reason is not None
         most_running = max(most_running, engine.stats().num_running)
-    while engine.has_work:
-        engine.step()
+    drain(engine)
     stats = engine.stats()
     moved = {route: count - before.get(route, 0) for route, count in stats.bytes_moved.items()}
     return Served(times, answers, moved, most_running, stats.peak_pages_in_use)

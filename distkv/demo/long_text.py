@@ -17,7 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from distkv.config import EngineConfig
-from distkv.engine.protocol import EngineInfo, EngineRequest, EngineStats, RequestFailed, TokenOutput
+from distkv.engine.drive import drive
+from distkv.engine.protocol import EngineInfo, EngineRequest, EngineStats
 from distkv.errors import DistKVError
 from distkv.frontend.tokenizer import Tokenizer
 from distkv.launch.launch import launch
@@ -109,19 +110,12 @@ def _prompt(tokenizer: Tokenizer, most_tokens: int) -> list[int]:
 def _answer(console: Console, config: EngineConfig, prompt: list[int]) -> Answered:
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, logprobs=3)
     tokens: list[tuple[int, TokenLogprobs | None]] = []
-    finished = False
     with closing(launch(config)) as engine:
         start = time.perf_counter()
-        engine.add([EngineRequest("0", prompt, params, MAX_TOKENS, seed=0)])
         with _View(console, engine.info, len(prompt)) as view:
-            while not finished:
-                for output in engine.step():
-                    if isinstance(output, RequestFailed):
-                        raise DistKVError(f"{output.error}: {output.message}")
-                    assert isinstance(output, TokenOutput)
-                    tokens.append((output.token_id, output.logprobs))
-                    finished = output.finish_reason is not None
-                if not finished:  # at the end the pages are given back
+            for outputs in drive(engine, [EngineRequest("0", prompt, params, MAX_TOKENS, seed=0)]):
+                tokens += [(output.token_id, output.logprobs) for output in outputs]
+                if not any(output.finish_reason for output in outputs):  # at the end the pages are given back
                     view.show(engine.stats(), len(tokens))
         return Answered(tokens, engine.stats().bytes_moved, time.perf_counter() - start, engine.info.page_bytes)
 

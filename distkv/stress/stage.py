@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from distkv import errors
 from distkv.engine.client import EngineClient
+from distkv.engine.drive import next_tokens
 from distkv.engine.engine import Engine
-from distkv.engine.protocol import EngineRequest, EngineStats, RequestFailed, TokenOutput
+from distkv.engine.protocol import EngineRequest, EngineStats, TokenOutput
 
 TIERS = ("device", "host", "disk")
 POLL_SECONDS = 0.1  # between questions to an engine that runs by itself
@@ -114,9 +114,7 @@ def run_stage(engine: EngineClient, request: EngineRequest, watch: Callable[[Sam
             time.sleep(POLL_SECONDS)
             latest = poll(keep=False)
             continue
-        for output in engine.step():
-            if isinstance(output, RequestFailed):
-                raise getattr(errors, output.error)(output.message)
+        for output in next_tokens(engine):
             outputs.append(output)
             times.append(time.perf_counter() - start)
             latest = poll(keep=True)
