@@ -9,11 +9,11 @@ run for one token too many, which is dropped.
 import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor as Thread
-from itertools import chain
 
 from distkv.engine.fault_search import FaultSearch
 from distkv.engine.fork_copies import ForkCopies
 from distkv.engine.observer import StepObserver
+from distkv.engine.preparation import Preparation
 from distkv.engine.protocol import EngineInfo, EngineRequest, EngineStats, RequestFailed, StepOutput, TokenOutput
 from distkv.engine.repairs import Repairs
 from distkv.engine.scheduler import Scheduler
@@ -56,13 +56,13 @@ class Engine:
         self._runner = StepRunner(info, executor, self._cache, thread)
         self._repairs = Repairs(self._cache, self._runner, info.page_size)
         self._copies = ForkCopies(self._cache)
+        self._preparation = Preparation(self._scheduler, self._copies, self._runner)
         self._faults = FaultSearch()
         self._running: Step | None = None  # the ranks have it
         self._unread: Step | None = None  # completed, but for its tokens
         self._outputs: list[StepOutput] = []  # to be returned by `step`
         self._failure: Exception | None = None  # of the device; nothing goes on after it
         self._is_drained = True  # nothing moves and nothing is to be saved
-        self._peak_pages = 0
 
     def step(self) -> list[StepOutput]:
         """Goes on by a step; returns tokens that were sampled, if any have come, and the requests that cannot go on.
@@ -144,7 +144,7 @@ class Engine:
         """The state between two steps."""
         return EngineStats(
             pages_in_use=self._cache.num_pages,
-            peak_pages_in_use=self._peak_pages,
+            peak_pages_in_use=self._preparation.peak_pages,
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting),
             num_parked=sum(sequence.is_parked for sequence in self._scheduler.running),
@@ -180,15 +180,14 @@ class Engine:
         return self._scheduler.schedule(held, self._faults.next())
 
     def _prepare(self, scheduled: Scheduled) -> Step | None:
-        """Makes room for a step, gives its tokens their pages, and has the cache move pages ahead of need. None when
-        nothing is scheduled, when the running step must end first, when a page was lost, or when there is no room."""
-        forks = sum(one.num_fork_pages(count) for one, count in scheduled if one.is_prefilling)
+        """The next step, unless nothing is scheduled or it cannot be prepared now, see `Preparation`."""
         step = None
-        if scheduled and self._make_step_room(forks + sum(one.table.missing(count) for one, count in scheduled)):
-            step = Step(scheduled, self._running or self._unread, self._cache, self._copies, self._runner)
-            self._move_pages(promotes=not forks)
-            step.fix_pages()
-            self._scheduler.cold_budget.note_relocated(len(step.relocated))
+        try:
+            if scheduled:
+                step = self._preparation.prepare(scheduled, self._running, self._unread)
+        except CapacityError as error:
+            if self._running is None:  # the disk took less than it was to take
+                self._fail(self._scheduler.running[-1].request, error)
         self._observer.prepared(step)
         return step
 
@@ -244,37 +243,6 @@ class Engine:
         for sequence, tokens in answers:
             self._extend(sequence, tokens)
 
-    # --- room ---
-
-    def _make_step_room(self, num_pages: int) -> bool:
-        """Frees the device pages of a step; False when it cannot be prepared now."""
-        try:
-            return self._make_room(num_pages) and not self._cache.lost
-        except CapacityError as error:
-            if self._running is None:  # the disk took less than it was to take
-                self._fail(self._scheduler.running[-1].request, error)
-            return False
-
-    def _make_room(self, num_pages: int) -> bool:
-        """Frees device pages, waiting for transfers unless a step is running; then False says that they must end first.
-        Raises CapacityError when there is no room for what the pages hold."""
-        while not self._cache.reserve(num_pages):
-            if self._running is not None:
-                return False
-            self._runner.wait_for(self._cache.awaited)
-        return True
-
-    def _move_pages(self, promotes: bool) -> None:
-        """Has the cache spill, save and fetch pages ahead of need. `promotes` lets free device pages be filled, which
-        forks would need."""
-        self._cache.balance()
-        if promotes and self._cache.may_promote and self._scheduler.cold_budget.is_steady:
-            running = (one for one in self._scheduler.running if not one.is_parked)
-            self._cache.promote(chain.from_iterable(one.by_importance() for one in running))
-        if promotes and self._scheduler.waiting:
-            self._cache.promote(self._scheduler.expected_pages())
-        self._peak_pages = max(self._peak_pages, self._cache.num_pages)
-
     # --- what cannot go on, and what goes on without a step ---
 
     def _blame(self, step: Step, error: Exception) -> None:
@@ -300,7 +268,7 @@ class Engine:
     def _repair(self) -> None:
         """Computes a lost page again."""
         try:
-            self._make_room(1)
+            self._preparation.make_room(1, waits=True)
         except CapacityError as error:
             self._fail(self._scheduler.running[-1].request, error)
             return

@@ -1,0 +1,58 @@
+"""Makes the next step, mostly while the one before runs."""
+
+from itertools import chain
+
+from distkv.engine.fork_copies import ForkCopies
+from distkv.engine.scheduler import Scheduler
+from distkv.engine.sequence import Scheduled
+from distkv.engine.step import Step
+from distkv.engine.step_runner import StepRunner
+
+
+class Preparation:
+    """Frees device pages for a step, gives its tokens theirs, and has the cache move pages ahead of need."""
+
+    def __init__(self, scheduler: Scheduler, copies: ForkCopies, runner: StepRunner):
+        self.peak_pages = 0  # that sequences have held at a time
+        self._scheduler, self._copies, self._runner = scheduler, copies, runner
+        self._cache = scheduler.cache
+
+    def prepare(self, scheduled: Scheduled, running: Step | None, unread: Step | None) -> Step | None:
+        """A step that may be started, unless the running one must end first or a page was lost; then None.
+
+        Raises CapacityError when there is no room for what the pages hold.
+
+        Args:
+            running: the step that the ranks have; without one, transfers that stand in the way are waited for.
+            unread: the step before it, while its tokens are not read.
+        """
+        forks = sum(one.num_fork_pages(count) for one, count in scheduled if one.is_prefilling)
+        needed = forks + sum(one.table.missing(count) for one, count in scheduled)
+        if not self.make_room(needed, waits=running is None) or self._cache.lost:
+            return None
+        step = Step(scheduled, running or unread, self._cache, self._copies, self._runner)
+        self._move_pages(promotes=not forks)
+        step.fix_pages()
+        self._scheduler.cold_budget.note_relocated(len(step.relocated))
+        return step
+
+    def make_room(self, num_pages: int, waits: bool) -> bool:
+        """Frees device pages. False when transfers must end first and it does not wait for them. Raises CapacityError
+        when there is no room for what the pages hold."""
+        while not self._cache.reserve(num_pages):
+            if not waits:
+                return False
+            self._runner.wait_for(self._cache.awaited)
+        return True
+
+    def _move_pages(self, promotes: bool) -> None:
+        """Has the cache spill, save and fetch pages ahead of need. `promotes` lets free device pages be filled, which
+        forks would need."""
+        scheduler, cache = self._scheduler, self._cache
+        cache.balance()
+        if promotes and cache.may_promote and scheduler.cold_budget.is_steady:
+            running = (one for one in scheduler.running if not one.is_parked)
+            cache.promote(chain.from_iterable(one.by_importance() for one in running))
+        if promotes and scheduler.waiting:
+            cache.promote(scheduler.expected_pages())
+        self.peak_pages = max(self.peak_pages, cache.num_pages)
