@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from distkv.errors import ConfigError
+from distkv.option_help import explained
 from distkv.storage.paging import NUM_BUFFERS, PREFILL_SPLIT, check_page_size
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -13,7 +14,10 @@ UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 class EngineOptions(TypedDict, total=False):
-    """The fields of `EngineConfig` but the model, as keyword arguments of `LLM` and `AsyncLLM`."""
+    """The fields of `EngineConfig` but the model, as keyword arguments of `LLM` and `AsyncLLM`.
+
+    Names and types stand here once more, since a type checker cannot derive them; `tests/test_async.py` compares.
+    """
 
     tensor_parallel_size: int
     dtype: str
@@ -37,63 +41,105 @@ class EngineOptions(TypedDict, total=False):
     num_threads: int | None
 
 
+@explained
 @dataclass(frozen=True)
 class EngineConfig:
-    """Options of an engine; raises ConfigError when one is out of range.
-
-    Attributes:
-        model: path of a Hugging Face model folder.
-        tensor_parallel_size: ranks that share the model. 1 runs in this process, more run as Ray actors.
-        dtype: of weights, activations and KV: "auto" (the checkpoint's), "float32", "float16" or "bfloat16".
-        max_model_len: most tokens of prompt and answer together; None takes the model's limit.
-        max_num_seqs: most answers that run at a time.
-        max_num_batched_tokens: most tokens of one step; longer prompts are read in chunks of this size.
-        page_size: tokens of a KV page, a power of two >= 16.
-        seed: of dummy weights, and of the requests that bring none of their own.
-        ray_address: cluster to run on: "host:port", "auto" for the one on this machine, or "local" to start one. None
-            with more than one rank takes RAY_ADDRESS, a cluster on this machine, or starts one, in this order.
-        device: "auto" (CUDA where there is any), "cuda" or "cpu".
-        device_kv_bytes: KV pages on the devices, all ranks together, as a number of bytes or a text such as "4GiB".
-            None takes what gpu_memory_utilization leaves, or a quarter of the free memory on a CPU.
-        host_kv_bytes: KV pages in CPU memory below the device, all ranks together; 0 for none. None takes a quarter of
-            the free memory, or nothing where the device holds all that max_num_seqs answers can need.
-        cache_dir: folder for KV pages on disk, a sub-folder for each model; None for none.
-        disk_kv_bytes: KV pages on disk, all ranks together; None takes half of what is free in cache_dir.
-        staging_pages: pages of the ring through which cold pages pass on their way to attention (one layer of each is
-            held); None takes the least, which is four pieces of 2048 tokens (a CPU needs two of them).
-        enable_prefix_caching: keep the full pages of ended requests, in whatever tier they lie, for later ones that
-            begin with the same tokens; with cache_dir also for later processes.
-        disk_write_policy: when full pages that later requests may use are written to disk: "write_through" as soon as
-            they are full, or "idle" when no request holds them any more.
-        max_cold_bytes_per_step: most bytes of cold pages that a step streams, all ranks together; sequences beyond it
-            wait for their turn, and one always runs. None takes what the slowest tier in use brings in about a second.
-        gpu_memory_utilization: share of a GPU's memory for weights, workspace and KV together.
-        load_format: "auto" reads the folder's safetensors; "dummy" makes seeded random weights for its config.json.
-        num_threads: torch threads of each CPU rank; None leaves torch's default in this process and shares the cores
-            out among Ray actors.
-    """
+    """Options of an engine; raises ConfigError when one is out of range."""
 
     model: str | Path
+    """Folder of a Hugging Face model."""
     tensor_parallel_size: int = 1
+    """Ranks that share the model; more than one run as Ray actors.
+
+    A single one runs in this process.
+    """
     dtype: str = "auto"
+    """auto (the checkpoint's), float32, float16 or bfloat16.
+
+    It is the type of weights, activations and KV.
+    """
     max_model_len: int | None = None
+    """Most tokens of prompt and answer together.
+
+    None takes the model's limit.
+    """
     max_num_seqs: int = 64
+    """Most answers that run at a time."""
     max_num_batched_tokens: int = 2048
+    """Most tokens of a step.
+
+    Longer prompts are read in chunks of this size.
+    """
     page_size: int = 256
+    """Tokens of a KV page, a power of two from 16 on."""
     seed: int = 0
+    """Seed of dummy weights, and of the requests that bring none of their own."""
     ray_address: str | None = None
+    """Ray cluster to run on: host:port, auto or local.
+
+    auto is the one on this machine, and local starts one. None with more than one rank takes RAY_ADDRESS, a cluster on
+    this machine, or starts one, in this order.
+    """
     device: str = "auto"
+    """auto (CUDA where there is any), cuda or cpu."""
     device_kv_bytes: int | str | None = None
+    """KV memory on the devices, such as 4GiB.
+
+    It counts all ranks together, as a number of bytes or a text. None takes what gpu_memory_utilization leaves, or a
+    quarter of the free memory on a CPU.
+    """
     host_kv_bytes: int | str | None = None
+    """KV memory of the CPU below the devices; 0 for none.
+
+    It counts all ranks together. None takes a quarter of the free memory, or nothing where the device holds all that
+    max_num_seqs answers can need.
+    """
     disk_kv_bytes: int | str | None = None
+    """KV memory on disk, such as 100GiB.
+
+    It needs cache_dir, and counts all ranks together. None takes half of what is free there.
+    """
     cache_dir: str | Path | None = None
+    """Folder for KV pages on disk.
+
+    It has a sub-folder for each model. None is for no pages on disk.
+    """
     staging_pages: int | None = None
+    """Pages of the ring that cold pages pass through.
+
+    They do so on their way to attention, and one layer of each is held. None takes the least, which is four pieces of
+    2048 tokens (a CPU needs two of them).
+    """
     enable_prefix_caching: bool = True
+    """Keep full KV pages for later prompts that begin alike.
+
+    Pages of ended requests stay, in whatever tier they lie, for later requests that begin with the same tokens; with
+    cache_dir also for later processes.
+    """
     disk_write_policy: str = "write_through"
+    """When full pages go to disk: write_through (at once) or idle.
+
+    write_through writes pages that later requests may use as soon as they are full, idle when no request holds them any
+    more.
+    """
     max_cold_bytes_per_step: int | str | None = None
+    """Most bytes of cold pages that a step streams.
+
+    It counts all ranks together. Sequences beyond it wait for their turn, and one always runs. None takes what the
+    slowest tier in use brings in about a second.
+    """
     gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory for weights, workspace and KV."""
     load_format: str = "auto"
+    """auto, or dummy for random weights.
+
+    auto reads the folder's safetensors; dummy makes seeded weights for its config.json.
+    """
     num_threads: int | None = None
+    """Torch threads of each CPU rank.
+
+    None leaves torch's default in this process and shares the cores out among Ray actors.
+    """
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens", "page_size"):

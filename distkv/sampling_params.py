@@ -1,4 +1,4 @@
-"""How a request's tokens are drawn and when it ends. Names and defaults are vLLM's."""
+"""How a request's tokens are sampled and when it ends. Names and defaults are vLLM's."""
 
 import math
 from typing import Any
@@ -6,42 +6,56 @@ from typing import Any
 import msgspec
 
 from distkv.errors import RequestError
+from distkv.option_help import explained
 
 MAX_LOGPROBS = 100
 
 
+@explained
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """Sampling parameters of one request. Raises RequestError when a value is out of range.
-
-    Attributes:
-        n: answers to draw; they share the prompt's pages.
-        temperature: 0 is greedy decoding.
-        top_p, top_k, min_p: truncation of the distribution; 1, 0 (or -1) and 0 switch them off.
-        repetition_penalty: above 1 discourages tokens of the prompt and the answer.
-        presence_penalty, frequency_penalty: above 0 discourage tokens of the answer, once or per occurrence.
-        max_tokens: None means up to the model's limit.
-        stop: strings that end the answer, wherever the token borders lie; they are not part of the text.
-        stop_token_ids: tokens that end the answer, beside the model's own unless ignore_eos; not part of the text.
-        ignore_eos: go on past the model's own end token.
-        seed: fixes the draws, so that the answer repeats whatever else runs, as far as rounding in the logits lets it;
-            None takes one from the engine's seed and the order of requests.
-        logprobs: return this many of the likeliest tokens at each place beside the one drawn; None returns none.
-    """
+    """Sampling parameters of one request. Raises RequestError when a value is out of range."""
 
     n: int = 1
+    """Answers to sample; they share the prompt's pages."""
     temperature: float = 1.0
+    """Divisor of the logits; 0 is greedy decoding."""
     top_p: float = 1.0
+    """Keep the likeliest tokens of this mass; 1 keeps all."""
     top_k: int = 0
+    """Keep this many of the likeliest tokens; 0 keeps all.
+
+    So does -1.
+    """
     min_p: float = 0.0
+    """Keep tokens of at least this share of the likeliest one's probability; 0 keeps all."""
     repetition_penalty: float = 1.0
+    """Above 1 discourages tokens of the prompt and the answer."""
     presence_penalty: float = 0.0
+    """Above 0 discourages tokens of the answer, however often they occur."""
     frequency_penalty: float = 0.0
+    """Above 0 discourages tokens of the answer, once per occurrence."""
     max_tokens: int | None = 16
+    """Most tokens of an answer.
+
+    None means up to the model's limit.
+    """
     stop: str | list[str] | None = None
+    """Text that ends the answer; there may be several.
+
+    It is not part of the answer, and is found wherever the token borders lie.
+    """
     stop_token_ids: list[int] | None = None
+    """Tokens that end the answer, beside the model's own unless ignore_eos; not part of the text."""
     ignore_eos: bool = False
+    """Go on past the model's own end token."""
     seed: int | None = None
+    """Makes the answer reproducible.
+
+    It repeats whatever else runs, as far as rounding in the logits lets it. None takes a seed from the engine's and the
+    order of requests.
+    """
     logprobs: int | None = None
+    """How many of the likeliest tokens to return at each place beside the sampled one; None returns none."""
 
     def __post_init__(self) -> None:
         _check_int("n", self.n, 1)

@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("distkv", "workers", "storage", "kernels")
 """An arrow may only point to the right."""
 ROOMS = (
-    "commands", "bench", "demo", "stress", "async_llm", "llm", "frontend", "launch", "engine", "models", "reporting",
-    "outputs", "config", "sampling_params", "errors",
+    "commands", "bench", "demo", "stress", "async_llm", "llm", "frontend", "launch", "engine", "models",
+    "cache_folders", "reporting", "outputs", "config", "sampling_params", "option_help", "errors",
 )  # fmt: skip
 """Folders and modules of `distkv`, in the same order."""
 WITHOUT_TENSOR = ("distkv.engine", "distkv.storage.ledger")

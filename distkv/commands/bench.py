@@ -1,61 +1,67 @@
-"""The commands `distkv bench ...`. Heavy imports wait until a command needs them, as in `cli.py`."""
+"""The commands `distkv bench ...`. Heavy imports wait until a command needs them, as in `main.py`."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from distkv.commands.options import Dtype, Model, NumThreads, PageSize, model_folder
+from distkv.commands.options import JsonFile, Model, engine, model_folder, spread
+from distkv.config import EngineOptions
 
 bench = typer.Typer(help="Measure on this machine.")
 
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")]
-
 
 @bench.command("decode")
+@spread
 def bench_decode(
+    *,
     model: Model = "smollm2",
     peer: Annotated[str | None, typer.Option(help="Engine to compare with, in turns: hf (transformers).")] = None,
     context: Annotated[list[int] | None, typer.Option(help="Context in tokens; may be given again.")] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode at each context.", min=1)] = 32,
     repeats: Annotated[int, typer.Option(help="Turns of each engine; the median counts.", min=1)] = 3,
-    dtype: Dtype = "bfloat16",
-    num_threads: NumThreads = None,
+    options: Annotated[EngineOptions, engine("dtype", "num_threads", dtype="bfloat16")],
     json_file: JsonFile = None,
 ) -> None:
     """Prefill tokens/s and decode ms/token of one request at several contexts."""
     from distkv.bench.decode import run
 
-    run(model_folder(model), peer, context or [128, 1024, 4096], new_tokens, repeats, dtype, num_threads, json_file)
+    run(
+        model_folder(model), peer, context or [128, 1024, 4096], new_tokens, repeats, options["dtype"],
+        options["num_threads"], json_file,
+    )  # fmt: skip
 
 
 @bench.command("offload")
+@spread
 def bench_offload(
+    *,
     model: Model = "smollm2",
     context: Annotated[int, typer.Option(help="Context in whole pages, one short of the model's limit.")] = 4096,
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode in each turn.", min=1)] = 32,
     repeats: Annotated[int, typer.Option(help="Turns of each variant; the median of all steps counts.", min=1)] = 5,
-    dtype: Dtype = "bfloat16",
-    page_size: PageSize = 256,
-    num_threads: NumThreads = None,
+    options: Annotated[EngineOptions, engine("dtype", "page_size", "num_threads", dtype="bfloat16")],
     cache_dir: Annotated[Path | None, typer.Option(help="Folder of the disk tier; else a temporary one.")] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Decode ms/token with the context on the device, half or wholly on the host, and on disk."""
     from distkv.bench.offload import run
 
-    run(model_folder(model), context, new_tokens, repeats, dtype, page_size, num_threads, cache_dir, json_file)
+    run(
+        model_folder(model), context, new_tokens, repeats, options["dtype"], options["page_size"],
+        options["num_threads"], cache_dir, json_file,
+    )  # fmt: skip
 
 
 @bench.command("prefix")
+@spread
 def bench_prefix(
+    *,
     model: Model = "smollm2",
     prefix_tokens: Annotated[int, typer.Option(help="Tokens of the shared prefix, in whole pages.")] = 4096,
     answer_tokens: Annotated[int, typer.Option(help="Tokens of each answer, which are compared.", min=1)] = 16,
     repeats: Annotated[int, typer.Option(help="Turns, each with a question of its own; medians count.", min=1)] = 5,
-    dtype: Dtype = "bfloat16",
-    page_size: PageSize = 256,
-    num_threads: NumThreads = None,
+    options: Annotated[EngineOptions, engine("dtype", "page_size", "num_threads", dtype="bfloat16")],
     cache_dir: Annotated[Path | None, typer.Option(help="Where to make the folder of the disk tier.")] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -63,21 +69,24 @@ def bench_prefix(
     from distkv.bench.prefix import run
 
     if not run(
-        model_folder(model), prefix_tokens, answer_tokens, repeats, dtype, page_size, num_threads, cache_dir, json_file
-    ):
+        model_folder(model), prefix_tokens, answer_tokens, repeats, options["dtype"], options["page_size"],
+        options["num_threads"], cache_dir, json_file,
+    ):  # fmt: skip
         raise typer.Exit(1)
 
 
 @bench.command("serve-offline")
+@spread
 def bench_serve_offline(
+    *,
     model: Model = "smollm2",
     num_requests: Annotated[int, typer.Option(help="Requests, all submitted at once.", min=1)] = 64,
     longest_prompt: Annotated[int, typer.Option(help="Most tokens of a prompt; lengths are lognormal.")] = 1024,
     longest_answer: Annotated[int, typer.Option(help="Most tokens of an answer; lengths are uniform.")] = 64,
     seed: Annotated[int, typer.Option(help="Of the lengths.")] = 0,
     repeats: Annotated[int, typer.Option(help="Turns of each window; medians count.", min=1)] = 3,
-    page_size: PageSize = 64,  # with 256, half of these requests' KV were pages being written, which cannot be cold
-    num_threads: NumThreads = None,
+    # with pages of 256, half of these requests' KV were pages being written, which cannot be cold
+    options: Annotated[EngineOptions, engine("page_size", "num_threads", page_size=64)],
     json_file: JsonFile = None,
 ) -> None:
     """Throughput of many requests with all, half and a quarter of their KV on the device; exit code 1 when answers
@@ -88,24 +97,26 @@ def bench_serve_offline(
     from distkv.bench.serve_offline import run
 
     if not run(
-        model_folder(model), num_requests, longest_prompt, longest_answer, seed, repeats, page_size, num_threads,
-        json_file,
+        model_folder(model), num_requests, longest_prompt, longest_answer, seed, repeats, options["page_size"],
+        options["num_threads"], json_file,
     ):  # fmt: skip
         raise typer.Exit(1)
 
 
 @bench.command("scheduler")
+@spread
 def bench_scheduler(
+    *,
     num_seqs: Annotated[int, typer.Option(help="Sequences that run at a time.", min=1)] = 256,
     context: Annotated[int, typer.Option(help="Tokens of each.", min=1)] = 100_000,
     steps: Annotated[int, typer.Option(help="Steps to measure.", min=1)] = 300,
-    page_size: PageSize = 256,
+    options: Annotated[EngineOptions, engine("page_size")],
     json_file: JsonFile = None,
 ) -> None:
     """Milliseconds that a step costs the leader, with ranks that do nothing; exit code 1 when a token is missing."""
     from distkv.bench.scheduler import run
 
-    if not run(num_seqs, context, steps, page_size, json_file):
+    if not run(num_seqs, context, steps, options["page_size"], json_file):
         raise typer.Exit(1)
 
 

@@ -2,56 +2,69 @@
 
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from distkv.commands.options import EngineFlags, Model, model_folder, sampling, spread
 from distkv.errors import CapacityError, ConfigError, RequestError
-from distkv.frontend.conversation import Conversation
-from distkv.frontend.session import Session
-from distkv.llm import LLM
-from distkv.outputs import RequestOutput
 from distkv.sampling_params import SamplingParams
 
+if TYPE_CHECKING:
+    from distkv.frontend.conversation import Conversation
+    from distkv.llm import LLM
+    from distkv.outputs import RequestOutput
 
-def run(
-    model: Path,
-    options: dict[str, Any],
-    params: SamplingParams,
-    system: str | None,
-    session: str | None,
-    show_stats: bool,
+
+@spread
+def chat(
+    *,
+    model: Model = "smollm2",
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    session: Annotated[
+        str | None, typer.Option(help="Name of a conversation to go on with; kept in --cache-dir.")
+    ] = None,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Say after each answer what of its prompt was cached.")
+    ] = False,
+    params: Annotated[SamplingParams, sampling(max_tokens=1024, temperature=0.7, top_p=0.95)],
+    options: EngineFlags,
 ) -> None:
-    """Asks and answers until an empty line or the end of the input.
+    """Talk to a model; an empty line or Ctrl-D ends the conversation."""
+    from distkv.llm import LLM
 
-    Args:
-        options: of the engine.
-        system: message at the beginning; for a session that goes on, the one that it has.
-        session: name of the conversation that is to go on, now and in later processes.
-
-    Raises ConfigError for a session that cannot be kept.
-    """
-    if session is not None and options["cache_dir"] is None:
-        raise ConfigError("--session needs a folder to keep the conversation in; give it with --cache-dir")
+    folder = model_folder(model)
     first = [{"role": "system", "content": system}] if system else []
-    with nullcontext(Conversation()) if session is None else Session(options["cache_dir"], session) as conversation:
+    with _conversation(session, options["cache_dir"]) as conversation:
         conversation.check(first)
         if conversation.messages:
             _say(f"{conversation.title} goes on after {len(conversation.messages)} messages")
-        with LLM(model, **options) as llm:
+        with LLM(folder, **options) as llm:
             while question := _ask():
                 try:
-                    _answer(llm, conversation, [*first, {"role": "user", "content": question}], params, show_stats)
+                    _answer(llm, conversation, [*first, {"role": "user", "content": question}], params, stats)
                 except (RequestError, CapacityError) as error:  # it has outgrown the model or the memory
                     print(f"distkv: error: {error}", file=sys.stderr)
 
 
+def _conversation(session: str | None, cache_dir: str | Path | None) -> AbstractContextManager["Conversation"]:
+    """One that is forgotten, or the session of that name in the cache folder."""
+    from distkv.frontend.conversation import Conversation
+    from distkv.frontend.session import Session
+
+    if session is None:
+        return nullcontext(Conversation())
+    if cache_dir is None:
+        raise ConfigError("--session needs a folder to keep the conversation in; give it with --cache-dir")
+    return Session(cache_dir, session)
+
+
 def _answer(
-    llm: LLM, conversation: Conversation, new: list[dict[str, Any]], params: SamplingParams, show_stats: bool
+    llm: "LLM", conversation: "Conversation", new: list[dict[str, Any]], params: SamplingParams, show_stats: bool
 ) -> None:
-    """Prints the answer as it comes, and adds what was drawn of it to the conversation."""
+    """Prints the answer as it comes, and adds what was sampled of it to the conversation."""
     output = first_token = None
     start = time.perf_counter()
     printed = 0
@@ -71,7 +84,7 @@ def _answer(
         _say(_stats(output, first_token - start))
 
 
-def _stats(output: RequestOutput, seconds: float) -> str:
+def _stats(output: "RequestOutput", seconds: float) -> str:
     tiers = ", ".join(f"{tier} {count}" for tier, count in output.num_cached_tokens_by_tier.items() if count)
     return (
         f"{len(output.prompt_token_ids)} tokens of prompt, {output.num_cached_tokens} of them cached"

@@ -1,32 +1,87 @@
-"""Options that several commands take, each with its help, and what a model may be given as."""
+"""What commands have in common: options that come from the fields of a class, and what a model may be given as."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated
+from types import NoneType, UnionType
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
+from distkv.config import EngineConfig, EngineOptions
+from distkv.option_help import option_help
+from distkv.sampling_params import SamplingParams
+
 Model = Annotated[str, typer.Option(help="Hugging Face model folder, or smollm2, which is fetched if need be.")]
-TensorParallelSize = Annotated[int, typer.Option(help="Ranks; more than one run as Ray actors.")]
-RayAddress = Annotated[str | None, typer.Option(help="Ray cluster to run on, e.g. auto.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
-MaxModelLen = Annotated[int | None, typer.Option(help="Most tokens of prompt and answer together.")]
-PageSize = Annotated[int, typer.Option(help="Tokens of a KV page, a power of two.")]
-DeviceKvBytes = Annotated[str | None, typer.Option(help="KV memory on the devices, e.g. 4GiB.")]
-HostKvBytes = Annotated[str | None, typer.Option(help="KV memory of the host below it; 0 for none.")]
-DiskKvBytes = Annotated[str | None, typer.Option(help="KV pages on disk, with --cache-dir.")]
-CacheDir = Annotated[Path | None, typer.Option(help="Folder for KV pages on disk.")]
-PrefixCaching = Annotated[bool, typer.Option(help="Keep full KV pages for later prompts that begin alike.")]
-DiskWritePolicy = Annotated[str, typer.Option(help="When such pages go to disk: write_through (at once) or idle.")]
-MaxColdBytes = Annotated[str | None, typer.Option(help="Most bytes of cold pages that a step streams.")]
-StagingPages = Annotated[int | None, typer.Option(help="Pages of the ring that cold pages pass through.")]
-LoadFormat = Annotated[str, typer.Option(help="auto, or dummy for random weights.")]
-NumThreads = Annotated[int | None, typer.Option(help="Torch threads of a CPU rank.")]
-MaxTokens = Annotated[int, typer.Option(help="Most tokens of an answer.")]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
-TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens of this mass.")]
-TopK = Annotated[int, typer.Option(help="Keep this many of the likeliest tokens; 0 keeps all.")]
-Seed = Annotated[int | None, typer.Option(help="Makes the answer reproducible.")]
-Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given again.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")]
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Fields of a class, of which a command has an option each, with the help and, unless told otherwise, the default
+    of the field. It stands in the annotation of the parameter that takes them all; see `spread`."""
+
+    source: type
+    names: tuple[str, ...]
+    panel: str  # title above the options in --help
+    defaults: dict[str, Any]
+
+    def parameters(self) -> list[Parameter]:
+        """The fields as parameters that typer understands."""
+        given, kinds, texts = signature(self.source).parameters, get_type_hints(self.source), option_help(self.source)
+        return [
+            Parameter(
+                name,
+                Parameter.KEYWORD_ONLY,
+                default=self.defaults.get(name, given[name].default),
+                annotation=Annotated[
+                    _typed(kinds[name]),
+                    typer.Option(help=texts.get(name, "").partition("\n")[0], rich_help_panel=self.panel),
+                ],
+            )
+            for name in self.names
+        ]
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for each of the `Fields` of its parameters. A parameter annotated
+    `Annotated[Kind, Fields(...)]` gets one `Kind` that is made of them."""
+    parameters: list[Parameter] = []
+    groups: dict[str, tuple[type, Fields]] = {}
+    for parameter in signature(command).parameters.values():
+        match get_args(parameter.annotation):
+            case kind, Fields() as group:
+                groups[parameter.name] = kind, group
+                parameters += group.parameters()
+            case _:
+                parameters.append(parameter)
+
+    @wraps(command)
+    def gathered(**given: Any) -> None:
+        for name, (kind, group) in groups.items():
+            given[name] = kind(**{field: given.pop(field) for field in group.names})
+        command(**given)
+
+    gathered.__signature__ = signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]
+    return gathered
+
+
+def engine(*names: str, **defaults: Any) -> Fields:
+    """These options of the engine."""
+    return Fields(EngineConfig, names, "Engine", defaults)
+
+
+def sampling(**defaults: Any) -> Fields:
+    """The options of sampling that a reader of one answer may want."""
+    return Fields(SamplingParams, ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop"), "Sampling", defaults)
+
+
+EngineFlags = Annotated[
+    EngineOptions, engine(*(field.name for field in fields(EngineConfig) if field.name not in ("model", "seed")))
+]
+"""All options of the engine but the model, for which there is `Model`, and the seed: --seed is that of sampling."""
 
 
 def model_folder(model: str) -> Path:
@@ -34,3 +89,10 @@ def model_folder(model: str) -> Path:
     from distkv.models.fetch import MODELS, fetch_model
 
     return fetch_model(model) if model in MODELS and not Path(model).exists() else Path(model)
+
+
+def _typed(kind: Any) -> Any:
+    """The type of a field as the command line gives it: of several alternatives the last one, which a text can be."""
+    if not isinstance(kind, UnionType):
+        return kind
+    return [one for one in get_args(kind) if one is not NoneType][-1] | None

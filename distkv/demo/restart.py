@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from distkv.commands.cache import list_caches
+from distkv.cache_folders.upkeep import list_caches
 from distkv.errors import DistKVError
 from distkv.frontend.tokenizer import Tokenizer
 from distkv.llm import LLM

@@ -14,7 +14,7 @@ import msgspec
 import torch
 from rich.console import Console
 
-from distkv.config import EngineConfig
+from distkv.config import EngineConfig, EngineOptions
 from distkv.engine.client import EngineClient
 from distkv.engine.protocol import EngineInfo, EngineRequest
 from distkv.errors import CapacityError, ConfigError
@@ -54,7 +54,7 @@ class StressOptions:
     json_file: Path | None
     plot_file: Path | None
     max_num_batched_tokens: int | None
-    engine: dict[str, Any]  # further options of EngineConfig
+    engine: EngineOptions  # further ones
 
 
 def run(options: StressOptions) -> bool:
@@ -132,16 +132,16 @@ def _model_folder(options: StressOptions) -> AbstractContextManager[Path]:
 
 def _config(options: StressOptions, folder: Path, random_fill: bool) -> EngineConfig:
     step = max(RANDOM_STEP, options.engine["page_size"]) if random_fill else PREFILL_STEP
-    return EngineConfig(
-        model=folder,
-        max_model_len=options.context + options.new_tokens,
-        max_num_seqs=1,
-        max_num_batched_tokens=options.max_num_batched_tokens or step,
-        load_format="auto" if options.shape is None else "dummy",
-        seed=options.seed,
-        enable_prefix_caching=False,  # what it reads it has written itself
+    engine: EngineOptions = {
         **options.engine,
-    )
+        "max_model_len": options.context + options.new_tokens,
+        "max_num_seqs": 1,
+        "max_num_batched_tokens": options.max_num_batched_tokens or step,
+        "load_format": "auto" if options.shape is None else "dummy",
+        "seed": options.seed,
+        "enable_prefix_caching": False,  # what it reads it has written itself
+    }
+    return EngineConfig(folder, **engine)
 
 
 def _prompt(folder: Path, model: ModelConfig, options: StressOptions, random_fill: bool) -> list[int]:

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from distkv.errors import ConfigError, StoreError
-from distkv.models import fetch
+from distkv.models import fetch, gguf
 from distkv.models.fetch import default_cache_dir, fetch_model
 
 FETCH = "import sys; from distkv.models.fetch import fetch_model; fetch_model('smollm2', sys.argv[1], progress=False)"
@@ -134,7 +134,7 @@ def test_unpermute_undoes_the_order_of_llama_cpp() -> None:
     weight = torch.arange(heads * head_dim * hidden).reshape(heads * head_dim, hidden)
     permuted = weight.reshape(heads, 2, head_dim // 2, hidden).swapaxes(1, 2).reshape(weight.shape)
     assert not torch.equal(permuted, weight)
-    assert torch.equal(fetch._unpermute(permuted, heads), weight)
+    assert torch.equal(gguf.unpermute(permuted, heads), weight)
 
 
 # --- the cache ---
@@ -215,7 +215,7 @@ def test_failure_while_converting_leaves_nothing(
 
     accepted = dataclasses.replace(source, sha256=hashlib.sha256(b"GGUF").hexdigest())
     monkeypatch.setitem(fetch._SOURCES, "smollm2", accepted)
-    monkeypatch.setattr(fetch, "_convert", full_disk)
+    monkeypatch.setattr(fetch, "convert", full_disk)
     with pytest.raises(StoreError, match=r"No space left on device.*needs 500 MB.*XDG_CACHE_HOME"):
         fetch_model("smollm2", cache)
     assert left_in(cache) == []

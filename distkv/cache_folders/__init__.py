@@ -1,0 +1,1 @@
+"""Folders of KV pages on disk, looked after while no engine uses them, or beside one that does."""

@@ -1,0 +1,55 @@
+"""`distkv generate`: a prompt is continued."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from distkv.commands.options import EngineFlags, Model, model_folder, sampling, spread
+from distkv.errors import RequestError
+from distkv.sampling_params import SamplingParams
+
+
+@spread
+def generate(
+    *,
+    model: Model,
+    prompt: Annotated[str | None, typer.Option(help="The prompt; without it and --prompt-file, stdin is read.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="File with the prompt, UTF-8.")] = None,
+    params: Annotated[SamplingParams, sampling(max_tokens=256)],
+    options: EngineFlags,
+) -> None:
+    """Continue a prompt; tokens are printed as they come."""
+    text = _read_prompt(prompt, prompt_file)
+    from distkv.llm import LLM
+
+    with LLM(model_folder(model), **options) as llm:
+        for piece in _pieces(llm.stream(text, params)):
+            print(piece, end="", flush=True)
+        print()
+
+
+def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    if prompt is not None and prompt_file is not None:
+        raise RequestError("--prompt and --prompt-file were both given; give one of them")
+    if prompt is not None:
+        return prompt
+    source = "stdin" if prompt_file is None else str(prompt_file)
+    try:
+        content = sys.stdin.buffer.read() if prompt_file is None else prompt_file.read_bytes()
+        return content.decode("utf-8")
+    except OSError as error:
+        raise RequestError(f"the prompt file {source!r} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the prompt from {source!r} is not UTF-8 (byte {error.start}); convert it first") from error
+
+
+def _pieces(outputs: Iterator[Any]) -> Iterator[str]:
+    """What each output adds to the text."""
+    printed = 0
+    for output in outputs:
+        text = output.outputs[0].text
+        yield text[printed:]
+        printed = len(text)

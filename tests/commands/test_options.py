@@ -1,0 +1,127 @@
+"""Options of commands are made of the fields of classes, and reach them."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from distkv import EngineConfig, SamplingParams
+from distkv.commands.main import app
+from distkv.commands.options import engine, sampling, spread
+from distkv.config import EngineOptions
+from distkv.option_help import option_help
+
+GIVEN: dict[str, tuple[str, Any]] = {
+    "tensor_parallel_size": ("3", 3),
+    "dtype": ("float16", "float16"),
+    "max_model_len": ("100", 100),
+    "max_num_seqs": ("5", 5),
+    "max_num_batched_tokens": ("77", 77),
+    "page_size": ("32", 32),
+    "ray_address": ("local", "local"),
+    "device": ("cpu", "cpu"),
+    "device_kv_bytes": ("4MiB", 4 << 20),
+    "host_kv_bytes": ("8MiB", 8 << 20),
+    "disk_kv_bytes": ("16MiB", 16 << 20),
+    "cache_dir": ("kv", Path("kv")),
+    "staging_pages": ("999", 999),
+    "enable_prefix_caching": ("no", False),
+    "disk_write_policy": ("idle", "idle"),
+    "max_cold_bytes_per_step": ("123", 123),
+    "gpu_memory_utilization": ("0.5", 0.5),
+    "load_format": ("dummy", "dummy"),
+    "num_threads": ("2", 2),
+}
+"""What the command line is given for a field, and what the field is then."""
+
+
+class Seen:
+    """Takes the place of `LLM`: keeps the last configuration and parameters, and answers nothing."""
+
+    config: EngineConfig
+    params: SamplingParams
+    tokenizer: Any = None
+
+    def __init__(self, model: Path, **options: Any):
+        Seen.config = EngineConfig(model, **options)
+
+    def stream(self, prompt: Any, params: SamplingParams) -> list[Any]:
+        Seen.params = params
+        return []
+
+    def __enter__(self) -> "Seen":
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Runs a command up to the engine; returns the configuration."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("distkv.llm.LLM", Seen)
+    monkeypatch.setattr("distkv.frontend.conversation.Conversation.prompt", lambda *_: [])
+
+    def run(command: str, *arguments: str) -> EngineConfig:
+        more = ("--prompt", "Hello") if command == "generate" else ()
+        result = CliRunner().invoke(
+            app, [command, "--model", "folder", *more, *arguments], input="Hello\n\n", catch_exceptions=False
+        )
+        assert result.exit_code == 0, result.output
+        return Seen.config
+
+    return run
+
+
+def flag(name: str, text: str) -> list[str]:
+    if text == "no":
+        return [f"--no-{name.replace('_', '-')}"]
+    return [f"--{name.replace('_', '-')}", text]
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_every_option_of_the_engine_has_a_flag_that_reaches_it(command: str, run: Any) -> None:
+    assert run(command) == EngineConfig(Path("folder")), "the defaults are those of the fields"
+    assert GIVEN.keys() == {field.name for field in fields(EngineConfig)} - {"model", "seed"}
+    arguments = [part for name, (text, _) in GIVEN.items() for part in flag(name, text)]
+    assert run(command, *arguments) == EngineConfig(
+        Path("folder"), **{name: value for name, (_, value) in GIVEN.items()}
+    )
+
+
+def test_commands_have_defaults_of_sampling_of_their_own(run: Any) -> None:
+    run("generate")
+    assert Seen.params == SamplingParams(max_tokens=256)
+    run("chat")
+    assert Seen.params == SamplingParams(max_tokens=1024, temperature=0.7, top_p=0.95)
+    given = ("--max-tokens", "9", "--temperature", "0.1", "--top-p", "0.2", "--top-k", "3", "--seed", "4")
+    for command in ("generate", "chat"):
+        run(command, *given, "--stop", "a", "--stop", "b")
+        assert Seen.params == SamplingParams(max_tokens=9, temperature=0.1, top_p=0.2, top_k=3, seed=4, stop=["a", "b"])
+
+
+def test_a_command_gets_one_object_of_the_fields_it_names() -> None:
+    got: list[Any] = []
+    app = typer.Typer()
+
+    @app.command()
+    @spread
+    def bake(
+        *,
+        cake: str,
+        options: Annotated[EngineOptions, engine("page_size", "cache_dir", page_size=64)],
+        params: Annotated[SamplingParams, sampling(max_tokens=7)],
+        layers: int = 1,
+    ) -> None:
+        """Bake a cake."""
+        got.extend([cake, options, params, layers])
+
+    assert CliRunner().invoke(app, ["tart", "--cache-dir", "kv"]).exit_code == 0
+    assert got == ["tart", {"page_size": 64, "cache_dir": Path("kv")}, SamplingParams(max_tokens=7), 1]
+    text = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
+    assert "Bake a cake." in text and "Engine" in text and "Sampling" in text
+    assert option_help(EngineConfig)["page_size"] in text and "[default: 64]" in text
+    assert "--options" not in text and "--params" not in text and "--layers" in text
