@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis.stateful import RequestGroup, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
 
 from distkv.errors import CapacityError, ConfigError
 from distkv.storage.ledger.page_table import PageTable
@@ -97,7 +97,7 @@ class TableMachine(RuleBasedStateMachine):
     """Page tables over the device alone against plain lists of tokens; every token has a number of its own, and the
     pool is a dict of (slot, offset) -> token."""
 
-    tables = RequestGroup("tables")
+    tables = Bundle("tables")
 
     def __init__(self) -> None:
         super().__init__()
