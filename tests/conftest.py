@@ -36,8 +36,8 @@ def demo_model() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small random LLaMA in fp32: `helpers.save_llama` with its defaults."""
-    from support.helpers import save_llama
+    """A folder with a small random LLaMA in fp32: `save_llama` with its defaults."""
+    from support.checkpoints import save_llama
 
     return save_llama(tmp_path_factory.mktemp("tiny"))[0]
 

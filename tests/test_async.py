@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
-import torch
-from support.helpers import idle_engine, seeded
+from support.llms import idle_engine
+from support.prompts import random_prompts
 
 import distkv.frontend.front_end
 from distkv import LLM, AsyncLLM, CapacityError, DistKVError, EngineConfig, RequestError, SamplingParams, WorkerDied
@@ -26,10 +26,6 @@ from distkv.frontend.session import Session
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
 OPTIONS: dict[str, Any] = {"page_size": 16, "max_num_batched_tokens": 64, "max_num_seqs": 16, "device_kv_bytes": "4MiB"}
-
-
-def random_prompts(*lengths: int) -> list[list[int]]:
-    return [torch.randint(3, 128, (length,), generator=seeded(length)).tolist() for length in lengths]
 
 
 @pytest.fixture(scope="module")

@@ -118,7 +118,7 @@ def test_folders_are_symlinked_namespace_packages() -> None:
 
 
 def test_one_rank_on_a_cpu_needs_neither_ray_nor_zarr_nor_triton(tmp_path: Path) -> None:
-    from support.helpers import save_llama
+    from support.checkpoints import save_llama
 
     folder, _ = save_llama(tmp_path)
     run_python(

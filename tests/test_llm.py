@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.helpers import idle_engine, save_llama, seeded
+from support.checkpoints import save_llama
+from support.llms import idle_engine
+from support.prompts import random_prompts
 
 from distkv import LLM, CapacityError, ConfigError, DistKVError, RequestError, RequestOutput, SamplingParams
 from distkv.frontend.session import Session
@@ -15,10 +17,6 @@ from distkv.frontend.session import Session
 GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
 FORKED = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, n=2)
 LICENCE = Path(__file__).resolve().parent.parent / "LICENSE"
-
-
-def random_prompts(*lengths: int) -> list[list[int]]:
-    return [torch.randint(3, 128, (length,), generator=seeded(length)).tolist() for length in lengths]
 
 
 def tokens(outputs: list[RequestOutput]) -> list[list[int]]:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.helpers import FakeMeter, save_llama
+from support.checkpoints import save_llama
+from support.meters import FakeMeter
 from typer.testing import CliRunner, Result
 
 from distkv.bench import device, engine_rows, gpu, kernels, parts, prefix, scheduler, serve_offline

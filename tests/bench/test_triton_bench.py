@@ -12,7 +12,7 @@ from contextlib import closing
 from typing import Any
 
 import torch
-from support.helpers import FakeMeter
+from support.meters import FakeMeter
 
 from distkv.bench import kernel_memory
 from distkv.bench.device import LinkCeiling, MatmulCeiling, MemoryCeiling, Turns

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.helpers import save_llama
+from support.checkpoints import save_llama
 
 import distkv
 from distkv.commands.main import main

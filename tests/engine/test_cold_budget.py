@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from test_engine import PAGE_SIZE, engine_info
-from test_prefix_engine import GREEDY, History, caching_engine
+from support.history import GREEDY, History, caching_engine
+from support.memory import PAGE_SIZE, engine_info
 from torch import Tensor
 
 from distkv.engine.cold_budget import DOUBT_STEPS, REVIEW_STEPS, TURN_STEPS

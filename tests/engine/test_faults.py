@@ -4,9 +4,6 @@ import errno
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -18,29 +15,23 @@ import pytest
 import zarr
 import zarr.storage._local as local_store
 from crc32c import crc32c
-from support.helpers import idle_engine, save_llama, seeded
+from support.damage import damages
+from support.llms import OPTIONS, PAGE_BYTES, idle_engine, tiered, tiered_options
+from support.processes import kill, read_line, run_code, start_python
+from support.prompts import random_prompt
 
 from distkv import LLM, CapacityError, ConfigError, SamplingParams, StoreError
 from distkv.engine.repairs import MAX_REPAIRS
 from distkv.storage.disk.catalogue import Catalogue
 from distkv.storage.pools.disk_pool import DiskPool, OpenPages
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE_SIZE, PAGE_BYTES = 16, 8192  # of the tiny model in fp32
-OPTIONS: dict[str, Any] = {"page_size": PAGE_SIZE, "max_num_batched_tokens": 32, "max_num_seqs": 4}
+SMALL = (4, 6, 56)  # pages of device, host and disk
 PARAMS = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("model"), max_position_embeddings=2048)[0]
-
-
-@pytest.fixture(scope="module")
 def prompt() -> list[int]:
-    import torch
-
-    return torch.randint(3, 128, (500,), generator=seeded(2)).tolist()
+    return random_prompt(500, 2)
 
 
 @pytest.fixture(scope="module")
@@ -52,21 +43,9 @@ def expected(folder: Path, prompt: list[int]) -> list[int]:
 @pytest.fixture
 def llm(folder: Path, tmp_path: Path) -> Iterator[LLM]:
     """A device of 4 pages, a host of 6, and the disk for the rest."""
-    with tiered(folder, tmp_path / "cache") as llm:
+    with tiered(folder, SMALL, tmp_path / "cache") as llm:
         yield llm
         idle_engine(llm).integrity_check()
-
-
-def tiered(folder: Path, cache_dir: Path, disk_pages: int = 60, **options: Any) -> LLM:
-    return LLM(**tiered_options(folder, cache_dir, disk_pages, **options))
-
-
-def tiered_options(folder: Path, cache_dir: Path, disk_pages: int = 60, **options: Any) -> dict[str, Any]:
-    """As another process may be told them, which does not import this module and all that it needs."""
-    return {
-        "model": str(folder), "device_kv_bytes": 4 * PAGE_BYTES, "host_kv_bytes": 6 * PAGE_BYTES,
-        "cache_dir": str(cache_dir), "disk_kv_bytes": disk_pages * PAGE_BYTES, **OPTIONS, **options,
-    }  # fmt: skip
 
 
 def chunk_files(llm: LLM) -> list[Path]:
@@ -74,17 +53,7 @@ def chunk_files(llm: LLM) -> list[Path]:
     return sorted(Path(llm.info.cache_dir, "kv.zarr").glob("c.*"))
 
 
-def flip_a_bit(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 3] ^= 4
-    file.write_bytes(content)
-
-
-def cut_short(file: Path) -> None:
-    os.truncate(file, file.stat().st_size // 2)
-
-
-@pytest.mark.parametrize("damage", [flip_a_bit, cut_short, Path.unlink], ids=["flipped bit", "truncated", "missing"])
+@damages
 def test_damaged_pages_are_computed_again(
     llm: LLM, prompt: list[int], expected: list[int], damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -237,12 +206,13 @@ def test_a_disk_that_has_become_read_only(
 def test_an_exit_without_close_saves_the_cache(folder: Path, tmp_path: Path, prompt: list[int], policy: str) -> None:
     code = (
         "from distkv import LLM, SamplingParams\n"
-        f"llm = LLM(**{tiered_options(folder, tmp_path, disk_write_policy=policy)})\n"
+        f"llm = LLM({str(folder)!r}, **{tiered_options(SMALL, tmp_path, disk_write_policy=policy)})\n"
         f"llm.generate([{prompt[:200]}], {PARAMS}, use_tqdm=False)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = run_code(code)
+    assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    with tiered(folder, tmp_path) as llm:
+    with tiered(folder, SMALL, tmp_path) as llm:
         output = llm.generate([prompt[:200]], PARAMS, use_tqdm=False)[0]
         assert output.num_cached_tokens_by_tier == {"device": 0, "host": 0, "disk": 192}
 
@@ -255,7 +225,7 @@ def test_too_long_a_request_is_refused_with_the_sizes_of_the_tiers(llm: LLM) -> 
 def test_a_folder_in_use_is_refused(llm: LLM, folder: Path) -> None:
     assert llm.info.cache_dir is not None
     with pytest.raises(ConfigError, match=f"in use by process {os.getpid()} on .*name another folder"):
-        tiered(folder, Path(llm.info.cache_dir).parent)
+        tiered(folder, SMALL, Path(llm.info.cache_dir).parent)
 
 
 @pytest.mark.parametrize("rounds", [5, pytest.param(50, marks=pytest.mark.slow)])
@@ -267,7 +237,7 @@ def test_kills_at_any_moment(folder: Path, tmp_path: Path, prompt: list[int], ex
     code = (
         "import json, random, sys\n"
         "from distkv import LLM, SamplingParams\n"
-        "llm = LLM(**json.loads(sys.argv[1]))\n"
+        f"llm = LLM({str(folder)!r}, **json.loads(sys.argv[1]))\n"
         "print('ready', flush=True)\n"
         f"prompt, rng = {prompt}, random.Random(int(sys.argv[2]))\n"
         "while True:\n"
@@ -278,26 +248,20 @@ def test_kills_at_any_moment(folder: Path, tmp_path: Path, prompt: list[int], ex
     listed = []
     for number in range(rounds):
         policy = rng.choice(["write_through", "idle"])
-        options = tiered_options(folder, cache, rng.choice([40, 60]), disk_write_policy=policy)
-        arguments = [json.dumps(options), str(number)]
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+        options = tiered_options((4, 6, rng.choice([36, 56])), cache, disk_write_policy=policy)
+        process = start_python(code, json.dumps(options), number)
+        assert read_line(process) == "ready"
         if rng.random() < 0.7:
-            assert process.stdout.readline() == "answered\n"
+            assert read_line(process) == "answered"
         time.sleep(rng.random())
         assert process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        kill(process)
         [model] = cache.iterdir()
         listed.append(check_catalogue(model))
     assert listed[-1] > 10 and len(set(listed)) > 1
     stale = model / "kv.zarr" / "c.1.0.0.0.0.deadbeef.partial"
     stale.write_bytes(b"half a page")
-    with tiered(folder, cache) as llm:
+    with tiered(folder, SMALL, cache) as llm:
         assert not stale.exists()
         output = llm.generate([prompt], PARAMS, use_tqdm=False)[0]
         assert output.outputs[0].token_ids == expected

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.helpers import idle_engine, save_llama, seeded
+from support.checkpoints import save_llama
+from support.llms import idle_engine
+from support.prompts import random_prompt, random_prompts, seeded
+from support.runs import run
 from support.sample_rows import GREEDY as GREEDY_ROW
 from support.sample_rows import PLAIN
-from test_residency import run
 from torch import Tensor
 
 from distkv import LLM, SamplingParams
@@ -27,7 +29,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (4, 1)])
 def test_greedy_tokens_equal_those_of_transformers(tmp_path: Path, heads: int, kv_heads: int) -> None:
     folder, peer = save_llama(tmp_path, num_attention_heads=heads, num_key_value_heads=kv_heads)
-    prompts = [torch.randint(3, 128, (n,), generator=seeded(n)).tolist() for n in (1, 5, 70, 150)]
+    prompts = random_prompts(1, 5, 70, 150)
     with LLM(folder, device="cuda", page_size=16, max_num_batched_tokens=64, device_kv_bytes="8MiB") as llm:
         outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
     peer = peer.cuda()
@@ -51,7 +53,7 @@ def test_the_device_pool_is_sized_by_gpu_memory_utilization(tmp_path: Path) -> N
 def test_graphs_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences that come and go, through graphs of several sizes and through single launches."""
     folder, _ = save_llama(tmp_path / "model", num_attention_heads=8, num_key_value_heads=2, hidden_size=512)
-    prompts = [torch.randint(3, 128, (n,), generator=seeded(n)).tolist() for n in (20, 3, 120, 77, 1, 64)]
+    prompts = random_prompts(20, 3, 120, 77, 1, 64)
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (9, 30, 17, 60, 44, 5)]
     options = {"page_size": 16, "max_num_batched_tokens": 128, "max_num_seqs": 6, "device": "cuda", "dtype": "bfloat16"}
     graphs = run(folder, prompts, params, **options)
@@ -72,7 +74,7 @@ def test_tiers_change_no_bit_and_memory_stays_flat(
     options = {"page_size": 64, "max_num_batched_tokens": 512, "max_num_seqs": 1}
     peaks = []
     for length in (4000, 16000):
-        prompt = torch.randint(3, 128, (length,), generator=seeded(length)).tolist()
+        prompt = random_prompt(length, length)
         resident = run(folder, [prompt], pages=(length // 64 + 2, 0, 0), **options)
         gc.collect()
         torch.cuda.empty_cache()
@@ -125,7 +127,7 @@ def test_no_step_of_a_decode_waits_for_the_device(tmp_path: Path) -> None:
     """Resident sequences, with all that a row may ask for: what the step's thread does raises where it would wait. A
     failed step would show as an error of its request, or as one more step."""
     folder, _ = save_llama(tmp_path, num_attention_heads=8, num_key_value_heads=2, hidden_size=512)
-    prompts = [torch.randint(3, 128, (n,), generator=seeded(n)).tolist() for n in (1, 20, 70, 5)]
+    prompts = random_prompts(1, 20, 70, 5)
     params = [
         SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, logprobs=3),
         SamplingParams(temperature=1, seed=1, max_tokens=60, ignore_eos=True),

@@ -1,13 +1,12 @@
 """A context of 131,072 tokens in little memory: what the process and the folder really take, watched from outside."""
 
 import json
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from support.processes import read_line, start_python
+
 CONTEXT = 131_072
 MIB = 2**20
 DEVICE, HOST, DISK = 4 * MIB, 16 * MIB, 160 * MIB
@@ -54,15 +53,12 @@ def test_memory_and_disk_stay_within_their_limits(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     cache = tmp_path / "cache" / "scratch"
-    arguments = [str(value) for value in (tmp_path / "model", cache.parent, CONTEXT, DEVICE, HOST, DISK)]
-    process = subprocess.Popen(
-        [sys.executable, "-c", RUN, *arguments], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    process = start_python(RUN, tmp_path / "model", cache.parent, CONTEXT, DEVICE, HOST, DISK)
     assert process.stdin is not None and process.stdout is not None
-    assert process.stdout.readline() == "warm\n"
+    assert read_line(process) == "warm"
     before, most, largest = resident_bytes(process.pid), 0, 0
     result: list[str] = []
-    reader = threading.Thread(target=lambda: result.append(process.stdout.readline()))
+    reader = threading.Thread(target=lambda: result.append(read_line(process)))
     reader.start()
     print(file=process.stdin, flush=True)
     while reader.is_alive():

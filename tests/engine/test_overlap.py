@@ -5,108 +5,14 @@ import random
 from typing import Any
 
 import pytest
-import torch
-from test_engine import PAGE_SIZE, VOCAB, Memory, drain, engine_info, resolve_draws
-from test_prefix_engine import GREEDY, History
-from torch import Tensor
+from support.history import GREEDY
+from support.memory import EOS, PAGE_SIZE, VOCAB, Memory, drain, engine_info
+from support.speaker import answers, make, requests, run
 
 from distkv.engine.engine import Engine
-from distkv.engine.protocol import EngineInfo, EngineRequest, RequestFailed, TokenOutput
+from distkv.engine.protocol import EngineRequest, RequestFailed, TokenOutput
 from distkv.sampling_params import SamplingParams
-from distkv.storage.tier import Tier, cold_place
 from distkv.workers.group.rank_executor import RankExecutor
-from distkv.workers.group.report import Report
-from distkv.workers.group.step_plan import StepPlan
-from distkv.workers.page_directory import SequenceStep
-
-EOS = 2
-
-
-class Speaker(History):
-    """Its logits are a function of all tokens so far, so that an answer does not depend on what else runs."""
-
-    def __init__(self, info: EngineInfo, **options: Any):
-        super().__init__(info, **options)
-        self.poison: tuple[str, int] | None = None  # request and position: a step that runs the token there raises
-        self.raises_late = False  # when all that the plan asks for has been done
-        self.late_damage: set[int] = set()  # numbers of steps whose disk reads all fail
-        self.num_steps = self.num_damaged = 0
-        self._started: set[int] = set()  # transfers; one that is told again is passed over
-        self._untold = Report()  # of steps that raised
-        self._broken: list[list[int]] = []  # slots that each sequence of the step under way could not read
-
-    def execute(self, plan: StepPlan, drawn: Tensor | None) -> tuple[Tensor | None, Report]:
-        self.num_steps += bool(plan.sequences)
-        resolve_draws(plan, drawn)
-        parts = [(self.owners[part.table], part, part.start + len(part.token_ids)) for part in plan.sequences]
-        told = [owner.token_ids[: part.start] + part.token_ids for owner, part, _ in parts]
-        is_poisoned = any(
-            (owner.request.request_id, place) == self.poison
-            for owner, part, end in parts
-            for place in range(part.start, end)
-        )
-        if is_poisoned and not self.raises_late:
-            raise RuntimeError("poison")
-        plan.transfers[:] = [one for one in plan.transfers if one.id not in self._started]
-        self._started |= {one.id for one in plan.transfers}
-        self._broken = []
-        logits, report = super().execute(plan, drawn)
-        rows = [
-            -speak(tokens) if broken else speak(tokens)
-            for tokens, broken, (_, part, _) in zip(told, self._broken, parts, strict=True)
-            for _ in range(part.num_logits)
-        ]
-        report.bad_reads += [(slot, "it is damaged") for broken in self._broken for slot in broken]
-        untold, self._untold = self._untold, Report()
-        report.done[:0], report.failed[:0] = untold.done, untold.failed
-        report.checksums |= untold.checksums
-        if is_poisoned:
-            self._untold = report
-            raise RuntimeError("poison")
-        return (torch.stack(rows) if rows else torch.empty(0, VOCAB)) if logits is not None else None, report
-
-    def tokens_of(self, one: SequenceStep) -> list[int | None]:
-        cold = [cold_place(place) for place in one.pages.tolist() if place < 0]
-        on_disk = [slot for tier, slot in cold if tier is Tier.DISK]
-        self._broken.append(on_disk if self.num_steps in self.late_damage else [])
-        self.num_damaged += len(self._broken[-1])
-        return super().tokens_of(one)
-
-
-def speak(tokens: list[int]) -> Tensor:
-    return torch.randn(VOCAB, generator=torch.Generator().manual_seed(hash(tuple(tokens)) % 2**31))
-
-
-def make(**options: Any) -> tuple[Engine, Speaker]:
-    memory_options = options.pop("memory", {})
-    info = engine_info(**({"enable_prefix_caching": True, "max_model_len": 1000} | options))
-    memory = Speaker(info, **memory_options)
-    engine = Engine(info, RankExecutor(memory.execute))
-    memory.watch(engine)
-    return engine, memory
-
-
-def requests(count: int, params: SamplingParams, max_tokens: int, first: int = 0) -> list[EngineRequest]:
-    rng = random.Random(5)
-    prompts = [[rng.randrange(10, VOCAB) for _ in range(rng.randint(1, 40))] for _ in range(first + count)]
-    return [EngineRequest(str(n), prompts[n], params, max_tokens, seed=n) for n in range(first, first + count)]
-
-
-def answers(outputs: list[Any]) -> dict[tuple[str, int], list[int]]:
-    found: dict[tuple[str, int], list[int]] = {}
-    for output in outputs:
-        if isinstance(output, TokenOutput):
-            found.setdefault((output.request_id, output.index), []).append(output.token_id)
-    return found
-
-
-def run(added: list[EngineRequest], **options: Any) -> tuple[dict[tuple[str, int], list[int]], list[Any]]:
-    engine, _ = make(**options)
-    engine.add(added)
-    outputs = drain(engine)
-    engine.integrity_check()
-    return answers(outputs), outputs
-
 
 # --- one token too many ---
 

@@ -10,9 +10,12 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import idle_engine, load_rank, rank_pages, scatter, seeded, sequence_step, step_plan
-from test_engine import VOCAB, Memory, engine_info
-from test_overlap import EOS, answers, make, requests, run, speak
+from support.llms import idle_engine
+from support.memory import EOS, VOCAB, Memory, engine_info
+from support.plans import sequence_step, step_plan
+from support.prompts import random_prompts
+from support.ranks import load_rank, rank_pages, scatter
+from support.speaker import answers, make, requests, run, run_all, speak
 from torch import Tensor
 
 from distkv import LLM, DistKVError, SamplingParams
@@ -43,7 +46,7 @@ def test_references_become_tokens(drawn: list[int], data: st.DataObject) -> None
 
 def test_a_rank_runs_what_a_plan_refers_to(tiny_model: Path) -> None:
     """Bit for bit what it computes for the tokens themselves, some of which a plan may know."""
-    prompts = [torch.randint(3, 128, (length,), generator=seeded(length)).tolist() for length in (20, 5, 33)]
+    prompts = random_prompts(20, 5, 33)
     slots = scatter(7, rank_pages(load_rank(tiny_model)))
     pages = [slots[:2], slots[2:4], slots[4:]]
     logits = []
@@ -128,14 +131,6 @@ def read_by(patch: pytest.MonkeyPatch, read: Callable[[], None]) -> None:
         return LateDraws(sample(logits, rows, drawn), read)
 
     patch.setattr("distkv.workers.group.rank_executor.sample", late)
-
-
-def run_all(engine: Engine, added: list[EngineRequest]) -> tuple[dict[tuple[str, int], list[int]], list[Any]]:
-    engine.add(added)
-    outputs: list[Any] = []
-    while engine.has_work:
-        outputs += engine.step()
-    return answers(outputs), outputs
 
 
 @pytest.mark.parametrize("window", [40, 6], ids=["settled before", "settled when the step has landed"])

@@ -11,39 +11,22 @@ from typing import Any
 import pytest
 import torch
 import zarr
-from support.helpers import edit_config, idle_engine, save_llama, seeded
-from test_faults import cut_short, flip_a_bit
+from support.checkpoints import edit_config
+from support.collisions import collide
+from support.damage import damages, flip_bit
+from support.llms import PAGE_SIZE, idle_engine, tiered
+from support.prompts import random_prompt
 from torch import Tensor
 
 from distkv import LLM, SamplingParams
 from distkv.engine.protocol import TokenOutput
 from distkv.outputs import RequestOutput
 from distkv.storage.disk.catalogue import Catalogue
-from distkv.storage.ledger import prefix_index
 from distkv.storage.ledger.prefix_index import page_keys, root_key
 from distkv.workers.group.step_plan import StepPlan
 from distkv.workers.rank import Rank
 
-PAGE_SIZE, PAGE_BYTES = 16, 8192  # of the tiny model in fp32
-OPTIONS: dict[str, Any] = {"page_size": PAGE_SIZE, "max_num_batched_tokens": 32, "max_num_seqs": 4}
 PARAMS = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=5)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("model"), max_position_embeddings=2048)[0]
-
-
-def prompt_of(length: int, seed: int = 1) -> list[int]:
-    return torch.randint(3, 128, (length,), generator=seeded(seed)).tolist()
-
-
-def tiered(folder: Path, pages: tuple[int, int, int], cache_dir: Path | None = None, **options: Any) -> LLM:
-    """An LLM with so many pages on device, host and disk; the disk keeps some more for itself."""
-    sizes: dict[str, Any] = {"device_kv_bytes": pages[0] * PAGE_BYTES, "host_kv_bytes": pages[1] * PAGE_BYTES}
-    if pages[2]:
-        sizes |= {"cache_dir": cache_dir, "disk_kv_bytes": (pages[2] + 4) * PAGE_BYTES}
-    return LLM(folder, **(OPTIONS | sizes | options))
 
 
 def ask(llm: LLM, prompt: list[int], params: SamplingParams = PARAMS, salt: str | None = None) -> RequestOutput:
@@ -80,8 +63,8 @@ def listed(folder: Path) -> int:
 
 # --- where a prefix is found ---
 
-FIRST = prompt_of(170)
-SECOND = FIRST[:165] + prompt_of(30, 2)
+FIRST = random_prompt(170)
+SECOND = FIRST[:165] + random_prompt(30, 2)
 COMMON = 160 // PAGE_SIZE
 
 
@@ -103,7 +86,7 @@ def hit(
     try:
         assert tiers(ask(llm, FIRST)) == (0, 0, 0)
         if fill:
-            ask(llm, prompt_of(fill, 3))
+            ask(llm, random_prompt(fill, 3))
         if restart:
             llm.close()
             llm = tiered(folder, pages, cache_dir, **options)
@@ -162,7 +145,7 @@ def test_hits_are_equal_in_every_tier(folder: Path, tmp_path: Path, dtype: str) 
 
 def test_the_last_token_of_a_prompt_is_run(folder: Path) -> None:
     """Its logits are needed; so of a prompt that ends with a page, that page is computed again."""
-    prompt = prompt_of(64)
+    prompt = random_prompt(64)
     with tiered(folder, (60, 0, 0)) as llm:
         first = ask(llm, prompt)
         assert tiers(first) == (0, 0, 0)
@@ -176,7 +159,7 @@ def test_the_last_token_of_a_prompt_is_run(folder: Path) -> None:
 
 def test_a_follow_up_finds_the_answer_too(folder: Path, tmp_path: Path) -> None:
     """Pages that filled while decoding; the last token drawn was never run."""
-    prompt = prompt_of(50)
+    prompt = random_prompt(50)
     for cache_dir in (tmp_path / "cache", tmp_path / "other"):
         with tiered(folder, (60, 60, 60), cache_dir) as llm:
             answer = tokens(ask(llm, prompt, SamplingParams(temperature=0, max_tokens=47, ignore_eos=True)))
@@ -194,7 +177,7 @@ def test_a_follow_up_finds_the_answer_too(folder: Path, tmp_path: Path) -> None:
 def test_requests_at_the_same_time_share_what_is_known(folder: Path) -> None:
     with tiered(folder, (80, 0, 0)) as llm:
         ask(llm, FIRST)
-        prompts = [FIRST[:100] + prompt_of(20, seed) for seed in range(5, 9)]
+        prompts = [FIRST[:100] + random_prompt(20, seed) for seed in range(5, 9)]
         outputs = llm.generate(prompts, PARAMS, use_tqdm=False)
         assert [output.num_cached_tokens for output in outputs] == [96] * 4
         assert llm.stats().peak_pages_in_use <= 6 + 4 * -(-(120 - 96 + 24) // PAGE_SIZE)
@@ -210,13 +193,13 @@ def test_salts_never_meet(folder: Path, tmp_path: Path) -> None:
     salts = [None, "", "a", "b"]
     with tiered(folder, (200, 0, 0)) as llm:
         for seed, first in enumerate(salts):
-            prompt = prompt_of(70, seed)
+            prompt = random_prompt(70, seed)
             expected = tokens(ask(llm, prompt, salt=first))
             for salt in (first, *(one for one in salts if one != first)):
                 output = ask(llm, prompt, salt=salt)
                 assert sum(tiers(output)) == (4 if salt == first else 0)
                 assert tokens(output) == expected
-    prompt = prompt_of(70)
+    prompt = random_prompt(70)
     cache_dir = tmp_path / "kept"
     with tiered(folder, (60, 60, 60), cache_dir) as llm:
         ask(llm, prompt, salt="a")
@@ -231,18 +214,10 @@ def test_equal_keys_are_no_hit_where_tokens_differ(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All hashes collide: tokens are compared, in memory and with what a former process left."""
-
-    class Constant:
-        def __init__(self, content: bytes):
-            pass
-
-        def digest(self) -> bytes:
-            return bytes(32)
-
-    prompts = [prompt_of(50, seed) for seed in (1, 2, 3)]
+    prompts = [random_prompt(50, seed) for seed in (1, 2, 3)]
     with tiered(folder, (60, 0, 0), enable_prefix_caching=False) as llm:
         expected = [tokens(ask(llm, prompt)) for prompt in prompts]
-    monkeypatch.setattr(prefix_index, "sha256", Constant)
+    collide(monkeypatch)
     for _ in range(2):
         with tiered(folder, (60, 60, 60), tmp_path) as llm:
             for prompt, answer in zip(prompts, expected, strict=True):
@@ -263,7 +238,7 @@ def test_switched_off_nothing_is_kept(folder: Path, tmp_path: Path) -> None:
 def test_reset_forgets_every_tier(folder: Path, tmp_path: Path) -> None:
     with tiered(folder, (20, 20, 60), tmp_path) as llm:
         first = ask(llm, FIRST)
-        ask(llm, prompt_of(300, 5))
+        ask(llm, random_prompt(300, 5))
         assert llm.stats().idle_pages and llm.stats().disk_pages
         llm.reset_prefix_cache()
         idle_engine(llm).integrity_check()
@@ -283,7 +258,7 @@ def test_reset_leaves_a_running_request_alone(folder: Path, tmp_path: Path) -> N
         expected = tokens(ask(llm, SECOND, long_answer))
     with tiered(folder, (8, 6, 100), tmp_path) as llm:
         ask(llm, FIRST)
-        ask(llm, prompt_of(400, 6))
+        ask(llm, random_prompt(400, 6))
         stream = llm.stream(SECOND, long_answer)
         assert next(stream).num_cached_tokens == 160
         llm.reset_prefix_cache()
@@ -320,13 +295,13 @@ def test_an_abort_frees_all_at_once(folder: Path, tmp_path: Path, stage: int) ->
     """After so many steps: queued with the pages it expects on disk, while these are fetched, amid its prompt, or
     while it is answered. The other request, in whose way it stands or beside which it runs, goes on."""
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-    other = prompt_of(200, 6)
+    other = random_prompt(200, 6)
     with tiered(folder, (8, 12, 100), tmp_path, max_num_seqs=1 + stage % 2) as llm:
         ask(llm, FIRST)
         expected = tokens(ask(llm, other, params))
         engine = idle_engine(llm)
         for beside in (False, True):
-            ended = SECOND + prompt_of(60, stage)
+            ended = SECOND + random_prompt(60, stage)
             requests = [llm._request(ended, params, 0, None).request]
             if beside:
                 requests.insert(stage % 2, llm._request(other, params, 0, None).request)
@@ -353,14 +328,14 @@ def test_an_abort_frees_all_at_once(folder: Path, tmp_path: Path, stage: int) ->
 
 def test_the_least_recently_used_goes_first(folder: Path) -> None:
     """Of three prefixes in a cache for little more than two, and of each the end before its beginning."""
-    prompts = [prompt_of(85, seed) for seed in (1, 2, 3)]
+    prompts = [random_prompt(85, seed) for seed in (1, 2, 3)]
     one = SamplingParams(temperature=0, max_tokens=1)
     with tiered(folder, (14, 0, 0)) as llm:
         for prompt in (prompts[0], prompts[1], prompts[0]):
             ask(llm, prompt, one)
         ask(llm, prompts[2], one)  # takes 6 pages, 4 of which are free, and fills 5
         assert found_now(llm, prompts) == [5, 3, 5]
-        ask(llm, prompt_of(40, 4), one)
+        ask(llm, random_prompt(40, 4), one)
         assert found_now(llm, prompts) == [5, 1, 5]
 
 
@@ -373,7 +348,7 @@ def found_now(llm: LLM, prompts: list[list[int]]) -> list[int]:
 
 def test_the_last_use_outlives_the_process(folder: Path, tmp_path: Path) -> None:
     """A, B, A again, and then a disk for less than both: A is kept, and of B the beginning."""
-    first, second = prompt_of(165, 1), prompt_of(165, 2)
+    first, second = random_prompt(165, 1), random_prompt(165, 2)
     one = SamplingParams(temperature=0, max_tokens=1)
     with tiered(folder, (30, 30, 60), tmp_path) as llm:
         for prompt in (first, second):
@@ -385,10 +360,10 @@ def test_the_last_use_outlives_the_process(folder: Path, tmp_path: Path) -> None
         assert found_now(llm, [first, second]) == [10, 4]
         # a third one pushes the second out, from its end, while the first is used
         ask(llm, first, one)
-        ask(llm, prompt_of(65, 3), one)
-        assert cached(llm, prompt_of(65, 3)) == 4
+        ask(llm, random_prompt(65, 3), one)
+        assert cached(llm, random_prompt(65, 3)) == 4
     with tiered(folder, (30, 30, 14), tmp_path) as llm:
-        assert found_now(llm, [first, second, prompt_of(65, 3)]) == [10, 0, 4]
+        assert found_now(llm, [first, second, random_prompt(65, 3)]) == [10, 0, 4]
         assert listed(Path(llm.info.cache_dir or "")) == 14
 
 
@@ -397,12 +372,12 @@ def test_idle_pages_never_stand_in_the_way(folder: Path, tmp_path: Path) -> None
     pages = (6, 6, 20)
     with tiered(folder, pages, tmp_path) as llm:
         for seed in range(4):
-            ask(llm, prompt_of(200, seed), SamplingParams(temperature=0, max_tokens=1))
+            ask(llm, random_prompt(200, seed), SamplingParams(temperature=0, max_tokens=1))
         assert llm.stats().idle_pages >= 20
         largest = sum(pages) * PAGE_SIZE - 20
-        output = ask(llm, prompt_of(largest, 9), SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+        output = ask(llm, random_prompt(largest, 9), SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
         assert len(tokens(output)) == 20
-        outputs = llm.generate([prompt_of(100, seed) for seed in range(20, 28)], PARAMS, use_tqdm=False)
+        outputs = llm.generate([random_prompt(100, seed) for seed in range(20, 28)], PARAMS, use_tqdm=False)
         assert all(one.error is None and len(tokens(one)) == 24 for one in outputs)
         idle_engine(llm).integrity_check()
 
@@ -481,7 +456,7 @@ def test_when_pages_are_written(folder: Path, tmp_path: Path, policy: str, monke
     assert names[::-1] == [tuple(name) for name in wanted]
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, cut_short, Path.unlink], ids=["flipped bit", "truncated", "missing"])
+@damages
 @pytest.mark.parametrize("restart", [False, True])
 def test_an_idle_page_that_is_damaged(
     folder: Path, tmp_path: Path, damage: Callable[[Path], None], restart: bool, caplog: pytest.LogCaptureFixture
@@ -492,7 +467,7 @@ def test_an_idle_page_that_is_damaged(
     llm = tiered(folder, (8, 6, 100), tmp_path)
     try:
         ask(llm, FIRST)
-        ask(llm, prompt_of(400, 6))
+        ask(llm, random_prompt(400, 6))
         cache = Path(llm.info.cache_dir or "")
         if restart:
             llm.close()
@@ -504,7 +479,7 @@ def test_an_idle_page_that_is_damaged(
         damage(cache / "kv.zarr" / f"c.{slot}.0.0.1.0.0")
         if restart:
             llm = tiered(folder, (8, 6, 100), tmp_path)
-            is_seen = damage is not flip_a_bit
+            is_seen = damage is not flip_bit
             assert llm.stats().disk_pages == before - ((170 + 23) // PAGE_SIZE - 4 if is_seen else 0) == listed(cache)
             assert found_now(llm, [FIRST]) == [4 if is_seen else COMMON]
         for _ in range(2):

@@ -16,8 +16,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.memory import PAGE_SIZE, VOCAB, engine_info, resolve_draws
 from support.simulated_device import SimulatedDevice, Wait
-from test_engine import PAGE_SIZE, VOCAB, engine_info, resolve_draws
 from torch import Tensor
 
 from distkv.engine.engine import Engine

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.helpers import save_llama, seeded
-from test_residency import run
+from support.checkpoints import save_llama
+from support.prompts import random_prompts
+from support.runs import run
 from torch import Tensor
 
 from distkv import LLM, SamplingParams
@@ -27,7 +28,7 @@ def test_greedy_tokens_equal_those_of_transformers(tmp_path: Path, heads: int, k
     folder, peer = save_llama(
         tmp_path, num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=16 * heads, head_dim=16
     )
-    prompts = [torch.randint(3, 128, (n,), generator=seeded(n)).tolist() for n in (1, 5, 30)]
+    prompts = random_prompts(1, 5, 30)
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     with LLM(folder, page_size=16, max_num_batched_tokens=24, max_num_seqs=3, device_kv_bytes="1MiB") as llm:
         outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -41,7 +42,7 @@ def test_greedy_tokens_equal_those_of_transformers(tmp_path: Path, heads: int, k
 def test_tiers_change_no_bit(tmp_path: Path) -> None:
     """Decodes and chunks of prompts of several sequences, with a window of a few pages, the rest on host and disk."""
     folder, _ = save_llama(tmp_path / "model", num_hidden_layers=1, head_dim=16, max_position_embeddings=1024)
-    prompts = [torch.randint(3, 128, (n,), generator=seeded(n)).tolist() for n in (180, 40, 12)]
+    prompts = random_prompts(180, 40, 12)
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (4, 6, 3)]
     options = {"page_size": 16, "max_num_batched_tokens": 64, "max_num_seqs": 3}
     resident = run(folder, prompts, params, **options)
@@ -53,7 +54,7 @@ def test_tiers_change_no_bit(tmp_path: Path) -> None:
 def test_graphs_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps through the inputs of captured graphs, which a CPU can only launch again, and with a ladder of sizes."""
     folder, _ = save_llama(tmp_path / "model", num_hidden_layers=1, head_dim=16)
-    prompts = [torch.randint(3, 128, (n,), generator=seeded(n)).tolist() for n in (20, 3, 12)]
+    prompts = random_prompts(20, 3, 12)
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (3, 8, 5)]
     options = {"page_size": 16, "max_num_batched_tokens": 32, "max_num_seqs": 3}
     eager = run(folder, prompts, params, **options)

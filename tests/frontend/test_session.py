@@ -4,18 +4,17 @@ import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
+from support.processes import run_code
 
 from distkv.errors import ConfigError, DistKVError, RequestError, StoreError
 from distkv.frontend.session import Session
 from distkv.frontend.tokenizer import Message, Tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 SYSTEM = {"role": "system", "content": "Be brief."}
 QUESTIONS = [
     {"role": "user", "content": text} for text in ("What is the capital of France?", "And of Peru?", "Thanks!")
@@ -245,7 +244,7 @@ def test_one_holder_at_a_time(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with Session(tmp_path, "trip") as session, Session(tmp_path, "other"):
         with pytest.raises(ConfigError, match=f"^session trip is open in process {os.getpid()} on .*; end that, or"):
             Session(tmp_path, "trip")
-        result = run_python(f"Session({str(tmp_path)!r}, 'trip')")
+        result = run_session(f"Session({str(tmp_path)!r}, 'trip')")
         assert "session trip is open in process" in result.stderr
         answered(session, tokenizer, QUESTIONS[0], "Paris.", [1])
         session.prompt(tokenizer, QUESTIONS[1:2])
@@ -256,16 +255,15 @@ def test_one_holder_at_a_time(tokenizer: Tokenizer, tmp_path: Path) -> None:
         assert len(again.messages) == 2
 
 
-def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "import os; from distkv.frontend.session import Session\n" + code]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+def run_session(code: str) -> CompletedProcess[str]:
+    return run_code("import os; from distkv.frontend.session import Session\n" + code)
 
 
 def test_a_kill_before_the_rename_leaves_the_old_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with Session(tmp_path, "trip") as session:
         answered(session, tokenizer, QUESTIONS[0], "Paris.", [1])
         kept = session.messages
-    killed = run_python(
+    killed = run_session(
         "class Fake:\n"
         f"    fingerprint = {tokenizer.fingerprint!r}\n"
         "    encode_chat = staticmethod(len)\n"

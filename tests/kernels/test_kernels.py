@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import read_prefix, relative_error, seeded
+from support.measures import TOLERANCE, relative_error
+from support.prompts import seeded
 from torch import Tensor
 
 from distkv.kernels import reference
@@ -18,9 +19,8 @@ from distkv.kernels.norm import rms_norm
 from distkv.kernels.rope import rope_and_write_kv, rotate
 from distkv.kernels.token_kernels import TokenKernels, token_kernels
 from distkv.storage.paging import PREFILL_SPLIT
+from distkv.workers.attention.cpu import prefix_pieces
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-"""Largest relative error in the Euclidean norm."""
 ONE_ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 dtypes = st.sampled_from(list(TOLERANCE))
@@ -31,6 +31,12 @@ page_sizes = st.sampled_from([16, 32, 64, 128, 256, 512])
 
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert relative_error(actual, expected) < TOLERANCE[dtype]
+
+
+def read_prefix(pool: Tensor, pages: np.ndarray, prefix_len: int) -> list[tuple[Tensor, Tensor]]:
+    """The pieces of a prefix that lies in resident pages of `pool` `[2, pages, kv_head, page_size, head_dim]`."""
+    pieces = prefix_pieces(pages, prefix_len, pool.shape[3])
+    return [piece.gather(pool, None) for piece in pieces]
 
 
 def assert_same(actual: State, expected: State) -> None:

@@ -15,7 +15,8 @@ if sys.platform != "linux":
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import relative_error, seeded
+from support.measures import relative_error
+from support.prompts import seeded
 from torch import Tensor
 
 from distkv.kernels import reference

@@ -3,8 +3,6 @@
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -16,16 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-import torch
 import zarr
 from support import ray_cluster
-from support.helpers import save_llama, seeded
+from support.checkpoints import save_llama
+from support.processes import ROOT, kill, read_line, start_python
+from support.prompts import random_prompt, random_prompts
 from support.ray_cluster import Cluster, await_no_ranks, rank_processes
 
 from distkv import LLM, AsyncLLM, CapacityError, ConfigError, DistKVError, SamplingParams, WorkerDied
 from distkv.storage.disk.catalogue import Catalogue
 
-ROOT = Path(__file__).resolve().parents[2]
 GREEDY = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
 NUM_CPUS = 4
 UNEVEN = {"tie_word_embeddings": True, "vocab_size": 130, "intermediate_size": 113}
@@ -79,7 +77,7 @@ def test_ranks_change_nothing(
     folder, _ = save_llama(
         tmp_path, num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=16 * heads, **options
     )
-    prompts = [torch.randint(3, 128, (n,), generator=seeded(n)).tolist() for n in (1, 20, 70)]
+    prompts = random_prompts(1, 20, 70)
     # penalties count tokens that rank 0 has drawn and nobody has read yet, and all ranks run them
     penalised = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True, repetition_penalty=1.3, logprobs=1)
     params = [GREEDY, SamplingParams(temperature=1, seed=4, n=2, max_tokens=20, logprobs=2), penalised]
@@ -173,7 +171,7 @@ def test_tiers_change_nothing_for_several_ranks(cluster: Cluster, tmp_path: Path
     """Bit for bit against the same ranks with everything resident; 3 KV heads on 2 ranks are 2 + 1, and 2 of them on 3
     ranks are one that two ranks hold, and another."""
     folder = save_with_heads(tmp_path, kv_heads)
-    prompts = [torch.randint(3, 20, (n,), generator=seeded(n)).tolist() for n in (300, 40)]
+    prompts = [random_prompt(length, length, end=20) for length in (300, 40)]
     # the log-probabilities of the whole vocabulary stand for the logits, which do not leave the cluster
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=20)
     options = {"page_size": 16, "max_num_batched_tokens": 64, "max_num_seqs": 2, "tensor_parallel_size": size}
@@ -229,7 +227,7 @@ def test_pages_are_found_by_any_number_of_ranks(cluster: Cluster, tmp_path: Path
                 assert hit.outputs[0].token_ids == own.outputs[0].token_ids
                 for mine, other in zip(hit.outputs[0].logprobs or [], own.outputs[0].logprobs or [], strict=True):
                     assert all(mine[token].logprob == pytest.approx(other[token].logprob, abs=1e-4) for token in mine)
-            prompt = torch.randint(3, 20, (97,), generator=seeded(10 * size + len(known))).tolist()
+            prompt = random_prompt(97, 10 * size + len(known), end=20)
             [output] = llm.generate([prompt], params, use_tqdm=False)
             assert output.num_cached_tokens == 0
             known.setdefault(size, prompt + output.outputs[0].token_ids)
@@ -257,13 +255,10 @@ def test_a_killed_owner_takes_its_ranks_along(cluster: Cluster, tiny: Path) -> N
         "for _ in llm.stream([5], SamplingParams(max_tokens=None, ignore_eos=True)): print('token', flush=True)\n"
         "sys.stdin.read()"
     )
-    owner = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert owner.stdout is not None and owner.stdout.readline() == "token\n"
+    owner = start_python(code)
+    assert read_line(owner) == "token"
     assert rank_processes()
-    owner.kill()
-    owner.communicate()
+    kill(owner)
     check_nothing_is_left(cluster)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from support.processes import run_code
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from distkv.errors import ConfigError, StoreError
@@ -145,9 +146,8 @@ def test_second_call_imports_nothing_heavy(demo_model: Path) -> None:
         "import sys; from distkv.models.fetch import fetch_model; print(fetch_model('smollm2', sys.argv[1]))\n"
         "assert not {'gguf', 'torch', 'numpy', 'rich', 'transformers'} & sys.modules.keys()"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(demo_model.parent)], capture_output=True, text=True, check=True
-    )
+    done = run_code(script, demo_model.parent)
+    assert done.returncode == 0, done.stderr
     assert (done.stdout.strip(), done.stderr) == (str(demo_model), "")
 
 

@@ -17,8 +17,11 @@ import torch
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import edit_config, load_rank, save_llama
-from test_pools import bits, flip_bit, random_page, same
+from support.checkpoints import edit_config, save_llama
+from support.damage import flip_bit
+from support.llms import PAGE_BYTES, tiered_options
+from support.pages import bits, random_page, same
+from support.ranks import load_rank
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -603,14 +606,9 @@ def test_what_a_fingerprint_is_of() -> None:
 
 # --- engines ---
 
-PAGE_BYTES = 8192  # of the tiny model in fp32, 16 tokens
-
 
 def options(cache_dir: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "page_size": 16, "max_num_batched_tokens": 32, "max_num_seqs": 2, "device_kv_bytes": 4 * PAGE_BYTES,
-        "host_kv_bytes": 6 * PAGE_BYTES, "disk_kv_bytes": 40 * PAGE_BYTES, "cache_dir": cache_dir,
-    } | changes  # fmt: skip
+    return tiered_options((4, 6, 36), cache_dir, max_num_seqs=2, **changes)
 
 
 def test_the_folder_is_named_after_the_fingerprint(tiny_model: Path, tmp_path: Path) -> None:

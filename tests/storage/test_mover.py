@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from crc32c import crc32c
-from test_pools import SPEC, bits, load, partial_files, random_page, same
+from support.disks import partial_files
+from support.pages import SPEC, bits, load, random_page, same
 from torch import Tensor
 
 from distkv.errors import StoreError

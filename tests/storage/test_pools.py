@@ -7,7 +7,6 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,11 +18,15 @@ import pytest
 import torch
 import zarr
 from crc32c import crc32c
+from support.damage import cut_short, damages, flip_bit
+from support.disks import NUM_PAGES, disk_pool, entry, partial_files
+from support.pages import SPEC, bits, load, random_page, same
+from support.processes import kill, read_line, start_python
 from torch import Tensor
 
 from distkv.errors import CapacityError, ConfigError, StoreError
 from distkv.storage.disk.cache_folder import ARRAY, DiskHeads, FolderLock
-from distkv.storage.disk.catalogue import Catalogue, Entry
+from distkv.storage.disk.catalogue import Catalogue
 from distkv.storage.disk.disk_array import make_array, matches, remove_array
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools.device_pool import DevicePool
@@ -33,46 +36,6 @@ from distkv.storage.pools.host_pool import HostPool
 from distkv.storage.pools.page_pool import PagePool
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-NUM_PAGES = 8
-SPEC = PageSpec(num_layers=3, num_kv_heads=2, page_size=16, head_dim=4, dtype=torch.float32)
-
-
-def random_page(spec: PageSpec, seed: int) -> Tensor:
-    """A page of random bits: every kind of number, NaNs with payloads and infinities among them."""
-    generator = np.random.default_rng(seed)
-    values = np.frombuffer(generator.bytes(spec.page_bytes), dtype=f"i{spec.dtype.itemsize}").copy()
-    return torch.from_numpy(values).view(spec.dtype).view(spec.page_shape)
-
-
-def bits(x: Tensor) -> np.ndarray:
-    return x.contiguous().view(torch.uint8).numpy()
-
-
-def same(x: Tensor, y: Tensor) -> bool:
-    """Bit for bit."""
-    assert x.shape == y.shape and x.dtype == y.dtype
-    return bool((bits(x) == bits(y)).all())
-
-
-def load(pool: PagePool, slot: int, spec: PageSpec = SPEC) -> Tensor:
-    page = torch.full(spec.page_shape, 7, dtype=spec.dtype)
-    pool.load(slot, page)
-    return page
-
-
-def disk_pool(folder: Path, spec: PageSpec = SPEC, num_pages: int = NUM_PAGES) -> DiskPool:
-    """A disk tier of one rank."""
-    make_array(folder, spec, num_pages)
-    return DiskPool(spec, folder, num_pages, DiskHeads(0, spec.num_kv_heads))
-
-
-def entry(slot: int, crc32c: bytes = b"") -> Entry:
-    """Of a first page."""
-    return Entry(slot, b"key %d" % slot, b"root", b"tokens", crc32c, last_use=0.0, index=0)
-
-
-def partial_files(folder: Path) -> list[Path]:
-    return list(folder.rglob("*.partial"))
 
 
 # --- what all pools do ---
@@ -294,37 +257,28 @@ def read_layer(pool: DiskPool, slot: int, layer: int, out: Tensor) -> None:
         pages.read(0, layer, pool.parts(out))
 
 
-def flip_bit(path: Path) -> str:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 0x10
-    path.write_bytes(data)
-    return "is damaged: the checksum of layer 1 is wrong"
-
-
-def truncate(path: Path) -> str:
-    os.truncate(path, path.stat().st_size // 2)
-    return "is cut short in layer 1"
-
-
-def remove(path: Path) -> str:
-    path.unlink()
-    return "cannot be read: No such file or directory"
+CAUSES: dict[Callable[[Path], object], str] = {
+    flip_bit: "is damaged: the checksum of layer 1 is wrong",
+    cut_short: "is cut short in layer 1",
+    Path.unlink: "cannot be read: No such file or directory",
+}
 
 
 @pytest.mark.parametrize("chunk", [0, 1])
-@pytest.mark.parametrize("damage", [flip_bit, truncate, remove])
+@damages
 def test_damage_is_noticed(
-    two_chunks: tuple[DiskPool, list[Tensor]], damage: Callable[[Path], str], chunk: int
+    two_chunks: tuple[DiskPool, list[Tensor]], damage: Callable[[Path], object], chunk: int
 ) -> None:
     pool, pages = two_chunks
     path = pool.chunk_path(1, chunk)
-    cause = f"{path} {damage(path)}"
+    damage(path)
+    cause = f"{path} {CAUSES[damage]}"
     out = torch.empty(SPEC.slice_shape)
     for read in (lambda: load(pool, 1), lambda: read_layer(pool, 1, 1, out)):
         with pytest.raises(StoreError) as error:
             read()
         assert str(error.value) == cause
-    if damage is not remove:  # a layer is checked by itself
+    if damage is not Path.unlink:  # a layer is checked by itself
         read_layer(pool, 1, 0, out)
         assert same(out, pages[1][0])
     assert same(load(pool, 0), pages[0]) and same(load(pool, 2), pages[2])
@@ -347,7 +301,7 @@ def test_open_pages_are_read_from_threads(
     monkeypatch.setattr("distkv.storage.pools.disk_pool.MAX_OPEN", max_open)
     pool, pages = two_chunks
     files = [(slot, chunk) for slot in (2, 0, 1) for chunk in (0, 1)]
-    remove(pool.chunk_path(1, 1))
+    pool.chunk_path(1, 1).unlink()
     before = len(os.listdir("/proc/self/fd"))
     opened = pool.open([2, 0, 1])
     assert len(os.listdir("/proc/self/fd")) - before == min(max_open, len(files) - 1)
@@ -442,41 +396,25 @@ def test_a_full_disk(small_disk: Path) -> None:
 # --- disk: the folder ---
 
 
-def python(code: str, *arguments: object) -> "subprocess.Popen[str]":
+def start(code: str, folder: Path) -> "subprocess.Popen[str]":
     """Runs code in another process, which has `folder`, SPEC's pools and `kill_at` at hand."""
-    prelude = f"""
+    prelude = """
 import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_pools import *
+from support.disks import disk_pool, entry
+from support.kill_points import kill_at
+from support.pages import SPEC, random_page
+from distkv.storage.disk.cache_folder import FolderLock
+from distkv.storage.disk.catalogue import Catalogue
+from distkv.storage.disk.disk_array import remove_array
 folder = Path(sys.argv[1])
-
-def kill_at(event, number):
-    count = 0
-    def hook(name, arguments):
-        nonlocal count
-        count += name == event
-        if name == event and count == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(hook)
 """
-    command = [sys.executable, "-c", prelude + code, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-
-def read_line(process: "subprocess.Popen[str]") -> str:
-    assert process.stdout is not None
-    return process.stdout.readline().strip()
-
-
-def kill(process: "subprocess.Popen[str]") -> None:
-    process.kill()
-    process.communicate()
+    return start_python(prelude + code, folder)
 
 
 def test_a_folder_is_used_by_one_process(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "cache"
-    other = python("lock = FolderLock(folder); print('locked', flush=True); sys.stdin.read(); signal.pause()", folder)
+    other = start("lock = FolderLock(folder); print('locked', flush=True); sys.stdin.read(); signal.pause()", folder)
     try:
         assert read_line(other) == "locked"
         with pytest.raises(ConfigError, match=f"is in use by process {other.pid} on .*; end that, or name another"):
@@ -516,7 +454,7 @@ KILLS = {
 @pytest.mark.parametrize("when", KILLS)
 def test_what_a_killed_process_left_is_swept_away(tmp_path: Path, when: str) -> None:
     for number in (1, 3, 5) if "{}" in KILLS[when] else [1]:
-        killed = python(KILLS[when].replace("{}", str(number)), tmp_path)
+        killed = start(KILLS[when].replace("{}", str(number)), tmp_path)
         killed.communicate()
         assert killed.returncode == -signal.SIGKILL
         assert (tmp_path / ARRAY).exists()
@@ -610,7 +548,7 @@ for number in range(10**9):
 
 @pytest.mark.parametrize("pages", [1, 10, 35])
 def test_what_a_kill_leaves_listed_is_whole(tmp_path: Path, pages: int) -> None:
-    writer = python(WRITER, tmp_path)
+    writer = start(WRITER, tmp_path)
     try:
         for number in range(pages):
             assert read_line(writer) == str(number)

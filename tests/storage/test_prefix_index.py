@@ -6,8 +6,8 @@ from hashlib import sha256
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.collisions import collide
 
-from distkv.storage.ledger import prefix_index
 from distkv.storage.ledger.idle_pages import IdlePages
 from distkv.storage.ledger.page import Page
 from distkv.storage.ledger.page_table import PageTable
@@ -81,14 +81,7 @@ def test_a_key_is_entered_once_and_its_loser_is_told() -> None:
 
 
 def test_equal_keys_of_other_tokens_are_no_match(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Constant:
-        def __init__(self, content: bytes):
-            pass
-
-        def digest(self) -> bytes:
-            return bytes(32)
-
-    monkeypatch.setattr(prefix_index, "sha256", Constant)
+    collide(monkeypatch)
     index = PrefixIndex()
     [(page, _)] = add(index, [1, 2])
     assert index.longest(page_keys(ROOT, [1, 3], PAGE_SIZE)) == []

@@ -12,7 +12,8 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_pools import SPEC, flip_bit, random_page, same
+from support.damage import flip_bit
+from support.pages import SPEC, random_page, same
 from torch import Tensor
 
 from distkv.errors import StoreError

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.helpers import save_llama
+from support.checkpoints import save_llama
 
 import distkv.stress.stress
 from distkv.commands import main as cli

@@ -1,14 +1,48 @@
-"""Python in a process of its own."""
+"""Python in a process of its own, which runs in the root of the checkout and finds `distkv` and `support`."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+TESTS = Path(__file__).resolve().parents[1]
+ROOT = TESTS.parent
+
+
+def run_code(code: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
+    """Runs code to its end, whatever that is."""
+    return subprocess.run(_command(code, arguments), capture_output=True, **_setting())
 
 
 def run_python(code: str) -> str:
-    """Runs code from the root of the checkout; returns what it prints. Fails with what it said when it does."""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    """Runs code; returns what it prints. Fails with what it said when it does."""
+    result = run_code(code)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def start_python(code: str, *arguments: object) -> "subprocess.Popen[str]":
+    """Starts code, which may be talked to: `read_line` waits for what it prints."""
+    return subprocess.Popen(_command(code, arguments), stdin=subprocess.PIPE, stdout=subprocess.PIPE, **_setting())
+
+
+def read_line(process: "subprocess.Popen[str]") -> str:
+    """The next line that the process prints; empty when it has ended."""
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def kill(process: "subprocess.Popen[str]") -> None:
+    """Ends a process with SIGKILL."""
+    process.kill()
+    process.communicate()
+
+
+def _command(code: str, arguments: tuple[object, ...]) -> list[str]:
+    return [sys.executable, "-c", code, *map(str, arguments)]
+
+
+def _setting() -> dict[str, Any]:
+    paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"cwd": ROOT, "text": True, "env": os.environ | {"PYTHONPATH": os.pathsep.join(paths)}}

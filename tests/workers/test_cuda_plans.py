@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import sequence_step
+from support.plans import sequence_step
 
 from distkv.storage.paging import pages_for
 from distkv.storage.tier import Tier, location

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.helpers import relative_error, seeded
-from test_batch import TOLERANCE, Sequences, place
+from support.attention_steps import Sequences, place
+from support.measures import TOLERANCE, relative_error
+from support.prompts import seeded
 from torch import Tensor
 
 from distkv.kernels import reference

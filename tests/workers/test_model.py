@@ -7,16 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.helpers import (
-    edit_config,
-    largest_error,
-    load_rank,
-    run_chunks,
-    save_llama,
-    seeded,
-    sequence_step,
-    step_plan,
-)
+from support.checkpoints import edit_config, save_llama
+from support.measures import largest_error
+from support.plans import sequence_step, step_plan
+from support.prompts import seeded
+from support.ranks import load_rank, run_chunks
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 

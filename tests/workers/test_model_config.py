@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support.helpers import TINY, edit_config, load_rank, save_llama
+from support.checkpoints import TINY, edit_config, save_llama
+from support.ranks import load_rank
 
 from distkv.errors import ConfigError
 from distkv.workers.model.model_config import ModelConfig, RopeConfig

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.helpers import seeded
+from support.prompts import seeded
 from support.sample_rows import GREEDY, PLAIN
 from torch import Tensor
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import TINY
+from support.checkpoints import TINY
 
 from distkv.errors import ConfigError
 from distkv.workers.model.model_config import ModelConfig

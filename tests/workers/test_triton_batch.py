@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_batch import Sequences, place, slots_for
+from support.attention_steps import Sequences, place, slots_for
 from torch import Tensor
 
 from distkv.storage.paging import DECODE_SPLIT

@@ -1,0 +1,28 @@
+"""Disk tiers of one rank."""
+
+from pathlib import Path
+
+from support.pages import SPEC
+
+from distkv.storage.disk.cache_folder import DiskHeads
+from distkv.storage.disk.catalogue import Entry
+from distkv.storage.disk.disk_array import make_array
+from distkv.storage.page_spec import PageSpec
+from distkv.storage.pools.disk_pool import DiskPool
+
+NUM_PAGES = 8
+
+
+def disk_pool(folder: Path, spec: PageSpec = SPEC, num_pages: int = NUM_PAGES) -> DiskPool:
+    """A disk tier of one rank."""
+    make_array(folder, spec, num_pages)
+    return DiskPool(spec, folder, num_pages, DiskHeads(0, spec.num_kv_heads))
+
+
+def entry(slot: int, crc32c: bytes = b"") -> Entry:
+    """Of a first page."""
+    return Entry(slot, b"key %d" % slot, b"root", b"tokens", crc32c, last_use=0.0, index=0)
+
+
+def partial_files(folder: Path) -> list[Path]:
+    return list(folder.rglob("*.partial"))
