@@ -45,7 +45,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     It is not part of the answer, and is found wherever the token borders lie.
     """
     stop_token_ids: list[int] | None = None
-    """Tokens that end the answer, beside the model's own unless ignore_eos; not part of the text."""
+    """Tokens that end the answer, beside the model's own unless ignore_eos.
+
+    They are not part of the text.
+    """
     ignore_eos: bool = False
     """Go on past the model's own end token."""
     seed: int | None = None
@@ -55,7 +58,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     order of requests.
     """
     logprobs: int | None = None
-    """How many of the likeliest tokens to return at each place beside the sampled one; None returns none."""
+    """How many of the likeliest tokens to return at each place.
+
+    They come beside the sampled one; None returns none.
+    """
 
     def __post_init__(self) -> None:
         _check_int("n", self.n, 1)

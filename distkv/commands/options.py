@@ -1,6 +1,6 @@
 """What commands have in common: options that come from the fields of a class, and what a model may be given as."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import wraps
 from inspect import Parameter, signature
@@ -28,26 +28,20 @@ class Fields:
     panel: str  # title above the options in --help
     defaults: dict[str, Any]
 
-    def parameters(self) -> list[Parameter]:
+    def parameters(self) -> Iterator[Parameter]:
         """The fields as parameters that typer understands."""
         given, kinds, texts = signature(self.source).parameters, get_type_hints(self.source), option_help(self.source)
-        return [
-            Parameter(
-                name,
-                Parameter.KEYWORD_ONLY,
-                default=self.defaults.get(name, given[name].default),
-                annotation=Annotated[
-                    _typed(kinds[name]),
-                    typer.Option(help=texts.get(name, "").partition("\n")[0], rich_help_panel=self.panel),
-                ],
+        for name in self.names:
+            option = typer.Option(help=texts.get(name, "").partition("\n")[0], rich_help_panel=self.panel)
+            default = self.defaults.get(name, given[name].default)
+            yield Parameter(
+                name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[_typed(kinds[name]), option]
             )
-            for name in self.names
-        ]
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for each of the `Fields` of its parameters. A parameter annotated
-    `Annotated[Kind, Fields(...)]` gets one `Kind` that is made of them."""
+    """The command with options in place of its parameters that are annotated `Annotated[Kind, Fields(...)]`; each of
+    these gets one `Kind` that is made of them. Parameters are keyword-only, so that any of them may have a default."""
     parameters: list[Parameter] = []
     groups: dict[str, tuple[type, Fields]] = {}
     for parameter in signature(command).parameters.values():
