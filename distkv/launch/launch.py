@@ -16,7 +16,7 @@ from distkv.engine.protocol import EngineInfo
 from distkv.errors import CapacityError, ConfigError
 from distkv.launch.fingerprint import FOLDER_DIGITS, dummy_digest, make_fingerprint, weights_digest
 from distkv.storage.disk.cache_folder import ARRAY, SCRATCH
-from distkv.storage.ledger.tiered_cache import MAX_DISK_WRITES
+from distkv.storage.ledger.write_back import MAX_DISK_WRITES
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import NUM_BUFFERS, pages_for
 from distkv.workers.bandwidth import Bandwidth

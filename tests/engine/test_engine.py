@@ -12,7 +12,7 @@ from distkv.engine.engine import Engine
 from distkv.engine.protocol import EngineInfo, EngineRequest, RequestFailed
 from distkv.errors import CapacityError
 from distkv.sampling_params import SamplingParams
-from distkv.storage.tier import Tier, Transfer, cold_place
+from distkv.storage.tier import Tier, Transfer, decode_location
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan
 from distkv.workers.page_directory import PageDirectory, SequenceStep
@@ -64,9 +64,7 @@ class Memory:
                 self.page(one.pages[position // PAGE_SIZE])[position % PAGE_SIZE] = token
         self.read = []
         for one in steps:
-            on_disk = [
-                slot for tier, slot in map(cold_place, filter(lambda place: place < 0, one.pages)) if tier is Tier.DISK
-            ]
+            on_disk = [slot for tier, slot in map(decode_location, one.pages) if tier is Tier.DISK]
             bad = [slot for slot in on_disk if self.random.random() < self.fault_rate / 20]
             report.bad_reads += [(slot, "it is damaged") for slot in bad]
             if not bad:
@@ -89,7 +87,7 @@ class Memory:
         self.bytes_moved[f"{transfer.source.name} to {transfer.target.name}"] += 1
 
     def page(self, place: int) -> list[int | None]:
-        tier, slot = cold_place(place) if place < 0 else (Tier.DEVICE, place)
+        tier, slot = decode_location(place)
         content = self.tiers[tier][slot]
         assert content is not None
         return content

@@ -16,7 +16,7 @@ from distkv.storage.moving.staging_ring import StagingRing
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import NUM_BUFFERS
 from distkv.storage.pools.host_pool import HostPool
-from distkv.storage.tier import Tier, location
+from distkv.storage.tier import Tier, encode_location
 from distkv.workers.attention.cpu import CpuAttention, Run, _visiting_order, plan_cpu_attention
 from distkv.workers.page_directory import SequenceStep
 from distkv.workers.runners.batch import MAX_DECODE_TOKENS, Attention, token_arrays
@@ -94,7 +94,7 @@ class Step:
         for pages, slots in zip(s.pages, self.tables, strict=True):
             for page, slot in zip(pages, slots, strict=True):
                 if page in cold:
-                    places[slot] = location(Tier.HOST, shuffled[page])
+                    places[slot] = encode_location(Tier.HOST, shuffled[page])
                     host.store(shuffled[page], self.pool[:, slot].contiguous()[None])
                     pool[:, slot] = 6e4
         parts = [
