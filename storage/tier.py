@@ -1,4 +1,4 @@
-"""The tiers of the cache, places in them, and the copies between them: words that leader and ranks share."""
+"""The tiers of the cache, locations in them, and the copies between them: words that leader and ranks share."""
 
 from enum import IntEnum
 
@@ -13,6 +13,9 @@ class Tier(IntEnum):
     DISK = 2
 
 
+ALL_TIERS = DEVICE, HOST, DISK = tuple(Tier)
+
+
 class Transfer(msgspec.Struct, array_like=True, frozen=True):
     """The copy of a whole page from one tier to a neighbouring one. Ids rise with time."""
 
@@ -23,16 +26,18 @@ class Transfer(msgspec.Struct, array_like=True, frozen=True):
     target_slot: int
 
 
-_DISK = 1 << 40  # more than any tier has slots
+_DISK_OFFSET = 1 << 40  # more than any tier has slots
 
 
-def location(tier: Tier, slot: int) -> int:
-    """A place as one integer: a device slot is itself; cold places are negative, those on disk below those on the
-    host, and neighbouring slots are neighbouring integers."""
-    return slot if tier is Tier.DEVICE else -1 - slot - (_DISK if tier is Tier.DISK else 0)
+def encode_location(tier: Tier, slot: int) -> int:
+    """A slot of a tier as one integer, the location: that of a device slot is the slot; cold ones are negative, those
+    on disk below those on the host, and neighbouring slots have neighbouring locations."""
+    return slot if tier is DEVICE else -1 - slot - (_DISK_OFFSET if tier is DISK else 0)
 
 
-def cold_place(place: int) -> tuple[Tier, int]:
-    """The tier and slot of a negative `location`."""
-    on_disk, slot = divmod(-1 - place, _DISK)
-    return (Tier.DISK if on_disk else Tier.HOST), slot
+def decode_location(location: int) -> tuple[Tier, int]:
+    """The tier and slot of a location."""
+    if location >= 0:
+        return DEVICE, location
+    on_disk, slot = divmod(-1 - location, _DISK_OFFSET)
+    return (DISK if on_disk else HOST), slot

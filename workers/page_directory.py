@@ -14,8 +14,8 @@ class SequenceStep:
 
     token_ids: list[int]  # at positions start, start + 1, ..., see `SequencePlan.token_ids`
     start: int
-    # int64, where the pages of tokens 0 .. start + len(token_ids) - 1 lie, in logical order, see `tier.location`; those
-    # of the new tokens on the device
+    # int64, where the pages of tokens 0 .. start + len(token_ids) - 1 lie, in logical order, see `encode_location`;
+    # those of the new tokens on the device
     pages: np.ndarray
     prompt_len: int
     num_logits: int  # of the last new tokens

@@ -27,7 +27,7 @@ from distkv.launch.launch import launch
 from distkv.reporting.machine import check_json_file, machine_facts, write_json
 from distkv.sampling_params import SamplingParams
 from distkv.storage.disk.cache_folder import ARRAY
-from distkv.storage.ledger.tiered_cache import MAX_DISK_WRITES
+from distkv.storage.ledger.write_back import MAX_DISK_WRITES
 from distkv.storage.paging import NUM_BUFFERS, check_page_size
 from distkv.workers.model.model_config import ModelConfig, parse_dtype
 from distkv.workers.sampling.sampled_token import TokenLogprobs

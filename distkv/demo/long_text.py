@@ -24,7 +24,7 @@ from distkv.frontend.tokenizer import Tokenizer
 from distkv.launch.launch import launch
 from distkv.reporting.live_view import LiveView
 from distkv.sampling_params import SamplingParams
-from distkv.storage.ledger.tiered_cache import MAX_DISK_WRITES
+from distkv.storage.ledger.write_back import MAX_DISK_WRITES
 from distkv.storage.paging import pages_for
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.sampling.sampled_token import TokenLogprobs

@@ -1,4 +1,4 @@
-"""What the catalogue of the disk tier is told, and what is taken over from earlier processes."""
+"""Brings the catalogue of the disk tier up to date, and takes over what earlier processes left."""
 
 import logging
 import time
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from distkv.errors import StoreError
 from distkv.storage.disk.catalogue import Catalogue, Entry
+from distkv.storage.ledger.disk_journal import DiskChanges
 from distkv.storage.ledger.page import PageKey
 from distkv.storage.ledger.tiered_cache import TieredCache
 from distkv.workers.group.report import Report
@@ -37,28 +38,27 @@ class CatalogueWriter:
         self._cache.adopt(
             (one.slot, one.index, PageKey(one.key, one.parent, one.tokens)) for one in entries if one.key in kept
         )
-        self._cache.touched.clear()
         if missing:
             log.warning("%d of %d KV pages on disk are missing and are not used", len(missing), len(entries))
         log.info("%d KV pages of earlier processes are on disk", len(kept))
 
-    def update(self, checksums: dict[int, bytes]) -> None:
+    def update(self, changes: DiskChanges, checksums: dict[int, bytes]) -> None:
         """Takes vacated disk slots out before they can be written again, and puts new pages in.
 
         Args:
+            changes: since the last update.
             checksums: of pages written to disk, by transfer id.
         """
-        vacated, written, touched = self._cache.vacated, self._cache.written, self._cache.touched
-        if self._catalogue is None or not (vacated or written or touched):
+        if self._catalogue is None or not changes:
             return
         now = time.time()
         added = [
             Entry(slot, *page.key, checksums[id], now, page.index)
-            for slot, (id, page) in written.items()
+            for slot, (id, page) in changes.written.items()
             if id in checksums and page.key is not None
         ]
         try:
-            self._catalogue.update(vacated, added, touched, now)
+            self._catalogue.update(changes.vacated, added, changes.touched, now)
         except StoreError as error:
             log.warning("%s; this run goes on without a catalogue", error)
             catalogue, self._catalogue = self._catalogue, None

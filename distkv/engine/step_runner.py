@@ -125,10 +125,9 @@ class StepRunner:
         return result.report
 
     def _update_catalogue(self, checksums: dict[int, bytes]) -> None:
+        changes = self._cache.journal.take()
         if self._catalogue_writer is not None:
-            self._catalogue_writer.update(checksums)
-        for told in (self._cache.vacated, self._cache.written, self._cache.touched):
-            told.clear()
+            self._catalogue_writer.update(changes, checksums)
 
 
 def _open_catalogue_writer(info: EngineInfo, cache: TieredCache) -> "CatalogueWriter | None":

@@ -6,7 +6,7 @@ from dataclasses import replace
 from distkv.config import EngineConfig
 from distkv.engine.protocol import EngineInfo
 from distkv.errors import CapacityError
-from distkv.storage.ledger.tiered_cache import MAX_DISK_WRITES
+from distkv.storage.ledger.write_back import MAX_DISK_WRITES
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import NUM_BUFFERS, pages_for
 from distkv.workers.bandwidth import Bandwidth

@@ -2,8 +2,8 @@
 
 from sortedcontainers import SortedDict
 
-from distkv.storage.ledger.page import ALL_TIERS, Page
-from distkv.storage.tier import Tier
+from distkv.storage.ledger.page import Page
+from distkv.storage.tier import ALL_TIERS, Tier
 
 
 class IdlePages:

@@ -3,9 +3,7 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from distkv.storage.tier import Tier, location
-
-ALL_TIERS = tuple(Tier)
+from distkv.storage.tier import ALL_TIERS, DEVICE, DISK, HOST, Tier, encode_location
 
 
 class PageKey(NamedTuple):
@@ -20,11 +18,11 @@ class PageKey(NamedTuple):
 class Page:
     """`page_size` tokens of one or several sequences, and its copies by tier."""
 
-    index: int  # logical place in its sequences
+    index: int  # in its sequences
     id: int = -1  # by which ranks know it while it is held
-    references: int = 1  # holders; an idle page has none, and may be found by its name
+    references: int = 1  # holders; an idle page has none, and may be found by its key
     key: PageKey | None = None  # None: nobody else may find it
-    twin: "Page | None" = None  # the page of the same content that is found in place of this one, which has no name
+    twin: "Page | None" = None  # the page of the same content that is found instead of this one, which has no key
     stamp: int = 0  # when an idle page was used last, in order
     full: bool = False
     repairs: int = 0  # how often it was lost and computed again
@@ -39,7 +37,7 @@ class Page:
     @property
     def lost(self) -> bool:
         """Whether no copy is left, so that it must be computed again."""
-        return not (self.has(Tier.DEVICE) or self.has(Tier.HOST) or self.has(Tier.DISK))
+        return not (self.has(DEVICE) or self.has(HOST) or self.has(DISK))
 
     @property
     def is_idle(self) -> bool:
@@ -56,8 +54,8 @@ class Page:
 
     @property
     def location(self) -> int:
-        """Where a step is to read it, see `tier.location`; raises AssertionError when it is lost."""
+        """Where a step is to read it, see `encode_location`; raises AssertionError when it is lost."""
         tier = self.tier
         slot = self.slots[tier]
         assert slot is not None
-        return location(tier, slot)
+        return encode_location(tier, slot)

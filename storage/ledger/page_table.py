@@ -8,7 +8,7 @@ from distkv.storage.paging import pages_for
 class PageTable:
     """Maps the tokens of a sequence to pages; pages are taken as tokens arrive, none ahead of them.
 
-    Several steps may be settled before the first of them has ended: `append` is for settling, `commit` for the end.
+    Several steps may be prepared before the first of them has ended: `append` prepares one, `commit` ends it.
     """
 
     def __init__(self, cache: TieredCache, page_size: int):

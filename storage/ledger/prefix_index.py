@@ -37,7 +37,7 @@ def page_keys(root: bytes, token_ids: Sequence[int], page_size: int) -> Iterator
 
 
 class PrefixIndex:
-    """Named pages, each under its key."""
+    """The pages that have a key, each under it."""
 
     def __init__(self) -> None:
         self._pages: dict[bytes, Page] = {}

@@ -24,13 +24,13 @@ from distkv.storage.moving.streams import Event, Lane
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import CPU_BUFFERS, NUM_BUFFERS
 from distkv.storage.pools.host_pool import HostPool
-from distkv.storage.tier import Tier, cold_place
+from distkv.storage.tier import Tier, decode_location
 
 if TYPE_CHECKING:
     from distkv.storage.pools.disk_pool import DiskPool, OpenPages, Parts
 
 Load = Sequence[int]
-"""Cold places (`tier.location`) that are brought side by side into one buffer."""
+"""Cold locations (`encode_location`) that are brought side by side into one buffer."""
 
 
 class Stream(Protocol):
@@ -86,7 +86,7 @@ class StagingRing:
         self.bytes: Counter[Tier] = Counter()  # streamed so far, by where they came from
 
     def begin(self, loads: Sequence[Load]) -> Stream:
-        """Starts bringing `loads`, each of at most `buffer_pages` places, once for every layer. The stream before must
+        """Starts bringing `loads`, each of at most `buffer_pages` pages, once for every layer. The stream before must
         be closed."""
         if self.copies is None:
             return LoadsInTurn(self, loads)
@@ -100,7 +100,7 @@ class StagingRing:
 
     def open(self, loads: Sequence[Load]) -> "OpenPages | None":
         """The pages on disk of all loads in order, None when there are none."""
-        slots = [slot for load in loads for tier, slot in map(cold_place, load) if tier is Tier.DISK]
+        slots = [slot for load in loads for tier, slot in map(decode_location, load) if tier is Tier.DISK]
         if not slots:
             return None
         assert self.disk is not None
@@ -170,8 +170,8 @@ class LoadsInTurn:
 
 def _runs(load: Load) -> list[_Run]:
     runs: list[_Run] = []
-    for index, place in enumerate(load):
-        tier, slot = cold_place(place)
+    for index, location in enumerate(load):
+        tier, slot = decode_location(location)
         last = runs[-1] if runs else None
         if last and last.tier is tier and slot == last.first_slot + last.count:
             runs[-1] = _Run(tier, last.first_slot, last.first, last.count + 1)
@@ -200,9 +200,9 @@ class LoadsAhead:
         self._filling = ring.filling()
         self._total = ring.spec.num_layers * len(loads)
         self._sizes = [len(load) for load in loads]
-        places = [[(*cold_place(place), index) for index, place in enumerate(load)] for load in loads]
-        self._on_disk = [[(slot, index) for tier, slot, index in load if tier is Tier.DISK] for load in places]
-        on_host = [[(slot, index) for tier, slot, index in load if tier is Tier.HOST] for load in places]
+        slots = [[(*decode_location(location), index) for index, location in enumerate(load)] for load in loads]
+        self._on_disk = [[(slot, index) for tier, slot, index in load if tier is Tier.DISK] for load in slots]
+        on_host = [[(slot, index) for tier, slot, index in load if tier is Tier.HOST] for load in slots]
         pairs = copies.prepare(Lane.LOAD, [pair for load in on_host for pair in load])  # one upload for the whole step
         edges = [0, *accumulate(map(len, on_host))]
         self._on_host = [pairs.part(first, last) for first, last in pairwise(edges)]

@@ -14,7 +14,7 @@ from torch import Tensor
 from distkv.engine.cold_budget import DOUBT_STEPS, REVIEW_STEPS, TURN_STEPS
 from distkv.engine.engine import Engine
 from distkv.engine.protocol import EngineRequest, TokenOutput
-from distkv.storage.tier import Tier, Transfer, cold_place
+from distkv.storage.tier import Tier, Transfer, decode_location
 from distkv.workers.group.rank_executor import RankExecutor
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan
@@ -40,7 +40,7 @@ class Step:
         return len(self.streamed) + len(self.transfers)
 
     def cost(self, places: set[int]) -> float:
-        return sum(self.disk_cost if cold_place(place)[0] is Tier.DISK else 1.0 for place in places)
+        return sum(self.disk_cost if decode_location(place)[0] is Tier.DISK else 1.0 for place in places)
 
 
 class Counting(History):
@@ -142,7 +142,7 @@ def test_the_limit_is_kept_and_everyone_gets_a_turn(num_sequences: int, pages: i
 def test_pages_on_disk_cost_more() -> None:
     """The limit is exceeded by no more than what has moved down since the review before the last."""
     _, decoded = decode(4, 8, 16, 24, 300, host=8, num_disk_pages=500, disk_cost=3.0)
-    assert any(cold_place(place)[0] is Tier.DISK for step in decoded for place in step.streamed)
+    assert any(decode_location(place)[0] is Tier.DISK for step in decoded for place in step.streamed)
     for number, step in enumerate(decoded):
         if len(step.tables) == 1 or number < 2 * REVIEW_STEPS:
             continue

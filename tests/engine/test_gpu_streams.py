@@ -16,7 +16,7 @@ from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import NUM_BUFFERS
 from distkv.storage.pools.device_pool import DevicePool
 from distkv.storage.pools.host_pool import HostPool
-from distkv.storage.tier import Tier, Transfer, location
+from distkv.storage.tier import Tier, Transfer, encode_location
 
 pytestmark = pytest.mark.gpu
 
@@ -101,7 +101,7 @@ def test_loads_run_ahead_and_slots_are_filled_behind_them(copies: PageCopies, pi
     ring = StagingRing(SPEC, NUM_BUFFERS * 3, pinned, None, None, torch.device("cuda"), copies, mover.filling)
     loads, content, found = [[3, 4, 5], [7, 0], [1], [6, 2]], list(range(8)), []
     for step in range(12):
-        stream = ring.begin([[location(Tier.HOST, slot) for slot in load] for load in loads])
+        stream = ring.begin([[encode_location(Tier.HOST, slot) for slot in load] for load in loads])
         for layer in range(SPEC.num_layers):
             for load in loads:
                 buffer = stream.take()
@@ -134,8 +134,8 @@ def test_disk_reads_run_ahead(tmp_path: Path, copies: PageCopies, pinned: HostPo
     disk.chunk_path(4, 0).unlink()
     memory = ReadAhead(SPEC, 3, disk, pinned=True)
     ring = StagingRing(SPEC, NUM_BUFFERS * 2, pinned, disk, memory, torch.device("cuda"), copies)
-    places = [location(Tier.DISK, slot) for slot in range(6)]
-    loads = [places[:2], [location(Tier.HOST, 3), places[2]], places[3:5], places[5:]]
+    places = [encode_location(Tier.DISK, slot) for slot in range(6)]
+    loads = [places[:2], [encode_location(Tier.HOST, 3), places[2]], places[3:5], places[5:]]
     values = [[50, 51], [3, 52], [53, None], [55]]
     found = []
     for _ in range(5):

@@ -33,7 +33,7 @@ from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import NUM_BUFFERS
 from distkv.storage.pools.device_pool import DevicePool
 from distkv.storage.pools.host_pool import HostPool
-from distkv.storage.tier import Tier, Transfer, cold_place, location
+from distkv.storage.tier import Tier, Transfer, decode_location, encode_location
 from distkv.workers import bandwidth
 from distkv.workers.group.rank_executor import RankExecutor
 from distkv.workers.group.report import Report
@@ -168,7 +168,8 @@ class DeviceMemory:
             raise Fault("at the end")
         self.counts["steps that stream"] += bool(loads)
         self.counts["bad reads"] += len(bad_reads)
-        bad = {place for place in cold if cold_place(place)[0] is Tier.DISK and cold_place(place)[1] in bad_reads}
+        on_disk = [place for place in cold if decode_location(place)[0] is Tier.DISK]
+        bad = {place for place in on_disk if decode_location(place)[1] in bad_reads}
         for one in steps:
             if bad.isdisjoint(one.pages.tolist()):
                 self.compute(partial(self.look, one, found))
@@ -392,7 +393,7 @@ class Slots:
             self.busy.pop(id, None)
 
     def stream(self, loads: list[list[tuple[Tier, int]]], count: int) -> None:
-        stream = self.ring.begin([[location(*one) for one in load] for load in loads])
+        stream = self.ring.begin([[encode_location(*one) for one in load] for load in loads])
         for number in range(min(count, len(loads) * SPEC.num_layers)):
             load = loads[number % len(loads)]
             for page, one in zip(stream.take(), load, strict=True):

@@ -1,4 +1,4 @@
-"""Names of pages, the index over them, and which idle pages are given up first."""
+"""Keys of pages, the index over them, and which idle pages are given up first."""
 
 import random
 from hashlib import sha256
@@ -20,11 +20,11 @@ PAGE_SIZE = 2
 ROOT = b"root"
 
 
-# --- names ---
+# --- keys ---
 
 
-def test_a_name_is_a_chain_of_sha256_over_little_endian_tokens() -> None:
-    """What lies in catalogues was named so: another rule is another format."""
+def test_a_key_is_a_chain_of_sha256_over_little_endian_tokens() -> None:
+    """Catalogues hold such keys: another rule is another format."""
     first, second = page_keys(ROOT, [1, 2, 3, 2**32 - 1, 7], PAGE_SIZE)
     assert first.tokens == bytes([1, 0, 0, 0, 2, 0, 0, 0]) and first.parent == ROOT
     assert first.digest == sha256(ROOT + first.tokens).digest()
@@ -38,11 +38,11 @@ def test_roots_do_not_meet() -> None:
 
 
 @given(st.lists(st.integers(0, 3), max_size=12), st.lists(st.integers(0, 3), max_size=12))
-def test_names_are_equal_as_far_as_all_tokens_are(one: list[int], other: list[int]) -> None:
-    names, others = list(page_keys(ROOT, one, PAGE_SIZE)), list(page_keys(ROOT, other, PAGE_SIZE))
-    assert len(names) == len(one) // PAGE_SIZE
-    for end, (name, theirs) in enumerate(zip(names, others, strict=False), 1):
-        assert (name == theirs) == (one[: end * PAGE_SIZE] == other[: end * PAGE_SIZE])
+def test_keys_are_equal_as_far_as_all_tokens_are(one: list[int], other: list[int]) -> None:
+    keys, others = list(page_keys(ROOT, one, PAGE_SIZE)), list(page_keys(ROOT, other, PAGE_SIZE))
+    assert len(keys) == len(one) // PAGE_SIZE
+    for end, (key, theirs) in enumerate(zip(keys, others, strict=False), 1):
+        assert (key == theirs) == (one[: end * PAGE_SIZE] == other[: end * PAGE_SIZE])
 
 
 # --- the index ---
@@ -50,8 +50,8 @@ def test_names_are_equal_as_far_as_all_tokens_are(one: list[int], other: list[in
 
 def add(index: PrefixIndex, tokens: list[int]) -> list[tuple[Page, Page]]:
     """Enters a page for each full page of a sequence; returns them beside those that have their keys then."""
-    pages = [(Page(place, full=True), name) for place, name in enumerate(page_keys(ROOT, tokens, PAGE_SIZE))]
-    return [(page, index.add(page, name)) for page, name in pages]
+    pages = [(Page(number, full=True), key) for number, key in enumerate(page_keys(ROOT, tokens, PAGE_SIZE))]
+    return [(page, index.add(page, key)) for page, key in pages]
 
 
 @given(st.lists(st.lists(st.integers(0, 2), max_size=10), max_size=8), st.lists(st.integers(0, 2), max_size=10))
@@ -68,7 +68,7 @@ def test_the_longest_known_prefix_is_found(known: list[list[int]], wanted: list[
     assert [page.key for page in found] == list(page_keys(ROOT, wanted, PAGE_SIZE))[:count]
 
 
-def test_a_key_is_entered_once_and_its_loser_is_told() -> None:
+def test_a_key_is_entered_once_and_its_loser_learns_of_it() -> None:
     index = PrefixIndex()
     [(first, known), (follower, _)] = add(index, [1, 2, 3, 4])
     assert known is first
@@ -130,13 +130,13 @@ def test_the_oldest_idle_copy_of_each_tier(seed: int) -> None:
 
 def table_of(cache: TieredCache, tokens: list[int]) -> PageTable:
     """A sequence that takes up what is known of its tokens and computes the rest at once."""
-    names = list(page_keys(ROOT, tokens, PAGE_SIZE))
+    keys = list(page_keys(ROOT, tokens, PAGE_SIZE))
     table = PageTable(cache, PAGE_SIZE)
-    table.begin(cache.find(names))
+    table.begin(cache.find(keys))
     count = len(tokens) - table.num_tokens
     assert cache.reserve(table.missing(count))
     table.append(count)
-    table.commit(count, names)
+    table.commit(count, keys)
     return table
 
 
@@ -164,11 +164,11 @@ def test_prefixes_are_given_up_from_their_end() -> None:
 def test_a_beginning_that_was_computed_twice_outlives_its_end() -> None:
     cache = TieredCache((8, 0, 0), 1)
     stem = [1, 1, 2, 2]
-    names = [list(page_keys(ROOT, [*stem, end, end], PAGE_SIZE)) for end in (3, 4)]
+    keys = [list(page_keys(ROOT, [*stem, end, end], PAGE_SIZE)) for end in (3, 4)]
     tables = [PageTable(cache, PAGE_SIZE) for _ in range(2)]
     for table in tables:  # both begin before the pages of either are known
         table.append(6)
-    for table, own in zip(tables, names, strict=True):
+    for table, own in zip(tables, keys, strict=True):
         table.commit(6, own)
     for table in tables:
         table.release()
@@ -191,15 +191,15 @@ def test_what_is_left_of_any_prefix_is_its_beginning(num_pages: tuple[int, int, 
         cache = TieredCache(num_pages, 1, write_through=rng.random() < 0.5)
         for _ in range(30):
             tokens = [rng.randrange(2) for _ in range(rng.randint(2, 8))]
-            names = list(page_keys(ROOT, tokens, PAGE_SIZE))
+            keys = list(page_keys(ROOT, tokens, PAGE_SIZE))
             table = PageTable(cache, PAGE_SIZE)
-            table.begin(cache.find(names))
+            table.begin(cache.find(keys))
             while (count := len(tokens) - table.num_tokens) > 0:
                 count = min(count, PAGE_SIZE)
                 while not cache.reserve(table.missing(count)):
                     pass_on(cache)
                 table.append(count)
-                table.commit(count, names)
+                table.commit(count, keys)
                 pass_on(cache)
             table.release()
             for _ in range(rng.randint(0, 4)):
@@ -216,9 +216,8 @@ def pass_on(cache: TieredCache) -> None:
     """All that was queued ends."""
     transfers, _ = cache.take_transfers()
     cache.apply([one.id for one in transfers], [], [])
-    for told in (cache.vacated, cache.written, cache.touched):
-        told.clear()
+    cache.journal.take()
 
 
-def test_page_name_takes_any_sequence_of_tokens() -> None:
+def test_page_key_takes_any_sequence_of_tokens() -> None:
     assert page_key(ROOT, (1, 2)) == page_key(ROOT, [1, 2])

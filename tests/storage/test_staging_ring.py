@@ -24,7 +24,7 @@ from distkv.storage.moving.staging_ring import StagingRing, Stream
 from distkv.storage.paging import CPU_BUFFERS, NUM_BUFFERS
 from distkv.storage.pools.disk_pool import DiskPool, OpenPages, Parts
 from distkv.storage.pools.host_pool import HostPool
-from distkv.storage.tier import Tier, cold_place, location
+from distkv.storage.tier import Tier, decode_location, encode_location
 
 NUM_PAGES = 9
 LOST = 4  # a disk slot that cannot be read
@@ -133,23 +133,23 @@ def check(stream: Stream, loads: list[list[int]], lost: bool = False) -> None:
 
 
 def slice_of(place: int, layer: int, lost: bool) -> Tensor:
-    if lost and cold_place(place) == (Tier.DISK, LOST):
+    if lost and decode_location(place) == (Tier.DISK, LOST):
         return torch.zeros(SPEC.slice_shape)
-    return PAGES[cold_place(place)][layer]
+    return PAGES[decode_location(place)][layer]
 
 
 def places(tier: Tier, *slots: int) -> list[int]:
-    return [location(tier, slot) for slot in slots]
+    return [encode_location(tier, slot) for slot in slots]
 
 
 def streamed(loads: list[list[int]], tier: Tier) -> int:
     """Bytes that come from a tier, over all layers."""
-    return sum(cold_place(place)[0] is tier for load in loads for place in load) * SPEC.page_bytes
+    return sum(decode_location(place)[0] is tier for load in loads for place in load) * SPEC.page_bytes
 
 
-COLD = st.builds(location, st.sampled_from([Tier.HOST, Tier.DISK]), st.integers(0, NUM_PAGES - 1))
+COLD = st.builds(encode_location, st.sampled_from([Tier.HOST, Tier.DISK]), st.integers(0, NUM_PAGES - 1))
 RUNS = st.builds(  # neighbours, which are moved in one go
-    lambda tier, first, count: [location(tier, slot) for slot in range(first, min(first + count, NUM_PAGES))],
+    lambda tier, first, count: [encode_location(tier, slot) for slot in range(first, min(first + count, NUM_PAGES))],
     st.sampled_from([Tier.HOST, Tier.DISK]),
     st.integers(0, NUM_PAGES - 1),
     st.integers(1, 4),
@@ -183,7 +183,7 @@ def test_a_step_gets_what_it_asked_for(
             for tier in total:
                 total[tier] += streamed(loads, tier)
                 assert ring.bytes[tier] == total[tier]
-            on_disk = [slot for load in loads for tier, slot in map(cold_place, load) if tier is Tier.DISK]
+            on_disk = [slot for load in loads for tier, slot in map(decode_location, load) if tier is Tier.DISK]
             assert disk.reads == [(layer, slot) for layer in range(SPEC.num_layers) for slot in on_disk]
             bad = {LOST} if lost and LOST in on_disk else set()
             assert set(stream.bad_reads) == bad

@@ -15,7 +15,7 @@ from distkv.storage.ledger.tiered_cache import TieredCache
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import MIN_PAGE_SIZE
 from distkv.storage.pools.device_pool import DevicePool
-from distkv.storage.tier import Tier, cold_place, location
+from distkv.storage.tier import Tier, decode_location, encode_location
 
 PAGE_SIZE = 16
 NUM_PAGES = 13
@@ -294,13 +294,13 @@ def locations(table: PageTable) -> list[int]:
 
 
 @given(tier=st.sampled_from(Tier), slot=st.integers(0, 2**39))
-def test_a_place_is_an_integer(tier: Tier, slot: int) -> None:
-    place = location(tier, slot)
+def test_a_location_is_an_integer(tier: Tier, slot: int) -> None:
+    location = encode_location(tier, slot)
+    assert decode_location(location) == (tier, slot)
     if tier is Tier.DEVICE:
-        assert place == slot
+        assert location == slot
     else:
-        assert place < 0 and cold_place(place) == (tier, slot)
-        assert location(tier, slot + 1) == place - 1
+        assert location < 0 and encode_location(tier, slot + 1) == location - 1
 
 
 @given(

@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distkv.errors import CapacityError
-from distkv.storage.ledger.cache_books import WRITE_RETRY
+from distkv.storage.ledger.disk_refusals import WRITE_RETRY
 from distkv.storage.ledger.page import Page, PageKey
 from distkv.storage.ledger.page_table import PageTable
 from distkv.storage.ledger.prefix_index import page_keys
-from distkv.storage.ledger.tiered_cache import MAX_DISK_WRITES, TieredCache
-from distkv.storage.tier import Tier, Transfer, cold_place, location
+from distkv.storage.ledger.tiered_cache import TieredCache
+from distkv.storage.ledger.write_back import MAX_DISK_WRITES
+from distkv.storage.tier import Tier, Transfer, decode_location, encode_location
 
 DEVICE, HOST, DISK = Tier
 PAGE_SIZE = 2
@@ -81,8 +82,8 @@ class Ranks:
     def report(self, must: Iterable[int]) -> tuple[list[int], list[tuple[int, str]], dict[int, Content]]:
         """Some of what has ended, `must` in any case: a transfer is reported once the last rank has ended it."""
         must = set(must)
-        told = [id for id in self._ended if id in must or self.rng.random() < 0.8]
-        reasons = {id: self._ended.pop(id) for id in told}
+        reported = [id for id in self._ended if id in must or self.rng.random() < 0.8]
+        reasons = {id: self._ended.pop(id) for id in reported}
         failed = [(id, reason) for id, reason in reasons.items() if reason is not None]
         done = [id for id, reason in reasons.items() if reason is None]
         return done, failed, {id: self._checksums.pop(id) for id in done if id in self._checksums}
@@ -142,7 +143,7 @@ class Simulation:
             self.check()
 
     def end(self) -> None:
-        """Releases everything; all slots must be free once nothing moves and no name is known."""
+        """Releases everything; all slots must be free once nothing moves and no key is known."""
         for table in list(self.tokens):
             self.drop(table)
         self.release_copies()
@@ -185,10 +186,10 @@ class Simulation:
                 table.rewind(count)
                 del self.tokens[table][-count:]
             else:
-                table.commit(count, self.names(self.tokens[table]) if self.caching else None)
+                table.commit(count, self.keys(self.tokens[table]) if self.caching else None)
 
     @staticmethod
-    def names(tokens: list[int]) -> list[PageKey]:
+    def keys(tokens: list[int]) -> list[PageKey]:
         return list(page_keys(b"root", tokens, PAGE_SIZE))
 
     def begin(self) -> None:
@@ -196,7 +197,7 @@ class Simulation:
         if not self.histories:
             return
         tokens = self.rng.choice(self.histories)
-        found = self.cache.find(self.names(tokens)[: self.rng.randint(1, 4)])
+        found = self.cache.find(self.keys(tokens)[: self.rng.randint(1, 4)])
         if self.rng.random() < 0.3:
             self.cache.touch(found)
             self.cache.promote(found)
@@ -216,7 +217,7 @@ class Simulation:
     def reset(self) -> None:
         self.cache.reset()
         assert self.cache.num_idle == 0
-        assert not any(self.cache.find(self.names(tokens)) for tokens in self.histories)
+        assert not any(self.cache.find(self.keys(tokens)) for tokens in self.histories)
 
     def move(self) -> None:
         self.cache.balance()
@@ -318,7 +319,7 @@ class Simulation:
             self.counts["repaired"] += 1
             assert page.repairs == before + 1 and page.full
 
-    def settle_ahead(self) -> None:
+    def prepare_ahead(self) -> None:
         """What the engine decides for the next plan while this one still runs; the next one will take it along."""
         try:
             self.cache.reserve(self.rng.randint(0, min(self.step_pages, self.room())))
@@ -341,7 +342,7 @@ class Simulation:
         repairing: Page | None = None,
     ) -> set[Page] | None:
         """Has the ranks run a plan and takes in their report; None when it broke, which leaves open how far it came."""
-        # the plan is settled here, and nothing of the cache is looked at before it ends
+        # the plan is prepared here, and nothing of the cache is looked at before it ends
         where = {page: place(page) for table in self.tokens for page in table.pages if page.full and not page.lost}
         truth = {page: content for table in self.tokens for page, content in self.contents(table) if page in where}
         to_come = {*writes, repairing, *(target for _, target in self.copies if not copies)}
@@ -380,7 +381,7 @@ class Simulation:
             self.cache.put_back(transfers, await_ids)
             return None
         if self.rng.random() < 0.3 and not self.cache.lost and repairing is None:
-            self.settle_ahead()
+            self.prepare_ahead()
         # a GPU waits for copies by itself, so that a step's report may not tell of them yet
         must = [] if readers or written else await_ids
         done, failed, checksums = self.ranks.report(must)
@@ -393,13 +394,11 @@ class Simulation:
 
     def update_catalogue(self, checksums: dict[int, Content]) -> None:
         """As the engine does."""
-        for slot in self.cache.vacated:
+        changes = self.cache.journal.take()
+        for slot in changes.vacated:
             self.catalogue.pop(slot, None)
-        self.catalogue |= {slot: checksums[id] for slot, (id, _) in self.cache.written.items()}
-        assert self.cache.touched <= self.catalogue.keys() | self.cache.vacated
-        self.cache.vacated.clear()
-        self.cache.written.clear()
-        self.cache.touched.clear()
+        self.catalogue |= {slot: checksums[id] for slot, (id, _) in changes.written.items()}
+        assert changes.touched <= self.catalogue.keys() | changes.vacated
         self.check_catalogue()
 
     # --- what must hold ---
@@ -432,7 +431,7 @@ class Simulation:
 
 def place(page: Page) -> Place:
     """Tier and slot of `page.location`."""
-    return (DEVICE, page.location) if page.location >= 0 else cold_place(page.location)
+    return decode_location(page.location)
 
 
 def sizes() -> st.SearchStrategy[tuple[int, int, int]]:
@@ -579,7 +578,7 @@ def test_a_page_with_a_copy_below_leaves_the_device_without_a_transfer() -> None
     assert cache.reserve(1)
     assert take(cache) == []
     assert on(DEVICE, pages) == [0, 2]
-    assert pages[1].location == location(HOST, 1)
+    assert pages[1].location == encode_location(HOST, 1)
 
 
 def test_a_page_without_one_is_copied_and_the_next_plan_waits() -> None:
@@ -589,7 +588,7 @@ def test_a_page_without_one_is_copied_and_the_next_plan_waits() -> None:
     [transfer], wait = cache.take_transfers()
     assert (transfer.source, transfer.source_slot, transfer.target) == (DEVICE, 1, HOST)
     assert wait == [transfer.id]
-    assert pages[1].location == location(HOST, transfer.target_slot)
+    assert pages[1].location == encode_location(HOST, transfer.target_slot)
     assert cache.allocate(2).location == 1
     end(cache, [transfer])
     assert on(DEVICE, pages) == [0] and on(HOST, pages) == [1]
@@ -666,10 +665,10 @@ def test_the_host_gives_a_page_up_only_when_the_disk_has_it() -> None:
     [write] = take(cache)
     assert (write.source, write.target) == (HOST, DISK) and cache.awaited == [write.id]
     assert not cache.reserve(1) and not cache.take_transfers()[0]
-    assert pages[1].location == location(HOST, 0)
+    assert pages[1].location == encode_location(HOST, 0)
     end(cache, [write])
     assert cache.reserve(1)
-    assert pages[1].location == location(DISK, write.target_slot)
+    assert pages[1].location == encode_location(DISK, write.target_slot)
     assert on(HOST, pages) == [2] and on(DEVICE, pages) == [0]
 
 
@@ -703,11 +702,11 @@ def test_promote_takes_pages_from_disk_to_the_host_first() -> None:
     cache.promote([page])
     [transfer] = take(cache)
     assert (transfer.source, transfer.target) == (DISK, HOST)
-    assert page.location == location(DISK, transfer.source_slot)
+    assert page.location == encode_location(DISK, transfer.source_slot)
     cache.promote([page])
     assert take(cache) == []
     end(cache, [transfer])
-    assert page.location == location(HOST, transfer.target_slot)
+    assert page.location == encode_location(HOST, transfer.target_slot)
     cache.promote([page])
     [transfer] = take(cache)
     assert (transfer.source, transfer.target) == (HOST, DEVICE)
@@ -737,7 +736,7 @@ def page_on_disk(num_pages: tuple[int, int, int]) -> tuple[TieredCache, Page]:
         pages += fill_pages(cache, 1, len(pages))
         cache.balance()
         end(cache, cache.take_transfers()[0])
-    cold = next(page for page in pages if page.location <= location(DISK, 0))
+    cold = next(page for page in pages if page.location <= encode_location(DISK, 0))
     for page in pages:
         if page is not cold:
             cache.release(page)
@@ -872,7 +871,7 @@ def test_a_bad_copy_on_disk_is_no_loss_while_there_is_another() -> None:
     cache.promote([page])
     [transfer] = take(cache)
     assert cache.apply([transfer.id], [], [slot]) == {page}  # the step could not read it, the transfer could
-    assert not cache.lost and page.location == location(HOST, transfer.target_slot)
+    assert not cache.lost and page.location == encode_location(HOST, transfer.target_slot)
     assert cache.slots[DISK].num_used == 0
 
 
@@ -913,12 +912,12 @@ def test_what_a_broken_plan_was_to_do_is_taken_again_in_order() -> None:
     assert [one.id for one in transfers] == [0, 1, 2] and wait == taken[1] == [0]
 
 
-def named_pages(cache: TieredCache, tokens: list[int]) -> list[Page]:
+def keyed_pages(cache: TieredCache, tokens: list[int]) -> list[Page]:
     """A sequence of full pages that may be found."""
     pages = []
-    for index, name in enumerate(page_keys(b"root", tokens, PAGE_SIZE)):
+    for index, key in enumerate(page_keys(b"root", tokens, PAGE_SIZE)):
         pages.append(cache.allocate(index, pages[-1] if pages else None))
-        cache.fill(pages[-1], name)
+        cache.fill(pages[-1], key)
     return pages
 
 
@@ -933,29 +932,29 @@ def found(cache: TieredCache, tokens: list[int]) -> list[Page]:
     return cache.find(page_keys(b"root", tokens, PAGE_SIZE))
 
 
-def test_the_catalogue_is_told_what_came_and_went() -> None:
+def test_the_journal_says_what_came_and_went() -> None:
     cache = TieredCache((4, 4, 4), 1, write_through=True)
-    [page] = named_pages(cache, [5, 6])
+    [page] = keyed_pages(cache, [5, 6])
     moved = spill(cache)
     assert routes(moved) == [(DEVICE, HOST), (HOST, DISK)]
     slot = page.slots[DISK]
-    assert cache.written == {slot: (moved[-1].id, page)} and not cache.vacated
-    cache.written.clear()
+    assert cache.journal.changes.written == {slot: (moved[-1].id, page)} and not cache.journal.changes.vacated
+    cache.journal.take()
     release(cache, [page])
-    assert cache.touched == {slot} and not cache.vacated
+    assert cache.journal.changes.touched == {slot} and not cache.journal.changes.vacated
     cache.reset()
-    assert cache.vacated == {slot} and not cache.touched and not found(cache, [5, 6])
+    assert cache.journal.changes.vacated == {slot} and not cache.journal.changes.touched and not found(cache, [5, 6])
     assert [slots.num_used for slots in cache.slots] == [0, 0, 0]
 
 
 def test_a_reset_takes_held_pages_out_of_the_catalogue_at_once() -> None:
     """A kill before they are let go must not leave them for the next process."""
     cache = TieredCache((4, 4, 4), 1, write_through=True)
-    pages = named_pages(cache, [5, 6, 7, 8])
+    pages = keyed_pages(cache, [5, 6, 7, 8])
     spill(cache)
-    cache.written.clear()
+    cache.journal.take()
     cache.reset()
-    assert cache.vacated == {page.slots[DISK] for page in pages} and not cache.index
+    assert cache.journal.changes.vacated == {page.slots[DISK] for page in pages} and not cache.index
     assert on(DISK, pages) == [0, 1], "who holds them reads them still"
     release(cache, pages)
     assert cache.num_idle == 0 and [slots.num_used for slots in cache.slots] == [0, 0, 0]
@@ -964,7 +963,7 @@ def test_a_reset_takes_held_pages_out_of_the_catalogue_at_once() -> None:
 def test_idle_pages_give_way_before_held_ones() -> None:
     """The least recently used and the end of a prefix first, into free room below before it is forgotten."""
     cache = TieredCache((6, 2, 0), 1)
-    first, second = named_pages(cache, [1, 1, 2, 2]), named_pages(cache, [3, 3, 4, 4])
+    first, second = keyed_pages(cache, [1, 1, 2, 2]), keyed_pages(cache, [3, 3, 4, 4])
     release(cache, first)
     release(cache, second)
     held = fill_pages(cache, 2)
@@ -982,7 +981,7 @@ def test_idle_pages_give_way_before_held_ones() -> None:
 
 def test_an_idle_page_is_taken_up_from_any_tier_and_counts_as_used() -> None:
     cache = TieredCache((8, 8, 8), 1, write_through=True)
-    pages = named_pages(cache, [1, 1, 2, 2, 3, 3])
+    pages = keyed_pages(cache, [1, 1, 2, 2, 3, 3])
     spill(cache)
     release(cache, pages)
     assert on(DEVICE, pages) == on(HOST, pages) == on(DISK, pages) == [0, 1, 2] and cache.num_idle == 3
@@ -991,9 +990,9 @@ def test_an_idle_page_is_taken_up_from_any_tier_and_counts_as_used() -> None:
     assert table.pages == pages[:2] and table.num_tokens == 4
     cache.integrity_check()
     assert (cache.num_pages, cache.num_idle) == (2, 1)
-    cache.touched.clear()
+    cache.journal.take()
     table.release()
-    assert cache.touched == {page.slots[DISK] for page in pages[:2]}
+    assert cache.journal.changes.touched == {page.slots[DISK] for page in pages[:2]}
     assert (cache.num_pages, cache.num_idle) == (0, 3)
     cache.integrity_check()
 
@@ -1002,7 +1001,7 @@ def test_a_full_disk_gives_up_its_oldest_prefix_for_a_younger_one() -> None:
     cache = TieredCache((8, 8, 2), 1)
     prefixes = [[1, 1, 2, 2], [3, 3, 4, 4], [5, 5, 6, 6]]
     for tokens in prefixes:
-        release(cache, named_pages(cache, tokens))
+        release(cache, keyed_pages(cache, tokens))
         spill(cache)
     on_disk = [len([page for page in found(cache, tokens) if page.has(DISK)]) for tokens in prefixes]
     assert on_disk == [0, 0, 2]
@@ -1011,35 +1010,35 @@ def test_a_full_disk_gives_up_its_oldest_prefix_for_a_younger_one() -> None:
 
 def test_touching_what_waits_for_a_request_keeps_it() -> None:
     cache = TieredCache((4, 0, 0), 1)
-    release(cache, named_pages(cache, [1, 1, 2, 2]))
-    release(cache, named_pages(cache, [3, 3, 4, 4]))
+    release(cache, keyed_pages(cache, [1, 1, 2, 2]))
+    release(cache, keyed_pages(cache, [3, 3, 4, 4]))
     cache.touch(found(cache, [1, 1, 2, 2]))
     assert cache.reserve(2)
     assert len(found(cache, [1, 1, 2, 2])) == 2 and not found(cache, [3, 3, 4, 4])
     cache.integrity_check()
 
 
-def test_the_catalogue_is_told_before_a_slot_of_an_idle_page_is_written_again() -> None:
+def test_the_journal_says_so_before_a_slot_of_an_idle_page_is_written_again() -> None:
     cache = TieredCache((8, 8, 1), 1)
-    [first] = named_pages(cache, [1, 1])
+    [first] = keyed_pages(cache, [1, 1])
     release(cache, [first])
     spill(cache)
     slot = first.slots[DISK]
-    cache.written.clear()
-    release(cache, named_pages(cache, [2, 2]))
+    cache.journal.take()
+    release(cache, keyed_pages(cache, [2, 2]))
     cache.balance()
     end(cache, take(cache))
     cache.balance()
-    assert cache.vacated == {slot}, "settled in the plan that writes it"
+    assert cache.journal.changes.vacated == {slot}, "in the plan that writes it"
     [write] = take(cache)
-    assert (write.target, write.target_slot) == (DISK, slot) and not cache.written
+    assert (write.target, write.target_slot) == (DISK, slot) and not cache.journal.changes.written
     end(cache, [write])
-    assert list(cache.written) == [slot]
+    assert list(cache.journal.changes.written) == [slot]
 
 
-def test_a_nameless_copy_of_what_is_known_is_free_when_it_is_let_go() -> None:
+def test_a_keyless_copy_of_what_is_known_is_free_when_it_is_let_go() -> None:
     cache = TieredCache((4, 0, 0), 1)
-    pages = named_pages(cache, [1, 1]) + named_pages(cache, [1, 1])
+    pages = keyed_pages(cache, [1, 1]) + keyed_pages(cache, [1, 1])
     assert [page.key is None for page in pages] == [False, True]
     release(cache, pages)
     assert cache.num_idle == 1 and cache.slots[DEVICE].num_free == 3

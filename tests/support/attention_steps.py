@@ -15,7 +15,7 @@ from distkv.storage.moving.staging_ring import StagingRing
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import NUM_BUFFERS
 from distkv.storage.pools.host_pool import HostPool
-from distkv.storage.tier import Tier, location
+from distkv.storage.tier import Tier
 from distkv.workers.attention.cpu import CpuAttention, plan_cpu_attention
 from distkv.workers.page_directory import SequenceStep
 from distkv.workers.runners.batch import Attention, token_arrays
@@ -92,7 +92,7 @@ class Step:
         for pages, slots in zip(s.pages, self.tables, strict=True):
             for page, slot in zip(pages, slots, strict=True):
                 if page in cold:
-                    places[slot] = location(Tier.HOST, shuffled[page])
+                    places[slot] = encode_location(Tier.HOST, shuffled[page])
                     host.store(shuffled[page], self.pool[:, slot].contiguous()[None])
                     pool[:, slot] = 6e4
         parts = [

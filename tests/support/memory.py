@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distkv.engine.engine import Engine
 from distkv.engine.protocol import EngineInfo
-from distkv.storage.tier import Tier, Transfer, cold_place
+from distkv.storage.tier import Tier, Transfer, decode_location
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan
 from distkv.workers.page_directory import PageDirectory, SequenceStep
@@ -71,9 +71,8 @@ class Memory:
                 self.page(one.pages[position // PAGE_SIZE])[position % PAGE_SIZE] = token
         self.read = []
         for one in steps:
-            on_disk = [
-                slot for tier, slot in map(cold_place, filter(lambda place: place < 0, one.pages)) if tier is Tier.DISK
-            ]
+            cold = [decode_location(place) for place in one.pages if place < 0]
+            on_disk = [slot for tier, slot in cold if tier is Tier.DISK]
             bad = [slot for slot in on_disk if self.random.random() < self.fault_rate / 20]
             report.bad_reads += [(slot, "it is damaged") for slot in bad]
             if not bad:
@@ -98,7 +97,7 @@ class Memory:
 
     def page(self, place: int) -> list[int | None]:
         """The tokens of a page, wherever it lies."""
-        tier, slot = cold_place(place) if place < 0 else (Tier.DEVICE, place)
+        tier, slot = decode_location(place) if place < 0 else (Tier.DEVICE, place)
         content = self.tiers[tier][slot]
         assert content is not None
         return content

@@ -11,7 +11,7 @@ from torch import Tensor
 from distkv.engine.engine import Engine
 from distkv.engine.protocol import EngineInfo, EngineRequest, TokenOutput
 from distkv.sampling_params import SamplingParams
-from distkv.storage.tier import Tier, cold_place
+from distkv.storage.tier import Tier, decode_location
 from distkv.workers.group.rank_executor import RankExecutor
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan
@@ -62,7 +62,7 @@ class Speaker(History):
         return (torch.stack(rows) if rows else torch.empty(0, VOCAB)) if logits is not None else None, report
 
     def tokens_of(self, one: SequenceStep) -> list[int | None]:
-        cold = [cold_place(place) for place in one.pages.tolist() if place < 0]
+        cold = [decode_location(place) for place in one.pages.tolist() if place < 0]
         on_disk = [slot for tier, slot in cold if tier is Tier.DISK]
         self._broken.append(on_disk if self.num_steps in self.late_damage else [])
         self.num_damaged += len(self._broken[-1])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from support.plans import sequence_step
 
 from distkv.storage.paging import pages_for
-from distkv.storage.tier import Tier, location
+from distkv.storage.tier import Tier, encode_location
 from distkv.workers.attention.decode_plan import Member, plan_decode, split_pages_for
 from distkv.workers.attention.prefill_plan import plan_prefill
 
@@ -25,7 +25,7 @@ def members(draw: st.DrawFn, counts: st.SearchStrategy[int]) -> tuple[int, list[
         num_pages = -(-(start + count) // page_size)
         own = 100 * number + np.arange(num_pages)
         tiers = draw(st.lists(st.sampled_from(list(Tier)), min_size=num_pages, max_size=num_pages))
-        places = [location(tier, int(slot)) for tier, slot in zip(tiers, own, strict=True)]
+        places = [encode_location(tier, int(slot)) for tier, slot in zip(tiers, own, strict=True)]
         last_full = start // page_size  # new tokens are written on the device
         places[last_full:] = own[last_full:].tolist()
         if result and draw(st.booleans()):
@@ -88,7 +88,7 @@ def test_decode_visits_every_split_once(
 
 
 def test_sequences_that_share_cold_pages_share_their_loads() -> None:
-    cold = [location(Tier.HOST, slot) for slot in range(30)]
+    cold = [encode_location(Tier.HOST, slot) for slot in range(30)]
     sequences = [(row, sequence_step([7], 31 * 256 - 1, [*cold, row], 7, 1)) for row in range(3)]
     (one,) = plan_decode(1, sequences, 256, 8, 4096, 32).rounds
     assert [len(load) for load in one.loads] == [8, 8, 8, 6]

@@ -233,13 +233,13 @@ def _visit(places: np.ndarray, buffer_pages: int) -> tuple[np.ndarray, list[Run]
     loads: list[Load] = []
     if not len(cold):
         return visits[0], runs, loads
-    distinct, number = np.unique(-1 - places[cold], return_inverse=True)
+    distinct, number = np.unique(-places[cold], return_inverse=True)
     for first in range(0, len(distinct), buffer_pages):
         members = np.flatnonzero((number >= first) & (number < first + buffer_pages))
         order, neighbours = _visiting_order(number[members] - first)
         visits.append(cold[members[order]])
         runs += [Run(True, index == 0, *run) for index, run in enumerate(neighbours)]
-        loads.append((-1 - distinct[first : first + buffer_pages]).tolist())
+        loads.append((-distinct[first : first + buffer_pages]).tolist())
     return np.concatenate(visits), runs, loads
 
 

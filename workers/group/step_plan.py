@@ -40,7 +40,7 @@ class StepPlan(msgspec.Struct, array_like=True):
     # transfers that must have ended before pages are touched, and where no sequence runs, before the report
     await_ids: list[int] = []
     random_pages: list[tuple[int, int]] = []  # (device slot, seed): filled with random numbers, for stress tests
-    relocated: list[tuple[int, int]] = []  # (page id, where it lies now, see `tier.location`)
+    relocated: list[tuple[int, int]] = []  # (page id, where it lies now, see `encode_location`)
     ended: list[int] = []  # numbers of tables that are not needed any more
     # the pages on disk that an earlier process left, by slot with their checksums, see `DiskPool.adopt`; given once,
     # before anything is written there
