@@ -15,7 +15,7 @@ from distkv.storage.moving.staging_ring import StagingRing
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import NUM_BUFFERS
 from distkv.storage.pools.host_pool import HostPool
-from distkv.storage.tier import Tier
+from distkv.storage.tier import Tier, encode_location
 from distkv.workers.attention.cpu import CpuAttention, plan_cpu_attention
 from distkv.workers.page_directory import SequenceStep
 from distkv.workers.runners.batch import Attention, token_arrays
