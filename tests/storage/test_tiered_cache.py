@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distkv.errors import CapacityError
+from distkv.storage.ledger.disk_journal import DiskChanges, DiskJournal
 from distkv.storage.ledger.disk_refusals import WRITE_RETRY
 from distkv.storage.ledger.page import Page, PageKey
 from distkv.storage.ledger.page_table import PageTable
@@ -945,6 +946,19 @@ def test_the_journal_says_what_came_and_went() -> None:
     cache.reset()
     assert cache.journal.changes.vacated == {slot} and not cache.journal.changes.touched and not found(cache, [5, 6])
     assert [slots.num_used for slots in cache.slots] == [0, 0, 0]
+
+
+def test_a_journal_gives_what_it_has_once() -> None:
+    """A slot that was vacated holds nothing new and nothing that was used."""
+    journal = DiskJournal()
+    assert not journal.take()
+    page = Page(0)
+    for slot in (1, 2, 3):
+        journal.write(slot, 10 + slot, page)
+        journal.touch(slot)
+    journal.vacate(2)
+    assert journal.take() == DiskChanges({2}, {1: (11, page), 3: (13, page)}, {1, 3})
+    assert not journal.take() and not journal.changes
 
 
 def test_a_reset_takes_held_pages_out_of_the_catalogue_at_once() -> None:
