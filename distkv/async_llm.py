@@ -12,9 +12,10 @@ from distkv.engine.protocol import EngineStats
 from distkv.engine.thread import Delivery
 from distkv.errors import DistKVError
 from distkv.frontend.chat_pieces import Message
-from distkv.frontend.front_end import Facade, FrontEnd, Prompt, RequestGroup
-from distkv.outputs import RequestOutput
-from distkv.sampling_params import SamplingParams
+from distkv.frontend.front_end import Facade, FrontEnd, Prompt
+from distkv.frontend.request_group import RequestGroup
+from distkv.outputs import RequestOutput, join_deltas
+from distkv.sampling_params import RequestOutputKind, SamplingParams
 
 
 class AsyncLLM(Facade):
@@ -47,7 +48,8 @@ class AsyncLLM(Facade):
         priority: int = 0,
         cache_salt: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Answers one prompt and yields the output so far whenever there is more of it; the last one is finished.
+        """Answers one prompt and yields the output so far whenever there is more of it, or what `output_kind` asks
+        for; the last one is finished.
 
         Cancelling the task or closing the iterator ends the request; leaving the loop early closes an iterator that has
         no other name. A reader that is slower than the engine misses outputs, but no text.
@@ -64,19 +66,21 @@ class AsyncLLM(Facade):
         state = await asyncio.to_thread(
             self._front_end.request, number, prompt, sampling_params or SamplingParams(), priority, cache_salt
         )
-        bundle, grown = RequestGroup(self._front_end.thread, [state]), asyncio.Event()
+        group, grown = RequestGroup(self._front_end.thread, [state]), asyncio.Event()
         mailbox = self._mailbox_of_loop()
-        mailbox.groups[state.request.request_id] = bundle, grown
+        mailbox.groups[state.request.request_id] = group, grown
         try:
-            bundle.start(mailbox.put)
-            while bundle.unfinished or grown.is_set():
+            group.start(mailbox.put)
+            while group.unfinished or grown.is_set():
                 await grown.wait()
                 grown.clear()
-                if error := bundle.error or state.error:
+                if error := group.error or state.error:
                     raise error
-                yield state.output()
+                output = state.next_output()
+                if output is not None:
+                    yield output
         finally:
-            bundle.end()
+            group.end()
             del mailbox.groups[state.request.request_id]
 
     async def chat(
@@ -132,17 +136,20 @@ class AsyncLLM(Facade):
         with self._front_end.session(name, params) as session:
             prompt = await asyncio.to_thread(session.prompt, self.tokenizer, messages)
             outputs = self.generate(prompt, params, priority=priority, cache_salt=cache_salt)
-            last = None
+            yielded: list[RequestOutput] = []
             try:
                 async with aclosing(outputs):
-                    async for last in outputs:
-                        yield last
+                    async for output in outputs:
+                        if params.output_kind is not RequestOutputKind.DELTA:
+                            yielded.clear()
+                        yielded.append(output)
+                        yield output
             except DistKVError:
-                last = None  # an answer that could not go on
+                yielded = []  # an answer that could not go on
                 raise
             finally:
-                if last is not None:
-                    session.add_output(last.outputs[0])
+                if yielded:
+                    session.add_output(join_deltas(yielded).outputs[0])
 
     def _mailbox_of_loop(self) -> "_Mailbox":
         """That of the running event loop; requests keep the one they have begun with."""
@@ -166,9 +173,9 @@ class _Mailbox:
     def _sort(self, deliveries: list[Delivery]) -> None:
         for delivery in deliveries:
             if delivery.request_id in self.groups:
-                bundle, grown = self.groups[delivery.request_id]
+                group, grown = self.groups[delivery.request_id]
                 try:
-                    bundle.take([delivery])
+                    group.take([delivery])
                 except Exception as error:  # text that cannot be decoded, say
-                    bundle.error = error
+                    group.error = error
                 grown.set()

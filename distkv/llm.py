@@ -14,7 +14,8 @@ from distkv.engine.thread import Delivery
 from distkv.errors import RequestError
 from distkv.frontend.answer import RequestState
 from distkv.frontend.chat_pieces import Message
-from distkv.frontend.front_end import Facade, FrontEnd, Prompt, RequestGroup
+from distkv.frontend.front_end import Facade, FrontEnd, Prompt
+from distkv.frontend.request_group import RequestGroup
 from distkv.outputs import RequestOutput
 from distkv.sampling_params import SamplingParams
 
@@ -60,9 +61,9 @@ class LLM(Facade):
                 and None is a salt too.
             use_tqdm: show a progress bar on stderr.
 
-        Returns one output per prompt, in their order; one that could not go on has its `error` set, and the others are
-        whole. Raises RequestError or CapacityError, before anything runs, for a prompt that cannot be answered,
-        WorkerDied when a rank is lost, and DistKVError when the LLM is closed meanwhile.
+        Returns one output per prompt, in their order, with whole answers whatever their `output_kind`; one that could
+        not go on has its `error` set. Raises RequestError or CapacityError, before anything runs, for a prompt that
+        cannot be answered, WorkerDied when a rank is lost, and DistKVError when the LLM is closed meanwhile.
         """
         listed = _listed(prompts)
         params = _one_each("sampling_params", sampling_params or SamplingParams(), len(listed))
@@ -106,7 +107,8 @@ class LLM(Facade):
         priority: int = 0,
         cache_salt: str | None = None,
     ) -> Generator[RequestOutput, None, None]:
-        """Answers one prompt and yields the output so far whenever there is more of it; the last one is finished.
+        """Answers one prompt and yields the output so far whenever there is more of it, or what `output_kind` asks
+        for; the last one is finished.
 
         The engine does not wait for a slow reader. Leaving the iterator early ends the request. Raises as `generate`
         does, and StoreError or CapacityError when the request cannot go on.
@@ -167,22 +169,24 @@ class LLM(Facade):
             for _ in steps:
                 if state.error is not None:
                     raise state.error
-                yield state.output()
+                output = state.next_output()
+                if output is not None:
+                    yield output
 
     def _drive(self, states: list[RequestState]) -> Generator[list[RequestState], None, None]:
         """Runs requests to their end, yielding those that a step lets grow; what is unfinished at exit is aborted."""
         inbox: queue.SimpleQueue[list[Delivery]] = queue.SimpleQueue()
-        bundle = RequestGroup(self._front_end.thread, states)
+        group = RequestGroup(self._front_end.thread, states)
         try:
-            bundle.start(inbox.put)
-            while bundle.unfinished:
-                grown = bundle.take(inbox.get())
-                if bundle.error is not None:
-                    raise bundle.error
+            group.start(inbox.put)
+            while group.unfinished:
+                grown = group.take(inbox.get())
+                if group.error is not None:
+                    raise group.error
                 if grown:
                     yield grown
         finally:
-            bundle.end()
+            group.end()
 
 
 def _listed(prompts: Any) -> list[Any]:

@@ -1,6 +1,7 @@
 """How a request's tokens are sampled and when it ends. Names and defaults are vLLM's."""
 
 import math
+from enum import Enum
 from typing import Any
 
 import msgspec
@@ -9,6 +10,17 @@ from distkv.errors import RequestError
 from distkv.option_help import explained
 
 MAX_LOGPROBS = 100
+
+
+class RequestOutputKind(Enum):
+    """What each `RequestOutput` of a request holds."""
+
+    CUMULATIVE = 0
+    """All of the answers so far."""
+    DELTA = 1
+    """What is new in the answers since the output before; joined, they are the whole."""
+    FINAL_ONLY = 2
+    """All of the answers, once they are finished."""
 
 
 @explained
@@ -62,6 +74,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     They come beside the sampled one; None returns none.
     """
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    """Whether outputs are cumulative, deltas, or come at the end alone."""
 
     def __post_init__(self) -> None:
         _check_int("n", self.n, 1)
@@ -86,6 +100,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             raise RequestError(f"stop_token_ids is {self.stop_token_ids!r}; it must be a list of token ids")
         for token in self.stop_token_ids or []:
             _check_int("stop_token_ids", token, 0)
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise RequestError(f"output_kind is {self.output_kind!r}; use a RequestOutputKind, for instance DELTA")
 
     @property
     def stop_strings(self) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distkv.commands.options import EngineFlags, Model, model_folder, sampling, spread
+from distkv.commands.options import EngineFlags, Model, model_folder, piecemeal, sampling, spread
 from distkv.errors import CapacityError, ConfigError, RequestError
 from distkv.sampling_params import SamplingParams
 
@@ -65,20 +65,22 @@ def _answer(
     llm: "LLM", conversation: "Conversation", new: list[dict[str, Any]], params: SamplingParams, show_stats: bool
 ) -> None:
     """Prints the answer as it comes, and adds what was sampled of it to the conversation."""
-    output = first_token = None
+    from distkv.outputs import join_deltas
+
+    first_token = 0.0
+    deltas: list[RequestOutput] = []
     start = time.perf_counter()
-    printed = 0
     try:
-        for output in llm.stream(conversation.prompt(llm.tokenizer, new), params):
+        for delta in llm.stream(conversation.prompt(llm.tokenizer, new), piecemeal(params)):
             first_token = first_token or time.perf_counter()
-            text = output.outputs[0].text
-            print(text[printed:], end="", flush=True)
-            printed = len(text)
+            deltas.append(delta)
+            print(delta.outputs[0].text, end="", flush=True)
     except KeyboardInterrupt:  # stops this answer, not the conversation
         pass
     print()
-    if output is None or first_token is None:
+    if not deltas:
         return
+    output = join_deltas(deltas)
     conversation.add_output(output.outputs[0])
     if show_stats:
         _say(_stats(output, first_token - start))

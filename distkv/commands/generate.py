@@ -1,13 +1,12 @@
 """`distkv generate`: a prompt is continued."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from distkv.commands.options import EngineFlags, Model, model_folder, sampling, spread
+from distkv.commands.options import EngineFlags, Model, model_folder, piecemeal, sampling, spread
 from distkv.errors import RequestError
 from distkv.sampling_params import SamplingParams
 
@@ -26,8 +25,8 @@ def generate(
     from distkv.llm import LLM
 
     with LLM(model_folder(model), **options) as llm:
-        for piece in _pieces(llm.stream(text, params)):
-            print(piece, end="", flush=True)
+        for output in llm.stream(text, piecemeal(params)):
+            print(output.outputs[0].text, end="", flush=True)
         print()
 
 
@@ -44,12 +43,3 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
         raise RequestError(f"the prompt file {source!r} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise RequestError(f"the prompt from {source!r} is not UTF-8 (byte {error.start}); convert it first") from error
-
-
-def _pieces(outputs: Iterator[Any]) -> Iterator[str]:
-    """What each output adds to the text."""
-    printed = 0
-    for output in outputs:
-        text = output.outputs[0].text
-        yield text[printed:]
-        printed = len(text)

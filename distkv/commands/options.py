@@ -9,10 +9,11 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
+from msgspec.structs import replace
 
 from distkv.config import EngineConfig, EngineOptions
 from distkv.option_help import option_help
-from distkv.sampling_params import SamplingParams
+from distkv.sampling_params import RequestOutputKind, SamplingParams
 
 Model = Annotated[str, typer.Option(help="Hugging Face model folder, or smollm2, which is fetched if need be.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")]
@@ -76,6 +77,11 @@ EngineFlags = Annotated[
     EngineOptions, engine(*(field.name for field in fields(EngineConfig) if field.name not in ("model", "seed")))
 ]
 """All options of the engine but the model, for which there is `Model`, and the seed: --seed is that of sampling."""
+
+
+def piecemeal(params: SamplingParams) -> SamplingParams:
+    """The same for a reader who shows an answer as it comes."""
+    return replace(params, output_kind=RequestOutputKind.DELTA)
 
 
 def model_folder(model: str) -> Path:

@@ -5,10 +5,9 @@ import logging
 import weakref
 from pathlib import Path
 
-from distkv import errors
 from distkv.config import EngineConfig
-from distkv.engine.protocol import EngineInfo, EngineRequest, RequestFailed
-from distkv.engine.thread import Broken, Delivery, EngineThread, Sink
+from distkv.engine.protocol import EngineInfo, EngineRequest
+from distkv.engine.thread import EngineThread
 from distkv.errors import ConfigError, RequestError
 from distkv.frontend.answer import RequestState
 from distkv.frontend.session import Session
@@ -124,50 +123,6 @@ class Facade:
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises ConfigError when the model folder has none."""
         return self._front_end.tokenizer
-
-
-class RequestGroup:
-    """Requests that are sent together, until they are finished. Use by one thread at a time."""
-
-    def __init__(self, thread: EngineThread, states: list[RequestState]):
-        self._thread = thread
-        self.unfinished = {state.request.request_id: state for state in states}
-        self.error: BaseException | None = None  # that ended it
-
-    def start(self, sink: Sink) -> None:
-        """Sends the requests; what `sink` gets is to be given to `take`. Raises DistKVError once the LLM is closed."""
-        self._thread.add([state.request for state in self.unfinished.values()], sink)
-
-    def take(self, deliveries: list[Delivery]) -> list[RequestState]:
-        """Adds what has come to the answers; returns the requests that have grown."""
-        grown: dict[str, RequestState] = {}
-        for delivery in deliveries:
-            request_id = delivery.request_id
-            state = self.unfinished.get(request_id)
-            if state is None:
-                continue  # it was ended while this was on its way
-            if isinstance(delivery, Broken):
-                self.error = delivery.error
-                del self.unfinished[request_id]
-                continue
-            if isinstance(delivery, RequestFailed):
-                state.fail(getattr(errors, delivery.error)(delivery.message))
-            elif state.is_finished(delivery.index):
-                continue  # at a stop string
-            else:
-                state.add(delivery)
-                if state.is_finished(delivery.index) and delivery.finish_reason is None:
-                    self._thread.abort([(request_id, delivery.index)])  # the engine cannot see stop strings
-            grown[request_id] = state
-            if state.finished:
-                del self.unfinished[request_id]
-        return list(grown.values())
-
-    def end(self) -> None:
-        """Aborts what is unfinished."""
-        if self.unfinished:
-            self._thread.abort([(request_id, None) for request_id in self.unfinished])
-            self.unfinished.clear()
 
 
 def _is_text(value: object) -> bool:

@@ -8,12 +8,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from distkv import EngineConfig, SamplingParams
+from distkv import EngineConfig, RequestOutputKind, SamplingParams
 from distkv.commands.main import app
 from distkv.commands.options import engine, sampling, spread
 from distkv.config import EngineOptions
 from distkv.option_help import option_help
 
+DELTA = RequestOutputKind.DELTA  # an answer is shown as it comes
 GIVEN: dict[str, tuple[str, Any]] = {
     "tensor_parallel_size": ("3", 3),
     "dtype": ("float16", "float16"),
@@ -94,13 +95,15 @@ def test_every_option_of_the_engine_has_a_flag_that_reaches_it(command: str, run
 
 def test_commands_have_defaults_of_sampling_of_their_own(run: Any) -> None:
     run("generate")
-    assert Seen.params == SamplingParams(max_tokens=256)
+    assert Seen.params == SamplingParams(max_tokens=256, output_kind=DELTA)
     run("chat")
-    assert Seen.params == SamplingParams(max_tokens=1024, temperature=0.7, top_p=0.95)
+    assert Seen.params == SamplingParams(max_tokens=1024, temperature=0.7, top_p=0.95, output_kind=DELTA)
     given = ("--max-tokens", "9", "--temperature", "0.1", "--top-p", "0.2", "--top-k", "3", "--seed", "4")
     for command in ("generate", "chat"):
         run(command, *given, "--stop", "a", "--stop", "b")
-        assert Seen.params == SamplingParams(max_tokens=9, temperature=0.1, top_p=0.2, top_k=3, seed=4, stop=["a", "b"])
+        assert Seen.params == SamplingParams(
+            max_tokens=9, temperature=0.1, top_p=0.2, top_k=3, seed=4, stop=["a", "b"], output_kind=DELTA
+        )
 
 
 def test_a_command_gets_one_object_of_the_fields_it_names() -> None:
