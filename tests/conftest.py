@@ -64,5 +64,5 @@ def compiler(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture
 def reports(compiler: "Compiler", case: "Case", capability: int) -> list["Report"]:
-    """Of the kernels that the test's case launches, in order."""
+    """The reports of the kernels that the test's case launches, in order."""
     return compiler.reports(case, capability)

@@ -59,7 +59,8 @@ class DeviceMeter:
         self._streams = [torch.cuda.Stream() for _ in range(2)]
 
     def seconds(self, work: Work) -> float:
-        """Of work on the current stream. The launches are queued while the cache is flushed, so they are not in it."""
+        """The seconds that work on the current stream takes. The launches are queued while the cache is
+        flushed, so they are not in it."""
         self._prepare()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -69,7 +70,7 @@ class DeviceMeter:
         return start.elapsed_time(end) / 1e3
 
     def seconds_each(self, works: tuple[Work, Work]) -> tuple[float, float]:
-        """Of two works that begin at once, each on a stream of its own."""
+        """The seconds of two works that begin at once, each on a stream of its own."""
         self._prepare()
         start = torch.cuda.Event(enable_timing=True)
         start.record()

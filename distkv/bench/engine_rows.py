@@ -193,7 +193,7 @@ def residency_rows(shape: Shape, context: int, new_tokens: int) -> list[dict[str
 
 
 def weight_bytes(model: ModelConfig, itemsize: int) -> int:
-    """Of all weights that a token's step reads: everything but the embedding, of which it is one row."""
+    """The bytes of all weights that a token's step reads: everything but the embedding, of which it is one row."""
     heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
     layer = model.hidden_size * (heads * model.head_dim + 3 * model.intermediate_size + 2)
     return (model.num_hidden_layers * layer + model.hidden_size * (model.vocab_size + 1)) * itemsize

@@ -19,11 +19,12 @@ class AttentionShape:
     dtype: torch.dtype = torch.bfloat16
 
     def kv_bytes(self, num_tokens: int) -> int:
-        """Of one layer: `2 * tokens * KV heads * head_dim * bytes`."""
+        """The KV bytes of one layer: `2 * tokens * KV heads * head_dim * bytes`."""
         return 2 * num_tokens * self.kv_heads * self.head_dim * self.dtype.itemsize
 
     def prefill_flops(self, num_tokens: int) -> int:
-        """Of causal attention of a whole prompt: two products of `2 * H * D * T^2`, of which half is needed."""
+        """The operations of causal attention over a whole prompt: two products of `2 * H * D * T^2`, of which half is
+        needed."""
         return 4 * self.query_heads * self.head_dim * num_tokens**2 // 2
 
 

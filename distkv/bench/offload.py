@@ -51,7 +51,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Turn:
-    """Of one variant: seconds of each step, and bytes of all steps together."""
+    """One variant's turn: the seconds of each step, and the bytes of all steps together."""
 
     seconds: list[float]
     host_bytes: int
@@ -201,7 +201,7 @@ def _check_sizes(context: int, page_size: int, steps: int, positions: int) -> No
 
 
 def _variants(num_pages: int) -> list[Variant]:
-    """Of a context of `num_pages` full pages, beside which one page is being written."""
+    """Where a context of `num_pages` full pages may lie, beside which one page is being written."""
     half, least = num_pages // 2 + 1, LEAST_DEVICE_PAGES
     return [
         Variant("all on device", num_pages + 1, 0, 0, 0),

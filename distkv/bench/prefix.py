@@ -59,7 +59,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the prompts."""
+    """The sizes of the prompts."""
 
     prefix: int  # tokens, whole pages
     page_size: int
@@ -67,7 +67,7 @@ class Sizes:
 
     @property
     def request_pages(self) -> int:
-        """Of the prefix, and one for question and answer."""
+        """The pages of the prefix, and one for question and answer."""
         return self.prefix // self.page_size + 1
 
     @property

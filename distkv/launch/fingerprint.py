@@ -34,7 +34,7 @@ def make_fingerprint(weights: str, model: ModelConfig, dtype: torch.dtype, page_
 
 
 def dummy_digest(seed: int, device: str) -> str:
-    """Of random weights, which are other ones on another kind of device."""
+    """Stands for the content of random weights, which are other ones on another kind of device."""
     return f"dummy {seed} {device}"
 
 

@@ -124,7 +124,7 @@ def run_stage(engine: EngineClient, request: EngineRequest, watch: Callable[[Sam
 
 
 def _seconds_left(sample: Sample, context: int) -> float:
-    """Of the fill, if it goes on as it has so far; unknown at the start, which counts as long."""
+    """Seconds of the fill, if it goes on as it has so far; at the start nobody knows, which counts as long."""
     if not sample.in_fill:
         return 0.0
     return sample.seconds * (context - sample.tokens) / sample.tokens if sample.tokens else float("inf")

@@ -275,7 +275,7 @@ def _title(facts: dict[str, Any]) -> str:
 
 
 def _formula(model: ModelConfig, config: EngineConfig, info: EngineInfo) -> str:
-    """Of the KV bytes per token."""
+    """The KV bytes per token, written out."""
     layers, dim, size = model.num_hidden_layers, model.head_dim, _dtype(model, config).itemsize
     heads = info.kv_bytes_per_token // (2 * layers * dim * size)
     copies = "" if heads == model.num_key_value_heads else " (with those that several ranks hold)"

@@ -173,7 +173,7 @@ def test_a_session_goes_on_in_another_process(talker: Path, tmp_path: Path, run_
 
 
 def told(output: str) -> list[tuple[int, int, str]]:
-    """Of each answer, as --stats prints it: tokens of the prompt, those that were cached, and where."""
+    """The figures of each answer, as --stats prints it: tokens of the prompt, those that were cached, and where."""
     found = re.findall(r"^(\d+) tokens of prompt, (\d+) of them cached(.*), first token after \d+ ms$", output, re.M)
     return [(int(prompt), int(cached), where) for prompt, cached, where in found]
 

@@ -327,7 +327,7 @@ def test_an_abort_frees_all_at_once(folder: Path, tmp_path: Path, stage: int) ->
 
 
 def test_the_least_recently_used_goes_first(folder: Path) -> None:
-    """Of three prefixes in a cache for little more than two, and of each the end before its beginning."""
+    """Three prefixes meet in a cache for little more than two; of each the end goes before its beginning."""
     prompts = [random_prompt(85, seed) for seed in (1, 2, 3)]
     one = SamplingParams(temperature=0, max_tokens=1)
     with tiered(folder, (14, 0, 0)) as llm:

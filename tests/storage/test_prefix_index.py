@@ -32,7 +32,7 @@ def test_a_key_is_a_chain_of_sha256_over_little_endian_tokens() -> None:
 
 
 def test_roots_do_not_meet() -> None:
-    """Of two models, or of two salts; None is none of the texts."""
+    """The roots of two models, or of two salts; None is none of the texts."""
     pairs = [(model, salt) for model in ("", "a", "ab", "absalt") for salt in (None, "", "b", "salt", "saltb", "\0")]
     assert len({root_key(*pair) for pair in pairs}) == len(pairs)
 

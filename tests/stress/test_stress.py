@@ -62,7 +62,7 @@ def spoil_streaming(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[torch.Tens
 
 
 def flip_exponent_byte(pages: torch.Tensor) -> None:
-    """Of one value of the last page."""
+    """One value of the last page is changed."""
     pages.view(torch.uint8)[-1, 1, 0, 5, 7] ^= 0x40  # little-endian bfloat16: bytes 1, 3, 5, ... hold exponents
 
 

@@ -20,7 +20,7 @@ def disk_pool(folder: Path, spec: PageSpec = SPEC, num_pages: int = NUM_PAGES) -
 
 
 def entry(slot: int, crc32c: bytes = b"") -> Entry:
-    """Of a first page."""
+    """The entry of a first page."""
     return Entry(slot, b"key %d" % slot, b"root", b"tokens", crc32c, last_use=0.0, index=0)
 
 
