@@ -19,6 +19,8 @@ from distkv.storage.disk.cache_folder import ARRAY, SCRATCH
 from distkv.storage.ledger.tiered_cache import MAX_DISK_WRITES
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import NUM_BUFFERS, pages_for
+from distkv.storage.tier import Tier
+from distkv.workers.backend import KINDS
 from distkv.workers.bandwidth import Bandwidth
 from distkv.workers.group.process_group import ProcessGroup
 from distkv.workers.group.report import Report, ReportCollector
@@ -194,10 +196,10 @@ def _pool_sizes(
     config: EngineConfig, ranks: RankConfig, specs: list[PageSpec], max_model_len: int, capacity: Capacity | None
 ) -> PoolSizes:
     """Pages of each tier. Sizes in the options are of all ranks together."""
-    page_bytes = sum(spec.page_bytes for spec in specs)
-    disk_page_bytes = replace(specs[0], num_kv_heads=ranks.model.num_key_value_heads).page_bytes
+    on_device, on_host = (sum(spec.page_bytes_in(tier) for spec in specs) for tier in (Tier.DEVICE, Tier.HOST))
+    on_disk = replace(specs[0], num_kv_heads=ranks.model.num_key_value_heads).page_bytes_in(Tier.DISK)
 
-    def given(name: str, page_bytes: int = page_bytes) -> int | None:
+    def given(name: str, page_bytes: int) -> int | None:
         size = getattr(config, name)
         if size is None or size == 0:
             return size
@@ -209,11 +211,11 @@ def _pool_sizes(
         return size // page_bytes
 
     most = config.max_num_seqs * specs[0].pages_for(max_model_len)
-    device = given("device_kv_bytes")
+    device = given("device_kv_bytes", on_device)
     if device is None:
         assert capacity is not None
         device = min(capacity.device, most)
-    host = given("host_kv_bytes")
+    host = given("host_kv_bytes", on_host)
     if host is None:
         assert capacity is not None
         # what is to reach the disk passes through the host
@@ -221,25 +223,25 @@ def _pool_sizes(
     staging = ranks.staging_pages if host else 0
     disk = read_ahead = 0
     if ranks.cache_dir is not None and host:
-        room = _free_disk_bytes(ranks.cache_dir) // 2 // disk_page_bytes
-        disk = given("disk_kv_bytes", disk_page_bytes) or min(room, max(most, KEPT_PAGES) if ranks.keep_cache else most)
+        room = _free_disk_bytes(ranks.cache_dir) // 2 // on_disk
+        disk = given("disk_kv_bytes", on_disk) or min(room, max(most, KEPT_PAGES) if ranks.keep_cache else most)
         if disk < 2:
             raise CapacityError(
-                f"there is room for {disk} KV pages of {disk_page_bytes} bytes in cache_dir; raise disk_kv_bytes to "
-                f"{2 * disk_page_bytes} at least, or make room on the disk"
+                f"there is room for {disk} KV pages of {on_disk} bytes in cache_dir; raise disk_kv_bytes to "
+                f"{2 * on_disk} at least, or make room on the disk"
             )
         disk -= min(MAX_DISK_WRITES, disk - 1)  # pages on their way to disk lie there twice for a moment
-        if ranks.device == "cuda":  # what is read from disk passes through host memory, which counts as the host's
+        if KINDS[ranks.device].reads_ahead:  # into host memory, which counts as the host's
             least = -(-(staging // NUM_BUFFERS) // specs[0].num_layers)  # a buffer of the ring
             ahead = max(least, host // 16)
             if host <= ahead:
                 raise CapacityError(
                     f"host_kv_bytes holds {host} pages and reading from disk takes {ahead} of them; raise it to "
-                    f"{(ahead + 1) * page_bytes}"
+                    f"{(ahead + 1) * on_host}"
                 )
             host, read_ahead = host - ahead, ahead * specs[0].num_layers
     if config.host_kv_bytes is not None or disk:  # else each request is checked by itself
-        _check_window(config, device, host, max_model_len, page_bytes)
+        _check_window(config, device, host, max_model_len, on_device)
     if not _shares_prefixes(config, ranks.model):  # no use for more than the running requests can fill
         device, host, disk = min(device, most), min(host, most), min(disk, most)
     return PoolSizes(device, host, disk, staging, read_ahead)

@@ -12,6 +12,7 @@ from support.helpers import relative_error, seeded, sequence_step
 from torch import Tensor
 
 from distkv.kernels import reference
+from distkv.storage.device import CpuDevice
 from distkv.storage.moving.staging_ring import StagingRing
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import NUM_BUFFERS
@@ -19,10 +20,9 @@ from distkv.storage.pools.host_pool import HostPool
 from distkv.storage.tier import Tier, location
 from distkv.workers.attention.cpu import CpuAttention, Run, _visiting_order, plan_cpu_attention
 from distkv.workers.page_directory import SequenceStep
-from distkv.workers.runners.batch import MAX_DECODE_TOKENS, Attention, token_arrays
+from distkv.workers.runners.batch import MAX_DECODE_TOKENS, Attention, step_tokens
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-CPU = torch.device("cpu")
 BUFFER_PAGES = 4
 
 
@@ -80,8 +80,8 @@ class Step:
 
     def new_kv(self, pool: Tensor) -> Tensor:
         """Keys and values of the new tokens: `[2, T, K, D]`."""
-        arrays = token_arrays(self.steps, self.sequences.page_size)
-        page, offset = torch.from_numpy(arrays["page"]), torch.from_numpy(arrays["offset"])
+        tokens = step_tokens(self.steps, self.sequences.page_size)
+        page, offset = torch.from_numpy(tokens.page), torch.from_numpy(tokens.offset)
         return torch.stack([pool[0][page, :, offset], pool[1][page, :, offset]])
 
     def attend_with_cold(self, cold: set[int], plan: PlanAttention = plan_on_cpu) -> Tensor:
@@ -102,7 +102,7 @@ class Step:
             for one in self.steps
         ]
         attention = plan(parts, s)
-        ring = StagingRing(spec, NUM_BUFFERS * 32, host, None, None, CPU)
+        ring = StagingRing(spec, NUM_BUFFERS * 32, host, None, None, CpuDevice())
         loads = attention.loads
         if not loads:
             return attention.attend(self.q, *self.new_kv(pool), pool, None)
@@ -283,7 +283,7 @@ def test_unused_places_have_no_influence(data: st.DataObject) -> None:
 
 
 @given(st.data())
-def test_token_arrays(data: st.DataObject) -> None:
+def test_step_tokens(data: st.DataObject) -> None:
     """Where each token goes, and which rows ask for logits."""
     page_size = 16
     lengths = data.draw(st.lists(st.tuples(starts, counts), min_size=1, max_size=5))
@@ -295,16 +295,16 @@ def test_token_arrays(data: st.DataObject) -> None:
         plans.append(sequence_step(token_ids, start, slots, prompt_len, num_logits))
         rows += range(first + count - num_logits, first + count)
         first += count
-    arrays = token_arrays(plans, page_size)
+    found = step_tokens(plans, page_size)
     tokens = [
         (token, position, max(position + 1, plan.prompt_len), plan.pages[position // page_size], position % page_size)
         for plan in plans
         for position, token in enumerate(plan.token_ids, start=plan.start)
     ]
-    columns = [arrays[name] for name in ("token_ids", "positions", "context", "page", "offset")]
+    columns = [found.token_ids, found.positions, found.context, found.page, found.offset]
     assert np.stack(columns, axis=1).tolist() == [list(token) for token in tokens]
-    assert arrays["logit_rows"].tolist() == rows
-    assert all(array.dtype == np.int64 for array in arrays.values())
+    assert found.logit_rows.tolist() == rows
+    assert all(array.dtype == np.int64 for array in vars(found).values())
 
 
 def test_a_whole_decode_step_needs_no_indirection() -> None:

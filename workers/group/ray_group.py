@@ -19,6 +19,7 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayEr
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from distkv.workers.backend import KINDS
 from distkv.workers.bandwidth import Bandwidth
 from distkv.workers.errors import CapacityError, ConfigError, DistKVError, WorkerDied
 from distkv.workers.group.channel import FollowerChannel, LeaderChannel
@@ -72,8 +73,7 @@ class RankActor:
 
     def load(self, config: RankConfig, rank: int, size: int, init_method: str) -> None:
         """Joins the process group and loads this rank's part of the model."""
-        backend = "nccl" if config.device == "cuda" else "gloo"
-        self._rank = Rank(config, ProcessGroup(rank, size, init_method, backend))
+        self._rank = Rank(config, ProcessGroup(rank, size, init_method, KINDS[config.device].collectives))
 
     def capacity(self, ranks_on_node: int, of_device: bool) -> Capacity:
         """See `Rank.page_capacity`."""
@@ -98,8 +98,7 @@ class RankActor:
             self._followers.send(None)
             self._followers.receive()  # they have let go of the disk, which rank 0 sweeps
         except BaseException:
-            if self._rank.device.type == "cpu":  # a step may still run for a GPU; the process ends soon
-                self._rank.close()
+            self._rank.close_after_error()
             raise
         self._rank.close()
         self._rank.group.close()
@@ -218,7 +217,7 @@ class RayGroup:
         ray.wait(self._mains, num_returns=len(self._mains), timeout=timeout)
 
     def _place(self) -> None:
-        kind = "GPU" if self.device == "cuda" else "CPU"
+        kind = KINDS[self.device].resource
         nodes = [node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"]]
         if sum(int(count) for count in nodes) < self.size:
             raise CapacityError(
