@@ -33,7 +33,7 @@ class HostCopy:
 
 
 class Device(Protocol):
-    """Where the tensors of a rank lie. It has no state of its own."""
+    """Where the tensors of a rank lie. Two of the same `torch_device` are the same: it has no other state."""
 
     torch_device: torch.device
     runs_behind: bool  # whether what is enqueued may run after the call has returned

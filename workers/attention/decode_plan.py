@@ -36,9 +36,7 @@ class DecodePlan:
     """Sequences with the same number of new tokens."""
 
     num_tokens: int  # new ones of each sequence
-    table: (
-        np.ndarray
-    )  # where each page of each sequence lies: a device slot, or the `buffer_entry` in its load's buffer
+    table: np.ndarray  # where each page of each sequence lies: a device slot, or the `buffer_entry` of its load
     rounds: list[DecodeRound]
 
 

@@ -20,9 +20,7 @@ from distkv.workers.attention.decode_plan import Member
 class PrefillPlan:
     """The chunks of a step; the first launch is of those that are wholly resident."""
 
-    table: (
-        np.ndarray
-    )  # where each page of each sequence lies: a device slot, or the `buffer_entry` in its load's buffer
+    table: np.ndarray  # where each page of each sequence lies: a device slot, or the `buffer_entry` of its load
     # [C, 8], a row for each segment: first row of the step, tokens, position of the first token, first entry of the
     # table, first key and end of the keys of the segment, first row of the saved state, 0
     chunks: np.ndarray
