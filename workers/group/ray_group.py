@@ -14,6 +14,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from distkv.workers.backend import KINDS
 from distkv.workers.bandwidth import Bandwidth
 from distkv.workers.errors import CapacityError, ConfigError, DistKVError, WorkerDied
 from distkv.workers.group.rank_actor import LeaderMain, RankActor
@@ -42,7 +43,7 @@ class RayGroup:
     """A `RankGroup` as the owner of its engine sees it; the engine itself runs beside rank 0, see `start`."""
 
     def __init__(self, size: int, address: str | None, device: str):
-        """Takes `size` groups of the cluster and starts an actor on each.
+        """Takes `size` bundles of the cluster and starts an actor on each.
 
         Args:
             address: as `ray.init` takes it; None takes a running cluster or starts one on this machine.
@@ -139,7 +140,7 @@ class RayGroup:
         ray.wait(self._mains, num_returns=len(self._mains), timeout=timeout)
 
     def _place(self) -> None:
-        kind = "GPU" if self.device == "cuda" else "CPU"
+        kind = KINDS[self.device].resource
         nodes = [node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"]]
         if sum(int(count) for count in nodes) < self.size:
             raise CapacityError(
