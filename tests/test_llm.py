@@ -24,14 +24,9 @@ def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("tiny"))[0]
-
-
-@pytest.fixture(scope="module")
-def llm(tiny: Path) -> Iterator[LLM]:
+def llm(tiny_model: Path) -> Iterator[LLM]:
     """Small pages and steps, so that prompts of a hundred tokens already span pages and chunks."""
-    with LLM(tiny, page_size=16, max_num_batched_tokens=32, max_num_seqs=8, device_kv_bytes="4MiB") as llm:
+    with LLM(tiny_model, page_size=16, max_num_batched_tokens=32, max_num_seqs=8, device_kv_bytes="4MiB") as llm:
         yield llm
         check_idle(llm)
 
@@ -87,10 +82,12 @@ def test_batch_mates_change_nothing(llm: LLM) -> None:
 
 @pytest.mark.parametrize("max_num_batched_tokens", [8, 50, 512])
 @pytest.mark.parametrize("page_size", [16, 64, 256])
-def test_chunks_and_pages_change_nothing(tiny: Path, llm: LLM, max_num_batched_tokens: int, page_size: int) -> None:
+def test_chunks_and_pages_change_nothing(
+    tiny_model: Path, llm: LLM, max_num_batched_tokens: int, page_size: int
+) -> None:
     prompts = random_prompts(3, 18, 150, 64)
     options = {"max_num_batched_tokens": max_num_batched_tokens, "page_size": page_size, "max_num_seqs": 4}
-    with LLM(tiny, device_kv_bytes="8MiB", **options) as other:
+    with LLM(tiny_model, device_kv_bytes="8MiB", **options) as other:
         assert tokens(other.generate(prompts, GREEDY, use_tqdm=False)) == tokens(
             llm.generate(prompts, GREEDY, use_tqdm=False)
         )
@@ -107,20 +104,20 @@ def test_a_seed_fixes_the_answer_whatever_the_batch(llm: LLM) -> None:
     assert tokens(llm.generate(prompts[0], other, use_tqdm=False)) != alone
 
 
-def test_without_a_seed_answers_differ_between_requests_and_repeat_between_engines(tiny: Path) -> None:
+def test_without_a_seed_answers_differ_between_requests_and_repeat_between_engines(tiny_model: Path) -> None:
     params = SamplingParams(temperature=2, max_tokens=30, ignore_eos=True)
     runs = []
     for seed in (5, 5, 6):
-        with LLM(tiny, seed=seed, device_kv_bytes="8MiB") as llm:
+        with LLM(tiny_model, seed=seed, device_kv_bytes="8MiB") as llm:
             runs.append(tokens(llm.generate([[9, 8, 7]] * 2, params, use_tqdm=False)))
     assert runs[0] == runs[1] != runs[2]
     assert runs[0][0] != runs[0][1]
 
 
 @pytest.mark.parametrize("prompt_len", [16, 32, 37])
-def test_answers_of_one_request_share_the_pages_of_its_prompt(tiny: Path, prompt_len: int) -> None:
+def test_answers_of_one_request_share_the_pages_of_its_prompt(tiny_model: Path, prompt_len: int) -> None:
     prompt = random_prompts(prompt_len)[0]
-    with LLM(tiny, page_size=16, device_kv_bytes="4MiB") as llm:
+    with LLM(tiny_model, page_size=16, device_kv_bytes="4MiB") as llm:
         greedy = llm.generate(prompt, GREEDY, use_tqdm=False)
         forked = llm.generate(
             prompt, SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, n=4), use_tqdm=False
@@ -131,8 +128,8 @@ def test_answers_of_one_request_share_the_pages_of_its_prompt(tiny: Path, prompt
         check_idle(llm)
 
 
-def test_pages_are_taken_as_tokens_arrive(tiny: Path) -> None:
-    with LLM(tiny, page_size=16, device_kv_bytes="4MiB") as llm:
+def test_pages_are_taken_as_tokens_arrive(tiny_model: Path) -> None:
+    with LLM(tiny_model, page_size=16, device_kv_bytes="4MiB") as llm:
         params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
         engine, held = idle_engine(llm), []
         execute = engine._runner.executor.forward
@@ -150,19 +147,19 @@ def test_pages_are_taken_as_tokens_arrive(tiny: Path) -> None:
         assert llm.stats().pages_in_use == 0
 
 
-def test_more_requests_than_memory_wait_their_turn(tiny: Path, llm: LLM) -> None:
+def test_more_requests_than_memory_wait_their_turn(tiny_model: Path, llm: LLM) -> None:
     prompts = random_prompts(*range(20, 60))
     page_bytes = llm.info.page_bytes
     sizes = {"device_kv_bytes": 16 * page_bytes, "host_kv_bytes": 0}
-    with LLM(tiny, page_size=16, max_num_seqs=16, **sizes) as small:
+    with LLM(tiny_model, page_size=16, max_num_seqs=16, **sizes) as small:
         outputs = small.generate(prompts, GREEDY, use_tqdm=False)
         assert small.stats().peak_pages_in_use <= 16
         check_idle(small)
     assert tokens(outputs) == tokens(llm.generate(prompts, GREEDY, use_tqdm=False))
 
 
-def test_a_request_that_can_never_fit_is_refused_with_the_sizes(tiny: Path, llm: LLM) -> None:
-    with LLM(tiny, page_size=16, device_kv_bytes=4 * llm.info.page_bytes, host_kv_bytes=0) as small:
+def test_a_request_that_can_never_fit_is_refused_with_the_sizes(tiny_model: Path, llm: LLM) -> None:
+    with LLM(tiny_model, page_size=16, device_kv_bytes=4 * llm.info.page_bytes, host_kv_bytes=0) as small:
         with pytest.raises(CapacityError, match=r"7 KV pages .* hold 4 .*device_kv_bytes"):
             small.generate([[5] * 40, [6] * 50], GREEDY, use_tqdm=False)
         check_idle(small)
@@ -302,25 +299,25 @@ def test_bad_sampling_params_name_the_field(values: dict) -> None:
         ({"load_format": "gguf"}, "load_format"),
     ],
 )
-def test_bad_options_name_the_cure(tiny: Path, options: dict, message: str) -> None:
+def test_bad_options_name_the_cure(tiny_model: Path, options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        LLM(tiny, **options)
+        LLM(tiny_model, **options)
 
 
-def test_a_pool_smaller_than_a_page_is_refused(tiny: Path) -> None:
+def test_a_pool_smaller_than_a_page_is_refused(tiny_model: Path) -> None:
     with pytest.raises(CapacityError, match="less than one page"):
-        LLM(tiny, device_kv_bytes=100)
+        LLM(tiny_model, device_kv_bytes=100)
 
 
-def test_cuda_is_refused_where_there_is_none(tiny: Path) -> None:
+def test_cuda_is_refused_where_there_is_none(tiny_model: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(ConfigError, match="sees no CUDA device"):
-        LLM(tiny, device="cuda")
+        LLM(tiny_model, device="cuda")
 
 
-def test_dummy_weights_need_no_checkpoint_and_repeat(tiny: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())
+def test_dummy_weights_need_no_checkpoint_and_repeat(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
     with pytest.raises(ConfigError, match="dummy"):
         LLM(tmp_path)
     answers = []
@@ -431,8 +428,8 @@ def test_a_session_needs_a_folder(llm: LLM) -> None:
         llm.chat([{"role": "user", "content": "Hello"}], session="trip", use_tqdm=False)
 
 
-def test_a_closed_llm_says_so(tiny: Path) -> None:
-    llm = LLM(tiny, device_kv_bytes="8MiB")
+def test_a_closed_llm_says_so(tiny_model: Path) -> None:
+    llm = LLM(tiny_model, device_kv_bytes="8MiB")
     llm.close()
     llm.close()
     with pytest.raises(DistKVError, match="closed"):

@@ -226,10 +226,10 @@ def test_demo_answers_and_its_figures_agree(demo_model: Path) -> None:
     assert result.stdout.count("Timer class") == 2
 
 
-def test_demo_of_a_small_model(talker: Path) -> None:
+def test_demo_of_a_small_model(talker: Path, run_here: Run) -> None:
     """All acts, and what they compare; the words of the demo model itself are in the slow test, and in
     `test_llm.py::test_demo_model_answers`."""
-    result = run("demo", "--model", str(talker))
+    result = run_here("demo", "--model", str(talker))
     check_demo(result, 2 * 3 * 3 * 16 * 4)
 
 
