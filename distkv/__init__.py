@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the same names, for type checkers
     from distkv.outputs import CompletionOutput as CompletionOutput
     from distkv.outputs import Logprob as Logprob
     from distkv.outputs import RequestOutput as RequestOutput
+    from distkv.sampling_params import RequestOutputKind as RequestOutputKind
     from distkv.sampling_params import SamplingParams as SamplingParams
 
 _HOME = {
@@ -28,6 +29,7 @@ _HOME = {
     "AsyncLLM": "async_llm",
     "EngineConfig": "config",
     "SamplingParams": "sampling_params",
+    "RequestOutputKind": "sampling_params",
     "RequestOutput": "outputs",
     "CompletionOutput": "outputs",
     "Logprob": "outputs",

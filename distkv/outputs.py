@@ -1,6 +1,7 @@
 """What a request returns. Names are vLLM's."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from distkv.errors import DistKVError
 
@@ -16,9 +17,10 @@ class Logprob:
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One answer of a request.
+    """One answer of a request, or with `RequestOutputKind.DELTA` what is new of it: `text`, `token_ids` and `logprobs`.
 
-    `logprobs`, when asked for, has a table per token: token id -> Logprob, the drawn token among them.
+    `logprobs`, when asked for, has a table per token: token id -> Logprob, the sampled token among them.
+    `cumulative_logprob` is the sum over all tokens so far, whatever the kind.
     `finish_reason` is "stop" (an end token or a stop string, named in `stop_reason`), "length", "error" when the
     request could not go on, or None while it runs.
     """
@@ -34,7 +36,7 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A request and its answers so far; complete when `finished`.
+    """A request and its answers, as `SamplingParams.output_kind` has it; the last output is `finished`.
 
     `num_cached_tokens_by_tier` says how many tokens of the prompt had their KV taken over from earlier requests, by
     where it was found: "device", "host" and "disk". It is known from the first token on.
@@ -52,3 +54,26 @@ class RequestOutput:
     def num_cached_tokens(self) -> int:
         """Tokens of the prompt whose KV was not computed again, in all tiers together."""
         return sum(self.num_cached_tokens_by_tier.values())
+
+
+def join_deltas(deltas: Sequence[RequestOutput]) -> RequestOutput:
+    """The cumulative output that the deltas of a request add up to, given from the first one on, at least one.
+
+    They need not go on to the end: the answers then are what was yielded of them.
+    """
+    parts: dict[int, list[CompletionOutput]] = {}
+    for delta in deltas:
+        for part in delta.outputs:
+            parts.setdefault(part.index, []).append(part)
+    return replace(deltas[-1], outputs=[_join_parts(parts[index]) for index in sorted(parts)])
+
+
+def _join_parts(parts: list[CompletionOutput]) -> CompletionOutput:
+    """An answer from its parts in their order."""
+    last = parts[-1]
+    return replace(
+        last,
+        text="".join(part.text for part in parts),
+        token_ids=[token for part in parts for token in part.token_ids],
+        logprobs=None if last.logprobs is None else [table for part in parts for table in part.logprobs or []],
+    )

@@ -1,6 +1,7 @@
-"""How a request's tokens are drawn and when it ends. Names and defaults are vLLM's."""
+"""How a request's tokens are sampled, when it ends and what it yields. Names and defaults are vLLM's."""
 
 import math
+from enum import Enum
 from typing import Any
 
 import msgspec
@@ -10,11 +11,26 @@ from distkv.errors import RequestError
 MAX_LOGPROBS = 100
 
 
+class RequestOutputKind(Enum):
+    """What the outputs of a request hold while it runs.
+
+    Attributes:
+        CUMULATIVE: each output holds all answers as far as they go.
+        DELTA: each output holds what is new since the output before, and of `n` answers only those that have grown; see
+            `distkv.outputs.join_deltas`.
+        FINAL_ONLY: there is no output but the finished one.
+    """
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Sampling parameters of one request. Raises RequestError when a value is out of range.
 
     Attributes:
-        n: answers to draw; they share the prompt's pages.
+        n: answers to sample; they share the prompt's pages.
         temperature: 0 is greedy decoding.
         top_p, top_k, min_p: truncation of the distribution; 1, 0 (or -1) and 0 switch them off.
         repetition_penalty: above 1 discourages tokens of the prompt and the answer.
@@ -23,9 +39,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         stop: strings that end the answer, wherever the token borders lie; they are not part of the text.
         stop_token_ids: tokens that end the answer, beside the model's own unless ignore_eos; not part of the text.
         ignore_eos: go on past the model's own end token.
-        seed: fixes the draws, so that the answer repeats whatever else runs, as far as rounding in the logits lets it;
-            None takes one from the engine's seed and the order of requests.
-        logprobs: return this many of the likeliest tokens at each place beside the one drawn; None returns none.
+        seed: fixes the sampling, so that the answer repeats whatever else runs, as far as rounding in the logits lets
+            it; None takes one from the engine's seed and the order of requests.
+        logprobs: return this many of the likeliest tokens beside each one that was sampled; None returns none.
+        output_kind: what the outputs that a request yields hold, see `RequestOutputKind`; the answers are the same.
     """
 
     n: int = 1
@@ -42,6 +59,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     seed: int | None = None
     logprobs: int | None = None
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
         _check_int("n", self.n, 1)
@@ -66,6 +84,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             raise RequestError(f"stop_token_ids is {self.stop_token_ids!r}; it must be a list of token ids")
         for token in self.stop_token_ids or []:
             _check_int("stop_token_ids", token, 0)
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise RequestError(f"output_kind is {self.output_kind!r}; it must be a RequestOutputKind")
 
     @property
     def stop_strings(self) -> list[str]:

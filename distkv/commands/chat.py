@@ -12,7 +12,7 @@ from distkv.errors import CapacityError, ConfigError, RequestError
 from distkv.frontend.conversation import Conversation
 from distkv.frontend.session import Session
 from distkv.llm import LLM
-from distkv.outputs import RequestOutput
+from distkv.outputs import RequestOutput, join_deltas
 from distkv.sampling_params import SamplingParams
 
 
@@ -28,6 +28,7 @@ def run(
 
     Args:
         options: of the engine.
+        params: of every answer, of the output kind DELTA.
         system: message at the beginning; for a session that goes on, the one that it has.
         session: name of the conversation that is to go on, now and in later processes.
 
@@ -51,21 +52,21 @@ def run(
 def _answer(
     llm: LLM, conversation: Conversation, new: list[dict[str, Any]], params: SamplingParams, show_stats: bool
 ) -> None:
-    """Prints the answer as it comes, and adds what was drawn of it to the conversation."""
-    output = first_token = None
-    start = time.perf_counter()
-    printed = 0
+    """Prints the answer as it comes, and adds what was sampled of it to the conversation."""
+    deltas: list[RequestOutput] = []
+    start = first_token = time.perf_counter()
     try:
-        for output in llm.stream(conversation.prompt(llm.tokenizer, new), params):
-            first_token = first_token or time.perf_counter()
-            text = output.outputs[0].text
-            print(text[printed:], end="", flush=True)
-            printed = len(text)
+        for delta in llm.stream(conversation.prompt(llm.tokenizer, new), params):
+            if not deltas:
+                first_token = time.perf_counter()
+            deltas.append(delta)
+            print(delta.outputs[0].text, end="", flush=True)
     except KeyboardInterrupt:  # stops this answer, not the conversation
         pass
     print()
-    if output is None or first_token is None:
+    if not deltas:
         return
+    output = join_deltas(deltas)
     conversation.add_output(output.outputs[0])
     if show_stats:
         _say(_stats(output, first_token - start))

@@ -1,7 +1,6 @@
 """The command `distkv`. Heavy imports wait until a command needs them, so that --help is instant."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -114,8 +113,8 @@ def generate(
     from distkv.llm import LLM
 
     with LLM(model_folder(model), **options) as llm:
-        for piece in _pieces(llm.stream(text, params)):
-            print(piece, end="", flush=True)
+        for delta in llm.stream(text, params):
+            print(delta.outputs[0].text, end="", flush=True)
         print()
 
 
@@ -283,10 +282,10 @@ def _engine_options(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sampling_params(given: dict[str, Any]) -> Any:
-    from distkv.sampling_params import SamplingParams
+    from distkv.sampling_params import RequestOutputKind, SamplingParams
 
     names = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
-    return SamplingParams(**{name: given[name] for name in names})
+    return SamplingParams(output_kind=RequestOutputKind.DELTA, **{name: given[name] for name in names})
 
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
@@ -302,12 +301,3 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
         raise RequestError(f"the prompt file {source!r} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise RequestError(f"the prompt from {source!r} is not UTF-8 (byte {error.start}); convert it first") from error
-
-
-def _pieces(outputs: Iterator[Any]) -> Iterator[str]:
-    """What each output adds to the text."""
-    printed = 0
-    for output in outputs:
-        text = output.outputs[0].text
-        yield text[printed:]
-        printed = len(text)

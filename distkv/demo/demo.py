@@ -12,7 +12,7 @@ from rich.table import Table
 from distkv.demo import long_text, restart
 from distkv.errors import DistKVError
 from distkv.llm import LLM
-from distkv.sampling_params import SamplingParams
+from distkv.sampling_params import RequestOutputKind, SamplingParams
 from distkv.workers.model.model_config import ModelConfig
 
 QUESTIONS = (
@@ -53,22 +53,20 @@ def run(model: Path, tensor_parallel_size: int) -> None:
 def _ask(console: Console, llm: LLM, question: str) -> Measured:
     console.print(f"[bold]> {question}[/bold]")
     prompt = llm.tokenizer.encode_chat([{"role": "user", "content": question}])
-    params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
-    printed, pages = 0, 0
+    params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, output_kind=RequestOutputKind.DELTA)
+    new_tokens, pages = 0, 0
     times = [time.perf_counter()]
-    answer = None
     for output in llm.stream(prompt, params):
         times.append(time.perf_counter())
-        answer = output.outputs[0]
-        console.print(answer.text[printed:], end="", markup=False, soft_wrap=True)
-        printed = len(answer.text)
+        [delta] = output.outputs
+        console.print(delta.text, end="", markup=False, soft_wrap=True)
+        new_tokens += len(delta.token_ids)
         pages = llm.stats().pages_in_use or pages
     console.print("\n")
-    assert answer is not None
-    further = len(answer.token_ids) - 1
+    further = new_tokens - 1
     return Measured(
         prompt_tokens=len(prompt),
-        new_tokens=len(answer.token_ids),
+        new_tokens=new_tokens,
         first_token_seconds=times[1] - times[0],
         decode_tokens_per_second=further / (times[-1] - times[1]) if further else 0.0,
         pages=pages,
