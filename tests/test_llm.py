@@ -5,14 +5,25 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from support.checkpoints import save_llama
 from support.llms import idle_engine
 from support.prompts import random_prompts
 
-from distkv import LLM, CapacityError, ConfigError, DistKVError, RequestError, RequestOutput, SamplingParams
+from distkv import (
+    LLM,
+    CapacityError,
+    ConfigError,
+    DistKVError,
+    RequestError,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+)
 from distkv.frontend.session import Session
+from distkv.outputs import join_deltas
 
 GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
 FORKED = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, n=2)
@@ -95,10 +106,10 @@ def test_chunks_and_pages_change_nothing(
 
 def test_a_seed_fixes_the_answer_whatever_the_batch(llm: LLM) -> None:
     prompts = random_prompts(12, 30, 45)
-    drawn = SamplingParams(temperature=1.5, max_tokens=40, seed=11, ignore_eos=True, n=2, top_p=0.95)
+    warm = SamplingParams(temperature=1.5, max_tokens=40, seed=11, ignore_eos=True, n=2, top_p=0.95)
     other = SamplingParams(temperature=1.5, max_tokens=40, seed=12, ignore_eos=True, n=2, top_p=0.95)
-    alone = tokens(llm.generate(prompts[0], drawn, use_tqdm=False))
-    mixed = tokens(llm.generate(prompts, [drawn, other, GREEDY], use_tqdm=False))
+    alone = tokens(llm.generate(prompts[0], warm, use_tqdm=False))
+    mixed = tokens(llm.generate(prompts, [warm, other, GREEDY], use_tqdm=False))
     assert mixed[:2] == alone
     assert alone[0] != alone[1], "two answers of a request draw apart"
     assert tokens(llm.generate(prompts[0], other, use_tqdm=False)) != alone
@@ -190,6 +201,35 @@ def test_streamed_text_equals_generated_text(demo: LLM) -> None:
     generated = demo.generate(prompt, params, use_tqdm=False)[0]
     assert last.finished
     assert last.outputs == generated.outputs
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0, "max_tokens": 30, "stop": " 8, 9"},
+        {"temperature": 1.2, "max_tokens": 20, "n": 3},
+        {"temperature": 0.9, "max_tokens": 20, "logprobs": 3},
+    ],
+    ids=["stop string", "three answers", "logprobs"],
+)
+def test_every_kind_of_output_brings_the_same_answer(demo: LLM, options: dict[str, Any]) -> None:
+    prompt = "Count: 1, 2, 3, 4, 漢字 🙂, 1, 2, 3, 4,"
+    params = SamplingParams(seed=8, ignore_eos=True, **options)
+    *_, whole = demo.stream(prompt, params)
+    delta, final_only = (
+        msgspec.structs.replace(params, output_kind=kind)
+        for kind in (RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY)
+    )
+    deltas = list(demo.stream(prompt, delta))
+    assert join_deltas(deltas).outputs == whole.outputs
+    assert [one.finished for one in deltas] == [False] * (len(deltas) - 1) + [True]
+    assert {len(one.token_ids) for output in deltas for one in output.outputs} == {1}
+    [last] = demo.stream(prompt, final_only)
+    assert last.finished and last.outputs == whole.outputs
+    for each in (delta, final_only):
+        [output] = demo.generate(prompt, each, use_tqdm=False)
+        assert output.finished and output.outputs == whole.outputs
+    check_idle(demo)
 
 
 def test_leaving_a_stream_ends_the_request(llm: LLM) -> None:
@@ -369,7 +409,7 @@ def test_each_of_several_answers_ends_at_its_own_stop_string(demo: LLM) -> None:
     cut = demo.generate("Once upon a time", stopped, use_tqdm=False)[0].outputs
     assert len({len(answer.token_ids) for answer in cut}) > 1
     for long, short in zip(whole, cut, strict=True):
-        end = min(place for stop in ("e ", ".") if (place := long.text.find(stop)) >= 0)
+        end = min(index for stop in ("e ", ".") if (index := long.text.find(stop)) >= 0)
         assert short.text == long.text[:end]
         assert short.token_ids == long.token_ids[: len(short.token_ids)]
         assert short.finish_reason == "stop"
@@ -398,7 +438,7 @@ def test_a_session_goes_on_in_another_llm(demo_model: Path, tmp_path: Path) -> N
     with LLM(demo_model, **options) as llm:
         [first] = llm.chat([question], greedy, session="trip", use_tqdm=False)
         # the text of a stop string is not part of the answer, and its tokens are
-        stopped = SamplingParams(temperature=0, max_tokens=40, stop=" of Fra")
+        stopped = SamplingParams(temperature=0, max_tokens=40, stop=" of Fra", output_kind=RequestOutputKind.DELTA)
         [second] = llm.chat([question], [stopped], session="trip", use_tqdm=False)
     held = [*first.prompt_token_ids, *first.outputs[0].token_ids]
     assert second.prompt_token_ids[: len(held)] == held

@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class StoredMessage(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """A message; `token_ids` are what the model drew for it, without the end token."""
+    """A message; `token_ids` are what the model sampled for it, without the end token."""
 
     role: str
     content: str
@@ -23,8 +23,8 @@ class StoredMessage(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=Tr
 class Conversation:
     """A conversation that lasts as long as this object; `Session` is one that is kept.
 
-    Answers are kept as the tokens that were drawn, so that each prompt repeats those of the turn before and finds their
-    KV pages, even where the text of an answer would be encoded otherwise.
+    Answers are kept as the tokens that were sampled, so that each prompt repeats those of the turn before and finds
+    their KV pages, even where the text of an answer would be encoded otherwise.
     """
 
     title = "the conversation"  # what errors call it
@@ -88,7 +88,7 @@ class Conversation:
 
         Args:
             text: of the answer, finished or not.
-            token_ids: what the model drew for it, without the end token.
+            token_ids: what the model sampled for it, without the end token.
         """
         if self._asked is None:
             raise DistKVError(f"{self.title} has no prompt without an answer; call prompt() first")

@@ -65,19 +65,19 @@ class Tokenizer:
         answers = [message for message in messages if message.get("token_ids") is not None]
         if not all(isinstance(one["token_ids"], list) and isinstance(one.get("content"), str) for one in answers):
             raise RequestError("a message with token_ids needs them as a list of integers, and its text as content")
-        drawn = [message["token_ids"] for message in answers]
-        texts = text_around_answers(self._render, self._tokenizer.eos_token, messages) if drawn else None
+        sampled = [message["token_ids"] for message in answers]
+        texts = text_around_answers(self._render, self._tokenizer.eos_token, messages) if sampled else None
         if texts is None:
-            if drawn and not self._warned:
+            if sampled and not self._warned:
                 log.warning(
                     "the chat template rewrites earlier answers, so they are encoded from their text, and their cached "
                     "KV pages may not be found again"
                 )
                 self._warned = True
-            drawn, texts = [], [self._render(messages)]
+            sampled, texts = [], [self._render(messages)]
         with self._lock:
             pieces = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        return list(chain.from_iterable(chain(*zip_longest(pieces, drawn, fillvalue=[]))))
+        return list(chain.from_iterable(chain(*zip_longest(pieces, sampled, fillvalue=[]))))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -119,9 +119,8 @@ class IncrementalDecoder:
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int]):
         self._tokenizer = tokenizer
-        self._ids = prompt_token_ids[-CONTEXT_TOKENS:]
-        self._start = 0  # of the window that is decoded together
-        self._given = len(self._ids)  # tokens whose text was given out
+        self._ids = prompt_token_ids[-CONTEXT_TOKENS:]  # the window that is decoded together
+        self._num_given = len(self._ids)  # of its tokens, those whose text was given out
 
     def add(self, token_id: int) -> str:
         """The text that this token completes; empty while a character lacks some of its bytes."""
@@ -129,15 +128,16 @@ class IncrementalDecoder:
         text = self._pending()
         if text.endswith("\ufffd"):
             return ""
-        self._start, self._given = self._given, len(self._ids)
+        self._ids = self._ids[self._num_given :]
+        self._num_given = len(self._ids)
         return text
 
     def finish(self) -> str:
         """What is left at the end: the replacement character for a character that was never completed."""
         text = self._pending()
-        self._given = len(self._ids)
+        self._num_given = len(self._ids)
         return text
 
     def _pending(self) -> str:
-        before = self._tokenizer.decode(self._ids[self._start : self._given])
-        return self._tokenizer.decode(self._ids[self._start :])[len(before) :]
+        before = self._tokenizer.decode(self._ids[: self._num_given])
+        return self._tokenizer.decode(self._ids)[len(before) :]

@@ -103,6 +103,10 @@ def test_generate_takes_a_prompt_a_file_or_stdin(talker: Path, tmp_path: Path, r
         assert output.stdout == outputs[0].stdout
     assert outputs[0].stdout.strip()
     assert run_here(*common, "--prompt", "The capital of Spain was").stdout != outputs[0].stdout
+    params = distkv.SamplingParams(temperature=0, max_tokens=6)
+    with distkv.LLM(talker, dtype="float32", device_kv_bytes="8MiB") as llm:
+        [whole] = llm.generate("The capital of France is", params, use_tqdm=False)
+    assert outputs[0].stdout == f"{whole.outputs[0].text}\n", "the pieces add up"
 
 
 @pytest.mark.slow
