@@ -156,6 +156,7 @@ def test_another_kind_of_output_is_refused(kind: Any) -> None:
         SamplingParams(output_kind=kind)
 
 
-def test_the_kind_goes_through_the_socket() -> None:
+def test_the_kind_goes_through_the_socket_and_defaults_are_not_shown() -> None:
     params = SamplingParams(output_kind=DELTA)
+    assert repr(SamplingParams(n=2)) == "SamplingParams(n=2)"
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
