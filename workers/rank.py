@@ -12,7 +12,7 @@ from distkv.storage.disk.cache_folder import Description, DiskHeads
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import NUM_BUFFERS
 from distkv.storage.pools.host_memory import available_bytes
-from distkv.storage.random_pages import random_slice
+from distkv.storage.synthetic_pages import synthetic_slice
 from distkv.storage.tier import Tier
 from distkv.workers.backend import Demand, make_backend
 from distkv.workers.bandwidth import Bandwidth, measure_bandwidth
@@ -160,8 +160,8 @@ class Rank:
         for source, target in plan.copies:
             pools.device.copy(source, target)
         pools.device.clear(plan.clear)
-        for slot, seed in plan.random_pages:
-            self._fill_random(slot, seed)
+        for slot, seed in plan.synthetic_pages:
+            self._fill_synthetic(slot, seed)
         if not steps:
             pools.mover.wait(plan.await_ids)  # such a plan is sent to learn of their end
             return None
@@ -210,11 +210,11 @@ class Rank:
             page_bytes=whole.page_bytes_in(Tier.DISK),
         )
 
-    def _fill_random(self, slot: int, seed: int) -> None:
-        """See `random_slice`."""
+    def _fill_synthetic(self, slot: int, seed: int) -> None:
+        """See `synthetic_slice`."""
         spec, heads = self.page_spec, range(*self.shard.kv_heads)
         for layer in range(spec.num_layers):
-            values = random_slice(seed, layer, heads, spec.page_size, spec.head_dim)
+            values = synthetic_slice(seed, layer, heads, spec.page_size, spec.head_dim)
             self.pools.device.data[layer, :, slot] = values.to(self.backend.device.torch_device, spec.dtype)
 
 

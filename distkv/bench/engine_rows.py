@@ -70,11 +70,11 @@ def streaming_rows(
     turns.meter.forget_peak()
     ours = turns.meter.peak_bytes()  # buffers to measure with
     with closing(shape.engine(longest, device_pages)) as engine:
-        _run(shape, engine, WARM_UP, 2, random_kv=True)
+        _run(shape, engine, WARM_UP, 2, synthetic_kv=True)
         for context in contexts:
             taken = [turns.meter.seconds(link.to_device) for _ in range(turns.repeats)]
             turns.meter.forget_peak()
-            stage = _run(shape, engine, context, new_tokens, random_kv=True)
+            stage = _run(shape, engine, context, new_tokens, synthetic_kv=True)
             peak = turns.meter.peak_bytes()
             taken += [turns.meter.seconds(link.to_device) for _ in range(turns.repeats)]
             ms, cold = statistics.median(stage.decode_ms), stage.streamed_per_step
@@ -200,13 +200,15 @@ def weight_bytes(model: ModelConfig, itemsize: int) -> int:
 
 
 def _run(
-    shape: Shape, engine: EngineClient, context: int, max_tokens: int, *, random_kv: bool = False,
+    shape: Shape, engine: EngineClient, context: int, max_tokens: int, *, synthetic_kv: bool = False,
     logprobs: int | None = None,
 ) -> Stage:  # fmt: skip
-    """One request of random tokens. With `random_kv` none but the last page of them is read, see
-    `EngineRequest.random_kv_seed`."""
+    """One request of random tokens. With `synthetic_kv` none but the last page of them is read, see
+    `EngineRequest.synthetic_kv_seed`."""
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=logprobs)
     generator, size = random.Random(SEED), shape.model.vocab_size
     prompt = [generator.randrange(size) for _ in range(context)]
-    request = EngineRequest(str(context), prompt, params, max_tokens, SEED, random_kv_seed=SEED if random_kv else None)
+    request = EngineRequest(
+        str(context), prompt, params, max_tokens, SEED, synthetic_kv_seed=SEED if synthetic_kv else None
+    )
     return run_stage(engine, request, lambda sample: None)

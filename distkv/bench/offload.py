@@ -75,7 +75,7 @@ class Decoder:
     def fill(self, prompt: list[int], max_tokens: int) -> None:
         """Makes the context and decodes the warm-up, after which every page lies where it stays."""
         params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=1)
-        self._engine.add([EngineRequest("0", prompt, params, max_tokens, SEED, random_kv_seed=SEED)])
+        self._engine.add([EngineRequest("0", prompt, params, max_tokens, SEED, synthetic_kv_seed=SEED)])
         while len(self.answer) < 1 + WARM_UP:
             self._step()
             if self.answer:

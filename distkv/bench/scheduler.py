@@ -237,7 +237,7 @@ def _measure(engine: Engine, ranks: IdleRanks, timer: StepTimer, num_seqs: int, 
     most = _answer_tokens(steps)
     engine.add(
         [
-            EngineRequest(str(number), tokens[number:], params, most, number, random_kv_seed=number)
+            EngineRequest(str(number), tokens[number:], params, most, number, synthetic_kv_seed=number)
             for number in range(num_seqs)
         ]
     )

@@ -41,7 +41,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
     seed: int
     # The keys and values of all full pages but the last token's are random numbers of this seed, not those of the
     # prompt: a context of any length without its prefill, for stress tests.
-    random_kv_seed: int | None = None
+    synthetic_kv_seed: int | None = None
     priority: int = 0  # lower goes first
     cache_salt: str | None = None  # pages of a prefix are shared among requests of one salt only
 

@@ -37,14 +37,14 @@ class Repairs:
         owner, size = owners[0], self._page_size
         slot = page.location
         if owner.synthetic.covers(page.index * size):
-            parts, random_pages = [], owner.synthetic.fills([page])
+            parts, synthetic_pages = [], owner.synthetic.fills([page])
         else:
-            parts, random_pages = [owner.plan(page.index * size, size, 0)], []
+            parts, synthetic_pages = [owner.plan(page.index * size, size, 0)], []
         transfers, await_ids = self._cache.take_transfers()
         relocated = self._cache.take_relocated()
         locations = [(page.id, page.location) for page in relocated]
         try:
-            damaged = self._runner.run(StepPlan(parts, [], [slot], transfers, await_ids, random_pages, locations))
+            damaged = self._runner.run(StepPlan(parts, [], [slot], transfers, await_ids, synthetic_pages, locations))
         except BaseException:
             self._cache.put_back([], [], relocated)
             owner.num_sent = 0

@@ -67,7 +67,7 @@ class Scheduler:
         """Queues a request that passed `check`; what is known of its prefix counts as used from now on."""
         table = PageTable(self.cache, self._info.page_size)
         root = None
-        if self._info.enable_prefix_caching and request.random_kv_seed is None:
+        if self._info.enable_prefix_caching and request.synthetic_kv_seed is None:
             root = root_key(self._info.fingerprint, request.cache_salt)
         sequence = Sequence(request, 0, next(self._numbers), table, list(request.prompt_token_ids), root)
         sequence.expected = self._find_prefix(sequence)

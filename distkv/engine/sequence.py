@@ -38,7 +38,7 @@ class Sequence:
         self.prompt_len = len(self.request.prompt_token_ids)
         # full pages of the prompt without its last token, which must be run for its logits
         self.num_prefix_pages = (self.prompt_len - 1) // self.table.page_size
-        seed = self.request.random_kv_seed
+        seed = self.request.synthetic_kv_seed
         tokens = self.num_prefix_pages * self.table.page_size
         self.synthetic = SyntheticKV() if seed is None else SyntheticKV(seed, tokens)
 

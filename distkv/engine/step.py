@@ -143,7 +143,7 @@ class Step:
         start = sequence.table.num_tokens
         taken = sequence.table.append(count)
         if sequence.synthetic.covers(start):
-            self.plan.random_pages += sequence.synthetic.fills(taken)
+            self.plan.synthetic_pages += sequence.synthetic.fills(taken)
             return work
         self.plan.clear += [page.location for page in taken]
         is_last = start + count == len(sequence.token_ids) + sequence.num_pending

@@ -22,7 +22,7 @@ class SyntheticKV:
         return max(0, self.num_tokens - num_done)
 
     def page_seed(self, index: int) -> int:
-        """The seed of the numbers of page `index`, see `random_slice`."""
+        """The seed of the numbers of page `index`, see `synthetic_slice`."""
         return (self.seed << 32) + index
 
     def fills(self, pages: list[Page]) -> list[tuple[int, int]]:

@@ -56,53 +56,79 @@ def pool_sizes(
     specs = page_specs(config, ranks)
     on_device, on_host = (sum(spec.page_bytes_in(tier) for spec in specs) for tier in (Tier.DEVICE, Tier.HOST))
     on_disk = replace(specs[0], num_kv_heads=ranks.model.num_key_value_heads).page_bytes_in(Tier.DISK)
-
-    def given(name: str, page_bytes: int) -> int | None:
-        size = getattr(config, name)
-        if size is None or size == 0:
-            return size
-        if size < page_bytes:
-            raise CapacityError(
-                f"{name} {size} is less than one page of {config.page_size} tokens, {page_bytes} bytes over all ranks; "
-                "raise it or lower page_size"
-            )
-        return size // page_bytes
-
-    most = config.max_num_seqs * specs[0].pages_for(max_model_len)
-    device = given("device_kv_bytes", on_device)
+    most = config.max_num_seqs * specs[0].pages_for(max_model_len)  # that running requests can fill
+    device = _given(config, "device_kv_bytes", on_device)
     if device is None:
         assert capacity is not None
         device = min(capacity.device, most)
-    host = given("host_kv_bytes", on_host)
+    host = _given(config, "host_kv_bytes", on_host)
     if host is None:
         assert capacity is not None
         # what is to reach the disk passes through the host
         host = min(capacity.host, most) if device < most or ranks.keep_cache else 0
     staging = ranks.staging_pages if host else 0
-    disk = read_ahead = 0
-    if free_disk is not None and host:
-        room = free_disk // 2 // on_disk
-        disk = given("disk_kv_bytes", on_disk) or min(room, max(most, KEPT_PAGES) if ranks.keep_cache else most)
-        if disk < 2:
-            raise CapacityError(
-                f"there is room for {disk} KV pages of {on_disk} bytes in cache_dir; raise disk_kv_bytes to "
-                f"{2 * on_disk} at least, or make room on the disk"
-            )
-        disk -= min(MAX_DISK_WRITES, disk - 1)  # pages on their way to disk lie there twice for a moment
-        if KINDS[ranks.device].reads_ahead:  # into host memory, which counts as the host's
-            least = -(-(staging // NUM_BUFFERS) // specs[0].num_layers)  # a buffer of the ring
-            ahead = max(least, host // 16)
-            if host <= ahead:
-                raise CapacityError(
-                    f"host_kv_bytes holds {host} pages and reading from disk takes {ahead} of them; raise it to "
-                    f"{(ahead + 1) * on_host}"
-                )
-            host, read_ahead = host - ahead, ahead * specs[0].num_layers
+    disk = 0 if free_disk is None or not host else _disk_pages(config, ranks, on_disk, free_disk, most)
+    ahead = 0
+    if disk and KINDS[ranks.device].reads_ahead:  # into host memory, which counts as the host's
+        ahead = _read_ahead_pages(host, staging, specs[0], on_host)
+        host -= ahead
     if config.host_kv_bytes is not None or disk:  # else each request is checked by itself
         _check_window(config, device, host, max_model_len, on_device)
-    if not shares_prefixes(config, ranks.model):  # no use for more than the running requests can fill
+    if not shares_prefixes(config, ranks.model):
         device, host, disk = min(device, most), min(host, most), min(disk, most)
-    return PoolSizes(device, host, disk, staging, read_ahead)
+    return PoolSizes(device, host, disk, staging, ahead * specs[0].num_layers)
+
+
+def _given(config: EngineConfig, option: str, page_bytes: int) -> int | None:
+    """The pages that a number of bytes in the options holds; None where none is given."""
+    size = getattr(config, option)
+    if size is None or size == 0:
+        return size
+    if size < page_bytes:
+        raise CapacityError(
+            f"{option} {size} is less than one page of {config.page_size} tokens, {page_bytes} bytes over all ranks; "
+            "raise it or lower page_size"
+        )
+    return size // page_bytes
+
+
+def _disk_pages(config: EngineConfig, ranks: RankConfig, page_bytes: int, free: int, most: int) -> int:
+    """Pages of the disk tier: as given, or what half of the free bytes hold."""
+    room = free // 2 // page_bytes
+    pages = _given(config, "disk_kv_bytes", page_bytes)
+    pages = pages or min(room, max(most, KEPT_PAGES) if ranks.keep_cache else most)
+    if pages < 2:
+        raise CapacityError(
+            f"there is room for {pages} KV pages of {page_bytes} bytes in cache_dir; raise disk_kv_bytes to "
+            f"{2 * page_bytes} at least, or make room on the disk"
+        )
+    return pages - min(MAX_DISK_WRITES, pages - 1)  # pages on their way to disk lie there twice for a moment
+
+
+def _read_ahead_pages(host: int, staging: int, spec: PageSpec, page_bytes: int) -> int:
+    """Host pages that reading from disk takes: a sixteenth, a buffer of the staging ring at least."""
+    pages = max(-(-(staging // NUM_BUFFERS) // spec.num_layers), host // 16)
+    if host <= pages:
+        raise CapacityError(
+            f"host_kv_bytes holds {host} pages and reading from disk takes {pages} of them; raise it to "
+            f"{(pages + 1) * page_bytes}"
+        )
+    return pages
+
+
+def _check_window(config: EngineConfig, device: int, host: int, max_model_len: int, page_bytes: int) -> None:
+    """Raises CapacityError when a step of the largest size does not fit on the device, and a request may need more."""
+    tokens = min(config.max_num_batched_tokens, max_model_len)
+    step = pages_for(tokens, config.page_size)
+    if not host or device > step or device >= pages_for(max_model_len, config.page_size):
+        return
+    fits = (device - 1) * config.page_size
+    lower = f", or lower max_num_batched_tokens to {fits}" if fits >= config.max_num_seqs else ""
+    raise CapacityError(
+        f"the device holds {device} KV pages of {config.page_size} tokens, and a step of {tokens} tokens fills {step} "
+        f"beside one being written: raise device_kv_bytes by {(step + 1 - device) * page_bytes} to "
+        f"{(step + 1) * page_bytes}{lower}"
+    )
 
 
 def cold_budget(config: EngineConfig, sizes: PoolSizes, rates: list[Bandwidth]) -> tuple[int, float]:
@@ -156,19 +182,4 @@ def engine_info(
         write_through=config.disk_write_policy == "write_through",
         max_cold_bytes_per_step=max_cold_bytes,
         disk_cost=disk_cost,
-    )
-
-
-def _check_window(config: EngineConfig, device: int, host: int, max_model_len: int, page_bytes: int) -> None:
-    """Raises CapacityError when a step of the largest size does not fit on the device, and a request may need more."""
-    tokens = min(config.max_num_batched_tokens, max_model_len)
-    step = pages_for(tokens, config.page_size)
-    if not host or device > step or device >= pages_for(max_model_len, config.page_size):
-        return
-    fits = (device - 1) * config.page_size
-    lower = f", or lower max_num_batched_tokens to {fits}" if fits >= config.max_num_seqs else ""
-    raise CapacityError(
-        f"the device holds {device} KV pages of {config.page_size} tokens, and a step of {tokens} tokens fills {step} "
-        f"beside one being written: raise device_kv_bytes by {(step + 1 - device) * page_bytes} to "
-        f"{(step + 1) * page_bytes}{lower}"
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from distkv.engine.protocol import EngineRequest
 from distkv.engine.synthetic_kv import SyntheticKV
 from distkv.kernels import reference
-from distkv.storage.random_pages import random_slice
+from distkv.storage.synthetic_pages import synthetic_slice
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.rope import RotaryEmbedding
 from distkv.workers.model.weights import WeightSource
@@ -35,7 +35,7 @@ class Reference:
     @torch.inference_mode()
     def logprobs(self, request: EngineRequest, answer: list[int]) -> Tensor:
         """Log-probabilities float64 `[tokens of the answer, V]`, each given the prompt and the answer's tokens before
-        it. The request must have a `random_kv_seed`."""
+        it. The request must have a `synthetic_kv_seed`."""
         model, prompt_len = self.model, len(request.prompt_token_ids)
         num_pages = (prompt_len - 1) // self.page_size
         start = num_pages * self.page_size
@@ -66,10 +66,10 @@ class Reference:
         )  # fmt: skip
         q_TKGD = reference.rotate(q_THD, *angles).unflatten(1, (heads["k"], model.group_size))
         out, lse = reference.attention(q_TKGD, reference.rotate(k_TKD, *angles), v_TKD)
-        assert request.random_kv_seed is not None
+        assert request.synthetic_kv_seed is not None
         for index in range(num_pages):
-            seed = SyntheticKV(request.random_kv_seed).page_seed(index)
-            page = random_slice(seed, layer, range(heads["k"]), self.page_size, model.head_dim)
+            seed = SyntheticKV(request.synthetic_kv_seed).page_seed(index)
+            page = synthetic_slice(seed, layer, range(heads["k"]), self.page_size, model.head_dim)
             k_KSD, v_KSD = page.to(self.device, self.dtype).double()
             scores = torch.einsum("tkgd,ksd->tkgs", q_TKGD, k_KSD) * model.head_dim**-0.5
             page_lse = scores.logsumexp(-1)

@@ -62,25 +62,25 @@ def run(options: StressOptions) -> bool:
 
     Raises DistKVError, before anything runs, for options that cannot be used.
     """
-    random_fill = _check(options)
+    synthetic_fill = _check(options)
     console = Console(highlight=False)
     with _model_folder(options) as folder:
         model = ModelConfig.load(folder)
-        config = _config(options, folder, random_fill)
+        config = _config(options, folder, synthetic_fill)
         free = _free_bytes(config)
         with closing(launch(config)) as engine:
             info = engine.info
             resident = _all_resident(config, info)
             is_small = _kv_bytes(resident) <= free // 2
-            if options.verify and not is_small and not random_fill:
+            if options.verify and not is_small and not synthetic_fill:
                 raise ConfigError(
                     f"--verify needs all KV pages in memory, {_kv_bytes(resident)} bytes, and at most half of the "
                     f"{free} that are free may be taken; lower --context, or use --fill random"
                 )
             _check_room(options, info)
-            requests = _requests(options, _prompt(folder, model, options, random_fill), random_fill)
+            requests = _requests(options, _prompt(folder, model, options, synthetic_fill), synthetic_fill)
             stages = _run_stages(console, engine, requests)
-        facts = _facts(options, config, model, random_fill)
+        facts = _facts(options, config, model, synthetic_fill)
         if options.json_file is not None:  # now, since a verification may take long
             write_json(options.json_file, facts, info, stages, None)
         if options.plot_file is not None:
@@ -130,8 +130,8 @@ def _model_folder(options: StressOptions) -> AbstractContextManager[Path]:
     return nullcontext(options.model)
 
 
-def _config(options: StressOptions, folder: Path, random_fill: bool) -> EngineConfig:
-    step = max(RANDOM_STEP, options.engine["page_size"]) if random_fill else PREFILL_STEP
+def _config(options: StressOptions, folder: Path, synthetic_fill: bool) -> EngineConfig:
+    step = max(RANDOM_STEP, options.engine["page_size"]) if synthetic_fill else PREFILL_STEP
     engine: EngineOptions = {
         **options.engine,
         "max_model_len": options.context + options.new_tokens,
@@ -144,9 +144,9 @@ def _config(options: StressOptions, folder: Path, random_fill: bool) -> EngineCo
     return EngineConfig(folder, **engine)
 
 
-def _prompt(folder: Path, model: ModelConfig, options: StressOptions, random_fill: bool) -> list[int]:
+def _prompt(folder: Path, model: ModelConfig, options: StressOptions, synthetic_fill: bool) -> list[int]:
     """A real text where there is a tokenizer and the model reads it, else random tokens."""
-    if not random_fill and any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not synthetic_fill and any((folder / name).is_file() for name in TOKENIZER_FILES):
         return _text(Tokenizer(folder), options.context)
     generator = random.Random(options.seed)
     return [generator.randrange(model.vocab_size) for _ in range(options.context)]
@@ -162,7 +162,7 @@ def _text(tokenizer: Tokenizer, count: int) -> list[int]:
     return token_ids[:count]
 
 
-def _requests(options: StressOptions, prompt: list[int], random_fill: bool) -> list[EngineRequest]:
+def _requests(options: StressOptions, prompt: list[int], synthetic_fill: bool) -> list[EngineRequest]:
     """One for each stage, the longest last."""
     stages = options.stages or (1 if options.plot_file is None else PLOT_STAGES)
     params = SamplingParams(
@@ -176,7 +176,7 @@ def _requests(options: StressOptions, prompt: list[int], random_fill: bool) -> l
             params=params,
             max_tokens=options.new_tokens,
             seed=options.seed,
-            random_kv_seed=options.seed if random_fill else None,
+            synthetic_kv_seed=options.seed if synthetic_fill else None,
         )
         for context in contexts
     ]
@@ -229,7 +229,7 @@ def _verify(
             with closing(launch(resident)) as engine:
                 return compare_runs(stages, _run_stages(console, engine, requests))
         except CapacityError:
-            if any(request.random_kv_seed is None for request in requests):
+            if any(request.synthetic_kv_seed is None for request in requests):
                 raise
     console.print("verifying by a float64 reference ...")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -243,7 +243,7 @@ def _dtype(model: ModelConfig, config: EngineConfig) -> torch.dtype:
     return model.dtype if config.dtype == "auto" else parse_dtype(config.dtype)
 
 
-def _facts(options: StressOptions, config: EngineConfig, model: ModelConfig, random_fill: bool) -> dict[str, Any]:
+def _facts(options: StressOptions, config: EngineConfig, model: ModelConfig, synthetic_fill: bool) -> dict[str, Any]:
     """What goes into the JSON file beside the figures."""
     given = asdict(options)
     given |= given.pop("engine")
@@ -251,7 +251,7 @@ def _facts(options: StressOptions, config: EngineConfig, model: ModelConfig, ran
         "benchmark": "stress",
         **machine_facts(),
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in given.items()},
-        "fill": "random" if random_fill else "prefill",
+        "fill": "random" if synthetic_fill else "prefill",
         "max_num_batched_tokens": config.max_num_batched_tokens,
         "model": options.shape or Path(config.model).name,
         "shape": {

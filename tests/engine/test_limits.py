@@ -27,7 +27,7 @@ engine = launch(EngineConfig(
 params = SamplingParams(temperature=0, ignore_eos=True)
 
 def answer(name, length, new_tokens):
-    engine.add([EngineRequest(name, [7] * length, params, new_tokens, 0, random_kv_seed=1)])
+    engine.add([EngineRequest(name, [7] * length, params, new_tokens, 0, synthetic_kv_seed=1)])
     tokens = []
     while len(tokens) < new_tokens:
         tokens += [output.token_id for output in engine.step()]

@@ -241,7 +241,7 @@ def test_a_step_plan_has_the_ranks_adopt(tmp_path: Path, tiny_model: Path) -> No
     sizes = PoolSizes(device=4, host=4, disk=4)
     rank = load_rank(tiny_model, **options)
     rank.allocate(sizes)
-    rank.execute(StepPlan([], [], [], random_pages=[(0, 7)], transfers=[Transfer(0, Tier.DEVICE, 0, Tier.HOST, 1)]))
+    rank.execute(StepPlan([], [], [], synthetic_pages=[(0, 7)], transfers=[Transfer(0, Tier.DEVICE, 0, Tier.HOST, 1)]))
     rank.execute(StepPlan([], [], [], [Transfer(1, Tier.HOST, 1, Tier.DISK, 2)], await_ids=[0]))
     rank.execute(StepPlan([], [], [], await_ids=[0, 1]))
     report = rank.take_report()

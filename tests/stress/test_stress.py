@@ -247,7 +247,7 @@ def test_an_engine_that_runs_by_itself_is_watched(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setattr("distkv.stress.stage.CALM_SECONDS", 0)
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=5, logprobs=3)
-    request = EngineRequest("one", [7] * 3000, params, 5, 0, random_kv_seed=1)
+    request = EngineRequest("one", [7] * 3000, params, 5, 0, synthetic_kv_seed=1)
     watched: list[Sample] = []
     with shape_folder("tiny") as folder:
         options: Any = {"max_model_len": 3005, "max_num_seqs": 1, "max_num_batched_tokens": 256, "page_size": 64}

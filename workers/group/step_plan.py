@@ -27,7 +27,7 @@ class SequencePlan(msgspec.Struct, array_like=True):
 
 class StepPlan(msgspec.Struct, array_like=True):
     """One step of the whole group. First comes `adopt`; transfers are started and `await_ids` waited for; then come
-    `copies`, `clear` and `random_pages`; then the sequences run, of which there may be none.
+    `copies`, `clear` and `synthetic_pages`; then the sequences run, of which there may be none.
 
     Ranks keep page tables (`page_directory.py`), so that a plan tells what has changed and not what a long context is
     made of. Telling a rank again what it knows does no harm.
@@ -39,7 +39,7 @@ class StepPlan(msgspec.Struct, array_like=True):
     transfers: list[Transfer] = []
     # transfers that must have ended before pages are touched, and where no sequence runs, before the report
     await_ids: list[int] = []
-    random_pages: list[tuple[int, int]] = []  # (device slot, seed): filled with random numbers, for stress tests
+    synthetic_pages: list[tuple[int, int]] = []  # (device slot, seed): filled with random numbers, for stress tests
     relocated: list[tuple[int, int]] = []  # (page id, where it lies now, see `encode_location`)
     ended: list[int] = []  # numbers of tables that are not needed any more
     # the pages on disk that an earlier process left, by slot with their checksums, see `DiskPool.adopt`; given once,

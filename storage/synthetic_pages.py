@@ -8,7 +8,7 @@ from torch import Tensor
 VALUE_SCALE = 64
 
 
-def random_slice(seed: int, layer: int, heads: range, page_size: int, head_dim: int) -> Tensor:
+def synthetic_slice(seed: int, layer: int, heads: range, page_size: int, head_dim: int) -> Tensor:
     """One layer of a page: fp32 `[2, kv_head, page_size, head_dim]` on the CPU, K first; normal numbers, the values
     times VALUE_SCALE.
 
