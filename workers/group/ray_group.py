@@ -42,7 +42,7 @@ class RayGroup:
     """A `RankGroup` as the owner of its engine sees it; the engine itself runs beside rank 0, see `start`."""
 
     def __init__(self, size: int, address: str | None, device: str):
-        """Takes `size` groups of the cluster and starts an actor on each.
+        """Takes `size` bundles of the cluster and starts an actor on each.
 
         Args:
             address: as `ray.init` takes it; None takes a running cluster or starts one on this machine.
