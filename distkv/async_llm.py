@@ -174,8 +174,10 @@ class _Mailbox:
         for delivery in deliveries:
             if delivery.request_id in self.groups:
                 group, grown = self.groups[delivery.request_id]
+                has_grown = False
                 try:
-                    group.take([delivery])
+                    has_grown = bool(group.take([delivery]))
                 except Exception as error:  # text that cannot be decoded, say
                     group.error = error
-                grown.set()
+                if has_grown or group.error is not None:  # else it came behind a stop string
+                    grown.set()
