@@ -20,7 +20,7 @@ class Logprob:
 class CompletionOutput:
     """One answer of a request: all of it so far, or what is new in it, see `SamplingParams.output_kind`.
 
-    `logprobs`, when asked for, has a table per token: token id -> Logprob, the drawn token among them.
+    `logprobs`, when asked for, has a table per token: token id -> Logprob, the sampled token among them.
     `finish_reason` is "stop" (an end token or a stop string, named in `stop_reason`), "length", "error" when the
     request could not go on, or None while it runs. `cumulative_logprob` is of the whole answer in a delta too.
     """

@@ -40,7 +40,7 @@ def measure_bandwidth(pools: KVPools, folder: Path | None) -> Bandwidth:
 
 
 def choose_copies(pools: KVPools, kernel: Gather) -> None:
-    """Settles for each lane of a GPU whether the copy engine or the kernel copies, and logs what they reach. To be
+    """Decides for each lane of a GPU whether the copy engine or the kernel copies, and logs what they reach. To be
     called before any page is stored: it copies pages of zeros about."""
     copies = pools.copies
     if copies is None or not pools.host.num_pages:

@@ -29,7 +29,7 @@ class MemoryInUse:
 def find_memory_in_use(
     model: LlamaModel, spec: PageSpec, max_num_seqs: int, max_num_batched_tokens: int, device: torch.device
 ) -> MemoryInUse:
-    """Runs the largest prompt step and draws from the most logits, over a pool of just that size, and captures the
+    """Runs the largest prompt step and samples from the most logits, over a pool of just that size, and captures the
     graphs. All ranks of a group at a time.
 
     Raises CapacityError when not even that fits.

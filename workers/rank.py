@@ -164,7 +164,7 @@ class Rank:
         when nothing runs. `take_report` must follow.
 
         Args:
-            sampled: on rank 0, what the step before drew, int64 on the device; needed where the plan refers to it.
+            sampled: on rank 0, what the step before sampled, int64 on the device; needed where the plan refers to it.
         """
         pools = self.pools
         steps = self._directory.update(plan)
@@ -183,11 +183,11 @@ class Rank:
         return self._model.logits(self._runner.run(steps, sampled))
 
     def _share_sampled(self, count: int, sampled: Tensor | None) -> Tensor | None:
-        """The `count` tokens that the step before drew, on all ranks; None when the plan refers to none."""
+        """The `count` tokens that the step before sampled, on all ranks; None when the plan refers to none."""
         if not count:
             return None
         if sampled is None:
-            assert self.shard.rank, "rank 0 draws"
+            assert self.shard.rank, "rank 0 samples"
             sampled = torch.empty(count, dtype=torch.int64, device=self.device)
         assert len(sampled) == count
         return self.group.broadcast(sampled)

@@ -310,7 +310,7 @@ class Engine:
                     self._outputs.append(self._output(answer, logprobs))
 
     def _output(self, sequence: Sequence, logprobs: TokenLogprobs | None) -> TokenOutput:
-        """What is told of the newest token of an answer, which ends if it is to end here."""
+        """What is emitted of the newest token of an answer, which ends if it is to end here."""
         finish_reason, stop_reason = sequence.ending(self.info.eos_token_ids)
         if finish_reason:
             self._scheduler.finish(sequence)

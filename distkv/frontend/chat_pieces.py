@@ -8,7 +8,7 @@ from typing import Any
 
 Message = dict[str, Any]
 """One message of a conversation: `{"role": "user", "content": "..."}`. An answer may carry `token_ids` besides its
-text: what the model drew for it, without the end token."""
+text: what the model sampled for it, without the end token."""
 
 
 def text_around_answers(
@@ -20,7 +20,7 @@ def text_around_answers(
         render: the chat template: text of messages, up to where the assistant answers.
         end_token: text of the token that ends an answer, if there is one.
 
-    With the tokens in between, the first pieces are the prompt that the last of these answers was drawn for, if all
+    With the tokens in between, the first pieces are the prompt that the last of these answers was sampled for, if all
     prompts were made so. None when the template writes earlier answers in another way than the model wrote them, by
     dropping a part of them, say.
     """
@@ -44,7 +44,7 @@ def text_around_answers(
     blank = before.removeprefix(asked)
     if asked + blank != before or blank.strip():
         return None
-    # a blank that the template puts before or behind answers is not in the prompt; the model drew its own or none
+    # a blank that the template puts before or behind answers is not in the prompt; the model sampled its own or none
     for number in range(len(places)):
         around[number] = around[number].removesuffix(blank)
         behind = around[number + 1].lstrip()

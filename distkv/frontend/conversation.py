@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class StoredMessage(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """A message; `token_ids` are what the model drew for it, without the end token."""
+    """A message; `token_ids` are what the model sampled for it, without the end token."""
 
     role: str
     content: str
@@ -88,7 +88,7 @@ class Conversation:
 
         Args:
             text: of the answer, finished or not.
-            token_ids: what the model drew for it, without the end token.
+            token_ids: what the model sampled for it, without the end token.
         """
         if self._asked is None:
             raise DistKVError(f"{self.title} has no prompt without an answer; call prompt() first")

@@ -22,7 +22,7 @@ Prompt = str | list[int]
 
 
 class FrontEnd:
-    """Checks requests and makes answers of what the engine draws. All methods may be called by any thread."""
+    """Checks requests and makes answers of what the engine samples. All methods may be called by any thread."""
 
     def __init__(self, config: EngineConfig):
         """Loads the model; raises as `LLM` does."""
@@ -50,7 +50,7 @@ class FrontEnd:
         return self._tokenizer
 
     def next_number(self) -> int:
-        """A new request's number, which settles its seed where its parameters do not."""
+        """A new request's number, which gives it a seed where its parameters do not."""
         return next(self._numbers)
 
     def request(
@@ -116,7 +116,7 @@ class Facade:
 
     @property
     def info(self) -> EngineInfo:
-        """What the engine settled on at start."""
+        """What the engine has fixed at start."""
         return self._front_end.info
 
     @property

@@ -1,6 +1,6 @@
 """Conversations that go on after a restart.
 
-cache_dir/sessions/NAME.json   the messages, with the tokens that the model drew for its answers
+cache_dir/sessions/NAME.json   the messages, with the tokens that the model sampled for its answers
 cache_dir/sessions/NAME.lock   names the process that has the session open, and is locked by it
 """
 

@@ -65,19 +65,19 @@ class Tokenizer:
         answers = [message for message in messages if message.get("token_ids") is not None]
         if not all(isinstance(one["token_ids"], list) and isinstance(one.get("content"), str) for one in answers):
             raise RequestError("a message with token_ids needs them as a list of integers, and its text as content")
-        drawn = [message["token_ids"] for message in answers]
-        texts = text_around_answers(self._render, self._tokenizer.eos_token, messages) if drawn else None
+        sampled = [message["token_ids"] for message in answers]
+        texts = text_around_answers(self._render, self._tokenizer.eos_token, messages) if sampled else None
         if texts is None:
-            if drawn and not self._warned:
+            if sampled and not self._warned:
                 log.warning(
                     "the chat template rewrites earlier answers, so they are encoded from their text, and their cached "
                     "KV pages may not be found again"
                 )
                 self._warned = True
-            drawn, texts = [], [self._render(messages)]
+            sampled, texts = [], [self._render(messages)]
         with self._lock:
             pieces = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        return list(chain.from_iterable(chain(*zip_longest(pieces, drawn, fillvalue=[]))))
+        return list(chain.from_iterable(chain(*zip_longest(pieces, sampled, fillvalue=[]))))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -1,4 +1,4 @@
-"""Small copies between host and device that nobody waits for: parameters on their way up, draws on their way down."""
+"""Small copies between host and device that nobody waits for: parameters on their way up, tokens on their way down."""
 
 import numpy as np
 import torch

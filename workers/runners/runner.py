@@ -20,7 +20,7 @@ class Runner(Protocol):
         device, but with gloo.
 
         Args:
-            sampled: what the step before drew, int64 on the device, where token ids refer to it.
+            sampled: what the step before sampled, int64 on the device, where token ids refer to it.
         """
 
     def warm_up(self) -> Iterator[None]:

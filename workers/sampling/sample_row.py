@@ -21,9 +21,8 @@ class SampleRow:
     uniform: float  # decides which, in [0, 1), see `uniform_number`
     prompt_token_ids: list[int]
     output_token_ids: list[int]
-    pending: int | None = (
-        None  # the output has one token more: the one of this index among those that the step before sampled
-    )
+    # the output has one token more: the one of this index among those that the step before sampled
+    pending: int | None = None
 
     @property
     def penalised(self) -> bool:
