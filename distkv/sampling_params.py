@@ -24,7 +24,7 @@ class RequestOutputKind(Enum):
 
 
 @explained
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, repr_omit_defaults=True):
     """Sampling parameters of one request. Raises RequestError when a value is out of range."""
 
     n: int = 1

@@ -25,7 +25,7 @@ def rope_and_write_kv(
     Shapes (heads = query heads + 2 * kv_heads, in the order q, k, v):
         qkv `[tokens, heads, head_dim]`; cos, sin fp32 `[tokens, 1, head_dim / 2]`
         layer_pool `[2, pages, kv_heads, page_size, head_dim]`, one layer of the device pool, of qkv's dtype
-        page, offset int64 `[tokens]`: the device page of each token and its place in that page
+        page, offset int64 `[tokens]`: the device page of each token and its index in that page
     Returns rotated queries `[tokens, query heads, head_dim]`, and keys and values `[tokens, kv_heads, head_dim]` as
     they were stored; all in qkv's dtype.
     """

@@ -1,9 +1,17 @@
-"""The kernels that work on tokens one by one, for either kind of device."""
+"""The kernels that work on tokens one by one, whoever implements them."""
 
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+from distkv.kernels.linear import Linear
+
+
+class MakeLinear(Protocol):
+    """See `linear.plain_linear`. Called once for each weight, which it may bring into a layout of its own."""
+
+    def __call__(self, weight: Tensor, bias: Tensor | None = None) -> Linear: ...
 
 
 class RmsNorm(Protocol):
@@ -33,16 +41,4 @@ class TokenKernels:
     rms_norm: RmsNorm
     swiglu: SwiGlu
     rope_and_write_kv: RopeAndWriteKv
-
-
-def token_kernels(on_cuda: bool) -> TokenKernels:
-    """Triton's kernels for CUDA, torch's operators for a CPU."""
-    if on_cuda:
-        from distkv.kernels.cuda.activation import swiglu
-        from distkv.kernels.cuda.norm import rms_norm
-        from distkv.kernels.cuda.rope import rope_and_write_kv
-    else:
-        from distkv.kernels.activation import swiglu
-        from distkv.kernels.norm import rms_norm
-        from distkv.kernels.rope import rope_and_write_kv
-    return TokenKernels(rms_norm, swiglu, rope_and_write_kv)
+    make_linear: MakeLinear

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from distkv.storage.paging import check_page_size, pages_for
+from distkv.storage.tier import Tier
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,26 @@ class PageSpec:
 
     @property
     def layer_slice_bytes(self) -> int:
-        """Bytes of one page's part for one layer, the unit that streaming moves."""
+        """Bytes of one page's part for one layer as attention reads it."""
         return 2 * self.num_kv_heads * self.page_size * self.head_dim * self.dtype.itemsize
 
     @property
     def page_bytes(self) -> int:
+        """Bytes of a page as attention reads it."""
         return self.layer_slice_bytes * self.num_layers
+
+    def slice_bytes_in(self, tier: Tier) -> int:
+        """Bytes that a layer slice takes in a tier, and on the way out of it, which is what streaming moves. All tiers
+        hold pages as attention reads them; one that does not says so here."""
+        return self.layer_slice_bytes
+
+    def page_bytes_in(self, tier: Tier) -> int:
+        """Bytes that a page takes in a tier."""
+        return self.slice_bytes_in(tier) * self.num_layers
+
+    def route_bytes(self, source: Tier, target: Tier) -> int:
+        """Bytes that cross when a page is copied between neighbouring tiers: it has the form of the slower one."""
+        return self.page_bytes_in(max(source, target))
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that `num_tokens` tokens take, the last one perhaps partly filled."""

@@ -11,7 +11,8 @@ PREFILL_SPLIT = 2048
 DECODE_SPLIT = 256
 
 # Buffers of a staging ring. One is used, the one before it may still be, and two are filled ahead of them, so that
-# copies go on while a layer's other work is computed. A CPU fills each when its turn comes, and has CPU_BUFFERS.
+# copies go on while a layer's other work is computed. A CPU fills each when its turn comes, and has CPU_BUFFERS. The
+# option `staging_pages` counts the pages of NUM_BUFFERS buffers in any case.
 NUM_BUFFERS = 4
 CPU_BUFFERS = 2
 

@@ -40,7 +40,7 @@ def measure_bandwidth(pools: KVPools, folder: Path | None) -> Bandwidth:
 
 
 def choose_copies(pools: KVPools, kernel: Gather) -> None:
-    """Decides for each lane of a GPU whether the copy engine or the kernel copies, and logs what they reach. To be
+    """Chooses for each lane of a GPU whether the copy engine or the kernel copies, and logs what they reach. To be
     called before any page is stored: it copies pages of zeros about."""
     copies = pools.copies
     if copies is None or not pools.host.num_pages:
@@ -121,9 +121,9 @@ def _disk_bandwidth(folder: Path) -> float:
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         fastest = float("inf")
-        for place in range(0, PROBE_BYTES, READ_BYTES):
+        for offset in range(0, PROBE_BYTES, READ_BYTES):
             start = time.perf_counter()
-            os.preadv(descriptor, [block], place)
+            os.preadv(descriptor, [block], offset)
             fastest = min(fastest, time.perf_counter() - start)
         return READ_BYTES / fastest
     except OSError:  # a full disk: what is there can still be read, nobody knows how fast

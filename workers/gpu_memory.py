@@ -1,6 +1,7 @@
 """What of a GPU's memory is spoken for before there are KV pages, found by trial."""
 
 import gc
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from distkv.storage.device import Device
 from distkv.storage.page_spec import PageSpec
 from distkv.workers.errors import CapacityError
 from distkv.workers.kv_pools import KVPools, PoolSizes
@@ -16,6 +18,9 @@ from distkv.workers.page_directory import SequenceStep
 from distkv.workers.runners.cuda_runner import CudaRunner
 from distkv.workers.runners.step_graphs import graph_splits
 from distkv.workers.sampling.trial_sampling import sample_in_all_ways
+
+MakeRunner = Callable[[KVPools, int], CudaRunner]
+"""Makes the runner that is tried, over pools and for so many sequences."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,12 @@ class MemoryInUse:
 
 
 def find_memory_in_use(
-    model: LlamaModel, spec: PageSpec, max_num_seqs: int, max_num_batched_tokens: int, device: torch.device
+    model: LlamaModel,
+    make_runner: MakeRunner,
+    spec: PageSpec,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    device: Device,
 ) -> MemoryInUse:
     """Runs the largest prompt step and samples from the most logits, over a pool of just that size, and captures the
     graphs. All ranks of a group at a time.
@@ -36,11 +46,11 @@ def find_memory_in_use(
     """
     # libraries keep their handles and workspace for a thread; what this one leaves goes to the thread of the steps
     with ThreadPoolExecutor(1) as thread:
-        trial = thread.submit(_try_out, model, spec, max_num_seqs, max_num_batched_tokens, device)
+        trial = thread.submit(_try_out, model, make_runner, spec, max_num_seqs, max_num_batched_tokens, device)
         try:
             return trial.result()
         except (torch.OutOfMemoryError, CapacityError):
-            free, total = torch.cuda.mem_get_info(device)
+            free, total = torch.cuda.mem_get_info(device.torch_device)
             raise CapacityError(
                 f"a step of max_num_batched_tokens {max_num_batched_tokens} does not fit beside the weights: "
                 f"{free} of {total} bytes are free; lower max_num_batched_tokens or max_num_seqs, or use more ranks"
@@ -49,15 +59,21 @@ def find_memory_in_use(
 
 @torch.inference_mode()
 def _try_out(
-    model: LlamaModel, spec: PageSpec, max_num_seqs: int, max_num_batched_tokens: int, device: torch.device
+    model: LlamaModel,
+    make_runner: MakeRunner,
+    spec: PageSpec,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    on: Device,
 ) -> MemoryInUse:
+    device = on.torch_device
     torch.cuda.set_device(device)
     gc.collect()
     torch.cuda.empty_cache()
     weights = torch.cuda.memory_reserved(device)
     pool = PoolSizes(device=spec.pages_for(max_num_batched_tokens))
-    with closing(KVPools(spec, pool, device)) as pools:
-        runner = CudaRunner(model, pools, max_num_seqs)
+    with closing(KVPools(spec, pool, on)) as pools:
+        runner = make_runner(pools, max_num_seqs)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_reserved(device)
         _largest_step(model, runner, max_num_seqs, max_num_batched_tokens, pool.device)

@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
-import torch
 
+from distkv.storage.device import Device
 from distkv.storage.disk.cache_folder import LOCK, Description, DiskHeads, FolderLock
 from distkv.storage.disk.file_lock import is_locked
 from distkv.storage.moving.mover import Mover
-from distkv.storage.moving.page_copies import PageCopies
 from distkv.storage.moving.read_ahead import ReadAhead
 from distkv.storage.moving.staging_ring import Load, StagingRing, Stream
-from distkv.storage.moving.streams import CudaStreams
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools.device_pool import DevicePool
 from distkv.storage.pools.host_pool import HostPool
+from distkv.storage.tier import Tier
 from distkv.workers.group.report import Report
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ class PoolSizes(msgspec.Struct, array_like=True, frozen=True):
     host: int = 0
     disk: int = 0
     staging: int = 0  # pages of the staging ring, of which it holds one layer
-    read_ahead: int = 0  # layer slices of host memory for reads from disk; 0 where the device is a CPU
+    read_ahead: int = 0  # layer slices of host memory for reads from disk; 0 where `Kind.reads_ahead` says no
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class KVPools:
         self,
         spec: PageSpec,
         sizes: PoolSizes,
-        device: torch.device,
+        device: Device,
         disk: DiskTier | None = None,
     ):
         """
@@ -60,27 +59,27 @@ class KVPools:
             disk: needed where the disk has pages.
         """
         self._spec = spec
-        size = spec.page_bytes
+        on_device, on_host, on_disk = (spec.page_bytes_in(tier) for tier in Tier)
         own_files = disk is not None and disk.heads.reports
-        self.nbytes = sizes.device * size, sizes.host * size, sizes.disk * size * own_files
+        self.nbytes = sizes.device * on_device, sizes.host * on_host, sizes.disk * on_disk * own_files
         self._missing: list[int] = []
         self._bad_reads: dict[int, str] = {}
-        self._told: dict[str, int] = {}
+        self._reported: dict[str, int] = {}
         with ExitStack() as stack:  # what is open is closed again if something fails on the way
             self.device = DevicePool(spec, sizes.device, device)
             stack.callback(self.device.close)
-            self.host = HostPool(spec, sizes.host, pinned=device.type == "cuda")
+            self.host = HostPool(spec, sizes.host, pinned=device.pinned)
             stack.callback(self.host.close)
             self.disk = None
             if sizes.disk:
                 assert disk is not None
                 self.disk = self._open_disk(stack, disk, sizes.disk)
-            self.copies = PageCopies(CudaStreams(device)) if device.type == "cuda" else None
+            self.copies = device.make_copies()
             self.mover = Mover(self.device, self.host, self.disk, self.copies)
             stack.callback(self.mover.close)
             read_ahead = None
             if self.disk is not None and sizes.read_ahead:
-                read_ahead = ReadAhead(spec, sizes.read_ahead, self.disk, pinned=device.type == "cuda")
+                read_ahead = ReadAhead(spec, sizes.read_ahead, self.disk, pinned=device.pinned)
                 stack.callback(read_ahead.close)
             self.ring = StagingRing(
                 spec, sizes.staging, self.host, self.disk, read_ahead, device, self.copies, self.mover.filling
@@ -110,17 +109,17 @@ class KVPools:
 
     def take_report(self) -> Report:
         """See `Rank.take_report`."""
-        moved = self.mover.report()
+        ended = self.mover.report()
         routes = {
             f"{source.name}_to_{target.name}".lower(): count for (source, target), count in self.mover.bytes.items()
         }
         routes |= {f"{tier.name}_streamed".lower(): count for tier, count in self.ring.bytes.items()}
-        new = {route: count - self._told.get(route, 0) for route, count in routes.items()}
-        self._told = routes
+        new = {route: count - self._reported.get(route, 0) for route, count in routes.items()}
+        self._reported = routes
         bad_reads, self._bad_reads = self._bad_reads, {}
         missing, self._missing = self._missing, []
         return Report(
-            moved.done, moved.failed, moved.checksums, list(bad_reads.items()),
+            ended.done, ended.failed, ended.checksums, list(bad_reads.items()),
             {route: count for route, count in new.items() if count}, missing,
         )  # fmt: skip
 

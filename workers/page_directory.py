@@ -22,21 +22,21 @@ class SequenceStep:
 
 
 class PageDirectory:
-    """Page tables by number, over page ids; and a place for each id."""
+    """Page tables by number, over page ids; and the location of each id."""
 
     def __init__(self, page_size: int):
         self._page_size = page_size
-        self._places = np.zeros(0, dtype=np.int64)
+        self._locations = np.zeros(0, dtype=np.int64)
         self._tables: dict[int, np.ndarray] = {}
 
     def update(self, plan: StepPlan) -> list[SequenceStep]:
-        """Takes in what a plan tells; returns its sequences."""
+        """Takes in what a plan says; returns its sequences."""
         for number in plan.ended:
             self._tables.pop(number, None)
         if plan.relocated:
-            moved = np.asarray(plan.relocated)
-            self._places = _grown(self._places, int(moved[:, 0].max()) + 1)
-            self._places[moved[:, 0]] = moved[:, 1]
+            relocated = np.asarray(plan.relocated)
+            self._locations = _grown(self._locations, int(relocated[:, 0].max()) + 1)
+            self._locations[relocated[:, 0]] = relocated[:, 1]
         steps = []
         for one in plan.sequences:
             table = self._tables.setdefault(one.table, np.zeros(0, dtype=np.int64))
@@ -45,7 +45,7 @@ class PageDirectory:
                 table = self._tables[one.table] = _grown(table, last)
                 table[one.first_page : last] = one.pages
             pages = table[: pages_for(one.start + len(one.token_ids), self._page_size)]
-            steps.append(SequenceStep(one.token_ids, one.start, self._places[pages], one.prompt_len, one.num_logits))
+            steps.append(SequenceStep(one.token_ids, one.start, self._locations[pages], one.prompt_len, one.num_logits))
         return steps
 
 

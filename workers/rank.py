@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from distkv.kernels.token_kernels import token_kernels
 from distkv.storage.disk.cache_folder import Description, DiskHeads
 from distkv.storage.page_spec import PageSpec
-from distkv.storage.paging import CPU_BUFFERS, NUM_BUFFERS
+from distkv.storage.paging import NUM_BUFFERS
 from distkv.storage.pools.host_memory import available_bytes
 from distkv.storage.random_pages import random_slice
-from distkv.workers.bandwidth import Bandwidth, choose_copies, measure_bandwidth
+from distkv.storage.tier import Tier
+from distkv.workers.backend import Demand, make_backend
+from distkv.workers.bandwidth import Bandwidth, measure_bandwidth
 from distkv.workers.errors import CapacityError
 from distkv.workers.group.process_group import ProcessGroup
 from distkv.workers.group.report import Report
@@ -25,7 +26,6 @@ from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import Shard
 from distkv.workers.model.weights import DummySource, SafetensorsSource
 from distkv.workers.page_directory import PageDirectory
-from distkv.workers.runners.runner import make_runner, takes_cuda_path
 
 # Share of the memory free at start that each KV pool in CPU memory may grow to, unless a size is given.
 CPU_KV_SHARE = 0.25
@@ -40,7 +40,7 @@ class RankConfig:
     load_format: str  # "auto" for safetensors, or "dummy"
     seed: int  # of dummy weights
     dtype: torch.dtype
-    device: str  # "cpu" or "cuda"
+    device: str  # a key of `KINDS`
     page_size: int  # tokens
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -71,59 +71,49 @@ class Rank:
         self.config = config
         self.group = group
         self.shard = Shard.of(config.model, group.rank, group.size)
-        self.device = torch.device(config.device)
-        if self.device.type == "cuda":  # the current one is a matter of the thread
-            self.device = torch.device("cuda", torch.cuda.current_device())
-        self._on_cuda = takes_cuda_path(self.device)
+        self.backend = make_backend(config.device)
         self.page_spec = rank_page_spec(config, self.shard)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self._model = self._load()
-        self.pools = KVPools(self.page_spec, PoolSizes(), self.device)
-        self._runner = make_runner(self._model, self.pools, config.max_num_seqs, self._on_cuda)
+        self.pools = KVPools(self.page_spec, PoolSizes(), self.backend.device)
+        self._runner = self.backend.make_runner(self._model, self.pools, config.max_num_seqs)
         self._directory = PageDirectory(config.page_size)
 
     def _load(self) -> LlamaModel:
-        config = self.config
+        config, backend, device = self.config, self.backend, self.backend.device.torch_device
         if config.load_format == "dummy":
-            source: DummySource | SafetensorsSource = DummySource(config.seed, config.dtype, self.device)
+            source: DummySource | SafetensorsSource = DummySource(config.seed, config.dtype, device)
         else:
             source = SafetensorsSource(config.folder)
         with source as weights, torch.inference_mode():
-            kernels = token_kernels(self._on_cuda)
-            return load_llama(weights, config.model, self.shard, self.group, config.dtype, self.device, kernels)
+            return load_llama(weights, config.model, self.shard, self.group, config.dtype, device, backend.kernels)
 
     def page_capacity(self, ranks_on_node: int, of_device: bool) -> Capacity:
         """Room for KV pages beside the weights, the workspace and the staging ring; that on the device only if it is
         asked for, else 0. Raises CapacityError when not even one fits there."""
         config, spec = self.config, self.page_spec
         host_room = int(available_bytes() * CPU_KV_SHARE) // ranks_on_node
-        host_pages = host_room // spec.page_bytes
+        host_pages = host_room // spec.page_bytes_in(Tier.HOST)
         if not of_device:
             return Capacity(0, host_pages)
-        staging = config.staging_pages * spec.layer_slice_bytes
-        budget: Budget = []
-        if self.device.type == "cpu":
-            room, page_bytes = host_room - staging * CPU_BUFFERS // NUM_BUFFERS, spec.page_bytes
-            cure = "free some memory or set device_kv_bytes"
-        else:
-            from distkv.workers.gpu_memory import find_memory_in_use
-
-            in_use = find_memory_in_use(
-                self._model, spec, config.max_num_seqs, config.max_num_batched_tokens, self.device
-            )
-            total = torch.cuda.mem_get_info(self.device)[1]
-            budget = [*in_use.budget, ("staging ring", staging)]
-            room = int(total * config.gpu_memory_utilization) - sum(size for _, size in budget)
-            page_bytes = spec.page_bytes + in_use.graph_bytes_per_page
-            budget.append(("left for KV pages", max(room, 0)))
-            cure = "raise gpu_memory_utilization, or use more ranks or a smaller max_num_batched_tokens"
-        pages = room // page_bytes
+        num_buffers = self.backend.device.num_buffers
+        demand = Demand(
+            spec=spec,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            staging_bytes=config.staging_pages * spec.layer_slice_bytes * num_buffers // NUM_BUFFERS,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            host_bytes=host_room,
+        )
+        room = self.backend.room(self._model, demand)
+        pages = room.num_bytes // room.page_bytes
         if pages < 1:
             raise CapacityError(
-                f"rank {self.shard.rank} has {max(room, 0)} bytes left for KV pages of {spec.page_bytes} bytes; {cure}"
+                f"rank {self.shard.rank} has {max(room.num_bytes, 0)} bytes left for KV pages of "
+                f"{spec.page_bytes_in(Tier.DEVICE)} bytes; {room.cure}"
             )
-        return Capacity(pages, host_pages, budget)
+        return Capacity(pages, host_pages, room.budget)
 
     def allocate(self, sizes: PoolSizes) -> tuple[int, int, int]:
         """Makes the pools of all tiers, dropping the old ones; returns the bytes of each.
@@ -138,21 +128,16 @@ class Rank:
             is_first = shard.holder == 0
             heads = DiskHeads(shard.kv_heads[0], config.model.num_key_value_heads, reports=is_first, writes=is_first)
             disk = DiskTier(config.cache_dir, heads, shard.rank, self._description() if config.keep_cache else None)
-        self.pools = KVPools(self.page_spec, sizes, self.device, disk)
-        self._runner = make_runner(self._model, self.pools, config.max_num_seqs, self._on_cuda)
-        if self.device.type == "cuda":
-            from distkv.kernels.cuda.page_copy import copy_pages  # imports triton
-
-            choose_copies(self.pools, copy_pages)
+        self.pools = KVPools(self.page_spec, sizes, self.backend.device, disk)
+        self._runner = self.backend.make_runner(self._model, self.pools, config.max_num_seqs)
+        self.backend.tune(self.pools)
         return self.pools.nbytes
 
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Does what would delay the first steps, see `Runner`, with a progress bar on a terminal. On the thread that
         will run the steps, all ranks at a time; follows `allocate`."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # pools and weights were made by another thread
-            torch.cuda.set_device(self.device)
+        self.backend.device.enter_thread()  # pools and weights were made by another one
         parts, count = self._runner.warm_up(), self._runner.num_parts
         hidden = None if count and self.shard.rank == 0 else True  # None: unless there is no terminal
         for _ in tqdm(parts, "warming up", count, disable=hidden, leave=False):
@@ -188,7 +173,7 @@ class Rank:
             return None
         if sampled is None:
             assert self.shard.rank, "rank 0 samples"
-            sampled = torch.empty(count, dtype=torch.int64, device=self.device)
+            sampled = torch.empty(count, dtype=torch.int64, device=self.backend.device.torch_device)
         assert len(sampled) == count
         return self.group.broadcast(sampled)
 
@@ -205,6 +190,12 @@ class Rank:
         """Ends transfers and gives back memory and files."""
         self.pools.close()
 
+    def close_after_error(self) -> None:
+        """The same where no step can be under way any more: a device may still be at one that nobody waits for. The
+        process ends soon."""
+        if not self.backend.device.runs_behind:
+            self.close()
+
     def _description(self) -> Description:
         config, model = self.config, self.config.model
         whole = replace(self.page_spec, num_kv_heads=model.num_key_value_heads)
@@ -216,7 +207,7 @@ class Rank:
             num_layers=model.num_hidden_layers,
             num_kv_heads=model.num_key_value_heads,
             head_dim=model.head_dim,
-            page_bytes=whole.page_bytes,
+            page_bytes=whole.page_bytes_in(Tier.DISK),
         )
 
     def _fill_random(self, slot: int, seed: int) -> None:
@@ -224,7 +215,7 @@ class Rank:
         spec, heads = self.page_spec, range(*self.shard.kv_heads)
         for layer in range(spec.num_layers):
             values = random_slice(seed, layer, heads, spec.page_size, spec.head_dim)
-            self.pools.device.data[layer, :, slot] = values.to(self.device, spec.dtype)
+            self.pools.device.data[layer, :, slot] = values.to(self.backend.device.torch_device, spec.dtype)
 
 
 def rank_page_spec(config: RankConfig, shard: Shard) -> PageSpec:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distkv.errors import ConfigError
 from distkv.reporting.machine import cpu_name, machine_facts
+from distkv.storage.device import device_of
 from distkv.storage.pools.host_memory import HostBuffer
 
 FLUSH_BYTES = 2**30  # many times any L2, and reading it takes longer than the launches that wait behind it
@@ -169,7 +170,7 @@ class LinkCeiling:
     def __init__(self, device: torch.device, num_bytes: int = COPY_BYTES):
         """Raises CapacityError when the host has no such memory to pin."""
         self.num_bytes = num_bytes
-        self._host = HostBuffer((2, num_bytes), torch.uint8, pinned=device.type == "cuda")
+        self._host = HostBuffer((2, num_bytes), torch.uint8, pinned=device_of(device).pinned)
         self._host.data.fill_(1)
         self._device = torch.ones(2, num_bytes, dtype=torch.uint8, device=device)
 

@@ -14,11 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from distkv.bench.device import MatmulCeiling, MemoryCeiling, Turns, Work
 from distkv.bench.kernel_work import AttentionShape
 from distkv.errors import DistKVError
+from distkv.storage.device import device_of
 from distkv.storage.paging import pages_for
 from distkv.workers.attention.cuda import CudaAttention, CudaShape, plan_cuda_attention
 from distkv.workers.page_directory import SequenceStep
 from distkv.workers.runners.cuda_runner import decode_programs
-from distkv.workers.runners.host_copies import to_device
+from distkv.workers.runners.host_copies import send
 
 SPARE_BYTES = 2**31  # for states, and for what is gathered on the way
 
@@ -34,7 +35,7 @@ def decode_row(turns: Turns, memory: MemoryCeiling, shape: AttentionShape, batch
     device, num_pages = turns.device, pages_for(context, shape.page_size)
     pool, table = random_pool(shape, batch * num_pages, device)
     pages = table.view(batch, num_pages).cpu().numpy()
-    attention = resident(shape, [SequenceStep([0], context - 1, mine, context, 1) for mine in pages], device)
+    attention = resident(shape, [SequenceStep([0], context - 1, mine, context, 1) for mine in pages], turns)
     q = torch.randn(batch, shape.query_heads, shape.head_dim, device=device).to(shape.dtype)
 
     def kernel() -> Tensor:
@@ -71,7 +72,7 @@ def prefill_row(turns: Turns, matmul: MatmulCeiling, shape: AttentionShape, num_
     device, heads = turns.device, (shape.query_heads, shape.head_dim)
     pool, table = random_pool(shape, pages_for(num_tokens, shape.page_size), device)
     q = torch.randn(num_tokens, *heads, device=device).to(shape.dtype)
-    attention = resident(shape, [SequenceStep([0] * num_tokens, 0, table.cpu().numpy(), num_tokens, 1)], device)
+    attention = resident(shape, [SequenceStep([0] * num_tokens, 0, table.cpu().numpy(), num_tokens, 1)], turns)
     k, v = contiguous(shape, pool, table[None], num_tokens)
     rows = q.transpose(0, 1)[None].contiguous()
 
@@ -98,12 +99,13 @@ def prefill_row(turns: Turns, matmul: MatmulCeiling, shape: AttentionShape, num_
     }
 
 
-def resident(shape: AttentionShape, steps: list[SequenceStep], device: torch.device) -> CudaAttention:
+def resident(shape: AttentionShape, steps: list[SequenceStep], turns: Turns) -> CudaAttention:
     """The attention of a step whose pages are all in the pool, as the engine runs it."""
     group = shape.query_heads, shape.kv_heads, shape.head_dim, shape.page_size
-    cut = CudaShape(*group, 0, shape.dtype, decode_programs(device, shape.kv_heads))
+    num_programs = decode_programs(turns.meter.processors, shape.kv_heads)
+    cut = CudaShape(*group, 0, shape.dtype, num_programs)
     plan = plan_cuda_attention(steps, cut)
-    return CudaAttention(plan, cut, to_device(plan.arrays, device))
+    return CudaAttention(plan, cut, send(plan.arrays, device_of(turns.device)))
 
 
 def random_pool(shape: AttentionShape, num_pages: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from distkv.kernels.cuda.activation import swiglu
 from distkv.kernels.cuda.norm import rms_norm
 from distkv.kernels.cuda.page_copy import copy_pages
 from distkv.kernels.cuda.rope import rope_and_write_kv
+from distkv.storage.device import device_of
 from distkv.storage.moving.page_copies import COPY_PROGRAMS, copy_pieces
 from distkv.storage.paging import pages_for
 from distkv.storage.pools.host_memory import HostBuffer
@@ -72,7 +73,7 @@ def page_rows(turns: Turns, link: LinkCeiling, slice_bytes: int, num_bytes: int)
     where keys and values lie apart.
     """
     count, half = num_bytes // slice_bytes, slice_bytes // 2
-    with closing(HostBuffer((count, 2, half), torch.uint8, pinned=turns.device.type == "cuda")) as buffer:
+    with closing(HostBuffer((count, 2, half), torch.uint8, pinned=device_of(turns.device).pinned)) as buffer:
         host = buffer.data
         host.random_(256)
         staging = torch.zeros(count, 2, half, dtype=torch.uint8, device=turns.device)

@@ -9,6 +9,8 @@ from distkv.errors import CapacityError
 from distkv.storage.ledger.write_back import MAX_DISK_WRITES
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import NUM_BUFFERS, pages_for
+from distkv.storage.tier import Tier
+from distkv.workers.backend import KINDS
 from distkv.workers.bandwidth import Bandwidth
 from distkv.workers.kv_pools import PoolSizes
 from distkv.workers.model.model_config import ModelConfig
@@ -52,10 +54,10 @@ def pool_sizes(
     Raises CapacityError when a tier is too small to work with.
     """
     specs = page_specs(config, ranks)
-    page_bytes = sum(spec.page_bytes for spec in specs)
-    disk_page_bytes = replace(specs[0], num_kv_heads=ranks.model.num_key_value_heads).page_bytes
+    on_device, on_host = (sum(spec.page_bytes_in(tier) for spec in specs) for tier in (Tier.DEVICE, Tier.HOST))
+    on_disk = replace(specs[0], num_kv_heads=ranks.model.num_key_value_heads).page_bytes_in(Tier.DISK)
 
-    def given(name: str, page_bytes: int = page_bytes) -> int | None:
+    def given(name: str, page_bytes: int) -> int | None:
         size = getattr(config, name)
         if size is None or size == 0:
             return size
@@ -67,11 +69,11 @@ def pool_sizes(
         return size // page_bytes
 
     most = config.max_num_seqs * specs[0].pages_for(max_model_len)
-    device = given("device_kv_bytes")
+    device = given("device_kv_bytes", on_device)
     if device is None:
         assert capacity is not None
         device = min(capacity.device, most)
-    host = given("host_kv_bytes")
+    host = given("host_kv_bytes", on_host)
     if host is None:
         assert capacity is not None
         # what is to reach the disk passes through the host
@@ -79,25 +81,25 @@ def pool_sizes(
     staging = ranks.staging_pages if host else 0
     disk = read_ahead = 0
     if free_disk is not None and host:
-        room = free_disk // 2 // disk_page_bytes
-        disk = given("disk_kv_bytes", disk_page_bytes) or min(room, max(most, KEPT_PAGES) if ranks.keep_cache else most)
+        room = free_disk // 2 // on_disk
+        disk = given("disk_kv_bytes", on_disk) or min(room, max(most, KEPT_PAGES) if ranks.keep_cache else most)
         if disk < 2:
             raise CapacityError(
-                f"there is room for {disk} KV pages of {disk_page_bytes} bytes in cache_dir; raise disk_kv_bytes to "
-                f"{2 * disk_page_bytes} at least, or make room on the disk"
+                f"there is room for {disk} KV pages of {on_disk} bytes in cache_dir; raise disk_kv_bytes to "
+                f"{2 * on_disk} at least, or make room on the disk"
             )
         disk -= min(MAX_DISK_WRITES, disk - 1)  # pages on their way to disk lie there twice for a moment
-        if ranks.device == "cuda":  # what is read from disk passes through host memory, which counts as the host's
+        if KINDS[ranks.device].reads_ahead:  # into host memory, which counts as the host's
             least = -(-(staging // NUM_BUFFERS) // specs[0].num_layers)  # a buffer of the ring
             ahead = max(least, host // 16)
             if host <= ahead:
                 raise CapacityError(
                     f"host_kv_bytes holds {host} pages and reading from disk takes {ahead} of them; raise it to "
-                    f"{(ahead + 1) * page_bytes}"
+                    f"{(ahead + 1) * on_host}"
                 )
             host, read_ahead = host - ahead, ahead * specs[0].num_layers
     if config.host_kv_bytes is not None or disk:  # else each request is checked by itself
-        _check_window(config, device, host, max_model_len, page_bytes)
+        _check_window(config, device, host, max_model_len, on_device)
     if not shares_prefixes(config, ranks.model):  # no use for more than the running requests can fill
         device, host, disk = min(device, most), min(host, most), min(disk, most)
     return PoolSizes(device, host, disk, staging, read_ahead)

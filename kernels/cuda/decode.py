@@ -136,9 +136,9 @@ def decode_splits(
     Shapes, index tensors int64, all on the device:
         q `[T, H, D]`: rotated queries, of any row stride
         layer_pool `[2, pages, K, S, D]`: a layer of the pool, contiguous from its pages on
-        buffer `[places, 2, K, S, D]` or None; then every page that is read is in the pool
-        table `[entries]`: where each page of each sequence lies, in logical order: >= 0 a slot of the pool, < 0 place
-            `-1 - entry` of the buffer
+        buffer `[buffer_pages, 2, K, S, D]` or None; then every page that is read is in the pool
+        table `[entries]`: where each page of each sequence lies, in logical order: >= 0 a slot of the pool, < 0 the
+            `page_entries.buffer_entry` of the buffer
         sequences `[B, 6]`: first row of q, number of keys with the new ones (0 for padding), first entry of the table,
             state of split 0; the last two columns are for `merge.merge_splits`
         items `[N, 2]`: sequence and split; num_items `[1]`: how many of them count

@@ -8,7 +8,7 @@ from torch import Tensor
 VECTOR_BYTES = 16
 """What a thread moves with one instruction."""
 TILE_VECTORS = 1024
-"""Of a program of 8 warps at a time: 4 loads in flight for each thread, 16 KiB in all."""
+"""What a program of 8 warps moves at a time: 4 loads in flight for each thread, 16 KiB in all."""
 
 
 def copy_pages(source: Tensor, target: Tensor, pairs: Tensor, num_programs: int) -> None:

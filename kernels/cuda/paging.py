@@ -10,6 +10,12 @@ from torch import Tensor
 
 
 @triton.jit
+def buffer_index(entry):
+    """As `page_entries.buffer_index`."""
+    return -1 - entry
+
+
+@triton.jit
 def tile_pages(entries, first, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
     """The table's entries of keys `first .. first + BLOCK_N` of a sequence, 0 at and beyond key `end`.
 
@@ -41,8 +47,8 @@ def tile_rows(
     64 bits.
     """
     PAGE: tl.constexpr = KV_HEADS * PAGE_SIZE * HEAD_DIM
-    # a page begins at 16 bytes in either place; the compiler does not see it through a choice per row
-    start = tl.multiple_of(tl.where(pages >= 0, pool + pages * PAGE, buffer + (-1 - pages) * (2 * PAGE)), 16)
+    # a page begins at 16 bytes in the pool and in the buffer; the compiler does not see it through a choice per row
+    start = tl.multiple_of(tl.where(pages >= 0, pool + pages * PAGE, buffer + buffer_index(pages) * (2 * PAGE)), 16)
     if PAGE_SIZE >= BLOCK_N:  # a sum of what is one for the tile and what is the same for all tiles
         return start + (head * PAGE_SIZE + (first & (PAGE_SIZE - 1))) * HEAD_DIM + tl.arange(0, BLOCK_N) * HEAD_DIM
     else:
@@ -52,7 +58,8 @@ def tile_rows(
 def check_layouts(layer_pool: Tensor, buffer: Tensor | None) -> None:
     """Raises ValueError unless pages are laid out as the kernels read them.
 
-    Shapes: layer_pool `[2, pages, K, S, D]`, a layer's view of a larger pool or not; buffer `[places, 2, K, S, D]`.
+    Shapes: layer_pool `[2, pages, K, S, D]`, a layer's view of a larger pool or not; buffer
+    `[buffer_pages, 2, K, S, D]`.
     """
     _, _, kv_heads, page_size, head_dim = layer_pool.shape
     page = kv_heads * page_size * head_dim

@@ -185,7 +185,7 @@ def prefill_walk(
     Shapes, index tensors int64, all on the device:
         q `[T, H, D]`: rotated queries, of any row stride
         layer_pool, buffer, table: as for `decode.decode_splits`; the whole pool and all pages that are read are finite,
-            places without a token included
+            what holds no token included
         chunks `[C, 8]`: first row of q and out, number of tokens, position of the first one, first entry of the table,
             first key and end key of the segment, first row of the state, 0
         blocks `[N, 2]`: chunk and first row of each block of BLOCK_M rows, where row `token * G + g` of KV head k is

@@ -96,7 +96,7 @@ def _rope_and_write_kv(
         written = inside & (kv_head >= 0)
         is_value = kv_head >= KV_HEADS
         kv_head = tl.where(is_value, kv_head - KV_HEADS, kv_head)
-        place = page * stride_page + (kv_head * PAGE_SIZE + tl.load(offsets + token)) * (2 * HALF)
-        target = pool + is_value.to(tl.int64) * stride_kv + place + column
+        start = page * stride_page + (kv_head * PAGE_SIZE + tl.load(offsets + token)) * (2 * HALF)
+        target = pool + is_value.to(tl.int64) * stride_kv + start + column
         tl.store(target, first, mask=written)
         tl.store(target + HALF, second, mask=written)

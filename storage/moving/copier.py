@@ -54,7 +54,7 @@ class Copier(Protocol):
 
 
 class ThreadCopier:
-    """For a CPU, where what computes has ended when the next plan begins: a thread that copies pages in turn."""
+    """A thread that copies pages in turn. It suits a CPU, where what computes has ended when the next plan begins."""
 
     def __init__(self, device: DevicePool, host: HostPool):
         self._device, self._host = device, host
@@ -79,7 +79,7 @@ class ThreadCopier:
 
 
 class LaneCopier:
-    """For a GPU: a lane for each direction, and nobody on the host waits."""
+    """A lane of a GPU for each direction, and nobody on the host waits."""
 
     def __init__(self, device: DevicePool, host: HostPool, copies: PageCopies):
         self._device, self._host, self._copies = device, host, copies

@@ -48,8 +48,8 @@ DISK_THREADS = 2
 
 
 @dataclass(frozen=True)
-class Moved:
-    """What ended since the last report."""
+class EndedTransfers:
+    """The transfers that have ended since the last report."""
 
     done: list[int] = field(default_factory=list)
     failed: list[tuple[int, str]] = field(default_factory=list)  # id and reason
@@ -68,7 +68,7 @@ class Mover:
         Args:
             copies: of the device, for a GPU.
         """
-        self._page_bytes, self._host, self._disk = device.spec.page_bytes, host, disk
+        self._spec, self._host, self._disk = device.spec, host, disk
         self._copier: Copier = ThreadCopier(device, host) if copies is None else LaneCopier(device, host, copies)
         self._disk_threads = ThreadPoolExecutor(DISK_THREADS, "kv-disk")
         self._jobs: dict[int, tuple[Transfer, Event]] = {}
@@ -108,9 +108,9 @@ class Mover:
             slot: end for (way, tier, slot), end in self._touched_by.items() if way is Tier.HOST and tier is Tier.HOST
         }
 
-    def report(self) -> Moved:
+    def report(self) -> EndedTransfers:
         """What has ended since the last call."""
-        moved = Moved()
+        ended = EndedTransfers()
         for id, (transfer, end) in list(self._jobs.items()):
             if not end.query():
                 continue
@@ -123,14 +123,15 @@ class Mover:
                 if Tier.DISK not in (transfer.source, transfer.target):
                     raise error
                 reason = str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"
-                moved.failed.append((id, reason))
+                ended.failed.append((id, reason))
                 continue
-            moved.done.append(id)
-            self.bytes[transfer.source, transfer.target] += self._page_bytes
+            ended.done.append(id)
+            route = transfer.source, transfer.target
+            self.bytes[route] += self._spec.route_bytes(*route)
             if transfer.target is Tier.DISK:
                 assert self._disk is not None
-                moved.checksums[id] = self._disk.checksums(transfer.target_slot)
-        return moved
+                ended.checksums[id] = self._disk.checksums(transfer.target_slot)
+        return ended
 
     def close(self) -> None:
         """Waits for what is on its way."""
@@ -178,7 +179,7 @@ def _run(after: list[Event], work: Callable[..., None], *args: object) -> None:
 
 
 def _keys(transfer: Transfer) -> list[tuple[Tier, Tier, int]]:
-    """Of `Mover._touched_by`."""
+    """The keys of `Mover._touched_by` that a transfer has."""
     way = transfer.target
     return [(way, transfer.source, transfer.source_slot), (way, transfer.target, transfer.target_slot)]
 

@@ -58,6 +58,6 @@ class PageCopies:
 def copy_pieces(source: Tensor, target: Tensor, rows: list[tuple[int, int]]) -> None:
     """Copies contiguous pieces one by one, so that each is a plain asynchronous copy between pinned memory and GPU."""
     for part in range(source.shape[1]):
-        pieces, places = source[:, part], target[:, part]
+        sources, targets = source[:, part], target[:, part]
         for a, b in rows:
-            places[b].copy_(pieces[a], non_blocking=True)
+            targets[b].copy_(sources[a], non_blocking=True)

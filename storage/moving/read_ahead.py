@@ -1,6 +1,6 @@
 """Reads layer slices from disk ahead of need, in threads, into a ring of pinned host memory that copies go out of.
 
-The memory is one ring over all steps: a slice gets the place of one that was copied before, and the thread that reads
+The memory is one ring over all steps: a slice takes the memory of one that was copied before, and the thread that reads
 it waits until that copy has ended. Whoever takes slices in order never waits for the device, only for the disk.
 """
 
@@ -14,6 +14,7 @@ from distkv.storage.errors import StoreError
 from distkv.storage.moving.streams import Event
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools.host_memory import HostBuffer
+from distkv.storage.tier import Tier
 
 if TYPE_CHECKING:
     from distkv.storage.pools.disk_pool import DiskPool, OpenPages
@@ -25,7 +26,7 @@ READ_BYTES = 2**21  # of the slices that one task reads: fewer tasks leave the i
 class ReadAhead:
     """Memory for `num_slices` layer slices `[2, kv_head, page_size, head_dim]`, and the threads that fill it.
 
-    Slices are numbered over all steps; number n lies in place `n % num_slices`.
+    Slices are numbered over all steps; number n lies at index `n % num_slices`.
     """
 
     def __init__(self, spec: PageSpec, num_slices: int, disk: "DiskPool", pinned: bool):
@@ -73,7 +74,7 @@ class Reads:
         self._first = memory.freed  # number of the first slice in the memory's own count
         size = memory.num_slices
         assert longest <= size
-        wanted = max(1, READ_BYTES // memory.spec.layer_slice_bytes)
+        wanted = max(1, READ_BYTES // memory.spec.slice_bytes_in(Tier.DISK))
         # slices of one task; few enough that `longest` of them are on their way when all before are freed
         self._group = max(1, min(wanted, size // 4, size - longest + 1))
         self._total = memory.spec.num_layers * num_pages

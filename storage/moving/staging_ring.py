@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from distkv.storage.device import Device
 from distkv.storage.errors import StoreError
 from distkv.storage.moving.page_copies import PageCopies
 from distkv.storage.moving.read_ahead import ReadAhead
 from distkv.storage.moving.streams import Event, Lane
 from distkv.storage.page_spec import PageSpec
-from distkv.storage.paging import CPU_BUFFERS, NUM_BUFFERS
+from distkv.storage.paging import NUM_BUFFERS
 from distkv.storage.pools.host_pool import HostPool
 from distkv.storage.tier import Tier, decode_location
 
@@ -59,28 +60,28 @@ class StagingRing:
         host: HostPool,
         disk: "DiskPool | None",
         read_ahead: ReadAhead | None,
-        device: torch.device,
+        device: Device,
         copies: PageCopies | None = None,
         filling: Callable[[], dict[int, Event]] = dict,
     ):
         """
         Args:
             num_pages: pages of NUM_BUFFERS buffers together; one layer's slice of each is held.
-            read_ahead: for pages on disk, with memory for a buffer's at least; for a GPU only.
-            copies: of the device, for a GPU.
-            filling: see `Mover.filling`, called once a step; for a GPU only.
+            read_ahead: for pages on disk, with memory for a buffer's at least; needed with `copies`.
+            copies: of the device; None where the host fills each buffer by itself when its turn comes.
+            filling: see `Mover.filling`, called once a step; needed with `copies`.
         """
         self.spec, self.host, self.disk, self.read_ahead = spec, host, disk, read_ahead
         self.copies, self.filling = copies, filling
         self.buffer_pages = num_pages // NUM_BUFFERS
+        self.num_buffers = device.num_buffers
         self.buffers = torch.zeros(
-            CPU_BUFFERS if copies is None else NUM_BUFFERS, self.buffer_pages, *spec.slice_shape,
-            dtype=spec.dtype, device=device,
-        )  # fmt: skip
+            self.num_buffers, self.buffer_pages, *spec.slice_shape, dtype=spec.dtype, device=device.torch_device
+        )
         self.num_loads = 0  # of all steps; load n goes to buffer n, counted round
         # by buffer, what must have happened before it is filled again: at first that it was made
-        self.released = [] if copies is None else [copies.streams.record(Lane.COMPUTE)] * NUM_BUFFERS
-        self.parts: list[list[Parts]] = []  # of each place of each buffer, which is read into where it lies
+        self.released = [] if copies is None else [copies.streams.record(Lane.COMPUTE)] * self.num_buffers
+        self.parts: list[list[Parts]] = []  # of each page of each buffer, which is read into where it lies
         if disk is not None and copies is None:
             self.parts = [[disk.parts(one) for one in buffer] for buffer in self.buffers]
         self.bytes: Counter[Tier] = Counter()  # streamed so far, by where they came from
@@ -106,6 +107,10 @@ class StagingRing:
         assert self.disk is not None
         return self.disk.open(slots)
 
+    def count_slices(self, tier: Tier, num_slices: int) -> None:
+        """Takes down that so many layer slices were streamed."""
+        self.bytes[tier] += num_slices * self.spec.slice_bytes_in(tier)
+
     def close(self) -> None:
         """Gives back the buffers, into which nothing may be on its way."""
         self.parts = []
@@ -117,11 +122,11 @@ class StagingRing:
 
 @dataclass(frozen=True)
 class _Run:
-    """Neighbouring slots of one tier that go to neighbouring places of a buffer."""
+    """Neighbouring slots of one tier that go to neighbouring pages of a buffer."""
 
     tier: Tier
     first_slot: int
-    first: int
+    first_index: int  # in the buffer
     count: int
 
 
@@ -143,28 +148,28 @@ class LoadsInTurn:
         layer, load = divmod(number, len(self._loads))
         if load == 0:
             self._on_disk = 0
-        buffer = number % CPU_BUFFERS
+        buffer = number % self._ring.num_buffers
         for run in self._loads[load]:
-            self._ring.bytes[run.tier] += run.count * self._ring.spec.layer_slice_bytes
+            self._ring.count_slices(run.tier, run.count)
             if run.tier is Tier.HOST:
                 source = self._ring.host.slices(run.first_slot, run.count, layer)
-                self._ring.buffers[buffer, run.first : run.first + run.count].copy_(source)
+                self._ring.buffers[buffer, run.first_index : run.first_index + run.count].copy_(source)
                 continue
             for index in range(run.count):
-                self._read(layer, run.first_slot + index, buffer, run.first + index)
+                self._read(layer, run.first_slot + index, buffer, run.first_index + index)
         return self._ring.buffers[buffer, : self._sizes[load]]
 
     def close(self) -> None:
         if self._pages is not None:
             self._pages.close()
 
-    def _read(self, layer: int, slot: int, buffer: int, place: int) -> None:
+    def _read(self, layer: int, slot: int, buffer: int, index: int) -> None:
         assert self._pages is not None
         try:
-            self._pages.read(self._on_disk, layer, self._ring.parts[buffer][place])
+            self._pages.read(self._on_disk, layer, self._ring.parts[buffer][index])
         except StoreError as error:
             self.bad_reads[slot] = str(error)
-            self._ring.buffers[buffer, place].zero_()
+            self._ring.buffers[buffer, index].zero_()
         self._on_disk += 1
 
 
@@ -174,7 +179,7 @@ def _runs(load: Load) -> list[_Run]:
         tier, slot = decode_location(location)
         last = runs[-1] if runs else None
         if last and last.tier is tier and slot == last.first_slot + last.count:
-            runs[-1] = _Run(tier, last.first_slot, last.first, last.count + 1)
+            runs[-1] = _Run(tier, last.first_slot, last.first_index, last.count + 1)
         else:
             runs.append(_Run(tier, slot, index, 1))
     return runs
@@ -200,9 +205,9 @@ class LoadsAhead:
         self._filling = ring.filling()
         self._total = ring.spec.num_layers * len(loads)
         self._sizes = [len(load) for load in loads]
-        slots = [[(*decode_location(location), index) for index, location in enumerate(load)] for load in loads]
-        self._on_disk = [[(slot, index) for tier, slot, index in load if tier is Tier.DISK] for load in slots]
-        on_host = [[(slot, index) for tier, slot, index in load if tier is Tier.HOST] for load in slots]
+        pages = [[(*decode_location(location), index) for index, location in enumerate(load)] for load in loads]
+        self._on_disk = [[(slot, index) for tier, slot, index in load if tier is Tier.DISK] for load in pages]
+        on_host = [[(slot, index) for tier, slot, index in load if tier is Tier.HOST] for load in pages]
         pairs = copies.prepare(Lane.LOAD, [pair for load in on_host for pair in load])  # one upload for the whole step
         edges = [0, *accumulate(map(len, on_host))]
         self._on_host = [pairs.part(first, last) for first, last in pairwise(edges)]
@@ -230,7 +235,7 @@ class LoadsAhead:
 
     def go_on(self) -> None:
         """Enqueues what there are buffers for; of loads whose turn has not come, those whose pages are read."""
-        while self._staged < min(self._released + NUM_BUFFERS, self._total):
+        while self._staged < min(self._released + self._ring.num_buffers, self._total):
             if self._staged >= self._taken and not self._is_read(self._staged):
                 break
             self._stage(self._staged)
@@ -267,8 +272,8 @@ class LoadsAhead:
         self._ready.append(self._streams.record(Lane.LOAD))
         if self._reads is not None and on_disk:
             self._reads.free(self._read, self._ready[-1])
-        ring.bytes[Tier.HOST] += len(on_host.rows) * ring.spec.layer_slice_bytes
-        ring.bytes[Tier.DISK] += len(on_disk) * ring.spec.layer_slice_bytes
+        ring.count_slices(Tier.HOST, len(on_host.rows))
+        ring.count_slices(Tier.DISK, len(on_disk))
 
     def _copy_read(self, slot: int, target: Tensor) -> None:
         """Brings the next slice that comes from disk, in one piece: the disk is slower than any way of copying."""
@@ -287,4 +292,4 @@ class LoadsAhead:
         return self._reads is None or all(self._reads.is_read(self._read + index) for index in range(wanted))
 
     def _buffer(self, number: int) -> int:
-        return (self._first + number) % NUM_BUFFERS
+        return (self._first + number) % self._ring.num_buffers

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from distkv.storage.device import Device
 from distkv.storage.errors import CapacityError
 from distkv.storage.page_spec import PageSpec
-from distkv.storage.pools.host_memory import as_integers, available_bytes, lazy_zeros
 from distkv.storage.pools.page_pool import check_slot
+from distkv.storage.tier import Tier
 
 
 class DevicePool:
@@ -21,16 +22,14 @@ class DevicePool:
     cannot be had.
     """
 
-    def __init__(self, spec: PageSpec, num_pages: int, device: torch.device):
+    def __init__(self, spec: PageSpec, num_pages: int, device: Device):
         self.spec = spec
         self.num_pages = num_pages
-        shape = spec.device_shape(num_pages)
-        on_cpu = device.type == "cpu"
+        self.device = device
         try:
-            self.data = lazy_zeros(shape, spec.dtype) if on_cpu else torch.zeros(shape, dtype=spec.dtype, device=device)
+            self.data = device.zeros(spec.device_shape(num_pages), spec.dtype)
         except (MemoryError, torch.OutOfMemoryError):
-            size = num_pages * spec.page_bytes
-            free = available_bytes() if on_cpu else torch.cuda.mem_get_info(device)[0]
+            size, free = num_pages * spec.page_bytes_in(Tier.DEVICE), device.free_bytes()
             raise CapacityError(
                 f"the device's KV pages take {size} bytes and {free} are free beside the weights; "
                 f"lower device_kv_bytes by {max(0, size - free)} for each rank there"
@@ -46,11 +45,11 @@ class DevicePool:
 
     def store(self, slot: int, page: Tensor) -> None:
         check_slot(slot, self.num_pages)
-        _copy(page, self.data[:, :, slot])
+        self.device.copy(page, self.data[:, :, slot])
 
     def load(self, slot: int, page: Tensor) -> None:
         check_slot(slot, self.num_pages)
-        _copy(self.data[:, :, slot], page)
+        self.device.copy(self.data[:, :, slot], page)
 
     def clear(self, slots: Sequence[int]) -> None:
         """Fills newly taken slots with zeros, over all layers."""
@@ -63,11 +62,3 @@ class DevicePool:
 
     def close(self) -> None:
         self.data = self.data[:, :, :0].clone()
-
-
-def _copy(source: Tensor, target: Tensor) -> None:
-    if source.device.type == target.device.type == "cpu":
-        # numpy's copy leaves torch's thread team alone, so that it can run beside a step
-        as_integers(target)[...] = as_integers(source)
-    else:
-        target.copy_(source)

@@ -22,6 +22,7 @@ from distkv.storage.errors import StoreError
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools.host_memory import as_integers
 from distkv.storage.pools.page_pool import check_slot
+from distkv.storage.tier import Tier
 
 MAX_OPEN = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2  # files that `OpenPages` holds open
 WRITE_TRIES = 3
@@ -82,7 +83,7 @@ class DiskPool:
 
     def load(self, slot: int, page: Tensor) -> None:
         with OpenPages(self, [slot]) as pages:
-            memory, size = _bytes(page), self._spec.layer_slice_bytes
+            memory, size = _bytes(page), self._spec.slice_bytes_in(Tier.DISK)
             for layer in range(self._spec.num_layers):
                 pages.read(0, layer, self._split(memory[layer * size : (layer + 1) * size]))
 
@@ -144,7 +145,7 @@ class DiskPool:
     @property
     def slice_bytes(self) -> int:
         """Bytes of a head's part of a layer slice."""
-        return self._spec.layer_slice_bytes // self._spec.num_kv_heads
+        return self._spec.slice_bytes_in(Tier.DISK) // self._spec.num_kv_heads
 
     def _names(self, slot: int) -> list[str]:
         return [f"{self._folder}/{chunk_name(slot, head)}" for head in self._held]

@@ -57,7 +57,7 @@ def test_graphs_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (9, 30, 17, 60, 44, 5)]
     options = {"page_size": 16, "max_num_batched_tokens": 128, "max_num_seqs": 6, "device": "cuda", "dtype": "bfloat16"}
     graphs = run(folder, prompts, params, **options)
-    monkeypatch.setattr("distkv.workers.runners.cuda_runner.takes_graphs", lambda device, group: False)
+    monkeypatch.setattr("distkv.workers.backends.cuda.CudaBackend.captures", False)
     run(folder, prompts, params, **options).assert_same(graphs)
 
 

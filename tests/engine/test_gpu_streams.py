@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from distkv.storage.device import CudaDevice
 from distkv.storage.moving.mover import Mover
 from distkv.storage.moving.page_copies import PageCopies
 from distkv.storage.moving.staging_ring import StagingRing
-from distkv.storage.moving.streams import CudaStreams, Lane
+from distkv.storage.moving.streams import Lane
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import NUM_BUFFERS
 from distkv.storage.pools.device_pool import DevicePool
@@ -21,6 +22,7 @@ from distkv.storage.tier import Tier, Transfer, encode_location
 pytestmark = pytest.mark.gpu
 
 SPEC = PageSpec(num_layers=4, num_kv_heads=2, page_size=64, head_dim=64, dtype=torch.bfloat16)
+CUDA = CudaDevice(torch.device("cuda"))
 SLEEP = 20_000_000  # cycles, some 10 ms: what is enqueued behind them has not begun when the host goes on
 
 
@@ -38,7 +40,7 @@ def same_bits(x: Tensor, y: Tensor) -> bool:
 def copies(request: pytest.FixtureRequest) -> PageCopies:
     from distkv.kernels.cuda.page_copy import copy_pages
 
-    made = PageCopies(CudaStreams(torch.device("cuda")))
+    made = CUDA.make_copies()
     if request.param == "gather kernel":
         made.kernels = {lane: copy_pages for lane in (Lane.LOAD, Lane.FETCH, Lane.SPILL)}
     return made
@@ -46,7 +48,7 @@ def copies(request: pytest.FixtureRequest) -> PageCopies:
 
 @pytest.fixture
 def pinned() -> Iterator[HostPool]:
-    pool = HostPool(SPEC, 8, pinned=True)
+    pool = HostPool(SPEC, 8, pinned=CUDA.pinned)
     for slot in range(8):
         pool.store(slot, page_of(slot))
     yield pool
@@ -55,7 +57,7 @@ def pinned() -> Iterator[HostPool]:
 
 
 def test_both_ways_of_copying_keep_every_bit(copies: PageCopies, pinned: HostPool) -> None:
-    device = DevicePool(SPEC, 8, torch.device("cuda"))
+    device = DevicePool(SPEC, 8, CUDA)
     torch.cuda.synchronize()
     there = copies.prepare(Lane.FETCH, [(0, 5), (1, 2), (7, 0)])
     copies.start(Lane.FETCH, pinned.rows(), device.rows(), there)
@@ -71,7 +73,7 @@ def test_both_ways_of_copying_keep_every_bit(copies: PageCopies, pinned: HostPoo
 
 def test_spills_and_fetches_over_reused_slots(copies: PageCopies, pinned: HostPool) -> None:
     """The device is behind the host all the time; slots are filled again as soon as plans allow it."""
-    device = DevicePool(SPEC, 4, torch.device("cuda"))
+    device = DevicePool(SPEC, 4, CUDA)
     mover, ids, found = Mover(device, pinned, None, copies), count(), []
     torch.cuda.synchronize()
     for step in range(40):
@@ -96,9 +98,9 @@ def test_spills_and_fetches_over_reused_slots(copies: PageCopies, pinned: HostPo
 
 def test_loads_run_ahead_and_slots_are_filled_behind_them(copies: PageCopies, pinned: HostPool) -> None:
     """Steps follow each other without the host waiting; between them a spill fills what the one before has streamed."""
-    device = DevicePool(SPEC, 2, torch.device("cuda"))
+    device = DevicePool(SPEC, 2, CUDA)
     mover = Mover(device, pinned, None, copies)
-    ring = StagingRing(SPEC, NUM_BUFFERS * 3, pinned, None, None, torch.device("cuda"), copies, mover.filling)
+    ring = StagingRing(SPEC, NUM_BUFFERS * 3, pinned, None, None, CUDA, copies, mover.filling)
     loads, content, found = [[3, 4, 5], [7, 0], [1], [6, 2]], list(range(8)), []
     for step in range(12):
         stream = ring.begin([[encode_location(Tier.HOST, slot) for slot in load] for load in loads])
@@ -132,8 +134,8 @@ def test_disk_reads_run_ahead(tmp_path: Path, copies: PageCopies, pinned: HostPo
     for slot in range(6):
         disk.store(slot, page_of(50 + slot))
     disk.chunk_path(4, 0).unlink()
-    memory = ReadAhead(SPEC, 3, disk, pinned=True)
-    ring = StagingRing(SPEC, NUM_BUFFERS * 2, pinned, disk, memory, torch.device("cuda"), copies)
+    memory = ReadAhead(SPEC, 3, disk, pinned=CUDA.pinned)
+    ring = StagingRing(SPEC, NUM_BUFFERS * 2, pinned, disk, memory, CUDA, copies)
     places = [encode_location(Tier.DISK, slot) for slot in range(6)]
     loads = [places[:2], [encode_location(Tier.HOST, 3), places[2]], places[3:5], places[5:]]
     values = [[50, 51], [3, 52], [53, None], [55]]

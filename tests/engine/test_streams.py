@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.memory import PAGE_SIZE, VOCAB, engine_info, resolve_draws
-from support.simulated_device import SimulatedDevice, Wait
+from support.simulated_device import SimulatedDevice, SimulatedMemory, Wait
 from torch import Tensor
 
 from distkv.engine.engine import Engine
@@ -25,7 +25,6 @@ from distkv.engine.protocol import EngineInfo, EngineRequest, RequestFailed
 from distkv.errors import CapacityError, StoreError
 from distkv.sampling_params import SamplingParams
 from distkv.storage.moving.mover import DISK_THREADS, Mover
-from distkv.storage.moving.page_copies import PageCopies
 from distkv.storage.moving.read_ahead import READ_THREADS, ReadAhead
 from distkv.storage.moving.staging_ring import StagingRing
 from distkv.storage.moving.streams import Lane
@@ -40,7 +39,6 @@ from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan
 from distkv.workers.page_directory import PageDirectory, SequenceStep
 
-CPU = torch.device("cpu")
 SPEC = PageSpec(num_layers=2, num_kv_heads=1, page_size=PAGE_SIZE, head_dim=4, dtype=torch.float32)
 MARKS = 1000 * (1 + torch.arange(SPEC.num_layers * 2).view(SPEC.num_layers, 2, 1, 1, 1))  # each layer's K and V differ
 
@@ -106,11 +104,13 @@ class DeviceMemory:
         rng, self.faults = self.rng, faults
         self.device = SimulatedDevice(rng, forgets)
         self.pace = rng.choice([0, 0.5, 0.9, 0.98])
-        copies = PageCopies(self.device)
+        memory = SimulatedMemory(self.device)
+        copies = memory.make_copies()
         for lane in (Lane.LOAD, Lane.FETCH, Lane.SPILL):
             if rng.random() < 0.5:
                 copies.kernels[lane] = partial(any_order, rng)
-        self.pool, self.host = DevicePool(SPEC, info.num_pages, CPU), HostPool(SPEC, info.num_host_pages, pinned=False)
+        self.pool = DevicePool(SPEC, info.num_pages, memory)
+        self.host = HostPool(SPEC, info.num_host_pages, pinned=memory.pinned)
         disk: Any = FakeDisk(info.num_disk_pages, rng, faults) if info.num_disk_pages else None
         self.mover = Mover(self.pool, self.host, disk, copies)
         self.mover._disk_threads = self.device.threads(DISK_THREADS)
@@ -120,7 +120,7 @@ class DeviceMemory:
             read_ahead = ReadAhead(SPEC, buffer_pages + rng.choice([0, 1, 5, 20]), disk, pinned=False)
             read_ahead.threads = self.device.threads(READ_THREADS)
         self.ring = StagingRing(
-            SPEC, NUM_BUFFERS * buffer_pages, self.host, disk, read_ahead, CPU, copies, self.mover.filling
+            SPEC, NUM_BUFFERS * buffer_pages, self.host, disk, read_ahead, memory, copies, self.mover.filling
         )
         self.ring.buffers.fill_(-4)
         self.directory = PageDirectory(PAGE_SIZE)
@@ -304,9 +304,10 @@ def test_the_faster_way_of_copying_is_chosen_for_each_lane(
 ) -> None:
     """The kernel has to be faster by a tenth."""
     rng = random.Random(0)
-    copies = PageCopies(SimulatedDevice(rng))
-    pool, host = DevicePool(SPEC, 12, CPU), HostPool(SPEC, 9, pinned=False)
-    ring = StagingRing(SPEC, NUM_BUFFERS * 4, host, None, None, CPU, copies)
+    memory = SimulatedMemory(SimulatedDevice(rng))
+    copies = memory.make_copies()
+    pool, host = DevicePool(SPEC, 12, memory), HostPool(SPEC, 9, pinned=memory.pinned)
+    ring = StagingRing(SPEC, NUM_BUFFERS * 4, host, None, None, memory, copies)
     tiers: Any = SimpleNamespace(copies=copies, device=pool, host=host, ring=ring, disk=None)
     seconds = iter([1.0, 0.5, 1.0, 0.95, 1.0, 2.0, 0.25])
     ways = []
@@ -336,17 +337,18 @@ class Slots:
     def __init__(self, seed: int, forgets: Wait | None):
         rng = self.rng = random.Random(seed)
         self.device = SimulatedDevice(rng, forgets)
-        copies = PageCopies(self.device)
+        memory = SimulatedMemory(self.device)
+        copies = memory.make_copies()
         for lane in (Lane.LOAD, Lane.FETCH, Lane.SPILL):
             if rng.random() < 0.5:
                 copies.kernels[lane] = partial(any_order, rng)
-        self.pool, self.host = DevicePool(SPEC, 3, CPU), HostPool(SPEC, 3, pinned=False)
+        self.pool, self.host = DevicePool(SPEC, 3, memory), HostPool(SPEC, 3, pinned=memory.pinned)
         disk: Any = FakeDisk(3, rng, faults=0)
         self.mover = Mover(self.pool, self.host, disk, copies)
         self.mover._disk_threads = self.device.threads(DISK_THREADS)
         read_ahead = ReadAhead(SPEC, rng.randint(2, 8), disk, pinned=False)
         read_ahead.threads = self.device.threads(READ_THREADS)
-        self.ring = StagingRing(SPEC, NUM_BUFFERS * 2, self.host, disk, read_ahead, CPU, copies, self.mover.filling)
+        self.ring = StagingRing(SPEC, NUM_BUFFERS * 2, self.host, disk, read_ahead, memory, copies, self.mover.filling)
         self.content = {(tier, slot): 3 * tier + slot for tier in Tier for slot in range(3)}  # as the leader sees it
         for (tier, slot), value in self.content.items():
             pages = {Tier.DEVICE: self.pool.rows(), Tier.HOST: self.host.rows(), Tier.DISK: disk.pages}[tier]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import triton_on_cpu
 from support.checkpoints import save_llama
 from support.prompts import random_prompts
 from support.runs import run
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from distkv import LLM, SamplingParams
 from distkv.workers.attention.cuda import CudaAttention
+from distkv.workers.backend import KINDS
 from distkv.workers.runners.batch import Batch
+from distkv.workers.runners.host_copies import map_arrays
 from distkv.workers.runners.step_graphs import StepGraphs
 
 pytestmark = pytest.mark.interpreter
@@ -20,7 +23,7 @@ pytestmark = pytest.mark.interpreter
 
 @pytest.fixture(autouse=True)
 def on_the_cuda_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distkv.workers.rank.takes_cuda_path", lambda device: True)
+    monkeypatch.setitem(KINDS, "cpu", triton_on_cpu.KIND)
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), pytest.param(3, 1, marks=pytest.mark.slow)])
@@ -74,15 +77,16 @@ def test_graphs_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         """A graph reads at the addresses that it has seen, so nothing that it reads may be of the capture alone."""
         batch = whole(self, rows)
         assert isinstance(batch.attention, CudaAttention)
-        read = [value for value in vars(batch).values() if isinstance(value, Tensor)]
+        read: list[Tensor] = []
+        map_arrays([batch.tokens, batch.attention.arrays], read.append)
         kept = {value.untyped_storage().data_ptr() for value in vars(self).values() if isinstance(value, Tensor)}
-        assert {value.untyped_storage().data_ptr() for value in [*read, *batch.attention.arrays.values()]} <= kept
+        assert {value.untyped_storage().data_ptr() for value in read} <= kept
         return batch
 
     monkeypatch.setattr(StepGraphs, "_batch", outlives)
     monkeypatch.setattr("distkv.workers.runners.step_graphs.captured", replays)
     monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
-    monkeypatch.setattr("distkv.workers.runners.cuda_runner.takes_graphs", lambda device, group: True)
+    monkeypatch.setattr(triton_on_cpu.TritonOnCpu, "captures", True)
     graphs = run(folder, prompts, params, **options)
     graphs.assert_same(eager)
     assert set(replayed) == {1, 2, 4}

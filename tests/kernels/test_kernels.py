@@ -15,9 +15,11 @@ from torch import Tensor
 from distkv.kernels import reference
 from distkv.kernels.activation import swiglu
 from distkv.kernels.attention import State, attend, merge_states, prefill_attention
+from distkv.kernels.cpu_kernels import CPU_KERNELS
+from distkv.kernels.linear import packed_linear
 from distkv.kernels.norm import rms_norm
 from distkv.kernels.rope import rope_and_write_kv, rotate
-from distkv.kernels.token_kernels import TokenKernels, token_kernels
+from distkv.kernels.token_kernels import TokenKernels
 from distkv.storage.paging import PREFILL_SPLIT
 from distkv.workers.attention.cpu import prefix_pieces
 
@@ -69,8 +71,7 @@ def test_rms_norm(
 
 
 def test_token_kernels_of_a_cpu_are_those_in_torch() -> None:
-    kernels = token_kernels(on_cuda=False)
-    assert kernels == TokenKernels(rms_norm, swiglu, rope_and_write_kv)
+    assert TokenKernels(rms_norm, swiglu, rope_and_write_kv, packed_linear) == CPU_KERNELS
 
 
 @given(

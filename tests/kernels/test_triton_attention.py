@@ -25,6 +25,7 @@ from distkv.kernels import reference
 from distkv.kernels.cuda.decode import decode_splits
 from distkv.kernels.cuda.merge import STATES, Carry, merge_splits
 from distkv.kernels.cuda.prefill import BLOCK_M, SEGMENT_TOKENS, PrefillState, prefill_walk
+from distkv.kernels.page_entries import buffer_entry
 from distkv.storage.pools.host_memory import lazy_zeros
 
 pytestmark = pytest.mark.interpreter
@@ -68,7 +69,7 @@ def fill(layer_pool: Tensor, buffer: Tensor, tokens: list[Tensor], places: list[
             place, is_cold = next(order), bool(torch.rand((), generator=generator) < cold)
             target = buffer[place] if is_cold else layer_pool[:, place]
             target[:, :, : piece.shape[1]] = piece.transpose(1, 2)
-            table.append(-1 - place if is_cold else place)
+            table.append(buffer_entry(place) if is_cold else place)
     return Pages(layer_pool, buffer, torch.tensor(table or [0]), first_entry)
 
 

@@ -21,10 +21,12 @@ from torch import Tensor
 
 from distkv.kernels import reference
 from distkv.kernels.cuda.activation import swiglu
+from distkv.kernels.cuda.cuda_kernels import CUDA_KERNELS
 from distkv.kernels.cuda.norm import rms_norm
 from distkv.kernels.cuda.page_copy import copy_pages
 from distkv.kernels.cuda.rope import rope_and_write_kv
-from distkv.kernels.token_kernels import TokenKernels, token_kernels
+from distkv.kernels.linear import plain_linear
+from distkv.kernels.token_kernels import TokenKernels
 from distkv.storage.pools.host_memory import as_integers, lazy_zeros
 
 pytestmark = pytest.mark.interpreter
@@ -173,7 +175,7 @@ def test_layouts_that_the_kernels_do_not_read_are_refused() -> None:
 
 
 def test_token_kernels_of_cuda_are_these() -> None:
-    assert token_kernels(on_cuda=True) == TokenKernels(rms_norm, swiglu, rope_and_write_kv)
+    assert TokenKernels(rms_norm, swiglu, rope_and_write_kv, plain_linear) == CUDA_KERNELS
 
 
 def random_bits(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

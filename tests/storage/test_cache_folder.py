@@ -29,9 +29,10 @@ from distkv import LLM
 from distkv.commands.main import app
 from distkv.config import EngineConfig
 from distkv.errors import ConfigError, DistKVError, StoreError
-from distkv.kernels.token_kernels import token_kernels
+from distkv.kernels.cpu_kernels import CPU_KERNELS
 from distkv.launch.fingerprint import DIGESTS, dummy_digest, make_fingerprint, weights_digest
 from distkv.launch.launch import launch, make_rank_config
+from distkv.storage.device import CpuDevice
 from distkv.storage.disk.cache_folder import (
     ARRAY,
     CATALOGUE,
@@ -162,16 +163,14 @@ def test_a_node_with_a_disk_of_its_own(tmp_path: Path) -> None:
         make_array(folder, SPEC, NUM_PAGES + 2)
         (folder / CATALOGUE).touch()
         tier = DiskTier(folder, DiskHeads(1, 3, reports=False, writes=False), 1, kept)
-        tiers = KVPools(own, PoolSizes(host=1, disk=NUM_PAGES), torch.device("cpu"), tier)
+        tiers = KVPools(own, PoolSizes(host=1, disk=NUM_PAGES), CpuDevice(), tier)
         assert tiers.disk is not None and find_slots(folder, SPEC) == NUM_PAGES and not (folder / CATALOGUE).exists()
         tiers.disk.store(2, random_page(own, 0))
         assert files(folder) == {"c.2.0.0.1.0.0"} and tiers.disk.checksums(2) == b""
         tiers.close()
         assert (folder / ARRAY).exists() == bool(kept)
     lock = FolderLock(tmp_path / "True")
-    tiers = KVPools(
-        own, PoolSizes(host=1, disk=NUM_PAGES), torch.device("cpu"), replace(tier, folder=tmp_path / "True")
-    )
+    tiers = KVPools(own, PoolSizes(host=1, disk=NUM_PAGES), CpuDevice(), replace(tier, folder=tmp_path / "True"))
     assert tiers.disk is not None
     tiers.disk.store(3, random_page(own, 0))
     assert files(tmp_path / "True") == {"c.2.0.0.1.0.0"}, "beside rank 0 it writes nothing"
@@ -704,7 +703,7 @@ def project(folder: Path, shard: Shard, dtype: torch.dtype, hidden: Tensor) -> T
 
     with SafetensorsSource(folder) as weights, torch.inference_mode():
         config = ModelConfig.load(folder)
-        llama = load_llama(weights, config, shard, ProcessGroup(), dtype, torch.device("cpu"), token_kernels(False))
+        llama = load_llama(weights, config, shard, ProcessGroup(), dtype, torch.device("cpu"), CPU_KERNELS)
         num_tokens = len(hidden)
         positions = torch.arange(num_tokens)
         cos, sin = llama.rope.angles(positions, torch.full((num_tokens,), num_tokens))

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from crc32c import crc32c
 from support.disks import partial_files
 from support.pages import SPEC, bits, load, random_page, same
 from torch import Tensor
 
 from distkv.errors import StoreError
+from distkv.storage.device import CpuDevice
 from distkv.storage.disk.cache_folder import DiskHeads
 from distkv.storage.disk.disk_array import make_array
 from distkv.storage.moving.mover import Mover
@@ -83,7 +83,7 @@ class Tiers:
 def tiers(tmp_path: Path) -> Iterator[Tiers]:
     heads = DiskHeads(0, SPEC.num_kv_heads)
     make_array(tmp_path, SPEC, NUM_PAGES)
-    device = GatedDevice(SPEC, NUM_PAGES, torch.device("cpu"))
+    device = GatedDevice(SPEC, NUM_PAGES, CpuDevice())
     host, disk = HostPool(SPEC, NUM_PAGES, pinned=False), GatedDisk(SPEC, tmp_path, NUM_PAGES, heads)
     device.gate, disk.gate, disk.refused = threading.Event(), threading.Event(), set()
     device.gate.set()
@@ -101,8 +101,8 @@ def tiers(tmp_path: Path) -> Iterator[Tiers]:
 
 
 def reported(mover: Mover) -> tuple[list[int], list[tuple[int, str]]]:
-    moved = mover.report()
-    return sorted(moved.done), sorted(moved.failed)
+    ended = mover.report()
+    return sorted(ended.done), sorted(ended.failed)
 
 
 @pytest.mark.parametrize(("source", "target"), ROUTES)
@@ -241,7 +241,7 @@ def test_close_waits_for_what_is_on_its_way(tiers: Tiers, tmp_path: Path) -> Non
 
 
 def test_without_a_disk() -> None:
-    device, host = DevicePool(SPEC, 2, torch.device("cpu")), HostPool(SPEC, 2, pinned=False)
+    device, host = DevicePool(SPEC, 2, CpuDevice()), HostPool(SPEC, 2, pinned=False)
     page = random_page(SPEC, 0)
     device.store(0, page)
     mover = Mover(device, host, None)

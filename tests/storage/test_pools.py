@@ -25,6 +25,7 @@ from support.processes import kill, read_line, start_python
 from torch import Tensor
 
 from distkv.errors import CapacityError, ConfigError, StoreError
+from distkv.storage.device import CpuDevice
 from distkv.storage.disk.cache_folder import ARRAY, DiskHeads, FolderLock
 from distkv.storage.disk.catalogue import Catalogue
 from distkv.storage.disk.disk_array import make_array, matches, remove_array
@@ -50,7 +51,7 @@ def spec(request: pytest.FixtureRequest) -> PageSpec:
 def pool(request: pytest.FixtureRequest, spec: PageSpec, tmp_path: Path) -> Iterator[PagePool]:
     made: PagePool
     if request.param == "device":
-        made = DevicePool(spec, NUM_PAGES, torch.device("cpu"))
+        made = DevicePool(spec, NUM_PAGES, CpuDevice())
     elif request.param == "host":
         made = HostPool(spec, NUM_PAGES, pinned=False)
     elif request.param == "disk":
@@ -128,7 +129,7 @@ def test_threads_use_different_slots_at_the_same_time(pool: PagePool, spec: Page
 
 
 def test_memory_is_given_back(spec: PageSpec) -> None:
-    device, host = DevicePool(spec, 4, torch.device("cpu")), HostPool(spec, 4, pinned=False)
+    device, host = DevicePool(spec, 4, CpuDevice()), HostPool(spec, 4, pinned=False)
     for pool in (device, host):
         pool.store(0, random_page(spec, 0))
         pool.close()
@@ -143,7 +144,7 @@ def test_memory_is_given_back(spec: PageSpec) -> None:
 
 def test_device_pages_as_rows(spec: PageSpec) -> None:
     """What copies between device and host go by: each part of a row is a contiguous piece of the pool."""
-    pool = DevicePool(spec, 4, torch.device("cpu"))
+    pool = DevicePool(spec, 4, CpuDevice())
     pages = [random_page(spec, seed) for seed in range(4)]
     for slot, page in enumerate(pages):
         for part, piece in zip(pool.rows()[slot], page.flatten(0, 1).flatten(1), strict=True):
@@ -569,4 +570,4 @@ def test_what_a_kill_leaves_listed_is_whole(tmp_path: Path, pages: int) -> None:
 
 def test_a_device_without_the_memory_says_how_much_is_missing() -> None:
     with pytest.raises(CapacityError, match=r"take \d+ bytes and \d+ are free .* lower device_kv_bytes by \d+"):
-        DevicePool(SPEC, 2**45 // SPEC.page_bytes * 64, torch.device("cpu"))
+        DevicePool(SPEC, 2**45 // SPEC.page_bytes * 64, CpuDevice())

@@ -17,6 +17,7 @@ from support.pages import SPEC, random_page, same
 from torch import Tensor
 
 from distkv.errors import StoreError
+from distkv.storage.device import CpuDevice
 from distkv.storage.disk.cache_folder import DiskHeads
 from distkv.storage.disk.disk_array import make_array
 from distkv.storage.moving.read_ahead import READ_THREADS, ReadAhead, Reads
@@ -114,7 +115,7 @@ def host() -> HostPool:
 
 @contextmanager
 def make_ring(host: HostPool, disk: DiskPool | None, buffer_pages: int) -> Iterator[StagingRing]:
-    ring = StagingRing(SPEC, buffer_pages * NUM_BUFFERS, host, disk, None, torch.device("cpu"))
+    ring = StagingRing(SPEC, buffer_pages * NUM_BUFFERS, host, disk, None, CpuDevice())
     yield ring
     ring.close()
 
@@ -247,7 +248,7 @@ def test_damage_in_one_layer(tmp_path: Path, host: HostPool) -> None:
 
 
 def test_memory_is_given_back(host: HostPool) -> None:
-    ring = StagingRing(SPEC, 3 * NUM_BUFFERS, host, None, None, torch.device("cpu"))
+    ring = StagingRing(SPEC, 3 * NUM_BUFFERS, host, None, None, CpuDevice())
     assert ring.buffers.shape == (CPU_BUFFERS, 3, *SPEC.slice_shape)
     ring.close()
     assert ring.buffers.untyped_storage().nbytes() == 0

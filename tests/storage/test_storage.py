@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
 
 from distkv.errors import CapacityError, ConfigError
+from distkv.storage.device import CpuDevice
 from distkv.storage.ledger.page_table import PageTable
 from distkv.storage.ledger.slot_allocator import SlotAllocator
 from distkv.storage.ledger.tiered_cache import TieredCache
@@ -355,7 +356,7 @@ def test_cure_of_a_page_size(page_size: int, cure: int) -> None:
 @pytest.fixture
 def pool() -> DevicePool:
     """A pool in which every number is different."""
-    pool = DevicePool(PageSpec(3, 2, 16, 4, torch.float32), 5, torch.device("cpu"))
+    pool = DevicePool(PageSpec(3, 2, 16, 4, torch.float32), 5, CpuDevice())
     assert not pool.data.any()
     pool.data.copy_(torch.arange(1, pool.data.numel() + 1).view_as(pool.data))
     return pool

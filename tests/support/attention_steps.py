@@ -11,6 +11,7 @@ from support.prompts import seeded
 from torch import Tensor
 
 from distkv.kernels import reference
+from distkv.storage.device import CpuDevice
 from distkv.storage.moving.staging_ring import StagingRing
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import NUM_BUFFERS
@@ -18,9 +19,8 @@ from distkv.storage.pools.host_pool import HostPool
 from distkv.storage.tier import Tier, encode_location
 from distkv.workers.attention.cpu import CpuAttention, plan_cpu_attention
 from distkv.workers.page_directory import SequenceStep
-from distkv.workers.runners.batch import Attention, token_arrays
+from distkv.workers.runners.batch import Attention, step_tokens
 
-CPU = torch.device("cpu")
 BUFFER_PAGES = 4
 
 
@@ -78,8 +78,8 @@ class Step:
 
     def new_kv(self, pool: Tensor) -> Tensor:
         """Keys and values of the new tokens: `[2, T, K, D]`."""
-        arrays = token_arrays(self.steps, self.sequences.page_size)
-        page, offset = torch.from_numpy(arrays["page"]), torch.from_numpy(arrays["offset"])
+        tokens = step_tokens(self.steps, self.sequences.page_size)
+        page, offset = torch.from_numpy(tokens.page), torch.from_numpy(tokens.offset)
         return torch.stack([pool[0][page, :, offset], pool[1][page, :, offset]])
 
     def attend_with_cold(self, cold: set[int], plan: PlanAttention = plan_on_cpu) -> Tensor:
@@ -100,7 +100,7 @@ class Step:
             for one in self.steps
         ]
         attention = plan(parts, s)
-        ring = StagingRing(spec, NUM_BUFFERS * 32, host, None, None, CPU)
+        ring = StagingRing(spec, NUM_BUFFERS * 32, host, None, None, CpuDevice())
         loads = attention.loads
         if not loads:
             return attention.attend(self.q, *self.new_kv(pool), pool, None)

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distkv.storage.device import CpuDevice
+from distkv.storage.moving.page_copies import PageCopies
 from distkv.storage.moving.streams import Event, Lane
+from distkv.storage.paging import NUM_BUFFERS
 
 Wait = tuple[Lane | None, Lane]
 """Who waits, None for a thread of the host, and for what lane's event."""
@@ -116,6 +119,19 @@ class SimulatedDevice:
                     self.errors.append(error)
                 return
         raise AssertionError("the lanes wait for each other")
+
+
+class SimulatedMemory(CpuDevice):
+    """A `Device` whose memory is the host's and whose lanes are simulated."""
+
+    runs_behind = True
+    num_buffers = NUM_BUFFERS
+
+    def __init__(self, lanes: SimulatedDevice):
+        self.lanes = lanes
+
+    def make_copies(self) -> PageCopies:  # type: ignore[override]
+        return PageCopies(self.lanes)
 
 
 class _Task(Future):  # type: ignore[type-arg]

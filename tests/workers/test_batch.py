@@ -13,7 +13,7 @@ from support.plans import sequence_step
 from support.prompts import seeded
 
 from distkv.workers.attention.cpu import Run, _visiting_order
-from distkv.workers.runners.batch import MAX_DECODE_TOKENS, token_arrays
+from distkv.workers.runners.batch import MAX_DECODE_TOKENS, step_tokens
 
 starts = st.one_of(st.integers(0, 20), st.integers(0, 400))
 counts = st.one_of(st.just(1), st.integers(1, MAX_DECODE_TOKENS), st.integers(MAX_DECODE_TOKENS + 1, 60))
@@ -129,7 +129,7 @@ def test_unused_places_have_no_influence(data: st.DataObject) -> None:
 
 
 @given(st.data())
-def test_token_arrays(data: st.DataObject) -> None:
+def test_step_tokens(data: st.DataObject) -> None:
     """Where each token goes, and which rows ask for logits."""
     page_size = 16
     lengths = data.draw(st.lists(st.tuples(starts, counts), min_size=1, max_size=5))
@@ -141,16 +141,16 @@ def test_token_arrays(data: st.DataObject) -> None:
         plans.append(sequence_step(token_ids, start, slots, prompt_len, num_logits))
         rows += range(first + count - num_logits, first + count)
         first += count
-    arrays = token_arrays(plans, page_size)
+    found = step_tokens(plans, page_size)
     tokens = [
         (token, position, max(position + 1, plan.prompt_len), plan.pages[position // page_size], position % page_size)
         for plan in plans
         for position, token in enumerate(plan.token_ids, start=plan.start)
     ]
-    columns = [arrays[name] for name in ("token_ids", "positions", "context", "page", "offset")]
+    columns = [found.token_ids, found.positions, found.context, found.page, found.offset]
     assert np.stack(columns, axis=1).tolist() == [list(token) for token in tokens]
-    assert arrays["logit_rows"].tolist() == rows
-    assert all(array.dtype == np.int64 for array in arrays.values())
+    assert found.logit_rows.tolist() == rows
+    assert all(array.dtype == np.int64 for array in vars(found).values())
 
 
 def test_a_whole_decode_step_needs_no_indirection() -> None:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.plans import sequence_step
 
+from distkv.kernels.page_entries import buffer_index
 from distkv.storage.paging import pages_for
 from distkv.storage.tier import Tier, encode_location
 from distkv.workers.attention.decode_plan import Member, plan_decode, split_pages_for
@@ -75,8 +76,8 @@ def test_decode_visits_every_split_once(
             pages = by_row[first_row].pages[split * split_pages : last]
             entries = plan.table[entry + split * split_pages :][: len(pages)]
             assert bool((pages < 0).any()) == bool(where)
-            for page, told in zip(pages.tolist(), entries.tolist(), strict=True):
-                assert told == page if page >= 0 else one.loads[where - 1][-1 - told] == page
+            for page, found in zip(pages.tolist(), entries.tolist(), strict=True):
+                assert found == page if page >= 0 else one.loads[where - 1][buffer_index(found)] == page
         assert sorted(states) == list(range(one.num_states))
         for load in one.loads:
             assert 0 < len(load) <= buffer_pages and len(set(load)) == len(load)
@@ -129,11 +130,11 @@ def test_prefill_walks_over_every_key_once(
         if first or end < position + count:
             assert saved_at + count <= plan.num_saved
         pages = step.pages[first // page_size : -(-end // page_size)]
-        for page, told in zip(pages.tolist(), plan.table[entry + first // page_size :].tolist(), strict=False):
+        for page, found in zip(pages.tolist(), plan.table[entry + first // page_size :].tolist(), strict=False):
             if page >= 0:
-                assert told == page
+                assert found == page
             else:
-                assert load is not None and load[-1 - told] == page
+                assert load is not None and load[buffer_index(found)] == page
     assert walked == {
         (first, block): step.start + len(step.token_ids)
         for first, step in sequences

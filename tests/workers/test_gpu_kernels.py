@@ -10,10 +10,10 @@ from support.prompts import seeded
 from torch import Tensor
 
 from distkv.kernels import reference
-from distkv.kernels.token_kernels import token_kernels
+from distkv.storage.device import device_of
 from distkv.storage.paging import pages_for
 from distkv.workers.page_directory import SequenceStep
-from distkv.workers.runners.host_copies import to_device
+from distkv.workers.runners.host_copies import send
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -27,7 +27,7 @@ def attend(sequences: Sequences, slots: list[int], num_programs: int, garbage: f
     def plan(steps: list[SequenceStep], s: Sequences) -> CudaAttention:
         shape = CudaShape(s.kv_heads * s.group, s.kv_heads, s.head_dim, s.page_size, 64, s.dtype, num_programs)
         planned = plan_cuda_attention(steps, shape)
-        return CudaAttention(planned, shape, to_device(planned.arrays, CUDA))
+        return CudaAttention(planned, shape, send(planned.arrays, device_of(CUDA)))
 
     step = place(sequences, slots, garbage)
     step = replace(step, pool=step.pool.to(CUDA), q=step.q.to(CUDA))
@@ -70,7 +70,9 @@ def test_decode_over_many_states(dtype: torch.dtype) -> None:
 @dtypes
 @pytest.mark.parametrize("hidden", [576, 4096, 8192])
 def test_rms_norm_and_swiglu(dtype: torch.dtype, hidden: int) -> None:
-    kernels, generator = token_kernels(on_cuda=True), seeded(hidden)
+    from distkv.kernels.cuda.cuda_kernels import CUDA_KERNELS as kernels  # imports triton
+
+    generator = seeded(hidden)
     x, delta = torch.randn(2, 37, hidden, generator=generator).to(CUDA, dtype)
     weight = torch.randn(hidden, generator=generator).to(CUDA, dtype)
     total = x + delta
@@ -84,6 +86,8 @@ def test_rms_norm_and_swiglu(dtype: torch.dtype, hidden: int) -> None:
 @dtypes
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
 def test_rope_and_write_kv(dtype: torch.dtype, head_dim: int) -> None:
+    from distkv.kernels.cuda.rope import rope_and_write_kv  # imports triton
+
     generator, heads, kv_heads, page_size = seeded(head_dim), 8, 2, 16
     qkv = torch.randn(21, heads + 2 * kv_heads, head_dim, generator=generator).to(CUDA, dtype)
     angle = torch.randn(21, 1, head_dim // 2, generator=generator).to(CUDA)
@@ -92,7 +96,7 @@ def test_rope_and_write_kv(dtype: torch.dtype, head_dim: int) -> None:
     place_T = torch.randperm(5 * page_size, generator=generator)[:21].to(CUDA)
     page, offset = place_T // page_size, place_T % page_size
     page[-1] = -1  # padding
-    q, k, v = token_kernels(on_cuda=True).rope_and_write_kv(qkv, angle.cos(), angle.sin(), pool, page, offset)
+    q, k, v = rope_and_write_kv(qkv, angle.cos(), angle.sin(), pool, page, offset)
     rotated = reference.rotate(original[:, : heads + kv_heads], angle.cos(), angle.sin())
     assert relative_error(torch.cat([q, k], 1), rotated) < TOLERANCE[dtype]
     assert torch.equal(v, original[:, -kv_heads:])

@@ -12,7 +12,8 @@ from support.prompts import seeded
 from support.sample_rows import GREEDY, PLAIN
 from torch import Tensor
 
-from distkv.workers.runners.host_copies import to_device
+from distkv.storage.device import CpuDevice
+from distkv.workers.runners.host_copies import send
 from distkv.workers.sampling.penalties import penalise, penalty_arrays
 from distkv.workers.sampling.sample_row import SampleRow, uniform_number
 from distkv.workers.sampling.sampler import sample
@@ -311,9 +312,9 @@ def test_a_late_token_counts_like_any_other(data: st.DataObject, vocab_size: int
 
 def adjusted(logits: Tensor, rows: list[SampleRow], drawn: Tensor | None) -> Tensor:
     """The logits that rows draw from."""
-    arrays = penalty_arrays(list(enumerate(rows)), logits.shape[1])
+    penalties = penalty_arrays(list(enumerate(rows)), logits.shape[1])
     changed = logits.clone()
-    penalise(changed, to_device(arrays, logits.device), drawn)
+    penalise(changed, send(penalties, CpuDevice()), drawn)
     return changed
 
 
@@ -363,12 +364,12 @@ def test_draws_may_be_read_again() -> None:
 
 @given(st.lists(st.lists(st.integers(-(2**62), 2**62), max_size=5), max_size=4))
 def test_parameters_arrive_as_they_are(numbers: list[list[int]]) -> None:
-    arrays: dict[str, np.ndarray] = {}
-    for number, one in enumerate(numbers):
-        arrays[f"int {number}"] = np.array(one, dtype=np.int64)
-        arrays[f"float {number}"] = np.array([one, one], dtype=np.float64).T / 3
-    sent = to_device(arrays, torch.device("cpu"))
-    assert sent.keys() == arrays.keys()
-    for name, array in arrays.items():
-        assert sent[name].shape == array.shape and (sent[name].numpy() == array).all()
-        assert sent[name].numpy().dtype == array.dtype
+    arrays: list[np.ndarray] = []
+    for one in numbers:
+        arrays.append(np.array(one, dtype=np.int64))
+        arrays.append(np.array([one, one], dtype=np.float64).T / 3)
+    sent: list[Tensor] = send(arrays, CpuDevice())
+    assert len(sent) == len(arrays)
+    for tensor, array in zip(sent, arrays, strict=True):
+        assert tensor.shape == array.shape and (tensor.numpy() == array).all()
+        assert tensor.numpy().dtype == array.dtype

@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 from support.attention_steps import Sequences, place, slots_for
 from torch import Tensor
 
+from distkv.storage.device import CpuDevice
 from distkv.storage.paging import DECODE_SPLIT
 from distkv.workers.attention import cuda as cuda_attention
 from distkv.workers.attention import decode_plan
 from distkv.workers.attention.cuda import CudaAttention, CudaShape, plan_cuda_attention
 from distkv.workers.page_directory import SequenceStep
-from distkv.workers.runners.host_copies import to_device
+from distkv.workers.runners.host_copies import send
 
 pytestmark = pytest.mark.interpreter
 BUFFER_PAGES = DECODE_SPLIT // 16
@@ -23,7 +24,7 @@ def plan_on_cuda(steps: list[SequenceStep], s: Sequences) -> CudaAttention:
     heads = s.kv_heads * s.group
     shape = CudaShape(heads, s.kv_heads, s.head_dim, s.page_size, BUFFER_PAGES, s.dtype, num_programs=2)
     plan = plan_cuda_attention(steps, shape)
-    return CudaAttention(plan, shape, to_device(plan.arrays, torch.device("cpu")))
+    return CudaAttention(plan, shape, send(plan.arrays, CpuDevice()))
 
 
 @st.composite
@@ -84,7 +85,7 @@ def test_padding_rows_come_out_as_zeros() -> None:
     step = place(sequences, list(range(sequences.num_pages)))
     shape = CudaShape(4, 2, 64, 16, BUFFER_PAGES, torch.float32, num_programs=2)
     plan = plan_cuda_attention(step.steps, shape, num_padding=2)
-    attention = CudaAttention(plan, shape, to_device(plan.arrays, torch.device("cpu")))
+    attention = CudaAttention(plan, shape, send(plan.arrays, CpuDevice()))
     q = torch.cat([step.q, torch.full_like(step.q, 3.0)])
     out: Tensor = attention.attend(q, q, q, step.pool, None)
     assert torch.equal(out[:2], step.attend(plan_on_cuda))

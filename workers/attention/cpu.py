@@ -26,7 +26,7 @@ class Run:
 
     streamed: bool  # in a buffer of the staging ring, else in the device pool
     next_load: bool  # the first run of its buffer
-    first: int  # slot, or place in the buffer
+    first: int  # slot, or index in the buffer
     count: int
 
 
@@ -65,9 +65,9 @@ class PrefixPiece:
 
     num_tokens: int
     num_pages: int
-    resident: Tensor  # int64, places of its resident pages within the piece
+    resident: Tensor  # int64, indices of its resident pages within the piece
     slots: Tensor  # int64, their device slots
-    cold: Tensor  # int64, places of its cold pages, in the order of `load`
+    cold: Tensor  # int64, indices of its cold pages within the piece, in the order of `load`
     load: Load
 
     def gather(self, layer_pool: Tensor, stream: Stream | None) -> tuple[Tensor, Tensor]:
@@ -165,13 +165,13 @@ def plan_cpu_attention(
     return CpuAttention(groups, prefill)
 
 
-def prefix_pieces(places: np.ndarray, prefix_len: int, page_size: int) -> list[PrefixPiece]:
-    """The tokens before a chunk, in pieces."""
+def prefix_pieces(pages: np.ndarray, prefix_len: int, page_size: int) -> list[PrefixPiece]:
+    """The tokens before a chunk, in pieces; `pages` are locations, as in `SequenceStep`."""
     per_piece = max(1, PREFILL_SPLIT // page_size)
     num_pages = pages_for(prefix_len, page_size)
     pieces = []
     for first in range(0, num_pages, per_piece):
-        piece = places[first : min(first + per_piece, num_pages)]
+        piece = pages[first : min(first + per_piece, num_pages)]
         resident, cold = np.flatnonzero(piece >= 0), np.flatnonzero(piece < 0)
         cold = cold[np.argsort(-piece[cold], kind="stable")]
         slots, load = piece[resident], piece[cold].tolist()
@@ -188,10 +188,10 @@ def _decode_group(
     """`members` are (first row of the step, sequence) with `count` new tokens each."""
     starts = np.array([sequence.start for _, sequence in members])
     num_pages = -(-(starts + count) // page_size)
-    places = np.concatenate([sequence.pages[:n] for (_, sequence), n in zip(members, num_pages, strict=True)])
+    pages = np.concatenate([sequence.pages[:n] for (_, sequence), n in zip(members, num_pages, strict=True)])
     owner = np.repeat(np.arange(len(members)), num_pages)
     logical = np.concatenate([np.arange(n) for n in num_pages])
-    visit, runs, loads = _visit(places, buffer_pages)
+    visit, runs, loads = _visit(pages, buffer_pages)
     owner, logical = owner[visit], logical[visit]
 
     # mask[p, c, s]: token c of the owner sees key s of the page; a token before the page gets key 0 and is dropped
@@ -208,9 +208,9 @@ def _decode_group(
 
     order = None
     if len(members) > 1 or before.any() or not (visit[:-1] < visit[1:]).all():
-        states = np.arange(len(places))[:, None] * rows + np.arange(rows)
-        states[np.repeat(before, group_size, axis=1)] = len(places) * rows
-        table = np.full((len(members), num_pages.max(), rows), len(places) * rows)
+        states = np.arange(len(pages))[:, None] * rows + np.arange(rows)
+        states[np.repeat(before, group_size, axis=1)] = len(pages) * rows
+        table = np.full((len(members), num_pages.max(), rows), len(pages) * rows)
         table[owner, logical] = states
         order = torch.from_numpy(table)
     tokens = None
@@ -220,20 +220,20 @@ def _decode_group(
     return DecodeGroup(tokens, len(members), runs, loads, row_owner, mask, order)
 
 
-def _visit(places: np.ndarray, buffer_pages: int) -> tuple[np.ndarray, list[Run], list[Load]]:
-    """The order in which to visit pages, as indices into `places`; its runs; and what must be loaded for them.
+def _visit(pages: np.ndarray, buffer_pages: int) -> tuple[np.ndarray, list[Run], list[Load]]:
+    """The order in which to visit pages, as indices into `pages`, their locations; its runs; and what must be loaded.
 
     Resident pages come first, in the order of the pool; then cold ones by tier and slot, each loaded once however many
     sequences share it.
     """
-    resident, cold = np.flatnonzero(places >= 0), np.flatnonzero(places < 0)
-    order, neighbours = _visiting_order(places[resident])
+    resident, cold = np.flatnonzero(pages >= 0), np.flatnonzero(pages < 0)
+    order, neighbours = _visiting_order(pages[resident])
     visits = [resident[order]]
     runs = [Run(False, False, first, count) for first, count in neighbours]
     loads: list[Load] = []
     if not len(cold):
         return visits[0], runs, loads
-    distinct, number = np.unique(-places[cold], return_inverse=True)
+    distinct, number = np.unique(-pages[cold], return_inverse=True)  # a higher slot has a lower location
     for first in range(0, len(distinct), buffer_pages):
         members = np.flatnonzero((number >= first) & (number < first + buffer_pages))
         order, neighbours = _visiting_order(number[members] - first)

@@ -6,6 +6,7 @@ B sequences of C tokens each.
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Generic
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from distkv.workers.attention.decode_plan import DecodePlan, DecodeRound, Member
 from distkv.workers.attention.prefill_plan import PrefillPlan, plan_prefill
 from distkv.workers.page_directory import SequenceStep
 from distkv.workers.runners.batch import MAX_DECODE_TOKENS
+from distkv.workers.runners.host_copies import Array
 
 # Bytes of the states that decode holds at a time; a context that has more goes through in rounds.
 STATE_BYTES = 2**26
@@ -43,7 +45,7 @@ class CudaShape:
 
     @property
     def state_bytes(self) -> int:
-        """Of one split's state for one token: out and lse in fp32."""
+        """Bytes of one split's state for one token: out and lse in fp32."""
         return self.num_heads * (self.head_dim + 1) * 4
 
     def streaming_bytes(self, num_tokens: int) -> int:
@@ -57,23 +59,54 @@ class CudaShape:
 
 
 @dataclass(frozen=True)
+class RoundArrays(Generic[Array]):
+    """What decode reads in a round, see `DecodeRound`."""
+
+    sequences: Array
+    items: Array
+    num_items: Array  # [launches, 2]; the second column keeps each launch's number aligned
+
+
+@dataclass(frozen=True)
+class DecodeArrays(Generic[Array]):
+    """What decode reads of sequences with the same number of new tokens, see `DecodePlan`."""
+
+    table: Array
+    rounds: list[RoundArrays[Array]]
+
+
+@dataclass(frozen=True)
+class PrefillArrays(Generic[Array]):
+    """What prefill reads, see `PrefillPlan`."""
+
+    table: Array
+    chunks: Array
+    blocks: Array
+
+
+@dataclass(frozen=True)
+class AttentionArrays(Generic[Array]):
+    """What the kernels of a step read; all int64."""
+
+    decode: list[DecodeArrays[Array]]
+    prefill: PrefillArrays[Array] | None
+
+
+@dataclass(frozen=True)
 class CudaPlan:
-    """The attention of a step as plain arrays."""
+    """The attention of a step, planned on the host."""
 
     decode: list[DecodePlan]
     prefill: PrefillPlan | None
 
     @property
-    def arrays(self) -> dict[str, np.ndarray]:
-        """What the kernels read, by the names that `CudaAttention` looks for."""
-        arrays = {}
-        for group, plan in enumerate(self.decode):
-            arrays[f"{group}.table"] = plan.table
-            for number, one in enumerate(plan.rounds):
-                arrays |= _round_arrays(f"{group}.{number}", one)
-        if self.prefill is not None:
-            arrays |= {"table": self.prefill.table, "chunks": self.prefill.chunks, "blocks": self.prefill.blocks}
-        return arrays
+    def arrays(self) -> AttentionArrays[np.ndarray]:
+        """What the kernels read."""
+        decode = [DecodeArrays(group.table, [_round_arrays(one) for one in group.rounds]) for group in self.decode]
+        prefill = self.prefill
+        return AttentionArrays(
+            decode, None if prefill is None else PrefillArrays(prefill.table, prefill.chunks, prefill.blocks)
+        )
 
 
 def plan_cuda_attention(steps: list[SequenceStep], shape: CudaShape, num_padding: int = 0) -> CudaPlan:
@@ -102,7 +135,7 @@ class CudaAttention:
 
     plan: CudaPlan
     shape: CudaShape
-    arrays: dict[str, Tensor]
+    arrays: AttentionArrays[Tensor]
 
     @property
     def loads(self) -> list[Load]:
@@ -115,21 +148,20 @@ class CudaAttention:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer_pool: Tensor, stream: Stream | None) -> Tensor:
         """See `Attention`; keys and values are read from their pages."""
         out = q.new_empty(q.shape)
-        for group, plan in enumerate(self.plan.decode):
-            self._decode(group, plan, q, layer_pool, stream, out)
-        if self.plan.prefill is not None:
-            self._prefill(self.plan.prefill, q, layer_pool, stream, out)
+        for plan, arrays in zip(self.plan.decode, self.arrays.decode, strict=True):
+            self._decode(plan, arrays, q, layer_pool, stream, out)
+        if self.plan.prefill is not None and self.arrays.prefill is not None:
+            _prefill(self.plan.prefill, self.arrays.prefill, q, layer_pool, stream, out)
         return out.flatten(1)
 
     def _decode(
-        self, group: int, plan: DecodePlan, q: Tensor, layer_pool: Tensor, stream: Stream | None, out: Tensor
-    ) -> None:
-        shape, table, count = self.shape, self.arrays[f"{group}.table"], plan.num_tokens
+        self, plan: DecodePlan, arrays: DecodeArrays[Tensor], q: Tensor, layer_pool: Tensor, stream: Stream | None,
+        out: Tensor,
+    ) -> None:  # fmt: skip
+        shape, count = self.shape, plan.num_tokens
         split_pages = split_pages_for(shape.page_size)
         carry = Carry.like(out) if len(plan.rounds) > 1 else None
-        for number, one in enumerate(plan.rounds):
-            names = (f"{group}.{number}.{name}" for name in ("sequences", "items", "num_items"))
-            sequences, items, num_items = (self.arrays[name] for name in names)
+        for one, read in zip(plan.rounds, arrays.rounds, strict=True):
             rows = one.num_states, shape.num_kv_heads, count * shape.group_size
             states = q.new_empty((*rows, shape.head_dim), dtype=torch.float32)
             lse = q.new_empty(rows, dtype=torch.float32)
@@ -138,27 +170,31 @@ class CudaAttention:
                 buffer = _next_buffer(stream) if launch else None
                 if size:
                     decode_splits(
-                        q, layer_pool, buffer, table, sequences, items[first : first + size], num_items[launch],
-                        states, lse, num_tokens=count, split_pages=split_pages,
+                        q, layer_pool, buffer, arrays.table, read.sequences, read.items[first : first + size],
+                        read.num_items[launch], states, lse, num_tokens=count, split_pages=split_pages,
                         num_programs=min(size, shape.num_programs),
                     )  # fmt: skip
                 first += size
             merge_splits(
-                states, lse, sequences, out, carry, num_tokens=count, split_tokens=split_pages * shape.page_size
+                states, lse, read.sequences, out, carry, num_tokens=count, split_tokens=split_pages * shape.page_size
             )
 
-    def _prefill(self, plan: PrefillPlan, q: Tensor, layer_pool: Tensor, stream: Stream | None, out: Tensor) -> None:
-        state = None
-        if plan.num_saved:
-            acc = plan.num_saved, *q.shape[1:]
-            # each a tensor of its own: kernels are compiled for pointers that are multiples of 16 bytes
-            state = PrefillState(*(q.new_empty(rows, dtype=torch.float32) for rows in (acc, acc[:2], acc[:2])))
-        table, chunks, blocks = (self.arrays[name] for name in ("table", "chunks", "blocks"))
-        first = 0
-        for load, size in zip(plan.loads, plan.num_blocks, strict=True):
-            buffer = None if load is None else _next_buffer(stream)
-            prefill_walk(q, layer_pool, buffer, table, chunks, blocks[first : first + size], state, out)
-            first += size
+
+def _prefill(
+    plan: PrefillPlan, arrays: PrefillArrays[Tensor], q: Tensor, layer_pool: Tensor, stream: Stream | None, out: Tensor
+) -> None:
+    state = None
+    if plan.num_saved:
+        acc = plan.num_saved, *q.shape[1:]
+        # each a tensor of its own: kernels are compiled for pointers that are multiples of 16 bytes
+        state = PrefillState(*(q.new_empty(rows, dtype=torch.float32) for rows in (acc, acc[:2], acc[:2])))
+    first = 0
+    for load, size in zip(plan.loads, plan.num_blocks, strict=True):
+        buffer = None if load is None else _next_buffer(stream)
+        prefill_walk(
+            q, layer_pool, buffer, arrays.table, arrays.chunks, arrays.blocks[first : first + size], state, out
+        )
+        first += size
 
 
 def _next_buffer(stream: Stream | None) -> Tensor:
@@ -166,7 +202,7 @@ def _next_buffer(stream: Stream | None) -> Tensor:
     return stream.take()
 
 
-def _round_arrays(name: str, one: DecodeRound) -> dict[str, np.ndarray]:
-    num_items = np.zeros((len(one.num_items), 2), dtype=np.int64)  # a second column keeps each aligned
+def _round_arrays(one: DecodeRound) -> RoundArrays[np.ndarray]:
+    num_items = np.zeros((len(one.num_items), 2), dtype=np.int64)
     num_items[:, 0] = one.num_items
-    return {f"{name}.sequences": one.sequences, f"{name}.items": one.items, f"{name}.num_items": num_items}
+    return RoundArrays(one.sequences, one.items, num_items)

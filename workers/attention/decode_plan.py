@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from distkv.kernels.page_entries import buffer_entry
 from distkv.storage.moving.staging_ring import Load
 from distkv.storage.paging import DECODE_SPLIT, pages_for
 from distkv.workers.page_directory import SequenceStep
@@ -35,7 +36,7 @@ class DecodePlan:
     """Sequences with the same number of new tokens."""
 
     num_tokens: int  # new ones of each sequence
-    table: np.ndarray  # where each page of each sequence lies: a device slot, or -1 - its place in its load's buffer
+    table: np.ndarray  # where each page of each sequence lies: a device slot, or the `buffer_entry` of its load
     rounds: list[DecodeRound]
 
 
@@ -121,30 +122,30 @@ def _cut(num_splits: list[int], max_states: int, merge_tile: int) -> Iterator[li
 def _loads(
     items: np.ndarray, sequences: np.ndarray, table: np.ndarray, split_pages: int, page_size: int, buffer_pages: int
 ) -> Iterator[tuple[Load, np.ndarray]]:
-    """Loads of cold pages with the items that they serve; puts the places in the buffer into the table.
+    """Loads of cold pages with the items that they serve; puts the entries of the buffer into the table.
 
     Splits with the same cold pages, such as those of a prefix that sequences share, are served by one load. Loads go by
     tier and slot, so that files are read from front to back.
     """
     served: dict[tuple[int, ...], list[int]] = {}
     spans = []
-    for index, (row, split) in enumerate(items.tolist()):
+    for item, (row, split) in enumerate(items.tolist()):
         _, num_keys, first_entry = sequences[row, :3].tolist()
         end = min((split + 1) * split_pages, pages_for(num_keys, page_size))
         span = table[first_entry + split * split_pages : first_entry + end]
         spans.append(span)
-        served.setdefault(tuple(span[span < 0].tolist()), []).append(index)
+        served.setdefault(tuple(span[span < 0].tolist()), []).append(item)
 
-    places: dict[int, int] = {}
+    indices: dict[int, int] = {}  # in the buffer, by location
     chosen: list[int] = []
-    for pages, indices in sorted(served.items(), reverse=True):
-        fresh = [page for page in dict.fromkeys(pages) if page not in places]
-        if len(places) + len(fresh) > buffer_pages:
-            yield list(places), items[chosen]
-            places, chosen, fresh = {}, [], list(dict.fromkeys(pages))
-        places |= {page: len(places) + number for number, page in enumerate(fresh)}
-        for index in indices:
-            spans[index][spans[index] < 0] = [-1 - places[page] for page in pages]
-        chosen += indices
+    for pages, members in sorted(served.items(), reverse=True):
+        fresh = [page for page in dict.fromkeys(pages) if page not in indices]
+        if len(indices) + len(fresh) > buffer_pages:
+            yield list(indices), items[chosen]
+            indices, chosen, fresh = {}, [], list(dict.fromkeys(pages))
+        indices |= {page: len(indices) + number for number, page in enumerate(fresh)}
+        for item in members:
+            spans[item][spans[item] < 0] = [buffer_entry(indices[page]) for page in pages]
+        chosen += members
     if chosen:
-        yield list(places), items[chosen]
+        yield list(indices), items[chosen]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from distkv.kernels.page_entries import buffer_entry
 from distkv.storage.moving.staging_ring import Load
 from distkv.storage.paging import pages_for
 from distkv.workers.attention.decode_plan import Member
@@ -19,7 +20,7 @@ from distkv.workers.attention.decode_plan import Member
 class PrefillPlan:
     """The chunks of a step; the first launch is of those that are wholly resident."""
 
-    table: np.ndarray  # where each page of each sequence lies: a device slot, or -1 - its place in its load's buffer
+    table: np.ndarray  # where each page of each sequence lies: a device slot, or the `buffer_entry` of its load
     # [C, 8], a row for each segment: first row of the step, tokens, position of the first token, first entry of the
     # table, first key and end of the keys of the segment, first row of the saved state, 0
     chunks: np.ndarray
@@ -74,7 +75,7 @@ def plan_prefill(
 
 
 def _segments(table: np.ndarray, unit: int, buffer_pages: int) -> Iterator[tuple[int, int, Load | None]]:
-    """`(first page, end, load)` of each segment; puts the places in the buffer into the table."""
+    """`(first page, end, load)` of each segment; puts the entries of the buffer into the table."""
     cold = np.flatnonzero(table < 0)
     first = done = 0  # page, index into cold
     while done < len(cold):
@@ -84,7 +85,7 @@ def _segments(table: np.ndarray, unit: int, buffer_pages: int) -> Iterator[tuple
         here = cold[done : np.searchsorted(cold, end)]
         order = np.argsort(-table[here], kind="stable")  # by tier and slot
         load = table[here[order]].tolist()
-        table[here[order]] = -1 - np.arange(len(here))
+        table[here[order]] = buffer_entry(np.arange(len(here)))
         yield first, end, load
         first, done = end, done + len(here)
     if first < len(table):

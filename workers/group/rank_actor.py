@@ -9,6 +9,7 @@ from typing import Any
 import ray
 import zmq
 
+from distkv.workers.backend import KINDS
 from distkv.workers.bandwidth import Bandwidth
 from distkv.workers.group.channel import FollowerChannel, LeaderChannel
 from distkv.workers.group.process_group import ProcessGroup
@@ -57,8 +58,7 @@ class RankActor:
 
     def load(self, config: RankConfig, rank: int, size: int, init_method: str) -> None:
         """Joins the process group and loads this rank's part of the model."""
-        backend = "nccl" if config.device == "cuda" else "gloo"
-        self._loaded = Rank(config, ProcessGroup(rank, size, init_method, backend))
+        self._loaded = Rank(config, ProcessGroup(rank, size, init_method, KINDS[config.device].collectives))
 
     def capacity(self, ranks_on_node: int, of_device: bool) -> Capacity:
         """See `Rank.page_capacity`."""
@@ -79,8 +79,7 @@ class RankActor:
             self._followers.send(None)
             self._followers.receive()  # they have let go of the disk, which rank 0 sweeps
         except BaseException:
-            if self._rank.device.type == "cpu":  # a step may still run for a GPU; the process ends soon
-                self._rank.close()
+            self._rank.close_after_error()
             raise
         self._rank.close()
         self._rank.group.close()

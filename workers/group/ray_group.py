@@ -14,6 +14,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from distkv.workers.backend import KINDS
 from distkv.workers.bandwidth import Bandwidth
 from distkv.workers.errors import CapacityError, ConfigError, DistKVError, WorkerDied
 from distkv.workers.group.rank_actor import LeaderMain, RankActor
@@ -139,7 +140,7 @@ class RayGroup:
         ray.wait(self._mains, num_returns=len(self._mains), timeout=timeout)
 
     def _place(self) -> None:
-        kind = "GPU" if self.device == "cuda" else "CPU"
+        kind = KINDS[self.device].resource
         nodes = [node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"]]
         if sum(int(count) for count in nodes) < self.size:
             raise CapacityError(

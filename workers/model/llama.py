@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distkv.kernels.linear import Linear, side_by_side
 from distkv.kernels.token_kernels import TokenKernels
 from distkv.storage.moving.staging_ring import Stream
 from distkv.storage.pools.device_pool import DevicePool
 from distkv.workers.group.process_group import ProcessGroup
-from distkv.workers.model.linear import Linear, make_linear, side_by_side
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.rope import RotaryEmbedding
 from distkv.workers.model.shard import Shard
@@ -51,17 +51,17 @@ class LlamaModel:
         """Runs a step and fills the pages of its tokens; `stream` brings the batch's loads. Returns the hidden states
         `[rows, E]` before the final norm of the rows whose logits are wanted. The others end with the last layer's
         attention, which nobody reads."""
-        eps, head_dim, kernels = self.config.rms_norm_eps, self.config.head_dim, self.kernels
-        cos, sin = self.rope.angles(batch.positions, batch.context)
-        x_TE = self._embed(batch.token_ids)
+        eps, head_dim, kernels, tokens = self.config.rms_norm_eps, self.config.head_dim, self.kernels, batch.tokens
+        cos, sin = self.rope.angles(tokens.positions, tokens.context)
+        x_TE = self._embed(tokens.token_ids)
         delta_TE: Tensor | None = None  # what is still to be added to x
         for index, layer in enumerate(self.layers):
             layer_pool = pool.layer(index)
             qkv = layer.qkv(kernels.rms_norm(x_TE, layer.input_norm, eps, delta_TE)).unflatten(1, (-1, head_dim))
-            q_THD, k_TKD, v_TKD = kernels.rope_and_write_kv(qkv, cos, sin, layer_pool, batch.page, batch.offset)
+            q_THD, k_TKD, v_TKD = kernels.rope_and_write_kv(qkv, cos, sin, layer_pool, tokens.page, tokens.offset)
             attended = batch.attention.attend(q_THD, k_TKD, v_TKD, layer_pool, stream)
             if index == len(self.layers) - 1:
-                x_TE, attended = x_TE[batch.logit_rows], attended[batch.logit_rows]
+                x_TE, attended = x_TE[tokens.logit_rows], attended[tokens.logit_rows]
             delta_TE = self.group.all_reduce(layer.attention_out(attended))
             gate_up = layer.gate_up(kernels.rms_norm(x_TE, layer.post_attention_norm, eps, delta_TE))
             delta_TE = self.group.all_reduce(layer.down(kernels.swiglu(gate_up)))
@@ -109,12 +109,12 @@ def load_llama(
         """Column-parallel: the given output rows of several weights, fused."""
         weight = torch.cat([read(f"{name}.weight", (size, hidden), rows) for name, size, rows in parts])
         bias = torch.cat([read(f"{name}.bias", (size,), rows) for name, size, rows in parts]) if biased else None
-        return make_linear(weight, bias)
+        return kernels.make_linear(weight, bias)
 
     def rows_of(name: str, size: int, columns: tuple[int, int], biased: bool) -> Linear:
         """Row-parallel: the given input columns; rank 0 alone adds the bias to the sum."""
         bias = read(f"{name}.bias", (hidden,)) if biased and shard.rank == 0 else None
-        return make_linear(read(f"{name}.weight", (hidden, size), None, columns), bias)
+        return kernels.make_linear(read(f"{name}.weight", (hidden, size), None, columns), bias)
 
     def layer(index: int) -> Layer:
         prefix = f"model.layers.{index}"
@@ -151,5 +151,5 @@ def load_llama(
         embedding=embedding,
         layers=[layer(index) for index in range(config.num_hidden_layers)],
         final_norm=read("model.norm.weight", (hidden,)),
-        head=make_linear(embedding if tied else read("lm_head.weight", vocab, shard.vocab)),
+        head=kernels.make_linear(embedding if tied else read("lm_head.weight", vocab, shard.vocab)),
     )

@@ -4,23 +4,21 @@ Dims: T tokens of the step, H query heads, K KV heads, S page_size, D head_dim.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from distkv.storage.moving.staging_ring import Load, Stream
 from distkv.workers.page_directory import SequenceStep
+from distkv.workers.runners.host_copies import Array
 
 # Sequences with at most this many new tokens take the decode path, which reads each page once for all of them.
 MAX_DECODE_TOKENS = 8
 
 
-FIELDS = ("token_ids", "positions", "context", "page", "offset", "logit_rows")
-
-
 class Attention(Protocol):
-    """How a step attends to its pages, on one kind of device."""
+    """How a step attends to its pages, by one kind of kernels."""
 
     @property
     def loads(self) -> list[Load]:
@@ -35,36 +33,41 @@ class Attention(Protocol):
 
 
 @dataclass(frozen=True)
+class Tokens(Generic[Array]):
+    """The tokens of a step; all int64."""
+
+    token_ids: Array  # [T]
+    positions: Array  # [T]
+    context: Array  # [T], see RotaryEmbedding.angles
+    page: Array  # [T], device slot of each token's page, -1 for padding
+    offset: Array  # [T], index in that page
+    logit_rows: Array  # rows of the step whose logits are wanted
+
+
+@dataclass(frozen=True)
 class Batch:
     """A step, ready to run."""
 
-    token_ids: Tensor  # int64 [T]
-    positions: Tensor  # int64 [T]
-    context: Tensor  # int64 [T], see RotaryEmbedding.angles
-    page: Tensor  # int64 [T], device slot of each token, -1 for padding
-    offset: Tensor  # int64 [T], place in that page
-    logit_rows: Tensor  # int64, rows of the step whose logits are wanted
+    tokens: Tokens[Tensor]
     attention: Attention
 
-    @classmethod
-    def of(cls, arrays: dict[str, Tensor], attention: Attention) -> "Batch":
-        """Of the arrays of `token_arrays`, on the device."""
-        return cls(**{field: arrays[field] for field in FIELDS}, attention=attention)
 
-
-def token_arrays(steps: list[SequenceStep], page_size: int) -> dict[str, np.ndarray]:
-    """The fields of `Batch` but the last, as int64 arrays."""
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in ("token_ids", "positions", "context", "page")}
+def step_tokens(steps: list[SequenceStep], page_size: int) -> Tokens[np.ndarray]:
+    """The tokens of all sequences, one sequence after the other."""
+    token_ids, positions, contexts, pages = [], [], [], []
     logit_rows = [np.zeros(0, dtype=np.int64)]
     first = 0
     for sequence in steps:
         count = len(sequence.token_ids)
         position = np.arange(sequence.start, sequence.start + count)
-        columns["token_ids"].append(np.asarray(sequence.token_ids, dtype=np.int64))
-        columns["positions"].append(position)
-        columns["context"].append(np.maximum(position + 1, sequence.prompt_len))
-        columns["page"].append(sequence.pages[position // page_size])
+        token_ids.append(np.asarray(sequence.token_ids, dtype=np.int64))
+        positions.append(position)
+        contexts.append(np.maximum(position + 1, sequence.prompt_len))
+        pages.append(sequence.pages[position // page_size])
         logit_rows.append(np.arange(first + count - sequence.num_logits, first + count))
         first += count
-    arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
-    return arrays | {"offset": arrays["positions"] % page_size, "logit_rows": np.concatenate(logit_rows)}
+    position = np.concatenate(positions)
+    return Tokens(
+        np.concatenate(token_ids), position, np.concatenate(contexts), np.concatenate(pages), position % page_size,
+        np.concatenate(logit_rows),
+    )  # fmt: skip

@@ -1,6 +1,7 @@
 """Runs the model on a CPU."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -8,8 +9,8 @@ from distkv.workers.attention.cpu import plan_cpu_attention
 from distkv.workers.kv_pools import KVPools
 from distkv.workers.model.llama import LlamaModel
 from distkv.workers.page_directory import SequenceStep
-from distkv.workers.runners.batch import Batch, token_arrays
-from distkv.workers.runners.host_copies import to_device
+from distkv.workers.runners.batch import Batch, Tokens, step_tokens
+from distkv.workers.runners.host_copies import send
 from distkv.workers.sampling.placeholders import resolve_placeholders
 
 
@@ -27,11 +28,10 @@ class CpuRunner:
         pool, ring = self._pools.device, self._pools.ring
         spec = pool.spec
         attention = plan_cpu_attention(steps, spec.page_size, self._group_size, ring.buffer_pages, spec.dtype)
-        arrays = to_device(token_arrays(steps, spec.page_size), pool.data.device)
-        arrays["token_ids"] = resolve_placeholders(arrays["token_ids"], sampled)
-        batch = Batch.of(arrays, attention)
+        tokens: Tokens[Tensor] = send(step_tokens(steps, spec.page_size), pool.device)
+        tokens = replace(tokens, token_ids=resolve_placeholders(tokens.token_ids, sampled))
         with self._pools.stream(attention.loads) as stream:
-            return self._model.forward(batch, pool, stream)
+            return self._model.forward(Batch(tokens, attention), pool, stream)
 
     def warm_up(self) -> Iterator[None]:
         """See `Runner`."""

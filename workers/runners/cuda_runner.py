@@ -1,24 +1,24 @@
-"""Runs the model on CUDA: decode steps whose pages are all resident as captured graphs, all others launch by launch.
+"""Runs the model by the kernels for CUDA: decode steps whose pages are all resident as captured graphs, all others
+launch by launch.
 
 A step of single tokens is padded to one of a few sizes, whether its graph or its single launches run: matrix products
 of other sizes may round in another order, and an answer must not depend on where its pages lie.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Generic
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from distkv.storage.paging import pages_for
-from distkv.workers.attention.cuda import CudaAttention, CudaPlan, CudaShape, plan_cuda_attention
-from distkv.workers.group.process_group import ProcessGroup
+from distkv.workers.attention.cuda import AttentionArrays, CudaAttention, CudaPlan, CudaShape, plan_cuda_attention
 from distkv.workers.kv_pools import KVPools
 from distkv.workers.model.llama import LlamaModel
 from distkv.workers.page_directory import SequenceStep
-from distkv.workers.runners.batch import MAX_DECODE_TOKENS, Batch, token_arrays
-from distkv.workers.runners.host_copies import to_device
+from distkv.workers.runners.batch import MAX_DECODE_TOKENS, Batch, Tokens, step_tokens
+from distkv.workers.runners.host_copies import Array, map_arrays, send
 from distkv.workers.runners.step_graphs import StepGraphs
 from distkv.workers.sampling.placeholders import resolve_placeholders
 from distkv.workers.sampling.trial_sampling import sample_in_all_ways
@@ -29,48 +29,61 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 WARM_UP_TOKENS = 64  # of a prompt
 
 PROGRAMS = 3
-"""Of the decode kernel for each multiprocessor: as many as run there at a time with head_dim 128 and 16 rows. Each
-takes its share of the splits, so one more would begin when all others have ended."""
+"""Programs of the decode kernel for each multiprocessor: as many as run there at a time with head_dim 128 and 16 rows.
+Each takes its share of the splits, so one more would begin when all others have ended."""
+
+
+@dataclass(frozen=True)
+class StepArrays(Generic[Array]):
+    """What a step reads on the device."""
+
+    tokens: Tokens[Array]  # with padding
+    attention: AttentionArrays[Array]
+    wanted: Array  # int64: the rows whose logits are wanted, of those that the model returns
 
 
 @dataclass(frozen=True)
 class CudaStep:
-    """A step as plain arrays."""
+    """A step, planned on the host."""
 
-    arrays: dict[str, np.ndarray]  # those of `token_arrays`, padded, and of the plan
-    wanted: np.ndarray  # int64: the rows whose logits are wanted, of those that the model returns
+    arrays: StepArrays[np.ndarray]
     plan: CudaPlan
     size: int | None  # rows with padding; None where there is none, and the model returns the wanted rows alone
 
 
 def plan_step(steps: list[SequenceStep], shape: CudaShape, sizes: list[int]) -> CudaStep:
     """Lays a step out; one of single tokens is padded to the next of `sizes`."""
-    arrays = token_arrays(steps, shape.page_size)
-    wanted, size, padding = arrays["logit_rows"], None, 0
+    tokens = step_tokens(steps, shape.page_size)
+    wanted, size, padding = tokens.logit_rows, None, 0
     if all(len(step.token_ids) == 1 for step in steps):
         size = next((size for size in sizes if size >= len(steps)), None)
     if size is not None:
         padding = size - len(steps)
-        arrays = {name: np.pad(array, (0, padding)) for name, array in arrays.items() if name != "logit_rows"}
-        arrays["page"][len(steps) :] = -1
-        arrays["logit_rows"] = np.arange(size)
+        tokens = map_arrays(tokens, lambda array: np.pad(array, (0, padding)))
+        tokens.page[len(steps) :] = -1
+        tokens = replace(tokens, logit_rows=np.arange(size))
     plan = plan_cuda_attention(steps, shape, padding)
-    return CudaStep(arrays | plan.arrays, wanted, plan, size)
+    return CudaStep(StepArrays(tokens, plan.arrays, wanted), plan, size)
 
 
 class CudaRunner:
     """A `Runner`, see `runner.py`."""
 
-    def __init__(self, model: LlamaModel, pools: KVPools, max_num_seqs: int):
-        self._model, self._pools, self._device = model, pools, pools.device.data.device
+    def __init__(self, model: LlamaModel, pools: KVPools, max_num_seqs: int, num_programs: int, captures: bool):
+        """
+        Args:
+            num_programs: see `CudaShape`.
+            captures: whether steps are captured as graphs.
+        """
+        self._model, self._pools, self._device = model, pools, pools.device.device
         spec = pools.device.spec
         self.shape = CudaShape(
             model.shard.num_query_heads, spec.num_kv_heads, spec.head_dim, spec.page_size, pools.ring.buffer_pages,
-            spec.dtype, decode_programs(self._device, spec.num_kv_heads),
+            spec.dtype, num_programs,
         )  # fmt: skip
         below = [size for size in SIZES if size < max_num_seqs]
         self.sizes = below + list(SIZES[len(below) : len(below) + 1])
-        self._captures = takes_graphs(self._device, model.group)
+        self._captures = captures
         self._graphs: StepGraphs | None = None
 
     def run(self, steps: list[SequenceStep], sampled: Tensor | None) -> Tensor:
@@ -78,15 +91,14 @@ class CudaRunner:
         step = plan_step(steps, self.shape, self.sizes)
         if self._graphs is not None and self._graphs.fits(step.size, step.plan):
             assert step.size is not None
-            wanted = to_device({"wanted": step.wanted}, self._device)["wanted"]
-            return self._graphs.run(step.size, step.arrays, sampled)[wanted]
-        arrays = to_device(step.arrays | {"wanted": step.wanted}, self._device)
-        arrays["token_ids"] = resolve_placeholders(arrays["token_ids"], sampled)
-        attention = CudaAttention(step.plan, self.shape, arrays)
-        batch = Batch.of(arrays, attention)
+            wanted: Tensor = send(step.arrays.wanted, self._device)
+            return self._graphs.run(step.size, step.arrays.tokens, step.arrays.attention, sampled)[wanted]
+        sent: StepArrays[Tensor] = send(step.arrays, self._device)
+        tokens = replace(sent.tokens, token_ids=resolve_placeholders(sent.tokens.token_ids, sampled))
+        attention = CudaAttention(step.plan, self.shape, sent.attention)
         with self._pools.stream(attention.loads) as stream:
-            hidden = self._model.forward(batch, self._pools.device, stream)
-        return hidden if step.size is None else hidden[arrays["wanted"]]
+            hidden = self._model.forward(Batch(tokens, attention), self._pools.device, stream)
+        return hidden if step.size is None else hidden[sent.wanted]
 
     def warm_up(self) -> Iterator[None]:
         """See `Runner`: compiles what steps launch, and captures the graphs."""
@@ -111,13 +123,6 @@ class CudaRunner:
         return 1 + self._captures * len(self.sizes)
 
 
-def takes_graphs(device: torch.device, group: ProcessGroup) -> bool:
-    """Whether steps can be captured."""
-    return device.type == "cuda" and group.is_capturable
-
-
-def decode_programs(device: torch.device, num_kv_heads: int) -> int:
-    """Programs of the decode kernel for each KV head."""
-    if device.type == "cpu":  # Triton's interpreter runs them one by one
-        return 1
-    return max(1, PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count // num_kv_heads)
+def decode_programs(num_processors: int, num_kv_heads: int) -> int:
+    """Programs of the decode kernel for each KV head on a GPU with so many multiprocessors."""
+    return max(1, PROGRAMS * num_processors // num_kv_heads)

@@ -1,54 +1,63 @@
-"""Small copies between host and device that nobody waits for: parameters on their way up, tokens on their way down."""
+"""Small arrays on their way to the device: all that a step sends goes in one block, and nobody waits for it."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from distkv.storage.device import Device
+
+Array = TypeVar("Array")
+"""What a dataclass holds: `np.ndarray` on the host, `Tensor` once it was sent."""
+
 ALIGNMENT = 2  # words: kernels read addresses that are multiples of 16 bytes
 DTYPES = {np.dtype(np.int64): torch.int64, np.dtype(np.float64): torch.float64}
 
 
-def to_device(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
-    """Arrays of int64 or float64, by name, as tensors of the same shapes. On CUDA all of them take one copy from pinned
-    memory, which is ordered by the current stream."""
-    spans, size = lay_out({name: array.size for name, array in arrays.items()})
-    packed = torch.empty(size, dtype=torch.int64, pin_memory=device.type == "cuda")
-    pack(arrays, spans, packed)
-    sent = packed.to(device, non_blocking=True)
-    return {name: sent[spans[name]].view(DTYPES[array.dtype]).view(array.shape) for name, array in arrays.items()}
+def send(values: Any, device: Device) -> Any:
+    """The same values with a tensor on the device for each array, which is of int64 or float64, see `map_arrays`. All
+    of them take one copy, which is ordered by the current stream."""
+    arrays: list[np.ndarray] = []
+    map_arrays(values, arrays.append)
+    spans, size = lay_out(array.size for array in arrays)
+    block = device.host_block(size)
+    pack(arrays, spans, block)
+    sent = block.to(device.torch_device, non_blocking=True)
+    pairs: Iterator[tuple[np.ndarray, slice]] = zip(arrays, spans, strict=True)
+
+    def as_sent(_: np.ndarray) -> Tensor:
+        array, span = next(pairs)
+        return sent[span].view(DTYPES[array.dtype]).view(array.shape)
+
+    return map_arrays(values, as_sent)
 
 
-def lay_out(sizes: dict[str, int]) -> tuple[dict[str, slice], int]:
-    """Places for so many words of 8 bytes each in one block, and the words of the block."""
-    spans, size = {}, 0
-    for name, count in sizes.items():
-        spans[name] = slice(size, size + count)
-        size += -(-count // ALIGNMENT) * ALIGNMENT
-    return spans, size
+def map_arrays(values: Any, change: Callable[[Any], Any]) -> Any:
+    """The same values with each array, or tensor, changed, in the order of fields: in dataclasses and lists of any
+    depth. What else they hold stays."""
+    if isinstance(values, np.ndarray | Tensor):
+        return change(values)
+    if isinstance(values, list):
+        return [map_arrays(one, change) for one in values]
+    if is_dataclass(values) and not isinstance(values, type):
+        return type(values)(**{field.name: map_arrays(getattr(values, field.name), change) for field in fields(values)})
+    return values
 
 
-def pack(arrays: dict[str, np.ndarray], spans: dict[str, slice], block: Tensor) -> None:
-    """Copies each array to the start of its place in a block in CPU memory."""
+def lay_out(sizes: Iterable[int]) -> tuple[list[slice], int]:
+    """Spans of so many words of 8 bytes each in one block, and the words of the block."""
+    spans, end = [], 0
+    for size in sizes:
+        spans.append(slice(end, end + size))
+        end += -(-size // ALIGNMENT) * ALIGNMENT
+    return spans, end
+
+
+def pack(arrays: Iterable[np.ndarray], spans: Sequence[slice], block: Tensor) -> None:
+    """Copies each array to the start of its span of a block in CPU memory."""
     words = block.numpy()
-    for name, array in arrays.items():
-        first = spans[name].start
-        words[first : first + array.size] = np.ascontiguousarray(array).reshape(-1).view(np.int64)
-
-
-class HostCopy:
-    """What a tensor holds by the current stream's time, on its way to the host; from a CPU it is there at once."""
-
-    def __init__(self, source: Tensor):
-        self._event: torch.cuda.Event | None = None
-        self._host = source
-        if source.is_cuda:
-            self._host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
-            self._host.copy_(source, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(source.device))
-
-    def wait(self) -> np.ndarray:
-        """The content. Any thread may wait, and more than once; what failed on the device before is raised here."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._host.numpy()
+    for array, span in zip(arrays, spans, strict=True):
+        words[span.start : span.start + array.size] = np.ascontiguousarray(array).reshape(-1).view(np.int64)

@@ -1,15 +1,11 @@
-"""Which kernels a rank runs its steps with."""
+"""Runs the steps of a rank, by one kind of kernels."""
 
 from collections.abc import Iterator
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from distkv.workers.kv_pools import KVPools
-from distkv.workers.model.llama import LlamaModel
 from distkv.workers.page_directory import SequenceStep
-from distkv.workers.runners.cpu_runner import CpuRunner
 
 
 class Runner(Protocol):
@@ -29,17 +25,3 @@ class Runner(Protocol):
     @property
     def num_parts(self) -> int:
         """See `warm_up`."""
-
-
-def make_runner(model: LlamaModel, pools: KVPools, max_num_seqs: int, on_cuda: bool) -> Runner:
-    """The runner for a kind of device."""
-    if not on_cuda:
-        return CpuRunner(model, pools)
-    from distkv.workers.runners.cuda_runner import CudaRunner  # imports triton
-
-    return CudaRunner(model, pools, max_num_seqs)
-
-
-def takes_cuda_path(device: torch.device) -> bool:
-    """Whether the Triton kernels run. Tests that run them in Triton's interpreter take the place of this."""
-    return device.type == "cuda"

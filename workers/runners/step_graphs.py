@@ -2,17 +2,25 @@
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from distkv.storage.pools.device_pool import DevicePool
-from distkv.workers.attention.cuda import CudaAttention, CudaPlan, CudaShape
+from distkv.workers.attention.cuda import (
+    AttentionArrays,
+    CudaAttention,
+    CudaPlan,
+    CudaShape,
+    DecodeArrays,
+    RoundArrays,
+)
 from distkv.workers.attention.decode_plan import DecodePlan, DecodeRound, split_pages_for
-from distkv.workers.runners.batch import FIELDS, Batch
-from distkv.workers.runners.host_copies import lay_out, pack
+from distkv.workers.runners.batch import Batch, Tokens
+from distkv.workers.runners.host_copies import Array, lay_out, pack
 from distkv.workers.sampling.placeholders import resolve_placeholders
 
 if TYPE_CHECKING:
@@ -20,7 +28,6 @@ if TYPE_CHECKING:
 
 # Splits and pages of a graph's step, over those that the device has: sequences that share pages have more.
 SHARING = 2
-COLUMNS = FIELDS[:-1]
 
 
 def graph_splits(num_pages: int, max_rows: int, shape: CudaShape) -> int:
@@ -43,6 +50,21 @@ def captured(run: Callable[[], Tensor], memory: Any) -> Callable[[], Tensor]:
     return replay
 
 
+@dataclass(frozen=True)
+class Inputs(Generic[Array]):
+    """What changes from one step of a graph to the next, in the order in which it lies on the device."""
+
+    token_ids: Array  # [rows], this and the next four as in `Tokens`
+    positions: Array
+    context: Array
+    page: Array
+    offset: Array
+    sequences: Array  # [rows, 6], this and the next two as in `RoundArrays`
+    num_items: Array  # [1, 2]
+    items: Array  # [splits, 2]
+    table: Array  # [entries], see `DecodeArrays`
+
+
 class StepGraphs:
     """A graph for each size of a step of single tokens, all with the same memory for inputs and workspace."""
 
@@ -50,17 +72,13 @@ class StepGraphs:
         self._model, self._pool, self._shape = model, pool, shape
         self._num_splits = graph_splits(pool.num_pages, max_rows, shape)
         self._num_entries = SHARING * pool.num_pages + max_rows
-        names = {name: (max_rows,) for name in COLUMNS}
-        shapes: dict[str, tuple[int, ...]] = names | {
-            "sequences": (max_rows, 6),
-            "num_items": (1, 2),
-            "items": (self._num_splits, 2),
-            "table": (self._num_entries,),
-        }
-        self._spans, size = lay_out({name: math.prod(one) for name, one in shapes.items()})
+        columns = [(max_rows,)] * 5
+        shapes = [*columns, (max_rows, 6), (1, 2), (self._num_splits, 2), (self._num_entries,)]
+        spans, size = lay_out(map(math.prod, shapes))
+        self._spans = Inputs(*spans)
         self._flat = torch.zeros(size, dtype=torch.int64, device=pool.data.device)
-        self._inputs = {name: self._flat[self._spans[name]].view(one) for name, one in shapes.items()}
-        self._inputs["page"].fill_(-1)
+        self._inputs = Inputs(*(self._flat[span].view(one) for span, one in zip(spans, shapes, strict=True)))
+        self._inputs.page.fill_(-1)
         # a graph holds the addresses of what it reads, so all of that must live as long
         self._logit_rows = torch.arange(max_rows, device=self._flat.device)
         self._memory = torch.cuda.graph_pool_handle()
@@ -80,28 +98,31 @@ class StepGraphs:
         fits = len(one.items) <= self._num_splits and len(group.table) <= self._num_entries
         return fits and len(group.rounds) == 1 and not one.loads
 
-    def run(self, rows: int, arrays: dict[str, np.ndarray], sampled: Tensor | None) -> Tensor:
+    def run(
+        self, rows: int, tokens: Tokens[np.ndarray], attention: AttentionArrays[np.ndarray], sampled: Tensor | None
+    ) -> Tensor:
         """The hidden states `[rows, E]` of a step that fits; they hold until the next one runs."""
-        named = {name: arrays[name] for name in COLUMNS}
-        named |= {name: arrays[f"0.0.{name}"] for name in ("sequences", "num_items", "items")}
-        table, end = arrays["0.table"], self._spans["items"].start + named["items"].size
-        block = torch.empty(end + len(table), dtype=torch.int64, pin_memory=self._flat.is_cuda)
-        pack(named, self._spans, block)
-        block[end:].numpy()[:] = table
+        [group] = attention.decode
+        [one] = group.rounds
+        arrays = [tokens.token_ids, tokens.positions, tokens.context, tokens.page, tokens.offset]
+        arrays += [one.sequences, one.num_items, one.items]
+        *spans, _ = vars(self._spans).values()
+        end = self._spans.items.start + one.items.size
+        block = self._pool.device.host_block(end + len(group.table))
+        pack(arrays, spans, block)
+        block[end:].numpy()[:] = group.table
         self._flat[:end].copy_(block[:end], non_blocking=True)
-        self._inputs["table"][: len(table)].copy_(block[end:], non_blocking=True)
-        token_ids = self._inputs["token_ids"][:rows]
+        self._inputs.table[: len(group.table)].copy_(block[end:], non_blocking=True)
+        token_ids = self._inputs.token_ids[:rows]
         token_ids.copy_(resolve_placeholders(token_ids, sampled))
         return self._graphs[rows]()
 
     def _batch(self, rows: int) -> Batch:
         inputs, capacity = self._inputs, self._num_splits
-        arrays = {name: inputs[name][:rows] for name in COLUMNS}
-        arrays["logit_rows"] = self._logit_rows[:rows]
-        arrays |= {
-            "0.table": inputs["table"], "0.0.sequences": inputs["sequences"][:rows], "0.0.items": inputs["items"],
-            "0.0.num_items": inputs["num_items"],
-        }  # fmt: skip
+        columns = inputs.token_ids, inputs.positions, inputs.context, inputs.page, inputs.offset, self._logit_rows
+        tokens = Tokens(*(column[:rows] for column in columns))
+        one = RoundArrays(inputs.sequences[:rows], inputs.items, inputs.num_items)
         nothing = np.zeros((0, 2), dtype=np.int64)
         plan = CudaPlan([DecodePlan(1, nothing, [DecodeRound(nothing, nothing, [capacity], [], capacity)])], None)
-        return Batch.of(arrays, CudaAttention(plan, self._shape, arrays))
+        arrays = AttentionArrays([DecodeArrays(inputs.table, [one])], None)
+        return Batch(tokens, CudaAttention(plan, self._shape, arrays))

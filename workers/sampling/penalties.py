@@ -1,11 +1,14 @@
 """Penalties on tokens that an answer has seen, for all rows of a step at once."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Generic, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from distkv.workers.runners.host_copies import Array
 
 
 class PenalisedRow(Protocol):
@@ -19,21 +22,31 @@ class PenalisedRow(Protocol):
     pending: int | None
 
 
-def penalty_arrays(rows: Sequence[tuple[int, PenalisedRow]], vocab_size: int) -> dict[str, np.ndarray]:
-    """What `penalise` needs of rows that have penalties, each with its place among the logits; nothing without rows."""
+@dataclass(frozen=True)
+class Penalties(Generic[Array]):
+    """What `penalise` needs of R rows that have penalties, which have seen S tokens together."""
+
+    rows: Array  # int64 [R], of the logits
+    factors: Array  # float64 [R, 3]: repetition, presence, frequency
+    seen: Array  # int64 [S]: number of the row, of R, * vocab_size + token id; each once
+    times: Array  # float64 [S], how often it is in the output
+    pending: Array | None  # int64 [N, 2]: number of the row * vocab_size, index of its newest token among the sampled
+
+
+def penalty_arrays(rows: Sequence[tuple[int, PenalisedRow]], vocab_size: int) -> Penalties[np.ndarray] | None:
+    """The penalties of rows, each given with its index among the logits; None without rows."""
     if not rows:
-        return {}
+        return None
     seen, times = zip(*(_seen(row) for _, row in rows), strict=True)
     owner = np.repeat(np.arange(len(rows)), [len(tokens) for tokens in seen])
     pending = [(number * vocab_size, row.pending) for number, (_, row) in enumerate(rows) if row.pending is not None]
-    return {
-        "penalised": np.array([place for place, _ in rows]),
-        "penalties": np.array(
-            [(row.repetition_penalty, row.presence_penalty, row.frequency_penalty) for _, row in rows]
-        ),
-        "seen": owner * vocab_size + np.concatenate(seen),
-        "times": np.concatenate(times),
-    } | ({"pending": np.array(pending)} if pending else {})
+    return Penalties(
+        rows=np.array([index for index, _ in rows]),
+        factors=np.array([(row.repetition_penalty, row.presence_penalty, row.frequency_penalty) for _, row in rows]),
+        seen=owner * vocab_size + np.concatenate(seen),
+        times=np.concatenate(times),
+        pending=np.array(pending) if pending else None,
+    )
 
 
 def _seen(row: PenalisedRow) -> tuple[np.ndarray, np.ndarray]:
@@ -44,7 +57,7 @@ def _seen(row: PenalisedRow) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([output, others]), np.concatenate([times.astype(np.float64), np.zeros(len(others))])
 
 
-def penalise(logits: Tensor, sent: dict[str, Tensor], sampled: Tensor | None) -> None:
+def penalise(logits: Tensor, penalties: Penalties[Tensor], sampled: Tensor | None) -> None:
     """In place: repetition penalty on tokens of prompt and output (Keskar et al. 2019,
     https://arxiv.org/abs/1909.05858), presence and frequency penalties on those of the output.
 
@@ -52,22 +65,22 @@ def penalise(logits: Tensor, sent: dict[str, Tensor], sampled: Tensor | None) ->
 
     Args:
         logits: fp32 `[rows, vocab_size]`, contiguous.
-        sent: what `penalty_arrays` made, on the device.
-        sampled: of the step before, for rows whose newest token is one of them.
+        penalties: what `penalty_arrays` made, on the device.
+        sampled: int64, what the step before sampled; needed for rows whose newest token is pending.
     """
     vocab_size = logits.shape[1]
-    seen, times = sent["seen"], sent["times"].float()
-    if "pending" in sent:
+    seen, times = penalties.seen, penalties.times.float()
+    if penalties.pending is not None:
         assert sampled is not None
-        base, number = sent["pending"].unbind(1)
+        base, number = penalties.pending.unbind(1)
         seen = torch.cat([seen, base + sampled.index_select(0, number)])
         times = torch.cat([times, times.new_ones(len(base))])
     owner = seen // vocab_size
-    place = (sent["penalised"].index_select(0, owner) - owner) * vocab_size + seen
-    count = times.new_zeros(len(sent["penalised"]) * vocab_size).index_add_(0, seen, times).index_select(0, seen)
-    repetition, presence, frequency = sent["penalties"].float().index_select(0, owner).unbind(1)
+    index = (penalties.rows.index_select(0, owner) - owner) * vocab_size + seen
+    count = times.new_zeros(len(penalties.rows) * vocab_size).index_add_(0, seen, times).index_select(0, seen)
+    repetition, presence, frequency = penalties.factors.float().index_select(0, owner).unbind(1)
     flat = logits.view(-1)
-    values = flat.index_select(0, place)
+    values = flat.index_select(0, index)
     values = torch.where(values > 0, values / repetition, values * repetition)
     values = torch.where(count > 0, values - (presence + frequency * count), values)
-    flat.index_copy_(0, place, values)
+    flat.index_copy_(0, index, values)

@@ -1,4 +1,4 @@
-"""What the sampler is told of each token that a step samples; without a tensor, for the leader writes it."""
+"""How each token of a step is to be sampled; without a tensor, for the leader writes it."""
 
 from dataclasses import dataclass
 

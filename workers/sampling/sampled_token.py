@@ -1,4 +1,4 @@
-"""What the leader is told of a token that was sampled; without a tensor."""
+"""A token that was sampled, as the leader receives it; without a tensor."""
 
 from dataclasses import dataclass
 

@@ -1,14 +1,17 @@
 """Samples the next tokens from logits, on rank 0. A token depends on its own row alone, never on its batch-mates."""
 
-from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from distkv.workers.runners.host_copies import HostCopy, to_device
+from distkv.storage.device import device_of
+from distkv.workers.runners.host_copies import Array, send
 from distkv.workers.sampling.logprobs import pack_logprobs, unpack_logprobs
-from distkv.workers.sampling.penalties import penalise, penalty_arrays
+from distkv.workers.sampling.penalties import Penalties, penalise, penalty_arrays
 from distkv.workers.sampling.sample_row import SampleRow
 from distkv.workers.sampling.sampled_token import SampledToken
 
@@ -23,7 +26,8 @@ class SampledTokens:
         """
         self.tokens = tokens  # int64 [rows], on the device
         self._counts = counts
-        self._copy = HostCopy(tokens if logprobs is None else torch.cat([tokens, logprobs.view(-1)]))
+        numbers = tokens if logprobs is None else torch.cat([tokens, logprobs.view(-1)])
+        self._copy = device_of(tokens.device).bring(numbers)
 
     def result(self) -> list[SampledToken]:
         """Waits for the tokens; may be called again. Raises what the device failed with."""
@@ -38,6 +42,29 @@ class SampledTokens:
         ]
 
 
+SampleWay = Callable[[Tensor, Tensor | None], Tensor]
+"""Samples from logits `[rows, vocab_size]`, given the `columns` of `Way`; int64 `[rows]`."""
+
+
+@dataclass(frozen=True)
+class Way(Generic[Array]):
+    """Rows that are sampled in the same way."""
+
+    sample: SampleWay
+    rows: Array | None  # int64; None where they are all rows, in their order, which needs no index
+    columns: Array | None  # float64 [rows, 5], see `_columns`; None where the way needs none
+
+
+@dataclass(frozen=True)
+class Parameters(Generic[Array]):
+    """What the device is told of the rows of a step."""
+
+    logits_rows: Array | None  # int64 [rows]; None where they are those of the logits, in their order
+    penalties: Penalties[Array] | None
+    ways: list[Way[Array]]
+    with_logprobs: Array | None  # int64, the rows with log-probabilities; None where they are none or all
+
+
 @torch.inference_mode()
 def sample(logits: Tensor, rows: list[SampleRow], sampled: Tensor | None = None) -> SampledTokens:
     """Samples one token per row, on the device; nothing waits for it. Ties in greedy rows go to the lowest token id.
@@ -46,52 +73,67 @@ def sample(logits: Tensor, rows: list[SampleRow], sampled: Tensor | None = None)
         logits: fp32 `[N, vocab_size]`, left as they are; several rows may be sampled from the same ones.
         sampled: int64, what the step before sampled, for rows whose newest token is `pending`.
     """
-    picked = [row.logits_row for row in rows]
-    ways: dict[str, list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        ways["greedy" if row.temperature == 0 else "truncated" if row.truncated else "plain"].append(index)
-    tables = [index for index, row in enumerate(rows) if row.num_logprobs is not None]
-    arrays = penalty_arrays([(index, row) for index, row in enumerate(rows) if row.penalised], logits.shape[1])
-    is_penalised = bool(arrays)
-    # what stands for all rows in their order needs no index
-    if picked != list(range(len(logits))):
-        arrays["picked"] = np.array(picked)
-    for way, members in (ways | {"tables": tables}).items():
-        if 0 < len(members) < len(rows):
-            arrays[way] = np.array(members)
-    for way in ways.keys() - {"greedy"}:
-        arrays[f"parameters of {way}"] = np.array([_parameters(rows[index]) for index in ways[way]])
-    sent = to_device(arrays, logits.device)
-
-    def of(name: str, values: Tensor) -> Tensor:
-        return values.index_select(0, sent[name]) if name in sent else values
-
-    logits = of("picked", logits)
+    parameters: Parameters[Tensor] = send(_parameters(rows, *logits.shape), device_of(logits.device))
+    logits = _pick(logits, parameters.logits_rows)
     adjusted = logits
-    if is_penalised:
+    if parameters.penalties is not None:
         adjusted = logits.clone(memory_format=torch.contiguous_format)
-        penalise(adjusted, sent, sampled)
+        penalise(adjusted, parameters.penalties, sampled)
     tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
-    for way in ways:
-        own = _DRAW[way](of(way, adjusted), sent.get(f"parameters of {way}"))
-        tokens = tokens.index_copy_(0, sent[way], own) if way in sent else own
-    packed = None
-    if tables:
-        most = max(rows[index].num_logprobs or 0 for index in tables)
-        packed = pack_logprobs(of("tables", logits), of("tables", tokens), most)
-    return SampledTokens(tokens, packed, [row.num_logprobs for row in rows])
+    for way in parameters.ways:
+        own = way.sample(_pick(adjusted, way.rows), way.columns)
+        tokens = own if way.rows is None else tokens.index_copy_(0, way.rows, own)
+    counts = [row.num_logprobs for row in rows]
+    packed, most = None, max((count for count in counts if count is not None), default=None)
+    if most is not None:
+        with_logprobs = parameters.with_logprobs
+        packed = pack_logprobs(_pick(logits, with_logprobs), _pick(tokens, with_logprobs), most)
+    return SampledTokens(tokens, packed, counts)
 
 
-def _parameters(row: SampleRow) -> tuple[float, ...]:
-    """The columns of float64 that the functions below take."""
-    return row.temperature, row.min_p, row.uniform, row.top_k if row.top_k > 0 else np.inf, row.top_p
+def _parameters(rows: list[SampleRow], num_logits: int, vocab_size: int) -> Parameters[np.ndarray]:
+    logits_rows = [row.logits_row for row in rows]
+    members: dict[SampleWay, list[int]] = {}
+    for index, row in enumerate(rows):
+        members.setdefault(_way_of(row), []).append(index)
+    return Parameters(
+        logits_rows=None if logits_rows == list(range(num_logits)) else np.array(logits_rows),
+        penalties=penalty_arrays([(index, row) for index, row in enumerate(rows) if row.penalised], vocab_size),
+        ways=[
+            Way(way, _some(mine, rows), None if way is _greedy else _columns([rows[index] for index in mine]))
+            for way, mine in members.items()
+        ],
+        with_logprobs=_some([index for index, row in enumerate(rows) if row.num_logprobs is not None], rows),
+    )
+
+
+def _some(indices: list[int], rows: list[SampleRow]) -> np.ndarray | None:
+    """Indices of some of the rows; None where they are none or all."""
+    return np.array(indices) if 0 < len(indices) < len(rows) else None
+
+
+def _pick(values: Tensor, rows: Tensor | None) -> Tensor:
+    return values if rows is None else values.index_select(0, rows)
+
+
+def _columns(rows: list[SampleRow]) -> np.ndarray:
+    """The parameters that the functions below take, float64 `[rows, 5]`."""
+    return np.array(
+        [(row.temperature, row.min_p, row.uniform, row.top_k if row.top_k > 0 else np.inf, row.top_p) for row in rows]
+    )
+
+
+def _way_of(row: SampleRow) -> SampleWay:
+    # chosen by the row's own parameters: sorting for all would slow the rows that need no order
+    if row.temperature == 0:
+        return _greedy
+    return _truncated if row.truncated else _plain
 
 
 def _greedy(logits: Tensor, _: Tensor | None) -> Tensor:
     return logits.argmax(-1)
 
 
-# Two ways, chosen by the row's own parameters: sorting for all would slow the rows that need no order.
 def _plain(logits: Tensor, columns: Tensor | None) -> Tensor:
     assert columns is not None
     return _invert(_probabilities(logits, columns), columns[:, 2:3])
@@ -102,9 +144,6 @@ def _truncated(logits: Tensor, columns: Tensor | None) -> Tensor:
     ordered, ids = _probabilities(logits, columns).sort(dim=-1, descending=True, stable=True)
     _truncate(ordered, columns)
     return ids.gather(1, _invert(ordered, columns[:, 2:3])[:, None])[:, 0]
-
-
-_DRAW = {"greedy": _greedy, "plain": _plain, "truncated": _truncated}
 
 
 def _probabilities(logits: Tensor, columns: Tensor) -> Tensor:
@@ -120,25 +159,16 @@ def _truncate(ordered: Tensor, columns: Tensor) -> None:
     """In place: keeps the top_k likeliest of a row sorted in descending order, and of those, by their mass
     renormalised, the fewest that reach top_p. The likeliest always stays."""
     top_k, top_p = columns[:, 3:4], columns[:, 4:]
-    place = torch.arange(ordered.shape[1], device=ordered.device)
-    ordered.masked_fill_(place >= top_k, 0)
-    mass_before = _cumulated(ordered) - ordered
-    ordered.masked_fill_((mass_before >= top_p * ordered.sum(-1, keepdim=True)) & (place > 0), 0)
+    rank = torch.arange(ordered.shape[1], device=ordered.device)
+    ordered.masked_fill_(rank >= top_k, 0)
+    mass_before = device_of(ordered.device).running_sums(ordered) - ordered
+    ordered.masked_fill_((mass_before >= top_p * ordered.sum(-1, keepdim=True)) & (rank > 0), 0)
 
 
 def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
     """Inverse of the cumulative distribution: `[rows]`, never an entry of probability 0."""
-    cumulative = _cumulated(probs)
+    cumulative = device_of(probs.device).running_sums(probs)
     target = uniform * cumulative[:, -1:]
     # the last entry that is not 0, in case rounding puts the target at the very end
     last = probs.shape[1] - 1 - (probs > 0).flip(-1).to(torch.uint8).argmax(-1)
     return torch.searchsorted(cumulative, target, right=True)[:, 0].minimum(last)
-
-
-def _cumulated(probs: Tensor) -> Tensor:
-    """Sums along each row, which never fall. On CUDA rounding might make them, and a single row would take another
-    algorithm than several, which may round otherwise."""
-    if not probs.is_cuda:
-        return probs.cumsum(-1)
-    rows = probs if len(probs) > 1 else probs.expand(2, -1)
-    return rows.cumsum(-1).cummax(-1).values[: len(probs)]

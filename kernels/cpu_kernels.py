@@ -1,0 +1,9 @@
+"""The token kernels of a CPU: torch's operators."""
+
+from distkv.kernels.activation import swiglu
+from distkv.kernels.linear import packed_linear
+from distkv.kernels.norm import rms_norm
+from distkv.kernels.rope import rope_and_write_kv
+from distkv.kernels.token_kernels import TokenKernels
+
+CPU_KERNELS = TokenKernels(rms_norm, swiglu, rope_and_write_kv, packed_linear)

@@ -1,0 +1,27 @@
+"""A kind of machine of the tests: the kernels for CUDA, in Triton's interpreter, on the memory of a CPU."""
+
+from dataclasses import replace
+
+from distkv.kernels.cpu_kernels import CPU_KERNELS
+from distkv.kernels.cuda.cuda_kernels import CUDA_KERNELS
+from distkv.workers.backend import KINDS, Backend
+from distkv.workers.backends.cpu import CpuBackend
+from distkv.workers.kv_pools import KVPools
+from distkv.workers.model.llama import LlamaModel
+from distkv.workers.runners.cuda_runner import CudaRunner
+
+KIND = replace(KINDS["cpu"], module=__name__)
+
+
+class TritonOnCpu(CpuBackend):
+    """A `Backend`."""
+
+    kernels = replace(CUDA_KERNELS, make_linear=CPU_KERNELS.make_linear)
+    captures = False  # there are no graphs here but those that a test stands in for
+
+    def make_runner(self, model: LlamaModel, pools: KVPools, max_num_seqs: int) -> CudaRunner:
+        return CudaRunner(model, pools, max_num_seqs, num_programs=1, captures=self.captures)
+
+
+def make_backend() -> Backend:
+    return TritonOnCpu()

@@ -1,0 +1,85 @@
+"""What a kind of machine is, told in one place. It is chosen once, when a rank starts, and everybody else is given what
+was chosen.
+
+Three things describe it, each by what needs it:
+
+- `Kind`: what is known of it by name alone, where there is no such machine: for sizing pools and placing ranks.
+- `Device` (`storage/device.py`): where tensors lie, how pages and small arrays cross, what a thread has to do.
+- `Backend`: by which kernels a rank runs its steps on a device, and how much of its memory is left for pages.
+
+Other kernels for a device that is here already are a `Backend` of their own, which the module of a `Kind` returns.
+"""
+
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Protocol
+
+from distkv.kernels.token_kernels import TokenKernels
+from distkv.storage.device import Device
+from distkv.storage.page_spec import PageSpec
+from distkv.workers.kv_pools import KVPools
+from distkv.workers.model.llama import LlamaModel
+from distkv.workers.runners.runner import Runner
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is known of a kind of machine by the name that `EngineConfig.device` has for it."""
+
+    module: str  # it has `make_backend`, and is imported where such a machine is used
+    resource: str  # as Ray counts it
+    collectives: str  # what carries tensors between ranks, see `ProcessGroup`
+    reads_ahead: bool  # whether pages that stream from disk pass through host memory, see `ReadAhead`
+
+
+KINDS = {
+    "cpu": Kind("distkv.workers.backends.cpu", "CPU", "gloo", reads_ahead=False),
+    "cuda": Kind("distkv.workers.backends.cuda", "GPU", "nccl", reads_ahead=True),
+}
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a rank asks room for."""
+
+    spec: PageSpec
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    staging_bytes: int  # of the staging ring
+    gpu_memory_utilization: float  # see `RankConfig`
+    host_bytes: int  # that a pool in host memory may grow to
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory of the device that is left for KV pages."""
+
+    num_bytes: int  # below 0 where there is too little even without pages
+    page_bytes: int  # of a page, with what it adds to other memory
+    cure: str  # what to do where that is too little
+    budget: list[tuple[str, int]] = field(default_factory=list)  # what takes how many bytes, where that was found out
+
+
+class Backend(Protocol):
+    """What runs the steps of a rank."""
+
+    device: Device
+    kernels: TokenKernels
+
+    def make_runner(self, model: LlamaModel, pools: KVPools, max_num_seqs: int) -> Runner:
+        """What runs steps over the pools."""
+        ...
+
+    def room(self, model: LlamaModel, demand: Demand) -> Room:
+        """Looks, or finds out by trial, how much memory is left beside the model. All ranks of a group at a time.
+        Raises CapacityError when a step does not fit."""
+        ...
+
+    def tune(self, pools: KVPools) -> None:
+        """Chooses what depends on how fast this machine is, in pools that hold nothing yet."""
+
+
+def make_backend(kind: str) -> Backend:
+    """The backend of this process, for a key of `KINDS`."""
+    backend: Backend = import_module(KINDS[kind].module).make_backend()
+    return backend

@@ -1,0 +1,55 @@
+"""Steps on a CUDA device, by Triton's kernels and captured graphs."""
+
+from functools import partial
+
+import torch
+
+from distkv.kernels.cuda.cuda_kernels import CUDA_KERNELS
+from distkv.kernels.cuda.page_copy import copy_pages
+from distkv.storage.device import CudaDevice, Device
+from distkv.storage.tier import Tier
+from distkv.workers.backend import Backend, Demand, Room
+from distkv.workers.bandwidth import choose_copies
+from distkv.workers.gpu_memory import find_memory_in_use
+from distkv.workers.kv_pools import KVPools
+from distkv.workers.model.llama import LlamaModel
+from distkv.workers.runners.cuda_runner import CudaRunner, decode_programs
+
+
+class CudaBackend:
+    """A `Backend`, on the device that is current in the thread that makes it."""
+
+    kernels = CUDA_KERNELS
+    captures = True  # graphs, where the group of ranks can be captured
+
+    def __init__(self) -> None:
+        self.device: Device = CudaDevice(torch.device("cuda", torch.cuda.current_device()))
+        self._properties = torch.cuda.get_device_properties(self.device.torch_device)
+
+    def make_runner(self, model: LlamaModel, pools: KVPools, max_num_seqs: int) -> CudaRunner:
+        num_programs = decode_programs(self._properties.multi_processor_count, pools.device.spec.num_kv_heads)
+        return CudaRunner(model, pools, max_num_seqs, num_programs, self.captures and model.group.is_capturable)
+
+    def room(self, model: LlamaModel, demand: Demand) -> Room:
+        spec, device = demand.spec, self.device.torch_device
+        in_use = find_memory_in_use(
+            model, partial(self.make_runner, model), spec, demand.max_num_seqs, demand.max_num_batched_tokens,
+            self.device,
+        )  # fmt: skip
+        budget = [*in_use.budget, ("staging ring", demand.staging_bytes)]
+        total = torch.cuda.mem_get_info(device)[1]
+        left = int(total * demand.gpu_memory_utilization) - sum(size for _, size in budget)
+        return Room(
+            left,
+            spec.page_bytes_in(Tier.DEVICE) + in_use.graph_bytes_per_page,
+            "raise gpu_memory_utilization, or use more ranks or a smaller max_num_batched_tokens",
+            [*budget, ("left for KV pages", max(left, 0))],
+        )
+
+    def tune(self, pools: KVPools) -> None:
+        choose_copies(pools, copy_pages)
+
+
+def make_backend() -> Backend:
+    """See `backend.make_backend`."""
+    return CudaBackend()
