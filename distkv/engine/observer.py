@@ -17,7 +17,8 @@ class StepObserver:
     """
 
     def prepared(self, step: "Step | None") -> None:
-        """The next step has its pages and its plan; None when there is none, or the device has no room for it yet."""
+        """The next step has its pages and its plan; None when there is none, or the device has no room for it yet.
+        It is taken back without a word when the running one leaves another state than it was prepared for."""
 
     def reported(self, step: "Step") -> None:
         """The ranks have reported on a step."""
