@@ -3,15 +3,18 @@
 import asyncio
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
 
 from distkv import LLM, AsyncLLM, RequestError, RequestOutput, RequestOutputKind, SamplingParams
 from distkv.engine.protocol import EngineRequest, TokenOutput
+from distkv.engine.thread import Sink
 from distkv.errors import StoreError
 from distkv.frontend.answer import RequestState
+from distkv.frontend.front_end import FrontEnd
 from distkv.frontend.tokenizer import Tokenizer
 from distkv.outputs import join_deltas
 from distkv.workers.sampling.sampled_token import TokenLogprobs
@@ -139,6 +142,40 @@ def test_a_slow_reader_of_an_async_llm_misses_no_delta(tiny_model: Path) -> None
             assert len(final) == 1 and len(slow) < len(quick)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind", RequestOutputKind)
+def test_a_token_behind_a_stop_string_brings_no_output(tokenizer: Tokenizer, kind: RequestOutputKind) -> None:
+    """It was under way when the answer ended, and comes while the last output is read."""
+    request = EngineRequest("0", [1, 2], SamplingParams(stop="four", output_kind=kind), 100, 0)
+    sinks: list[Sink] = []
+    thread = SimpleNamespace(add=lambda requests, sink: sinks.append(sink), abort=lambda answers: None)
+    llm = AsyncLLM.__new__(AsyncLLM)
+    llm._mailbox = None
+    llm._front_end = cast(
+        FrontEnd,
+        SimpleNamespace(
+            thread=thread, next_number=lambda: 0, request=lambda *given: RequestState(request, None, tokenizer)
+        ),
+    )
+
+    async def main() -> list[bool]:
+        finished = []
+        stream = llm.generate([1, 2], request.params)
+        first = asyncio.ensure_future(anext(stream))
+        while not sinks:
+            await asyncio.sleep(0)
+        *begin, late = tokenizer.encode("four five")
+        for token in begin:
+            sinks[0]([TokenOutput("0", 0, token, None, None, None)])
+        finished.append((await first).finished)
+        sinks[0]([TokenOutput("0", 0, late, None, None, None)])
+        await asyncio.sleep(0.01)
+        async for output in stream:
+            finished.append(output.finished)
+        return finished
+
+    assert asyncio.run(main()) == [True]
 
 
 @pytest.mark.parametrize("kind", RequestOutputKind)
