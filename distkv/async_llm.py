@@ -12,7 +12,8 @@ from distkv.engine.protocol import EngineStats
 from distkv.engine.thread import Delivery
 from distkv.errors import DistKVError
 from distkv.frontend.chat_pieces import Message
-from distkv.frontend.front_end import Facade, FrontEnd, Prompt
+from distkv.frontend.front_end import Facade, FrontEnd
+from distkv.frontend.request_checks import Prompt
 from distkv.frontend.request_group import RequestGroup
 from distkv.outputs import RequestOutput, join_deltas
 from distkv.sampling_params import RequestOutputKind, SamplingParams
@@ -48,11 +49,11 @@ class AsyncLLM(Facade):
         priority: int = 0,
         cache_salt: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Answers one prompt and yields the output so far whenever there is more of it, or what `output_kind` asks
-        for; the last one is finished.
+        """Answers one prompt and yields an output of the `output_kind` of its parameters whenever there is more of the
+        answer: the answer so far, or what is new of it, or the finished one alone. The last output is finished.
 
         Cancelling the task or closing the iterator ends the request; leaving the loop early closes an iterator that has
-        no other name. A reader that is slower than the engine misses outputs, but no text.
+        no other name. For a reader that is slower than the engine outputs merge; it misses no text.
 
         Args:
             prompt: a text or a list of token ids.
@@ -66,19 +67,17 @@ class AsyncLLM(Facade):
         state = await asyncio.to_thread(
             self._front_end.request, number, prompt, sampling_params or SamplingParams(), priority, cache_salt
         )
-        group, grown = RequestGroup(self._front_end.thread, [state]), asyncio.Event()
+        group, due = RequestGroup(self._front_end.thread, [state]), asyncio.Event()
         mailbox = self._mailbox_of_loop()
-        mailbox.groups[state.request.request_id] = group, grown
+        mailbox.groups[state.request.request_id] = group, due
         try:
             group.start(mailbox.put)
-            while group.unfinished or grown.is_set():
-                await grown.wait()
-                grown.clear()
+            while group.unfinished or due.is_set():
+                await due.wait()
+                due.clear()
                 if error := group.error or state.error:
                     raise error
-                output = state.next_output()
-                if output is not None:
-                    yield output
+                yield state.emit()
         finally:
             group.end()
             del mailbox.groups[state.request.request_id]
@@ -97,7 +96,7 @@ class AsyncLLM(Facade):
 
         Args:
             session: name of a conversation that is kept, as with `LLM.chat`. Of an answer that is left early, the
-                conversation gets what was yielded.
+                conversation gets what was yielded, with FINAL_ONLY nothing.
         """
         if session is not None:
             outputs = self._chat_on(session, messages, sampling_params or SamplingParams(), priority, cache_salt)
@@ -136,7 +135,7 @@ class AsyncLLM(Facade):
         with self._front_end.session(name, params) as session:
             prompt = await asyncio.to_thread(session.prompt, self.tokenizer, messages)
             outputs = self.generate(prompt, params, priority=priority, cache_salt=cache_salt)
-            yielded: list[RequestOutput] = []
+            yielded: list[RequestOutput] = []  # that add up to the answer
             try:
                 async with aclosing(outputs):
                     async for output in outputs:
@@ -145,14 +144,14 @@ class AsyncLLM(Facade):
                         yielded.append(output)
                         yield output
             except DistKVError:
-                yielded = []  # an answer that could not go on
+                yielded.clear()  # an answer that could not go on
                 raise
             finally:
                 if yielded:
                     session.add_output(join_deltas(yielded).outputs[0])
 
     def _mailbox_of_loop(self) -> "_Mailbox":
-        """That of the running event loop; requests keep the one they have begun with."""
+        """The mailbox of the running event loop; requests keep the one they have begun with."""
         loop = asyncio.get_running_loop()
         if self._mailbox is None or self._mailbox.loop is not loop:
             self._mailbox = _Mailbox(loop)
@@ -173,11 +172,10 @@ class _Mailbox:
     def _sort(self, deliveries: list[Delivery]) -> None:
         for delivery in deliveries:
             if delivery.request_id in self.groups:
-                group, grown = self.groups[delivery.request_id]
-                has_grown = False
+                group, due = self.groups[delivery.request_id]
                 try:
-                    has_grown = bool(group.take([delivery]))
+                    if group.take([delivery]) or group.error:
+                        due.set()
                 except Exception as error:  # text that cannot be decoded, say
                     group.error = error
-                if has_grown or group.error is not None:  # else it came behind a stop string
-                    grown.set()
+                    due.set()

@@ -12,10 +12,11 @@ from distkv.engine.client import EngineClient
 from distkv.engine.protocol import EngineStats
 from distkv.engine.thread import Delivery
 from distkv.errors import RequestError
-from distkv.frontend.answer import RequestState
 from distkv.frontend.chat_pieces import Message
-from distkv.frontend.front_end import Facade, FrontEnd, Prompt
+from distkv.frontend.front_end import Facade, FrontEnd
+from distkv.frontend.request_checks import Prompt
 from distkv.frontend.request_group import RequestGroup
+from distkv.frontend.request_state import RequestState
 from distkv.outputs import RequestOutput
 from distkv.sampling_params import SamplingParams
 
@@ -61,9 +62,10 @@ class LLM(Facade):
                 and None is a salt too.
             use_tqdm: show a progress bar on stderr.
 
-        Returns one output per prompt, in their order, with whole answers whatever their `output_kind`; one that could
-        not go on has its `error` set. Raises RequestError or CapacityError, before anything runs, for a prompt that
-        cannot be answered, WorkerDied when a rank is lost, and DistKVError when the LLM is closed meanwhile.
+        Returns one output per prompt, in their order; one that could not go on has its `error` set, and the others are
+        whole. That is so for every `output_kind`: with DELTA the whole answer is one delta. Raises RequestError or
+        CapacityError, before anything runs, for a prompt that cannot be answered, WorkerDied when a rank is lost, and
+        DistKVError when the LLM is closed meanwhile.
         """
         listed = _listed(prompts)
         params = _one_each("sampling_params", sampling_params or SamplingParams(), len(listed))
@@ -107,8 +109,8 @@ class LLM(Facade):
         priority: int = 0,
         cache_salt: str | None = None,
     ) -> Generator[RequestOutput, None, None]:
-        """Answers one prompt and yields the output so far whenever there is more of it, or what `output_kind` asks
-        for; the last one is finished.
+        """Answers one prompt and yields an output of the `output_kind` of its parameters whenever there is more of the
+        answer: the answer so far, or what is new of it, or the finished one alone. The last output is finished.
 
         The engine does not wait for a slow reader. Leaving the iterator early ends the request. Raises as `generate`
         does, and StoreError or CapacityError when the request cannot go on.
@@ -160,31 +162,30 @@ class LLM(Facade):
         from tqdm import tqdm
 
         with tqdm(total=len(states), desc="requests", disable=not use_tqdm, dynamic_ncols=True) as bar:
-            for grown in self._drive(states):
-                bar.update(sum(state.finished for state in grown))
-        return [state.output() for state in states]
+            for due in self._drive(states):
+                bar.update(sum(state.finished for state in due))
+        return [state.emit() for state in states]
 
     def _outputs(self, state: RequestState) -> Generator[RequestOutput, None, None]:
         with closing(self._drive([state])) as steps:  # so that closing this generator aborts at once
             for _ in steps:
                 if state.error is not None:
                     raise state.error
-                output = state.next_output()
-                if output is not None:
-                    yield output
+                yield state.emit()
 
     def _drive(self, states: list[RequestState]) -> Generator[list[RequestState], None, None]:
-        """Runs requests to their end, yielding those that a step lets grow; what is unfinished at exit is aborted."""
+        """Runs requests to their end, yielding those that are to emit an output after a step; what is unfinished at
+        exit is aborted."""
         inbox: queue.SimpleQueue[list[Delivery]] = queue.SimpleQueue()
         group = RequestGroup(self._front_end.thread, states)
         try:
             group.start(inbox.put)
             while group.unfinished:
-                grown = group.take(inbox.get())
+                due = group.take(inbox.get())
                 if group.error is not None:
                     raise group.error
-                if grown:
-                    yield grown
+                if due:
+                    yield due
         finally:
             group.end()
 

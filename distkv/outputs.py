@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 
 from distkv.errors import DistKVError
 
@@ -18,11 +17,12 @@ class Logprob:
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One answer of a request: all of it so far, or what is new in it, see `SamplingParams.output_kind`.
+    """One answer of a request, or with `RequestOutputKind.DELTA` what is new of it: `text`, `token_ids` and `logprobs`.
 
     `logprobs`, when asked for, has a table per token: token id -> Logprob, the sampled token among them.
+    `cumulative_logprob` is the sum over all tokens so far, whatever the kind.
     `finish_reason` is "stop" (an end token or a stop string, named in `stop_reason`), "length", "error" when the
-    request could not go on, or None while it runs. `cumulative_logprob` is of the whole answer in a delta too.
+    request could not go on, or None while it runs.
     """
 
     index: int
@@ -36,7 +36,7 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A request and its answers so far; complete when `finished`. A delta has the answers alone that have grown.
+    """A request and its answers, as `SamplingParams.output_kind` has it; the last output is `finished`.
 
     `num_cached_tokens_by_tier` says how many tokens of the prompt had their KV taken over from earlier requests, by
     where it was found: "device", "host" and "disk". It is known from the first token on.
@@ -56,24 +56,24 @@ class RequestOutput:
         return sum(self.num_cached_tokens_by_tier.values())
 
 
-def join_deltas(outputs: Sequence[RequestOutput]) -> RequestOutput:
-    """What the deltas of one request say together: the answers so far, in order of their indexes.
+def join_deltas(deltas: Sequence[RequestOutput]) -> RequestOutput:
+    """The cumulative output that the deltas of a request add up to, given from the first one on, at least one.
 
-    Args:
-        outputs: at least one, all of them up to the last one that counts.
+    They need not go on to the end: the answers then are what was yielded of them.
     """
     parts: dict[int, list[CompletionOutput]] = {}
-    for output in outputs:
-        for part in output.outputs:
+    for delta in deltas:
+        for part in delta.outputs:
             parts.setdefault(part.index, []).append(part)
-    return replace(outputs[-1], outputs=[_join(parts[index]) for index in sorted(parts)])
+    return replace(deltas[-1], outputs=[_join_parts(parts[index]) for index in sorted(parts)])
 
 
-def _join(parts: list[CompletionOutput]) -> CompletionOutput:
-    tables = [part.logprobs for part in parts if part.logprobs is not None]
+def _join_parts(parts: list[CompletionOutput]) -> CompletionOutput:
+    """An answer from its parts in their order."""
+    last = parts[-1]
     return replace(
-        parts[-1],
+        last,
         text="".join(part.text for part in parts),
-        token_ids=list(chain.from_iterable(part.token_ids for part in parts)),
-        logprobs=list(chain.from_iterable(tables)) if tables else None,
+        token_ids=[token for part in parts for token in part.token_ids],
+        logprobs=None if last.logprobs is None else [table for part in parts for table in part.logprobs or []],
     )

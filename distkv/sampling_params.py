@@ -13,14 +13,14 @@ MAX_LOGPROBS = 100
 
 
 class RequestOutputKind(Enum):
-    """What each `RequestOutput` of a request holds."""
+    """What the outputs of a request hold while it runs."""
 
     CUMULATIVE = 0
     """All of the answers so far."""
     DELTA = 1
-    """What is new in the answers since the output before; joined, they are the whole."""
+    """What is new since the output before, and of `n` answers only those that have grown; see `join_deltas`."""
     FINAL_ONLY = 2
-    """All of the answers, once they are finished."""
+    """There is no output but the finished one."""
 
 
 @explained
@@ -101,7 +101,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, repr_omit_defaul
         for token in self.stop_token_ids or []:
             _check_int("stop_token_ids", token, 0)
         if not isinstance(self.output_kind, RequestOutputKind):
-            raise RequestError(f"output_kind is {self.output_kind!r}; use a RequestOutputKind, for instance DELTA")
+            raise RequestError(f"output_kind is {self.output_kind!r}; it must be a RequestOutputKind")
 
     @property
     def stop_strings(self) -> list[str]:

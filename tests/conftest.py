@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: a thread that waits leaves its core to the rings
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from support.aot import Case, Compiler, Report
 
 pytest_plugins = ["support.rings"]
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for what it starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples on every run, so that a red suite means a changed tree. `pytest --hypothesis-profile explore`
 # searches further and at random.
@@ -41,6 +45,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from support.checkpoints import save_llama
 
     return save_llama(tmp_path_factory.mktemp("tiny"))[0]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_disk_probe() -> Iterator[None]:
+    """Each engine with a disk tier measures the disk at its start: with 8 MiB instead of 32, the least that it can."""
+    from distkv.workers import bandwidth
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bandwidth, "PROBE_BYTES", bandwidth.READ_BYTES)
+        yield
 
 
 @pytest.fixture

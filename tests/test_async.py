@@ -12,20 +12,38 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import msgspec
 import pytest
 from support.llms import idle_engine
 from support.prompts import random_prompts
 
 import distkv.frontend.front_end
-from distkv import LLM, AsyncLLM, CapacityError, DistKVError, EngineConfig, RequestError, SamplingParams, WorkerDied
+from distkv import (
+    LLM,
+    AsyncLLM,
+    CapacityError,
+    DistKVError,
+    EngineConfig,
+    RequestError,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+    WorkerDied,
+)
 from distkv.config import EngineOptions
 from distkv.engine.protocol import EngineInfo, EngineRequest, EngineStats, RequestFailed, StepOutput, TokenOutput
 from distkv.frontend.front_end import FrontEnd
 from distkv.frontend.session import Session
+from distkv.outputs import join_deltas
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+FORKED = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, n=2)
 LONG = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
 OPTIONS: dict[str, Any] = {"page_size": 16, "max_num_batched_tokens": 64, "max_num_seqs": 16, "device_kv_bytes": "4MiB"}
+
+
+def of_kind(params: SamplingParams, kind: RequestOutputKind) -> SamplingParams:
+    return msgspec.structs.replace(params, output_kind=kind)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +114,44 @@ def test_a_slow_reader_gets_the_whole_text_in_fewer_outputs(tiny_model: Path, ll
                 while (await llm.stats()).num_running:
                     await asyncio.sleep(0.001)
         assert len(outputs) < 40 and outputs[-1].outputs == expected
+
+    with_async(tiny_model, test)
+
+
+def test_deltas_merge_for_a_slow_reader(tiny_model: Path, llm: LLM) -> None:
+    params = SamplingParams(temperature=1.5, seed=5, max_tokens=40, n=3, logprobs=1, ignore_eos=True)
+    expected = llm.generate([[9, 10]], params, use_tqdm=False)[0].outputs
+
+    async def test(llm: AsyncLLM) -> None:
+        deltas: list[RequestOutput] = []
+        async for output in llm.generate([9, 10], of_kind(params, RequestOutputKind.DELTA)):
+            deltas.append(output)
+            if len(deltas) in (1, 5):
+                before = (await llm.stats()).num_running
+                await asyncio.sleep(0.01)
+            if len(deltas) == 5:
+                while (await llm.stats()).num_running:
+                    await asyncio.sleep(0.001)
+        assert before and 5 < len(deltas) < 40
+        assert max(len(one.token_ids) for one in deltas[-1].outputs) > 1
+        assert join_deltas(deltas).outputs == expected
+
+    with_async(tiny_model, test)
+
+
+@pytest.mark.parametrize("kind", RequestOutputKind)
+def test_every_reader_of_a_loop_gets_the_kind_it_asks_for(tiny_model: Path, llm: LLM, kind: RequestOutputKind) -> None:
+    prompts = random_prompts(*range(3, 13))
+    expected = llm.generate(prompts, FORKED, use_tqdm=False)
+
+    async def test(llm: AsyncLLM) -> None:
+        async def read(prompt: list[int]) -> list[RequestOutput]:
+            return [output async for output in llm.generate(prompt, of_kind(FORKED, kind))]
+
+        for outputs, whole in zip(await asyncio.gather(*map(read, prompts)), expected, strict=True):
+            last = join_deltas(outputs) if kind is RequestOutputKind.DELTA else outputs[-1]
+            assert last.finished and last.outputs == whole.outputs
+            assert (len(outputs) == 1) == (kind is RequestOutputKind.FINAL_ONLY)
 
     with_async(tiny_model, test)
 
@@ -240,8 +296,13 @@ def test_a_task_that_is_cancelled_while_it_opens_a_session_does_not_keep_it(
     asyncio.run(main())
 
 
-def test_a_session_keeps_what_was_drawn_of_an_answer(demo_model: Path, tmp_path: Path) -> None:
-    params = SamplingParams(temperature=0, max_tokens=30)
+@pytest.mark.parametrize("kind", [RequestOutputKind.CUMULATIVE, RequestOutputKind.DELTA])
+def test_a_session_keeps_what_was_sampled_of_an_answer(
+    demo_model: Path, tmp_path: Path, kind: RequestOutputKind
+) -> None:
+    params = SamplingParams(temperature=0, max_tokens=30, output_kind=kind)
+
+    answers: list[str] = []
 
     async def main() -> None:
         sizes = dict.fromkeys(("device_kv_bytes", "host_kv_bytes", "disk_kv_bytes"), "256MiB")
@@ -249,11 +310,14 @@ def test_a_session_keeps_what_was_drawn_of_an_answer(demo_model: Path, tmp_path:
 
             async def ask(text: str, most: int) -> list[int]:
                 """Leaves the answer after so many outputs; returns prompt and tokens."""
+                yielded = []
                 async with aclosing(llm.chat([{"role": "user", "content": text}], params, session="trip")) as outputs:
                     async for output in outputs:
-                        last, most = output, most - 1
-                        if not most:
+                        yielded.append(output)
+                        if len(yielded) == most:
                             break
+                last = join_deltas(yielded) if kind is RequestOutputKind.DELTA else yielded[-1]
+                answers.append(last.outputs[0].text)
                 return [*last.prompt_token_ids, *last.outputs[0].token_ids]
 
             left = await ask("Write a long story about a library.", 3)
@@ -263,7 +327,7 @@ def test_a_session_keeps_what_was_drawn_of_an_answer(demo_model: Path, tmp_path:
                 await ask("word " * 9000, 1000)
             waiting = asyncio.ensure_future(ask("Tell me more.", 1000))
             await asyncio.sleep(0)
-            waiting.cancel()  # before anything was drawn
+            waiting.cancel()  # before anything was sampled
             with pytest.raises(asyncio.CancelledError):
                 await waiting
             assert (await ask("Thanks!", 1000))[: len(whole)] == whole
@@ -274,6 +338,7 @@ def test_a_session_keeps_what_was_drawn_of_an_answer(demo_model: Path, tmp_path:
     asyncio.run(main())
     with Session(tmp_path, "trip") as session:
         questions = [message["content"] for message in session.messages[::2]]
+        assert [message["content"] for message in session.messages[1::2]] == answers
     assert [question.split()[0] for question in questions] == ["Write", "What", "Thanks!"]
 
 
@@ -371,7 +436,7 @@ class FakeEngine:
 
     def __init__(self, before_step: Callable[[int], None] = lambda number: None):
         self.info = EngineInfo(1 << 20, 64, 2048, 16, 1, 0, 0, 1, 1, 1, 128, (2,), 0, None)
-        self.requests: dict[str, list[int]] = {}  # id -> tokens drawn, most tokens
+        self.requests: dict[str, list[int]] = {}  # id -> tokens sampled, most tokens
         self.numbers = iter(range(10**9))
         self.before_step = before_step
         self.calls: deque[str] = deque()
@@ -557,6 +622,20 @@ def test_a_request_that_fails_alone_has_its_error(fake: Fake) -> None:
     assert "on fire" in str(output.error) and output.outputs[0].finish_reason == "error"
     with pytest.raises(DistKVError, match="on fire"):
         list(llm.stream([5], LONG))
+    streamed = {}
+    for kind in RequestOutputKind:
+        engine.calls.clear()
+        [again] = llm.generate([[5]], of_kind(LONG, kind), use_tqdm=False)
+        assert again.outputs == output.outputs and again.finished and "on fire" in str(again.error)
+        engine.calls.clear()
+        outputs: list[RequestOutput] = []
+        with pytest.raises(DistKVError, match="on fire"):
+            outputs.extend(llm.stream([5], of_kind(LONG, kind)))
+        streamed[kind] = outputs
+    *_, last = streamed[RequestOutputKind.CUMULATIVE]
+    assert last.outputs[0].token_ids == output.outputs[0].token_ids and not last.finished
+    assert join_deltas(streamed[RequestOutputKind.DELTA]).outputs == last.outputs
+    assert not streamed[RequestOutputKind.FINAL_ONLY]
 
 
 def test_closing_ends_what_runs(fake: Fake) -> None:

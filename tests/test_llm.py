@@ -5,14 +5,25 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from support.checkpoints import save_llama
 from support.llms import idle_engine
 from support.prompts import random_prompts
 
-from distkv import LLM, CapacityError, ConfigError, DistKVError, RequestError, RequestOutput, SamplingParams
+from distkv import (
+    LLM,
+    CapacityError,
+    ConfigError,
+    DistKVError,
+    RequestError,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+)
 from distkv.frontend.session import Session
+from distkv.outputs import join_deltas
 
 GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
 FORKED = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, n=2)
@@ -24,14 +35,9 @@ def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("tiny"))[0]
-
-
-@pytest.fixture(scope="module")
-def llm(tiny: Path) -> Iterator[LLM]:
+def llm(tiny_model: Path) -> Iterator[LLM]:
     """Small pages and steps, so that prompts of a hundred tokens already span pages and chunks."""
-    with LLM(tiny, page_size=16, max_num_batched_tokens=32, max_num_seqs=8, device_kv_bytes="4MiB") as llm:
+    with LLM(tiny_model, page_size=16, max_num_batched_tokens=32, max_num_seqs=8, device_kv_bytes="4MiB") as llm:
         yield llm
         check_idle(llm)
 
@@ -87,10 +93,12 @@ def test_batch_mates_change_nothing(llm: LLM) -> None:
 
 @pytest.mark.parametrize("max_num_batched_tokens", [8, 50, 512])
 @pytest.mark.parametrize("page_size", [16, 64, 256])
-def test_chunks_and_pages_change_nothing(tiny: Path, llm: LLM, max_num_batched_tokens: int, page_size: int) -> None:
+def test_chunks_and_pages_change_nothing(
+    tiny_model: Path, llm: LLM, max_num_batched_tokens: int, page_size: int
+) -> None:
     prompts = random_prompts(3, 18, 150, 64)
     options = {"max_num_batched_tokens": max_num_batched_tokens, "page_size": page_size, "max_num_seqs": 4}
-    with LLM(tiny, device_kv_bytes="8MiB", **options) as other:
+    with LLM(tiny_model, device_kv_bytes="8MiB", **options) as other:
         assert tokens(other.generate(prompts, GREEDY, use_tqdm=False)) == tokens(
             llm.generate(prompts, GREEDY, use_tqdm=False)
         )
@@ -98,29 +106,29 @@ def test_chunks_and_pages_change_nothing(tiny: Path, llm: LLM, max_num_batched_t
 
 def test_a_seed_fixes_the_answer_whatever_the_batch(llm: LLM) -> None:
     prompts = random_prompts(12, 30, 45)
-    drawn = SamplingParams(temperature=1.5, max_tokens=40, seed=11, ignore_eos=True, n=2, top_p=0.95)
+    warm = SamplingParams(temperature=1.5, max_tokens=40, seed=11, ignore_eos=True, n=2, top_p=0.95)
     other = SamplingParams(temperature=1.5, max_tokens=40, seed=12, ignore_eos=True, n=2, top_p=0.95)
-    alone = tokens(llm.generate(prompts[0], drawn, use_tqdm=False))
-    mixed = tokens(llm.generate(prompts, [drawn, other, GREEDY], use_tqdm=False))
+    alone = tokens(llm.generate(prompts[0], warm, use_tqdm=False))
+    mixed = tokens(llm.generate(prompts, [warm, other, GREEDY], use_tqdm=False))
     assert mixed[:2] == alone
     assert alone[0] != alone[1], "two answers of a request draw apart"
     assert tokens(llm.generate(prompts[0], other, use_tqdm=False)) != alone
 
 
-def test_without_a_seed_answers_differ_between_requests_and_repeat_between_engines(tiny: Path) -> None:
+def test_without_a_seed_answers_differ_between_requests_and_repeat_between_engines(tiny_model: Path) -> None:
     params = SamplingParams(temperature=2, max_tokens=30, ignore_eos=True)
     runs = []
     for seed in (5, 5, 6):
-        with LLM(tiny, seed=seed, device_kv_bytes="8MiB") as llm:
+        with LLM(tiny_model, seed=seed, device_kv_bytes="8MiB") as llm:
             runs.append(tokens(llm.generate([[9, 8, 7]] * 2, params, use_tqdm=False)))
     assert runs[0] == runs[1] != runs[2]
     assert runs[0][0] != runs[0][1]
 
 
 @pytest.mark.parametrize("prompt_len", [16, 32, 37])
-def test_answers_of_one_request_share_the_pages_of_its_prompt(tiny: Path, prompt_len: int) -> None:
+def test_answers_of_one_request_share_the_pages_of_its_prompt(tiny_model: Path, prompt_len: int) -> None:
     prompt = random_prompts(prompt_len)[0]
-    with LLM(tiny, page_size=16, device_kv_bytes="4MiB") as llm:
+    with LLM(tiny_model, page_size=16, device_kv_bytes="4MiB") as llm:
         greedy = llm.generate(prompt, GREEDY, use_tqdm=False)
         forked = llm.generate(
             prompt, SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, n=4), use_tqdm=False
@@ -131,8 +139,8 @@ def test_answers_of_one_request_share_the_pages_of_its_prompt(tiny: Path, prompt
         check_idle(llm)
 
 
-def test_pages_are_taken_as_tokens_arrive(tiny: Path) -> None:
-    with LLM(tiny, page_size=16, device_kv_bytes="4MiB") as llm:
+def test_pages_are_taken_as_tokens_arrive(tiny_model: Path) -> None:
+    with LLM(tiny_model, page_size=16, device_kv_bytes="4MiB") as llm:
         params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
         engine, held = idle_engine(llm), []
         execute = engine._runner.executor.forward
@@ -150,19 +158,19 @@ def test_pages_are_taken_as_tokens_arrive(tiny: Path) -> None:
         assert llm.stats().pages_in_use == 0
 
 
-def test_more_requests_than_memory_wait_their_turn(tiny: Path, llm: LLM) -> None:
+def test_more_requests_than_memory_wait_their_turn(tiny_model: Path, llm: LLM) -> None:
     prompts = random_prompts(*range(20, 60))
     page_bytes = llm.info.page_bytes
     sizes = {"device_kv_bytes": 16 * page_bytes, "host_kv_bytes": 0}
-    with LLM(tiny, page_size=16, max_num_seqs=16, **sizes) as small:
+    with LLM(tiny_model, page_size=16, max_num_seqs=16, **sizes) as small:
         outputs = small.generate(prompts, GREEDY, use_tqdm=False)
         assert small.stats().peak_pages_in_use <= 16
         check_idle(small)
     assert tokens(outputs) == tokens(llm.generate(prompts, GREEDY, use_tqdm=False))
 
 
-def test_a_request_that_can_never_fit_is_refused_with_the_sizes(tiny: Path, llm: LLM) -> None:
-    with LLM(tiny, page_size=16, device_kv_bytes=4 * llm.info.page_bytes, host_kv_bytes=0) as small:
+def test_a_request_that_can_never_fit_is_refused_with_the_sizes(tiny_model: Path, llm: LLM) -> None:
+    with LLM(tiny_model, page_size=16, device_kv_bytes=4 * llm.info.page_bytes, host_kv_bytes=0) as small:
         with pytest.raises(CapacityError, match=r"7 KV pages .* hold 4 .*device_kv_bytes"):
             small.generate([[5] * 40, [6] * 50], GREEDY, use_tqdm=False)
         check_idle(small)
@@ -193,6 +201,35 @@ def test_streamed_text_equals_generated_text(demo: LLM) -> None:
     generated = demo.generate(prompt, params, use_tqdm=False)[0]
     assert last.finished
     assert last.outputs == generated.outputs
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0, "max_tokens": 30, "stop": " 8, 9"},
+        {"temperature": 1.2, "max_tokens": 20, "n": 3},
+        {"temperature": 0.9, "max_tokens": 20, "logprobs": 3},
+    ],
+    ids=["stop string", "three answers", "logprobs"],
+)
+def test_every_kind_of_output_brings_the_same_answer(demo: LLM, options: dict[str, Any]) -> None:
+    prompt = "Count: 1, 2, 3, 4, 漢字 🙂, 1, 2, 3, 4,"
+    params = SamplingParams(seed=8, ignore_eos=True, **options)
+    *_, whole = demo.stream(prompt, params)
+    delta, final_only = (
+        msgspec.structs.replace(params, output_kind=kind)
+        for kind in (RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY)
+    )
+    deltas = list(demo.stream(prompt, delta))
+    assert join_deltas(deltas).outputs == whole.outputs
+    assert [one.finished for one in deltas] == [False] * (len(deltas) - 1) + [True]
+    assert {len(one.token_ids) for output in deltas for one in output.outputs} == {1}
+    [last] = demo.stream(prompt, final_only)
+    assert last.finished and last.outputs == whole.outputs
+    for each in (delta, final_only):
+        [output] = demo.generate(prompt, each, use_tqdm=False)
+        assert output.finished and output.outputs == whole.outputs
+    check_idle(demo)
 
 
 def test_leaving_a_stream_ends_the_request(llm: LLM) -> None:
@@ -302,25 +339,25 @@ def test_bad_sampling_params_name_the_field(values: dict) -> None:
         ({"load_format": "gguf"}, "load_format"),
     ],
 )
-def test_bad_options_name_the_cure(tiny: Path, options: dict, message: str) -> None:
+def test_bad_options_name_the_cure(tiny_model: Path, options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        LLM(tiny, **options)
+        LLM(tiny_model, **options)
 
 
-def test_a_pool_smaller_than_a_page_is_refused(tiny: Path) -> None:
+def test_a_pool_smaller_than_a_page_is_refused(tiny_model: Path) -> None:
     with pytest.raises(CapacityError, match="less than one page"):
-        LLM(tiny, device_kv_bytes=100)
+        LLM(tiny_model, device_kv_bytes=100)
 
 
-def test_cuda_is_refused_where_there_is_none(tiny: Path) -> None:
+def test_cuda_is_refused_where_there_is_none(tiny_model: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(ConfigError, match="sees no CUDA device"):
-        LLM(tiny, device="cuda")
+        LLM(tiny_model, device="cuda")
 
 
-def test_dummy_weights_need_no_checkpoint_and_repeat(tiny: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())
+def test_dummy_weights_need_no_checkpoint_and_repeat(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
     with pytest.raises(ConfigError, match="dummy"):
         LLM(tmp_path)
     answers = []
@@ -372,7 +409,7 @@ def test_each_of_several_answers_ends_at_its_own_stop_string(demo: LLM) -> None:
     cut = demo.generate("Once upon a time", stopped, use_tqdm=False)[0].outputs
     assert len({len(answer.token_ids) for answer in cut}) > 1
     for long, short in zip(whole, cut, strict=True):
-        end = min(place for stop in ("e ", ".") if (place := long.text.find(stop)) >= 0)
+        end = min(index for stop in ("e ", ".") if (index := long.text.find(stop)) >= 0)
         assert short.text == long.text[:end]
         assert short.token_ids == long.token_ids[: len(short.token_ids)]
         assert short.finish_reason == "stop"
@@ -401,7 +438,7 @@ def test_a_session_goes_on_in_another_llm(demo_model: Path, tmp_path: Path) -> N
     with LLM(demo_model, **options) as llm:
         [first] = llm.chat([question], greedy, session="trip", use_tqdm=False)
         # the text of a stop string is not part of the answer, and its tokens are
-        stopped = SamplingParams(temperature=0, max_tokens=40, stop=" of Fra")
+        stopped = SamplingParams(temperature=0, max_tokens=40, stop=" of Fra", output_kind=RequestOutputKind.DELTA)
         [second] = llm.chat([question], [stopped], session="trip", use_tqdm=False)
     held = [*first.prompt_token_ids, *first.outputs[0].token_ids]
     assert second.prompt_token_ids[: len(held)] == held
@@ -431,8 +468,8 @@ def test_a_session_needs_a_folder(llm: LLM) -> None:
         llm.chat([{"role": "user", "content": "Hello"}], session="trip", use_tqdm=False)
 
 
-def test_a_closed_llm_says_so(tiny: Path) -> None:
-    llm = LLM(tiny, device_kv_bytes="8MiB")
+def test_a_closed_llm_says_so(tiny_model: Path) -> None:
+    llm = LLM(tiny_model, device_kv_bytes="8MiB")
     llm.close()
     llm.close()
     with pytest.raises(DistKVError, match="closed"):

@@ -54,13 +54,13 @@ def _ask(console: Console, llm: LLM, question: str) -> Measured:
     console.print(f"[bold]> {question}[/bold]")
     prompt = llm.tokenizer.encode_chat([{"role": "user", "content": question}])
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, output_kind=RequestOutputKind.DELTA)
-    new_tokens = pages = 0
+    new_tokens, pages = 0, 0
     times = [time.perf_counter()]
     for output in llm.stream(prompt, params):
         times.append(time.perf_counter())
-        delta = output.outputs[0]
-        new_tokens += len(delta.token_ids)
+        [delta] = output.outputs
         console.print(delta.text, end="", markup=False, soft_wrap=True)
+        new_tokens += len(delta.token_ids)
         pages = llm.stats().pages_in_use or pages
     console.print("\n")
     further = new_tokens - 1

@@ -17,8 +17,8 @@ from distkv.cache_folders.upkeep import list_caches
 from distkv.errors import DistKVError
 from distkv.frontend.tokenizer import Tokenizer
 from distkv.llm import LLM
-from distkv.outputs import RequestOutput
-from distkv.sampling_params import SamplingParams
+from distkv.outputs import RequestOutput, join_deltas
+from distkv.sampling_params import RequestOutputKind, SamplingParams
 
 TEXT = "Here is a part of the source of a module of Python:"
 QUESTIONS = (
@@ -65,13 +65,15 @@ def _ask(
         device_kv_bytes=TIER_BYTES, host_kv_bytes=TIER_BYTES, disk_kv_bytes=TIER_BYTES,
     ) as llm:  # fmt: skip
         prompt = llm.tokenizer.encode_chat([{"role": "user", "content": content}])
+        params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, output_kind=RequestOutputKind.DELTA)
         start = time.perf_counter()
-        stream = llm.stream(prompt, SamplingParams(temperature=0, max_tokens=MAX_TOKENS))
-        outputs = [next(stream)]
+        stream = llm.stream(prompt, params)
+        deltas = [next(stream)]
         seconds = time.perf_counter() - start
-        outputs += stream
-    console.print(f"  {outputs[-1].outputs[0].text}\n", markup=False, soft_wrap=True)
-    return Asked(outputs[-1], seconds)
+        deltas += stream
+    output = join_deltas(deltas)
+    console.print(f"  {output.outputs[0].text}\n", markup=False, soft_wrap=True)
+    return Asked(output, seconds)
 
 
 def _table(*asked: Asked) -> Table:

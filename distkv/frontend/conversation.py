@@ -23,8 +23,8 @@ class StoredMessage(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=Tr
 class Conversation:
     """A conversation that lasts as long as this object; `Session` is one that is kept.
 
-    Answers are kept as the tokens that were drawn, so that each prompt repeats those of the turn before and finds their
-    KV pages, even where the text of an answer would be encoded otherwise.
+    Answers are kept as the tokens that were sampled, so that each prompt repeats those of the turn before and finds
+    their KV pages, even where the text of an answer would be encoded otherwise.
     """
 
     title = "the conversation"  # what errors call it

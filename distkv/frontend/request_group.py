@@ -1,9 +1,9 @@
-"""Requests that one caller waits for."""
+"""Requests between a caller and the engine's thread."""
 
 from distkv import errors
 from distkv.engine.protocol import RequestFailed
 from distkv.engine.thread import Broken, Delivery, EngineThread, Sink
-from distkv.frontend.answer import RequestState
+from distkv.frontend.request_state import RequestState
 
 
 class RequestGroup:
@@ -19,8 +19,8 @@ class RequestGroup:
         self._thread.add([state.request for state in self.unfinished.values()], sink)
 
     def take(self, deliveries: list[Delivery]) -> list[RequestState]:
-        """Adds what has come to the answers; returns the requests that have grown."""
-        grown: dict[str, RequestState] = {}
+        """Adds what has come to the answers; returns the requests that are to emit an output."""
+        due: dict[str, RequestState] = {}
         for delivery in deliveries:
             request_id = delivery.request_id
             state = self.unfinished.get(request_id)
@@ -38,10 +38,11 @@ class RequestGroup:
                 state.add(delivery)
                 if state.is_finished(delivery.index) and delivery.finish_reason is None:
                     self._thread.abort([(request_id, delivery.index)])  # the engine cannot see stop strings
-            grown[request_id] = state
+            if state.is_due:
+                due[request_id] = state
             if state.finished:
                 del self.unfinished[request_id]
-        return list(grown.values())
+        return list(due.values())
 
     def end(self) -> None:
         """Aborts what is unfinished."""

@@ -119,9 +119,8 @@ class IncrementalDecoder:
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int]):
         self._tokenizer = tokenizer
-        self._ids = prompt_token_ids[-CONTEXT_TOKENS:]
-        self._start = 0  # of the window that is decoded together
-        self._given = len(self._ids)  # tokens whose text was given out
+        self._ids = prompt_token_ids[-CONTEXT_TOKENS:]  # the window that is decoded together
+        self._num_given = len(self._ids)  # of its tokens, those whose text was given out
 
     def add(self, token_id: int) -> str:
         """The text that this token completes; empty while a character lacks some of its bytes."""
@@ -129,15 +128,16 @@ class IncrementalDecoder:
         text = self._pending()
         if text.endswith("\ufffd"):
             return ""
-        self._start, self._given = self._given, len(self._ids)
+        self._ids = self._ids[self._num_given :]
+        self._num_given = len(self._ids)
         return text
 
     def finish(self) -> str:
         """What is left at the end: the replacement character for a character that was never completed."""
         text = self._pending()
-        self._given = len(self._ids)
+        self._num_given = len(self._ids)
         return text
 
     def _pending(self) -> str:
-        before = self._tokenizer.decode(self._ids[self._start : self._given])
-        return self._tokenizer.decode(self._ids[self._start :])[len(before) :]
+        before = self._tokenizer.decode(self._ids[: self._num_given])
+        return self._tokenizer.decode(self._ids)[len(before) :]

@@ -103,6 +103,10 @@ def test_generate_takes_a_prompt_a_file_or_stdin(talker: Path, tmp_path: Path, r
         assert output.stdout == outputs[0].stdout
     assert outputs[0].stdout.strip()
     assert run_here(*common, "--prompt", "The capital of Spain was").stdout != outputs[0].stdout
+    params = distkv.SamplingParams(temperature=0, max_tokens=6)
+    with distkv.LLM(talker, dtype="float32", device_kv_bytes="8MiB") as llm:
+        [whole] = llm.generate("The capital of France is", params, use_tqdm=False)
+    assert outputs[0].stdout == f"{whole.outputs[0].text}\n", "the pieces add up"
 
 
 @pytest.mark.slow
@@ -226,10 +230,10 @@ def test_demo_answers_and_its_figures_agree(demo_model: Path) -> None:
     assert result.stdout.count("Timer class") == 2
 
 
-def test_demo_of_a_small_model(talker: Path) -> None:
+def test_demo_of_a_small_model(talker: Path, run_here: Run) -> None:
     """All acts, and what they compare; the words of the demo model itself are in the slow test, and in
     `test_llm.py::test_demo_model_answers`."""
-    result = run("demo", "--model", str(talker))
+    result = run_here("demo", "--model", str(talker))
     check_demo(result, 2 * 3 * 3 * 16 * 4)
 
 

@@ -43,11 +43,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             ray_cluster.stop(head)
 
 
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    return save_llama(tmp_path)[0]
-
-
 def check_nothing_is_left(cluster: Cluster) -> None:
     assert await_no_ranks() == {}
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
@@ -99,12 +94,12 @@ def test_ranks_change_nothing(
 
 
 @pytest.mark.slow
-def test_the_demo_model_in_bf16_beside_another_group(cluster: Cluster, demo_model: Path, tiny: Path) -> None:
+def test_the_demo_model_in_bf16_beside_another_group(cluster: Cluster, demo_model: Path, tiny_model: Path) -> None:
     """3 KV heads on 2 ranks; the end of one group leaves the other alone."""
     question = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
     params = SamplingParams(temperature=0, n=2, max_tokens=40, stop="is Paris")
     with LLM(demo_model, tensor_parallel_size=2, ray_address=cluster.address, device_kv_bytes="64MiB") as llm:
-        with LLM(tiny, ray_address=cluster.address, device_kv_bytes="4MiB") as other:
+        with LLM(tiny_model, ray_address=cluster.address, device_kv_bytes="4MiB") as other:
             assert other.generate([[5]], GREEDY, use_tqdm=False)[0].finished
         for answer in llm.chat(question, params, use_tqdm=False)[0].outputs:
             assert (answer.text, answer.stop_reason) == ("The capital of France ", "is Paris")
@@ -114,9 +109,9 @@ def test_the_demo_model_in_bf16_beside_another_group(cluster: Cluster, demo_mode
     check_nothing_is_left(cluster)
 
 
-def test_an_interrupted_wait_leaves_the_engine_in_step(cluster: Cluster, tiny: Path) -> None:
+def test_an_interrupted_wait_leaves_the_engine_in_step(cluster: Cluster, tiny_model: Path) -> None:
     endless = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
-    with LLM(tiny, ray_address=cluster.address, device_kv_bytes="4MiB") as llm:
+    with LLM(tiny_model, ray_address=cluster.address, device_kv_bytes="4MiB") as llm:
         expected = llm.generate([[5, 6]], GREEDY, use_tqdm=False)[0].outputs
         for _ in range(3):
             timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
@@ -130,12 +125,12 @@ def test_an_interrupted_wait_leaves_the_engine_in_step(cluster: Cluster, tiny: P
     check_nothing_is_left(cluster)
 
 
-def test_an_event_loop_on_a_cluster(cluster: Cluster, tiny: Path) -> None:
+def test_an_event_loop_on_a_cluster(cluster: Cluster, tiny_model: Path) -> None:
     async def tokens(llm: AsyncLLM, prompt: list[int]) -> list[int]:
         return [output async for output in llm.generate(prompt, GREEDY)][-1].outputs[0].token_ids
 
     async def main() -> None:
-        async with await AsyncLLM.create(tiny, ray_address=cluster.address, device_kv_bytes="4MiB") as llm:
+        async with await AsyncLLM.create(tiny_model, ray_address=cluster.address, device_kv_bytes="4MiB") as llm:
             assert await asyncio.gather(*(tokens(llm, [5, number]) for number in range(8))) == expected
             outputs = llm.generate([5, 6, 7], SamplingParams(max_tokens=200, ignore_eos=True))
             await anext(outputs)
@@ -145,7 +140,7 @@ def test_an_event_loop_on_a_cluster(cluster: Cluster, tiny: Path) -> None:
             while llm._front_end.thread.engine.has_work:  # tokens that were on their way
                 await asyncio.sleep(0.01)
 
-    with LLM(tiny, device_kv_bytes="4MiB") as alone:
+    with LLM(tiny_model, device_kv_bytes="4MiB") as alone:
         prompts = [[5, number] for number in range(8)]
         expected = [one.outputs[0].token_ids for one in alone.generate(prompts, GREEDY, use_tqdm=False)]
     asyncio.run(main())
@@ -248,10 +243,11 @@ def pages_on_disk(model: Path) -> dict[bytes, bytes]:
         return {entry.key: np.asarray(array[entry.slot]).tobytes() for entry in catalogue.entries()}
 
 
-def test_a_killed_owner_takes_its_ranks_along(cluster: Cluster, tiny: Path) -> None:
+def test_a_killed_owner_takes_its_ranks_along(cluster: Cluster, tiny_model: Path) -> None:
     code = (
         "import sys; from distkv import LLM, SamplingParams\n"
-        f"llm = LLM({str(tiny)!r}, tensor_parallel_size=2, ray_address={cluster.address!r}, device_kv_bytes='4MiB')\n"
+        "sizes = {'tensor_parallel_size': 2, 'device_kv_bytes': '4MiB'}\n"
+        f"llm = LLM({str(tiny_model)!r}, ray_address={cluster.address!r}, **sizes)\n"
         "for _ in llm.stream([5], SamplingParams(max_tokens=None, ignore_eos=True)): print('token', flush=True)\n"
         "sys.stdin.read()"
     )
@@ -262,10 +258,10 @@ def test_a_killed_owner_takes_its_ranks_along(cluster: Cluster, tiny: Path) -> N
     check_nothing_is_left(cluster)
 
 
-def test_one_rank_on_a_cluster(cluster: Cluster, tiny: Path) -> None:
-    with LLM(tiny, device_kv_bytes="4MiB") as alone:
+def test_one_rank_on_a_cluster(cluster: Cluster, tiny_model: Path) -> None:
+    with LLM(tiny_model, device_kv_bytes="4MiB") as alone:
         expected = alone.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs
-    with LLM(tiny, ray_address=cluster.address, device_kv_bytes="4MiB") as llm:
+    with LLM(tiny_model, ray_address=cluster.address, device_kv_bytes="4MiB") as llm:
         assert rank_processes().keys() == {"lead"}
         assert llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs == expected
         with pytest.raises(CapacityError, match="KV pages"):
@@ -280,8 +276,8 @@ def test_one_rank_on_a_cluster(cluster: Cluster, tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("role, rank", [("follow", 1), ("lead", 0)])
-def test_a_killed_rank_is_named_and_nothing_hangs(cluster: Cluster, tiny: Path, role: str, rank: int) -> None:
-    with LLM(tiny, tensor_parallel_size=2, ray_address=cluster.address, device_kv_bytes="4MiB") as llm:
+def test_a_killed_rank_is_named_and_nothing_hangs(cluster: Cluster, tiny_model: Path, role: str, rank: int) -> None:
+    with LLM(tiny_model, tensor_parallel_size=2, ray_address=cluster.address, device_kv_bytes="4MiB") as llm:
         stream = llm.stream([5] * 10, SamplingParams(max_tokens=None, ignore_eos=True))
         next(stream)
         [pid] = rank_processes()[role]
@@ -297,11 +293,12 @@ def test_a_killed_rank_is_named_and_nothing_hangs(cluster: Cluster, tiny: Path, 
     check_nothing_is_left(cluster)
 
 
-def test_a_damaged_shard_on_a_rank_is_a_config_error(cluster: Cluster, tiny: Path) -> None:
-    weights = tiny / "model.safetensors"
+def test_a_damaged_shard_on_a_rank_is_a_config_error(cluster: Cluster, tmp_path: Path) -> None:
+    folder, _ = save_llama(tmp_path)
+    weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(ConfigError, match="truncated"):
-        LLM(tiny, tensor_parallel_size=2, ray_address=cluster.address)
+        LLM(folder, tensor_parallel_size=2, ray_address=cluster.address)
     check_nothing_is_left(cluster)
 
 
@@ -313,27 +310,27 @@ def test_a_cluster_that_is_too_small_is_refused(cluster: Cluster, tmp_path: Path
 
 
 def test_workers_without_distkv_are_told_apart_from_dead_ones(
-    cluster: Cluster, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tiny)
+    monkeypatch.chdir(tiny_model)
     with pytest.raises(ConfigError, match="install distkv on every node"):
-        LLM(tiny, tensor_parallel_size=2, ray_address=cluster.address)
+        LLM(tiny_model, tensor_parallel_size=2, ray_address=cluster.address)
     check_nothing_is_left(cluster)
 
 
-def test_an_address_where_nothing_answers_is_refused(cluster: Cluster, tiny: Path) -> None:
+def test_an_address_where_nothing_answers_is_refused(cluster: Cluster, tiny_model: Path) -> None:
     with pytest.raises(ConfigError, match=r"no Ray cluster answers at ray_address '127\.0\.0\.1:1'"):
-        LLM(tiny, tensor_parallel_size=2, ray_address="127.0.0.1:1")
+        LLM(tiny_model, tensor_parallel_size=2, ray_address="127.0.0.1:1")
 
 
-def test_auto_joins_the_cluster_of_this_machine(cluster: Cluster, tiny: Path) -> None:
-    with LLM(tiny, ray_address="auto", device_kv_bytes="4MiB"):
+def test_auto_joins_the_cluster_of_this_machine(cluster: Cluster, tiny_model: Path) -> None:
+    with LLM(tiny_model, ray_address="auto", device_kv_bytes="4MiB"):
         assert ray.get_runtime_context().gcs_address.rpartition(":")[2] == cluster.address.rpartition(":")[2]
     check_nothing_is_left(cluster)
 
 
 def test_a_cluster_that_is_gone_is_not_waited_for(
-    cluster: Cluster, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray's note of the last cluster outlives it. Without an address a private cluster is started instead."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # sockets lie below it, whose paths must be short
@@ -341,17 +338,17 @@ def test_a_cluster_that_is_gone_is_not_waited_for(
         Path(folder, "ray").mkdir()
         Path(folder, "ray", "ray_current_cluster").write_text("127.0.0.1:1")
         with pytest.raises(ConfigError, match="ray start --head"):
-            LLM(tiny, tensor_parallel_size=2, ray_address="auto")
-        with LLM(tiny, tensor_parallel_size=2, device_kv_bytes="4MiB") as llm:
+            LLM(tiny_model, tensor_parallel_size=2, ray_address="auto")
+        with LLM(tiny_model, tensor_parallel_size=2, device_kv_bytes="4MiB") as llm:
             assert llm.generate([[5]], GREEDY, use_tqdm=False)[0].finished
         assert not ray.is_initialized()
         assert await_no_ranks() == {}
 
 
 @pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "nonsense"])
-def test_addresses_of_other_forms_are_refused(tiny: Path, address: str) -> None:
+def test_addresses_of_other_forms_are_refused(tiny_model: Path, address: str) -> None:
     with pytest.raises(ConfigError, match=address):
-        LLM(tiny, ray_address=address)
+        LLM(tiny_model, ray_address=address)
 
 
 def test_a_job_needs_nothing_of_ours_installed(cluster: Cluster, demo_model: Path) -> None:

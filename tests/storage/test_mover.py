@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from crc32c import crc32c
 from support.disks import partial_files
+from support.gated_pools import WAIT, GatedDevice, GatedDisk
 from support.pages import SPEC, bits, load, random_page, same
 from torch import Tensor
 
-from distkv.errors import StoreError
 from distkv.storage.device import CpuDevice
 from distkv.storage.disk.cache_folder import DiskHeads
 from distkv.storage.disk.disk_array import make_array
@@ -25,34 +25,6 @@ from distkv.storage.tier import Tier, Transfer
 DEVICE, HOST, DISK = Tier
 ROUTES = [(DEVICE, HOST), (HOST, DEVICE), (HOST, DISK), (DISK, HOST)]
 NUM_PAGES = 6
-WAIT = 30  # seconds until a thread that hangs fails its test
-
-
-class GatedDevice(DevicePool):
-    """Copies wait until `gate` is open."""
-
-    gate: threading.Event
-
-    def load(self, slot: int, page: Tensor) -> None:
-        assert self.gate.wait(WAIT)
-        super().load(slot, page)
-
-    def store(self, slot: int, page: Tensor) -> None:
-        assert self.gate.wait(WAIT)
-        super().store(slot, page)
-
-
-class GatedDisk(DiskPool):
-    """Writes wait until `gate` is open, and refuse the slots in `refused`."""
-
-    gate: threading.Event
-    refused: set[int]
-
-    def store(self, slot: int, page: Tensor) -> None:
-        assert self.gate.wait(WAIT)
-        if slot in self.refused:
-            raise StoreError(f"no room for slot {slot}")
-        super().store(slot, page)
 
 
 @dataclass
@@ -85,9 +57,6 @@ def tiers(tmp_path: Path) -> Iterator[Tiers]:
     make_array(tmp_path, SPEC, NUM_PAGES)
     device = GatedDevice(SPEC, NUM_PAGES, CpuDevice())
     host, disk = HostPool(SPEC, NUM_PAGES, pinned=False), GatedDisk(SPEC, tmp_path, NUM_PAGES, heads)
-    device.gate, disk.gate, disk.refused = threading.Event(), threading.Event(), set()
-    device.gate.set()
-    disk.gate.set()
     made = Tiers(device, host, disk, Mover(device, host, disk))
     for tier in Tier:
         for slot in range(NUM_PAGES):

@@ -13,6 +13,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from support.damage import flip_bit
+from support.gated_pools import WAIT, GatedDisk
 from support.pages import SPEC, random_page, same
 from torch import Tensor
 
@@ -29,7 +30,6 @@ from distkv.storage.tier import Tier, decode_location, encode_location
 
 NUM_PAGES = 9
 LOST = 4  # a disk slot that cannot be read
-WAIT = 30  # seconds until a thread that hangs fails its test
 
 
 HEADS = DiskHeads(0, SPEC.num_kv_heads)
@@ -62,27 +62,6 @@ class SlowPages(OpenPages):
     def close(self) -> None:
         self.pool.num_open -= 1
         super().close()
-
-
-class GatedDisk(DiskPool):
-    """Reads wait until `gate` is open."""
-
-    gate: threading.Event
-    begun: threading.Semaphore  # has one for each read
-
-    def open(self, slots: Sequence[int]) -> OpenPages:
-        return GatedPages(self, slots)
-
-
-class GatedPages(OpenPages):
-    def __init__(self, pool: GatedDisk, slots: Sequence[int]):
-        super().__init__(pool, slots)
-        self.pool = pool
-
-    def read(self, index: int, layer: int, parts: Parts) -> None:
-        self.pool.begun.release()
-        assert self.pool.gate.wait(WAIT)
-        super().read(index, layer, parts)
 
 
 Disk = TypeVar("Disk", bound=DiskPool)
@@ -387,7 +366,7 @@ def test_memory_is_read_into_once_it_is_copied(slow_disks: dict[bool, SlowDisk])
 
 def test_close_waits_for_reads_that_run_and_calls_off_the_others(tmp_path: Path) -> None:
     disk = make_disk(GatedDisk, tmp_path)
-    disk.gate, disk.begun = threading.Event(), threading.Semaphore(0)
+    disk.gate.clear()
     with make_read_ahead(disk, 7) as memory:
         pages = disk.open([0, 1, 2, 3, 5, 6, 7])
         reads = memory.begin(pages, 7, longest=1)

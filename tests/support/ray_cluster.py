@@ -93,7 +93,7 @@ def _bare_python(folder: Path) -> Path:
     paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     (site / "dependencies.pth").write_text("\n".join(sorted(paths)) + "\n")
     python = folder / "bin" / "python"
-    found = subprocess.run([str(python), "-c", "import distkv"], capture_output=True, cwd=folder)
+    found = subprocess.run([str(python), "-E", "-c", "import distkv"], capture_output=True, cwd=folder)
     assert found.returncode, "distkv must not be installed in the cluster's environment"
     return python
 

@@ -1,7 +1,7 @@
 """Small arrays on their way to the device: all that a step sends goes in one block, and nobody waits for it."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import is_dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,6 +13,7 @@ from distkv.storage.device import Device
 Array = TypeVar("Array")
 """What a dataclass holds: `np.ndarray` on the host, `Tensor` once it was sent."""
 
+ARRAYS = (np.ndarray, Tensor)
 ALIGNMENT = 2  # words: kernels read addresses that are multiples of 16 bytes
 DTYPES = {np.dtype(np.int64): torch.int64, np.dtype(np.float64): torch.float64}
 
@@ -22,28 +23,32 @@ def send(values: Any, device: Device) -> Any:
     of them take one copy, which is ordered by the current stream."""
     arrays: list[np.ndarray] = []
     map_arrays(values, arrays.append)
+    if not arrays:
+        return values
     spans, size = lay_out(array.size for array in arrays)
     block = device.host_block(size)
     pack(arrays, spans, block)
     sent = block.to(device.torch_device, non_blocking=True)
-    pairs: Iterator[tuple[np.ndarray, slice]] = zip(arrays, spans, strict=True)
+    tensors = iter([_view(sent[span], array) for array, span in zip(arrays, spans, strict=True)])
+    return map_arrays(values, lambda _: next(tensors))
 
-    def as_sent(_: np.ndarray) -> Tensor:
-        array, span = next(pairs)
-        return sent[span].view(DTYPES[array.dtype]).view(array.shape)
 
-    return map_arrays(values, as_sent)
+def _view(words: Tensor, array: np.ndarray) -> Tensor:
+    """The words of an array as a tensor of its dtype and shape."""
+    return words.view(DTYPES[array.dtype]).view(array.shape)
 
 
 def map_arrays(values: Any, change: Callable[[Any], Any]) -> Any:
     """The same values with each array, or tensor, changed, in the order of fields: in dataclasses and lists of any
     depth. What else they hold stays."""
-    if isinstance(values, np.ndarray | Tensor):
+    if values is None:
+        return None
+    if isinstance(values, ARRAYS):
         return change(values)
     if isinstance(values, list):
         return [map_arrays(one, change) for one in values]
-    if is_dataclass(values) and not isinstance(values, type):
-        return type(values)(**{field.name: map_arrays(getattr(values, field.name), change) for field in fields(values)})
+    if is_dataclass(values):
+        return values.__class__(*[map_arrays(one, change) for one in vars(values).values()])
     return values
 
 

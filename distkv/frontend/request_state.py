@@ -1,0 +1,76 @@
+"""A request on its way, as the front end sees it."""
+
+from distkv.engine.protocol import EngineRequest, TokenOutput
+from distkv.errors import DistKVError
+from distkv.frontend.answer import Answer
+from distkv.frontend.tokenizer import Tokenizer
+from distkv.outputs import RequestOutput
+from distkv.sampling_params import RequestOutputKind
+
+TIERS = ("device", "host", "disk")
+
+
+class RequestState:
+    """A request in flight, its answers, and which of them have grown since its last output.
+
+    Tokens come in with `add`, outputs of the kind that the request asks for go out with `emit`. Several tokens may come
+    between two outputs, which then merge.
+    """
+
+    def __init__(self, request: EngineRequest, prompt: str | None, tokenizer: Tokenizer | None):
+        self.request = request
+        self.error: DistKVError | None = None
+        self._prompt = prompt
+        self._kind = request.params.output_kind
+        self._answers = [Answer(request, index, tokenizer) for index in range(request.params.n)]
+        self._unfinished = set(range(request.params.n))
+        self._grown: set[int] = set()  # indexes of answers
+        self._num_cached_tokens = (0, 0, 0)  # by tier
+
+    @property
+    def finished(self) -> bool:
+        return not self._unfinished
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a request that has grown is to emit an output now."""
+        return self.finished or self._kind is not RequestOutputKind.FINAL_ONLY
+
+    def is_finished(self, index: int) -> bool:
+        """Whether one of the answers is finished."""
+        return index not in self._unfinished
+
+    def add(self, output: TokenOutput) -> None:
+        """Takes the next token of an answer that is not finished."""
+        if any(output.num_cached_tokens):
+            self._num_cached_tokens = output.num_cached_tokens
+        answer = self._answers[output.index]
+        answer.add(output)
+        self._grown.add(output.index)
+        if answer.finished:
+            self._unfinished.remove(output.index)
+
+    def fail(self, error: DistKVError) -> None:
+        """Ends the answers that are not finished, with what they have."""
+        self.error = error
+        for index in self._unfinished:
+            self._answers[index].fail()
+        self._grown |= self._unfinished
+        self._unfinished.clear()
+
+    def emit(self) -> RequestOutput:
+        """The next output: all answers as they stand, and with DELTA what is new of those that have grown."""
+        if self._kind is RequestOutputKind.DELTA:
+            outputs = [self._answers[index].take() for index in sorted(self._grown)]
+        else:
+            outputs = [answer.output() for answer in self._answers]
+        self._grown.clear()
+        return RequestOutput(
+            request_id=self.request.request_id,
+            prompt=self._prompt,
+            prompt_token_ids=self.request.prompt_token_ids,
+            outputs=outputs,
+            finished=self.finished,
+            error=self.error,
+            num_cached_tokens_by_tier=dict(zip(TIERS, self._num_cached_tokens, strict=True)),
+        )
