@@ -432,7 +432,7 @@ def test_options_are_the_fields_of_the_config() -> None:
 
 
 class FakeEngine:
-    """SampledTokens token 7 for every open answer in each step; `before_step` may sleep or raise."""
+    """Samples token 7 for every open answer in each step; `before_step` may sleep or raise."""
 
     def __init__(self, before_step: Callable[[int], None] = lambda number: None):
         self.info = EngineInfo(1 << 20, 64, 2048, 16, 1, 0, 0, 1, 1, 1, 128, (2,), 0, None)

@@ -2,7 +2,7 @@
 
 The same request is decoded by four engines in turns: with all of its context on the device, with half of it on the
 host, and with as much of it as can be on the host or on disk. Every byte that a step streams is counted and must be
-what the formula says, and all four must draw the same tokens with the same logprobs.
+what the formula says, and all four must sample the same tokens with the same logprobs.
 """
 
 import random
@@ -148,7 +148,7 @@ def run(
             cold_bytes = token_bytes * variant.cold_pages * page_size
             decoders.append(stack.enter_context(closing(Decoder(variant, engine_config, cold_bytes))))
         for decoder in decoders:
-            decoder.fill(prompt, steps + 1)  # one more than is drawn, so that the request never ends
+            decoder.fill(prompt, steps + 1)  # one more than is sampled, so that the request never ends
         reads = stack.enter_context(closing(ReadCeiling(decoders[-1].files, layers)))
         copies = stack.enter_context(closing(CopyCeiling(max(decoder.cold_bytes for decoder in decoders))))
         rows = _in_turns(decoders, copies, reads, new_tokens, repeats, page_size)
@@ -173,7 +173,7 @@ def check_streamed(name: str, num_bytes: int, expected: int) -> None:
 
 
 def check_answers(answers: dict[str, list[tuple[int, TokenLogprobs | None]]]) -> None:
-    """Raises DistKVError unless all variants drew the same tokens with the same logprobs, in every bit."""
+    """Raises DistKVError unless all variants sampled the same tokens with the same logprobs, in every bit."""
     (first, expected), *others = answers.items()
     for name, answer in others:
         if answer != expected:

@@ -155,7 +155,8 @@ class _Awaited(Future):
 
 
 def run(num_seqs: int, context: int, steps: int, page_size: int, json_file: Path | None) -> bool:
-    """Measures and prints a table; see `distkv bench scheduler --help`. Returns whether every step drew what it had to.
+    """Measures and prints a table; see `distkv bench scheduler --help`. Returns whether every step sampled what it
+    had to.
 
     Raises ConfigError for options that do not go together.
     """
@@ -168,7 +169,7 @@ def run(num_seqs: int, context: int, steps: int, page_size: int, json_file: Path
         with closing(Engine(info, ranks, observer=timer, thread=LazyThread())) as engine:
             measured = _measure(engine, ranks, timer, num_seqs, context, steps)
         rows.append(_row(variant, measured))
-        wrong = wrong or _check_draws(variant, measured, num_seqs)
+        wrong = wrong or _check_tokens(variant, measured, num_seqs)
         del engine
         gc.collect()
     facts = {
@@ -301,8 +302,8 @@ def _row(variant: Variant, measured: Steps) -> dict[str, Any]:
     }
 
 
-def _check_draws(variant: Variant, measured: Steps, num_seqs: int) -> str:
-    """What is wrong with the tokens that the steps drew; empty when nothing is. Without a cold budget nobody waits."""
+def _check_tokens(variant: Variant, measured: Steps, num_seqs: int) -> str:
+    """What is wrong with the sampled tokens; empty when nothing is. Without a cold budget nobody waits."""
     for step, count in enumerate(measured.num_sampled):
         if count != num_seqs and not (variant.most_cold and 0 < count < num_seqs):
             return f"{variant.name}: step {step} drew {count} tokens for {num_seqs} sequences; report it"

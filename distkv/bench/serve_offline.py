@@ -2,7 +2,7 @@
 cache on the device.
 
 The requests, of mixed lengths, run with a device window that holds all their pages, half of them and a quarter, and the
-host holds the rest. They draw greedily in float32, and every window must give the same answers.
+host holds the rest. They sample greedily in float32, and every window must give the same answers.
 """
 
 import random
@@ -211,8 +211,8 @@ def _row(percent: int, turns: list[Served], info: EngineInfo, requests: list[Eng
 
 def _print(facts: dict[str, Any], rows: list[dict[str, Any]], wrong: str) -> None:
     console = Console(highlight=False)
-    told = {name: f"{sum(value)} in all" if isinstance(value, list) else value for name, value in facts.items()}
-    console.print(", ".join(f"{name} {value}" for name, value in told.items()), soft_wrap=True)
+    shown = {name: f"{sum(value)} in all" if isinstance(value, list) else value for name, value in facts.items()}
+    console.print(", ".join(f"{name} {value}" for name, value in shown.items()), soft_wrap=True)
     table = Table("device window", *(f"{row['window_percent']} %" for row in rows))
     lines = [
         ("pages, device + host", lambda row: f"{row['device_pages']} + {row['host_pages']}"),

@@ -83,14 +83,14 @@ class Engine:
             if following is not None:
                 self._start(following)
         except BaseException:
-            if following is not None:
+            if following is not None and following is not self._running:
                 following.undo()
             raise
         if running is None and not scheduled:
             self._do_without_step()
         self._read()  # while the ranks are at the following one
+        self._observer.emitted(self._outputs)
         outputs, self._outputs = self._outputs, []
-        self._observer.emitted(outputs)
         return outputs
 
     def add(self, requests: list[EngineRequest]) -> None:
@@ -310,7 +310,7 @@ class Engine:
                     self._outputs.append(self._output(answer, logprobs))
 
     def _output(self, sequence: Sequence, logprobs: TokenLogprobs | None) -> TokenOutput:
-        """What is told of the newest token of an answer, which ends if it is to end here."""
+        """What is emitted of the newest token of an answer, which ends if it is to end here."""
         finish_reason, stop_reason = sequence.ending(self.info.eos_token_ids)
         if finish_reason:
             self._scheduler.finish(sequence)

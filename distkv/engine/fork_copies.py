@@ -10,7 +10,7 @@ PageCopy = tuple[Page, Page]
 
 
 class ForkCopies:
-    """The copies that the next step has to make; their pages are held until that step has landed."""
+    """The copies that the next step has to make; their pages are held until that step has ended."""
 
     def __init__(self, cache: TieredCache):
         self._cache = cache

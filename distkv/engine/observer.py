@@ -12,11 +12,13 @@ class StepObserver:
     """Is told of each stage of a step when it is over, in the engine's thread; this one does nothing with it.
 
     While step n runs, n + 1 is prepared. Then n is reported and completed, n + 1 is started, and what n sampled is
-    emitted. So the time between two calls is that of the stage which the second one names; `reported` ends a wait.
+    emitted. So the time between two calls is that of the stage which the second one names; `reported` ends a wait. What
+    an observer raises comes out of `Engine.step`, and from `prepared` it leaves an engine that cannot go on.
     """
 
     def prepared(self, step: "Step | None") -> None:
-        """The next step has its pages and its plan; None when there is none, or the device has no room for it yet."""
+        """The next step has its pages and its plan; None when there is none, or the device has no room for it yet.
+        It is taken back without a word when the running one leaves another state than it was prepared for."""
 
     def reported(self, step: "Step") -> None:
         """The ranks have reported on a step."""

@@ -7,7 +7,7 @@ from distkv.workers.sampling.sampled_token import TokenLogprobs
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
-    """What the engine settled on at start. Byte figures are of the whole group, replicated heads counted as often as
+    """What the engine has fixed at start. Byte figures are of the whole group, replicated heads counted as often as
     they are held."""
 
     max_model_len: int
@@ -123,7 +123,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):
-    """Leader to client: what a step drew."""
+    """Leader to client: what a step sampled."""
 
     outputs: list[StepOutput]
 

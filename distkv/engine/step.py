@@ -41,7 +41,7 @@ class Step:
         self.work: list[SequenceWork] = []
         self.num_sampled = 0  # tokens
         self.copies: list[PageCopy] = []  # whose pages are held until the step has ended
-        self.relocated: list[Page] = []  # whose locations the plan tells
+        self.relocated: list[Page] = []  # whose locations the plan sends
         self._indexes: dict[Sequence, int] = {}  # `SequenceWork.sampled_index`, where there is one
         self._result: Future[StepResult] | None = None  # once it has started
         self._sampled: PendingTokens | None = None  # once it is committed

@@ -125,9 +125,10 @@ class StepRunner:
         return result.report
 
     def _update_catalogue(self, checksums: dict[int, bytes]) -> None:
-        changes = self._cache.journal.take()
+        journal = self._cache.journal
         if self._catalogue_writer is not None:
-            self._catalogue_writer.update(changes, checksums)
+            self._catalogue_writer.update(journal.changes, checksums)
+        journal.take()  # last, so that an update which is interrupted is made again
 
 
 def _open_catalogue_writer(info: EngineInfo, cache: TieredCache) -> "CatalogueWriter | None":

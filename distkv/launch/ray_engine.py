@@ -71,7 +71,7 @@ class RayEngine:
             self._open.close(answers)
 
     def step(self) -> list[StepOutput]:
-        """See `EngineClient.step`: the group runs by itself, and this waits a moment for what it draws."""
+        """See `EngineClient.step`: the group runs by itself, and this waits a moment for what it samples."""
         if not self._unread:
             reply = self._receive(STEP_WAIT)
             if reply is None:

@@ -183,7 +183,7 @@ def _requests(options: StressOptions, prompt: list[int], synthetic_fill: bool) -
 
 
 def _run_stages(console: Console, engine: EngineClient, requests: list[EngineRequest]) -> list[Stage]:
-    """Runs the requests one after the other, and the first tokens of the first one before them, untold, to warm up."""
+    """Runs the requests one after the other, and the first tokens of the first one before them, unseen, to warm up."""
     stages: list[Stage] = []
     first = requests[0]
     short = msgspec.structs.replace(first, prompt_token_ids=first.prompt_token_ids[:WARM_UP], max_tokens=2)

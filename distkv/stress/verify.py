@@ -62,7 +62,7 @@ def compare_with_reference(stages: list[Stage], reference: Reference) -> Verdict
             listed = dict([(output.token_id, output.logprobs.logprob), *output.logprobs.top])
             mine = torch.tensor(list(listed.values()), dtype=torch.float64, device=right.device)
             error = ((mine - right[list(listed)]).abs().max() / right.std()).item()
-            # the token that was drawn is the likeliest one, as far as rounding can tell
+            # the token that was sampled is the likeliest one, as far as rounding can tell
             error = max(error, ((right.max() - right[output.token_id]) / right.std()).item() / 2)
             count += len(listed)
             error = math.inf if math.isnan(error) else error

@@ -48,7 +48,7 @@ class PageTable:
             self._cache.release(self.pages.pop())
 
     def commit(self, num_tokens: int, keys: list[PageKey] | None = None) -> None:
-        """Tells that the next `num_tokens` tokens are in their pages; those that are full never change again.
+        """Takes note that the next `num_tokens` tokens are in their pages; those that are full never change again.
 
         Args:
             keys: of all full pages of the sequence, by which others may find them; None keeps them to this sequence.

@@ -13,7 +13,7 @@ from distkv.storage.ledger.page import Page, PageKey
 
 
 def root_key(fingerprint: str, cache_salt: str | None) -> bytes:
-    """The parent of first pages: `fingerprint` keys model and KV format, and pages of different salts never meet."""
+    """The parent of first pages: `fingerprint` names model and KV format, and pages of different salts never meet."""
     salt = b"" if cache_salt is None else b"salt" + cache_salt.encode()
     return sha256(fingerprint.encode() + b"\0" + salt).digest()
 

@@ -105,8 +105,8 @@ class TieredCache:
         return page
 
     def fill(self, page: Page, key: PageKey | None = None) -> None:
-        """Tells that a page on the device is full and its content final; under its key it may be found, unless another
-        page of the same content is there already."""
+        """Takes note that a page on the device is full and its content final; under its key it may be found, unless
+        another page of the same content is there already."""
         page.full = True
         if page in self.lost:
             self._held.recover(page)

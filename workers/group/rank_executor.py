@@ -44,8 +44,10 @@ class RankExecutor:
             if followers is not None:
                 followers.send(plan)
             logits = rank.execute(plan, sampled)
-            others = [] if followers is None else followers.receive()
-            return logits, reports.add([rank.take_report(), *others])
+            reported = [rank.take_report()]
+            if followers is not None:
+                reported += followers.receive()
+            return logits, reports.add(reported)
 
         return cls(forward, rank.warm_up)
 

@@ -171,7 +171,7 @@ class RayGroup:
             self._actors.append(actor_class.options(**options).remote())
 
     def _for_node(self, config: RankConfig, rank: int) -> RankConfig:
-        """The config of a rank with its threads settled: Ray itself gives an actor one."""
+        """The config of a rank with its number of threads: Ray itself gives an actor one."""
         node = self.nodes[rank]
         shared = max(1, node.num_cpus // self._ranks_per_node()[node.node_id])
         return replace(config, num_threads=config.num_threads or shared)

@@ -13,7 +13,7 @@ TRUNCATED = SampleRow(0, 1.0, 0.9, 50, 0.0, 1.1, 0.1, 0.1, 5, 0.5, [0], [0], pen
 
 
 def sample_in_all_ways(logits: Tensor) -> None:
-    """SampledTokens from fp32 logits `[rows, vocab_size]` in each way in turn; waits for the device."""
+    """Samples from fp32 logits `[rows, vocab_size]` in each way in turn; waits for the device."""
     sampled = torch.zeros(1, dtype=torch.int64, device=logits.device)
     plain = replace(TRUNCATED, top_p=1.0, top_k=0)
     for row in (TRUNCATED, plain, replace(plain, temperature=0.0)):
