@@ -22,7 +22,7 @@ from distkv.bench.ceilings import READ_THREADS, CopyCeiling, ReadCeiling, bytes_
 from distkv.config import EngineConfig
 from distkv.engine.drive import next_tokens
 from distkv.engine.protocol import EngineRequest
-from distkv.errors import ConfigError, DistKVError
+from distkv.errors import CapacityError, ConfigError, DistKVError, StoreError
 from distkv.launch.launch import launch
 from distkv.reporting.machine import check_json_file, machine_facts, write_json
 from distkv.sampling_params import SamplingParams
@@ -112,7 +112,7 @@ class Decoder:
         start = time.perf_counter()
         try:
             tokens = next_tokens(self._engine)
-        except DistKVError as error:
+        except (StoreError, CapacityError) as error:  # what a request fails with
             raise DistKVError(f"{self.variant.name}: {type(error).__name__}: {error}") from error
         seconds = time.perf_counter() - start
         self.answer += [(token.token_id, token.logprobs) for token in tokens]

@@ -110,23 +110,27 @@ class IdleRanks:
     def __init__(self, info: EngineInfo):
         self._logits = torch.zeros(info.max_num_seqs, info.vocab_size)
         self._executor = RankExecutor(self._forward)
-        self.encode_seconds = self.sample_seconds = 0.0  # of the last plan
         self.plan_bytes = 0  # of the last plan
+        self.begin()
+
+    def begin(self) -> None:
+        """A step begins, in which several plans may be run."""
+        self.run_seconds = self.encode_seconds = 0.0
 
     def warm_up(self) -> None:
         """There is nothing to do."""
 
     def run(self, plan: StepPlan, rows: list[SampleRow]) -> StepResult:
-        """See `Executor.run`; takes down how long sampling takes, and encoding the plan for followers."""
+        """See `Executor.run`; takes down how long that takes, and encoding the plan for followers."""
         start = time.perf_counter()
         result = self._executor.run(plan, rows)
-        self.sample_seconds = time.perf_counter() - start - self.encode_seconds
+        self.run_seconds += time.perf_counter() - start
         return result
 
     def _forward(self, plan: StepPlan, sampled: Tensor | None) -> tuple[Tensor | None, Report]:
         start = time.perf_counter()
         self.plan_bytes = len(encode(plan))
-        self.encode_seconds = time.perf_counter() - start
+        self.encode_seconds += time.perf_counter() - start
         wanted = sum(one.num_logits for one in plan.sequences)
         report = Report(done=[transfer.id for transfer in plan.transfers])
         return (self._logits[:wanted] if plan.sequences else None), report
@@ -251,12 +255,13 @@ def _measure(engine: Engine, ranks: IdleRanks, timer: StepTimer, num_seqs: int, 
     with _garbage_seconds() as collected:
         for _ in range(steps):
             before = sum(collected)
+            ranks.begin()
             timer.begin()
             measured.num_sampled.append(len(next_tokens(engine)))
             timer.seconds["encode"] = ranks.encode_seconds
             for part, times in measured.seconds.items():
                 times.append(timer.seconds[part])
-            measured.sample_seconds.append(ranks.sample_seconds)
+            measured.sample_seconds.append(ranks.run_seconds - ranks.encode_seconds)
             measured.plan_bytes.append(ranks.plan_bytes)
             measured.gc_seconds.append(sum(collected) - before)
     return measured

@@ -180,16 +180,22 @@ class Engine:
         return self._scheduler.schedule(held, self._faults.next())
 
     def _prepare(self, scheduled: Scheduled) -> Step | None:
-        """The next step, unless nothing is scheduled or it cannot be prepared now, see `Preparation`."""
+        """The next step; None when nothing is scheduled, when the running step must end first, when a page was lost, or
+        when there is no room."""
         step = None
+        if scheduled and self._make_step_room(scheduled):
+            step = self._preparation.prepare(scheduled, self._running or self._unread)
+        self._observer.prepared(step)
+        return step
+
+    def _make_step_room(self, scheduled: Scheduled) -> bool:
+        """Frees the device pages of a step, as far as transfers of the running one let it."""
         try:
-            if scheduled:
-                step = self._preparation.prepare(scheduled, self._running, self._unread)
+            return self._preparation.make_step_room(scheduled, waits=self._running is None)
         except CapacityError as error:
             if self._running is None:  # the disk took less than it was to take
                 self._fail(self._scheduler.running[-1].request, error)
-        self._observer.prepared(step)
-        return step
+            return False
 
     def _start(self, step: Step) -> None:
         """Gives the ranks a step; they run it while this goes on."""
@@ -298,7 +304,7 @@ class Engine:
     def _extend(self, sequence: Sequence, tokens: list[list[SampledToken]]) -> None:
         """Adds tokens to the answers that a sequence stands for, some to each."""
         answers = [sequence]
-        if not sequence.is_forked:
+        if not sequence.is_alone:
             for fork, copy in self._scheduler.fork(sequence):
                 answers.append(fork)
                 if copy is not None:

@@ -17,21 +17,19 @@ class Preparation:
         self._scheduler, self._copies, self._runner = scheduler, copies, runner
         self._cache = scheduler.cache
 
-    def prepare(self, scheduled: Scheduled, running: Step | None, unread: Step | None) -> Step | None:
-        """A step that may be started, unless the running one must end first or a page was lost; then None.
+    def make_step_room(self, scheduled: Scheduled, waits: bool) -> bool:
+        """Frees the device pages of a step. False when `make_room` says so or a page was lost; raises as it does."""
+        needed = _num_fork_pages(scheduled) + sum(one.table.missing(count) for one, count in scheduled)
+        return self.make_room(needed, waits) and not self._cache.lost
 
-        Raises CapacityError when there is no room for what the pages hold.
+    def prepare(self, scheduled: Scheduled, before: Step | None) -> Step:
+        """A step that may be started, for which there is room.
 
         Args:
-            running: the step that the ranks have; without one, transfers that stand in the way are waited for.
-            unread: the step before it, while its tokens are not read.
+            before: the step before it, while its tokens are not read.
         """
-        forks = sum(one.num_fork_pages(count) for one, count in scheduled if one.is_prefilling)
-        needed = forks + sum(one.table.missing(count) for one, count in scheduled)
-        if not self.make_room(needed, waits=running is None) or self._cache.lost:
-            return None
-        step = Step(scheduled, running or unread, self._cache, self._copies, self._runner)
-        self._move_pages(promotes=not forks)
+        step = Step(scheduled, before, self._cache, self._copies, self._runner)
+        self._move_pages(promotes=not _num_fork_pages(scheduled))
         step.fix_pages()
         self._scheduler.cold_budget.note_relocated(len(step.relocated))
         return step
@@ -56,3 +54,8 @@ class Preparation:
         if promotes and scheduler.waiting:
             cache.promote(scheduler.expected_pages())
         self.peak_pages = max(self.peak_pages, cache.num_pages)
+
+
+def _num_fork_pages(scheduled: Scheduled) -> int:
+    """Pages that the other answers of requests need which begin with the step."""
+    return sum(one.num_fork_pages(count) for one, count in scheduled if one.is_prefilling)

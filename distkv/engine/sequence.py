@@ -61,7 +61,7 @@ class Sequence:
         return 1 if self.num_output_tokens else self.request.params.n
 
     @property
-    def is_forked(self) -> bool:
+    def is_alone(self) -> bool:
         """Whether it stands for its own answer alone, not for all answers of a request whose prompt is being read."""
         return self.num_answers == 1
 

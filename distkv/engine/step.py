@@ -61,7 +61,7 @@ class Step:
     @property
     def forks(self) -> bool:
         """Whether more than one answer of a request begins with this step."""
-        return any(not sequence.is_forked for sequence in self._indexes)
+        return any(not sequence.is_alone for sequence in self._indexes)
 
     def fix_pages(self) -> None:
         """Completes the plan by what ranks must know of pages and tables; nothing of that changes before it starts."""
@@ -165,7 +165,7 @@ class Step:
         return [
             _sample_row(work.sequence, index, logits_row, work.pending_index)
             for logits_row, work in enumerate(sampling)
-            for index in ([work.sequence.index] if work.sequence.is_forked else range(work.sequence.request.params.n))
+            for index in ([work.sequence.index] if work.sequence.is_alone else range(work.sequence.request.params.n))
         ]
 
 

@@ -33,7 +33,7 @@ def launch(config: EngineConfig) -> EngineClient:
     group = LocalGroup(config.device)
     try:
         info = set_up(group, config, model, max_model_len)
-        return Engine(info, group.executor, group.close)
+        return Engine(info, group.make_executor(), group.close)
     except BaseException:
         group.close()
         raise

@@ -24,9 +24,8 @@ class LocalGroup:
         assert self._rank is not None
         return self._rank
 
-    @property
-    def executor(self) -> RankExecutor:
-        """What runs an engine's steps."""
+    def make_executor(self) -> RankExecutor:
+        """What runs the steps of the one engine on this group."""
         return RankExecutor.on(self.rank)
 
     def load(self, config: RankConfig) -> None:

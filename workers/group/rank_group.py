@@ -9,7 +9,7 @@ from distkv.workers.rank import Capacity, RankConfig
 
 class RankGroup(Protocol):
     """The tensor-parallel ranks of one engine. `load` comes first, `allocate` after `capacity`. Then an engine runs on
-    them: with `LocalGroup.executor` in this process, by `RayGroup.start` beside rank 0."""
+    them: with `LocalGroup.make_executor` in this process, by `RayGroup.start` beside rank 0."""
 
     device: str  # "cpu" or "cuda"
 
