@@ -28,8 +28,9 @@ class Preparation:
         Args:
             before: the step before it, while its tokens are not read.
         """
+        forks = _num_fork_pages(scheduled) > 0  # as long as the step's tokens have no pages
         step = Step(scheduled, before, self._cache, self._copies, self._runner)
-        self._move_pages(promotes=not _num_fork_pages(scheduled))
+        self._move_pages(promotes=not forks)
         step.fix_pages()
         self._scheduler.cold_budget.note_relocated(len(step.relocated))
         return step
