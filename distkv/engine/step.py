@@ -40,6 +40,7 @@ class Step:
         self._cache, self._copies, self._runner = cache, copies, runner
         self.work: list[SequenceWork] = []
         self.num_sampled = 0  # tokens
+        self.forks = False  # whether more than one answer of a request begins with this step
         self.copies: list[PageCopy] = []  # whose pages are held until the step has ended
         self.relocated: list[Page] = []  # whose locations the plan sends
         self._indexes: dict[Sequence, int] = {}  # `SequenceWork.sampled_index`, where there is one
@@ -57,11 +58,6 @@ class Step:
     def sequences(self) -> list[Sequence]:
         """All that take part, in order."""
         return [work.sequence for work in self.work]
-
-    @property
-    def forks(self) -> bool:
-        """Whether more than one answer of a request begins with this step."""
-        return any(not sequence.is_alone for sequence in self._indexes)
 
     def fix_pages(self) -> None:
         """Completes the plan by what ranks must know of pages and tables; nothing of that changes before it starts."""
@@ -153,6 +149,7 @@ class Step:
         if is_last:
             work.sampled_index = self._indexes[sequence] = self.num_sampled
             self.num_sampled += sequence.num_answers
+            self.forks |= not sequence.is_alone
             sequence.num_pending += 1
         work.plan = sequence.plan(start, count, int(is_last), work.pending_index)
         self.plan.sequences.append(work.plan)
