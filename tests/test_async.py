@@ -260,9 +260,7 @@ def test_the_tokenizer_is_there_and_chat_answers(demo_model: Path) -> None:
             assert output.outputs[0].text == "The capital of France is Paris."
             stopped = SamplingParams(temperature=0, max_tokens=40, stop=[" "])
             *earlier, output = [one async for one in llm.generate("Paris is", stopped)]
-            assert not any(one.finished for one in earlier), (
-                "a token behind the stop string brings nothing"
-            )
+            assert not any(one.finished for one in earlier), "a token behind the stop string brings nothing"
             assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("stop", " ")
             assert output.prompt == "Paris is" and output.prompt_token_ids == llm.tokenizer.encode("Paris is")
             await await_idle(llm)

@@ -104,6 +104,14 @@ def test_policy_holds_no_tensor(room: str) -> None:
     assert "torch" not in loaded
 
 
+def test_no_test_imports_another() -> None:
+    """What several of them need is in `tests/support`."""
+    tests = list((ROOT / "tests").rglob("test_*.py"))
+    assert tests
+    for path in tests:
+        assert not [name for name in imports(path) if name.startswith("test_")], path
+
+
 def _package(name: str) -> int:
     """Index in `PACKAGES` of the one that a module belongs to."""
     part = name.split(".")[1] if "." in name else ""

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.memory import PAGE_SIZE, VOCAB, engine_info, resolve_draws
+from support.memory import PAGE_SIZE, VOCAB, engine_info, fill_placeholders
 from support.simulated_device import SimulatedDevice, SimulatedMemory, Wait
 from torch import Tensor
 
@@ -128,7 +128,7 @@ class DeviceMemory:
         self.counts: Counter[str] = Counter()
 
     def execute(self, plan: StepPlan, drawn: Tensor | None) -> tuple[Tensor | None, Report]:
-        resolve_draws(plan, drawn)
+        fill_placeholders(plan, drawn)
         steps = self.directory.update(plan)
         waits = self.device.num_host_waits
         self.mover.start(plan.transfers, plan.await_ids)

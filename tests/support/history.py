@@ -3,7 +3,7 @@ whoever reads it."""
 
 from typing import Any
 
-from support.memory import Memory, engine_info, resolve_draws
+from support.memory import Memory, engine_info, fill_placeholders
 from torch import Tensor
 
 from distkv.engine.engine import Engine
@@ -47,8 +47,8 @@ class History(Memory):
 
         scheduler.add, scheduler.fork = spy_add, spy_fork  # type: ignore[method-assign]
 
-    def execute(self, plan: StepPlan, drawn: Tensor | None) -> tuple[Tensor | None, Report]:
-        resolve_draws(plan, drawn)
+    def execute(self, plan: StepPlan, sampled: Tensor | None) -> tuple[Tensor | None, Report]:
+        fill_placeholders(plan, sampled)
         for part in plan.sequences:
             owner = self.owners[part.table]
             # one that is not known yet and not its own either is noticed by the step that reads it
@@ -57,7 +57,7 @@ class History(Memory):
             tokens = owner.token_ids[: part.start] + part.token_ids
             self.begun.setdefault(part.table, part.start)
             part.token_ids[:] = self.numbers(owner.request.cache_salt, tokens)[part.start :]
-        return super().execute(plan, drawn)
+        return super().execute(plan, sampled)
 
     def numbers(self, salt: str | None, tokens: list[int]) -> list[int]:
         """The number of each token with all that is before it."""

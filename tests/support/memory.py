@@ -48,9 +48,9 @@ class Memory:
         self.read: list[list[int | None]] = []  # what the sequences of the last step find in their pages
         self.bytes_moved: Counter[str] = Counter()
 
-    def execute(self, plan: StepPlan, drawn: Tensor | None) -> tuple[Tensor | None, Report]:
+    def execute(self, plan: StepPlan, sampled: Tensor | None) -> tuple[Tensor | None, Report]:
         report = Report()
-        resolve_draws(plan, drawn)
+        fill_placeholders(plan, sampled)
         steps = self.directory.update(plan)
         for transfer in plan.transfers:
             slot = transfer.target, transfer.target_slot
@@ -108,10 +108,10 @@ class Memory:
         return [self.page(one.pages[place // PAGE_SIZE])[place % PAGE_SIZE] for place in places]
 
 
-def resolve_draws(plan: StepPlan, drawn: Tensor | None) -> None:
+def fill_placeholders(plan: StepPlan, sampled: Tensor | None) -> None:
     """Puts in the tokens that a plan refers to."""
-    assert (drawn is None) == (plan.num_sampled == 0)
-    tokens = [] if drawn is None else drawn.tolist()
+    assert (sampled is None) == (plan.num_sampled == 0)
+    tokens = [] if sampled is None else sampled.tolist()
     assert len(tokens) == plan.num_sampled
     for part in plan.sequences:
         part.token_ids[:] = [token if token >= 0 else tokens[-1 - token] for token in part.token_ids]

@@ -72,8 +72,8 @@ def run(
         engine = idle_engine(llm)
         execute = engine._runner.executor.forward
 
-        def spy(plan, drawn):
-            result = execute(plan, drawn)
+        def spy(plan, sampled):
+            result = execute(plan, sampled)
             if result[0] is not None and len(result[0]):
                 logits.append(result[0].clone())
             used = engine.stats()

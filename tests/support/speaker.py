@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from support.history import History
-from support.memory import VOCAB, drain, engine_info, resolve_draws
+from support.memory import VOCAB, drain, engine_info, fill_placeholders
 from torch import Tensor
 
 from distkv.engine.engine import Engine
@@ -31,9 +31,9 @@ class Speaker(History):
         self._unsent = Report()  # of steps that raised
         self._broken: list[list[int]] = []  # slots that each sequence of the step under way could not read
 
-    def execute(self, plan: StepPlan, drawn: Tensor | None) -> tuple[Tensor | None, Report]:
+    def execute(self, plan: StepPlan, sampled: Tensor | None) -> tuple[Tensor | None, Report]:
         self.num_steps += bool(plan.sequences)
-        resolve_draws(plan, drawn)
+        fill_placeholders(plan, sampled)
         parts = [(self.owners[part.table], part, part.start + len(part.token_ids)) for part in plan.sequences]
         known = [owner.token_ids[: part.start] + part.token_ids for owner, part, _ in parts]
         is_poisoned = any(
@@ -46,7 +46,7 @@ class Speaker(History):
         plan.transfers[:] = [one for one in plan.transfers if one.id not in self._started]
         self._started |= {one.id for one in plan.transfers}
         self._broken = []
-        logits, report = super().execute(plan, drawn)
+        logits, report = super().execute(plan, sampled)
         rows = [
             -speak(tokens) if broken else speak(tokens)
             for tokens, broken, (_, part, _) in zip(known, self._broken, parts, strict=True)
