@@ -4,7 +4,7 @@ import torch
 
 
 def seeded(seed: int) -> torch.Generator:
-    """A generator for `torch.randn`, so that a test's numbers are a function of its sampled seed."""
+    """A generator for `torch.randn`, so that a test's numbers are a function of its drawn seed."""
     return torch.Generator().manual_seed(seed)
 
 
