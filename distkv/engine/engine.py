@@ -62,6 +62,7 @@ class Engine:
         self._unread: Step | None = None  # completed, but for its tokens
         self._outputs: list[StepOutput] = []  # to be returned by `step`
         self._failure: Exception | None = None  # of the device; nothing goes on after it
+        self._num_preemptions = 0
         self._is_drained = True  # nothing moves and nothing is to be saved
 
     def step(self) -> list[StepOutput]:
@@ -154,6 +155,7 @@ class Engine:
             disk_pages=self._cache.slots[Tier.DISK].num_used,
             bytes_moved=dict(self._runner.bytes_moved),
             pages_recomputed=self._repairs.num_pages,
+            num_preemptions=self._num_preemptions,
         )
 
     def integrity_check(self) -> None:
@@ -266,9 +268,11 @@ class Engine:
         """Computes a lost page again, ends a request that will never have room, or goes on with saving."""
         if self._cache.lost:
             self._repair()
-        elif self._scheduler.waiting and not self._scheduler.running:
+        elif self._scheduler.running:
+            self._preempt()
+        elif self._scheduler.waiting:
             self._refuse()
-        elif not self._scheduler.running:
+        else:
             self._is_drained = not self._runner.drain()
 
     def _repair(self) -> None:
@@ -281,6 +285,25 @@ class Engine:
         if self._cache.lost:
             for request, failure in self._repairs.repair(self._scheduler.running):
                 self._fail(request, failure)
+
+    def _preempt(self) -> None:
+        """Makes room when all running sequences wait for pages of each other: one that needs more than was expected
+        gives its own up. Ends the newest request when none does: the disk took less than it was to take."""
+        sequence = self._scheduler.preempt()
+        if sequence is None:
+            newest = self._scheduler.running[-1].request
+            self._fail(
+                newest, CapacityError(f"the tiers hold {self._cache.capacity} KV pages{self._cache.disk_refusal}")
+            )
+            return
+        self._num_preemptions += 1
+        self._faults.forget(sequence)
+        self._runner.end_tables([sequence.number])
+        log.warning(
+            "the KV cache is full, and request %s, which has no max_tokens, is longer than expected: its %d tokens are "
+            "read again when there is room. Raise device_kv_bytes, host_kv_bytes or disk_kv_bytes, or set max_tokens",
+            sequence.request.request_id, len(sequence.token_ids),
+        )  # fmt: skip
 
     def _refuse(self) -> None:
         """Ends a waiting request for which there will never be room: the disk took less than it was to take."""
@@ -310,6 +333,9 @@ class Engine:
                 if copy is not None:
                     self._copies.add(copy)
         for answer, new in zip(answers, tokens, strict=True):
+            if answer.index in sequence.dropped:
+                self._scheduler.finish(answer)
+                self._end([answer])
             for token_id, logprobs in new:
                 if not answer.finished:
                     answer.token_ids.append(token_id)

@@ -19,6 +19,10 @@ class FaultSearch:
         self._suspects = [sequence for sequence in self._suspects if not sequence.finished]
         return self._suspects[0] if self._suspects else None
 
+    def forget(self, sequence: Sequence) -> None:
+        """Passes over a sequence that does not run any more."""
+        self._suspects = [one for one in self._suspects if one is not sequence]
+
     def clear(self, sequences: list[Sequence]) -> None:
         """Takes note of sequences whose step went well."""
         if self._suspects and sequences[0] is self._suspects[0]:

@@ -86,6 +86,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     # whole pages; host_streamed and disk_streamed for the layer slices that passed through the staging ring
     bytes_moved: dict[str, int] = {}
     pages_recomputed: int = 0  # that could not be read back
+    num_preemptions: int = 0  # answers that gave their pages up since they were longer than expected
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):

@@ -55,4 +55,6 @@ class Repairs:
         else:
             self._cache.fill(page)
             self.num_pages += 1
+            for one in owners:
+                one.cached_tiers[page.index : page.index + 1] = [None] * (page.index < len(one.cached_tiers))
         return []

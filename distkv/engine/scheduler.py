@@ -4,6 +4,7 @@ from bisect import insort
 from itertools import count as counter
 
 from distkv.engine.cold_budget import ColdBudget
+from distkv.engine.page_promises import PagePromises, num_held_pages
 from distkv.engine.protocol import EngineInfo, EngineRequest
 from distkv.engine.sequence import Scheduled, Sequence, most_pages
 from distkv.errors import CapacityError
@@ -21,8 +22,8 @@ class Scheduler:
     prompts. The first prompt in line gets half of what is left for prompts at least, and the others share the rest, the
     one with the fewest tokens to go first: so none waits for ever, the long ones or the short.
 
-    A request is admitted when the pages it may still need at most are not promised to others, over all tiers, so a
-    running request never loses its pages and nothing is computed twice. The pages themselves are taken as tokens
+    A request is admitted when it can be read at once and all that run can still end, see `PagePromises`; where they
+    cannot all go on, those further back wait, with the pages that they have. The pages themselves are taken as tokens
     arrive, but for those of a prefix that is known: these it takes up at once. One whose next page another request is
     about to compute waits for that, and lets those behind it pass.
 
@@ -36,6 +37,7 @@ class Scheduler:
         sizes = info.num_pages, info.num_host_pages, info.num_disk_pages
         self.cache = TieredCache(sizes, step_pages, info.write_through)
         self.cold_budget = ColdBudget(info, self.cache)
+        self._promises = PagePromises(self.cache)
         self._numbers = counter()
         self.waiting: list[Sequence] = []  # the first to be admitted first
         self.running: list[Sequence] = []
@@ -56,7 +58,7 @@ class Scheduler:
             raise CapacityError(
                 f"n is {request.params.n} and max_num_seqs {self._info.max_num_seqs}; lower n or raise max_num_seqs"
             )
-        written = self._chunk_pages(request) + request.params.n
+        written = self._chunk_pages(len(request.prompt_token_ids)) + request.params.n
         if written > self._info.num_pages and needed > self._info.num_pages:
             raise CapacityError(
                 f"a step of the request writes {written} KV pages, n={request.params.n}; the device holds "
@@ -72,7 +74,7 @@ class Scheduler:
         sequence = Sequence(request, 0, next(self._numbers), table, list(request.prompt_token_ids), root)
         sequence.expected = self._find_prefix(sequence)
         self.cache.touch(sequence.expected)
-        insort(self.waiting, sequence, key=lambda one: (one.request.priority, one.number))
+        self._queue(sequence)
 
     def schedule(self, num_held: int = 0, only: Sequence | None = None) -> Scheduled:
         """The sequences of the next step with the number of tokens each runs; empty when there is nothing to do.
@@ -81,8 +83,9 @@ class Scheduler:
             num_held: device pages that must stay and belong to no sequence.
             only: leaves all others out.
         """
-        if self.waiting:
+        if self.waiting and not self._promises.any_lacks_room:
             self._admit()
+        self._promises.review(self.running, only)
         self.cold_budget.review(self.running)
         budget, size = self._info.max_num_batched_tokens, self._info.page_size
         room = self._info.num_pages - num_held
@@ -92,9 +95,9 @@ class Scheduler:
         for sequence in self.running:
             table = sequence.table
             room -= len(table.pages) - table.num_tokens // size
-            if sequence.is_parked if only is None else sequence is not only:
+            if sequence.lacks_room or (sequence.is_parked if only is None else sequence is not only):
                 continue
-            if table.num_tokens < sequence.prompt_len:
+            if sequence.is_prefilling:
                 prefilling.append(sequence)
             elif sequence.may_decode:
                 decoding.append(sequence)
@@ -115,6 +118,20 @@ class Scheduler:
         """Takes the first waiting request out when nothing runs that could make room for it."""
         return None if self.running or not self.waiting else self.waiting.pop(0).request
 
+    def preempt(self) -> Sequence | None:
+        """Has the last in line of those whose need was guessed give its pages up and wait to be admitted again, when
+        nobody has room to go on. None when all need no more than they were promised, or do not lack room."""
+        if not self._promises.any_lacks_room:
+            return None
+        guessed = [one for one in self.running if one.is_guessed]
+        if not guessed:
+            return None
+        sequence = max(guessed, key=lambda one: one.place)
+        self.running.remove(sequence)
+        sequence.preempt()
+        self._queue(sequence)
+        return sequence
+
     def expected_pages(self) -> list[Page]:
         """What the requests at the head of the line will take up, the first of them first."""
         return [page for sequence in self.waiting[:MAX_EXPECTED] for page in sequence.expected]
@@ -134,53 +151,47 @@ class Scheduler:
     def abort(self, request_id: str, index: int | None = None) -> list[Sequence]:
         """Ends one answer of a request, or all of them with index None; one that has ended already is passed over.
         Returns those that had begun."""
-        if index is None:
-            self.waiting = [sequence for sequence in self.waiting if sequence.request.request_id != request_id]
-        ended = [
-            sequence
-            for sequence in self.running
-            if sequence.request.request_id == request_id and index in (None, sequence.index)
-        ]
+
+        def ends(one: Sequence) -> bool:
+            return one.request.request_id == request_id and one.drop(index)
+
+        self.waiting = [sequence for sequence in self.waiting if not ends(sequence)]
+        ended = list(filter(ends, self.running))
         for sequence in ended:
             self.finish(sequence)
         return ended
 
     def _admit(self) -> None:
         taken = sum(sequence.num_answers for sequence in self.running)
-        promised = self.cache.num_pages + sum(one.most_pages - len(one.table.pages) for one in self.running)
-        chunk = max((self._chunk_pages(one.request) for one in self.running if one.is_prefilling), default=0)
+        chunk = max((self._chunk_pages(one.num_to_read) for one in self.running if one.is_prefilling), default=0)
         for sequence in list(self.waiting):
-            request = sequence.request
-            seats = taken + request.params.n
+            seats = taken + sequence.num_answers
             if seats > self._info.max_num_seqs:
                 return
             prefix = self._find_prefix(sequence)
             if self._is_coming(sequence, len(prefix)):
                 continue
-            needed = sequence.most_pages - sum(page.references > 0 for page in prefix)
-            if promised + needed > self.cache.capacity:
+            promised = self._promises.num_promised(self.running) + sequence.expected_pages - num_held_pages(prefix)
+            if promised > self.cache.capacity and not self._promises.can_end(self.running, sequence, prefix):
                 return
             # the largest chunk must fit beside a page of each other answer, or all pages on the device
-            chunk = max(chunk, self._chunk_pages(request))
-            if seats + chunk > self._info.num_pages < promised + needed:
+            chunk = max(chunk, self._chunk_pages(sequence.num_to_read))
+            if seats + chunk > self._info.num_pages < promised:
                 return
             taken = seats
-            promised += needed
             self.waiting.remove(sequence)
             self._begin(sequence, prefix)
 
     def _begin(self, sequence: Sequence, prefix: list[Page]) -> None:
-        found = [0, 0, 0]
-        for page in prefix:
-            found[page.tier] += self._info.page_size
-        sequence.num_cached = found[0], found[1], found[2]
+        if not sequence.was_preempted:  # else it finds pages of its own
+            sequence.cached_tiers = [page.tier for page in prefix]
         sequence.table.begin(prefix)
         sequence.expected = []
         self.running.append(sequence)
 
     def _find_prefix(self, sequence: Sequence) -> list[Page]:
         """The pages that are known of a prompt, without its last token."""
-        keys = sequence.page_keys(sequence.prompt_len - 1)
+        keys = sequence.page_keys(sequence.num_to_read - 1)
         return [] if keys is None else self.cache.find(keys[: sequence.num_prefix_pages])
 
     def _is_coming(self, sequence: Sequence, num_found: int) -> bool:
@@ -202,11 +213,11 @@ class Scheduler:
         """How the prompts that are being read share the tokens of a step: the sequences that get any, with how many."""
         if not prefilling:
             return []
-        first, *others = sorted(prefilling, key=lambda one: (one.request.priority, one.number))
+        first, *others = sorted(prefilling, key=lambda one: one.place)
         chunks = []
         own = self._chunk(first, budget if not others else -(-budget // 2))
         left = budget - self._cost(first, own)
-        for sequence in sorted(others, key=lambda one: (one.request.priority, one.prompt_len - one.table.num_tokens)):
+        for sequence in sorted(others, key=lambda one: (one.request.priority, one.num_to_read - one.table.num_tokens)):
             count = self._chunk(sequence, left)
             if count:
                 chunks.append((sequence, count))
@@ -226,11 +237,14 @@ class Scheduler:
             whole_pages = self._info.max_num_batched_tokens // size or 1
             return min(sequence.num_synthetic_left, whole_pages * size)
         start = sequence.table.num_tokens
-        if sequence.prompt_len - start <= budget:
-            return sequence.prompt_len - start
+        if sequence.num_to_read - start <= budget:
+            return sequence.num_to_read - start
         border = (start + budget) // size * size
         return border - start if border > start else budget
 
-    def _chunk_pages(self, request: EngineRequest) -> int:
-        """Pages that a step may fill with a chunk of the prompt."""
-        return pages_for(min(len(request.prompt_token_ids), self._info.max_num_batched_tokens), self._info.page_size)
+    def _chunk_pages(self, num_tokens: int) -> int:
+        """Pages that a step may fill with a chunk of so many tokens at most."""
+        return pages_for(min(num_tokens, self._info.max_num_batched_tokens), self._info.page_size)
+
+    def _queue(self, sequence: Sequence) -> None:
+        insort(self.waiting, sequence, key=lambda one: one.place)

@@ -9,7 +9,10 @@ from distkv.storage.ledger.page import Page, PageKey
 from distkv.storage.ledger.page_table import PageTable
 from distkv.storage.ledger.prefix_index import page_key
 from distkv.storage.paging import pages_for
+from distkv.storage.tier import Tier
 from distkv.workers.group.step_plan import SequencePlan, placeholder
+
+MARGIN_TOKENS = 256  # of an answer whose length nobody knows, the fewest that are expected beyond what is written
 
 
 @dataclass(eq=False)
@@ -26,21 +29,41 @@ class Sequence:
     keys: list[PageKey] = field(default_factory=list)  # of its first full pages
     num_pending: int = 0  # tokens that steps under way sample, which are not known yet
     num_sent: int = 0  # pages that the ranks' table holds
-    num_cached: tuple[int, int, int] = (0, 0, 0)  # tokens whose KV was found, by tier
+    cached_tiers: list[Tier | None] = field(default_factory=list)  # where its first pages were found; None: lost since
     expected: list[Page] = field(default_factory=list)  # what was found when it was queued
     awaits: "Sequence | None" = None  # computes a page that this one shares; it is not admitted before that is done
+    lacks_room: bool = False  # waits for pages of others, see `PagePromises`
+    was_preempted: bool = False
     is_parked: bool = False  # waits, so that others need not stream beside it
+    arrival: int = -1  # of its request: the number of its first answer
     turn: int = 0  # those of a lower turn go first, see `ColdBudget`
     turn_steps: int = 0
+    dropped: set[int] = field(default_factory=set)  # answers that it stands for and nobody wants any more
     finished: bool = False
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.request.prompt_token_ids)
-        # full pages of the prompt without its last token, which must be run for its logits
-        self.num_prefix_pages = (self.prompt_len - 1) // self.table.page_size
+        self.arrival = self.number if self.arrival < 0 else self.arrival
+        self.num_to_read = self.prompt_len  # tokens that are read in chunks; with those of the answer once preempted
         seed = self.request.synthetic_kv_seed
         tokens = self.num_prefix_pages * self.table.page_size
         self.synthetic = SyntheticKV() if seed is None else SyntheticKV(seed, tokens)
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """In line: by priority, then by arrival of the request."""
+        return self.request.priority, self.arrival, self.number
+
+    @property
+    def num_prefix_pages(self) -> int:
+        """Full pages of what is to be read without its last token, which must be run for its logits."""
+        return (self.num_to_read - 1) // self.table.page_size
+
+    @property
+    def num_cached(self) -> tuple[int, int, int]:
+        """Tokens of the prompt whose keys and values were found and read, by tier."""
+        device, host, disk = (self.cached_tiers.count(tier) * self.table.page_size for tier in Tier)
+        return device, host, disk
 
     @property
     def num_output_tokens(self) -> int:
@@ -52,8 +75,8 @@ class Sequence:
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether steps that read the prompt are still to come."""
-        return self.table.num_tokens < self.prompt_len
+        """Whether steps that read the prompt, or all that it had when it was preempted, are still to come."""
+        return self.table.num_tokens < self.num_to_read
 
     @property
     def num_answers(self) -> int:
@@ -72,9 +95,24 @@ class Sequence:
         return 0 < known + self.num_pending < self.request.max_tokens and (known > 0 or self.request.params.n == 1)
 
     @property
-    def most_pages(self) -> int:
-        """Pages that the request may need at most, over all answers that this sequence stands for."""
-        return most_pages(self.request, self.table.page_size, self.num_answers)
+    def is_guessed(self) -> bool:
+        """Whether it may turn out to need more pages than are expected. Not a second time."""
+        return self.request.params.max_tokens is None and not self.was_preempted
+
+    @property
+    def expected_pages(self) -> int:
+        """Pages that all answers which this sequence stands for will need: at most, or else as far as one can tell."""
+        most = most_pages(self.request, self.table.page_size, self.num_answers)
+        if not self.is_guessed:
+            return most
+        written = self.num_output_tokens
+        return min(most, self._pages_at(self.prompt_len + written + max(written, MARGIN_TOKENS)))
+
+    @property
+    def first_pages(self) -> int:
+        """Pages that it will need to read its prompt and to go on by a token."""
+        most = most_pages(self.request, self.table.page_size, self.num_answers)
+        return min(most, self._pages_at(self.num_to_read + 1))
 
     @property
     def num_synthetic_left(self) -> int:
@@ -85,7 +123,7 @@ class Sequence:
         """Pages that the other answers of the request need once `count` more tokens have been read: a copy each of the
         last page of the prompt, unless that is full."""
         ends = self.table.num_tokens + count == self.prompt_len
-        return self.request.params.n - 1 if ends and self.prompt_len % self.table.page_size else 0
+        return self.num_answers - 1 if ends and self.prompt_len % self.table.page_size else 0
 
     def by_importance(self) -> Iterator[Page]:
         """Its pages in the order in which they are best kept near: the first, then the newest."""
@@ -150,8 +188,27 @@ class Sequence:
         """Another answer from the same state; also the page copy it needs, see `PageTable.fork`."""
         table, copy = self.table.fork()
         fork = Sequence(self.request, index, number, table, list(self.token_ids), self.root, list(self.keys))
-        fork.turn, fork.num_cached = self.turn, self.num_cached
+        fork.arrival = self.arrival
+        fork.turn, fork.cached_tiers = self.turn, self.cached_tiers
         return fork, copy
+
+    def drop(self, index: int | None) -> bool:
+        """Takes note that an answer is not wanted any more, with None all that it stands for; whether none is left."""
+        if index is None or self.is_alone:
+            return index in (None, self.index)
+        self.dropped.add(index)
+        return len(self.dropped) == self.num_answers
+
+    def preempt(self) -> None:
+        """Gives all its pages up; what it has written is read again with the prompt. No step may be under way."""
+        assert not self.num_pending
+        self.table.release()
+        self.num_to_read, self.num_sent = len(self.token_ids), 0
+        self.was_preempted, self.lacks_room, self.is_parked = True, False, False
+
+    def _pages_at(self, length: int) -> int:
+        """Pages of all answers that it stands for when each, with the prompt, has so many tokens."""
+        return pages_of_answers(self.prompt_len, length, self.num_answers, self.table.page_size)
 
 
 Scheduled = list[tuple[Sequence, int]]
@@ -159,9 +216,13 @@ Scheduled = list[tuple[Sequence, int]]
 
 
 def most_pages(request: EngineRequest, page_size: int, num_answers: int) -> int:
-    """Pages of so many answers at their full length, the prompt's full pages counted once."""
+    """Pages of so many answers at their full length."""
     prompt_len = len(request.prompt_token_ids)
-    shared = prompt_len // page_size
     # the last token sampled is never read
-    longest = pages_for(prompt_len + request.max_tokens - 1, page_size)
-    return shared + num_answers * (longest - shared)
+    return pages_of_answers(prompt_len, prompt_len + request.max_tokens - 1, num_answers, page_size)
+
+
+def pages_of_answers(prompt_len: int, length: int, num_answers: int, page_size: int) -> int:
+    """Pages of so many answers of a length that counts the prompt, whose full pages they share."""
+    shared = prompt_len // page_size
+    return shared + num_answers * (pages_for(length, page_size) - shared)
