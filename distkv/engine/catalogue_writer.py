@@ -53,7 +53,7 @@ class CatalogueWriter:
             return
         now = time.time()
         added = [
-            Entry(slot, *page.key, checksums[id], now, page.index)
+            Entry(slot, page.key.digest, page.key.parent, page.key.tokens, checksums[id], now, page.index)
             for slot, (id, page) in changes.written.items()
             if id in checksums and page.key is not None
         ]

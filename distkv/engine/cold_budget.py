@@ -4,14 +4,11 @@ Sequences that wait are parked: their pages leave the device first, so that thos
 reviewed now and then, not every step, and turns are long, so that sequences do not push each other out all the time.
 """
 
-from collections.abc import Iterable
-from itertools import islice
-
 from distkv.engine.protocol import EngineInfo
 from distkv.engine.sequence import Sequence
 from distkv.storage.ledger.page import Page
 from distkv.storage.ledger.tiered_cache import TieredCache
-from distkv.storage.tier import Tier
+from distkv.storage.tier import DEVICE, HOST
 
 REVIEW_STEPS = 16  # between two reviews, unless sequences come or go, or so many pages move that the limit is in doubt
 DOUBT_STEPS = 2  # between two reviews at least in that case
@@ -73,9 +70,7 @@ class ColdBudget:
         self._any_parked = False
         for index, sequence in enumerate(line):
             limit = self._limit * (RETURN_SHARE if sequence.is_parked else 1)
-            pages = (page for page in sequence.table.pages if not page.has(Tier.DEVICE) and page not in streamed)
-            cold = list(pages) if not index or total < limit else list(islice(pages, 1))
-            cost = self._cost(cold)
+            cold, cost = self._cold_pages(sequence, streamed, limit - total)
             runs = not index or not cost or total + cost <= limit
             if runs:
                 total += cost
@@ -88,9 +83,19 @@ class ColdBudget:
             sequence.is_parked = not runs
         self._slack = self._limit - total
 
-    def _cost(self, cold: Iterable[Page]) -> float:
-        """In pages of the host."""
-        return sum(1.0 if page.has(Tier.HOST) else self._disk_cost for page in cold)
+    def _cold_pages(self, sequence: Sequence, streamed: set[Page], limit: float) -> tuple[list[Page], float]:
+        """The pages that a sequence streams and no other does, and what they cost, in pages of the host; not all of
+        them where they cost more than the limit, since a context may have a million."""
+        cold: list[Page] = []
+        cost = 0.0
+        for page in sequence.table.pages:
+            if (page.slots[DEVICE] is not None and page.filling[DEVICE] is None) or page in streamed:
+                continue
+            cold.append(page)
+            cost += 1.0 if page.has(HOST) else self._disk_cost
+            if cost > limit:
+                break
+        return cold, cost
 
     def _unpark(self, running: list[Sequence]) -> None:
         for sequence in running:

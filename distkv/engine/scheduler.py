@@ -186,13 +186,16 @@ class Scheduler:
         if not sequence.was_preempted:  # else it finds pages of its own
             sequence.cached_tiers = [page.tier for page in prefix]
         sequence.table.begin(prefix)
-        sequence.expected = []
+        sequence.expected, sequence.found = [], []
         self.running.append(sequence)
 
     def _find_prefix(self, sequence: Sequence) -> list[Page]:
         """The pages that are known of a prompt, without its last token."""
-        keys = sequence.page_keys(sequence.num_to_read - 1)
-        return [] if keys is None else self.cache.find(keys[: sequence.num_prefix_pages])
+        if sequence.found_at != self.cache.num_findable_changes:
+            sequence.found_at = self.cache.num_findable_changes
+            keys = sequence.page_keys(sequence.num_to_read - 1)
+            sequence.found = [] if keys is None else self.cache.find(keys[: sequence.num_prefix_pages])
+        return sequence.found
 
     def _is_coming(self, sequence: Sequence, num_found: int) -> bool:
         """Whether a running request that goes before this one is about to compute the page after the prefix that was

@@ -31,6 +31,8 @@ class Sequence:
     num_sent: int = 0  # pages that the ranks' table holds
     cached_tiers: list[Tier | None] = field(default_factory=list)  # where its first pages were found; None: lost since
     expected: list[Page] = field(default_factory=list)  # what was found when it was queued
+    found: list[Page] = field(default_factory=list)  # what is known of its prefix, as of `found_at`
+    found_at: int = -1  # `TieredCache.num_findable_changes`
     awaits: "Sequence | None" = None  # computes a page that this one shares; it is not admitted before that is done
     lacks_room: bool = False  # waits for pages of others, see `PagePromises`
     was_preempted: bool = False
@@ -203,7 +205,7 @@ class Sequence:
         """Gives all its pages up; what it has written is read again with the prompt. No step may be under way."""
         assert not self.num_pending
         self.table.release()
-        self.num_to_read, self.num_sent = len(self.token_ids), 0
+        self.num_to_read, self.num_sent, self.found_at = len(self.token_ids), 0, -1
         self.was_preempted, self.lacks_room, self.is_parked = True, False, False
 
     def _pages_at(self, length: int) -> int:

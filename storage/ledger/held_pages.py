@@ -62,7 +62,7 @@ class HeldPages:
         """Gives a page a slot, or takes it; one that nobody holds is not counted."""
         if page.references:
             self._count(page, -1)
-        page.slots[tier] = slot
+        page.set_slot(tier, slot)
         if page.references:
             self._count(page, 1)
 

@@ -1,12 +1,15 @@
-"""A page as the leader knows it: bookkeeping only, no tensor."""
+"""A page as the leader knows it: bookkeeping only, no tensor.
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+There may be hundreds of thousands, which Python's garbage collector would walk through again and again, a third of a
+second each time. So pages and keys are structs that it does not track; it need not, since no page leads back to itself.
+"""
+
+import msgspec
 
 from distkv.storage.tier import ALL_TIERS, DEVICE, DISK, HOST, Tier, encode_location
 
 
-class PageKey(NamedTuple):
+class PageKey(msgspec.Struct, frozen=True, gc=False):
     """What a full page holds: its tokens, and by the chain of keys all tokens before them. See `prefix_index.py`."""
 
     digest: bytes
@@ -14,8 +17,7 @@ class PageKey(NamedTuple):
     tokens: bytes  # uint32, little endian
 
 
-@dataclass(eq=False, slots=True)
-class Page:
+class Page(msgspec.Struct, eq=False, gc=False):
     """`page_size` tokens of one or several sequences, and its copies by tier."""
 
     index: int  # in its sequences
@@ -26,13 +28,24 @@ class Page:
     stamp: int = 0  # when an idle page was used last, in order
     full: bool = False
     repairs: int = 0  # how often it was lost and computed again
-    slots: list[int | None] = field(default_factory=lambda: [None, None, None])
-    filling: list[int | None] = field(default_factory=lambda: [None, None, None])  # transfer that fills the copy
-    reading: list[int] = field(default_factory=lambda: [0, 0, 0])  # transfers that read the copy
+    # by tier; changed by `set_slot` and so on
+    slots: tuple[int | None, ...] = (None, None, None)
+    filling: tuple[int | None, ...] = (None, None, None)  # transfer that fills the copy
+    reading: tuple[int, ...] = (0, 0, 0)  # transfers that read the copy
 
     def has(self, tier: Tier) -> bool:
         """Whether a whole copy lies in the tier."""
         return self.slots[tier] is not None and self.filling[tier] is None
+
+    def set_slot(self, tier: Tier, slot: int | None) -> None:
+        self.slots = (*self.slots[:tier], slot, *self.slots[tier + 1 :])
+
+    def set_filling(self, tier: Tier, id: int | None) -> None:
+        self.filling = (*self.filling[:tier], id, *self.filling[tier + 1 :])
+
+    def count_reading(self, tier: Tier, change: int) -> None:
+        """Takes note that one transfer more, or one less, reads a copy."""
+        self.reading = (*self.reading[:tier], self.reading[tier] + change, *self.reading[tier + 1 :])
 
     @property
     def lost(self) -> bool:

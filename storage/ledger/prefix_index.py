@@ -40,6 +40,7 @@ class PrefixIndex:
     """The pages that have a key, each under it."""
 
     def __init__(self) -> None:
+        self.num_changes = 0  # after which a search may find something else
         self._pages: dict[bytes, Page] = {}
         self._followers: dict[bytes, dict[Page, None]] = {}  # of each parent
 
@@ -54,12 +55,14 @@ class PrefixIndex:
         before."""
         known = self._pages.setdefault(key.digest, page)
         if known is page:
+            self.num_changes += 1
             page.key = key
             self._followers.setdefault(key.parent, {})[page] = None
         return known
 
     def remove(self, page: Page) -> list[Page]:
         """Takes a page out, which loses its key; returns the pages that follow it, which nobody can find any more."""
+        self.num_changes += 1
         key, page.key = page.key, None
         assert key is not None
         del self._pages[key.digest]

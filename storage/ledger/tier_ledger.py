@@ -5,7 +5,7 @@ page with a key stays when its last holder lets go: it is idle, in whatever tier
 same prefix takes it up again or its room is needed.
 """
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Iterable
 
 from distkv.storage.ledger.disk_journal import DiskJournal
@@ -42,7 +42,8 @@ class TierLedger:
         self.transfers = Transfers()
         self.journal = DiskJournal()
         self.refusals = DiskRefusals()
-        self.unsaved: deque[Page] = deque()  # with a key, on the host and not on disk, the first to be saved first
+        self.unspilled: dict[Page, None] = {}  # full, on the device alone, the first to be copied to the host first
+        self.unsaved: OrderedDict[Page, None] = OrderedDict()  # on the host, to be written to disk, the first first
         self._write_through = write_through
         self._dropped: dict[int, Page] = {}  # disk slots given up since the last report, and what they held
 
@@ -68,7 +69,10 @@ class TierLedger:
         self.slots[tier].free(slot)
         if tier is DEVICE:
             self.held.unpark(page)
-        elif tier is DISK:
+            self.unspilled.pop(page, None)
+        elif tier is HOST:
+            self.unsaved.pop(page, None)
+        else:
             self.refusals.lift()  # there is room again
             self.journal.vacate(slot)
             self._dropped[slot] = page
@@ -92,6 +96,8 @@ class TierLedger:
     def start(self, page: Page, source: Tier, target: Tier) -> None:
         """Has the next plan copy a page into a free slot of another tier."""
         self.take_slot(page, target)
+        if target is DISK:
+            self.unsaved.pop(page, None)
         self.transfers.start(page, source, target)
 
     def finish(self, id: int) -> None:
@@ -111,6 +117,8 @@ class TierLedger:
         if transfer.target is not DISK:
             return page
         self.refusals.refuse(reason)
+        if page.has(HOST) and self.needs_saving(page):
+            self.unsaved[page] = None  # again, once the disk is tried again
         return None
 
     def force(self, page: Page) -> None:
@@ -131,7 +139,9 @@ class TierLedger:
         if page.has(DISK):
             self.journal.touch(page.slots[DISK] or 0)
         if page.has(HOST) and self.needs_saving(page):
-            self.unsaved.appendleft(page)  # pages are released from the last to the first, and the first goes first
+            # pages are released from the last to the first, and the first goes first
+            self.unsaved[page] = None
+            self.unsaved.move_to_end(page, last=False)
 
     def wake(self, page: Page) -> None:
         """Takes a page out of the idle ones."""
@@ -160,7 +170,8 @@ class TierLedger:
 
     def needs_saving(self, page: Page) -> bool:
         """Whether the page is to be written to disk for later processes."""
-        return page.key is not None and page.slots[DISK] is None and (self._write_through or not page.references)
+        is_wanted = page.key is not None and page.slots[DISK] is None and (self._write_through or not page.references)
+        return is_wanted and self.slots[DISK].num_slots > 0
 
     def take_owners(self, disk_slots: set[int]) -> set[Page]:
         """The held pages that the plan found in these slots which was reported last. To be called once a report."""
@@ -186,6 +197,8 @@ class TierLedger:
                 self.transfers.integrity_check(page, tier)
         self.held.integrity_check()
         assert all(page.full or page.slots[HOST] is page.slots[DISK] is None for page in self.held)
+        assert all(page.has(DEVICE) for page in self.unspilled)
+        assert all(page.has(HOST) and page.slots[DISK] is None for page in self.unsaved)
         assert self.num_idle == sum(page.is_idle for page in self.index)
         assert all(page.references or not page.lost for page in self.index)
 
@@ -203,4 +216,4 @@ class TierLedger:
         if target is DISK:
             self.journal.write(transfer.target_slot, transfer.id, page)
         elif target is HOST and self.needs_saving(page):
-            self.unsaved.append(page)
+            self.unsaved[page] = None

@@ -167,6 +167,11 @@ class TieredCache:
 
     # --- pages that may be found ---
 
+    @property
+    def num_findable_changes(self) -> int:
+        """A number that is another one when `find` may find something else than before."""
+        return self.index.num_changes
+
     def find(self, keys: Iterable[PageKey]) -> list[Page]:
         """The pages of the longest prefix of a chain that can be read."""
         found = self.index.longest(keys)
@@ -185,7 +190,7 @@ class TieredCache:
             page = Page(index, references=0, full=True)
             if self.index.add(page, key) is page:
                 self.slots[DISK].take(slot)
-                page.slots[DISK] = slot
+                page.set_slot(DISK, slot)
                 self._ledger.rest(page)
         self.journal.forget_uses()
 
@@ -253,6 +258,7 @@ class TieredCache:
                 self._ledger.drop(page, DISK)
             if page.references and page.lost:
                 self._held.lose(page)
+                self.index.num_changes += 1
         return unread
 
     def integrity_check(self) -> None:

@@ -36,8 +36,8 @@ class Transfers:
         assert source_slot is not None and target_slot is not None
         transfer = Transfer(self._next_id, source, source_slot, target, target_slot)
         self._next_id += 1
-        page.filling[target] = transfer.id
-        page.reading[source] += 1
+        page.set_filling(target, transfer.id)
+        page.count_reading(source, 1)
         self.under_way[transfer.id] = transfer, page
         self._queued.append(transfer)
 
@@ -79,6 +79,6 @@ class Transfers:
 
     def _close(self, id: int) -> tuple[Transfer, Page]:
         transfer, page = self.under_way.pop(id)
-        page.reading[transfer.source] -= 1
-        page.filling[transfer.target] = None
+        page.count_reading(transfer.source, -1)
+        page.set_filling(transfer.target, None)
         return transfer, page

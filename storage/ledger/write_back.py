@@ -1,6 +1,5 @@
 """What goes down before its room is needed: write-through to host and disk, and what a nearly full host holds."""
 
-from collections import deque
 from collections.abc import Iterable, Iterator
 
 from distkv.storage.ledger.page import Page
@@ -20,12 +19,11 @@ class WriteBack:
         """
         self._ledger = ledger
         self._low = low
-        self._unspilled: deque[Page] = deque()  # full, on the device alone
         self._emptying_host = False
 
     def spill_later(self, page: Page) -> None:
         """Has a full page on the device copied to the host when it has room."""
-        self._unspilled.append(page)
+        self._ledger.unspilled[page] = None
 
     def balance(self) -> None:
         """See `TieredCache.balance`; to be called once a step."""
@@ -56,20 +54,21 @@ class WriteBack:
 
     def _spill(self) -> None:
         """Starts copies of full pages to the host, as far as it has room or idle pages to give up."""
-        while self._unspilled:
-            page = self._unspilled[0]
-            if page.has(DEVICE) and page.slots[HOST] is None and not page.has(DISK):
+        unspilled = self._ledger.unspilled
+        while unspilled:
+            page = next(iter(unspilled))
+            if page.slots[HOST] is None and not page.has(DISK):
                 if not self._ledger.make_room(HOST, self._dispensable_on_host()):
                     return
                 self._ledger.start(page, DEVICE, HOST)
-            self._unspilled.popleft()
+            unspilled.pop(page, None)
 
     def _save(self) -> None:
         """Starts writing pages with keys to disk, so that later processes find them."""
         ledger = self._ledger
         room = self._num_writes_left()
         while ledger.unsaved and room > 0 and not ledger.refusals.paused:
-            page = ledger.unsaved.popleft()
+            page, _ = ledger.unsaved.popitem(last=False)
             if not (page.has(HOST) and ledger.needs_saving(page)):
                 continue
             if ledger.make_room(DISK, self._outlived_on_disk(page)) and page.has(HOST):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import zarr
+from msgspec.structs import astuple
 from support.checkpoints import edit_config
 from support.collisions import collide
 from support.damage import damages, flip_bit
@@ -453,7 +454,7 @@ def test_when_pages_are_written(folder: Path, tmp_path: Path, policy: str, monke
         assert all(array[entry.slot].any() for entry in catalogue.entries())
     wanted = page_keys(root_key(json.loads((cache / "model.json").read_bytes())["fingerprint"], None),
         (FIRST + answer)[:-1], PAGE_SIZE)  # fmt: skip
-    assert names[::-1] == [tuple(name) for name in wanted]
+    assert names[::-1] == [astuple(name) for name in wanted]
 
 
 @damages

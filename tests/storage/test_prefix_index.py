@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.collisions import collide
 
 from distkv.storage.ledger.idle_pages import IdlePages
-from distkv.storage.ledger.page import Page
+from distkv.storage.ledger.page import Page, PageKey
 from distkv.storage.ledger.page_table import PageTable
 from distkv.storage.ledger.prefix_index import PrefixIndex, page_key, page_keys, root_key
 from distkv.storage.ledger.tiered_cache import TieredCache
@@ -28,7 +28,8 @@ def test_a_key_is_a_chain_of_sha256_over_little_endian_tokens() -> None:
     first, second = page_keys(ROOT, [1, 2, 3, 2**32 - 1, 7], PAGE_SIZE)
     assert first.tokens == bytes([1, 0, 0, 0, 2, 0, 0, 0]) and first.parent == ROOT
     assert first.digest == sha256(ROOT + first.tokens).digest()
-    assert second == (sha256(first.digest + second.tokens).digest(), first.digest, bytes([3, 0, 0, 0]) + b"\xff" * 4)
+    tokens = bytes([3, 0, 0, 0]) + b"\xff" * 4
+    assert second == PageKey(sha256(first.digest + tokens).digest(), first.digest, tokens)
 
 
 def test_roots_do_not_meet() -> None:
@@ -111,21 +112,23 @@ def test_the_oldest_idle_copy_of_each_tier(seed: int) -> None:
                 entered[tier].append(page)
         elif page.stamp and page not in entered[tier]:
             idle.add(page, tier)
-            page.slots[tier] = 0
+            page.set_slot(tier, 0)
             entered[tier].append(page)
         else:
             idle.discard(page, tier)
-            page.slots[tier] = None
+            page.set_slot(tier, None)
             entered[tier] = [one for one in entered[tier] if one is not page]
-        page.reading[tier] = rng.randrange(2)
+        page.count_reading(tier, rng.choice([1, -page.reading[tier]]))
         for tier in Tier:
             order = sorted(entered[tier], key=lambda one: one.stamp)
             assert idle.pages(tier) == order and idle.count(tier) == len(order)
             assert idle.oldest(tier, unread=False) is (order[0] if order else None)
             unread = [one for one in order if not one.reading[tier]]
             assert idle.oldest(tier) is (unread[0] if unread else None)
-            saved = [one for one in unread if one.has(DISK)]
-            assert idle.oldest(tier, saved_in=(DISK,)) is (saved[0] if saved else None)
+            others = [other for other in Tier if other is not tier]
+            for saved_in in ((others[0],), (others[1],), tuple(others)):
+                saved = [one for one in unread if any(one.has(other) for other in saved_in)]
+                assert idle.oldest(tier, saved_in=saved_in) is (saved[0] if saved else None)
 
 
 def table_of(cache: TieredCache, tokens: list[int]) -> PageTable:
