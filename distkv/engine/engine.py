@@ -300,8 +300,9 @@ class Engine:
         self._faults.forget(sequence)
         self._runner.end_tables([sequence.number])
         log.warning(
-            "the KV cache is full, and request %s, which has no max_tokens, is longer than expected: its %d tokens are "
-            "read again when there is room. Raise device_kv_bytes, host_kv_bytes or disk_kv_bytes, or set max_tokens",
+            "the KV cache is full, since requests without max_tokens are longer than expected: request %s gives its "
+            "room up and reads its %d tokens again later. Raise device_kv_bytes, host_kv_bytes or disk_kv_bytes, or set "
+            "max_tokens",
             sequence.request.request_id, len(sequence.token_ids),
         )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Pages that nobody holds and a later request may ask for: which of them has been left alone longest, by tier."""
 
+from collections.abc import Iterator
 from itertools import combinations
 
 from sortedcontainers import SortedDict
@@ -41,9 +42,9 @@ class IdlePages:
     def count(self, tier: Tier) -> int:
         return len(self._by_tier[tier])
 
-    def pages(self, tier: Tier) -> list[Page]:
-        """All with a copy in a tier, least recently used first."""
-        return list(self._by_tier[tier].values())
+    def pages(self, tier: Tier) -> Iterator[Page]:
+        """All with a copy in a tier, least recently used first; none may come or go meanwhile."""
+        return iter(self._by_tier[tier].values())
 
     def oldest(self, tier: Tier, saved_in: tuple[Tier, ...] = (), unread: bool = True) -> Page | None:
         """The least recently used with a copy in the tier.

@@ -1,6 +1,7 @@
 """What goes down before its room is needed: write-through to host and disk, and what a nearly full host holds."""
 
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 
 from distkv.storage.ledger.page import Page
 from distkv.storage.ledger.tier_ledger import TierLedger
@@ -78,20 +79,22 @@ class WriteBack:
     def _empty_host(self, wanted: int) -> None:
         """Frees host slots until `wanted` are free: drops what is on disk, and writes the oldest of the others."""
         ledger, host = self._ledger, self._ledger.slots[HOST]
-        in_order = [page for page in ledger.idle.pages(HOST) + list(ledger.full[HOST]) if not page.reading[HOST]]
-        victims = (
-            page for page in in_order
-            if page.has(HOST) and (page.has(DISK) or (page.is_idle and self._is_disk_full_for(page)))
-        )  # fmt: skip
-        if ledger.make_room(HOST, victims, wanted):
+        victims = (page for page in self._unread_on_host() if page.has(DISK) or self._is_disk_full_for(page))
+        if ledger.make_room(HOST, list(islice(victims, max(0, wanted - host.num_free))), wanted):
             self._emptying_host = False
         elif not ledger.refusals.paused and host.num_free + len(ledger.transfers.disk_writes) < wanted:
-            self.write(page for page in in_order if page.has(HOST))
+            unwritten = (page for page in self._unread_on_host() if page.slots[DISK] is None)
+            self.write(list(islice(unwritten, MAX_DISK_WRITES)))
 
     def _num_writes_left(self) -> int:
         return MAX_DISK_WRITES - len(self._ledger.transfers.disk_writes)
 
     # --- who gives way ---
+
+    def _unread_on_host(self) -> Iterator[Page]:
+        """Pages that no transfer reads there, the first to go first; none may come or go meanwhile."""
+        pages = chain(self._ledger.idle.pages(HOST), self._ledger.full[HOST])
+        return (page for page in pages if not page.reading[HOST])
 
     def _dispensable_on_host(self) -> Iterator[Page]:
         """Idle pages whose host copies may go for that of another page, the first to go first, since nothing is lost:
@@ -111,8 +114,10 @@ class WriteBack:
             yield oldest
 
     def _is_disk_full_for(self, page: Page) -> bool:
-        """Whether the disk is full of pages that are held or were used later than an idle page."""
-        return not self._ledger.slots[DISK].num_free and next(self._outlived_on_disk(page), None) is None
+        """Whether a page is idle, and the disk full of others that are held or were used later."""
+        return (
+            page.is_idle and not self._ledger.slots[DISK].num_free and next(self._outlived_on_disk(page), None) is None
+        )
 
     def _dispensable_on_disk(self) -> Iterator[Page]:
         """Pages whose disk copies may go, the first to go first: the least recently used idle one, those that lie

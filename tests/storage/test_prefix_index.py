@@ -121,7 +121,7 @@ def test_the_oldest_idle_copy_of_each_tier(seed: int) -> None:
         page.count_reading(tier, rng.choice([1, -page.reading[tier]]))
         for tier in Tier:
             order = sorted(entered[tier], key=lambda one: one.stamp)
-            assert idle.pages(tier) == order and idle.count(tier) == len(order)
+            assert list(idle.pages(tier)) == order and idle.count(tier) == len(order)
             assert idle.oldest(tier, unread=False) is (order[0] if order else None)
             unread = [one for one in order if not one.reading[tier]]
             assert idle.oldest(tier) is (unread[0] if unread else None)
