@@ -291,18 +291,19 @@ class Engine:
         gives its own up. Ends the newest request when none does: the disk took less than it was to take."""
         sequence = self._scheduler.preempt()
         if sequence is None:
-            newest = self._scheduler.running[-1].request
-            self._fail(
-                newest, CapacityError(f"the tiers hold {self._cache.capacity} KV pages{self._cache.disk_refusal}")
+            error = CapacityError(
+                f"the tiers hold {self._cache.num_pages} KV pages of {self._cache.capacity} and have no room for "
+                f"another{self._cache.disk_refusal}; raise host_kv_bytes or disk_kv_bytes, or make room on the disk"
             )
+            self._fail(self._scheduler.running[-1].request, error)
             return
         self._num_preemptions += 1
         self._faults.forget(sequence)
         self._runner.end_tables([sequence.number])
         log.warning(
             "the KV cache is full, since requests without max_tokens are longer than expected: request %s gives its "
-            "room up and reads its %d tokens again later. Raise device_kv_bytes, host_kv_bytes or disk_kv_bytes, or set "
-            "max_tokens",
+            "room up and reads its %d tokens again later. Raise device_kv_bytes, host_kv_bytes or disk_kv_bytes, or "
+            "set max_tokens",
             sequence.request.request_id, len(sequence.token_ids),
         )  # fmt: skip
 
