@@ -85,7 +85,7 @@ class Rank:
         if config.load_format == "dummy":
             source: DummySource | SafetensorsSource = DummySource(config.seed, config.dtype, device)
         else:
-            source = SafetensorsSource(config.folder)
+            source = SafetensorsSource(config.folder, warns=self.shard.rank == 0)
         with source as weights, torch.inference_mode():
             return load_llama(weights, config.model, self.shard, self.group, config.dtype, device, backend.kernels)
 

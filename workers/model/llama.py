@@ -96,7 +96,8 @@ def load_llama(
     """Reads this rank's slices; query, key and value rows are fused unless other ranks hold the same KV heads, and gate
     and up always.
 
-    Raises ConfigError when a tensor is missing or its shape is not what the config says.
+    Raises ConfigError when a tensor is missing, its shape is not what the config says, or one is there that no model of
+    this config has.
     """
     hidden, dim = config.hidden_size, config.head_dim
     heads = shard.query_heads[0] * dim, shard.query_heads[1] * dim
@@ -113,8 +114,9 @@ def load_llama(
 
     def rows_of(name: str, size: int, columns: tuple[int, int], biased: bool) -> Linear:
         """Row-parallel: the given input columns; rank 0 alone adds the bias to the sum."""
-        bias = read(f"{name}.bias", (hidden,)) if biased and shard.rank == 0 else None
-        return kernels.make_linear(read(f"{name}.weight", (hidden, size), None, columns), bias)
+        bias = read(f"{name}.bias", (hidden,)) if biased else None
+        weight = read(f"{name}.weight", (hidden, size), None, columns)
+        return kernels.make_linear(weight, bias if shard.rank == 0 else None)
 
     def layer(index: int) -> Layer:
         prefix = f"model.layers.{index}"
@@ -142,7 +144,7 @@ def load_llama(
     embedding = read("model.embed_tokens.weight", vocab, shard.vocab)
     # as in transformers, a head that the checkpoint does hold wins over the config's tie
     tied = config.tie_word_embeddings and not source.has("lm_head.weight")
-    return LlamaModel(
+    model = LlamaModel(
         config=config,
         shard=shard,
         group=group,
@@ -153,3 +155,5 @@ def load_llama(
         final_norm=read("model.norm.weight", (hidden,)),
         head=kernels.make_linear(embedding if tied else read("lm_head.weight", vocab, shard.vocab)),
     )
+    source.check_all_read()
+    return model
