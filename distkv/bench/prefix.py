@@ -34,6 +34,7 @@ from distkv.storage.disk.cache_folder import ARRAY
 from distkv.storage.ledger.write_back import MAX_DISK_WRITES
 from distkv.storage.paging import check_page_size
 from distkv.workers.model.model_config import ModelConfig
+from distkv.workers.threads import use_threads
 
 VARIANTS = {
     "cold": "nothing cached",
@@ -95,7 +96,7 @@ def run(
     sizes = Sizes(prefix_tokens, page_size, answer_tokens)
     _check_sizes(sizes, max(map(len, questions)), ModelConfig.load(model).max_position_embeddings)
     if num_threads is not None:
-        torch.set_num_threads(num_threads)
+        use_threads(num_threads)
     if cache_dir is not None:
         cache_dir.mkdir(parents=True, exist_ok=True)
     first, *others = [prefix + question for question in questions]

@@ -96,8 +96,7 @@ def load_llama(
     """Reads this rank's slices; query, key and value rows are fused unless other ranks hold the same KV heads, and gate
     and up always.
 
-    Raises ConfigError when a tensor is missing, its shape is not what the config says, or one is there that no model of
-    this config has.
+    Raises ConfigError when a tensor is missing or its shape is not what the config says.
     """
     hidden, dim = config.hidden_size, config.head_dim
     heads = shard.query_heads[0] * dim, shard.query_heads[1] * dim
@@ -144,7 +143,7 @@ def load_llama(
     embedding = read("model.embed_tokens.weight", vocab, shard.vocab)
     # as in transformers, a head that the checkpoint does hold wins over the config's tie
     tied = config.tie_word_embeddings and not source.has("lm_head.weight")
-    model = LlamaModel(
+    return LlamaModel(
         config=config,
         shard=shard,
         group=group,
@@ -155,5 +154,3 @@ def load_llama(
         final_norm=read("model.norm.weight", (hidden,)),
         head=kernels.make_linear(embedding if tied else read("lm_head.weight", vocab, shard.vocab)),
     )
-    source.check_all_read()
-    return model

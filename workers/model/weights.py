@@ -45,9 +45,6 @@ class WeightSource(Protocol):
         """Whether there is a tensor of that name."""
         ...
 
-    def check_all_read(self) -> None:
-        """Raises ConfigError when there are tensors that nobody has read: they belong to another model."""
-
 
 class SafetensorsSource:
     """The `*.safetensors` of a Hugging Face folder: one file, or shards with an index. A context manager."""
@@ -100,7 +97,7 @@ class SafetensorsSource:
         return stored[index]
 
     def check_all_read(self) -> None:
-        """See `WeightSource`."""
+        """Raises ConfigError when there are tensors that nobody has read: they belong to another model."""
         left = {name for name in self._unread if not NEEDLESS.search(name)}
         kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in left})
         if kinds:
@@ -130,7 +127,7 @@ class DummySource:
         return False  # nothing beyond what the config asks for
 
     def check_all_read(self) -> None:
-        pass
+        """There are never more."""
 
     def read(self, name: str, shape: tuple[int, ...], rows: Rows = None, columns: Rows = None) -> Tensor:
         whole = torch.ones(shape, dtype=self._dtype, device=self._device)
