@@ -136,7 +136,7 @@ class EngineConfig:
     auto reads the folder's safetensors; dummy makes seeded weights for its config.json.
     """
     num_threads: int | None = None
-    """Torch threads of each CPU rank.
+    """Torch threads of each CPU rank, at most a core each.
 
     None leaves torch's default in this process and shares the cores out among Ray actors.
     """

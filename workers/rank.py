@@ -26,6 +26,7 @@ from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import Shard
 from distkv.workers.model.weights import DummySource, SafetensorsSource
 from distkv.workers.page_directory import PageDirectory
+from distkv.workers.threads import use_threads
 
 # Share of the memory free at start that each KV pool in CPU memory may grow to, unless a size is given.
 CPU_KV_SHARE = 0.25
@@ -74,7 +75,7 @@ class Rank:
         self.backend = make_backend(config.device)
         self.page_spec = rank_page_spec(config, self.shard)
         if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
+            use_threads(config.num_threads)
         self._model = self._load()
         self.pools = KVPools(self.page_spec, PoolSizes(), self.backend.device)
         self._runner = self.backend.make_runner(self._model, self.pools, config.max_num_seqs)
@@ -85,9 +86,11 @@ class Rank:
         if config.load_format == "dummy":
             source: DummySource | SafetensorsSource = DummySource(config.seed, config.dtype, device)
         else:
-            source = SafetensorsSource(config.folder)
+            source = SafetensorsSource(config.folder, warns=self.shard.rank == 0)
         with source as weights, torch.inference_mode():
-            return load_llama(weights, config.model, self.shard, self.group, config.dtype, device, backend.kernels)
+            model = load_llama(weights, config.model, self.shard, self.group, config.dtype, device, backend.kernels)
+            weights.check_all_read()
+        return model
 
     def page_capacity(self, ranks_on_node: int, of_device: bool) -> Capacity:
         """Room for KV pages beside the weights, the workspace and the staging ring; that on the device only if it is

@@ -16,6 +16,7 @@ from distkv.errors import ConfigError
 from distkv.llm import LLM
 from distkv.reporting.machine import check_json_file, machine_facts, write_json
 from distkv.sampling_params import SamplingParams
+from distkv.workers.threads import use_threads
 
 Runner = Callable[[list[int], int], tuple[float, float]]
 """`(prompt, new tokens) -> (seconds to the first token, seconds per further token)`."""
@@ -30,7 +31,7 @@ def run(
         raise ConfigError(f"peer {peer!r} is not known; use hf")
     check_json_file(json_file)
     if num_threads is not None:
-        torch.set_num_threads(num_threads)
+        use_threads(num_threads)
     with LLM(model, dtype=dtype, num_threads=num_threads, max_num_seqs=1) as llm:
         runners: dict[str, Runner] = {"distkv": _distkv_runner(llm)}
         if peer == "hf":

@@ -29,7 +29,7 @@ from distkv.sampling_params import SamplingParams
 from distkv.storage.disk.cache_folder import ARRAY
 from distkv.storage.ledger.write_back import MAX_DISK_WRITES
 from distkv.storage.paging import NUM_BUFFERS, check_page_size
-from distkv.workers.model.model_config import ModelConfig, parse_dtype
+from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.sampling.sampled_token import TokenLogprobs
 
 WARM_UP = 4  # tokens decoded before those that count
@@ -131,7 +131,7 @@ def run(
     config = ModelConfig.load(model)
     steps = 1 + WARM_UP + repeats * new_tokens
     _check_sizes(context, page_size, steps, config.max_position_embeddings)
-    torch_dtype = config.dtype if dtype == "auto" else parse_dtype(dtype)
+    torch_dtype = config.run_dtype(dtype)
     layers, heads, dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
     token_bytes = 2 * layers * heads * dim * torch_dtype.itemsize
     rng = random.Random(context)

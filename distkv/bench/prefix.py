@@ -33,7 +33,8 @@ from distkv.sampling_params import SamplingParams
 from distkv.storage.disk.cache_folder import ARRAY
 from distkv.storage.ledger.write_back import MAX_DISK_WRITES
 from distkv.storage.paging import check_page_size
-from distkv.workers.model.model_config import ModelConfig, parse_dtype
+from distkv.workers.model.model_config import ModelConfig
+from distkv.workers.threads import use_threads
 
 VARIANTS = {
     "cold": "nothing cached",
@@ -95,7 +96,7 @@ def run(
     sizes = Sizes(prefix_tokens, page_size, answer_tokens)
     _check_sizes(sizes, max(map(len, questions)), ModelConfig.load(model).max_position_embeddings)
     if num_threads is not None:
-        torch.set_num_threads(num_threads)
+        use_threads(num_threads)
     if cache_dir is not None:
         cache_dir.mkdir(parents=True, exist_ok=True)
     first, *others = [prefix + question for question in questions]
@@ -185,7 +186,7 @@ def _configs(model: Path, dtype: str, sizes: Sizes, folder: Path) -> dict[str, E
     """An engine that has room for three requests on the device and none elsewhere, one that has room for one there, and
     one with a disk."""
     config = ModelConfig.load(model)
-    itemsize = (config.dtype if dtype == "auto" else parse_dtype(dtype)).itemsize
+    itemsize = config.run_dtype(dtype).itemsize
     token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
     one = sizes.request_pages * sizes.page_size * token_bytes
     spare = 2 * MAX_DISK_WRITES * sizes.page_size * token_bytes  # pages on their way to disk lie there twice

@@ -30,6 +30,7 @@ from distkv.reporting.machine import check_json_file, machine_facts, percentile,
 from distkv.sampling_params import SamplingParams
 from distkv.storage.paging import check_page_size
 from distkv.workers.model.model_config import ModelConfig
+from distkv.workers.threads import use_threads
 
 WINDOWS = (100, 50, 25)  # percent
 TARGET = 0.6  # of the throughput at 100 %, at 50 %
@@ -77,7 +78,7 @@ def run(
     config = ModelConfig.load(model)
     _check_sizes(longest_prompt, longest_answer, page_size, config.max_position_embeddings)
     if num_threads is not None:
-        torch.set_num_threads(num_threads)
+        use_threads(num_threads)
     prompts = Prompts(model)
     requests = _requests(prompts, num_requests, longest_prompt, longest_answer, seed)
     all_pages = sum(most_pages(request, page_size, 1) for request in requests)

@@ -12,6 +12,7 @@ from concurrent.futures import Executor as Thread
 
 from distkv.engine.fault_search import FaultSearch
 from distkv.engine.fork_copies import ForkCopies
+from distkv.engine.not_finite import not_finite
 from distkv.engine.observer import StepObserver
 from distkv.engine.preparation import Preparation
 from distkv.engine.protocol import EngineInfo, EngineRequest, EngineStats, RequestFailed, StepOutput, TokenOutput
@@ -23,7 +24,7 @@ from distkv.engine.step_runner import StepRunner
 from distkv.errors import CapacityError, DistKVError
 from distkv.storage.tier import Tier
 from distkv.workers.group.executor import Executor
-from distkv.workers.sampling.sampled_token import SampledToken, TokenLogprobs
+from distkv.workers.sampling.sampled_token import NO_TOKEN, SampledToken, TokenLogprobs
 
 log = logging.getLogger(__name__)
 
@@ -339,7 +340,9 @@ class Engine:
                 self._scheduler.finish(answer)
                 self._end([answer])
             for token_id, logprobs in new:
-                if not answer.finished:
+                if token_id == NO_TOKEN and not answer.finished:
+                    self._fail(answer.request, not_finite(self.info.model, answer.request.params))
+                elif not answer.finished:
                     answer.token_ids.append(token_id)
                     self._outputs.append(self._output(answer, logprobs))
 

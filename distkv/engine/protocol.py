@@ -29,6 +29,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     write_through: bool = True  # whether pages that may be used again are written to disk as soon as they are full
     max_cold_bytes_per_step: int = 0  # see `ColdBudget`; 0 for no limit
     disk_cost: float = 1.0  # how often a byte on disk counts towards it
+    model: str = ""  # its folder
 
 
 class EngineRequest(msgspec.Struct, frozen=True):

@@ -15,7 +15,7 @@ from distkv.launch.sizing import cold_budget, engine_info, needs_bandwidth, need
 from distkv.storage.disk.cache_folder import ARRAY, SCRATCH
 from distkv.workers.group.local_group import LocalGroup
 from distkv.workers.group.rank_group import RankGroup
-from distkv.workers.model.model_config import ModelConfig, parse_dtype
+from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import Shard
 from distkv.workers.rank import Budget, RankConfig
 
@@ -82,7 +82,7 @@ def set_up(group: RankGroup, config: EngineConfig, model: ModelConfig, max_model
 def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> RankConfig:
     """What the ranks have to know, for a device that has been chosen. Raises ConfigError when the checkpoint cannot be
     read."""
-    folder, dtype = Path(config.model).absolute(), model.dtype if config.dtype == "auto" else parse_dtype(config.dtype)
+    folder, dtype = Path(config.model).absolute(), model.run_dtype(config.dtype)
     cache_dir, fingerprint = None, ""
     if config.cache_dir is not None:
         if shares_prefixes(config, model):

@@ -182,4 +182,5 @@ def engine_info(
         write_through=config.disk_write_policy == "write_through",
         max_cold_bytes_per_step=max_cold_bytes,
         disk_cost=disk_cost,
+        model=str(ranks.folder),
     )

@@ -30,7 +30,7 @@ from distkv.stress.report import print_table, write_json, write_plot
 from distkv.stress.stage import Stage, run_stage
 from distkv.stress.verify import Verdict, compare_runs, compare_with_reference
 from distkv.stress.view import StressView
-from distkv.workers.model.model_config import ModelConfig, parse_dtype
+from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.weights import DummySource, SafetensorsSource
 
 PREFILL_STEP = 2048  # tokens of a step, unless given
@@ -233,14 +233,10 @@ def _verify(
                 raise
     console.print("verifying by a float64 reference ...")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = _dtype(model, config)
+    dtype = model.run_dtype(config.dtype)
     dummy = config.load_format == "dummy"
     with DummySource(config.seed, dtype, device) if dummy else SafetensorsSource(Path(config.model)) as source:
         return compare_with_reference(stages, Reference(source, model, dtype, device, config.page_size))
-
-
-def _dtype(model: ModelConfig, config: EngineConfig) -> torch.dtype:
-    return model.dtype if config.dtype == "auto" else parse_dtype(config.dtype)
 
 
 def _facts(options: StressOptions, config: EngineConfig, model: ModelConfig, synthetic_fill: bool) -> dict[str, Any]:
@@ -260,7 +256,7 @@ def _facts(options: StressOptions, config: EngineConfig, model: ModelConfig, syn
             "query_heads": model.num_attention_heads,
             "kv_heads": model.num_key_value_heads,
             "head_dim": model.head_dim,
-            "dtype": str(_dtype(model, config)).removeprefix("torch."),
+            "dtype": str(model.run_dtype(config.dtype)).removeprefix("torch."),
         },
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
@@ -276,7 +272,7 @@ def _title(facts: dict[str, Any]) -> str:
 
 def _formula(model: ModelConfig, config: EngineConfig, info: EngineInfo) -> str:
     """The KV bytes per token, written out."""
-    layers, dim, size = model.num_hidden_layers, model.head_dim, _dtype(model, config).itemsize
+    layers, dim, size = model.num_hidden_layers, model.head_dim, model.run_dtype(config.dtype).itemsize
     heads = info.kv_bytes_per_token // (2 * layers * dim * size)
     copies = "" if heads == model.num_key_value_heads else " (with those that several ranks hold)"
     return f"2 * {layers} layers * {heads} KV heads{copies} * {dim} head_dim * {size} bytes"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import triton_on_cpu
-from support.checkpoints import save_llama
+from support.checkpoints import edit_weights, save_llama
 from support.prompts import random_prompts
 from support.runs import run
 from torch import Tensor
@@ -40,6 +40,25 @@ def test_greedy_tokens_equal_those_of_transformers(tmp_path: Path, heads: int, k
             torch.tensor([prompt]), max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0
         )
         assert output.outputs[0].token_ids == generated[0, len(prompt) :].tolist()
+
+
+@pytest.mark.slow
+def test_a_token_without_numbers_ends_its_own_request_alone(tmp_path: Path) -> None:
+    """Prompts and single tokens of all of them run in one launch."""
+    folder, _ = save_llama(tmp_path, num_hidden_layers=1, head_dim=16)
+    prompts = random_prompts(3, 18)
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    options = {"page_size": 16, "max_num_batched_tokens": 64, "max_num_seqs": 4}
+    with LLM(folder, device_kv_bytes="1MiB", **options) as llm:
+        expected = llm.generate(prompts, params, use_tqdm=False)
+    met = {token for one in expected for token in one.prompt_token_ids + one.outputs[0].token_ids}
+    bad = next(token for token in range(3, 128) if token not in met)
+    edit_weights(folder, lambda weights: weights["model.embed_tokens.weight"][bad].fill_(torch.nan))
+    with LLM(folder, device_kv_bytes="1MiB", **options) as llm:
+        outputs = llm.generate([prompts[0], [5, bad], prompts[1], [bad] * 17], params, use_tqdm=False)
+    for output, alone in zip(outputs[::2], expected, strict=True):
+        assert output.error is None and output.outputs[0].token_ids == alone.outputs[0].token_ids
+    assert all("not finite" in str(output.error) for output in outputs[1::2])
 
 
 def test_tiers_change_no_bit(tmp_path: Path) -> None:

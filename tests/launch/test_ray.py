@@ -16,7 +16,7 @@ import pytest
 import ray
 import zarr
 from support import ray_cluster
-from support.checkpoints import save_llama
+from support.checkpoints import edit_weights, save_llama
 from support.processes import ROOT, kill, read_line, start_python
 from support.prompts import random_prompt, random_prompts
 from support.ray_cluster import Cluster, await_no_ranks, rank_processes
@@ -300,6 +300,15 @@ def test_a_damaged_shard_on_a_rank_is_a_config_error(cluster: Cluster, tmp_path:
     with pytest.raises(ConfigError, match="truncated"):
         LLM(folder, tensor_parallel_size=2, ray_address=cluster.address)
     check_nothing_is_left(cluster)
+
+
+@pytest.mark.slow
+def test_logits_of_the_other_rank_that_are_not_finite(cluster: Cluster, tmp_path: Path) -> None:
+    folder, _ = save_llama(tmp_path)
+    edit_weights(folder, lambda weights: weights["lm_head.weight"][100].fill_(np.nan))
+    with LLM(folder, tensor_parallel_size=2, ray_address=cluster.address) as llm:
+        [output] = llm.generate([[5]], use_tqdm=False)
+    assert "not finite" in str(output.error) and str(folder) in str(output.error)
 
 
 def test_a_cluster_that_is_too_small_is_refused(cluster: Cluster, tmp_path: Path) -> None:

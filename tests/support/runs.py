@@ -14,7 +14,7 @@ from distkv.engine.engine import Engine
 from distkv.engine.protocol import EngineStats
 from distkv.outputs import RequestOutput
 from distkv.storage.page_spec import PageSpec
-from distkv.workers.model.model_config import ModelConfig, parse_dtype
+from distkv.workers.model.model_config import ModelConfig
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
@@ -57,7 +57,7 @@ def run(
     After each step the books are checked, and `watch` is called.
     """
     model = ModelConfig.load(folder)
-    dtype = model.dtype if "dtype" not in options else parse_dtype(options["dtype"])
+    dtype = model.run_dtype(options.get("dtype", "auto"))
     spec = PageSpec(
         model.num_hidden_layers, model.num_key_value_heads, options["page_size"], model.head_dim, dtype
     )  # fmt: skip

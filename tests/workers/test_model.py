@@ -1,13 +1,14 @@
 """Logits of one rank against transformers' LlamaForCausalLM, which reads the same folder."""
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import edit_config, save_llama
+from support.checkpoints import edit_config, edit_weights, save_llama
 from support.measures import largest_error
 from support.plans import sequence_step, step_plan
 from support.prompts import seeded
@@ -145,6 +146,25 @@ def test_both_rope_spellings_at_once(tmp_path: Path) -> None:
     assert_like_hf(folder, token_ids(90))
 
 
+@pytest.mark.parametrize("inside", [64, None])
+@pytest.mark.parametrize("beside", [20, None])
+def test_original_length_of_llama3_rope(tmp_path: Path, inside: int | None, beside: int | None) -> None:
+    """The one beside the table wins over the one in it; without any it is the model's."""
+    folder, _ = save_llama(tmp_path)
+    rope = LLAMA3 | {"rope_type": "llama3", "rope_theta": 500.0, "original_max_position_embeddings": inside}
+    rope = {name: value for name, value in rope.items() if value is not None}
+    top = {} if beside is None else {"original_max_position_embeddings": beside}
+    edit_config(folder, lambda raw: raw.update(rope_parameters=rope, max_position_embeddings=100, **top))
+    assert_like_hf(folder, token_ids(90))
+
+
+def test_original_length_means_nothing_to_other_types(tmp_path: Path) -> None:
+    folder, _ = save_llama(tmp_path)
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
+    edit_config(folder, lambda raw: raw.update(rope_parameters=rope, original_max_position_embeddings=20))
+    assert_like_hf(folder, token_ids(90))
+
+
 def test_dynamic_rope_begins_past_max_position_embeddings(tmp_path: Path) -> None:
     """Whatever original_max_position_embeddings says, which transformers does not read for this type."""
     folder, _ = save_llama(tmp_path)
@@ -158,6 +178,45 @@ def test_head_that_is_there_though_the_config_ties_it(tmp_path: Path) -> None:
     folder, _ = save_llama(tmp_path)
     edit_config(folder, lambda raw: raw.update(tie_word_embeddings=True))
     assert_like_hf(folder, token_ids(90))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_names_without_a_prefix(tmp_path: Path, tied: bool) -> None:
+    """As a LlamaModel is saved by itself, with a head beside it or without."""
+    folder, model = save_llama(tmp_path, tie_word_embeddings=tied)
+    expected = hf_logits(folder, token_ids(90))
+    if tied:
+        model.model.save_pretrained(folder)
+        assert_like_hf(folder, token_ids(90))
+        assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaModel"]
+    else:
+
+        def rename(tensors: dict[str, Tensor]) -> None:
+            for name in list(tensors):
+                tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+        edit_weights(folder, rename)
+    assert largest_error(run_chunks(load_rank(folder), token_ids(90), [90]), expected) < TOLERANCE
+
+
+def test_weights_in_float64(tmp_path: Path) -> None:
+    folder, model = save_llama(tmp_path)
+    model.double().save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "float64"
+    assert_like_hf(folder, token_ids(90))
+
+
+def test_a_single_file_beside_older_shards(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is read, as in transformers, and that is told once."""
+    save_llama(tmp_path, seed=1, max_shard_size="100KB")
+    older = {path: path.read_bytes() for path in tmp_path.glob("model*")}
+    save_llama(tmp_path)
+    for path, content in older.items():
+        path.write_bytes(content)
+    caplog.clear()
+    assert_like_hf(tmp_path, token_ids(90))
+    [told] = [record.getMessage() for record in caplog.records if record.name.startswith("distkv")]
+    assert str(tmp_path) in told and "model.safetensors beside the shards" in told
 
 
 @pytest.mark.parametrize("prompt_len", [30, 60])

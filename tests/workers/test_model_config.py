@@ -2,21 +2,16 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from support.checkpoints import TINY, edit_config, save_llama
-from support.ranks import load_rank
+from support.checkpoints import TINY
+from transformers import LlamaConfig
 
 from distkv.errors import ConfigError
 from distkv.workers.model.model_config import ModelConfig, RopeConfig
-from distkv.workers.model.weights import DummySource, SafetensorsSource
 
 VALID: dict[str, Any] = TINY | {
     "architectures": ["LlamaForCausalLM"],
@@ -134,7 +129,7 @@ def test_sizes_without_a_default(field: str) -> None:
         ({"hidden_size": 66}, "^hidden_size 66 is not a multiple of num_attention_heads 4; set head_dim"),
         ({"hidden_size": 60}, "^head_dim 15 is odd"),
         ({"head_dim": 7}, "^head_dim 7 is odd"),
-        ({"dtype": "float64"}, "^dtype 'float64' .* float32, float16, bfloat16"),
+        ({"dtype": "float8_e4m3fn"}, "^dtype 'float8_e4m3fn' .* float32, float16, bfloat16"),
         ({"dtype": None, "torch_dtype": "int8"}, "^dtype 'int8' "),
         ({"dtype": ["bfloat16"]}, "^dtype .* is not supported"),
         ({"eos_token_id": "</s>"}, "^eos_token_id is '</s>'"),
@@ -165,10 +160,13 @@ def test_sizes_without_a_default(field: str) -> None:
         *(
             ({"rope_parameters": {name: value for name, value in LLAMA3.items() if name != field}},
              f"^rope_parameters.{field} is None; rope_type 'llama3'")
-            for field in LLAMA3 if field != "rope_type"
+            for field in LLAMA3 if field not in ("rope_type", "original_max_position_embeddings")
         ),
         ({"rope_parameters": LLAMA3 | {"original_max_position_embeddings": "64"}},
-         "^rope_parameters.original_max_position_embeddings is '64'"),
+         "^original_max_position_embeddings in config.json is '64'"),
+        ({"rope_parameters": LLAMA3, "original_max_position_embeddings": -1}, "^original_max_position_embed.* is -1"),
+        ({"layer_types": ["full_attention"], "rope_parameters": {"full_attention": LLAMA3}},
+         "^rope_parameters.full_attention is a table"),
         ({"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}}, "^rope_parameters.high_freq_factor "),
         ({"rope_parameters": LLAMA3 | {"low_freq_factor": 5.0}}, "^rope_parameters.high_freq_factor "),
     ],
@@ -176,6 +174,54 @@ def test_sizes_without_a_default(field: str) -> None:
 def test_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ModelConfig.from_dict(VALID | changes)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("sliding_window", 16), ("layer_types", ["full_attention", "sliding_attention"]), ("attention_chunk_size", 64),
+        ("no_rope_layers", [1, 0]), ("no_rope_layer_interval", 4), ("rope_interleaved", True), ("alibi", True),
+        ("position_embedding_type", "absolute"), ("embedding_multiplier", 12.0), ("residual_multiplier", 0.22),
+        ("attention_multiplier", 0.0078125), ("logits_scaling", 8.0), ("logit_scale", 0.0625), ("scale_emb", 12),
+        ("scale_depth", 1.4), ("dim_model_base", 256), ("attn_logit_softcapping", 50.0), ("clip_qkv", 8.0),
+        ("final_logit_softcapping", 30.0), ("use_qk_norm", True), ("rotary_pct", 0.25), ("is_encoder_decoder", True),
+        ("use_parallel_residual", True), ("transformers_weights", "other.safetensors"),
+    ],
+)  # fmt: skip
+def test_a_field_that_changes_the_answer_is_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"^{field} {re.escape(repr(value))} in config.json is not supported"):
+        ModelConfig.from_dict(VALID | {field: value})
+
+
+def test_fields_that_leave_the_answer_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    """What transformers saves, and what variants say when they mean LLaMA; nobody is told of these."""
+    harmless = {
+        "sliding_window": None, "layer_types": ["full_attention"] * 2, "no_rope_layers": [1, 1], "logits_scaling": 1.0,
+        "embedding_multiplier": 1, "rope_interleaved": False, "pretraining_tp": 2, "attention_dropout": 0.1,
+        "partial_rotary_factor": 1.0, "use_qk_norm": False, "_name_or_path": "x", "bos_token_id": 1, "qkv_bias": False,
+    }  # fmt: skip
+    expected = ModelConfig.from_dict(VALID)
+    assert ModelConfig.from_dict(LlamaConfig(**TINY).to_dict() | {"dtype": "bfloat16"} | harmless) == expected
+    assert ModelConfig.from_dict(VALID | {"sliding_window": 4096, "use_sliding_window": False}) == expected
+    assert not caplog.records
+
+
+def test_fields_that_nobody_knows_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    rope = {"rope_type": "linear", "factor": 2.0, "attention_factor": 1.3}
+    ModelConfig.from_dict(VALID | {"norm_eps": 1e-3, "auto_map": {}, "rope_scaling": rope})
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2
+    assert "config.json" in told[0] and "auto_map, norm_eps" in told[0]
+    assert "rope_scaling" in told[1] and told[1].endswith(": attention_factor")
+
+
+def test_the_dtype_to_run_in() -> None:
+    """A checkpoint in float64 has none unless one is given."""
+    half, double = ModelConfig.from_dict(VALID), ModelConfig.from_dict(VALID | {"dtype": "float64"})
+    assert half.run_dtype("auto") == torch.bfloat16 and half.run_dtype("float32") == torch.float32
+    assert double.run_dtype("float32") == torch.float32
+    with pytest.raises(ConfigError, match="use one of float32, float16, bfloat16"):
+        double.run_dtype("auto")
 
 
 def test_missing_folder_or_config(tmp_path: Path) -> None:
@@ -212,122 +258,3 @@ def test_malformed_stop_tokens_of_generation_config(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
     with pytest.raises(ConfigError, match=r"^eos_token_id is '</s>'"):
         ModelConfig.load(tmp_path)
-
-
-@pytest.fixture
-def single(tmp_path: Path) -> Path:
-    """A checkpoint in one file, with all biases."""
-    return save_llama(tmp_path / "single", attention_bias=True, mlp_bias=True, num_hidden_layers=1)[0]
-
-
-@pytest.fixture
-def sharded(tmp_path: Path) -> Path:
-    """A checkpoint in several files and an index."""
-    return save_llama(tmp_path / "sharded", max_shard_size="60KB")[0]
-
-
-def edit_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    change(index)
-    path.write_text(json.dumps(index))
-
-
-def test_no_weights(single: Path) -> None:
-    (single / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
-        load_rank(single)
-
-
-@pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.999])
-def test_truncated_weights(single: Path, keep: float) -> None:
-    path = single / "model.safetensors"
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
-    with pytest.raises(ConfigError, match=r"model\.safetensors' cannot be read .* fetch it again"):
-        load_rank(single)
-
-
-def test_every_tensor_must_be_there(single: Path) -> None:
-    path = single / "model.safetensors"
-    tensors = load_file(path)
-    assert len(tensors) == 3 + 9 + 7
-    for name in tensors:
-        save_file({other: tensor for other, tensor in tensors.items() if other != name}, path)
-        with pytest.raises(ConfigError, match=f"has no tensor '{name}'"):
-            load_rank(single)
-
-
-def test_every_tensor_must_have_its_shape(single: Path) -> None:
-    path = single / "model.safetensors"
-    tensors = load_file(path)
-    for name, tensor in tensors.items():
-        for wrong in (torch.cat([tensor, tensor[:1]]), tensor[None], tensor[:-1]):
-            save_file(tensors | {name: wrong.contiguous()}, path)
-            message = rf"^tensor '{name}' has shape {re.escape(str(list(wrong.shape)))}; config\.json asks for "
-            with pytest.raises(ConfigError, match=message + re.escape(str(list(tensor.shape)))):
-                load_rank(single)
-
-
-@pytest.mark.parametrize("keep", [None, 0.0, 0.5])
-def test_missing_or_truncated_shard(sharded: Path, keep: float | None) -> None:
-    for path in sorted(sharded.glob("*.safetensors")):
-        content = path.read_bytes()
-        path.unlink()
-        if keep is not None:
-            path.write_bytes(content[: int(len(content) * keep)])
-        with pytest.raises(ConfigError, match=f"{path.name}' cannot be read .* missing, truncated or damaged"):
-            load_rank(sharded)
-        path.write_bytes(content)
-    load_rank(sharded)
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"weight_map": 5}', '{"weight_map": ["a"]}'])
-def test_malformed_index(sharded: Path, content: str) -> None:
-    (sharded / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"index\.json' is not a safetensors index"):
-        load_rank(sharded)
-
-
-def test_index_that_lacks_a_tensor(sharded: Path) -> None:
-    edit_index(sharded, lambda index: index["weight_map"].pop("model.norm.weight"))
-    with pytest.raises(ConfigError, match=r"has no tensor 'model\.norm\.weight'"):
-        load_rank(sharded)
-
-
-def test_index_that_names_the_wrong_shard(sharded: Path) -> None:
-    def move(index: dict[str, Any]) -> None:
-        files = index["weight_map"]
-        name = "model.norm.weight"
-        files[name] = next(file for file in files.values() if file != files[name])
-
-    edit_index(sharded, move)
-    with pytest.raises(ConfigError, match=r"lacks tensor 'model\.norm\.weight'"):
-        load_rank(sharded)
-
-
-def test_untied_config_without_a_head(tmp_path: Path) -> None:
-    folder, _ = save_llama(tmp_path, tie_word_embeddings=True)
-    load_rank(folder)
-    edit_config(folder, lambda raw: raw.update(tie_word_embeddings=False))
-    with pytest.raises(ConfigError, match=r"has no tensor 'lm_head\.weight'"):
-        load_rank(folder)
-
-
-@given(data=st.data())
-def test_slices_of_a_tensor(tiny_model: Path, data: st.DataObject) -> None:
-    """Any source gives the slice of the whole tensor, whatever else is read."""
-    stored = load_file(tiny_model / "model.safetensors")
-    name = data.draw(st.sampled_from(sorted(stored)))
-    shape = tuple(stored[name].shape)
-
-    def part(size: int) -> tuple[int, int] | None:
-        first = data.draw(st.integers(0, size - 1))
-        return data.draw(st.sampled_from([None, (first, data.draw(st.integers(first + 1, size)))]))
-
-    rows, columns = part(shape[0]), part(shape[-1]) if len(shape) == 2 else None
-    index = tuple(slice(None) if cut is None else slice(*cut) for cut in (rows, columns)[: len(shape)])
-    with SafetensorsSource(tiny_model) as source:
-        assert source.has(name) and not source.has(name + "x")
-        assert torch.equal(source.read(name, shape, rows, columns), stored[name][index])
-    dummy = DummySource(3, torch.float32, torch.device("cpu"))
-    assert torch.equal(dummy.read(name, shape, rows, columns), dummy.read(name, shape)[index])

@@ -1,6 +1,5 @@
 """A rank in a Ray actor of its own."""
 
-import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from distkv.workers.group.rank_executor import RankExecutor
 from distkv.workers.group.report import Report
 from distkv.workers.kv_pools import PoolSizes
 from distkv.workers.rank import Capacity, Rank, RankConfig
+from distkv.workers.threads import usable_cores
 
 LeaderMain = Callable[..., None]
 """What rank 0 runs: `main(executor, request_socket, *arguments)`. Followers end when it returns."""
@@ -45,8 +45,8 @@ class RankActor:
         return self._loaded
 
     def node(self) -> tuple[str, int]:
-        """The id of the node this actor runs on, and the node's cores."""
-        return ray.get_runtime_context().get_node_id(), os.cpu_count() or 1
+        """The id of the node this actor runs on, and the cores that actors may use there."""
+        return ray.get_runtime_context().get_node_id(), usable_cores()
 
     def open(self, host: str, num_followers: int) -> Addresses:
         """On rank 0: binds the group's sockets."""

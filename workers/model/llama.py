@@ -113,8 +113,9 @@ def load_llama(
 
     def rows_of(name: str, size: int, columns: tuple[int, int], biased: bool) -> Linear:
         """Row-parallel: the given input columns; rank 0 alone adds the bias to the sum."""
-        bias = read(f"{name}.bias", (hidden,)) if biased and shard.rank == 0 else None
-        return kernels.make_linear(read(f"{name}.weight", (hidden, size), None, columns), bias)
+        bias = read(f"{name}.bias", (hidden,)) if biased else None
+        weight = read(f"{name}.weight", (hidden, size), None, columns)
+        return kernels.make_linear(weight, bias if shard.rank == 0 else None)
 
     def layer(index: int) -> Layer:
         prefix = f"model.layers.{index}"

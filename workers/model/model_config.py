@@ -9,9 +9,13 @@ from typing import Any
 import torch
 
 from distkv.workers.errors import ConfigError
+from distkv.workers.model.config_fields import check_fields, check_rope_fields
+from distkv.workers.model.files import cannot_read
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+STORED_DTYPES = DTYPES | {"float64": torch.float64}
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
+ORIGINAL_LENGTH = "original_max_position_embeddings"
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the checkpoint, float64 too
     eos_token_ids: tuple[int, ...]
 
     @property
@@ -51,30 +55,36 @@ class ModelConfig:
         """Query heads per KV head."""
         return self.num_attention_heads // self.num_key_value_heads
 
+    def run_dtype(self, option: str) -> torch.dtype:
+        """What the option `dtype` means for this model; raises ConfigError where that is not supported."""
+        return parse_dtype(str(self.dtype).removeprefix("torch.") if option == "auto" else option)
+
     @classmethod
     def load(cls, folder: Path) -> "ModelConfig":
         """Reads `folder/config.json`, and the stop tokens of `generation_config.json` where there is one.
 
         Raises ConfigError when the folder or the file is missing or malformed, or the model is not supported.
         """
-        if not folder.is_dir():
-            raise ConfigError(
-                f"model folder {str(folder)!r} does not exist; give the path of a Hugging Face model folder"
-            )
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"{str(folder)!r} has no config.json; give the path of a Hugging Face model folder")
-        raw = _read_json(folder / "config.json")
-        config = cls.from_dict(raw)
-        generation = folder / "generation_config.json"
-        if generation.is_file():
-            stops = _token_ids(_read_json(generation).get("eos_token_id"), "eos_token_id")
-            config = replace(config, eos_token_ids=stops or config.eos_token_ids)
-        return config
+        try:
+            if not folder.is_dir():
+                raise ConfigError(
+                    f"model folder {str(folder)!r} does not exist; give the path of a Hugging Face model folder"
+                )
+            if not (folder / "config.json").is_file():
+                raise ConfigError(f"{str(folder)!r} has no config.json; give the path of a Hugging Face model folder")
+            config = cls.from_dict(_read_json(folder / "config.json"))
+            generation = folder / "generation_config.json"
+            if generation.is_file():
+                stops = _token_ids(_read_json(generation).get("eos_token_id"), "eos_token_id")
+                config = replace(config, eos_token_ids=stops or config.eos_token_ids)
+            return config
+        except OSError as error:
+            raise cannot_read(folder, error) from error
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "ModelConfig":
         """Checks the content of a `config.json`; raises ConfigError naming the field and what is supported."""
-        _check_supported(raw)
+        check_fields(raw)
         heads = _positive(raw, "num_attention_heads")
         hidden = _positive(raw, "hidden_size")
         kv_heads = heads if raw.get("num_key_value_heads") is None else _positive(raw, "num_key_value_heads")
@@ -103,33 +113,16 @@ class ModelConfig:
             tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
             attention_bias=_flag(raw, "attention_bias"),
             mlp_bias=_flag(raw, "mlp_bias"),
-            dtype=parse_dtype(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
+            dtype=parse_dtype(raw.get("dtype") or raw.get("torch_dtype") or "float32", STORED_DTYPES),
             eos_token_ids=_token_ids(raw.get("eos_token_id"), "eos_token_id"),
         )
 
 
-def parse_dtype(name: str) -> torch.dtype:
+def parse_dtype(name: str, supported: dict[str, torch.dtype] = DTYPES) -> torch.dtype:
     """The torch dtype of a name such as "bfloat16"; raises ConfigError for one that is not supported."""
-    if not isinstance(name, str) or name not in DTYPES:
-        raise ConfigError(f"dtype {name!r} is not supported; use one of {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def _check_supported(raw: dict[str, Any]) -> None:
-    architectures = raw.get("architectures") or ["LlamaForCausalLM"]
-    if architectures != ["LlamaForCausalLM"]:
-        raise ConfigError(f"architectures {architectures} is not supported; only LlamaForCausalLM is")
-    only = {
-        "model_type": ("llama",),
-        "hidden_act": ("silu", "swish"),
-        "quantization_config": (None,),
-        "partial_rotary_factor": (None, 1, 1.0),
-    }
-    for field, supported in only.items():
-        value = raw.get(field, supported[0])
-        if value not in supported:
-            names = ", ".join("absent" if choice is None else repr(choice) for choice in supported)
-            raise ConfigError(f"{field} {value!r} in config.json is not supported; supported: {names}")
+    if not isinstance(name, str) or name not in supported:
+        raise ConfigError(f"dtype {name!r} is not supported; use one of {', '.join(supported)}")
+    return supported[name]
 
 
 def _rope_config(raw: dict[str, Any], positions: int) -> RopeConfig:
@@ -139,11 +132,10 @@ def _rope_config(raw: dict[str, Any], positions: int) -> RopeConfig:
     rope = raw.get(field) or {}
     if not isinstance(rope, dict):
         raise ConfigError(f"{field} in config.json is {rope!r}; it must be a table")
+    check_rope_fields(field, rope)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ROPE_TYPES:
         raise ConfigError(f"{field}.rope_type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"{field}.partial_rotary_factor is not supported; only whole heads are rotated")
 
     def number(name: str) -> float:
         return _positive_number(rope.get(name), f"{field}.{name}", f"rope_type {rope_type!r} needs")
@@ -158,8 +150,11 @@ def _rope_config(raw: dict[str, Any], positions: int) -> RopeConfig:
         raise ConfigError(
             f"{field}.high_freq_factor {high} is not above low_freq_factor {low}; rope_type 'llama3' needs it"
         )
-    original = int(number("original_max_position_embeddings"))
-    return RopeConfig("llama3", theta, number("factor"), low, high, original)
+    original = raw.get(ORIGINAL_LENGTH)  # as in transformers, the one beside the table wins
+    if original is None:
+        original = rope.get(ORIGINAL_LENGTH, positions)
+    length = _positive({ORIGINAL_LENGTH: original}, ORIGINAL_LENGTH)
+    return RopeConfig("llama3", theta, number("factor"), low, high, length)
 
 
 def _positive(raw: dict[str, Any], field: str, default: int | None = None) -> int:
@@ -193,7 +188,7 @@ def _token_ids(value: Any, field: str) -> tuple[int, ...]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise ConfigError(f"{str(path)!r} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{str(path)!r} holds no JSON object")

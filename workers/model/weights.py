@@ -4,6 +4,9 @@ A source gives any slice of any tensor by its Hugging Face name; no rank ever ho
 """
 
 import json
+import logging
+import os
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +18,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distkv.workers.errors import ConfigError
+from distkv.workers.model.files import cannot_read
+
+log = logging.getLogger(__name__)
+
+SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+STORED_DTYPES = ("F64", "F32", "F16", "BF16")
+PREFIX = "model."  # of all names but the head's; a checkpoint of a LlamaModel alone is saved without it
+NEEDLESS = re.compile(r"rotary_emb\.inv_freq$")  # older checkpoints hold what follows from the config
+MOST_NAMES = 8  # of tensors in a message
 
 Rows = tuple[int, int] | None
 """A half-open range along one dim, or all of it."""
@@ -25,7 +37,8 @@ class WeightSource(Protocol):
 
     def read(self, name: str, shape: tuple[int, ...], rows: Rows = None, columns: Rows = None) -> Tensor:
         """The slice `[rows, columns]` of tensor `name`, whose whole shape must be `shape`; dtype as stored, on the CPU
-        or the device it is made on. Raises ConfigError when it is missing or its shape differs."""
+        or the device it is made on. Raises ConfigError when it is missing or its shape differs, or it is stored in a
+        dtype that no weight of this model has."""
         ...
 
     def has(self, name: str) -> bool:
@@ -36,30 +49,34 @@ class WeightSource(Protocol):
 class SafetensorsSource:
     """The `*.safetensors` of a Hugging Face folder: one file, or shards with an index. A context manager."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, warns: bool = True):
+        """`warns` has it tell of a folder that holds two checkpoints."""
+        if warns and all((folder / name).exists() for name in (SINGLE, INDEX)):
+            log.warning(
+                "%s holds %s beside the shards of %s; the single file is read, as transformers does: remove what is "
+                "not meant", folder, SINGLE, INDEX,
+            )  # fmt: skip
         self._folder = folder
         self._file_of = tensor_files(folder)
+        self._has_prefix = any(name.startswith(PREFIX) for name in self._file_of)
         self._files: dict[str, Any] = {}
+        self._unread: set[str] = set()
         self._exits = ExitStack()
 
     def __enter__(self) -> "SafetensorsSource":
         for file in sorted(set(self._file_of.values())):
-            try:
-                self._files[file] = self._exits.enter_context(safe_open(self._folder / file, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise ConfigError(
-                    f"{str(self._folder / file)!r} cannot be read ({error}); it is missing, truncated or damaged: "
-                    "fetch it again"
-                ) from error
+            opened = self._files[file] = self._exits.enter_context(open_tensors(self._folder / file))
+            self._unread.update(opened.keys())
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._exits.close()
 
     def has(self, name: str) -> bool:
-        return name in self._file_of
+        return self._stored_name(name) in self._file_of
 
     def read(self, name: str, shape: tuple[int, ...], rows: Rows = None, columns: Rows = None) -> Tensor:
+        name = self._stored_name(name)
         if name not in self._file_of:
             raise ConfigError(f"the checkpoint in {str(self._folder)!r} has no tensor {name!r}")
         try:
@@ -68,10 +85,30 @@ class SafetensorsSource:
             raise ConfigError(
                 f"{self._file_of[name]} in {str(self._folder)!r} lacks tensor {name!r}: {error}"
             ) from error
+        if stored.get_dtype() not in STORED_DTYPES:
+            raise ConfigError(
+                f"tensor {name!r} is stored as {stored.get_dtype()}, as quantized weights are; distkv reads "
+                f"{', '.join(STORED_DTYPES)}: give a checkpoint that is not quantized"
+            )
         if tuple(stored.get_shape()) != shape:
             raise ConfigError(f"tensor {name!r} has shape {stored.get_shape()}; config.json asks for {list(shape)}")
+        self._unread.discard(name)
         index = tuple(slice(None) if part is None else slice(*part) for part in (rows, columns)[: len(shape)])
         return stored[index]
+
+    def check_all_read(self) -> None:
+        """Raises ConfigError when there are tensors that nobody has read: they belong to another model."""
+        left = {name for name in self._unread if not NEEDLESS.search(name)}
+        kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in left})
+        if kinds:
+            names = ", ".join(kinds[:MOST_NAMES]) + (", ..." if len(kinds) > MOST_NAMES else "")
+            raise ConfigError(
+                f"the checkpoint in {str(self._folder)!r} has {len(left)} tensor(s) that no LlamaForCausalLM of its "
+                f"config.json reads: {names}; it is of another model, or quantized, or the config lacks a field"
+            )
+
+    def _stored_name(self, name: str) -> str:
+        return name if self._has_prefix else name.removeprefix(PREFIX)
 
 
 class DummySource:
@@ -89,6 +126,9 @@ class DummySource:
     def has(self, name: str) -> bool:
         return False  # nothing beyond what the config asks for
 
+    def check_all_read(self) -> None:
+        """There are never more."""
+
     def read(self, name: str, shape: tuple[int, ...], rows: Rows = None, columns: Rows = None) -> Tensor:
         whole = torch.ones(shape, dtype=self._dtype, device=self._device)
         if not name.endswith("norm.weight"):
@@ -100,24 +140,41 @@ class DummySource:
 
 
 def tensor_files(folder: Path) -> Mapping[str, str]:
-    """Tensor name -> file name."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            return {name: str(file) for name, file in files.items()}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{str(index)!r} is not a safetensors index: {error!r}") from error
-    single = folder / "model.safetensors"
-    if not single.is_file():
+    """Tensor name -> file name, in the folder. With one file and an index the file counts, as in transformers.
+
+    Raises ConfigError when there is neither or it cannot be read, and where an adapter is to be put on the weights.
+    """
+    if os.path.lexists(folder / ADAPTER):
         raise ConfigError(
-            f"{str(folder)!r} has neither model.safetensors nor model.safetensors.index.json; distkv reads safetensors "
-            "checkpoints (load_format='dummy' needs none)"
+            f"{str(folder)!r} has {ADAPTER}: weights that are to be changed by an adapter; merge the two into one "
+            f"checkpoint, or remove {ADAPTER} to have the weights as they are"
+        )
+    if os.path.lexists(folder / SINGLE):  # a link to nowhere counts, and opening it tells
+        with open_tensors(folder / SINGLE) as file:
+            return dict.fromkeys(file.keys(), SINGLE)
+    if not os.path.lexists(folder / INDEX):
+        raise ConfigError(
+            f"{str(folder)!r} has neither {SINGLE} nor {INDEX}; distkv reads safetensors checkpoints "
+            "(load_format='dummy' needs none)"
         )
     try:
-        with safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), single.name)
-    except (SafetensorError, OSError) as error:
+        files = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+        return {name: str(file) for name, file in files.items()}
+    except OSError as error:
+        raise cannot_read(folder / INDEX, error) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{str(folder / INDEX)!r} is not a safetensors index: {error!r}") from error
+
+
+def open_tensors(path: Path) -> Any:
+    """Opens a file for reading, as a context manager; raises ConfigError when it cannot be read."""
+    try:
+        with open(path, "rb"):  # which tells why it cannot be opened; safetensors takes every cause for a missing file
+            pass
+        return safe_open(path, framework="pt")
+    except OSError as error:
+        raise cannot_read(path, error) from error
+    except SafetensorError as error:
         raise ConfigError(
-            f"{str(single)!r} cannot be read ({error}); it is truncated or damaged: fetch it again"
+            f"{str(path)!r} cannot be read ({error}); it is truncated or damaged: fetch it again"
         ) from error

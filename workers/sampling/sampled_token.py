@@ -13,4 +13,7 @@ class TokenLogprobs:
 
 
 SampledToken = tuple[int, TokenLogprobs | None]
-"""Its id, and its log-probabilities where they were asked for."""
+"""Its id, or NO_TOKEN, and its log-probabilities where they were asked for."""
+
+NO_TOKEN = -1
+"""There is none, for its logits are no numbers to choose by: one is NaN or +inf, or all are -inf."""

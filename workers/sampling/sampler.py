@@ -13,7 +13,7 @@ from distkv.workers.runners.host_copies import Array, send
 from distkv.workers.sampling.logprobs import pack_logprobs, unpack_logprobs
 from distkv.workers.sampling.penalties import Penalties, penalise, penalty_arrays
 from distkv.workers.sampling.sample_row import SampleRow
-from distkv.workers.sampling.sampled_token import SampledToken
+from distkv.workers.sampling.sampled_token import NO_TOKEN, SampledToken
 
 
 class SampledTokens:
@@ -22,9 +22,10 @@ class SampledTokens:
     def __init__(self, tokens: Tensor, logprobs: Tensor | None, counts: list[int | None]):
         """
         Args:
+            tokens: int64 `[rows]` on the device, NO_TOKEN where there is none.
             logprobs: what `pack_logprobs` made, of the rows whose `counts` are not None.
         """
-        self.tokens = tokens  # int64 [rows], on the device
+        self.tokens = _in_vocabulary(tokens)  # a step that is under way before they are read may run them
         self._counts = counts
         numbers = tokens if logprobs is None else torch.cat([tokens, logprobs.view(-1)])
         self._copy = device_of(tokens.device).bring(numbers)
@@ -43,7 +44,7 @@ class SampledTokens:
 
 
 SampleWay = Callable[[Tensor, Tensor | None], Tensor]
-"""Samples from logits `[rows, vocab_size]`, given the `columns` of `Way`; int64 `[rows]`."""
+"""Samples from logits `[rows, vocab_size]`, given the `columns` of `Way`; int64 `[rows]`, NO_TOKEN where it cannot."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class Parameters(Generic[Array]):
 
 @torch.inference_mode()
 def sample(logits: Tensor, rows: list[SampleRow], sampled: Tensor | None = None) -> SampledTokens:
-    """Samples one token per row, on the device; nothing waits for it. Ties in greedy rows go to the lowest token id.
+    """Samples one token per row, on the device; nothing waits for it. Ties in greedy rows go to the lowest token id. A
+    row whose logits, with its penalties, are no numbers to choose by gets NO_TOKEN.
 
     Args:
         logits: fp32 `[N, vocab_size]`, left as they are; several rows may be sampled from the same ones.
@@ -87,7 +89,8 @@ def sample(logits: Tensor, rows: list[SampleRow], sampled: Tensor | None = None)
     packed, most = None, max((count for count in counts if count is not None), default=None)
     if most is not None:
         with_logprobs = parameters.with_logprobs
-        packed = pack_logprobs(_pick(logits, with_logprobs), _pick(tokens, with_logprobs), most)
+        own = _in_vocabulary(_pick(tokens, with_logprobs))
+        packed = pack_logprobs(_pick(logits, with_logprobs), own, most)
     return SampledTokens(tokens, packed, counts)
 
 
@@ -131,23 +134,37 @@ def _way_of(row: SampleRow) -> SampleWay:
 
 
 def _greedy(logits: Tensor, _: Tensor | None) -> Tensor:
-    return logits.argmax(-1)
+    tokens = logits.argmax(-1)  # of a NaN, where there is one
+    return _where_finite(logits.gather(1, tokens[:, None])[:, 0], tokens)
 
 
 def _plain(logits: Tensor, columns: Tensor | None) -> Tensor:
     assert columns is not None
-    return _invert(_probabilities(logits, columns), columns[:, 2:3])
+    probs = _probabilities(logits, columns)
+    return _where_finite(probs[:, 0], _invert(probs, columns[:, 2:3]))
 
 
 def _truncated(logits: Tensor, columns: Tensor | None) -> Tensor:
     assert columns is not None
     ordered, ids = _probabilities(logits, columns).sort(dim=-1, descending=True, stable=True)
     _truncate(ordered, columns)
-    return ids.gather(1, _invert(ordered, columns[:, 2:3])[:, None])[:, 0]
+    tokens = ids.gather(1, _invert(ordered, columns[:, 2:3])[:, None])[:, 0]
+    return _where_finite(ordered[:, 0], tokens)
+
+
+def _where_finite(numbers: Tensor, tokens: Tensor) -> Tensor:
+    """The tokens of rows whose number is finite, NO_TOKEN for the others."""
+    return torch.where(numbers.isfinite(), tokens, NO_TOKEN)
+
+
+def _in_vocabulary(tokens: Tensor) -> Tensor:
+    """The tokens, with some token for NO_TOKEN."""
+    return tokens.clamp(min=0)
 
 
 def _probabilities(logits: Tensor, columns: Tensor) -> Tensor:
-    """float64 `[rows, vocab_size]` after temperature and min_p, not normalised again."""
+    """float64 `[rows, vocab_size]` after temperature and min_p, not normalised again; NaN in the whole of a row with
+    NaN or +inf, or with nothing but -inf."""
     temperature, min_p = columns[:, :1], columns[:, 1:2]
     logits = logits.double()
     # Subtract the maximum first, so that a tiny temperature cannot overflow.
