@@ -32,9 +32,12 @@ def num_bytes(folder: Path) -> int:
 
 
 def sweep(folder: Path) -> bool:
-    """Removes the files that belong to no page that is listed; whether there were any."""
+    """Removes the files that belong to no page that is listed, and from the catalogue pages of which no file is left;
+    whether there were any such files."""
     _, listed = read_catalogue(folder)
-    return _remove_files(folder, lambda slot: slot not in listed)
+    found = _remove_files(folder, lambda slot: slot not in listed)
+    give_up(folder, listed - sizes(folder).keys())
+    return found
 
 
 def give_up(folder: Path, slots: set[int]) -> None:

@@ -10,7 +10,7 @@ from support.pages import SPEC, random_page
 
 from distkv.storage.disk.cache_folder import Description, DiskHeads
 from distkv.storage.disk.catalogue import Catalogue, Entry
-from distkv.storage.disk.disk_array import make_array
+from distkv.storage.disk.disk_array import dtype_name, make_array
 from distkv.storage.disk.reopen import reopen
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools.disk_pool import DiskPool
@@ -29,22 +29,22 @@ def entry(slot: int, crc32c: bytes = b"") -> Entry:
     return Entry(slot, b"key %d" % slot, b"root", b"tokens", crc32c, last_use=0.0, index=0)
 
 
-def description() -> Description:
-    """Of pages of SPEC, of a model whose folder is to be named "0123456789abcdef"."""
+def description(spec: PageSpec = SPEC) -> Description:
+    """Of the pages of a model whose folder is to be named "0123456789abcdef"."""
     return Description(
-        "0123456789abcdef" * 4, "/models/one", "bfloat16", SPEC.page_size, SPEC.num_layers, SPEC.num_kv_heads,
-        SPEC.head_dim, SPEC.page_bytes,
+        "0123456789abcdef" * 4, "/models/one", dtype_name(spec.dtype), spec.page_size, spec.num_layers,
+        spec.num_kv_heads, spec.head_dim, spec.page_bytes,
     )  # fmt: skip
 
 
-def kept_pages(folder: Path, slots: list[int], num_pages: int = NUM_PAGES) -> None:
+def kept_pages(folder: Path, slots: list[int], spec: PageSpec = SPEC) -> None:
     """Makes a folder of pages that outlive a process: first ones, in these slots, the last one used last."""
     folder.mkdir(exist_ok=True)
-    reopen(folder, SPEC, num_pages, description())
-    pool = DiskPool(SPEC, folder, num_pages, DiskHeads(0, SPEC.num_kv_heads))
+    reopen(folder, spec, NUM_PAGES, description(spec))
+    pool = DiskPool(spec, folder, NUM_PAGES, DiskHeads(0, spec.num_kv_heads))
     entries = []
     for now, slot in enumerate(slots):
-        pool.store(slot, random_page(SPEC, slot))
+        pool.store(slot, random_page(spec, slot))
         entries.append(entry(slot, pool.checksums(slot))._replace(last_use=float(now)))
     with closing(Catalogue(folder)) as catalogue:
         catalogue.update([], entries)
