@@ -97,7 +97,8 @@ class EngineConfig:
     disk_kv_bytes: int | str | None = None
     """KV memory on disk, such as 100GiB.
 
-    It needs cache_dir, and counts all ranks together. None takes half of what is free there.
+    It needs cache_dir, and counts all ranks together, but not the pages of other models there. None takes half of what
+    is free.
     """
     cache_dir: str | Path | None = None
     """Folder for KV pages on disk.

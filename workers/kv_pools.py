@@ -131,6 +131,7 @@ class KVPools:
     def _open_disk(self, stack: ExitStack, disk: DiskTier, num_pages: int) -> "DiskPool":
         from distkv.storage.disk.disk_array import make_array, matches, remove_array
         from distkv.storage.disk.reopen import rejoin, reopen
+        from distkv.storage.disk.scratch import sweep_scratch
         from distkv.storage.pools.disk_pool import DiskPool  # imports zarr
 
         folder, heads = disk.folder, disk.heads
@@ -139,6 +140,7 @@ class KVPools:
             lock = FolderLock(folder)
             stack.callback(lock.release)
             if disk.kept is not None:
+                sweep_scratch(folder.parent)
                 reopen(folder, whole, num_pages, disk.kept)
             else:
                 make_array(folder, whole, num_pages)

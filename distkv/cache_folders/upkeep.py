@@ -12,29 +12,42 @@ from rich.progress import track
 from rich.table import Table
 
 from distkv.cache_folders.model_cache import ModelCache, find_caches
-from distkv.errors import ConfigError
-from distkv.storage.disk.cache_folder import FolderLock
+from distkv.errors import ConfigError, StoreError
+from distkv.storage.disk.cache_folder import LOCK, SCRATCH, DamagedError, FolderLock
 from distkv.storage.disk.catalogue import Entry
+from distkv.storage.disk.file_lock import is_locked
+from distkv.storage.disk.removal import give_up, num_bytes, sizes, sweep
+from distkv.storage.disk.scratch import sweep_scratch
 
 
 def list_caches(console: Console, cache_dir: Path) -> None:
-    """Prints a row per model. A prefix is a chain of pages that no longer one begins with."""
+    """Prints a row per model, and one for pages without prefix caching. A prefix is a chain of pages that no longer one
+    begins with."""
     caches = find_caches(cache_dir)
-    if not caches:
+    scratch = cache_dir / SCRATCH
+    in_scratch = num_bytes(scratch)
+    if not caches and not in_scratch:
         console.print(f"{cache_dir} holds no KV pages", soft_wrap=True, highlight=False)
         return
     if not console.is_terminal:
         console.width = 160  # of a path and seven columns; a pipe has no width of its own
     table = Table("model", "fingerprint", "pages", "prefixes", "tokens", "bytes", "last use")
+    total, problems = in_scratch, []
     for cache in caches:
-        entries = cache.entries()
-        ends = {entry.key for entry in entries} - {entry.parent for entry in entries}
-        table.add_row(
-            cache.description.model, cache.folder.name, str(len(entries)), str(len(ends)),
-            str(len(entries) * cache.description.page_size), _size(cache.num_bytes()),
-            _date(max(entry.last_use for entry in entries)) if entries else "-",
-        )  # fmt: skip
+        columns, last_use = ["?", "?", "?"], "?"
+        try:
+            columns, last_use = _count(cache)
+        except StoreError as error:
+            problems.append(str(error))
+        size = num_bytes(cache.folder)
+        total += size
+        table.add_row(cache.model, cache.folder.name, *columns, _size(size), last_use)
+    if in_scratch:
+        left_by = "an engine that runs" if is_locked(scratch / LOCK) else "an engine that was killed"
+        table.add_row(f"no prefix caching, {left_by}", SCRATCH, "-", "-", "-", _size(in_scratch), "-")
     console.print(table, soft_wrap=True)
+    console.print(f"{_size(total)} in all; disk_kv_bytes is for each model", soft_wrap=True, highlight=False)
+    _print_problems(console, problems)
 
 
 def verify_caches(console: Console, cache_dir: Path, remove: bool) -> bool:
@@ -49,20 +62,22 @@ def verify_caches(console: Console, cache_dir: Path, remove: bool) -> bool:
             _lock(stack, caches)
         whole, num_pages = True, 0
         for cache in caches:
-            entries = cache.entries()
-            found = {}
-            for entry in track(entries, f"reading {cache.folder.name}", console=console, transient=True):
-                if problem := cache.damage(entry):
-                    found[entry] = problem
+            try:
+                entries = cache.entries()
+                pages = track(entries, f"reading {cache.folder.name}", console=console, transient=True)
+                found = {entry: problem for entry in pages if (problem := cache.damage(entry))}
+            except DamagedError as error:
+                _print_problems(console, [str(error)])
+                whole = False
+                continue
             # what an engine has given up meanwhile was not damaged
             damaged = {entry: problem for entry, problem in found.items() if entry.slot in _unchanged(cache, found)}
-            for problem in damaged.values():
-                console.print(problem, soft_wrap=True, highlight=False)
+            _print_problems(console, damaged.values())
             num_pages += len(entries)
             whole = whole and not damaged
             if remove and damaged:
                 slots = _with_followers(entries, damaged)
-                cache.remove(slots)
+                give_up(cache.folder, slots)
                 console.print(
                     f"{cache.name}: {len(slots)} pages taken out, {len(damaged)} of them damaged", soft_wrap=True
                 )
@@ -72,7 +87,8 @@ def verify_caches(console: Console, cache_dir: Path, remove: bool) -> bool:
 
 def prune_caches(console: Console, cache_dir: Path, max_bytes: int, model: str | None) -> None:
     """Gives up the pages that were used longest ago, of all models or of one, until their files take `max_bytes` at
-    most; prints what that freed.
+    most; prints what that freed. What nobody can use goes first: files of pages that are not listed, and without
+    `model` those that an engine without prefix caching left when it was killed.
 
     Args:
         model: the first digits of a fingerprint.
@@ -82,28 +98,45 @@ def prune_caches(console: Console, cache_dir: Path, max_bytes: int, model: str |
     caches = find_caches(cache_dir)
     if model is not None:
         known = ", ".join(cache.folder.name for cache in caches) or "none"
-        caches = [cache for cache in caches if cache.description.fingerprint.startswith(model)]
+        caches = [cache for cache in caches if cache.fingerprint.startswith(model)]
         if len(caches) != 1:
             raise ConfigError(f"{len(caches)} models have a fingerprint that begins with {model!r}; there are: {known}")
     with ExitStack() as stack:
         _lock(stack, caches)
-        before = [cache.num_bytes() for cache in caches]
+        if model is None and (freed := sweep_scratch(cache_dir)):
+            console.print(f"{SCRATCH}: {_size(freed)} freed, left by an engine that was killed", soft_wrap=True)
+        before = [num_bytes(cache.folder) for cache in caches]
         for cache in caches:
-            cache.sweep()
-        total = sum(cache.num_bytes() for cache in caches)
+            sweep(cache.folder)
+        by_slot = [sizes(cache.folder) for cache in caches]
+        total = sum(sum(one.values()) for one in by_slot)
         given_up: list[set[int]] = [set() for _ in caches]
         for _, number, slot in merge(*(_by_last_use(number, cache) for number, cache in enumerate(caches))):
             if total <= max_bytes:
                 break
             given_up[number].add(slot)
-            total -= caches[number].description.page_bytes
+            total -= by_slot[number].get(slot, 0)
         for cache, slots, size in zip(caches, given_up, before, strict=True):
-            if slots:
-                cache.remove(slots)
+            give_up(cache.folder, slots)
             console.print(
-                f"{cache.name}: {len(slots)} pages given up, {_size(size - cache.num_bytes())} freed", soft_wrap=True
+                f"{cache.name}: {len(slots)} pages given up, {_size(size - num_bytes(cache.folder))} freed",
+                soft_wrap=True,
             )
-        console.print(f"{_size(sum(cache.num_bytes() for cache in caches))} left", soft_wrap=True)
+        console.print(f"{_size(sum(num_bytes(cache.folder) for cache in caches))} left", soft_wrap=True)
+
+
+def _count(cache: ModelCache) -> tuple[list[str], str]:
+    """Pages, prefixes and tokens of a model, and when one was used last. Raises StoreError when that is not known."""
+    entries = cache.entries()
+    ends = {entry.key for entry in entries} - {entry.parent for entry in entries}
+    tokens = len(entries) * cache.description.page_size
+    last_use = _date(max(entry.last_use for entry in entries)) if entries else "-"
+    return [str(len(entries)), str(len(ends)), str(tokens)], last_use
+
+
+def _print_problems(console: Console, problems: Iterable[str]) -> None:
+    for problem in problems:
+        console.print(problem, soft_wrap=True, highlight=False, markup=False)
 
 
 def _lock(stack: ExitStack, caches: Iterable[ModelCache]) -> None:

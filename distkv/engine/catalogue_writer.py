@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distkv.errors import StoreError
-from distkv.storage.disk.catalogue import Catalogue, Entry
+from distkv.storage.disk.cache_folder import DamagedError
+from distkv.storage.disk.catalogue import LOCK_WAIT, Catalogue, Entry, read_catalogue, set_aside_catalogue
 from distkv.storage.ledger.disk_journal import DiskChanges
 from distkv.storage.ledger.page import PageKey
 from distkv.storage.ledger.tiered_cache import TieredCache
@@ -15,26 +16,39 @@ from distkv.workers.group.step_plan import StepPlan
 
 log = logging.getLogger(__name__)
 
+RETRY_SECONDS = 1.0  # after which a catalogue that could not be written is tried again
+
 
 class CatalogueWriter:
-    """Keeps the catalogue of a cache folder true while the engine runs."""
+    """Keeps the catalogue of a cache folder true while the engine runs.
+
+    What cannot be written, since the disk is full for a moment or another program has locked the file, waits for a
+    later try. Until then the catalogue may list a slot whose page is another one now; see the head of `catalogue.py`.
+    """
 
     def __init__(self, folder: Path, cache: TieredCache):
-        """Raises StoreError or ConfigError when the folder's catalogue cannot be used."""
+        self._folder = folder
         self._cache = cache
-        self._catalogue: Catalogue | None = Catalogue(folder)
+        self._catalogue: Catalogue | None = None  # while it can be written
+        # what is to be written; for each slot of the disk once at most
+        self._removed: set[int] = set()
+        self._added: dict[int, Entry] = {}
+        self._touched: set[int] = set()
+        self._failure: StoreError | None = None  # of the last try
+        self._next_try = 0.0  # monotonic seconds
 
     def adopt(self, run: Callable[[StepPlan], Report]) -> None:
-        """Takes in the pages that an earlier process left, as far as all ranks can vouch for them."""
-        assert self._catalogue is not None
-        entries = self._catalogue.entries()
+        """Takes in the pages that an earlier process left, as far as all ranks can vouch for them. Raises StoreError
+        when the catalogue cannot be read now, so that no page is taken for one that is not listed."""
+        entries, listed = read_catalogue(self._folder)
         report = run(StepPlan([], [], [], adopt={one.slot: one.crc32c for one in entries}))
         missing = set(report.missing)
         kept: dict[bytes, int] = {}  # slots of pages that can be read, with all pages before them
         for one in sorted(entries, key=lambda one: one.index):
             if one.slot not in missing and (one.index == 0 or one.parent in kept):
                 kept[one.key] = one.slot
-        self._catalogue.update(self._catalogue.slots() - set(kept.values()), [])
+        self._removed = listed - set(kept.values())
+        self._write()
         self._cache.adopt(
             (one.slot, one.index, PageKey(one.key, one.parent, one.tokens)) for one in entries if one.key in kept
         )
@@ -43,32 +57,65 @@ class CatalogueWriter:
         log.info("%d KV pages of earlier processes are on disk", len(kept))
 
     def update(self, changes: DiskChanges, checksums: dict[int, bytes]) -> None:
-        """Takes vacated disk slots out before they can be written again, and puts new pages in.
+        """Takes vacated disk slots out before they can be written again, and puts new pages in; without waiting.
 
         Args:
             changes: since the last update.
             checksums: of pages written to disk, by transfer id.
         """
-        if self._catalogue is None or not changes:
-            return
         now = time.time()
-        added = [
-            Entry(slot, page.key.digest, page.key.parent, page.key.tokens, checksums[id], now, page.index)
-            for slot, (id, page) in changes.written.items()
-            if id in checksums and page.key is not None
-        ]
-        try:
-            self._catalogue.update(changes.vacated, added, changes.touched, now)
-        except StoreError as error:
-            log.warning("%s; this run goes on without a catalogue", error)
-            catalogue, self._catalogue = self._catalogue, None
-            try:
-                catalogue.discard()
-            except OSError as left:
-                log.warning(
-                    "the catalogue cannot be removed either: %s; pages that it lists are checked when read", left
-                )
+        for slot in changes.vacated:
+            self._added.pop(slot, None)
+        self._removed |= changes.vacated
+        for slot, (id, page) in changes.written.items():
+            if id in checksums and page.key is not None:
+                key = page.key
+                self._added[slot] = Entry(slot, key.digest, key.parent, key.tokens, checksums[id], now, page.index)
+        self._touched = (self._touched - changes.vacated) | changes.touched
+        if time.monotonic() >= self._next_try:
+            self._write()
 
     def close(self) -> None:
+        """Writes what is left to be written, for which it waits, and closes the catalogue."""
+        self._write(LOCK_WAIT)
+        if self._added:
+            log.warning("%s; later processes will not find %d of the pages on disk", self._failure, len(self._added))
+        self._close_file()
+
+    def _write(self, wait: float = 0.0) -> None:
+        """Writes what waits, if it can.
+
+        Args:
+            wait: seconds for another program's lock.
+        """
+        if not (self._removed or self._added or self._touched):
+            return
+        try:
+            if self._catalogue is None:
+                self._catalogue = Catalogue(self._folder, wait=wait)
+            self._catalogue.update(self._removed, self._added.values(), self._touched, time.time())
+        except DamagedError as error:
+            self._close_file()
+            try:
+                set_aside_catalogue(self._folder, error)
+            except StoreError as left:
+                self._put_off(left)
+        except StoreError as error:
+            self._close_file()
+            self._put_off(error)
+        else:
+            self._removed, self._added, self._touched = set(), {}, set()
+            if self._failure is not None:
+                log.info("the catalogue in %s is up to date again", self._folder)
+            self._failure = None
+
+    def _put_off(self, error: StoreError) -> None:
+        if self._failure is None:
+            log.warning("%s; it is tried again every %g s", error, RETRY_SECONDS)
+        self._failure = error
+        self._next_try = time.monotonic() + RETRY_SECONDS
+
+    def _close_file(self) -> None:
         if self._catalogue is not None:
             self._catalogue.close()
+            self._catalogue = None

@@ -34,6 +34,7 @@ class StepRunner:
         """
         self.bytes_moved: Counter[str] = Counter()  # by route
         self.damage = ""  # what could not be read back last, and why
+        self._last_warning = ""  # since the disk took a page
         self.executor = executor
         self._cache = cache
         self._ended: list[int] = []  # tables that the ranks may forget with the next plan
@@ -68,9 +69,13 @@ class StepRunner:
     def take_in(self, report: Report) -> set[Page]:
         """Books what the ranks report; returns the held pages that the step could not read."""
         self.bytes_moved.update(report.bytes_moved)
+        if report.checksums:
+            self._last_warning = ""
         for _, reason in [*report.failed, *report.bad_reads]:
-            log.warning("%s", reason)
             self.damage = reason
+            if reason != self._last_warning:  # a disk that is full says the same of every page
+                log.warning("%s", reason)
+                self._last_warning = reason
         damaged = self._cache.apply(report.done, report.failed, [slot for slot, _ in report.bad_reads])
         self._update_catalogue(report.checksums)
         return damaged

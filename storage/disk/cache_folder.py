@@ -4,27 +4,39 @@ lock               names the process that uses the folder, and is locked by it
 kv.zarr            the pages, see `disk_array.py`
 catalogue.sqlite   which slots hold a page, and of which tokens, see `catalogue.py`
 model.json         which model's they are, where the pages outlive the process, see `Description`
+*.damaged          what could not be read, see `set_aside`
 
-It is a sub-folder of the user's cache_dir, named after the model's fingerprint, or SCRATCH for pages that are dropped
-when the engine closes.
+All of it can be made again, so what is damaged stops no engine: it is set aside. The folder is a sub-folder of the
+user's cache_dir, named after the model's fingerprint, or SCRATCH for pages that are dropped when the engine closes.
 """
 
+import logging
 import os
 import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
 from distkv.storage.disk.file_lock import FileLock, HeldError
 from distkv.storage.errors import ConfigError, StoreError
 
+log = logging.getLogger(__name__)
+
 FORMAT = 2  # of what lies on disk; part of the fingerprint
 ARRAY, CATALOGUE, LOCK, DESCRIPTION = "kv.zarr", "catalogue.sqlite", "lock", "model.json"
 SCRATCH, SESSIONS = "scratch", "sessions"  # sub-folders of cache_dir that are no model's
+DAMAGED = ".damaged"  # behind the name of what is set aside
+
+Count = Annotated[int, msgspec.Meta(gt=0)]
 
 _CHUNK = re.compile(r"c\.(\d+)\.0\.0\.(\d+)\.0\.(?:0|[0-9a-f.]*\.partial)")
+
+
+class DamagedError(StoreError):
+    """A file of the folder is not what distkv wrote there, or no more."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +55,11 @@ class Description(msgspec.Struct, frozen=True):
     fingerprint: str
     model: str  # path of the model's folder when the cache was made
     dtype: str
-    page_size: int  # tokens
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    page_bytes: int
+    page_size: Count  # tokens
+    num_layers: Count
+    num_kv_heads: Count
+    head_dim: Count
+    page_bytes: Count
     created: float = msgspec.field(default_factory=time.time)  # unix seconds
 
 
@@ -80,21 +92,27 @@ def parse_chunk(name: str) -> tuple[int, int] | None:
 
 
 def read_description(folder: Path) -> Description | None:
-    """What lies in a folder; None when nothing says so. Raises ConfigError when it cannot be read."""
+    """What lies in a folder; None when nothing says so. Raises DamagedError when that is no description, ConfigError
+    when it cannot be read."""
+    path = folder / DESCRIPTION
     try:
-        return msgspec.json.decode((folder / DESCRIPTION).read_bytes(), type=Description)
+        return msgspec.json.decode(path.read_bytes(), type=Description)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, msgspec.DecodeError) as error:
-        raise ConfigError(
-            f"{str(folder / DESCRIPTION)!r} cannot be read ({error}); remove {str(folder)!r} or name another cache_dir"
-        ) from error
+    except (IsADirectoryError, ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+        raise DamagedError(f"{str(path)!r} does not describe KV pages ({error})") from error
+    except OSError as error:
+        raise ConfigError(f"{str(path)!r} cannot be read ({error.strerror}); name another cache_dir") from error
 
 
 def describe(folder: Path, description: Description) -> None:
     """Writes down whose pages a folder holds, once. Raises ConfigError when they are another model's, StoreError when
     it cannot be written."""
-    found = read_description(folder)
+    try:
+        found = read_description(folder)
+    except DamagedError as error:  # keys begin with the fingerprint, so no page can be taken for another model's
+        set_aside(folder / DESCRIPTION, error)
+        found = None
     if found is None:
         try:
             replace_file(folder / DESCRIPTION, msgspec.json.format(msgspec.json.encode(description)))
@@ -108,8 +126,19 @@ def describe(folder: Path, description: Description) -> None:
 
 def remove_catalogue(folder: Path) -> None:
     """Removes the catalogue, which is better than one that is not true."""
-    for path in folder.glob(f"{CATALOGUE}*"):
-        path.unlink(missing_ok=True)
+    for helper in ("", "-wal", "-shm", "-journal"):
+        (folder / f"{CATALOGUE}{helper}").unlink(missing_ok=True)
+
+
+def set_aside(path: Path, reason: object) -> None:
+    """Renames what is damaged, with a warning, in place of what was set aside before. Raises StoreError when it cannot
+    be renamed."""
+    aside = path.with_name(path.name + DAMAGED)
+    try:
+        path.replace(aside)
+    except OSError as error:
+        raise StoreError(f"{reason}, and it cannot be renamed: {error.strerror}; remove it") from error
+    log.warning("%s; it is renamed to %s and made again", reason, aside.name)
 
 
 def replace_file(path: Path, content: bytes) -> None:

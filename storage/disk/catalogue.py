@@ -1,17 +1,30 @@
-"""What lies on disk, in SQLite: an entry is there only while its page's bytes are."""
+"""What lies on disk, in SQLite: an entry is there only while its page's bytes are.
+
+Where it could not be written an entry may outlive its page. Its checksums are no longer those of the file then, so that
+the page counts as damaged when it is read.
+"""
 
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from distkv.storage.disk.cache_folder import CATALOGUE, remove_catalogue
-from distkv.storage.errors import ConfigError, StoreError
+from distkv.storage.disk.cache_folder import CATALOGUE, DamagedError, remove_catalogue, set_aside
+from distkv.storage.errors import StoreError
 
 COLUMNS = """(
     slot INTEGER PRIMARY KEY, key BLOB UNIQUE NOT NULL, parent BLOB NOT NULL, tokens BLOB NOT NULL,
     crc32c BLOB NOT NULL, last_use REAL NOT NULL, "index" INTEGER NOT NULL
 )"""
+# SQLite takes any value in any column
+IS_ENTRY = """slot >= 0 AND typeof(key) = 'blob' AND typeof(parent) = 'blob' AND typeof(tokens) = 'blob' AND
+    typeof(crc32c) = 'blob' AND typeof(last_use) = 'real' AND last_use BETWEEN 0 AND 1e11 AND
+    typeof("index") = 'integer' AND "index" >= 0"""
+LOCK_WAIT = 5.0  # seconds for which whoever is not in a hurry waits for a program that has locked the catalogue
+
+# results of SQLite that speak of the file's content; all others, such as a lock or a full disk, may be gone next time
+_OF_CONTENT = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 class Entry(NamedTuple):
@@ -29,29 +42,29 @@ class Entry(NamedTuple):
 class Catalogue:
     """Table `pages`, a row per `Entry`. A kill at any moment leaves it consistent (write-ahead log)."""
 
-    def __init__(self, folder: Path, read_only: bool = False):
-        """Opens or makes the catalogue of a cache folder; `read_only` for a look beside the process that uses it.
+    def __init__(self, folder: Path, read_only: bool = False, wait: float = LOCK_WAIT):
+        """Opens or makes the catalogue of a cache folder; with `read_only` one that is not there lists nothing.
 
-        Raises StoreError when it cannot be opened or written, ConfigError when the file is something else.
+        Args:
+            read_only: for a look beside the process that uses it, or on a disk that has no room left.
+            wait: seconds for which a lock of another program is waited for.
+
+        Raises, as all methods do, DamagedError when the file is something else, and StoreError when it cannot be
+        opened or written now.
         """
         self._folder = folder
         path = folder / CATALOGUE
+        if path.is_dir():
+            raise DamagedError(f"{str(path)!r} is a folder and no catalogue")
         try:
-            if read_only:
-                self._database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
-            else:
-                self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-                self._database.execute("PRAGMA journal_mode = WAL")
-                self._database.execute("PRAGMA synchronous = NORMAL")
-                self._database.execute(f"CREATE TABLE IF NOT EXISTS pages {COLUMNS}")
-            found = self._database.execute("SELECT sql FROM sqlite_master WHERE name = 'pages'").fetchone()
-        except sqlite3.OperationalError as error:
-            raise StoreError(f"the catalogue in {folder} cannot be opened: {error}") from error
-        except sqlite3.DatabaseError as error:
-            raise ConfigError(f"{str(path)!r} is no catalogue ({error}); remove {str(folder)!r}") from error
-        if found is None or found[0] != f"CREATE TABLE pages {COLUMNS}":
+            self._database = _open_to_read(path, wait) if read_only else _open_to_write(path, wait)
+        except sqlite3.Error as error:
+            raise self._failure("opened", error) from error
+        found = _schema(self._database)
+        if found not in (None, f"CREATE TABLE pages {COLUMNS}".encode()):
             self.close()
-            raise ConfigError(f"{str(path)!r} is the catalogue of another version or program; remove {str(folder)!r}")
+            raise DamagedError(f"{str(path)!r} is the catalogue of another version or program")
+        self._is_empty = found is None
 
     def update(
         self, removed: Iterable[int], added: Iterable[Entry], touched: Iterable[int] = (), now: float = 0.0
@@ -60,14 +73,14 @@ class Catalogue:
         all at once."""
         try:
             with self._database:
-                self._database.execute("BEGIN")
+                self._database.execute("BEGIN IMMEDIATE")
                 self._database.executemany("DELETE FROM pages WHERE slot = ?", [(slot,) for slot in removed])
                 self._database.executemany("INSERT OR REPLACE INTO pages VALUES (?, ?, ?, ?, ?, ?, ?)", added)
                 self._database.executemany(
                     "UPDATE pages SET last_use = ? WHERE slot = ?", [(now, slot) for slot in touched]
                 )
         except sqlite3.Error as error:
-            raise StoreError(f"the catalogue of the disk tier cannot be written: {error}") from error
+            raise self._failure("written", error) from error
 
     def entries(self) -> list[Entry]:
         """The pages that can be used, in the order in which they may be given up: the least recently used first, and a
@@ -91,16 +104,88 @@ class Catalogue:
     def close(self) -> None:
         self._database.close()
 
-    def discard(self) -> None:
-        """See `remove_catalogue`."""
-        self.close()
-        remove_catalogue(self._folder)
-
     def _rows(self) -> list[Entry]:
         """In the order of `index`."""
+        if self._is_empty:
+            return []
         try:
-            return [Entry(*row) for row in self._database.execute('SELECT * FROM pages ORDER BY "index", slot')]
+            rows = self._database.execute(f'SELECT *, {IS_ENTRY} FROM pages ORDER BY "index", slot').fetchall()
         except sqlite3.Error as error:
-            raise StoreError(
-                f"the catalogue in {self._folder} cannot be read: {error}; remove that folder or name another"
-            ) from error
+            raise self._failure("read", error) from error
+        if not all(row[-1] for row in rows):
+            raise DamagedError(f"the catalogue in {self._folder} has rows that are no pages")
+        return [Entry(*row[:-1]) for row in rows]
+
+    def _failure(self, verb: str, error: sqlite3.Error) -> StoreError:
+        """What to raise for an error of SQLite's."""
+        kind = DamagedError if getattr(error, "sqlite_errorcode", 0) & 0xFF in _OF_CONTENT else StoreError
+        return kind(f"the catalogue in {self._folder} cannot be {verb}: {error}")
+
+
+def read_catalogue(folder: Path) -> tuple[list[Entry], set[int]]:
+    """`Catalogue.entries` and `slots` of a locked folder; nothing where the catalogue is damaged, which is set aside
+    then. Raises StoreError when it cannot be read now."""
+    try:
+        with closing(Catalogue(folder, read_only=True)) as catalogue:
+            return catalogue.entries(), catalogue.slots()
+    except DamagedError as error:
+        set_aside_catalogue(folder, error)
+        return [], set()
+
+
+def set_aside_catalogue(folder: Path, reason: object) -> None:
+    """See `set_aside`. Nobody may have the catalogue open."""
+    set_aside(folder / CATALOGUE, reason)
+    remove_catalogue(folder)  # what is left of it would be taken for the new one's
+
+
+def _open_to_write(path: Path, wait: float) -> sqlite3.Connection:
+    database = _connect(path, "rwc", wait)
+    with _closed_on_error(database):
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = NORMAL")
+        database.execute(f"CREATE TABLE IF NOT EXISTS pages {COLUMNS}")
+    return database
+
+
+def _open_to_read(path: Path, wait: float) -> sqlite3.Connection:
+    """Connections share an index of the write-ahead log, in a file of its own; where there is no room for that, one
+    that is alone keeps it in its memory. Each may write, so that the last one takes these files away."""
+    if not path.exists():
+        return sqlite3.connect(":memory:")
+    try:
+        return _connect_to_read(path, wait, "NORMAL")
+    except sqlite3.OperationalError:
+        return _connect_to_read(path, wait, "EXCLUSIVE")
+
+
+def _connect_to_read(path: Path, wait: float, locking: str) -> sqlite3.Connection:
+    database = _connect(path, "rw", wait)
+    with _closed_on_error(database):
+        database.execute(f"PRAGMA locking_mode = {locking}")
+        database.execute("PRAGMA query_only = ON")
+        _schema(database)
+    return database
+
+
+def _connect(path: Path, mode: str, wait: float) -> sqlite3.Connection:
+    database = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode={mode}", wait, isolation_level=None, check_same_thread=False, uri=True
+    )
+    database.text_factory = bytes  # what is no UTF-8 is found out by its type
+    return database
+
+
+def _schema(database: sqlite3.Connection) -> bytes | None:
+    """How the table was made; None when there is none."""
+    row = database.execute("SELECT sql FROM sqlite_master WHERE name = 'pages'").fetchone()
+    return None if row is None else row[0]
+
+
+@contextmanager
+def _closed_on_error(database: sqlite3.Connection) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        database.close()
+        raise

@@ -12,9 +12,19 @@ from typing import Any
 
 import torch
 import zarr
-from zarr.storage import LocalStore
+from zarr.abc.store import Store
+from zarr.storage import LocalStore, MemoryStore
 
-from distkv.storage.disk.cache_folder import ARRAY, FORMAT, remove_catalogue, replace_file
+from distkv.storage.disk.cache_folder import (
+    ARRAY,
+    DAMAGED,
+    FORMAT,
+    DamagedError,
+    parse_chunk,
+    remove_catalogue,
+    replace_file,
+    set_aside,
+)
 from distkv.storage.errors import ConfigError, StoreError
 from distkv.storage.page_spec import PageSpec
 
@@ -24,27 +34,17 @@ METADATA = "zarr.json"  # in the array's folder
 STORED_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "uint16"}
 
 
+class OtherPagesError(DamagedError):
+    """The array is one of distkv's, and not for these pages."""
+
+
 def make_array(folder: Path, spec: PageSpec, num_pages: int) -> None:
     """Makes an empty array for pages of the whole model, and sweeps away what an earlier process left.
 
     Raises ConfigError when something else lies in its place, StoreError when it cannot be written.
     """
     remove_array(folder)
-    try:
-        zarr.create_array(
-            store=LocalStore(folder / ARRAY),
-            shape=(num_pages, *spec.page_shape),
-            chunks=_chunks(spec),
-            dtype=STORED_DTYPES[spec.dtype],
-            compressors=None,
-            filters=None,
-            fill_value=0,
-            chunk_key_encoding={"name": "default", "separator": "."},  # one flat folder
-            dimension_names=("slot", "layer", "kv", "kv_head", "token", "head_dim"),
-            attributes={"distkv": FORMAT, "dtype": dtype_name(spec.dtype)},
-        )
-    except OSError as error:
-        raise StoreError(f"the array in cache_dir {str(folder)!r} cannot be made: {error}") from error
+    _write_metadata(folder, spec, num_pages)
 
 
 def has_array(folder: Path) -> bool:
@@ -53,19 +53,25 @@ def has_array(folder: Path) -> bool:
 
 
 def find_slots(folder: Path, spec: PageSpec) -> int:
-    """The number of slots of an array for pages of the whole model. Raises ConfigError when it is for others."""
+    """The number of slots of an array for pages of the whole model. Raises ConfigError when it was not made by distkv,
+    OtherPagesError when its metadata are those of other pages, and else DamagedError when they are not what they
+    were."""
+    path = folder / ARRAY
+    if _made_by_distkv(path) is False:
+        raise _foreign(path)
     try:
         array = open_array(folder)
         found = array.attrs.get("distkv"), array.attrs.get("dtype"), array.shape[1:], array.chunks
+        expected = _make(MemoryStore(), spec, *array.shape[:1]).metadata
     except Exception as error:  # zarr has no common base of what it raises
-        raise ConfigError(
-            f"{str(folder / ARRAY)!r} cannot be opened ({error}); remove it or name another cache_dir"
-        ) from error
-    if found != (FORMAT, dtype_name(spec.dtype), spec.page_shape, _chunks(spec)):
-        raise ConfigError(
-            f"{str(folder / ARRAY)!r} does not hold {dtype_name(spec.dtype)} pages of shape {list(spec.page_shape)} in "
-            f"format {FORMAT}; remove it or name another cache_dir"
+        raise DamagedError(f"the metadata of {str(path)!r} cannot be read ({error})") from error
+    if found != (FORMAT, dtype_name(spec.dtype), spec.page_shape, expected.chunks):
+        raise OtherPagesError(
+            f"{str(path)!r} does not hold {dtype_name(spec.dtype)} pages of shape {list(spec.page_shape)} in format "
+            f"{FORMAT}, and what it holds is given up"
         )
+    if array.metadata.to_dict() != expected.to_dict():
+        raise DamagedError(f"the metadata of {str(path)!r} are not what they were")
     return array.shape[0]
 
 
@@ -73,12 +79,28 @@ def matches(folder: Path, spec: PageSpec, num_pages: int) -> bool:
     """Whether the folder has an array of so many slots for pages of the whole model."""
     try:
         return has_array(folder) and find_slots(folder, spec) == num_pages
-    except ConfigError:
+    except (ConfigError, DamagedError):
         return False
 
 
+def mend_array(folder: Path, spec: PageSpec, num_pages: int) -> None:
+    """Makes damaged metadata of an array again. The pages in it stay, since they are checked when they are taken over,
+    unless they are other ones.
+
+    Raises ConfigError when the array was not made by distkv, StoreError when it cannot be written.
+    """
+    if has_array(folder):
+        try:
+            find_slots(folder, spec)
+        except DamagedError as error:
+            if isinstance(error, OtherPagesError):
+                remove_catalogue(folder)
+            set_aside(folder / ARRAY / METADATA, error)
+            _write_metadata(folder, spec, num_pages)
+
+
 def fit_array(folder: Path, spec: PageSpec, num_pages: int) -> None:
-    """Makes an array, or gives the one found another number of slots and leaves its chunks.
+    """Makes an array, or gives the one found, see `mend_array`, another number of slots and leaves its chunks.
 
     Raises ConfigError when something else lies there, StoreError when it cannot be written.
     """
@@ -93,7 +115,10 @@ def fit_array(folder: Path, spec: PageSpec, num_pages: int) -> None:
     try:
         replace_file(path, json.dumps(metadata, indent=2).encode())
     except OSError as error:
-        raise StoreError(f"the array in cache_dir {str(folder)!r} cannot be resized: {error.strerror}") from error
+        raise StoreError(
+            f"the array in cache_dir {str(folder)!r} cannot be resized ({error.strerror}); make room on the disk, or "
+            "leave disk_kv_bytes as it was"
+        ) from error
 
 
 def open_array(folder: Path) -> Any:
@@ -107,15 +132,11 @@ def remove_array(folder: Path) -> None:
     """Deletes the array with all its pages, and the catalogue. Raises ConfigError when it is not distkv's."""
     array = folder / ARRAY
     if array.exists():
-        try:
-            ours = zarr.open_array(LocalStore(array), mode="r").attrs.get("distkv") is not None
-        except Exception:  # zarr has no common base of what it raises
-            # killed before it wrote the metadata, or while it swept
-            ours = array.is_dir() and all(
-                path.suffix == ".partial" or path.name.startswith("c.") for path in array.iterdir()
-            )
+        ours = _made_by_distkv(array)
+        if ours is None:  # killed before it wrote the metadata, or while it swept; or they are damaged
+            ours = array.is_dir() and all(map(_is_named_by_distkv, array.iterdir()))
         if not ours:
-            raise ConfigError(f"{str(array)!r} was not made by distkv; name another cache_dir")
+            raise _foreign(array)
         left = [path for path in array.iterdir() if path.name != METADATA]
         if left:
             log.info("removing %d files that an earlier process left in %s", len(left), array)
@@ -131,5 +152,47 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _chunks(spec: PageSpec) -> tuple[int, ...]:
-    return 1, spec.num_layers, 2, 1, spec.page_size, spec.head_dim
+def _write_metadata(folder: Path, spec: PageSpec, num_pages: int) -> None:
+    try:
+        _make(LocalStore(folder / ARRAY), spec, num_pages)
+    except OSError as error:
+        raise StoreError(f"the array in cache_dir {str(folder)!r} cannot be made: {error}") from error
+
+
+def _make(store: Store, spec: PageSpec, num_pages: int) -> Any:
+    return zarr.create_array(
+        store=store,
+        shape=(num_pages, *spec.page_shape),
+        chunks=(1, spec.num_layers, 2, 1, spec.page_size, spec.head_dim),
+        dtype=STORED_DTYPES[spec.dtype],
+        compressors=None,
+        filters=None,
+        fill_value=0,
+        chunk_key_encoding={"name": "default", "separator": "."},  # one flat folder
+        dimension_names=("slot", "layer", "kv", "kv_head", "token", "head_dim"),
+        attributes={"distkv": FORMAT, "dtype": dtype_name(spec.dtype)},
+    )
+
+
+def _made_by_distkv(array: Path) -> bool | None:
+    """What the metadata of a Zarr array or group say of its maker; None when there are none, or damaged ones. Raises
+    StoreError when they cannot be read."""
+    try:
+        metadata = json.loads((array / METADATA).read_bytes())
+        return metadata["attributes"].get("distkv") is not None if "zarr_format" in metadata else None
+    except KeyError:
+        return False
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+    except OSError as error:
+        raise StoreError(f"{str(array / METADATA)!r} cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _is_named_by_distkv(path: Path) -> bool:
+    return path.suffix == ".partial" or path.name in (METADATA, METADATA + DAMAGED) or bool(parse_chunk(path.name))
+
+
+def _foreign(array: Path) -> ConfigError:
+    return ConfigError(f"{str(array)!r} was not made by distkv; name another cache_dir")

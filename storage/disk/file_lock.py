@@ -3,6 +3,7 @@
 import fcntl
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -14,20 +15,23 @@ class FileLock:
     """A lock, held until `release` or the end of the process."""
 
     def __init__(self, path: Path):
-        """Makes the file and its folder if need be. Raises OSError when it cannot be written, HeldError when another
-        process or another part of this one holds it."""
+        """Makes the file and its folder if need be. Raises OSError when it cannot be opened or locked, HeldError
+        when another process or another part of this one holds it."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        self._file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
             self._file.close()
             raise HeldError(holder) from None
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
+        except OSError:
+            self._file.close()
+            raise
+        with suppress(OSError):  # a full disk has no room for the name, which is there for the reader alone
+            os.ftruncate(self._file.fileno(), 0)
+            os.write(self._file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
     @property
     def is_held(self) -> bool:

@@ -5,11 +5,13 @@ A kill at any moment leaves every page that the catalogue lists whole. It may le
 """
 
 import os
+from contextlib import closing
 from pathlib import Path
 
 from distkv.storage.disk.cache_folder import ARRAY, Description, chunk_name, describe, remove_catalogue
-from distkv.storage.disk.catalogue import Catalogue
-from distkv.storage.disk.disk_array import find_slots, fit_array, has_array
+from distkv.storage.disk.catalogue import Catalogue, read_catalogue
+from distkv.storage.disk.disk_array import fit_array, has_array, mend_array
+from distkv.storage.disk.removal import give_up, sweep
 from distkv.storage.errors import StoreError
 from distkv.storage.page_spec import PageSpec
 
@@ -17,38 +19,42 @@ from distkv.storage.page_spec import PageSpec
 def reopen(folder: Path, spec: PageSpec, num_pages: int, description: Description) -> None:
     """Makes the array of a locked folder, or fits the one found there to `num_pages` slots.
 
-    Fewer slots keep the pages that were used last. Raises ConfigError when what lies there is something else,
-    StoreError when it cannot be written.
+    Fewer slots keep the pages that were used last. What is damaged is set aside. Raises ConfigError when what lies
+    there is somebody else's, StoreError when it cannot be written.
 
     Args:
         spec: the whole model's pages.
     """
-    describe(folder, description)
-    if has_array(folder):
-        find_slots(folder, spec)  # before anything is changed
-        catalogue = Catalogue(folder)
-        try:
-            _fit(folder, catalogue, num_pages, spec.num_kv_heads)
-        finally:
-            catalogue.close()
-    fit_array(folder, spec, num_pages)
+    try:
+        _reopen(folder, spec, num_pages, description)
+    except StoreError:
+        if not sweep(folder):  # that took the room which was missing, perhaps
+            raise
+        _reopen(folder, spec, num_pages, description)
 
 
 def rejoin(folder: Path, spec: PageSpec, num_pages: int) -> None:
     """Does the same for a rank on a node with a disk of its own. The catalogue lies with the leader; one that another
     run left here is true no longer. Raises as `reopen` does."""
     remove_catalogue(folder)
+    mend_array(folder, spec, num_pages)
     fit_array(folder, spec, num_pages)
 
 
-def _fit(folder: Path, catalogue: Catalogue, num_pages: int, num_heads: int) -> None:
-    """Takes out of the catalogue what is of no use or has no room, and brings the rest into the first slots."""
-    entries = catalogue.entries()
+def _reopen(folder: Path, spec: PageSpec, num_pages: int, description: Description) -> None:
+    describe(folder, description)
+    mend_array(folder, spec, num_pages)  # before anything else is changed
+    if has_array(folder):
+        _fit(folder, num_pages, spec.num_kv_heads)
+    fit_array(folder, spec, num_pages)
+
+
+def _fit(folder: Path, num_pages: int, num_heads: int) -> None:
+    """Gives up what is of no use or has no room, and brings the rest into the first slots."""
+    entries, listed = read_catalogue(folder)
     kept = entries[max(0, len(entries) - num_pages) :]
     taken = {entry.slot for entry in kept}
-    dropped = catalogue.slots() - taken
-    if dropped:
-        catalogue.update(dropped, [])
+    give_up(folder, listed - taken)
     free = (slot for slot in range(num_pages) if slot not in taken)
     moves = [(entry, next(free)) for entry in kept if entry.slot >= num_pages]
     if not moves:
@@ -59,7 +65,8 @@ def _fit(folder: Path, catalogue: Catalogue, num_pages: int, num_heads: int) -> 
     try:
         for source, target in zip(old, new, strict=True):
             _link(array / chunk_name(*source), array / chunk_name(*target))
-        catalogue.update([entry.slot for entry, _ in moves], [entry._replace(slot=slot) for entry, slot in moves])
+        with closing(Catalogue(folder)) as catalogue:
+            catalogue.update([entry.slot for entry, _ in moves], [entry._replace(slot=slot) for entry, slot in moves])
         for source in old:
             (array / chunk_name(*source)).unlink(missing_ok=True)
     except OSError as error:

@@ -4,6 +4,7 @@ import pytest
 from support.speaker import make
 
 from distkv.storage.ledger.disk_journal import DiskChanges
+from distkv.workers.group.report import Report
 
 
 class Writer:
@@ -31,4 +32,20 @@ def test_an_update_of_the_catalogue_that_is_interrupted_is_made_again() -> None:
     engine._runner.drain()
     engine._runner.drain()
     assert writer.updates == [DiskChanges({3}), DiskChanges({3}), DiskChanges()]
+    engine.close()
+
+
+def test_a_disk_that_refuses_pages_is_spoken_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Until it takes some again; a page that cannot be read is another matter."""
+    engine, _ = make()
+    full, gone = "no space left", "page 3 is gone"
+    for _ in range(3):
+        engine._runner.take_in(Report(bad_reads=[(1, full), (2, full)]))
+    assert caplog.messages == [full]
+    engine._runner.take_in(Report(bad_reads=[(3, gone)]))
+    assert caplog.messages == [full, gone] and engine._runner.damage == gone
+    engine._runner.take_in(Report(bad_reads=[(1, full)]))
+    engine._runner.take_in(Report(checksums={7: b"crc"}))
+    engine._runner.take_in(Report(bad_reads=[(1, full)]))
+    assert caplog.messages == [full, gone, full, full]
     engine.close()

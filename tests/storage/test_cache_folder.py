@@ -4,6 +4,7 @@ the catalogue lists, and nothing else is taken for one."""
 import json
 import os
 import shutil
+import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -39,6 +40,7 @@ from distkv.storage.disk.cache_folder import (
     DESCRIPTION,
     LOCK,
     SCRATCH,
+    DamagedError,
     Description,
     DiskHeads,
     FolderLock,
@@ -286,8 +288,7 @@ def test_the_catalogue_keeps_what_pages_are(tmp_path: Path) -> None:
                 beside.update([1], [])
         catalogue.update([], [page_entry(7, 0, None, 1.0)._replace(key=second.key)])  # a key is listed once
         assert catalogue.slots() == {4, 7}
-        catalogue.discard()
-    assert not list(tmp_path.glob(f"{CATALOGUE}*"))
+    assert [path.name for path in tmp_path.iterdir()] == [CATALOGUE]
 
 
 def test_pages_without_their_parent_are_left_out(tmp_path: Path) -> None:
@@ -323,15 +324,15 @@ def test_the_order_of_giving_up(tmp_path_factory: pytest.TempPathFactory, drawn:
 
 def test_a_catalogue_of_another_program(tmp_path: Path) -> None:
     (tmp_path / CATALOGUE).write_bytes(b"not a database, and long enough to be told from one" * 20)
-    with pytest.raises(ConfigError, match=r"is no catalogue .*; remove"):
+    with pytest.raises(DamagedError, match="cannot be opened: file is not a database"):
         Catalogue(tmp_path)
     (tmp_path / CATALOGUE).unlink()
-    import sqlite3
 
     with closing(sqlite3.connect(tmp_path / CATALOGUE)) as database:
         database.execute("CREATE TABLE pages (slot INTEGER PRIMARY KEY, crc32c BLOB NOT NULL)")
-    with pytest.raises(ConfigError, match="catalogue of another version or program; remove"):
-        Catalogue(tmp_path)
+    for read_only in (False, True):
+        with pytest.raises(DamagedError, match="is the catalogue of another version or program"):
+            Catalogue(tmp_path, read_only)
 
 
 # --- a folder that is opened again ---
@@ -498,23 +499,23 @@ def test_what_was_killed_while_it_was_made(tmp_path: Path) -> None:
         replace(SPEC, dtype=torch.float16), replace(SPEC, dtype=torch.float32),
     ],
 )  # fmt: skip
-def test_an_array_of_other_pages_is_refused(tmp_path: Path, other: PageSpec) -> None:
-    pages = fill(tmp_path, NUM_PAGES, [[3, 0]])
-    with pytest.raises(ConfigError, match=r"does not hold .* pages of shape .* in format 2; remove it or name another"):
-        reopen(tmp_path, other, 2, description())
-    assert len(check_whole(tmp_path, pages, NUM_PAGES)) == 2
+def test_an_array_of_other_pages_is_given_up(tmp_path: Path, other: PageSpec, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing in it is taken for a page, not even where the sizes of the files are right."""
+    fill(tmp_path, NUM_PAGES, [[3, 0]])
+    reopen(tmp_path, other, 2, description())
+    assert find_slots(tmp_path, other) == 2 and listed(tmp_path) == set()
+    [warning] = caplog.messages
+    assert "does not hold" in warning and "it is renamed to zarr.json.damaged and made again" in warning
 
 
-def test_other_things_in_the_folder_are_refused(tmp_path: Path) -> None:
+def test_pages_of_another_model_are_refused(tmp_path: Path) -> None:
     fill(tmp_path, NUM_PAGES, [[3, 0]])
     with pytest.raises(ConfigError, match="holds the KV pages of another model, /models/one; remove it or name"):
         reopen(tmp_path, SPEC, NUM_PAGES, description("fedcba9876543210" * 4))
-    (tmp_path / ARRAY / "zarr.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"kv.zarr' cannot be opened .*; remove it or name another cache_dir"):
-        reopen(tmp_path, SPEC, NUM_PAGES, description())
-    (tmp_path / DESCRIPTION).write_text("[]")
-    with pytest.raises(ConfigError, match=r"model.json' cannot be read .*; remove"):
-        reopen(tmp_path, SPEC, NUM_PAGES, description())
+    zarr.create_array(tmp_path / ARRAY, shape=(4,), dtype="f4", overwrite=True)
+    with pytest.raises(ConfigError, match=r"kv.zarr' was not made by distkv; name another cache_dir"):
+        reopen(tmp_path, SPEC, 2, description())
+    assert listed(tmp_path) == {0, 3}, "nothing was changed"
 
 
 def test_is_locked(tmp_path: Path) -> None:

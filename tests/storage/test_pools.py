@@ -4,12 +4,10 @@ own."""
 import errno
 import json
 import os
-import resource
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +17,7 @@ import torch
 import zarr
 from crc32c import crc32c
 from support.damage import cut_short, damages, flip_bit
-from support.disks import NUM_PAGES, disk_pool, entry, partial_files
+from support.disks import NUM_PAGES, disk_pool, entry, file_size_limit, partial_files
 from support.pages import SPEC, bits, load, random_page, same
 from support.processes import kill, read_line, start_python
 from torch import Tensor
@@ -328,19 +326,6 @@ def test_open_pages_are_read_from_threads(
 LARGE = PageSpec(num_layers=4, num_kv_heads=2, page_size=64, head_dim=16, dtype=torch.float32)
 
 
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """Writes beyond `size` fail with EFBIG."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
 def check_refused(pool: DiskPool, folder: Path, slot: int, page: Tensor, message: str) -> None:
     """Storing fails, and leaves an empty slot and no file half written."""
     with pytest.raises(StoreError, match=message) as error:
@@ -527,7 +512,7 @@ def test_a_catalogue_that_cannot_be_written(tmp_path: Path) -> None:
     catalogue.update([], [entry(0)])
     with (
         file_size_limit(0),
-        pytest.raises(StoreError, match="the catalogue of the disk tier cannot be written"),
+        pytest.raises(StoreError, match=f"the catalogue in {tmp_path} cannot be written"),
     ):
         catalogue.update([0], [entry(slot, bytes(10_000)) for slot in range(1, 9)])
     with pytest.raises(StoreError, match="NOT NULL constraint failed"):

@@ -1,12 +1,17 @@
-"""Disk tiers of one rank."""
+"""Disk tiers of one rank, and disks without room."""
 
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
-from support.pages import SPEC
+from support.pages import SPEC, random_page
 
-from distkv.storage.disk.cache_folder import DiskHeads
-from distkv.storage.disk.catalogue import Entry
-from distkv.storage.disk.disk_array import make_array
+from distkv.storage.disk.cache_folder import Description, DiskHeads
+from distkv.storage.disk.catalogue import Catalogue, Entry
+from distkv.storage.disk.disk_array import dtype_name, make_array
+from distkv.storage.disk.reopen import reopen
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools.disk_pool import DiskPool
 
@@ -24,5 +29,45 @@ def entry(slot: int, crc32c: bytes = b"") -> Entry:
     return Entry(slot, b"key %d" % slot, b"root", b"tokens", crc32c, last_use=0.0, index=0)
 
 
+def description(spec: PageSpec = SPEC) -> Description:
+    """Of the pages of a model whose folder is to be named "0123456789abcdef"."""
+    return Description(
+        "0123456789abcdef" * 4, "/models/one", dtype_name(spec.dtype), spec.page_size, spec.num_layers,
+        spec.num_kv_heads, spec.head_dim, spec.page_bytes,
+    )  # fmt: skip
+
+
+def kept_pages(folder: Path, slots: list[int], spec: PageSpec = SPEC) -> None:
+    """Makes a folder of pages that outlive a process: first ones, in these slots, the last one used last."""
+    folder.mkdir(exist_ok=True)
+    reopen(folder, spec, NUM_PAGES, description(spec))
+    pool = DiskPool(spec, folder, NUM_PAGES, DiskHeads(0, spec.num_kv_heads))
+    entries = []
+    for now, slot in enumerate(slots):
+        pool.store(slot, random_page(spec, slot))
+        entries.append(entry(slot, pool.checksums(slot))._replace(last_use=float(now)))
+    with closing(Catalogue(folder)) as catalogue:
+        catalogue.update([], entries)
+
+
+def listed(folder: Path) -> set[int]:
+    """The slots that the catalogue lists."""
+    with closing(Catalogue(folder, read_only=True)) as catalogue:
+        return catalogue.slots()
+
+
 def partial_files(folder: Path) -> list[Path]:
     return list(folder.rglob("*.partial"))
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Writes beyond `size` fail with EFBIG."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)

@@ -1,0 +1,86 @@
+"""What the files of a cache folder take, and how pages are taken out of one that is locked: where need be on a disk
+without any room left."""
+
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+
+from distkv.storage.disk.cache_folder import ARRAY, DAMAGED, parse_chunk
+from distkv.storage.disk.catalogue import Catalogue, read_catalogue
+from distkv.storage.errors import StoreError
+
+log = logging.getLogger(__name__)
+
+NO_SLOT = -1  # of what belongs to no page: what was cut off, and what was set aside
+
+
+def sizes(folder: Path) -> dict[int, int]:
+    """Bytes of the files by slot or NO_SLOT, without those of which there is one each. An engine may be using them."""
+    found: dict[int, int] = defaultdict(int)
+    for file, slot in _files(folder):
+        with suppress(FileNotFoundError):  # it has replaced it
+            found[slot] += file.stat(follow_symlinks=False).st_size
+    return found
+
+
+def num_bytes(folder: Path) -> int:
+    """All that `sizes` has."""
+    return sum(sizes(folder).values())
+
+
+def sweep(folder: Path) -> bool:
+    """Removes the files that belong to no page that is listed, and from the catalogue pages of which no file is left;
+    whether there were any such files."""
+    _, listed = read_catalogue(folder)
+    found = _remove_files(folder, lambda slot: slot not in listed)
+    give_up(folder, listed - sizes(folder).keys())
+    return found
+
+
+def give_up(folder: Path, slots: set[int]) -> None:
+    """Removes pages, first from the catalogue, so that a kill leaves every page that it lists whole. Where that cannot
+    be written, which takes room, their files make some; and if they do not, pages stay listed that count as missing."""
+    if not slots:
+        return
+    try:
+        _strike_out(folder, slots)
+    except StoreError:
+        _remove_files(folder, slots.__contains__)
+        try:
+            _strike_out(folder, slots)
+        except StoreError as error:
+            log.warning("%s; it goes on listing %d pages that were removed", error, len(slots))
+    else:
+        _remove_files(folder, slots.__contains__)
+
+
+def _strike_out(folder: Path, slots: set[int]) -> None:
+    with closing(Catalogue(folder)) as catalogue:
+        catalogue.update(slots, [])
+
+
+def _remove_files(folder: Path, is_doomed: Callable[[int], bool]) -> bool:
+    doomed = [file.path for file, slot in _files(folder) if is_doomed(slot)]
+    for path in doomed:
+        Path(path).unlink(missing_ok=True)
+    return bool(doomed)
+
+
+def _files(folder: Path) -> Iterator[tuple["os.DirEntry[str]", int]]:
+    """The files that hold pages, or once did, with their slots or NO_SLOT."""
+    for file in [*_scan(folder / ARRAY), *_scan(folder)]:
+        if file.name.endswith((".partial", DAMAGED)):
+            yield file, NO_SLOT
+        elif chunk := parse_chunk(file.name):
+            yield file, chunk[0]
+
+
+def _scan(folder: Path) -> Iterator["os.DirEntry[str]"]:
+    try:
+        with os.scandir(folder) as files:
+            yield from (file for file in files if file.is_file(follow_symlinks=False))
+    except (FileNotFoundError, NotADirectoryError):  # there is no array, or an engine has removed it
+        return

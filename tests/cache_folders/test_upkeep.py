@@ -1,0 +1,123 @@
+"""`distkv cache` on folders that are not as an engine leaves them: damaged, full, or left by a kill."""
+
+from pathlib import Path
+
+import pytest
+from support.disks import description, disk_pool, kept_pages, listed
+from support.pages import SPEC, random_page
+from typer.testing import CliRunner
+
+from distkv.commands.main import app
+from distkv.storage.device import CpuDevice
+from distkv.storage.disk.cache_folder import ARRAY, CATALOGUE, DAMAGED, DESCRIPTION, SCRATCH, DiskHeads, FolderLock
+from distkv.storage.disk.catalogue import Catalogue
+from distkv.storage.errors import ConfigError, StoreError
+from distkv.workers.kv_pools import DiskTier, KVPools, PoolSizes
+
+NAME = "0123456789abcdef"
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    kept_pages(tmp_path / NAME, [3, 0, 5])
+    return tmp_path
+
+
+def distkv(cache: Path, *arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["cache", *arguments, "--cache-dir", str(cache)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def chunks(folder: Path) -> set[int]:
+    """The slots of which files lie there."""
+    return {int(path.name.split(".")[1]) for path in (folder / ARRAY).glob("c.*")}
+
+
+@pytest.fixture
+def scratch(cache: Path) -> Path:
+    """What an engine without prefix caching left when it was killed."""
+    folder = cache / SCRATCH
+    folder.mkdir()
+    disk_pool(folder).store(1, random_page(SPEC, 1))
+    return folder
+
+
+def test_a_scratch_folder_that_a_kill_left(cache: Path, scratch: Path) -> None:
+    lock = FolderLock(scratch)
+    code, text = distkv(cache, "ls")
+    assert code == 0 and "no prefix caching, an engine that runs" in text
+    assert "scratch" not in distkv(cache, "prune", "--max-bytes", "0")[1] and chunks(scratch) == {1}
+    lock.release()
+    assert "no prefix caching, an engine that was killed" in distkv(cache, "ls")[1]
+    distkv(cache, "prune", "--max-bytes", "0", "--model", NAME[:3])
+    assert chunks(scratch) == {1}
+    code, text = distkv(cache, "prune", "--max-bytes", "1GiB")
+    assert code == 0 and "scratch: 3.00 KiB freed, left by an engine that was killed" in text
+    assert not (scratch / ARRAY).exists() and SCRATCH not in distkv(cache, "ls")[1]
+
+
+def test_a_scratch_folder_alone(tmp_path: Path) -> None:
+    (tmp_path / SCRATCH).mkdir()
+    assert "holds no KV pages" in distkv(tmp_path, "ls")[1]
+    disk_pool(tmp_path / SCRATCH).store(1, random_page(SPEC, 1))
+    assert "3.00 KiB in all" in distkv(tmp_path, "ls")[1]
+
+
+def test_an_engine_with_prefix_caching_sweeps_the_scratch_folder(cache: Path, scratch: Path) -> None:
+    """Not while another one uses it, and not when something else lies there."""
+
+    def start() -> None:
+        tier = DiskTier(cache / NAME, DiskHeads(0, SPEC.num_kv_heads), 0, description())
+        KVPools(SPEC, PoolSizes(host=1, disk=8), CpuDevice(), tier).close()
+
+    lock = FolderLock(scratch)
+    start()
+    assert chunks(scratch) == {1}
+    lock.release()
+    (scratch / ARRAY / "zarr.json").unlink()
+    (scratch / ARRAY / "thesis.txt").write_text("the only copy")
+    start()
+    assert chunks(scratch) == {1}
+    (scratch / ARRAY / "thesis.txt").unlink()
+    start()
+    assert not (scratch / ARRAY).exists() and listed(cache / NAME) == {3, 0, 5}
+
+
+@pytest.mark.parametrize("name", [CATALOGUE, DESCRIPTION, f"{ARRAY}/zarr.json"])
+def test_damaged_folders_are_listed_and_pruned(cache: Path, name: str) -> None:
+    folder = cache / NAME
+    (folder / name).write_bytes(b"garbage" * 1000)
+    code, text = distkv(cache, "ls")
+    [row] = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if f"│ {NAME}" in line]
+    is_known = "zarr" in name
+    assert code == 0 and row[2] == ("3" if is_known else "?") and row[5] == "9.00 KiB"
+    assert is_known or str(folder) in text.split("disk_kv_bytes")[1], "what is wrong is said below"
+    code, text = distkv(cache, "verify")
+    assert code == (0 if is_known else 1) and ("all whole" in text) == is_known
+    code, text = distkv(cache, "prune", "--max-bytes", "1GiB")
+    assert code == 0 and chunks(folder) == (set() if name == CATALOGUE else {3, 0, 5})
+    assert not list(cache.rglob(f"*{DAMAGED}")), "what nobody can use is swept"
+    code, text = distkv(cache, "prune", "--max-bytes", str(SPEC.page_bytes))
+    assert code == 0 and chunks(folder) == (set() if name == CATALOGUE else {5}), "the one used last stays"
+
+
+def test_a_catalogue_that_nobody_can_write(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`prune` frees what it is to free; pages stay listed that count as missing."""
+
+    def refuse(*_: object) -> None:
+        raise StoreError("the catalogue cannot be written: database or disk is full")
+
+    monkeypatch.setattr(Catalogue, "update", refuse)
+    code, text = distkv(cache, "prune", "--max-bytes", "0")
+    assert code == 0 and "3 pages given up, 9.00 KiB freed" in text and chunks(cache / NAME) == set()
+    monkeypatch.undo()
+    assert listed(cache / NAME) == {3, 0, 5}
+    assert distkv(cache, "prune", "--max-bytes", "1GiB")[0] == 0
+    assert listed(cache / NAME) == set()
+
+
+def test_one_models_part_is_no_cache_though_it_is_damaged(cache: Path) -> None:
+    (cache / NAME / DESCRIPTION).write_bytes(b"[]")
+    result = CliRunner().invoke(app, ["cache", "ls", "--cache-dir", str(cache / NAME)])
+    assert isinstance(result.exception, ConfigError) and "is one model's part of a cache" in str(result.exception)

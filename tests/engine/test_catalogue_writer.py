@@ -1,0 +1,135 @@
+"""The catalogue follows the disk tier, and what keeps it from being written for a while costs no page."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+from support.disks import kept_pages, listed
+
+from distkv.engine import catalogue_writer
+from distkv.engine.catalogue_writer import CatalogueWriter
+from distkv.storage.disk.cache_folder import CATALOGUE, DAMAGED
+from distkv.storage.disk.catalogue import Catalogue
+from distkv.storage.ledger.disk_journal import DiskChanges
+from distkv.storage.ledger.page import Page, PageKey
+from distkv.storage.ledger.tiered_cache import TieredCache
+from distkv.workers.group.report import Report
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """For how long the writer waits for a lock, each time that it opens the catalogue; a failure is tried again at
+    once."""
+    waits = []
+
+    class Recorded(Catalogue):
+        def __init__(self, folder: Path, wait: float):
+            waits.append(wait)
+            super().__init__(folder, wait=wait and 0.01)
+
+    monkeypatch.setattr(catalogue_writer, "Catalogue", Recorded)
+    monkeypatch.setattr(catalogue_writer, "RETRY_SECONDS", 0.0)
+    return waits
+
+
+@pytest.fixture
+def writer(tmp_path: Path, waits: list[float]) -> Iterator[CatalogueWriter]:
+    writer = CatalogueWriter(tmp_path, TieredCache((2, 2, 8), 1))
+    yield writer
+    writer.close()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Another program writes to the catalogue."""
+    with closing(sqlite3.connect(folder / CATALOGUE, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+
+
+def write(writer: CatalogueWriter, slot: int, name: str) -> None:
+    """A page of that name is written to a slot."""
+    page = Page(0, key=PageKey(name.encode(), b"root", b"tokens"))
+    writer.update(DiskChanges(written={slot: (slot, page)}), {slot: name.encode()})
+
+
+def pages(folder: Path) -> dict[int, str]:
+    """What the catalogue lists."""
+    with closing(Catalogue(folder, read_only=True)) as catalogue:
+        return {entry.slot: entry.key.decode() for entry in catalogue.entries()}
+
+
+def test_a_lock_is_not_waited_for_and_nothing_is_lost(
+    tmp_path: Path, writer: CatalogueWriter, waits: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    write(writer, 0, "a")
+    write(writer, 1, "b")
+    with locked(tmp_path):
+        writer.update(DiskChanges(vacated={0}), {})
+        write(writer, 0, "c")
+        writer.update(DiskChanges(vacated={0, 1}), {})
+        write(writer, 0, "d")
+        write(writer, 2, "e")
+        writer.update(DiskChanges(touched={2}), {})
+        assert pages(tmp_path) == {0: "a", 1: "b"}
+    assert waits and set(waits) == {0.0}
+    assert len(caplog.messages) == 1 and "database is locked; it is tried again" in caplog.text
+    writer.update(DiskChanges(), {})
+    assert pages(tmp_path) == {0: "d", 2: "e"}
+    with locked(tmp_path):
+        write(writer, 3, "f")
+    assert len(caplog.messages) == 2, "another time"
+    writer.close()
+    assert pages(tmp_path) == {0: "d", 2: "e", 3: "f"} and waits[-1] > 0.0
+
+
+def test_a_catalogue_that_refuses_is_left_alone_for_a_while(
+    tmp_path: Path, writer: CatalogueWriter, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(writer, 0, "a")
+    monkeypatch.setattr(catalogue_writer, "RETRY_SECONDS", 1000.0)
+    with locked(tmp_path):
+        write(writer, 1, "b")
+    for slot in range(2, 6):
+        write(writer, slot, "cdef"[slot - 2])
+    assert pages(tmp_path) == {0: "a"}
+    writer.close()
+    assert pages(tmp_path) == dict(enumerate("abcdef"))
+
+
+def test_an_end_that_cannot_wait_longer_says_what_is_lost(
+    tmp_path: Path, writer: CatalogueWriter, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(writer, 0, "a")
+    with locked(tmp_path):
+        write(writer, 1, "b")
+        writer.close()
+    assert "database is locked; later processes will not find 1 of the pages on disk" in caplog.text
+
+
+def test_a_catalogue_that_is_damaged_while_it_is_used(
+    tmp_path: Path, writer: CatalogueWriter, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(writer, 0, "a")
+    with locked(tmp_path):
+        write(writer, 1, "b")
+    (tmp_path / CATALOGUE).write_bytes(b"somebody else's" * 1000)
+    caplog.clear()
+    write(writer, 2, "c")
+    writer.close()
+    assert pages(tmp_path) == {1: "b", 2: "c"}
+    assert (tmp_path / f"{CATALOGUE}{DAMAGED}").exists()
+    assert len(caplog.messages) == 1 and DAMAGED in caplog.text
+
+
+def test_pages_are_taken_over_though_the_catalogue_is_locked(tmp_path: Path, writer: CatalogueWriter) -> None:
+    """One whose file is missing is not, and its row goes later."""
+    kept_pages(tmp_path, [3, 0, 5])
+    with locked(tmp_path):
+        writer.adopt(lambda plan: Report(missing=[0]))
+        assert listed(tmp_path) == {3, 0, 5}
+    assert writer._cache.num_idle == 2
+    writer.update(DiskChanges(), {})
+    assert listed(tmp_path) == {3, 5}
