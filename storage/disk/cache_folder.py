@@ -112,7 +112,7 @@ def remove_catalogue(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes | memoryview) -> None:
     """Writes a file so that a kill at any moment leaves the old content or the new. Raises OSError."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:

@@ -8,7 +8,6 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 import zarr
@@ -55,7 +54,7 @@ def has_array(folder: Path) -> bool:
 def find_slots(folder: Path, spec: PageSpec) -> int:
     """The number of slots of an array for pages of the whole model. Raises ConfigError when it is for others."""
     try:
-        array = open_array(folder)
+        array = zarr.open_array(LocalStore(folder / ARRAY), mode="r")
         found = array.attrs.get("distkv"), array.attrs.get("dtype"), array.shape[1:], array.chunks
     except Exception as error:  # zarr has no common base of what it raises
         raise ConfigError(
@@ -67,14 +66,6 @@ def find_slots(folder: Path, spec: PageSpec) -> int:
             f"format {FORMAT}; remove it or name another cache_dir"
         )
     return array.shape[0]
-
-
-def matches(folder: Path, spec: PageSpec, num_pages: int) -> bool:
-    """Whether the folder has an array of so many slots for pages of the whole model."""
-    try:
-        return has_array(folder) and find_slots(folder, spec) == num_pages
-    except ConfigError:
-        return False
 
 
 def fit_array(folder: Path, spec: PageSpec, num_pages: int) -> None:
@@ -94,13 +85,6 @@ def fit_array(folder: Path, spec: PageSpec, num_pages: int) -> None:
         replace_file(path, json.dumps(metadata, indent=2).encode())
     except OSError as error:
         raise StoreError(f"the array in cache_dir {str(folder)!r} cannot be resized: {error.strerror}") from error
-
-
-def open_array(folder: Path) -> Any:
-    """The array, for writing whole chunks."""
-    # open_array's own argument for it is without effect on an array that exists: zarr-python issue 2931
-    with zarr.config.set({"array.write_empty_chunks": True}):
-        return zarr.open_array(LocalStore(folder / ARRAY), mode="r+")
 
 
 def remove_array(folder: Path) -> None:

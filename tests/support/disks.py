@@ -1,13 +1,17 @@
 """Disk tiers of one rank."""
 
+import errno
+import os
 from pathlib import Path
 
+import pytest
 from support.pages import SPEC
 
 from distkv.storage.disk.cache_folder import DiskHeads
 from distkv.storage.disk.catalogue import Entry
 from distkv.storage.disk.disk_array import make_array
 from distkv.storage.page_spec import PageSpec
+from distkv.storage.pools import disk_pool as disk_module
 from distkv.storage.pools.disk_pool import DiskPool
 
 NUM_PAGES = 8
@@ -26,3 +30,16 @@ def entry(slot: int, crc32c: bytes = b"") -> Entry:
 
 def partial_files(folder: Path) -> list[Path]:
     return list(folder.rglob("*.partial"))
+
+
+def limit_disk(patch: pytest.MonkeyPatch, num_files: int) -> None:
+    """Lets all disk tiers of this process have no more than so many chunk files, one that is being written among
+    them: a full disk where a file system of its own cannot be had."""
+    write = disk_module.replace_file
+
+    def limited(path: Path, content: memoryview) -> None:
+        if sum(1 for _ in path.parent.glob("c.*")) >= num_files:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, content)
+
+    patch.setattr(disk_module, "replace_file", limited)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distkv.workers.errors import ConfigError
+from distkv.workers.model.weight_files import WeightFile, sample_digest, weights_digest
 
 Rows = tuple[int, int] | None
 """A half-open range along one dim, or all of it."""
@@ -40,17 +41,20 @@ class SafetensorsSource:
         self._folder = folder
         self._file_of = tensor_files(folder)
         self._files: dict[str, Any] = {}
+        self._opened: dict[str, WeightFile] = {}
         self._exits = ExitStack()
 
     def __enter__(self) -> "SafetensorsSource":
-        for file in sorted(set(self._file_of.values())):
-            try:
-                self._files[file] = self._exits.enter_context(safe_open(self._folder / file, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise ConfigError(
-                    f"{str(self._folder / file)!r} cannot be read ({error}); it is missing, truncated or damaged: "
-                    "fetch it again"
-                ) from error
+        with self._exits:  # what is open is closed again if one cannot be opened
+            for file in sorted(set(self._file_of.values())):
+                try:
+                    self._files[file] = self._exits.enter_context(safe_open(self._open(file), framework="pt"))
+                except (SafetensorError, OSError) as error:
+                    raise ConfigError(
+                        f"{str(self._folder / file)!r} cannot be read ({error}); it is missing, truncated or damaged: "
+                        "fetch it again"
+                    ) from error
+            self._exits = self._exits.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -73,6 +77,21 @@ class SafetensorsSource:
         index = tuple(slice(None) if part is None else slice(*part) for part in (rows, columns)[: len(shape)])
         return stored[index]
 
+    def digest(self, whole: bool) -> str:
+        """Tells these weights from others, once all are read; without `whole` only as far as ranks are to be compared.
+        Raises ConfigError when a file cannot be read, or was changed since it was opened."""
+        files = self._opened, self._file_of
+        digest = weights_digest(self._folder, *files) if whole else sample_digest(*files)
+        for file in self._opened.values():
+            file.check()
+        return digest
+
+    def _open(self, file: str) -> str:
+        """The path by which to open a file that is open already, so that both are the same one."""
+        opened = self._opened[file] = WeightFile(self._folder / file)
+        self._exits.callback(opened.close)
+        return opened.link
+
 
 class DummySource:
     """Seeded random weights that depend on the tensor's name, not on how it is cut, so all group sizes see one."""
@@ -88,6 +107,9 @@ class DummySource:
 
     def has(self, name: str) -> bool:
         return False  # nothing beyond what the config asks for
+
+    def digest(self, whole: bool) -> str:
+        return f"dummy {self._seed} {self._device.type}"  # on another kind of device they are other ones
 
     def read(self, name: str, shape: tuple[int, ...], rows: Rows = None, columns: Rows = None) -> Tensor:
         whole = torch.ones(shape, dtype=self._dtype, device=self._device)
