@@ -47,16 +47,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llama(tmp_path_factory.mktemp("tiny"))[0]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def small_disk_probe() -> Iterator[None]:
-    """Each engine with a disk tier measures the disk at its start: with 8 MiB instead of 32, the least that it can."""
-    from distkv.workers import bandwidth
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bandwidth, "PROBE_BYTES", bandwidth.READ_BYTES)
-        yield
-
-
 @pytest.fixture
 def set_threads() -> Iterator[Callable[[int], None]]:
     """Sets torch's number of CPU threads for this test."""

@@ -3,6 +3,7 @@ and GPU, and how fast the tiers below the device give layer slices back."""
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,22 +21,25 @@ log = logging.getLogger(__name__)
 PROBE_SECONDS = 0.02  # of copying; the fastest copy counts, since others may use the machine
 PROBE_PAGES = 8  # of a whole-page copy
 KERNEL_GAIN = 1.1  # by which the kernel must be faster, since it takes processors of the GPU from what computes
-PROBE_BYTES = 2**25  # written to disk, and read back
+PROBE_BYTES = 2**25  # written to disk at most, and read back
 READ_BYTES = 2**23  # at a time, of which the fastest counts
+PROBE_SHARE = 1 / 32  # of a rank's disk tier; where that is less than READ_BYTES, all of it is read in about a second
+FREE_PROBES = 8  # times what is written must be free, since others need room too
 
 
 class Bandwidth(msgspec.Struct, array_like=True, frozen=True):
-    """Bytes per second of one rank; 0 for a tier that is off."""
+    """Bytes per second of one rank; 0 for a tier that is off, or a disk that is not measured."""
 
     host: float = 0.0
     disk: float = 0.0
 
 
-def measure_bandwidth(pools: KVPools, folder: Path | None) -> Bandwidth:
-    """Copies from the host through the staging ring's memory, and reads a file in `folder` past the page cache."""
+def measure_bandwidth(pools: KVPools) -> Bandwidth:
+    """Copies from the host through the staging ring's memory, and reads a file beside the disk tier past the page
+    cache."""
     return Bandwidth(
         _host_bandwidth(pools) if pools.host.num_pages else 0.0,
-        _disk_bandwidth(folder) if pools.disk is not None and folder is not None else 0.0,
+        0.0 if pools.disk is None else _disk_bandwidth(pools.disk.folder, int(pools.disk.nbytes * PROBE_SHARE)),
     )
 
 
@@ -107,26 +111,31 @@ def _fastest(copy: Callable[[], object]) -> float:
     return fastest
 
 
-def _disk_bandwidth(folder: Path) -> float:
+def _disk_bandwidth(folder: Path, room: int) -> float:
+    """Of a file of `room` bytes at most; 0 where that is too little to tell, or the disk too full."""
+    num_reads = min(PROBE_BYTES, room) // READ_BYTES
     path = folder / f"probe.{os.getpid()}"
     block = bytearray(READ_BYTES)
     try:
+        if not num_reads or shutil.disk_usage(folder).free < FREE_PROBES * num_reads * READ_BYTES:
+            return 0.0
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
     except OSError:
         return 0.0
     try:
         path.unlink()  # so that a kill leaves nothing
-        for _ in range(PROBE_BYTES // READ_BYTES):
+        for _ in range(num_reads):
             os.write(descriptor, block)
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         fastest = float("inf")
-        for offset in range(0, PROBE_BYTES, READ_BYTES):
+        for index in range(num_reads):
             start = time.perf_counter()
-            os.preadv(descriptor, [block], offset)
+            if os.preadv(descriptor, [block], index * READ_BYTES) < READ_BYTES:
+                return 0.0  # the disk has taken less than that
             fastest = min(fastest, time.perf_counter() - start)
         return READ_BYTES / fastest
-    except OSError:  # a full disk: what is there can still be read, nobody knows how fast
+    except OSError:  # somebody else has filled the disk
         return 0.0
     finally:
         os.close(descriptor)

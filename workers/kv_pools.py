@@ -3,14 +3,12 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from distkv.storage.device import Device
-from distkv.storage.disk.cache_folder import LOCK, Description, DiskHeads, FolderLock
-from distkv.storage.disk.file_lock import is_locked
+from distkv.storage.disk.cache_folder import Description, DiskHeads
 from distkv.storage.moving.mover import Mover
 from distkv.storage.moving.read_ahead import ReadAhead
 from distkv.storage.moving.staging_ring import Load, StagingRing, Stream
@@ -18,6 +16,7 @@ from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools.device_pool import DevicePool
 from distkv.storage.pools.host_pool import HostPool
 from distkv.storage.tier import Tier
+from distkv.workers.cache_place import CachePlace, join_folder
 from distkv.workers.group.report import Report
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ class PoolSizes(msgspec.Struct, array_like=True, frozen=True):
 class DiskTier:
     """Where a rank's disk tier lies."""
 
-    folder: Path  # rank 0 locks it and makes the array
+    place: CachePlace
     heads: DiskHeads
     rank: int
     kept: Description | None  # of pages that outlive the process; None for a folder that is emptied on open and close
@@ -129,27 +128,22 @@ class KVPools:
         self._open.close()
 
     def _open_disk(self, stack: ExitStack, disk: DiskTier, num_pages: int) -> "DiskPool":
-        from distkv.storage.disk.disk_array import make_array, matches, remove_array
+        from distkv.storage.disk.disk_array import make_array, remove_array
         from distkv.storage.disk.reopen import rejoin, reopen
         from distkv.storage.disk.scratch import sweep_scratch
         from distkv.storage.pools.disk_pool import DiskPool  # imports zarr
 
-        folder, heads = disk.folder, disk.heads
-        whole = replace(self._spec, num_kv_heads=heads.total)
-        if disk.rank == 0:
-            lock = FolderLock(folder)
-            stack.callback(lock.release)
-            if disk.kept is not None:
-                sweep_scratch(folder.parent)
-                reopen(folder, whole, num_pages, disk.kept)
+        folder = disk.place.folder
+        whole = replace(self._spec, num_kv_heads=disk.heads.total)
+        is_first, writes = stack.enter_context(join_folder(disk.place, disk.heads.first))
+        if is_first:
+            if disk.kept is None:
+                make_array(folder, whole, num_pages)
+                stack.callback(remove_array, folder)
             else:
-                make_array(folder, whole, num_pages)
-                stack.callback(remove_array, folder)
-        elif not is_locked(folder / LOCK):  # a node with a disk of its own, where nobody else may write these heads
-            heads = replace(heads, writes=True)
-            if disk.kept is not None:
-                rejoin(folder, whole, num_pages)
-            elif not matches(folder, whole, num_pages):
-                make_array(folder, whole, num_pages)
-                stack.callback(remove_array, folder)
-        return DiskPool(self._spec, folder, num_pages, heads)
+                sweep_scratch(folder.parent)
+                if disk.rank == 0:
+                    reopen(folder, whole, num_pages, disk.kept)
+                else:  # a node with a disk of its own
+                    rejoin(folder, whole, num_pages)
+        return DiskPool(self._spec, folder, num_pages, replace(disk.heads, writes=writes))

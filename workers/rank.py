@@ -16,6 +16,7 @@ from distkv.storage.synthetic_pages import synthetic_slice
 from distkv.storage.tier import Tier
 from distkv.workers.backend import Demand, make_backend
 from distkv.workers.bandwidth import Bandwidth, measure_bandwidth
+from distkv.workers.cache_place import CachePlace
 from distkv.workers.errors import CapacityError
 from distkv.workers.group.process_group import ProcessGroup
 from distkv.workers.group.report import Report
@@ -48,9 +49,7 @@ class RankConfig:
     gpu_memory_utilization: float  # share of the GPU's memory that weights, workspace and KV may take together
     num_threads: int | None  # torch's CPU threads; None leaves them as they are
     staging_pages: int  # see `StagingRing`
-    cache_dir: Path | None  # of the disk tier: the sub-folder for this model's pages, see `cache_folder.py`
-    keep_cache: bool  # whether the pages on disk outlive the engine
-    fingerprint: str  # of all that the pages depend on, see `fingerprint.py`; "" where nothing is kept
+    digest_weights: bool  # whether pages may be kept, so that the whole content of the weights must be known
 
 
 Budget = list[tuple[str, int]]
@@ -76,12 +75,13 @@ class Rank:
         self.page_spec = rank_page_spec(config, self.shard)
         if config.num_threads is not None:
             use_threads(config.num_threads)
-        self._model = self._load()
+        self._model, self.weights_digest = self._load()
         self.pools = KVPools(self.page_spec, PoolSizes(), self.backend.device)
         self._runner = self.backend.make_runner(self._model, self.pools, config.max_num_seqs)
         self._directory = PageDirectory(config.page_size)
 
-    def _load(self) -> LlamaModel:
+    def _load(self) -> tuple[LlamaModel, str]:
+        """The model, and what was read, see `SafetensorsSource.digest`."""
         config, backend, device = self.config, self.backend, self.backend.device.torch_device
         if config.load_format == "dummy":
             source: DummySource | SafetensorsSource = DummySource(config.seed, config.dtype, device)
@@ -90,7 +90,7 @@ class Rank:
         with source as weights, torch.inference_mode():
             model = load_llama(weights, config.model, self.shard, self.group, config.dtype, device, backend.kernels)
             weights.check_all_read()
-        return model
+            return model, weights.digest(config.digest_weights)
 
     def page_capacity(self, ranks_on_node: int, of_device: bool) -> Capacity:
         """Room for KV pages beside the weights, the workspace and the staging ring; that on the device only if it is
@@ -118,19 +118,22 @@ class Rank:
             )
         return Capacity(pages, host_pages, room.budget)
 
-    def allocate(self, sizes: PoolSizes) -> tuple[int, int, int]:
+    def allocate(self, sizes: PoolSizes, place: CachePlace | None = None) -> tuple[int, int, int]:
         """Makes the pools of all tiers, dropping the old ones; returns the bytes of each.
 
-        Raises CapacityError, ConfigError or StoreError when one cannot be had. The first rank must have returned before
-        the others start: it makes the array on disk.
+        Raises CapacityError, ConfigError or StoreError when one cannot be had. One rank must have returned before the
+        next starts: the first one on a disk makes the array there.
+
+        Args:
+            place: of the disk tier; needed where that has pages.
         """
         self.pools.close()
         config, shard = self.config, self.shard
         disk = None
-        if config.cache_dir is not None:
-            is_first = shard.holder == 0
-            heads = DiskHeads(shard.kv_heads[0], config.model.num_key_value_heads, reports=is_first, writes=is_first)
-            disk = DiskTier(config.cache_dir, heads, shard.rank, self._description() if config.keep_cache else None)
+        if place is not None:
+            heads = DiskHeads(shard.kv_heads[0], config.model.num_key_value_heads, reports=shard.holder == 0)
+            kept = self._description(place.fingerprint) if place.fingerprint else None
+            disk = DiskTier(place, heads, shard.rank, kept)
         self.pools = KVPools(self.page_spec, sizes, self.backend.device, disk)
         self._runner = self.backend.make_runner(self._model, self.pools, config.max_num_seqs)
         self.backend.tune(self.pools)
@@ -182,7 +185,7 @@ class Rank:
 
     def bandwidth(self) -> Bandwidth:
         """How fast the tiers below the device give pages back."""
-        return measure_bandwidth(self.pools, self.config.cache_dir)
+        return measure_bandwidth(self.pools)
 
     def take_report(self) -> Report:
         """What has ended since the last call; bytes by route are of this rank alone: `device_to_host` and so on for
@@ -199,11 +202,11 @@ class Rank:
         if not self.backend.device.runs_behind:
             self.close()
 
-    def _description(self) -> Description:
+    def _description(self, fingerprint: str) -> Description:
         config, model = self.config, self.config.model
         whole = replace(self.page_spec, num_kv_heads=model.num_key_value_heads)
         return Description(
-            fingerprint=config.fingerprint,
+            fingerprint=fingerprint,
             model=str(config.folder),
             dtype=str(config.dtype).removeprefix("torch."),
             page_size=config.page_size,

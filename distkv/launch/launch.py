@@ -1,8 +1,6 @@
 """Starts an engine from its options: reads the model's config, loads the ranks, has their pools allocated."""
 
 import logging
-import os
-import shutil
 from pathlib import Path
 
 from distkv.config import EngineConfig
@@ -10,9 +8,10 @@ from distkv.engine.client import EngineClient
 from distkv.engine.engine import Engine
 from distkv.engine.protocol import EngineInfo
 from distkv.errors import ConfigError
-from distkv.launch.fingerprint import FOLDER_DIGITS, dummy_digest, make_fingerprint, weights_digest
-from distkv.launch.sizing import cold_budget, engine_info, needs_bandwidth, needs_capacity, pool_sizes, shares_prefixes
-from distkv.storage.disk.cache_folder import ARRAY, SCRATCH
+from distkv.launch.fingerprint import FOLDER_DIGITS, common_digest, make_fingerprint
+from distkv.launch.sizing import cold_budget, engine_info, keeps_cache, needs_bandwidth, needs_capacity, pool_sizes
+from distkv.storage.disk.cache_folder import SCRATCH
+from distkv.workers.cache_place import CachePlace
 from distkv.workers.group.local_group import LocalGroup
 from distkv.workers.group.rank_group import RankGroup
 from distkv.workers.model.model_config import ModelConfig
@@ -58,18 +57,19 @@ def set_up(group: RankGroup, config: EngineConfig, model: ModelConfig, max_model
     cache folder cannot be used, WorkerDied when a rank is lost.
     """
     ranks = make_rank_config(config, model, group.device)
-    group.load(ranks)
+    place = cache_place(config, ranks, common_digest(group.load(ranks), ranks.folder))
     capacity = group.capacity(config.device_kv_bytes is None) if needs_capacity(config) else None
-    free_disk = None if ranks.cache_dir is None else _free_disk_bytes(ranks.cache_dir)
+    free_disk = None if place is None else group.free_disk_bytes(place.folder)
     sizes = pool_sizes(config, ranks, max_model_len, capacity, free_disk)
-    pool_bytes = group.allocate(sizes)
+    pool_bytes = group.allocate(sizes, place)
     if capacity is not None and capacity.budget:
         log.info("%s", _budget_table(capacity.budget, sizes.device, config.gpu_memory_utilization))
     rates = group.bandwidth() if needs_bandwidth(config, sizes) else []
     if rates:
         host, disk = (min(getattr(rate, tier) for rate in rates) for tier in ("host", "disk"))
-        log.info("cold pages come from the host at %.1f GB/s, from disk at %.1f, for each rank", host / 1e9, disk / 1e9)
-    info = engine_info(config, ranks, max_model_len, sizes, pool_bytes, cold_budget(config, sizes, rates))
+        from_disk = f", from disk at {disk / 1e9:.1f}" if disk else ""
+        log.info("cold pages come from the host at %.1f GB/s%s, for each rank", host / 1e9, from_disk)
+    info = engine_info(config, ranks, place, max_model_len, sizes, pool_bytes, cold_budget(config, sizes, rates))
     if config.enable_prefix_caching and not info.enable_prefix_caching:
         log.warning(
             "prefix caching is off: with rope_type 'dynamic' the keys of a token depend on the length of its prompt, "
@@ -80,21 +80,13 @@ def set_up(group: RankGroup, config: EngineConfig, model: ModelConfig, max_model
 
 
 def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> RankConfig:
-    """What the ranks have to know, for a device that has been chosen. Raises ConfigError when the checkpoint cannot be
-    read."""
-    folder, dtype = Path(config.model).absolute(), model.run_dtype(config.dtype)
-    cache_dir, fingerprint = None, ""
-    if config.cache_dir is not None:
-        if shares_prefixes(config, model):
-            weights = dummy_digest(config.seed, device) if config.load_format == "dummy" else weights_digest(folder)
-            fingerprint = make_fingerprint(weights, model, dtype, config.page_size)
-        cache_dir = Path(config.cache_dir).absolute() / (fingerprint[:FOLDER_DIGITS] or SCRATCH)
+    """What the ranks have to know, for a device that has been chosen."""
     return RankConfig(
-        folder=folder,
+        folder=Path(config.model).absolute(),
         model=model,
         load_format=config.load_format,
         seed=config.seed,
-        dtype=dtype,
+        dtype=model.run_dtype(config.dtype),
         device=device,
         page_size=config.page_size,
         max_num_seqs=config.max_num_seqs,
@@ -102,10 +94,23 @@ def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> R
         gpu_memory_utilization=config.gpu_memory_utilization,
         num_threads=config.num_threads,
         staging_pages=config.staging_pages or config.min_staging_pages,
-        cache_dir=cache_dir,
-        keep_cache=bool(fingerprint),
-        fingerprint=fingerprint,
+        digest_weights=keeps_cache(config, model),
     )
+
+
+def cache_place(config: EngineConfig, ranks: RankConfig, weights: str) -> CachePlace | None:
+    """Where the disk tier is to lie, if there is to be one.
+
+    Args:
+        weights: the digest of what the ranks have loaded.
+    """
+    if config.cache_dir is None:
+        return None
+    cache_dir = Path(config.cache_dir).absolute()
+    if not keeps_cache(config, ranks.model):
+        return CachePlace(cache_dir / SCRATCH)
+    fingerprint = make_fingerprint(weights, ranks.model, ranks.dtype, ranks.page_size)
+    return CachePlace(cache_dir / fingerprint[:FOLDER_DIGITS], fingerprint)
 
 
 def _log_pools(info: EngineInfo, pool_bytes: list[tuple[int, int, int]]) -> None:
@@ -129,15 +134,6 @@ def _budget_table(budget: Budget, num_pages: int, utilization: float) -> str:
     rows = [f"GPU memory at gpu_memory_utilization {utilization:g}, GiB:"]
     rows += [f"  {size / 2**30:8.3f}  {name}" for name, size in budget]
     return "\n".join([*rows, f"  {num_pages:8d}  KV pages taken of it"])
-
-
-def _free_disk_bytes(folder: Path) -> int:
-    """What is free where the folder is or will be, or taken by the pages that lie in it."""
-    array = folder / ARRAY
-    taken = sum(file.stat().st_size for file in os.scandir(array)) if array.is_dir() else 0
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free + taken
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

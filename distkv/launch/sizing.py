@@ -12,6 +12,7 @@ from distkv.storage.paging import NUM_BUFFERS, pages_for
 from distkv.storage.tier import Tier
 from distkv.workers.backend import KINDS
 from distkv.workers.bandwidth import Bandwidth
+from distkv.workers.cache_place import CachePlace
 from distkv.workers.kv_pools import PoolSizes
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import Shard
@@ -36,6 +37,11 @@ def shares_prefixes(config: EngineConfig, model: ModelConfig) -> bool:
     return config.enable_prefix_caching and model.rope.rope_type != "dynamic"
 
 
+def keeps_cache(config: EngineConfig, model: ModelConfig) -> bool:
+    """Whether pages on disk outlive the engine."""
+    return config.cache_dir is not None and shares_prefixes(config, model)
+
+
 def page_specs(config: EngineConfig, ranks: RankConfig) -> list[PageSpec]:
     """The pages of each rank."""
     size = config.tensor_parallel_size
@@ -49,7 +55,8 @@ def pool_sizes(
 
     Args:
         capacity: of the rank with the least room; None when `needs_capacity` says that nobody asks.
-        free_disk: bytes that are free in the cache folder or taken by the pages in it; None where there is no folder.
+        free_disk: bytes that are free in the cache folder or taken by the pages in it, on the node with the least; None
+            where there is no folder.
 
     Raises CapacityError when a tier is too small to work with.
     """
@@ -65,7 +72,7 @@ def pool_sizes(
     if host is None:
         assert capacity is not None
         # what is to reach the disk passes through the host
-        host = min(capacity.host, most) if device < most or ranks.keep_cache else 0
+        host = min(capacity.host, most) if device < most or keeps_cache(config, ranks.model) else 0
     staging = ranks.staging_pages if host else 0
     disk = 0 if free_disk is None or not host else _disk_pages(config, ranks, on_disk, free_disk, most)
     ahead = 0
@@ -96,7 +103,7 @@ def _disk_pages(config: EngineConfig, ranks: RankConfig, page_bytes: int, free: 
     """Pages of the disk tier: as given, or what half of the free bytes hold."""
     room = free // 2 // page_bytes
     pages = _given(config, "disk_kv_bytes", page_bytes)
-    pages = pages or min(room, max(most, KEPT_PAGES) if ranks.keep_cache else most)
+    pages = pages or min(room, max(most, KEPT_PAGES) if keeps_cache(config, ranks.model) else most)
     if pages < 2:
         raise CapacityError(
             f"there is room for {pages} KV pages of {page_bytes} bytes in cache_dir; raise disk_kv_bytes to "
@@ -149,6 +156,7 @@ def cold_budget(config: EngineConfig, sizes: PoolSizes, rates: list[Bandwidth]) 
 def engine_info(
     config: EngineConfig,
     ranks: RankConfig,
+    place: CachePlace | None,
     max_model_len: int,
     sizes: PoolSizes,
     pool_bytes: list[tuple[int, int, int]],
@@ -157,6 +165,7 @@ def engine_info(
     """What the engine is told.
 
     Args:
+        place: of the disk tier; needed where that has pages.
         pool_bytes: of device, host and disk, for each rank, as allocated.
         budget: see `cold_budget`.
     """
@@ -176,8 +185,8 @@ def engine_info(
         vocab_size=ranks.model.vocab_size,
         eos_token_ids=ranks.model.eos_token_ids,
         seed=config.seed,
-        cache_dir=str(ranks.cache_dir) if sizes.disk else None,
-        fingerprint=ranks.fingerprint if sizes.disk else "",
+        cache_dir=str(place.folder) if place is not None and sizes.disk else None,
+        fingerprint=place.fingerprint if place is not None and sizes.disk else "",
         enable_prefix_caching=shares_prefixes(config, ranks.model),
         write_through=config.disk_write_policy == "write_through",
         max_cold_bytes_per_step=max_cold_bytes,

@@ -141,7 +141,7 @@ def set_aside(path: Path, reason: object) -> None:
     log.warning("%s; it is renamed to %s and made again", reason, aside.name)
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes | memoryview) -> None:
     """Writes a file so that a kill at any moment leaves the old content or the new. Raises OSError."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:

@@ -60,7 +60,7 @@ def find_slots(folder: Path, spec: PageSpec) -> int:
     if _made_by_distkv(path) is False:
         raise _foreign(path)
     try:
-        array = open_array(folder)
+        array = zarr.open_array(LocalStore(folder / ARRAY), mode="r")
         found = array.attrs.get("distkv"), array.attrs.get("dtype"), array.shape[1:], array.chunks
         expected = _make(MemoryStore(), spec, *array.shape[:1]).metadata
     except Exception as error:  # zarr has no common base of what it raises
@@ -73,14 +73,6 @@ def find_slots(folder: Path, spec: PageSpec) -> int:
     if array.metadata.to_dict() != expected.to_dict():
         raise DamagedError(f"the metadata of {str(path)!r} are not what they were")
     return array.shape[0]
-
-
-def matches(folder: Path, spec: PageSpec, num_pages: int) -> bool:
-    """Whether the folder has an array of so many slots for pages of the whole model."""
-    try:
-        return has_array(folder) and find_slots(folder, spec) == num_pages
-    except (ConfigError, DamagedError):
-        return False
 
 
 def mend_array(folder: Path, spec: PageSpec, num_pages: int) -> None:
@@ -119,13 +111,6 @@ def fit_array(folder: Path, spec: PageSpec, num_pages: int) -> None:
             f"the array in cache_dir {str(folder)!r} cannot be resized ({error.strerror}); make room on the disk, or "
             "leave disk_kv_bytes as it was"
         ) from error
-
-
-def open_array(folder: Path) -> Any:
-    """The array, for writing whole chunks."""
-    # open_array's own argument for it is without effect on an array that exists: zarr-python issue 2931
-    with zarr.config.set({"array.write_empty_chunks": True}):
-        return zarr.open_array(LocalStore(folder / ARRAY), mode="r+")
 
 
 def remove_array(folder: Path) -> None:

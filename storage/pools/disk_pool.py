@@ -1,13 +1,13 @@
-"""The disk tier: one rank's heads of a plain Zarr array, written through zarr and read by preadv.
+"""The disk tier: one rank's heads of a plain Zarr array, whose chunks are written and read as the files that they are.
 
-zarr writes a chunk to a temporary file and renames it, so a killed write leaves no torn chunk. It reads a missing chunk
-as zeros and a damaged one without a word, and at a third of the speed; hence our own reading, checked by crc32c.
+A chunk is written to a temporary file and renamed, so a killed write leaves no torn chunk. zarr itself reads a missing
+chunk as zeros and a damaged one without a word, at a third of the speed, and when the disk takes one head of a page no
+more it does not say when its writes of the others have ended.
 """
 
 import errno
 import os
 import resource
-import time
 from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,8 +16,7 @@ import numpy as np
 from crc32c import crc32c
 from torch import Tensor
 
-from distkv.storage.disk.cache_folder import ARRAY, DiskHeads, chunk_name, parse_chunk
-from distkv.storage.disk.disk_array import open_array
+from distkv.storage.disk.cache_folder import ARRAY, DiskHeads, chunk_name, parse_chunk, replace_file
 from distkv.storage.errors import StoreError
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools.host_memory import as_integers
@@ -25,8 +24,7 @@ from distkv.storage.pools.page_pool import check_slot
 from distkv.storage.tier import Tier
 
 MAX_OPEN = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2  # files that `OpenPages` holds open
-WRITE_TRIES = 3
-SETTLE_SECONDS = 0.05  # in which zarr ends the writes of other heads, after that of one has failed
+FULL = errno.ENOSPC, errno.EDQUOT
 
 Parts = list[list[memoryview]]
 """The memory of a layer slice, for each head the pieces in file order: keys, values."""
@@ -39,13 +37,14 @@ class DiskPool:
     """
 
     def __init__(self, spec: PageSpec, folder: Path, num_pages: int, heads: DiskHeads):
-        """Opens the array that lies in `folder`, of at least so many slots."""
+        """For the array that lies in `folder`, of at least so many slots."""
         self.num_pages = num_pages
         self._spec = spec
         self._heads = heads
         self._held = range(heads.first, heads.first + spec.num_kv_heads)
-        self._folder = str(folder / ARRAY)
-        self._array = open_array(folder)
+        self.folder = folder
+        self.nbytes = num_pages * spec.page_bytes_in(Tier.DISK)
+        self._array = str(folder / ARRAY)
         self._crcs = np.zeros((num_pages, spec.num_kv_heads, spec.num_layers), dtype=np.uint32)
         self._stored = np.zeros(num_pages, dtype=bool)
 
@@ -63,23 +62,9 @@ class DiskPool:
             try:
                 self._write(slot, page)
             except OSError as error:
-                full = "; make room on the disk or lower disk_kv_bytes" if error.errno == errno.ENOSPC else ""
-                raise StoreError(f"a KV page cannot be written to {self._folder}: {error.strerror}{full}") from error
+                full = "; make room on the disk or lower disk_kv_bytes" if error.errno in FULL else ""
+                raise StoreError(f"a KV page cannot be written to {self._array}: {error.strerror}{full}") from error
         self._stored[slot] = True
-
-    def _write(self, slot: int, page: Tensor) -> None:
-        """On a full disk the room of what lay in the slot may do, so that is removed before the next try."""
-        bits = as_integers(page).view(self._array.dtype)
-        for tries_left in reversed(range(WRITE_TRIES)):
-            try:
-                self._array[slot, :, :, self._held.start : self._held.stop] = bits
-                return
-            except OSError as error:
-                time.sleep(SETTLE_SECONDS)
-                if error.errno != errno.ENOSPC or not tries_left or not any(map(os.path.exists, self._names(slot))):
-                    raise
-            for name in self._names(slot):
-                Path(name).unlink(missing_ok=True)
 
     def load(self, slot: int, page: Tensor) -> None:
         with OpenPages(self, [slot]) as pages:
@@ -135,7 +120,7 @@ class DiskPool:
         """The files of a slot, one for each head."""
         check_slot(slot, self.num_pages)
         if not self._stored[slot]:
-            raise StoreError(f"slot {slot} of {self._folder} holds no page")
+            raise StoreError(f"slot {slot} of {self._array} holds no page")
         return self._names(slot)
 
     def layer_checksums(self, slot: int) -> list[list[int]]:
@@ -147,8 +132,23 @@ class DiskPool:
         """Bytes of a head's part of a layer slice."""
         return self._spec.slice_bytes_in(Tier.DISK) // self._spec.num_kv_heads
 
+    def _write(self, slot: int, page: Tensor) -> None:
+        """On a full disk the room of what lay in the slot may do, so that is removed before a second try. Leaves no
+        part of a page. Raises OSError."""
+        bits, files = as_integers(page), [Path(name) for name in self._names(slot)]
+        for may_try_again in (True, False):
+            try:
+                for head, file in enumerate(files):
+                    replace_file(file, np.ascontiguousarray(bits[:, :, head]).data)
+                return
+            except OSError as error:
+                for file in files:
+                    file.unlink(missing_ok=True)
+                if error.errno not in FULL or not may_try_again:
+                    raise
+
     def _names(self, slot: int) -> list[str]:
-        return [f"{self._folder}/{chunk_name(slot, head)}" for head in self._held]
+        return [f"{self._array}/{chunk_name(slot, head)}" for head in self._held]
 
     def _split(self, layer_slice: memoryview) -> Parts:
         half, size = len(layer_slice) // 2, self.slice_bytes // 2
@@ -161,7 +161,7 @@ class DiskPool:
         """Removes the files of slots that are not kept; gives slot and head of each other chunk of the right size."""
         size = self.slice_bytes * self._spec.num_layers
         try:
-            with os.scandir(self._folder) as files:
+            with os.scandir(self._array) as files:
                 for file in files:
                     chunk = parse_chunk(file.name)
                     is_partial = file.name.endswith(".partial")
@@ -171,14 +171,15 @@ class DiskPool:
                         continue
                     elif chunk[0] in kept and not is_partial:
                         swept = False
-                        if file.stat().st_size == size:
-                            yield chunk
+                        with suppress(FileNotFoundError):
+                            if file.stat().st_size == size:
+                                yield chunk
                     else:
                         swept = True
                     if swept and self._heads.writes:
                         Path(file.path).unlink(missing_ok=True)
         except OSError as error:
-            raise StoreError(f"{self._folder} cannot be swept: {error.strerror}") from error
+            raise StoreError(f"{self._array} cannot be swept: {error.strerror}") from error
 
 
 class OpenPages:

@@ -3,12 +3,13 @@
 from torch import Tensor
 
 from distkv.storage.page_spec import PageSpec
-from distkv.storage.pools.host_memory import HostBuffer, as_integers
+from distkv.storage.pools.host_memory import HostBuffer
 from distkv.storage.pools.page_pool import check_slot
 
 
 class HostPool:
-    """A `PagePool` `[host_page, layer, 2, kv_head, page_size, head_dim]`: a page is one block, and so is a layer slice.
+    """Pages `[host_page, layer, 2, kv_head, page_size, head_dim]`: one is one block, and so is a layer slice. What goes
+    to another tier, or comes from there, is copied to and from the pages themselves.
 
     Raises CapacityError when the memory cannot be had.
     """
@@ -36,12 +37,6 @@ class HostPool:
         """One layer of all pages, not a copy: `[page, 1, 2 * kv_head * page_size * head_dim]`, the last dim
         contiguous."""
         return self._buffer.data[:, layer].flatten(1)[:, None]
-
-    def store(self, slot: int, page: Tensor) -> None:
-        as_integers(self.page(slot))[...] = as_integers(page)
-
-    def load(self, slot: int, page: Tensor) -> None:
-        as_integers(page)[...] = as_integers(self.page(slot))
 
     def close(self) -> None:
         self._buffer.close()

@@ -1,4 +1,4 @@
-"""What every tier's pool can do."""
+"""What the pools above and below the host's can do, whose pages are copied to and from host memory."""
 
 from typing import Protocol
 

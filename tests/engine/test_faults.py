@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-import zarr.storage._local as local_store
 from crc32c import crc32c
 from support.damage import damages
+from support.disks import limit_disk
 from support.llms import OPTIONS, PAGE_BYTES, idle_engine, tiered, tiered_options
 from support.processes import kill, read_line, run_code, start_python
 from support.prompts import random_prompt
@@ -25,6 +25,7 @@ from distkv import LLM, CapacityError, ConfigError, SamplingParams, StoreError
 from distkv.commands.main import app
 from distkv.engine.repairs import MAX_REPAIRS
 from distkv.storage.disk.catalogue import Catalogue
+from distkv.storage.pools import disk_pool
 from distkv.storage.pools.disk_pool import DiskPool, OpenPages
 
 SMALL = (4, 6, 56)  # pages of device, host and disk
@@ -141,15 +142,7 @@ def test_a_full_disk(
 ) -> None:
     """A disk that takes 9 pages of 2 heads and not one more: what fits is answered, what does not is refused with the
     sizes."""
-    put, taken = local_store._put, set()
-
-    def limited(path: Path, value: Any, exclusive: bool = False) -> int:
-        if path not in taken and len(taken) == 18:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        taken.add(path)
-        return put(path, value, exclusive)
-
-    monkeypatch.setattr(local_store, "_put", limited)
+    limit_disk(monkeypatch, 18)
     failed = llm.generate([prompt], PARAMS, use_tqdm=False)[0]
     assert isinstance(failed.error, CapacityError)
     assert "No space left on device" in str(failed.error)
@@ -212,7 +205,7 @@ def test_a_disk_that_has_become_read_only(
         fits = alone.generate([short], PARAMS, use_tqdm=False)[0]
     monkeypatch.setattr(Catalogue, "update", refuse_update)
     monkeypatch.setattr(Path, "unlink", refuse)
-    monkeypatch.setattr(local_store, "_put", refuse)
+    monkeypatch.setattr(disk_pool, "replace_file", refuse)
     for _ in range(3):
         again = llm.generate([short], PARAMS, use_tqdm=False)[0]
         assert again.error is None and again.outputs[0].token_ids == fits.outputs[0].token_ids

@@ -50,7 +50,7 @@ def copies(request: pytest.FixtureRequest) -> PageCopies:
 def pinned() -> Iterator[HostPool]:
     pool = HostPool(SPEC, 8, pinned=CUDA.pinned)
     for slot in range(8):
-        pool.store(slot, page_of(slot))
+        pool.page(slot).copy_(page_of(slot))
     yield pool
     torch.cuda.synchronize()
     pool.close()
@@ -123,7 +123,7 @@ def test_loads_run_ahead_and_slots_are_filled_behind_them(copies: PageCopies, pi
 
 def test_disk_reads_run_ahead(tmp_path: Path, copies: PageCopies, pinned: HostPool) -> None:
     """Through memory for a few slices, which is read into again while the device is behind."""
-    pytest.importorskip("zarr", reason="the disk tier is written through zarr")
+    pytest.importorskip("zarr", reason="the disk tier's array is made by zarr")
     from distkv.storage.disk.cache_folder import DiskHeads
     from distkv.storage.disk.disk_array import make_array
     from distkv.storage.moving.read_ahead import ReadAhead

@@ -325,7 +325,7 @@ def test_the_faster_way_of_copying_is_chosen_for_each_lane(
     assert [line.rsplit(" ", 3)[1:] for line in caplog.messages] == [["kernel", "is", "used"]] + 2 * [
         ["engine", "is", "used"]
     ]
-    assert bandwidth.measure_bandwidth(tiers, None).host == 4 * SPEC.layer_slice_bytes / 0.25
+    assert bandwidth.measure_bandwidth(tiers).host == 4 * SPEC.layer_slice_bytes / 0.25
 
 
 # --- without a leader: slots change hands as fast as `mover.py` lets them ---

@@ -31,14 +31,13 @@ from distkv.commands.main import app
 from distkv.config import EngineConfig
 from distkv.errors import ConfigError, DistKVError, StoreError
 from distkv.kernels.cpu_kernels import CPU_KERNELS
-from distkv.launch.fingerprint import DIGESTS, dummy_digest, make_fingerprint, weights_digest
-from distkv.launch.launch import launch, make_rank_config
+from distkv.launch.fingerprint import make_fingerprint
+from distkv.launch.launch import cache_place, launch, make_rank_config
 from distkv.storage.device import CpuDevice
 from distkv.storage.disk.cache_folder import (
     ARRAY,
     CATALOGUE,
     DESCRIPTION,
-    LOCK,
     SCRATCH,
     DamagedError,
     Description,
@@ -47,11 +46,11 @@ from distkv.storage.disk.cache_folder import (
 )
 from distkv.storage.disk.catalogue import Catalogue, Entry
 from distkv.storage.disk.disk_array import find_slots, make_array
-from distkv.storage.disk.file_lock import is_locked
 from distkv.storage.disk.reopen import reopen
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools.disk_pool import DiskPool
 from distkv.storage.tier import Tier, Transfer
+from distkv.workers.cache_place import CachePlace, free_bytes
 from distkv.workers.group.process_group import ProcessGroup
 from distkv.workers.group.report import Report, ReportCollector
 from distkv.workers.group.step_plan import StepPlan, decode, encode
@@ -59,8 +58,10 @@ from distkv.workers.kv_pools import DiskTier, KVPools, PoolSizes
 from distkv.workers.model.llama import load_llama
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import Shard
-from distkv.workers.model.weights import SafetensorsSource
+from distkv.workers.model.weight_files import DIGESTS, WeightFile
+from distkv.workers.model.weights import DummySource, SafetensorsSource
 
+CPU = torch.device("cpu")
 SPEC = PageSpec(num_layers=3, num_kv_heads=3, page_size=16, head_dim=4, dtype=torch.bfloat16)
 NUM_PAGES = 6
 FINGERPRINT = "0123456789abcdef" * 4
@@ -154,30 +155,47 @@ def test_a_rank_that_shares_its_heads_checks_what_the_other_wrote(tmp_path: Path
         load(second, 0, held)
 
 
-def test_a_node_with_a_disk_of_its_own(tmp_path: Path) -> None:
-    """Nobody has locked its folder: a rank writes there what another one writes elsewhere, and a catalogue that lies
-    there means nothing."""
+def test_ranks_on_one_disk_and_on_others(tmp_path: Path) -> None:
+    """2 heads on 4 ranks, of which 0 and 2 share a disk, and 1 and 3 another: the first one there locks the folder, and
+    the first there that has a head writes it. Other engines are refused on both, and what they left means nothing on
+    the disk where no catalogue is."""
     own = replace(SPEC, num_kv_heads=1)
+    place = CachePlace(Path(), FINGERPRINT)
+    folders = [tmp_path / "one", tmp_path / "other"]
     for kept in (description(), None):
-        folder = tmp_path / str(bool(kept))
-        folder.mkdir()
-        Catalogue(folder).close()
-        make_array(folder, SPEC, NUM_PAGES + 2)
-        (folder / CATALOGUE).touch()
-        tier = DiskTier(folder, DiskHeads(1, 3, reports=False, writes=False), 1, kept)
-        tiers = KVPools(own, PoolSizes(host=1, disk=NUM_PAGES), CpuDevice(), tier)
-        assert tiers.disk is not None and find_slots(folder, SPEC) == NUM_PAGES and not (folder / CATALOGUE).exists()
-        tiers.disk.store(2, random_page(own, 0))
-        assert files(folder) == {"c.2.0.0.1.0.0"} and tiers.disk.checksums(2) == b""
-        tiers.close()
-        assert (folder / ARRAY).exists() == bool(kept)
-    lock = FolderLock(tmp_path / "True")
-    tiers = KVPools(own, PoolSizes(host=1, disk=NUM_PAGES), CpuDevice(), replace(tier, folder=tmp_path / "True"))
-    assert tiers.disk is not None
-    tiers.disk.store(3, random_page(own, 0))
-    assert files(tmp_path / "True") == {"c.2.0.0.1.0.0"}, "beside rank 0 it writes nothing"
-    tiers.close()
-    lock.release()
+        for folder in folders:
+            folder.mkdir(exist_ok=True)
+            Catalogue(folder).close()
+            (folder / "writer.0123.0").touch()  # of an engine that was killed
+        make_array(folders[1], SPEC, NUM_PAGES + 2)
+        (folders[1] / CATALOGUE).touch()
+        ranks = []
+        for rank, head in enumerate((0, 0, 1, 1)):
+            there = replace(place, folder=folders[rank % 2])
+            tier = DiskTier(there, DiskHeads(head, 3, reports=rank in (0, 2)), rank, kept)
+            ranks.append(KVPools(own, PoolSizes(host=1, disk=NUM_PAGES), CpuDevice(), tier))
+            with pytest.raises(ConfigError, match="in use by process"):
+                KVPools(own, PoolSizes(host=1, disk=NUM_PAGES), CpuDevice(), replace(tier, place=another(there)))
+            assert find_slots(there.folder, SPEC) == NUM_PAGES
+        assert not (folders[1] / CATALOGUE).exists()
+        third = replace(place, folder=folders[1])
+        more = KVPools(own, PoolSizes(host=1, disk=NUM_PAGES), CpuDevice(), DiskTier(third, DiskHeads(1, 3), 4, kept))
+        ranks.append(more)
+        for rank, tiers in enumerate(ranks):
+            assert tiers.disk is not None
+            tiers.disk.store(rank, random_page(own, 0))
+        assert files(folders[0]) == {"c.0.0.0.0.0.0", "c.2.0.0.1.0.0"}
+        assert files(folders[1]) == {"c.1.0.0.0.0.0", "c.3.0.0.1.0.0"}, "the last has a head that another writes there"
+        for tiers in reversed(ranks):
+            tiers.close()
+        for folder in folders:
+            assert (folder / ARRAY).exists() == bool(kept) and not list(folder.glob("writer.*"))
+            FolderLock(folder).release()
+
+
+def another(place: CachePlace) -> CachePlace:
+    """The same place, for another engine."""
+    return replace(place, engine="another")
 
 
 # --- adoption ---
@@ -239,10 +257,9 @@ def test_adoption_finds_out_what_is_missing(tmp_path: Path) -> None:
 def test_a_step_plan_has_the_ranks_adopt(tmp_path: Path, tiny_model: Path) -> None:
     """A page written by one engine's rank is streamed by the next one's; None adopts nothing."""
     folder = tmp_path / FINGERPRINT[:16]
-    options: dict[str, Any] = {"cache_dir": folder, "keep_cache": True, "fingerprint": FINGERPRINT}
-    sizes = PoolSizes(device=4, host=4, disk=4)
-    rank = load_rank(tiny_model, **options)
-    rank.allocate(sizes)
+    place, sizes = CachePlace(folder, FINGERPRINT), PoolSizes(device=4, host=4, disk=4)
+    rank = load_rank(tiny_model)
+    rank.allocate(sizes, place)
     rank.execute(StepPlan([], [], [], synthetic_pages=[(0, 7)], transfers=[Transfer(0, Tier.DEVICE, 0, Tier.HOST, 1)]))
     rank.execute(StepPlan([], [], [], [Transfer(1, Tier.HOST, 1, Tier.DISK, 2)], await_ids=[0]))
     rank.execute(StepPlan([], [], [], await_ids=[0, 1]))
@@ -250,10 +267,11 @@ def test_a_step_plan_has_the_ranks_adopt(tmp_path: Path, tiny_model: Path) -> No
     assert report.done == [0, 1] and report.missing == []
     page = rank.pools.host.page(1).clone()
     rank.close()
-    assert files(folder) == {"c.2.0.0.0.0.0", "c.2.0.0.1.0.0"} and not is_locked(folder / LOCK)
+    assert files(folder) == {"c.2.0.0.0.0.0", "c.2.0.0.1.0.0"}
+    FolderLock(folder).release()
 
-    rank = load_rank(tiny_model, **options)
-    rank.allocate(sizes)
+    rank = load_rank(tiny_model)
+    rank.allocate(sizes, place)
     plan = StepPlan([], [], [], adopt={2: report.checksums[1], 3: report.checksums[1]})
     assert decode(encode(plan)).adopt == plan.adopt
     rank.execute(decode(encode(plan)))
@@ -518,15 +536,13 @@ def test_pages_of_another_model_are_refused(tmp_path: Path) -> None:
     assert listed(tmp_path) == {0, 3}, "nothing was changed"
 
 
-def test_is_locked(tmp_path: Path) -> None:
-    assert not is_locked(tmp_path / LOCK)
-    lock = FolderLock(tmp_path)
-    assert is_locked(tmp_path / LOCK)
-    lock.release()
-    assert not is_locked(tmp_path / LOCK)
-
-
 # --- fingerprints ---
+
+
+def weights_digest(folder: Path) -> str:
+    """Of the checkpoint as it is opened now."""
+    with SafetensorsSource(folder) as source:
+        return source.digest(whole=True)
 
 
 def test_a_flipped_bit_of_a_weight_is_another_model(tiny_model: Path, tmp_path: Path) -> None:
@@ -551,8 +567,6 @@ def test_shards_are_digested_in_order(tmp_path: Path) -> None:
     last.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert weights_digest(folder) != digest
     last.unlink()
-    with pytest.raises(ConfigError, match=r"cannot be read .*fetch it again"):
-        weights_digest(folder)
 
 
 def test_the_digest_is_cached_until_a_file_changes(
@@ -562,14 +576,14 @@ def test_the_digest_is_cached_until_a_file_changes(
     shutil.copytree(tiny_model, folder)
     (folder / DIGESTS).write_text("[1]")  # of whoever
     digest = weights_digest(folder)
-    reads = []
-    import hashlib
+    reads: list[Path] = []
+    read = WeightFile.digest
 
-    def counted(file: Any, name: str) -> Any:
-        reads.append(file.name)
-        return hashlib.file_digest(file, name)
+    def counted(self: WeightFile) -> str:
+        reads.append(self.path)
+        return read(self)
 
-    monkeypatch.setattr("distkv.launch.fingerprint.file_digest", counted)
+    monkeypatch.setattr(WeightFile, "digest", counted)
     assert weights_digest(folder) == digest and reads == []
     os.utime(folder / "model.safetensors", ns=(0, 12345))
     assert weights_digest(folder) == digest and len(reads) == 1
@@ -579,7 +593,7 @@ def test_the_digest_is_cached_until_a_file_changes(
     def refuse(*_: Any) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("distkv.launch.fingerprint.replace_file", refuse)
+    monkeypatch.setattr("distkv.workers.model.weight_files.replace_file", refuse)
     assert weights_digest(folder) == digest
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "Read-only file system" in caplog.text
@@ -598,8 +612,10 @@ def test_what_a_fingerprint_is_of() -> None:
             make_fingerprint("weights", changed, torch.bfloat16, 256)
             for changed in (model(rope_theta=5e5), model(rms_norm_eps=1e-5), model(num_hidden_layers=2))
         ),
-        make_fingerprint(dummy_digest(0, "cpu"), model(), torch.bfloat16, 256),
-        make_fingerprint(dummy_digest(1, "cpu"), model(), torch.bfloat16, 256),
+        *(
+            make_fingerprint(DummySource(seed, torch.bfloat16, CPU).digest(whole=True), model(), torch.bfloat16, 256)
+            for seed in (0, 1)
+        ),
     ]
     assert len({base, *others}) == 1 + len(others)
 
@@ -634,15 +650,18 @@ def test_the_folder_is_named_after_the_fingerprint(tiny_model: Path, tmp_path: P
 
 def test_ranks_have_no_part_in_the_folder(tiny_model: Path, tmp_path: Path) -> None:
     config = ModelConfig.load(tiny_model)
-    ranks = [
-        make_rank_config(EngineConfig(tiny_model, tensor_parallel_size=size, **options(tmp_path)), config, "cpu")
-        for size in (1, 4)
-    ]
-    assert ranks[0] == ranks[1] and ranks[0].keep_cache
-    alone = make_rank_config(EngineConfig(tiny_model), config, "cpu")
-    assert (alone.fingerprint, alone.keep_cache, alone.cache_dir) == ("", False, None), "nothing is read for it"
-    dummy = make_rank_config(EngineConfig(tiny_model, load_format="dummy", **options(tmp_path)), config, "cpu")
-    assert dummy.keep_cache and dummy.fingerprint != ranks[0].fingerprint
+
+    def place(digest: str, **options: Any) -> tuple[bool, CachePlace | None]:
+        engine = EngineConfig(tiny_model, **options)
+        ranks = make_rank_config(engine, config, "cpu")
+        return ranks.digest_weights, cache_place(engine, ranks, digest)
+
+    places = [place("weights", tensor_parallel_size=size, **options(tmp_path)) for size in (1, 4)]
+    fingerprint = make_fingerprint("weights", config, torch.float32, 16)
+    for digests, found in places:
+        assert digests and found is not None
+        assert (found.fingerprint, found.folder) == (fingerprint, tmp_path / fingerprint[:16])
+    assert place("") == (False, None), "without a cache_dir, no weight is read twice"
 
 
 def test_angles_that_depend_on_the_prompt_turn_prefix_caching_off(
@@ -672,10 +691,8 @@ def test_space_that_pages_take_is_free_for_them(tiny_model: Path, tmp_path: Path
     assert engine.info.cache_dir is not None
     for slot in range(64):
         (Path(engine.info.cache_dir) / ARRAY / f"c.{slot}.0.0.0.0.0").write_bytes(bytes(PAGE_BYTES))
-    from distkv.launch.launch import _free_disk_bytes
-
     free = shutil.disk_usage(tmp_path).free
-    assert _free_disk_bytes(Path(engine.info.cache_dir)) - free >= 60 * PAGE_BYTES - 2**20
+    assert free_bytes(Path(engine.info.cache_dir)) - free >= 60 * PAGE_BYTES - 2**20
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 33])

@@ -10,7 +10,7 @@ import pytest
 from crc32c import crc32c
 from support.disks import partial_files
 from support.gated_pools import WAIT, GatedDevice, GatedDisk
-from support.pages import SPEC, bits, load, random_page, same
+from support.pages import SPEC, bits, load, random_page, same, store
 from torch import Tensor
 
 from distkv.storage.device import CpuDevice
@@ -61,7 +61,7 @@ def tiers(tmp_path: Path) -> Iterator[Tiers]:
     for tier in Tier:
         for slot in range(NUM_PAGES):
             page = random_page(SPEC, 100 * tier + slot)
-            made.pool(tier).store(slot, page)
+            store(made.pool(tier), slot, page)
             made.pages[tier, slot] = page
     yield made
     device.gate.set()
@@ -113,7 +113,7 @@ def test_the_same_plan_again_does_nothing(tiers: Tiers) -> None:
     assert reported(tiers.mover) == ([0, 1, 2], [])
     for tier, slot in [(HOST, 0), (DISK, 1), (HOST, 2)]:  # written since
         tiers.pages[tier, slot] = random_page(SPEC, 999)
-        tiers.pool(tier).store(slot, tiers.pages[tier, slot])
+        store(tiers.pool(tier), slot, tiers.pages[tier, slot])
     tiers.mover.start(transfers, [0, 1, 2])
     tiers.check()
     assert reported(tiers.mover) == ([], [])

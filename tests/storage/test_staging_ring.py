@@ -88,7 +88,7 @@ def slow_disks(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, SlowDisk]
 def host() -> HostPool:
     host = HostPool(SPEC, NUM_PAGES, pinned=False)
     for slot in range(NUM_PAGES):
-        host.store(slot, PAGES[Tier.HOST, slot])
+        host.page(slot).copy_(PAGES[Tier.HOST, slot])
     return host
 
 

@@ -1,11 +1,14 @@
 """Disk tiers of one rank, and disks without room."""
 
+import errno
+import os
 import resource
 import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import pytest
 from support.pages import SPEC, random_page
 
 from distkv.storage.disk.cache_folder import Description, DiskHeads
@@ -13,6 +16,7 @@ from distkv.storage.disk.catalogue import Catalogue, Entry
 from distkv.storage.disk.disk_array import dtype_name, make_array
 from distkv.storage.disk.reopen import reopen
 from distkv.storage.page_spec import PageSpec
+from distkv.storage.pools import disk_pool as disk_module
 from distkv.storage.pools.disk_pool import DiskPool
 
 NUM_PAGES = 8
@@ -71,3 +75,16 @@ def file_size_limit(size: int) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+def limit_disk(patch: pytest.MonkeyPatch, num_files: int) -> None:
+    """Lets all disk tiers of this process have no more than so many chunk files, one that is being written among
+    them: a full disk where a file system of its own cannot be had."""
+    write = disk_module.replace_file
+
+    def limited(path: Path, content: memoryview) -> None:
+        if sum(1 for _ in path.parent.glob("c.*")) >= num_files:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, content)
+
+    patch.setattr(disk_module, "replace_file", limited)

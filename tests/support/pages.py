@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from distkv.storage.page_spec import PageSpec
+from distkv.storage.pools.host_pool import HostPool
 from distkv.storage.pools.page_pool import PagePool
 
 SPEC = PageSpec(num_layers=3, num_kv_heads=2, page_size=16, head_dim=4, dtype=torch.float32)
@@ -27,7 +28,16 @@ def same(x: Tensor, y: Tensor) -> bool:
     return bool((bits(x) == bits(y)).all())
 
 
-def load(pool: PagePool, slot: int, spec: PageSpec = SPEC) -> Tensor:
+def store(pool: PagePool | HostPool, slot: int, page: Tensor) -> None:
+    if isinstance(pool, HostPool):
+        pool.page(slot).copy_(page)
+    else:
+        pool.store(slot, page)
+
+
+def load(pool: PagePool | HostPool, slot: int, spec: PageSpec = SPEC) -> Tensor:
+    if isinstance(pool, HostPool):
+        return pool.page(slot).clone()
     page = torch.full(spec.page_shape, 7, dtype=spec.dtype)
     pool.load(slot, page)
     return page

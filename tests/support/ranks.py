@@ -32,9 +32,7 @@ def load_rank(
         "gpu_memory_utilization": 0.9,
         "num_threads": None,
         "staging_pages": NUM_BUFFERS * PREFILL_SPLIT // page_size,
-        "cache_dir": None,
-        "keep_cache": False,
-        "fingerprint": "",
+        "digest_weights": False,
     }
     rank = Rank(RankConfig(**(fields | options)), ProcessGroup())
     rank.allocate(PoolSizes(device=num_pages))

@@ -1,8 +1,11 @@
 """A group of one rank, in this process."""
 
+from pathlib import Path
+
 import torch
 
 from distkv.workers.bandwidth import Bandwidth
+from distkv.workers.cache_place import CachePlace, free_bytes
 from distkv.workers.errors import ConfigError
 from distkv.workers.group.process_group import ProcessGroup
 from distkv.workers.group.rank_executor import RankExecutor
@@ -28,17 +31,22 @@ class LocalGroup:
         """What runs the steps of the one engine on this group."""
         return RankExecutor.on(self.rank)
 
-    def load(self, config: RankConfig) -> None:
+    def load(self, config: RankConfig) -> list[str]:
         """See `RankGroup.load`."""
         self._rank = Rank(config, ProcessGroup())
+        return [self._rank.weights_digest]
 
     def capacity(self, of_device: bool) -> Capacity:
         """See `RankGroup.capacity`."""
         return self.rank.page_capacity(1, of_device)
 
-    def allocate(self, sizes: PoolSizes) -> list[tuple[int, int, int]]:
+    def free_disk_bytes(self, folder: Path) -> int:
+        """See `RankGroup.free_disk_bytes`."""
+        return free_bytes(folder)
+
+    def allocate(self, sizes: PoolSizes, place: CachePlace | None) -> list[tuple[int, int, int]]:
         """See `RankGroup.allocate`."""
-        return [self.rank.allocate(sizes)]
+        return [self.rank.allocate(sizes, place)]
 
     def bandwidth(self) -> list[Bandwidth]:
         """See `RankGroup.bandwidth`."""

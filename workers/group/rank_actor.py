@@ -3,6 +3,7 @@
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -10,6 +11,7 @@ import zmq
 
 from distkv.workers.backend import KINDS
 from distkv.workers.bandwidth import Bandwidth
+from distkv.workers.cache_place import CachePlace, free_bytes
 from distkv.workers.group.channel import FollowerChannel, LeaderChannel
 from distkv.workers.group.process_group import ProcessGroup
 from distkv.workers.group.rank_executor import RankExecutor
@@ -56,17 +58,22 @@ class RankActor:
         port = self._requests.bind_to_random_port(f"tcp://{host}")
         return Addresses(f"tcp://{host}:{_free_port(host)}", f"tcp://{host}:{port}", self._followers.addresses)
 
-    def load(self, config: RankConfig, rank: int, size: int, init_method: str) -> None:
-        """Joins the process group and loads this rank's part of the model."""
+    def load(self, config: RankConfig, rank: int, size: int, init_method: str) -> str:
+        """Joins the process group and loads this rank's part of the model; returns what it has read."""
         self._loaded = Rank(config, ProcessGroup(rank, size, init_method, KINDS[config.device].collectives))
+        return self._loaded.weights_digest
 
     def capacity(self, ranks_on_node: int, of_device: bool) -> Capacity:
         """See `Rank.page_capacity`."""
         return self._rank.page_capacity(ranks_on_node, of_device)
 
-    def allocate(self, sizes: PoolSizes) -> tuple[int, int, int]:
+    def free_disk_bytes(self, folder: Path) -> int:
+        """See `free_bytes`."""
+        return free_bytes(folder)
+
+    def allocate(self, sizes: PoolSizes, place: CachePlace | None) -> tuple[int, int, int]:
         """See `Rank.allocate`."""
-        return self._rank.allocate(sizes)
+        return self._rank.allocate(sizes, place)
 
     def bandwidth(self) -> Bandwidth:
         """See `Rank.bandwidth`."""

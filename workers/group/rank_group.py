@@ -1,8 +1,10 @@
 """A group of ranks, wherever they run, until an engine runs on them."""
 
+from pathlib import Path
 from typing import Protocol
 
 from distkv.workers.bandwidth import Bandwidth
+from distkv.workers.cache_place import CachePlace
 from distkv.workers.kv_pools import PoolSizes
 from distkv.workers.rank import Capacity, RankConfig
 
@@ -13,14 +15,20 @@ class RankGroup(Protocol):
 
     device: str  # "cpu" or "cuda"
 
-    def load(self, config: RankConfig) -> None:
-        """Loads the model on all ranks; raises ConfigError, or WorkerDied when a rank is lost."""
+    def load(self, config: RankConfig) -> list[str]:
+        """Loads the model on all ranks; raises ConfigError, or WorkerDied when a rank is lost. Returns what each has
+        read, see `SafetensorsSource.digest`."""
+        ...
 
     def capacity(self, of_device: bool) -> Capacity:
         """Pages that fit on the rank with the least room, see `Rank.page_capacity`."""
         ...
 
-    def allocate(self, sizes: PoolSizes) -> list[tuple[int, int, int]]:
+    def free_disk_bytes(self, folder: Path) -> int:
+        """See `free_bytes`, of the node with the least."""
+        ...
+
+    def allocate(self, sizes: PoolSizes, place: CachePlace | None) -> list[tuple[int, int, int]]:
         """Makes the pools of all ranks; returns for each rank the bytes of device, host and disk."""
         ...
 

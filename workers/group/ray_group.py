@@ -7,6 +7,7 @@ or gloo. The group belongs to the process that made it, and ends with it.
 import os
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distkv.workers.backend import KINDS
 from distkv.workers.bandwidth import Bandwidth
+from distkv.workers.cache_place import CachePlace
 from distkv.workers.errors import CapacityError, ConfigError, DistKVError, WorkerDied
 from distkv.workers.group.rank_actor import LeaderMain, RankActor
 from distkv.workers.group.ray_cluster import connect, disconnect
@@ -70,7 +72,7 @@ class RayGroup:
             self.close()
             raise
 
-    def load(self, config: RankConfig) -> None:
+    def load(self, config: RankConfig) -> list[str]:
         """See `RankGroup.load`."""
         here = ray.get_runtime_context().get_node_id()
         alone = all(node.node_id == here for node in self.nodes)
@@ -80,7 +82,7 @@ class RayGroup:
         refs = []
         for rank, actor in enumerate(self._actors):
             refs.append(actor.load.remote(self._for_node(config, rank), rank, self.size, addresses.init_method))
-        self._wait(refs)
+        return self._wait(refs)
 
     def capacity(self, of_device: bool) -> Capacity:
         """See `RankGroup.capacity`."""
@@ -94,9 +96,13 @@ class RayGroup:
         tightest = min(rooms, key=lambda room: room.device)
         return Capacity(tightest.device, min(room.host for room in rooms), tightest.budget)
 
-    def allocate(self, sizes: PoolSizes) -> list[tuple[int, int, int]]:
-        """See `RankGroup.allocate`; one rank after the other, since the first makes the array on disk."""
-        return [self._wait([actor.allocate.remote(sizes)])[0] for actor in self._actors]
+    def free_disk_bytes(self, folder: Path) -> int:
+        """See `RankGroup.free_disk_bytes`."""
+        return min(self._call("free_disk_bytes", folder))
+
+    def allocate(self, sizes: PoolSizes, place: CachePlace | None) -> list[tuple[int, int, int]]:
+        """See `RankGroup.allocate`; one rank after the other, as `Rank.allocate` wants it."""
+        return [self._wait([actor.allocate.remote(sizes, place)])[0] for actor in self._actors]
 
     def bandwidth(self) -> list[Bandwidth]:
         """See `RankGroup.bandwidth`."""

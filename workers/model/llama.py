@@ -103,7 +103,8 @@ def load_llama(
     kv = shard.kv_heads[0] * dim, shard.kv_heads[1] * dim
 
     def read(name: str, shape: tuple[int, ...], rows: Rows = None, columns: Rows = None) -> Tensor:
-        return source.read(name, shape, rows, columns).to(device=device, dtype=dtype)
+        # always a copy: what is read is the file's memory, which changes when somebody writes to the file
+        return source.read(name, shape, rows, columns).to(device=device, dtype=dtype, copy=True)
 
     def columns_of(parts: list[tuple[str, int, tuple[int, int]]], biased: bool) -> Linear:
         """Column-parallel: the given output rows of several weights, fused."""

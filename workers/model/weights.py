@@ -19,6 +19,7 @@ from torch import Tensor
 
 from distkv.workers.errors import ConfigError
 from distkv.workers.model.files import cannot_read
+from distkv.workers.model.weight_files import WeightFile, sample_digest, weights_digest
 
 log = logging.getLogger(__name__)
 
@@ -60,13 +61,16 @@ class SafetensorsSource:
         self._file_of = tensor_files(folder)
         self._has_prefix = any(name.startswith(PREFIX) for name in self._file_of)
         self._files: dict[str, Any] = {}
+        self._opened: dict[str, WeightFile] = {}
         self._unread: set[str] = set()
         self._exits = ExitStack()
 
     def __enter__(self) -> "SafetensorsSource":
-        for file in sorted(set(self._file_of.values())):
-            opened = self._files[file] = self._exits.enter_context(open_tensors(self._folder / file))
-            self._unread.update(opened.keys())
+        with self._exits:  # what is open is closed again if one cannot be opened
+            for file in sorted(set(self._file_of.values())):
+                opened = self._files[file] = self._exits.enter_context(self._open(file))
+                self._unread.update(opened.keys())
+            self._exits = self._exits.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -107,8 +111,27 @@ class SafetensorsSource:
                 f"config.json reads: {names}; it is of another model, or quantized, or the config lacks a field"
             )
 
+    def digest(self, whole: bool) -> str:
+        """Tells these weights from others, once all are read; without `whole` only as far as ranks are to be compared.
+        Raises ConfigError when a file cannot be read, or was changed since it was opened."""
+        files = self._opened, self._file_of
+        digest = weights_digest(self._folder, *files) if whole else sample_digest(*files)
+        for file in self._opened.values():
+            file.check()
+        return digest
+
     def _stored_name(self, name: str) -> str:
         return name if self._has_prefix else name.removeprefix(PREFIX)
+
+    def _open(self, file: str) -> Any:
+        """Opens a file twice, for its tensors and for its digest, by a path that makes sure that both are the same."""
+        path = self._folder / file
+        try:
+            opened = self._opened[file] = WeightFile(path)
+        except OSError as error:
+            raise cannot_read(path, error) from error
+        self._exits.callback(opened.close)
+        return open_tensors(path, opened.link)
 
 
 class DummySource:
@@ -128,6 +151,9 @@ class DummySource:
 
     def check_all_read(self) -> None:
         """There are never more."""
+
+    def digest(self, whole: bool) -> str:
+        return f"dummy {self._seed} {self._device.type}"  # on another kind of device they are other ones
 
     def read(self, name: str, shape: tuple[int, ...], rows: Rows = None, columns: Rows = None) -> Tensor:
         whole = torch.ones(shape, dtype=self._dtype, device=self._device)
@@ -166,12 +192,16 @@ def tensor_files(folder: Path) -> Mapping[str, str]:
         raise ConfigError(f"{str(folder / INDEX)!r} is not a safetensors index: {error!r}") from error
 
 
-def open_tensors(path: Path) -> Any:
-    """Opens a file for reading, as a context manager; raises ConfigError when it cannot be read."""
+def open_tensors(path: Path, link: str | None = None) -> Any:
+    """Opens a file for reading, as a context manager; raises ConfigError when it cannot be read.
+
+    Args:
+        link: another path of the same file, by which it is opened.
+    """
     try:
-        with open(path, "rb"):  # which tells why it cannot be opened; safetensors takes every cause for a missing file
+        with open(link or path, "rb"):  # which tells why it cannot be; safetensors takes every cause for a missing file
             pass
-        return safe_open(path, framework="pt")
+        return safe_open(link or path, framework="pt")
     except OSError as error:
         raise cannot_read(path, error) from error
     except SafetensorError as error:
