@@ -1,8 +1,9 @@
 """Builds an answer that a user sees from the tokens that the engine samples."""
 
 from distkv.engine.protocol import EngineRequest, TokenOutput
+from distkv.frontend.incremental_decoder import IncrementalDecoder
 from distkv.frontend.stop_strings import StopStrings
-from distkv.frontend.tokenizer import IncrementalDecoder, Tokenizer
+from distkv.frontend.tokenizer import Tokenizer
 from distkv.outputs import CompletionOutput, Logprob
 from distkv.workers.sampling.sampled_token import TokenLogprobs
 

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import logging
+import re
 import threading
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain, zip_longest
 from pathlib import Path
 
@@ -14,8 +15,7 @@ from distkv.frontend.chat_pieces import Message, text_around_answers
 log = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-# Tokens of the prompt that are decoded with the answer's first token, so that its leading space comes out right.
-CONTEXT_TOKENS = 5
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class Tokenizer:
@@ -34,6 +34,11 @@ class Tokenizer:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"the tokenizer in {str(folder)!r} cannot be loaded: {error}") from error
+        vocabulary = self._tokenizer.get_vocab()
+        special = {index for index, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+        self._text_ids = frozenset(vocabulary.values()) - special
+        self._byte_ids = frozenset(index for token, index in vocabulary.items() if BYTE_TOKEN.fullmatch(token))
+        self._text_of_one = lru_cache(maxsize=8192)(lambda token_id: self._decode([token_id]))
         self._lock = threading.Lock()  # of encoding, before which transformers sets truncation in place
         self._warned = False  # that answers cannot be repeated by their tokens
 
@@ -87,11 +92,22 @@ class Tokenizer:
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of tokens, special ones left out."""
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return self._text_of_one(token_ids[0]) if len(token_ids) == 1 else self._decode(token_ids)
 
     def token_text(self, token_id: int) -> str:
         """Text of a single token, special or not."""
         return str(self._tokenizer.decode([token_id]))
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def has_text(self, token_id: int) -> bool:
+        """Whether `decode` looks at the token: it is known, and not special."""
+        return token_id in self._text_ids
+
+    def is_byte(self, token_id: int) -> bool:
+        """Whether the token is a single byte for which the vocabulary has nothing better."""
+        return token_id in self._byte_ids
 
     def _render(self, messages: list[Message]) -> str:
         """Text of a conversation up to where the assistant answers."""
@@ -112,32 +128,3 @@ def _check_unicode(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RequestError(f"the prompt is not valid Unicode at character {error.start}; convert it to UTF-8") from None
-
-
-class IncrementalDecoder:
-    """Decodes an answer token by token: text is given out once no later token can change it."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int]):
-        self._tokenizer = tokenizer
-        self._ids = prompt_token_ids[-CONTEXT_TOKENS:]  # the window that is decoded together
-        self._num_given = len(self._ids)  # of its tokens, those whose text was given out
-
-    def add(self, token_id: int) -> str:
-        """The text that this token completes; empty while a character lacks some of its bytes."""
-        self._ids.append(token_id)
-        text = self._pending()
-        if text.endswith("\ufffd"):
-            return ""
-        self._ids = self._ids[self._num_given :]
-        self._num_given = len(self._ids)
-        return text
-
-    def finish(self) -> str:
-        """What is left at the end: the replacement character for a character that was never completed."""
-        text = self._pending()
-        self._num_given = len(self._ids)
-        return text
-
-    def _pending(self) -> str:
-        before = self._tokenizer.decode(self._ids[: self._num_given])
-        return self._tokenizer.decode(self._ids)[len(before) :]

@@ -29,6 +29,12 @@ class ByteTokenizer:
         self.num_decoded += len(token_ids)
         return bytes(token_ids).decode("utf-8", "replace")
 
+    def has_text(self, token_id: int) -> bool:
+        return True
+
+    def is_byte(self, token_id: int) -> bool:
+        return False
+
     def token_text(self, token_id: int) -> str:
         return self.decode([token_id])
 
