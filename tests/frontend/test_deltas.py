@@ -41,7 +41,7 @@ class ByteTokenizer:
 
 def state_of(kind: RequestOutputKind, params: SamplingParams, tokenizer: Any = None) -> RequestState:
     params = msgspec.structs.replace(params, output_kind=kind)
-    return RequestState(EngineRequest("0", list(b"prompt"), params, 100, 0), None, tokenizer or ByteTokenizer())
+    return RequestState(EngineRequest("0", list(b"prompt"), params, 100, 0), None, tokenizer or ByteTokenizer(), {})
 
 
 def token_output(index: int, token_id: int, finish_reason: str | None = None) -> TokenOutput:
