@@ -7,7 +7,7 @@ import msgspec
 
 from distkv.errors import RequestError
 from distkv.option_help import explained
-from distkv.values import integer, listed, number, plain, shown
+from distkv.values import integer, listed, number, plain, shown, text
 
 MAX_LOGPROBS = 100
 MAX_STOPS = 256  # each is looked for with every token
@@ -116,13 +116,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, repr_omit_defaul
 
 
 def _stop(value: Any) -> str | list[str]:
-    found = [value] if isinstance(value, str) else listed(value)
-    if found is None or not all(isinstance(text, str) and text for text in found):
+    found = [value] if isinstance(plain(value), str) else listed(value)
+    texts = None if found is None else [text(one) for one in found]
+    if texts is None or not all(texts):
         raise RequestError(f"stop is {shown(value)}; it must be a string or a list of strings, none of them empty")
-    if len(found) > MAX_STOPS:
-        raise RequestError(f"stop has {len(found)} strings; there may be {MAX_STOPS} at most")
-    texts = [str(text) for text in found]
-    return texts[0] if isinstance(value, str) else texts
+    if len(texts) > MAX_STOPS:
+        raise RequestError(f"stop has {len(texts)} strings; it must be {MAX_STOPS} at most")
+    return texts[0] if isinstance(plain(value), str) else texts  # type: ignore[return-value]
 
 
 def _stop_token_ids(value: Any) -> list[int]:

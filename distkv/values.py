@@ -49,9 +49,18 @@ def number(name: str, value: Any, low: float, high: float = sys.float_info.max, 
     return found if isinstance(found, int) else float(found)
 
 
-def listed(value: Any) -> list[Any] | None:
-    """A list, tuple, set, range or array as a list with Python's numbers; None for all else, a text among it."""
+def text(value: Any) -> str | None:
+    """A value as a text of Unicode, without the lone surrogates that stand for bytes of other encodings, else None."""
     found = plain(value)
-    if not isinstance(found, list | tuple | set | frozenset | range):
+    try:
+        return str(found) if isinstance(found, str) and found.encode() is not None else None
+    except UnicodeEncodeError:
+        return None
+
+
+def listed(value: Any) -> list[Any] | None:
+    """A list, tuple, range or array as a list with Python's numbers; None for all else, a text among it."""
+    found = plain(value)
+    if not isinstance(found, list | tuple | range):
         return None
     return [plain(one) for one in found]

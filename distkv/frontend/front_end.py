@@ -92,6 +92,7 @@ class FrontEnd:
         answer."""
         if self.config.cache_dir is None:
             raise ConfigError(f"session {name!r} needs a folder to be kept in; set cache_dir")
+        check_params(params, self.info)
         if params.n != 1:
             raise RequestError(f"n is {params.n}, and a session goes on with one answer; leave n out")
         return Session(self.config.cache_dir, name)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypedDict
 from distkv.engine.protocol import EngineInfo
 from distkv.errors import CapacityError, RequestError
 from distkv.sampling_params import SamplingParams
-from distkv.values import integer, listed, plain, shown
+from distkv.values import integer, listed, plain, shown, text
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids")
 
@@ -37,15 +37,13 @@ def plain_prompt(prompt: Any) -> PlainPrompt:
         if unknown or not prompt:
             key = shown(unknown[0]) if unknown else "nothing in it"
             raise RequestError(f"a prompt is a dict with {key}; give 'prompt', a text, or 'prompt_token_ids', a list")
-        text, token_ids = (prompt.get(key) for key in PROMPT_KEYS)
+        words, token_ids = (prompt.get(key) for key in PROMPT_KEYS)
     else:
-        is_text = isinstance(plain(prompt), str)
-        text, token_ids = (prompt, None) if is_text else (None, prompt)
-    found = None if token_ids is None else listed(token_ids)
-    text = plain(text)
-    if (found is None) != (token_ids is None) or not isinstance(text, str | None) or (found is None and text is None):
+        words, token_ids = (prompt, None) if isinstance(plain(prompt), str) else (None, prompt)
+    words, found = plain(words), listed(token_ids)
+    if not isinstance(words, str | None) or (found is None and (token_ids is not None or words is None)):
         raise RequestError(f"a prompt is {shown(prompt)}; it must be a text or a list of token ids")
-    return PlainPrompt(None if text is None else str(text), found)
+    return PlainPrompt(None if words is None else str(words), found)
 
 
 def plain_prompts(prompts: Any) -> list[Any]:
@@ -53,7 +51,7 @@ def plain_prompts(prompts: Any) -> list[Any]:
     if isinstance(prompts, str | dict):
         return [prompts]
     found = listed(prompts)
-    if found is None or isinstance(prompts, set | frozenset):
+    if found is None:
         raise RequestError(f"prompts is {shown(prompts)}; give a text, a list of token ids, or a list of these")
     return [found] if found and all(isinstance(token, int) for token in found) else found
 
@@ -78,10 +76,10 @@ def plain_priority(priority: Any) -> int:
 
 def plain_salt(cache_salt: Any) -> str | None:
     """Raises RequestError for other than a text or None."""
-    salt = plain(cache_salt)
-    if salt is not None and not _is_text(salt):
+    salt = text(cache_salt)
+    if salt is None and cache_salt is not None:
         raise RequestError(f"cache_salt is {shown(cache_salt)}; it must be a text, or None to share with all others")
-    return None if salt is None else str(salt)
+    return salt
 
 
 def check_tokens(token_ids: list[Any], info: EngineInfo) -> None:
@@ -96,11 +94,3 @@ def check_tokens(token_ids: list[Any], info: EngineInfo) -> None:
     for token in token_ids:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < info.vocab_size:
             raise RequestError(f"the prompt has token id {shown(token)}; ids are integers below {info.vocab_size}")
-
-
-def _is_text(value: object) -> bool:
-    """Whether it is a str of Unicode, without the lone surrogates that stand for bytes of other encodings."""
-    try:
-        return isinstance(value, str) and bool(value.encode() or True)
-    except UnicodeEncodeError:
-        return False

@@ -18,6 +18,7 @@ from distkv.frontend.messages import Message, plain_messages
 log = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+CACHED_TEXTS = 8192  # of single tokens
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -57,7 +58,8 @@ class Tokenizer:
         self.end_token_ids = frozenset(eos_token_ids) | (frozenset() if own is None else {own})
         """The tokens that end an answer: its own, and those that it was told."""
         self._template = ChatTemplate(self._tokenizer)
-        self._text_of_one = lru_cache(maxsize=8192)(lambda token_id: self._decode([token_id]))
+        self._text_of_one = lru_cache(CACHED_TEXTS)(lambda token_id: self._decode([token_id]))
+        self._any_text_of_one = lru_cache(CACHED_TEXTS)(lambda token_id: str(self._tokenizer.decode([token_id])))
         self._lock = threading.Lock()  # of encoding, before which transformers sets truncation in place
         self._warned = False  # that answers cannot be repeated by their tokens
 
@@ -116,7 +118,7 @@ class Tokenizer:
 
     def token_text(self, token_id: int) -> str:
         """Text of a single token, special or not."""
-        return str(self._tokenizer.decode([token_id]))
+        return self._any_text_of_one(token_id)
 
     def _decode(self, token_ids: list[int]) -> str:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,8 +12,11 @@ from hypothesis import strategies as st
 from support.scripted_engine import ScriptedEngine
 from support.tokenizers import save_tokenizer
 
+import distkv.commands.chat
 import distkv.frontend.front_end
-from distkv import LLM, AsyncLLM, RequestError, RequestOutput, RequestOutputKind, SamplingParams, StoreError
+from distkv import LLM, AsyncLLM, CompletionOutput, RequestError, RequestOutput, SamplingParams, StoreError
+from distkv.commands.main import app
+from distkv.frontend.conversation import Conversation
 from distkv.frontend.incremental_decoder import IncrementalDecoder
 from distkv.frontend.seen_tokens import seen_tokens
 from distkv.frontend.session import Session
@@ -143,31 +147,32 @@ def test_an_answer_that_cannot_be_kept_reaches_its_reader(
     assert record.levelno == logging.WARNING and "trip.json' cannot be written" in record.message
 
 
-def test_an_answer_that_is_left_early_is_kept_as_it_was_seen(
-    folder: Path, engine: ScriptedEngine, tmp_path: Path
-) -> None:
-    """Its last text may be held back, as it could have begun a stop string."""
-    params = SamplingParams(max_tokens=9, stop=["Hello usable"], output_kind=RequestOutputKind.DELTA)
-
-    async def main() -> str:
-        async with AsyncLLM(folder, cache_dir=tmp_path) as llm:
-            seen = ""
-            outputs = llm.chat([QUESTION], params, session="trip")
-            async for output in outputs:
-                seen += output.outputs[0].text
-                if len(output.outputs[0].token_ids) and seen:
-                    break
-            await outputs.aclose()
-            return seen
-
-    seen = asyncio.run(main())
-    with Session(tmp_path, "trip") as session:
-        answer = session.messages[-1]
-    assert answer["content"] == seen
-    assert decoded(made["byte level"], engine.prompts[0], answer["token_ids"]) == seen
+def test_an_answer_that_is_left_early_is_kept_as_it_was_seen() -> None:
+    """Its last text was held back, as it could have begun a stop string."""
+    tokenizer, conversation = made["byte level"], Conversation()
+    prompt = conversation.prompt(tokenizer, [QUESTION])
+    sampled = ids(tokenizer, "H", "Hello", "Ġuser")
+    conversation.add_output(CompletionOutput(0, "HHello", sampled, None, None, None, None))
+    assert conversation.messages[-1] == {"role": "assistant", "content": "HHello", "token_ids": sampled[:2]}
+    following = conversation.prompt(tokenizer, [QUESTION])
+    assert following[: len(prompt) + 2] == prompt + sampled[:2]
 
 
 def test_a_session_without_new_messages_is_refused(folder: Path, engine: ScriptedEngine, tmp_path: Path) -> None:
     with LLM(folder, cache_dir=tmp_path) as llm, pytest.raises(RequestError, match="nothing that is new in session"):
         llm.chat([], session="trip", use_tqdm=False)
+        with pytest.raises(RequestError, match="sampling_params is 5; it must be a SamplingParams"):
+            llm.chat([QUESTION], 5, session="trip", use_tqdm=False)  # type: ignore[arg-type]
     assert not engine.prompts
+
+
+def test_a_chat_in_a_terminal_goes_on_when_an_answer_cannot_be_kept(
+    folder: Path, engine: ScriptedEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (tmp_path / "sessions" / "trip.json.partial").mkdir(parents=True)
+    questions = iter(["Hello", "Hello", ""])
+    monkeypatch.setattr(distkv.commands.chat, "_ask", lambda: next(questions))
+    app(["chat", "--model", str(folder), "--session", "trip", "--cache-dir", str(tmp_path)], standalone_mode=False)
+    output = capsys.readouterr()
+    assert output.out.count("HHello user world") == 2
+    assert output.err.count("distkv: error: session file") == 2
