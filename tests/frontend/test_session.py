@@ -97,6 +97,18 @@ def test_a_prompt_begins_with_the_tokens_of_the_turn_before(
     assert not caplog.records
 
 
+def test_an_end_token_that_the_tokenizer_does_not_name_follows_an_answer_too(demo_model: Path, tmp_path: Path) -> None:
+    with_template(demo_model, tmp_path, LLAMA_2.replace("eos_token", f"'{END}'"))
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<|endoftext|>"}))
+    [end] = Tokenizer(demo_model).encode(END)
+    tokenizer = Tokenizer(tmp_path, [end])
+    assert tokenizer.end_token_ids == {end, *tokenizer.encode("<|endoftext|>")}
+    (prompt, answer), (following, _), _ = turns(tokenizer, tmp_path)
+    held = [*prompt, *answer, end]
+    assert following[: len(held)] == held
+
+
 def test_spliced_tokens_say_what_the_template_says(tokenizer: Tokenizer, tmp_path: Path) -> None:
     turns(tokenizer, tmp_path, system=SYSTEM)
     with Session(tmp_path, "trip") as session:
