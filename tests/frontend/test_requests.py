@@ -48,7 +48,7 @@ ANYTHING: Any = (
 )  # fmt: skip
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.fixed_dictionaries({}, optional=dict.fromkeys([*NUMBERS, *OTHERS], ANYTHING)))
 def test_any_values_are_taken_as_plain_ones_or_refused_by_name(values: dict[str, Any]) -> None:
     try:
