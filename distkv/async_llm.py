@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Unpack
@@ -11,8 +12,8 @@ from distkv.config import EngineConfig, EngineOptions
 from distkv.engine.protocol import EngineStats
 from distkv.engine.thread import Delivery
 from distkv.errors import DistKVError
-from distkv.frontend.chat_pieces import Message
 from distkv.frontend.front_end import Facade, FrontEnd
+from distkv.frontend.messages import Message
 from distkv.frontend.request_checks import Prompt
 from distkv.frontend.request_group import RequestGroup
 from distkv.outputs import RequestOutput, join_deltas
@@ -56,7 +57,7 @@ class AsyncLLM(Facade):
         no other name. For a reader that is slower than the engine outputs merge; it misses no text.
 
         Args:
-            prompt: a text or a list of token ids.
+            prompt: a text or token ids, in any form that `LLM.generate` takes.
             priority: lower goes first; requests of one priority go in order of arrival.
             cache_salt: the prompt's pages are shared with requests of the same salt only; None is a salt too.
 
@@ -64,9 +65,8 @@ class AsyncLLM(Facade):
         request cannot go on, WorkerDied when a rank is lost, and DistKVError when the LLM is closed.
         """
         number = self._front_end.next_number()
-        state = await asyncio.to_thread(
-            self._front_end.request, number, prompt, sampling_params or SamplingParams(), priority, cache_salt
-        )
+        params = SamplingParams() if sampling_params is None else sampling_params
+        state = await asyncio.to_thread(self._front_end.request, number, prompt, params, priority, cache_salt)
         group, due = RequestGroup(self._front_end.thread, [state]), asyncio.Event()
         mailbox = self._mailbox_of_loop()
         mailbox.groups[state.request.request_id] = group, due
@@ -96,10 +96,12 @@ class AsyncLLM(Facade):
 
         Args:
             session: name of a conversation that is kept, as with `LLM.chat`. Of an answer that is left early, the
-                conversation gets what was yielded, with FINAL_ONLY nothing.
+                conversation gets what was yielded, with FINAL_ONLY nothing. The last output has a StoreError as its
+                `error` when the answer cannot be written.
         """
         if session is not None:
-            outputs = self._chat_on(session, messages, sampling_params or SamplingParams(), priority, cache_salt)
+            params = SamplingParams() if sampling_params is None else sampling_params
+            outputs = self._chat_on(session, messages, params, priority, cache_salt)
         else:
             prompt = await asyncio.to_thread(self.tokenizer.encode_chat, messages)
             outputs = self.generate(prompt, sampling_params, priority=priority, cache_salt=cache_salt)
@@ -142,13 +144,16 @@ class AsyncLLM(Facade):
                         if params.output_kind is not RequestOutputKind.DELTA:
                             yielded.clear()
                         yielded.append(output)
+                        if output.finished:
+                            kept, yielded = session.keep(join_deltas(yielded)), []
+                            output = replace(output, error=kept.error)
                         yield output
             except DistKVError:
                 yielded.clear()  # an answer that could not go on
                 raise
             finally:
                 if yielded:
-                    session.add_output(join_deltas(yielded).outputs[0])
+                    session.keep(join_deltas(yielded))
 
     def _mailbox_of_loop(self) -> "_Mailbox":
         """The mailbox of the running event loop; requests keep the one they have begun with."""

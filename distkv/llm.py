@@ -5,22 +5,21 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar, Unpack
+from typing import Any, Unpack
 
 from distkv.config import EngineConfig, EngineOptions
 from distkv.engine.client import EngineClient
 from distkv.engine.protocol import EngineStats
 from distkv.engine.thread import Delivery
 from distkv.errors import RequestError
-from distkv.frontend.chat_pieces import Message
 from distkv.frontend.front_end import Facade, FrontEnd
-from distkv.frontend.request_checks import Prompt
+from distkv.frontend.messages import Message
+from distkv.frontend.request_checks import Prompt, plain_prompts
 from distkv.frontend.request_group import RequestGroup
 from distkv.frontend.request_state import RequestState
 from distkv.outputs import RequestOutput
 from distkv.sampling_params import SamplingParams
-
-Value = TypeVar("Value")
+from distkv.values import listed
 
 
 class LLM(Facade):
@@ -55,7 +54,8 @@ class LLM(Facade):
         """Answers prompts, all of them together, and returns when the last one is done.
 
         Args:
-            prompts: one prompt or a list of them, each a text or a list of token ids.
+            prompts: one prompt or a list of them, each a text or token ids, in a list or an array, or a dict
+                `{"prompt": text}` or `{"prompt_token_ids": ids}`.
             sampling_params: for all prompts, or one for each.
             priority: for all prompts, or one for each; lower goes first, and equal ones go in order of arrival.
             cache_salt: for all prompts, or one for each; pages of a prompt are shared among requests of one salt only,
@@ -67,11 +67,11 @@ class LLM(Facade):
         CapacityError, before anything runs, for a prompt that cannot be answered, WorkerDied when a rank is lost, and
         DistKVError when the LLM is closed meanwhile.
         """
-        listed = _listed(prompts)
-        params = _one_each("sampling_params", sampling_params or SamplingParams(), len(listed))
-        priorities = _one_each("priority", priority, len(listed))
-        salts = _one_each("cache_salt", cache_salt, len(listed))
-        states = [self._request(*one) for one in zip(listed, params, priorities, salts, strict=True)]
+        prompts = plain_prompts(prompts)
+        params = _one_each("sampling_params", _or_default(sampling_params), len(prompts))
+        priorities = _one_each("priority", priority, len(prompts))
+        salts = _one_each("cache_salt", cache_salt, len(prompts))
+        states = [self._request(*one) for one in zip(prompts, params, priorities, salts, strict=True)]
         return self._finish_all(states, use_tqdm)
 
     def chat(
@@ -91,13 +91,13 @@ class LLM(Facade):
             session: name of one conversation that is kept in cache_dir, for this process and later ones. `messages` are
                 what is new in it; what was said before comes first, and they are added to it with their answer.
 
-        With a session, raises ConfigError without a cache_dir and while another call uses it, and StoreError when it
-        cannot be written.
+        With a session, raises ConfigError without a cache_dir and while another call uses it. An answer that cannot be
+        written is returned with a StoreError as its `error`, and the session does not go on from it.
         """
         if session is not None:
             return self._chat_on(session, messages, sampling_params, priority, cache_salt, use_tqdm)
-        one = not messages or isinstance(messages[0], dict)
-        conversations: list[Any] = [messages] if one else list(messages)
+        several = isinstance(messages, list | tuple) and messages and isinstance(messages[0], list | tuple)
+        conversations: list[Any] = list(messages) if several else [messages]
         prompts = [self.tokenizer.encode_chat(conversation) for conversation in conversations]
         return self.generate(prompts, sampling_params, priority=priority, cache_salt=cache_salt, use_tqdm=use_tqdm)
 
@@ -115,7 +115,7 @@ class LLM(Facade):
         The engine does not wait for a slow reader. Leaving the iterator early ends the request. Raises as `generate`
         does, and StoreError or CapacityError when the request cannot go on.
         """
-        return self._outputs(self._request(prompt, sampling_params or SamplingParams(), priority, cache_salt))
+        return self._outputs(self._request(prompt, _or_default(sampling_params), priority, cache_salt))
 
     def stats(self) -> EngineStats:
         """State of the KV cache."""
@@ -150,13 +150,11 @@ class LLM(Facade):
         self, name: str, messages: list[Any], params: Any, priority: Any, cache_salt: Any, use_tqdm: bool
     ) -> list[RequestOutput]:
         """A turn of a session."""
-        [one] = _one_each("sampling_params", params or SamplingParams(), 1)
+        [one] = _one_each("sampling_params", _or_default(params), 1)
         with self._front_end.session(name, one) as session:
             prompt = session.prompt(self.tokenizer, messages)
             outputs = self.generate(prompt, one, priority=priority, cache_salt=cache_salt, use_tqdm=use_tqdm)
-            if outputs[0].error is None:
-                session.add_output(outputs[0].outputs[0])
-        return outputs
+            return outputs if outputs[0].error else [session.keep(outputs[0])]
 
     def _finish_all(self, states: list[RequestState], use_tqdm: bool) -> list[RequestOutput]:
         from tqdm import tqdm
@@ -190,21 +188,15 @@ class LLM(Facade):
             group.end()
 
 
-def _listed(prompts: Any) -> list[Any]:
-    """One prompt or several as a list of prompts."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Sequence):
-        raise RequestError(f"prompts is {prompts!r}; give a text, a list of token ids, or a list of these")
-    if prompts and all(isinstance(token, int) for token in prompts):
-        return [list(prompts)]
-    return list(prompts)
+def _or_default(params: Any) -> Any:
+    return SamplingParams() if params is None else params
 
 
-def _one_each(name: str, value: Value | list[Value], count: int) -> list[Value]:
+def _one_each(name: str, value: Any, count: int) -> list[Any]:
     """A value for each of `count` prompts, which all may share one."""
-    if not isinstance(value, list):
+    values = listed(value)
+    if values is None:
         return [value] * count
-    if len(value) != count:
-        raise RequestError(f"{count} prompts came with {len(value)} {name}; give one each, or one for all")
-    return value
+    if len(values) != count:
+        raise RequestError(f"{count} prompts came with {len(values)} {name}; give one each, or one for all")
+    return values

@@ -47,7 +47,7 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
-    error: DistKVError | None = None  # why it could not go on
+    error: DistKVError | None = None  # why it could not go on, or with a session why its answer was not kept
     num_cached_tokens_by_tier: dict[str, int] = field(default_factory=dict)
 
     @property

@@ -1,6 +1,5 @@
 """How a request's tokens are sampled and when it ends. Names and defaults are vLLM's."""
 
-import math
 from enum import Enum
 from typing import Any
 
@@ -8,8 +7,11 @@ import msgspec
 
 from distkv.errors import RequestError
 from distkv.option_help import explained
+from distkv.values import integer, listed, number, plain, shown, text
 
 MAX_LOGPROBS = 100
+MAX_STOPS = 256  # each is looked for with every token
+MAX_INT = 2**63 - 1
 
 
 class RequestOutputKind(Enum):
@@ -25,7 +27,8 @@ class RequestOutputKind(Enum):
 
 @explained
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, repr_omit_defaults=True):
-    """Sampling parameters of one request. Raises RequestError when a value is out of range."""
+    """Sampling parameters of one request; numbers and lists may be numpy's, and become Python's. Raises RequestError
+    when a value is out of range."""
 
     n: int = 1
     """Answers to sample; they share the prompt's pages."""
@@ -54,7 +57,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, repr_omit_defaul
     stop: str | list[str] | None = None
     """Text that ends the answer; there may be several.
 
-    It is not part of the answer, and is found wherever the token borders lie.
+    It is not part of the answer, and is found wherever the token borders lie. The text of a special token stands for
+    that token, too.
     """
     stop_token_ids: list[int] | None = None
     """Tokens that end the answer, beside the model's own unless ignore_eos.
@@ -78,30 +82,26 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, repr_omit_defaul
     """Whether outputs are cumulative, deltas, or come at the end alone."""
 
     def __post_init__(self) -> None:
-        _check_int("n", self.n, 1)
-        _check_number("temperature", self.temperature, 0, math.inf)
-        _check_number("top_p", self.top_p, 0, 1, low_open=True)
-        _check_int("top_k", self.top_k, -1)
-        _check_number("min_p", self.min_p, 0, 1)
-        _check_number("repetition_penalty", self.repetition_penalty, 0, math.inf, low_open=True)
-        _check_number("presence_penalty", self.presence_penalty, -2, 2)
-        _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
-        if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1)
-        if self.logprobs is not None:
-            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        if self.seed is not None:
-            _check_int("seed", self.seed, -(2**63))
-        if not isinstance(self.stop, str | list | None) or not all(
-            isinstance(text, str) and text for text in self.stop_strings
-        ):
-            raise RequestError(f"stop is {self.stop!r}; it must be a string or a list of strings, none of them empty")
-        if not isinstance(self.stop_token_ids, list | None):
-            raise RequestError(f"stop_token_ids is {self.stop_token_ids!r}; it must be a list of token ids")
-        for token in self.stop_token_ids or []:
-            _check_int("stop_token_ids", token, 0)
+        self._set("n", integer("n", self.n, 1))
+        self._set("temperature", number("temperature", self.temperature, 0))
+        self._set("top_p", number("top_p", self.top_p, 0, 1, low_open=True))
+        self._set("top_k", integer("top_k", self.top_k, -1))
+        self._set("min_p", number("min_p", self.min_p, 0, 1))
+        self._set("repetition_penalty", number("repetition_penalty", self.repetition_penalty, 0, low_open=True))
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._set(name, number(name, getattr(self, name), -2, 2))
+        for name, low, high in (("max_tokens", 1, MAX_INT), ("logprobs", 0, MAX_LOGPROBS), ("seed", -(2**63), MAX_INT)):
+            if getattr(self, name) is not None:
+                self._set(name, integer(name, getattr(self, name), low, high))
+        if self.stop is not None:
+            self._set("stop", _stop(self.stop))
+        if self.stop_token_ids is not None:
+            self._set("stop_token_ids", _stop_token_ids(self.stop_token_ids))
+        self._set("ignore_eos", plain(self.ignore_eos))
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(f"ignore_eos is {shown(self.ignore_eos)}; it must be True or False")
         if not isinstance(self.output_kind, RequestOutputKind):
-            raise RequestError(f"output_kind is {self.output_kind!r}; it must be a RequestOutputKind")
+            raise RequestError(f"output_kind is {shown(self.output_kind)}; it must be a RequestOutputKind")
 
     @property
     def stop_strings(self) -> list[str]:
@@ -110,15 +110,23 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, repr_omit_defaul
             return []
         return [self.stop] if isinstance(self.stop, str) else list(self.stop)
 
+    def _set(self, name: str, value: Any) -> None:
+        """Has a field hold what was made of its value."""
+        msgspec.structs.force_setattr(self, name, value)
 
-def _check_int(name: str, value: Any, low: int, high: int = 2**63 - 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise RequestError(f"{name} is {value!r}; it must be an integer from {low} to {high}")
+
+def _stop(value: Any) -> str | list[str]:
+    found = [value] if isinstance(plain(value), str) else listed(value)
+    texts = None if found is None else [text(one) for one in found]
+    if texts is None or not all(texts):
+        raise RequestError(f"stop is {shown(value)}; it must be a string or a list of strings, none of them empty")
+    if len(texts) > MAX_STOPS:
+        raise RequestError(f"stop has {len(texts)} strings; it must be {MAX_STOPS} at most")
+    return texts[0] if isinstance(plain(value), str) else texts  # type: ignore[return-value]
 
 
-def _check_number(name: str, value: Any, low: float, high: float, low_open: bool = False) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not low <= value <= high or (low_open and value == low):
-        above = f"above {low}" if low_open else f"of at least {low}"
-        limits = above if high == math.inf else f"{above} and at most {high}"
-        raise RequestError(f"{name} is {value!r}; it must be a number {limits}")
+def _stop_token_ids(value: Any) -> list[int]:
+    found = listed(value)
+    if found is None:
+        raise RequestError(f"stop_token_ids is {shown(value)}; it must be a list of token ids")
+    return [integer("stop_token_ids", token, 0) for token in found]

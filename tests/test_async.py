@@ -53,11 +53,11 @@ def llm(tiny_model: Path) -> Iterator[LLM]:
         idle_engine(llm).integrity_check()
 
 
-def with_async(folder: Path, test: Callable[[AsyncLLM], Awaitable[None]]) -> None:
+def with_async(folder: Path, test: Callable[[AsyncLLM], Awaitable[None]], **options: Any) -> None:
     """Runs a test in an event loop, and sees to it that all pages are free again after it."""
 
     async def main() -> None:
-        async with await AsyncLLM.create(folder, **OPTIONS) as llm:
+        async with await AsyncLLM.create(folder, **(OPTIONS | options)) as llm:
             await asyncio.wait_for(test(llm), 60)
             await await_idle(llm)
 
@@ -216,12 +216,14 @@ def test_a_refused_request_says_why_and_the_others_go_on(tiny_model: Path) -> No
     async def test(llm: AsyncLLM) -> None:
         running = asyncio.create_task(last_tokens(llm, [5, 6], LONG))
         with pytest.raises(CapacityError, match="KV pages"):
-            await last_tokens(llm, [5] * 200, SamplingParams(n=200, max_tokens=50))
+            await last_tokens(llm, [5] * 200, SamplingParams(n=16, max_tokens=50))
+        with pytest.raises(CapacityError, match="n is 1000000000 and max_num_seqs 16; lower n or raise max_num_seqs"):
+            await last_tokens(llm, [5], SamplingParams(n=10**9))
         with pytest.raises(RequestError, match="token id 128"):
             await last_tokens(llm, [128])
         assert len(await running) == 254
 
-    with_async(tiny_model, test)
+    with_async(tiny_model, test, device_kv_bytes="256KiB", host_kv_bytes=0)
 
 
 def test_one_object_serves_several_event_loops(tiny_model: Path) -> None:

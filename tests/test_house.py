@@ -17,7 +17,7 @@ PACKAGES = ("distkv", "workers", "storage", "kernels")
 """An arrow may only point to the right."""
 ROOMS = (
     "commands", "bench", "demo", "stress", "async_llm", "llm", "frontend", "launch", "engine", "models",
-    "cache_folders", "reporting", "outputs", "config", "sampling_params", "option_help", "errors",
+    "cache_folders", "reporting", "outputs", "config", "sampling_params", "option_help", "values", "errors",
 )  # fmt: skip
 """Folders and modules of `distkv`, in the same order."""
 WITHOUT_TENSOR = ("distkv.engine", "distkv.storage.ledger")
@@ -93,6 +93,17 @@ def test_kernels_and_storage_know_neither_ray_nor_text() -> None:
     for name, others in IMPORTS.items():
         if _package(name) >= PACKAGES.index("storage"):
             assert not {"ray", "zmq", "transformers"} & {other.split(".")[0] for other in others}, name
+
+
+def test_no_code_of_a_models_folder_is_run() -> None:
+    """transformers asks on stdin whether it may, unless it is told that it may not."""
+    found = 0
+    for path in MODULES.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith((".from_pretrained", ".from_config")):
+                found += 1
+                assert any(ast.unparse(one) == "trust_remote_code=False" for one in node.keywords), path
+    assert found
 
 
 @pytest.mark.parametrize("room", WITHOUT_TENSOR)

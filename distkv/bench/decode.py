@@ -38,7 +38,9 @@ def run(
             from transformers import AutoModelForCausalLM
 
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=True)
+            network = AutoModelForCausalLM.from_pretrained(
+                model, dtype=dtype, local_files_only=True, trust_remote_code=False
+            )
             runners["transformers"] = transformers_runner(network.eval().to(device))
         for runner in runners.values():
             runner([11] * 32, 4)  # warm-up

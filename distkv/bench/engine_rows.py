@@ -104,8 +104,8 @@ def model_rows(
 
     model, spec = shape.model, shape.spec
     with turns.device:
-        config = AutoConfig.from_pretrained(shape.folder)
-        network = AutoModelForCausalLM.from_config(config, dtype=spec.dtype).eval()
+        config = AutoConfig.from_pretrained(shape.folder, trust_remote_code=False)
+        network = AutoModelForCausalLM.from_config(config, dtype=spec.dtype, trust_remote_code=False).eval()
     in_memory = transformers_runner(network)
     on_cuda = turns.device.type == "cuda"  # it knows no other device to take a cache out of
     offloaded = transformers_runner(network, lambda: DynamicCache(config=network.config, offloading=on_cuda))

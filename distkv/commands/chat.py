@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distkv.commands.options import EngineFlags, Model, model_folder, piecemeal, sampling, spread
-from distkv.errors import CapacityError, ConfigError, RequestError
+from distkv.errors import CapacityError, ConfigError, RequestError, StoreError
 from distkv.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def chat(
             while question := _ask():
                 try:
                     _answer(llm, conversation, [*first, {"role": "user", "content": question}], params, stats)
-                except (RequestError, CapacityError) as error:  # it has outgrown the model or the memory
+                except (RequestError, CapacityError, StoreError) as error:  # it has outgrown the model, memory or disk
                     print(f"distkv: error: {error}", file=sys.stderr)
 
 

@@ -166,10 +166,10 @@ class Sequence:
 
     def ending(self, eos_token_ids: tuple[int, ...]) -> tuple[str | None, int | None]:
         """Why the answer ends with its newest token, if it does, and the token that was asked to stop it."""
-        token, params = self.token_ids[-1], self.request.params
-        if not params.ignore_eos and token in eos_token_ids:
+        token = self.token_ids[-1]
+        if not self.request.params.ignore_eos and token in eos_token_ids:
             return "stop", None
-        if token in (params.stop_token_ids or ()):
+        if token in self.request.stop_token_ids:
             return "stop", token
         return ("length" if self.num_output_tokens >= self.request.max_tokens else None), None
 

@@ -1,8 +1,10 @@
 """Builds an answer that a user sees from the tokens that the engine samples."""
 
 from distkv.engine.protocol import EngineRequest, TokenOutput
+from distkv.frontend.end_tokens import StopReasons
+from distkv.frontend.incremental_decoder import IncrementalDecoder
 from distkv.frontend.stop_strings import StopStrings
-from distkv.frontend.tokenizer import IncrementalDecoder, Tokenizer
+from distkv.frontend.tokenizer import Tokenizer
 from distkv.outputs import CompletionOutput, Logprob
 from distkv.workers.sampling.sampled_token import TokenLogprobs
 
@@ -14,10 +16,11 @@ class Answer:
     answer has become.
     """
 
-    def __init__(self, request: EngineRequest, index: int, tokenizer: Tokenizer | None):
+    def __init__(self, request: EngineRequest, index: int, tokenizer: Tokenizer | None, reasons: StopReasons):
         self._index = index
         self._tokenizer = tokenizer
         self._decoder = IncrementalDecoder(tokenizer, request.prompt_token_ids) if tokenizer else None
+        self._stop_reasons = reasons
         self._stop_strings = StopStrings(request.params.stop_strings)
         self._with_logprobs = request.params.logprobs is not None
         self._cumulative_logprob = 0.0
@@ -38,7 +41,8 @@ class Answer:
         if output.logprobs is not None:
             self._cumulative_logprob += output.logprobs.logprob
             self._logprobs.append(self._table(output.token_id, output.logprobs))
-        self._finish_reason, self._stop_reason = output.finish_reason, output.stop_reason
+        self._finish_reason = output.finish_reason
+        self._stop_reason = None if output.stop_reason is None else self._stop_reasons[output.stop_reason]
         if self._decoder is None:
             return
         # the text of an end token is not part of the answer

@@ -4,21 +4,18 @@ import re
 import secrets
 from collections.abc import Callable
 from itertools import chain, zip_longest
-from typing import Any
 
-Message = dict[str, Any]
-"""One message of a conversation: `{"role": "user", "content": "..."}`. An answer may carry `token_ids` besides its
-text: what the model sampled for it, without the end token."""
+from distkv.frontend.messages import Message
 
 
 def text_around_answers(
-    render: Callable[[list[Message]], str], end_token: str | None, messages: list[Message]
+    render: Callable[[list[Message]], str], end_tokens: tuple[str, ...], messages: list[Message]
 ) -> list[str] | None:
     """The text of a conversation before, between and behind the answers that carry `token_ids`, one or more.
 
     Args:
         render: the chat template: text of messages, up to where the assistant answers.
-        end_token: text of the token that ends an answer, if there is one.
+        end_tokens: texts of the tokens that end an answer.
 
     With the tokens in between, the first pieces are the prompt that the last of these answers was sampled for, if all
     prompts were made so. None when the template writes earlier answers in another way than the model wrote them, by
@@ -48,6 +45,6 @@ def text_around_answers(
     for number in range(len(indexes)):
         around[number] = around[number].removesuffix(blank)
         behind = around[number + 1].lstrip()
-        if end_token and behind.startswith(end_token):
+        if behind.startswith(end_tokens):
             around[number + 1] = behind
     return around

@@ -1,12 +1,14 @@
 """A conversation with the model: its messages, and the tokens of its answers."""
 
 import logging
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 
 from distkv.errors import DistKVError, RequestError
-from distkv.frontend.tokenizer import Message, Tokenizer
+from distkv.frontend.messages import Message, plain_messages
+from distkv.frontend.seen_tokens import seen_tokens
+from distkv.frontend.tokenizer import Tokenizer
 from distkv.outputs import CompletionOutput
 
 log = logging.getLogger(__name__)
@@ -18,6 +20,14 @@ class StoredMessage(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=Tr
     role: str
     content: str
     token_ids: list[Annotated[int, msgspec.Meta(ge=0)]] | None = None
+
+
+class Turn(NamedTuple):
+    """A prompt that waits for its answer."""
+
+    asked: list[StoredMessage]  # what is new in it
+    tokenizer: Tokenizer
+    token_ids: list[int]
 
 
 class Conversation:
@@ -32,7 +42,7 @@ class Conversation:
     def __init__(self) -> None:
         self._messages: list[StoredMessage] = []
         self._tokenizer = ""  # fingerprint of the one that the tokens belong to
-        self._asked: list[StoredMessage] | None = None  # messages that wait for an answer
+        self._turn: Turn | None = None
 
     @property
     def messages(self) -> list[Message]:
@@ -45,8 +55,8 @@ class Conversation:
         Raises RequestError when they are malformed or have another system message.
         """
         try:
-            new = msgspec.convert(new_messages, list[StoredMessage])
-        except msgspec.ValidationError as error:
+            new = msgspec.convert(plain_messages(new_messages) if new_messages != [] else [], list[StoredMessage])
+        except (RequestError, msgspec.ValidationError) as error:
             raise RequestError(
                 f"a session takes messages such as {{'role': 'user', 'content': 'Hello'}}, of text alone: {error}"
             ) from None
@@ -67,10 +77,12 @@ class Conversation:
         text. The new messages become part of the conversation with their answer; until then another prompt takes the
         place of this one.
 
-        Raises RequestError as `check` does, and as `Tokenizer.encode_chat` does.
+        Raises RequestError as `check` does, as `Tokenizer.encode_chat` does, and when nothing is new.
         """
-        self._asked = None
+        self._turn = None
         asked = self.check(new_messages)
+        if not asked:
+            raise RequestError(f"messages has nothing that is new in {self.title}; give what is to be answered")
         if self._tokenizer != tokenizer.fingerprint:
             if self._messages:
                 log.warning(
@@ -80,27 +92,34 @@ class Conversation:
                 message.token_ids = None
             self._tokenizer = tokenizer.fingerprint
         token_ids = tokenizer.encode_chat([*self.messages, *map(msgspec.to_builtins, asked)])
-        self._asked = asked
+        self._turn = Turn(asked, tokenizer, token_ids)
         return token_ids
 
-    def add_answer(self, text: str, token_ids: list[int]) -> None:
+    def add_answer(self, text: str, token_ids: list[int] | None) -> None:
         """Adds the last prompt's messages and the answer to them.
 
         Args:
             text: of the answer, finished or not.
-            token_ids: what the model sampled for it, without the end token.
+            token_ids: what the model sampled for it, without the end token; None has the text encoded.
         """
-        if self._asked is None:
-            raise DistKVError(f"{self.title} has no prompt without an answer; call prompt() first")
-        answer = StoredMessage("assistant", text, list(token_ids))
-        grown = [*self._messages, *self._asked, answer]
+        answer = StoredMessage("assistant", text, None if token_ids is None else list(token_ids))
+        grown = [*self._messages, *self._open_turn().asked, answer]
         self._save(grown)
-        self._messages, self._asked = grown, None
+        self._messages, self._turn = grown, None
 
     def add_output(self, answer: CompletionOutput) -> None:
-        """Adds an answer as `add_answer` does, finished or not."""
-        by_token = answer.finish_reason == "stop" and not isinstance(answer.stop_reason, str)
-        self.add_answer(answer.text, answer.token_ids[:-1] if by_token else answer.token_ids)
+        """Adds an answer as `add_answer` does, finished or not; of its tokens those that its text shows."""
+        _, tokenizer, prompt = self._open_turn()
+        token_ids, reason = answer.token_ids, answer.stop_reason
+        if answer.finish_reason == "stop":
+            by_token = not isinstance(reason, str) or token_ids[-1] == tokenizer.special_tokens.get(reason)
+            token_ids = token_ids[:-1] if by_token else token_ids
+        self.add_answer(answer.text, seen_tokens(tokenizer, prompt, token_ids, answer.text))
+
+    def _open_turn(self) -> Turn:
+        if self._turn is None:
+            raise DistKVError(f"{self.title} has no prompt without an answer; call prompt() first")
+        return self._turn
 
     def _save(self, messages: list[StoredMessage]) -> None:
         """Called before the messages become these; when it raises, they do not."""

@@ -5,11 +5,21 @@ import logging
 import weakref
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from distkv.config import EngineConfig
 from distkv.engine.protocol import EngineInfo, EngineRequest
 from distkv.engine.thread import EngineThread
 from distkv.errors import ConfigError, RequestError
-from distkv.frontend.request_checks import Prompt, check_arguments, check_tokens
+from distkv.frontend.end_tokens import stop_reasons
+from distkv.frontend.request_checks import (
+    Prompt,
+    check_params,
+    check_tokens,
+    plain_priority,
+    plain_prompt,
+    plain_salt,
+)
 from distkv.frontend.request_state import RequestState
 from distkv.frontend.session import Session
 from distkv.frontend.tokenizer import Tokenizer
@@ -32,7 +42,8 @@ class FrontEnd:
         self._numbers = itertools.count()
         self._tokenizer: Tokenizer | None = None
         try:
-            self._tokenizer = Tokenizer(Path(config.model))
+            self._tokenizer = Tokenizer(Path(config.model), engine.info.eos_token_ids)
+            self.info = replace(engine.info, eos_token_ids=tuple(sorted(self._tokenizer.end_token_ids)))
         except ConfigError as error:
             self._no_tokenizer = str(error)
             log.warning(self._no_tokenizer)
@@ -54,13 +65,15 @@ class FrontEnd:
     def request(
         self, number: int, prompt: Prompt, params: SamplingParams, priority: int, cache_salt: str | None
     ) -> RequestState:
-        """Checks a prompt and makes it a request; raises RequestError."""
-        check_arguments(prompt, params, priority, cache_salt)
-        text = prompt if isinstance(prompt, str) else None
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        """Checks a prompt and makes it a request; raises RequestError, and CapacityError for too many answers."""
+        check_params(params, self.info)
+        priority, cache_salt = plain_priority(priority), plain_salt(cache_salt)
+        text, given = plain_prompt(prompt)
+        token_ids = given if given is not None else self.tokenizer.encode(text or "")
         check_tokens(token_ids, self.info)
         if self._tokenizer is None and params.stop_strings:
             raise RequestError("stop strings need text, and the model has no tokenizer; use stop_token_ids")
+        reasons = stop_reasons(params, self.info, self._tokenizer)
         room = self.info.max_model_len - len(token_ids)
         request = EngineRequest(
             request_id=str(number),
@@ -70,14 +83,16 @@ class FrontEnd:
             seed=params.seed if params.seed is not None else (self.info.seed << 32) + number,
             priority=priority,
             cache_salt=cache_salt,
+            stop_token_ids=frozenset(reasons),
         )
-        return RequestState(request, text, self._tokenizer)
+        return RequestState(request, text, self._tokenizer, reasons)
 
     def session(self, name: str, params: SamplingParams) -> Session:
         """Opens a conversation for one more turn; raises ConfigError as `Session` does, RequestError for other than one
         answer."""
         if self.config.cache_dir is None:
             raise ConfigError(f"session {name!r} needs a folder to be kept in; set cache_dir")
+        check_params(params, self.info)
         if params.n != 1:
             raise RequestError(f"n is {params.n}, and a session goes on with one answer; leave n out")
         return Session(self.config.cache_dir, name)

@@ -3,6 +3,7 @@
 from distkv.engine.protocol import EngineRequest, TokenOutput
 from distkv.errors import DistKVError
 from distkv.frontend.answer import Answer
+from distkv.frontend.end_tokens import StopReasons
 from distkv.frontend.tokenizer import Tokenizer
 from distkv.outputs import RequestOutput
 from distkv.sampling_params import RequestOutputKind
@@ -17,12 +18,12 @@ class RequestState:
     between two outputs, which then merge.
     """
 
-    def __init__(self, request: EngineRequest, prompt: str | None, tokenizer: Tokenizer | None):
+    def __init__(self, request: EngineRequest, prompt: str | None, tokenizer: Tokenizer | None, reasons: StopReasons):
         self.request = request
         self.error: DistKVError | None = None
         self._prompt = prompt
         self._kind = request.params.output_kind
-        self._answers = [Answer(request, index, tokenizer) for index in range(request.params.n)]
+        self._answers = [Answer(request, index, tokenizer, reasons) for index in range(request.params.n)]
         self._unfinished = set(range(request.params.n))
         self._grown: set[int] = set()  # indexes of answers
         self._num_cached_tokens = (0, 0, 0)  # by tier

@@ -2,10 +2,14 @@
 
 cache_dir/sessions/NAME.json   the messages, with the tokens that the model sampled for its answers
 cache_dir/sessions/NAME.lock   names the process that has the session open, and is locked by it
+
+Nobody but their owner may read them.
 """
 
+import logging
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -13,8 +17,11 @@ import msgspec
 
 from distkv.errors import ConfigError, DistKVError, StoreError
 from distkv.frontend.conversation import Conversation, StoredMessage
+from distkv.outputs import RequestOutput
 from distkv.storage.disk.cache_folder import SESSIONS
 from distkv.storage.disk.file_lock import FileLock, HeldError
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")
@@ -80,6 +87,16 @@ class Session(Conversation):
     ) -> None:
         self.close()
 
+    def keep(self, output: RequestOutput) -> RequestOutput:
+        """Adds the answer of an output, and returns the output: with the StoreError as its `error`, and a warning, when
+        the answer could not be written and the session is as it was before the question."""
+        try:
+            self.add_output(output.outputs[0])
+        except StoreError as error:
+            log.warning("the last turn is not kept: %s", error)
+            return replace(output, error=error)
+        return output
+
     def _save(self, messages: list[StoredMessage]) -> None:
         """Writes the file, so that `add_answer` raises StoreError, and adds nothing, when that fails."""
         if not self._lock.is_held:
@@ -90,6 +107,8 @@ class Session(Conversation):
 def _lock(path: Path, name: str) -> FileLock:
     """Raises ConfigError when the file cannot be written or is locked."""
     try:
+        path.parent.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
         return FileLock(path)
     except OSError as error:
         raise ConfigError(
@@ -113,7 +132,7 @@ def _load(path: Path) -> SessionFile:
         version = msgspec.json.decode(content, type=FileVersion).version
         if version == FORMAT:
             return msgspec.json.decode(content, type=SessionFile)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"session file {str(path)!r} is damaged ({error}); {cure}") from error
     raise ConfigError(
         f"session file {str(path)!r} has version {version} and this distkv reads version {FORMAT}; update distkv, or "
@@ -125,7 +144,8 @@ def _save(path: Path, content: SessionFile) -> None:
     """Replaces the file, which is the old one or the new one whatever happens; raises StoreError when it cannot."""
     partial = path.with_name(f"{path.name}.partial")
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            os.fchmod(file.fileno(), 0o600)  # it may be left from a process that was killed
             file.write(msgspec.json.encode(content))
             file.flush()
             os.fsync(file.fileno())

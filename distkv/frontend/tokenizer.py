@@ -3,26 +3,36 @@
 import hashlib
 import json
 import logging
+import re
 import threading
-from functools import cached_property
+from collections.abc import Iterable
+from functools import cached_property, lru_cache
 from itertools import chain, zip_longest
 from pathlib import Path
 
 from distkv.errors import ConfigError, RequestError
-from distkv.frontend.chat_pieces import Message, text_around_answers
+from distkv.frontend.chat_pieces import text_around_answers
+from distkv.frontend.chat_template import ChatTemplate
+from distkv.frontend.messages import Message, plain_messages
 
 log = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-# Tokens of the prompt that are decoded with the answer's first token, so that its leading space comes out right.
-CONTEXT_TOKENS = 5
+CACHED_TEXTS = 8192  # of single tokens
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class Tokenizer:
     """The tokenizer and chat template of a model folder, through transformers. For use by several threads."""
 
-    def __init__(self, folder: Path):
-        """Raises ConfigError when the folder has no tokenizer that can be loaded."""
+    def __init__(self, folder: Path, eos_token_ids: Iterable[int] = ()):
+        """Loads it, and runs no code that the folder may hold.
+
+        Args:
+            eos_token_ids: tokens that end an answer by what else the folder says.
+
+        Raises ConfigError when the folder has no tokenizer that can be loaded.
+        """
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):
             raise ConfigError(
                 f"{str(folder)!r} has no tokenizer files, so prompts must be token ids and answers have no text; "
@@ -31,20 +41,36 @@ class Tokenizer:
         from transformers import AutoTokenizer  # takes seconds
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"the tokenizer in {str(folder)!r} cannot be loaded: {error}") from error
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # the tokenizers library has no class for its own
+            cause = "it needs code of the folder's own, which is not run" if "custom code" in str(error) else error
+            raise ConfigError(
+                f"the tokenizer in {str(folder)!r} cannot be loaded ({cause}), so prompts must be token ids and "
+                "answers have no text; mend its files for text"
+            ) from error
+        vocabulary = self._tokenizer.get_vocab()
+        added = self._tokenizer.added_tokens_decoder.items()
+        self.special_tokens = {token.content: index for index, token in added if token.special}
+        """The tokens that `decode` leaves out, by their text."""
+        self._text_ids = frozenset(vocabulary.values()).difference(self.special_tokens.values())
+        self._byte_ids = frozenset(index for token, index in vocabulary.items() if BYTE_TOKEN.fullmatch(token))
+        own = self._tokenizer.eos_token_id
+        self.end_token_ids = frozenset(eos_token_ids) | (frozenset() if own is None else {own})
+        """The tokens that end an answer: its own, and those that it was told."""
+        self._template = ChatTemplate(self._tokenizer)
+        self._text_of_one = lru_cache(CACHED_TEXTS)(lambda token_id: self._decode([token_id]))
+        self._any_text_of_one = lru_cache(CACHED_TEXTS)(lambda token_id: str(self._tokenizer.decode([token_id])))
         self._lock = threading.Lock()  # of encoding, before which transformers sets truncation in place
         self._warned = False  # that answers cannot be repeated by their tokens
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a plain prompt, with the tokens that the model puts before any text; raises RequestError when it is
-        empty or not Unicode."""
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Tokens of a plain prompt, with the tokens that the model puts before any text unless `special` is False;
+        raises RequestError when it is empty or not Unicode."""
         if not text:
             raise RequestError("the prompt is empty; give some text")
         _check_unicode(text)
         with self._lock:
-            return self._tokenizer.encode(text)
+            return self._tokenizer.encode(text, add_special_tokens=special)
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
         """Tokens of a conversation up to where the assistant answers, by the model's chat template.
@@ -53,20 +79,13 @@ class Tokenizer:
         KV pages may be cached. Where the template rewrites earlier answers, their text is encoded instead, and the
         first time a warning is logged.
 
-        Raises ConfigError when the model has no template, RequestError when the template refuses the messages.
+        Raises ConfigError when the model has no template, RequestError when the messages are none that a template could
+        take, or it refuses them.
         """
-        if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
-            raise RequestError(
-                f"a conversation is {messages!r}; it must be a list of messages such as "
-                "{'role': 'user', 'content': 'Hello'}"
-            )
-        if not self._tokenizer.chat_template:
-            raise ConfigError("the model's tokenizer has no chat template; use generate() with a plain prompt")
-        answers = [message for message in messages if message.get("token_ids") is not None]
-        if not all(isinstance(one["token_ids"], list) and isinstance(one.get("content"), str) for one in answers):
-            raise RequestError("a message with token_ids needs them as a list of integers, and its text as content")
-        sampled = [message["token_ids"] for message in answers]
-        texts = text_around_answers(self._render, self._tokenizer.eos_token, messages) if sampled else None
+        messages = plain_messages(messages)
+        self._template.check(messages)
+        sampled = [message["token_ids"] for message in messages if message.get("token_ids") is not None]
+        texts = text_around_answers(self._render, self._end_texts, messages) if sampled else None
         if texts is None:
             if sampled and not self._warned:
                 log.warning(
@@ -87,21 +106,29 @@ class Tokenizer:
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of tokens, special ones left out."""
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return self._text_of_one(token_ids[0]) if len(token_ids) == 1 else self._decode(token_ids)
+
+    def has_text(self, token_id: int) -> bool:
+        """Whether `decode` looks at the token: it is known, and not special."""
+        return token_id in self._text_ids
+
+    def is_byte(self, token_id: int) -> bool:
+        """Whether the token is a single byte for which the vocabulary has nothing better."""
+        return token_id in self._byte_ids
 
     def token_text(self, token_id: int) -> str:
         """Text of a single token, special or not."""
-        return str(self._tokenizer.decode([token_id]))
+        return self._any_text_of_one(token_id)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    @cached_property
+    def _end_texts(self) -> tuple[str, ...]:
+        return tuple(text for token_id in self.end_token_ids if (text := self.token_text(token_id)))
 
     def _render(self, messages: list[Message]) -> str:
-        """Text of a conversation up to where the assistant answers."""
-        from jinja2 import TemplateError
-
-        plain = [{key: value for key, value in message.items() if key != "token_ids"} for message in messages]
-        try:
-            text = str(self._tokenizer.apply_chat_template(plain, add_generation_prompt=True, tokenize=False))
-        except (TemplateError, TypeError, KeyError) as error:
-            raise RequestError(f"the chat template refuses these messages: {error}") from error
+        text = self._template.render(messages)
         _check_unicode(text)
         return text
 
@@ -112,32 +139,3 @@ def _check_unicode(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RequestError(f"the prompt is not valid Unicode at character {error.start}; convert it to UTF-8") from None
-
-
-class IncrementalDecoder:
-    """Decodes an answer token by token: text is given out once no later token can change it."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int]):
-        self._tokenizer = tokenizer
-        self._ids = prompt_token_ids[-CONTEXT_TOKENS:]  # the window that is decoded together
-        self._num_given = len(self._ids)  # of its tokens, those whose text was given out
-
-    def add(self, token_id: int) -> str:
-        """The text that this token completes; empty while a character lacks some of its bytes."""
-        self._ids.append(token_id)
-        text = self._pending()
-        if text.endswith("\ufffd"):
-            return ""
-        self._ids = self._ids[self._num_given :]
-        self._num_given = len(self._ids)
-        return text
-
-    def finish(self) -> str:
-        """What is left at the end: the replacement character for a character that was never completed."""
-        text = self._pending()
-        self._num_given = len(self._ids)
-        return text
-
-    def _pending(self) -> str:
-        before = self._tokenizer.decode(self._ids[: self._num_given])
-        return self._tokenizer.decode(self._ids)[len(before) :]

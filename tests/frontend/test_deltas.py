@@ -29,13 +29,19 @@ class ByteTokenizer:
         self.num_decoded += len(token_ids)
         return bytes(token_ids).decode("utf-8", "replace")
 
+    def has_text(self, token_id: int) -> bool:
+        return True
+
+    def is_byte(self, token_id: int) -> bool:
+        return False
+
     def token_text(self, token_id: int) -> str:
         return self.decode([token_id])
 
 
 def state_of(kind: RequestOutputKind, params: SamplingParams, tokenizer: Any = None) -> RequestState:
     params = msgspec.structs.replace(params, output_kind=kind)
-    return RequestState(EngineRequest("0", list(b"prompt"), params, 100, 0), None, tokenizer or ByteTokenizer())
+    return RequestState(EngineRequest("0", list(b"prompt"), params, 100, 0), None, tokenizer or ByteTokenizer(), {})
 
 
 def token_output(index: int, token_id: int, finish_reason: str | None = None) -> TokenOutput:

@@ -12,8 +12,9 @@ import pytest
 from support.processes import run_code
 
 from distkv.errors import ConfigError, DistKVError, RequestError, StoreError
+from distkv.frontend.messages import Message
 from distkv.frontend.session import Session
-from distkv.frontend.tokenizer import Message, Tokenizer
+from distkv.frontend.tokenizer import Tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 QUESTIONS = [
@@ -94,6 +95,18 @@ def test_a_prompt_begins_with_the_tokens_of_the_turn_before(
         after_nothing = session.prompt(tokenizer, QUESTIONS[:1])
     assert after_nothing[: len(third[0]) + 1] == [*third[0], end], "an answer that was interrupted at once"
     assert not caplog.records
+
+
+def test_an_end_token_that_the_tokenizer_does_not_name_follows_an_answer_too(demo_model: Path, tmp_path: Path) -> None:
+    with_template(demo_model, tmp_path, LLAMA_2.replace("eos_token", f"'{END}'"))
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<|endoftext|>"}))
+    [end] = Tokenizer(demo_model).encode(END)
+    tokenizer = Tokenizer(tmp_path, [end])
+    assert tokenizer.end_token_ids == {end, *tokenizer.encode("<|endoftext|>")}
+    (prompt, answer), (following, _), _ = turns(tokenizer, tmp_path)
+    held = [*prompt, *answer, end]
+    assert following[: len(held)] == held
 
 
 def test_spliced_tokens_say_what_the_template_says(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -293,6 +306,57 @@ def test_an_answer_that_cannot_be_saved_is_not_added(tokenizer: Tokenizer, tmp_p
         (tmp_path / "sessions" / "trip.json.partial").rmdir()
         session.add_answer("Lima.", [2])
         assert len(session.messages) == 4
+
+
+@pytest.mark.parametrize(
+    ("tail", "cure"),
+    [
+        (b'"x": ' + b"[" * 100_000, "damaged"),
+        (b'"tokenizer": "", "messages": 5}', "damaged"),
+        (b'"tokenizer": "", "messages": [{"role": 5, "content": ""}]}', "damaged"),
+        (b'"tokenizer": "", "messages": [{"role": "user", "content": "\\ud800"}]}', "damaged"),
+    ],
+)
+def test_a_file_of_other_content_is_named_and_left_alone(tmp_path: Path, tail: bytes, cure: str) -> None:
+    path = tmp_path / "sessions" / "trip.json"
+    path.parent.mkdir()
+    path.write_bytes(content := b'{"version": 1, ' + tail)
+    with pytest.raises(ConfigError, match=f"{path}' is {cure} .*; move it away to begin the session anew"):
+        Session(tmp_path, "trip")
+    assert path.read_bytes() == content
+
+
+def test_nobody_else_may_read_a_session(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        for _ in range(2):
+            with Session(tmp_path / "cache", "trip") as session:
+                answered(session, tokenizer, QUESTIONS[0], "Paris.", [1])
+            path = tmp_path / "cache" / "sessions" / "trip.json"
+            assert path.stat().st_mode & 0o777 == 0o600
+            path.with_name("trip.json.partial").write_text("")  # of a process that was killed, and readable
+            path.chmod(0o644)  # as earlier releases wrote it
+    finally:
+        os.umask(before)
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_prompt_without_anything_new_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with Session(tmp_path, "trip") as session:
+        with pytest.raises(RequestError, match="nothing that is new in session trip"):
+            session.prompt(tokenizer, [])
+        session.prompt(tokenizer, [SYSTEM, QUESTIONS[0]])
+        session.add_answer("Paris.", [1])
+        with pytest.raises(RequestError, match="messages has nothing that is new in session trip; give what is to be"):
+            session.prompt(tokenizer, [SYSTEM])
+
+
+def test_parts_of_text_are_kept_as_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "And of "}, {"type": "text", "text": "Peru?"}]
+    with Session(tmp_path, "trip") as session:
+        session.prompt(tokenizer, [{"role": "user", "content": parts}])
+        session.add_answer("Lima.", None)
+        assert [message["content"] for message in session.messages] == ["And of Peru?", "Lima."]
 
 
 def test_a_prompt_waits_for_one_answer(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -243,8 +243,8 @@ def test_malformed_json(tmp_path: Path, name: str, content: bytes) -> None:
         ModelConfig.load(tmp_path)
 
 
-@pytest.mark.parametrize(("generation", "stops"), [({"eos_token_id": [4, 5]}, (4, 5)), ({}, (2,)), (None, (2,))])
-def test_stop_tokens_of_generation_config(
+@pytest.mark.parametrize(("generation", "stops"), [({"eos_token_id": [4, 2, 5]}, (2, 4, 5)), ({}, (2,)), (None, (2,))])
+def test_end_tokens_of_generation_config_join_those_of_config(
     tmp_path: Path, generation: dict[str, Any] | None, stops: tuple[int, ...]
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(VALID))

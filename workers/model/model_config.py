@@ -61,7 +61,7 @@ class ModelConfig:
 
     @classmethod
     def load(cls, folder: Path) -> "ModelConfig":
-        """Reads `folder/config.json`, and the stop tokens of `generation_config.json` where there is one.
+        """Reads `folder/config.json`, and more end tokens of `generation_config.json` where there is one.
 
         Raises ConfigError when the folder or the file is missing or malformed, or the model is not supported.
         """
@@ -76,7 +76,7 @@ class ModelConfig:
             generation = folder / "generation_config.json"
             if generation.is_file():
                 stops = _token_ids(_read_json(generation).get("eos_token_id"), "eos_token_id")
-                config = replace(config, eos_token_ids=stops or config.eos_token_ids)
+                config = replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + stops)))
             return config
         except OSError as error:
             raise cannot_read(folder, error) from error

@@ -1,0 +1,32 @@
+"""What ends an answer by a token, known in this one place."""
+
+from distkv.engine.protocol import EngineInfo
+from distkv.errors import RequestError
+from distkv.frontend.tokenizer import Tokenizer
+from distkv.sampling_params import SamplingParams
+
+StopReasons = dict[int, int | str | None]
+"""The tokens that end an answer, each with the `stop_reason` that the answer then has: the token where it was asked
+for, the text of a special token that was asked for as such, None for an end token of the model's own."""
+
+
+def stop_reasons(params: SamplingParams, info: EngineInfo, tokenizer: Tokenizer | None) -> StopReasons:
+    """What ends the answers of a request; `info` has the end tokens of config, generation config and tokenizer.
+
+    Raises RequestError for stop tokens and stop strings that can never come.
+    """
+    reasons: StopReasons = {} if params.ignore_eos else dict.fromkeys(info.eos_token_ids)
+    for token in params.stop_token_ids or ():
+        if token >= info.vocab_size:
+            raise RequestError(f"stop_token_ids has {token}; ids are integers below {info.vocab_size}")
+        reasons.setdefault(token, token)
+    special = tokenizer.special_tokens if tokenizer and params.stop else {}
+    for stop in params.stop_strings:
+        if stop in special:
+            reasons.setdefault(special[stop], stop)
+        elif held := next((token for token in special if token in stop), None):
+            raise RequestError(
+                f"stop has {stop!r}, and the special token {held!r} in it is no part of an answer's text; use {held!r} "
+                f"alone, or stop_token_ids=[{special[held]}]"
+            )
+    return reasons

@@ -1,0 +1,54 @@
+"""Messages of a conversation as clients send them, made what chat templates understand."""
+
+from typing import Any
+
+from distkv.errors import RequestError
+from distkv.values import shown
+
+Message = dict[str, Any]
+"""One message of a conversation: `{"role": "user", "content": "..."}`. An answer may carry `token_ids` besides its
+text: what the model sampled for it, without the end token."""
+
+
+def plain_messages(messages: Any) -> list[Message]:
+    """The messages with text as their content, of which parts are joined, or None beside `tool_calls`.
+
+    Raises RequestError for what is no conversation, and for content that is no text.
+    """
+    if not isinstance(messages, list | tuple) or not messages or not all(isinstance(one, dict) for one in messages):
+        raise RequestError(
+            f"a conversation is {shown(messages)}; it must be a list of messages such as "
+            "{'role': 'user', 'content': 'Hello'}"
+        )
+    return [_plain(message) for message in messages]
+
+
+def _plain(message: Message) -> Message:
+    if not isinstance(message.get("role"), str):
+        raise RequestError(f"a message has the role {shown(message.get('role'))}; it must be 'user', say, or 'system'")
+    answer = message.get("token_ids")
+    if answer is not None and not (isinstance(answer, list) and isinstance(message.get("content"), str)):
+        raise RequestError("a message with token_ids needs them as a list of integers, and its text as content")
+    if "content" not in message and not message.get("tool_calls"):
+        raise RequestError(f"a message of the {message['role']} has no content; give its text as 'content'")
+    return message | {"content": _text(message.get("content"))}
+
+
+def _text(content: Any) -> str | None:
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple):
+        raise RequestError(f"content is {shown(content)}; it must be a text or a list of parts of type 'text'")
+    return "".join(_part(part) for part in content)
+
+
+def _part(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = part.get("type") if isinstance(part, dict) else part
+    raise RequestError(
+        f"content has a part of type {shown(kind)}; a part is a text or {{'type': 'text', 'text': 'Hello'}}, and the "
+        "model reads nothing else"
+    )

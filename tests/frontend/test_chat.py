@@ -1,0 +1,122 @@
+"""What a message may hold, what a template may do with it, and that a model's folder runs no code."""
+
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.tokenizers import save_tokenizer
+
+from distkv import ConfigError, RequestError
+from distkv.frontend.messages import Message
+from distkv.frontend.tokenizer import Tokenizer
+
+TURN = "{% for one in messages %}<s>{{ one.role }}: {{ CONTENT }}</s>{% endfor %}"
+PLAIN = TURN.replace("CONTENT", "one.content")
+CALLS = TURN.replace("CONTENT", "one.content or one.tool_calls | map(attribute='id') | join")
+
+Render = Callable[..., str]
+
+
+@pytest.fixture
+def render(tmp_path: Path) -> Render:
+    """Text of a conversation by a template."""
+
+    def render(template: str, *messages: Any) -> str:
+        tokenizer = Tokenizer(save_tokenizer(tmp_path, chat_template=template))
+        return str(tokenizer._tokenizer.decode(tokenizer.encode_chat(list(messages))))
+
+    return render
+
+
+def user(content: Any, **more: Any) -> Message:
+    return {"role": "user", "content": content} | more
+
+
+def text(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("Hello", "Hello"),
+        ([text("Hello")], "Hello"),
+        ([text("Hello "), text("world"), "."], "Hello world."),
+        ((text("Hello"),), "Hello"),
+        ([], ""),
+        (None, ""),
+    ],
+)
+def test_content_may_be_a_text_or_parts_of_text_or_none(render: Render, content: Any, expected: str) -> None:
+    assert render(PLAIN, user(content)) == render(PLAIN, user(expected))
+    assert "None" not in render(PLAIN, user(content))
+
+
+def test_content_of_none_is_the_templates_business_where_it_knows_of_it(render: Render) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "abc"}]}
+    assert "abc" in render(CALLS, user("Hello"), call)
+    assert "abc" in render(CALLS, user("None"), {key: call[key] for key in ("role", "tool_calls")})
+    adding = PLAIN.replace("one.content", "'a' + one.content")  # fails on None
+    assert render(adding, user(None)) == render(adding, user(""))
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        (user([{"type": "image_url", "image_url": {"url": "x"}}]), "content has a part of type 'image_url'"),
+        (user([5]), "content has a part of type 5; a part is a text or {'type': 'text'"),
+        (user([{"type": "text"}]), "content has a part of type 'text'"),
+        (user(5), "content is 5; it must be a text or a list of parts"),
+        (user({"type": "text", "text": "Hello"}), "content is {'text'.*; it must be a text or a list of parts"),
+        ({"role": "user"}, "a message of the user has no content; give its text as 'content'"),
+        ({"content": "Hello"}, "a message has the role None; it must be 'user'"),
+        (user("Hello", role=5), "a message has the role 5"),
+        (user("Hello", tool_calls=[{"id": "abc"}]), "has tool_calls, which the model's chat template leaves out; put"),
+    ],
+)
+def test_what_a_template_would_pass_over_is_refused(render: Render, message: Message, error: str) -> None:
+    with pytest.raises(RequestError, match=error):
+        render(PLAIN, message)
+
+
+@pytest.mark.parametrize(
+    ("template", "error"),
+    [
+        ("{{ 1 / 0 }}", r"template fails on these messages \(ZeroDivisionError: division by zero\); see whether"),
+        ("{{ raise_exception('no system') }}", "the chat template refuses these messages: no system"),
+        ("{% for %}", "the chat template refuses these messages"),
+        ("{{ messages[3].content }}", "the chat template refuses these messages"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", r"fails on these messages \(RecursionError"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", r"fails on these messages \(OverflowError"),
+        ("{{ messages[0].content | int / 'x' }}", r"fails on these messages \(TypeError"),
+    ],
+)
+def test_a_template_that_fails_is_one_clear_error(render: Render, template: str, error: str) -> None:
+    with pytest.raises(RequestError, match=error):
+        render(template, user("Hello"))
+
+
+@pytest.mark.parametrize("content", ["", "{", "5", "[]", '{"model": 5}'])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_files_that_are_no_tokenizer_are_one_clear_error(tmp_path: Path, name: str, content: str) -> None:
+    (save_tokenizer(tmp_path) / name).write_text(content)
+    if (name, content) == ("tokenizer_config.json", '{"model": 5}'):
+        assert Tokenizer(tmp_path).encode("Hello")
+        return
+    with pytest.raises(ConfigError, match=r"cannot be loaded \(.*mend its files for text"):
+        Tokenizer(tmp_path)
+
+
+def test_no_code_of_a_models_folder_is_run_and_nothing_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields: dict[str, Any] = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    save_tokenizer(tmp_path, **fields)
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: pass\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("yes\n" * 9))
+    with pytest.raises(ConfigError, match="it needs code of the folder's own, which is not run"):
+        Tokenizer(tmp_path)
+    assert not (tmp_path / "ran").exists() and sys.stdin.tell() == 0
