@@ -304,7 +304,7 @@ def _page_cache_line(row: dict[str, Any], prefix_bytes: int) -> str:
     if None in row["bytes_from_disk"]:
         return "Whether the prefix came from the disk or from its page cache, the system does not say."
     fetched = statistics.median(row["bytes_from_disk"])
-    if fetched < 0.9 * prefix_bytes:
+    if fetched < 0.99 * prefix_bytes:
         return (
             f"WARNING: {fetched / 1e6:.1f} MB came from the disk itself, the others from memory, so this is no measure "
             "of a disk; name a folder on one with --cache-dir."
