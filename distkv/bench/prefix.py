@@ -7,6 +7,7 @@ answer.
 """
 
 import multiprocessing
+import signal
 import statistics
 import tempfile
 import time
@@ -228,9 +229,22 @@ def _turn(
         "host hit": (engines["host"], None),
     }
     answered = {name: answer(engine, prompt, sizes.answer, way) for name, (engine, way) in ways.items()}
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        restarted = process.submit(answer_after_restart, disk_config, files, prompt, sizes).result()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=_die_of_interrupts) as process:
+        # blocked there too, until the initializer runs
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            answering = process.submit(answer_after_restart, disk_config, files, prompt, sizes)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        restarted = answering.result()
     return answered | {"disk hit after restart": restarted}
+
+
+def _die_of_interrupts() -> None:
+    """Has Ctrl-C, which all processes of a terminal get, end this one without a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
 def _check(answered: dict[str, list[Answered]], sizes: Sizes) -> str:

@@ -125,7 +125,7 @@ def test_bench_prefix_notices(
     class HereAndNow:
         """Takes the place of a new process, which would take seconds."""
 
-        def __init__(self, *arguments: object) -> None: ...
+        def __init__(self, *arguments: object, initializer: object) -> None: ...
         def __enter__(self) -> "HereAndNow":
             return self
 
