@@ -15,7 +15,8 @@ from rich.table import Table
 from distkv.errors import ConfigError, DistKVError
 from distkv.llm import LLM
 from distkv.outputs import RequestOutput
-from distkv.reporting.machine import check_json_file, machine_facts, write_json
+from distkv.reporting.machine import machine_facts, write_json
+from distkv.reporting.out_file import check_out_file
 from distkv.sampling_params import SamplingParams
 
 Runner = Callable[[list[int], int], tuple[float, float]]
@@ -29,7 +30,7 @@ def run(
     """Measures and prints a table; see `distkv bench decode --help`."""
     if peer not in (None, "hf"):
         raise ConfigError(f"peer {peer!r} is not known; use hf")
-    check_json_file(json_file)
+    check_out_file(json_file)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     # every turn has the same prompt, so pages that are kept would spare all but the first one their prefill

@@ -20,7 +20,8 @@ from distkv.bench.ceilings import READ_THREADS, CopyCeiling, ReadCeiling
 from distkv.bench.decoder import Answer, Decoder, Turn, Variant, least_tokens
 from distkv.config import EngineConfig
 from distkv.errors import ConfigError, DistKVError
-from distkv.reporting.machine import check_json_file, machine_facts, write_json
+from distkv.reporting.machine import machine_facts, write_json
+from distkv.reporting.out_file import check_out_file
 from distkv.storage.ledger.write_back import MAX_DISK_WRITES
 from distkv.storage.paging import NUM_BUFFERS, check_page_size
 from distkv.workers.model.model_config import ModelConfig, parse_dtype
@@ -36,7 +37,7 @@ def run(
 
     Raises ConfigError for options that do not go together, DistKVError when bytes or answers are not what they must be.
     """
-    check_json_file(json_file)
+    check_out_file(json_file)
     config = ModelConfig.load(model)
     _check_sizes(context, page_size, least_tokens(new_tokens), config.max_position_embeddings)
     torch_dtype = config.dtype if dtype == "auto" else parse_dtype(dtype)

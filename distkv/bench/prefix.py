@@ -29,7 +29,8 @@ from distkv.engine.drive import drain, drive
 from distkv.engine.protocol import EngineRequest
 from distkv.errors import ConfigError
 from distkv.launch.launch import launch
-from distkv.reporting.machine import check_json_file, machine_facts, write_json
+from distkv.reporting.machine import machine_facts, write_json
+from distkv.reporting.out_file import check_out_file
 from distkv.sampling_params import SamplingParams
 from distkv.storage.disk.cache_folder import ARRAY
 from distkv.storage.ledger.write_back import MAX_DISK_WRITES
@@ -89,7 +90,7 @@ def run(
 
     Raises ConfigError for options that do not go together.
     """
-    check_json_file(json_file)
+    check_out_file(json_file)
     prompts = Prompts(model)
     prefix = prompts.text(prefix_tokens)
     questions = [prompts.question(number) for number in range(repeats + 1)]

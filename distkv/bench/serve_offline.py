@@ -28,7 +28,8 @@ from distkv.engine.protocol import EngineInfo, EngineRequest
 from distkv.engine.sequence import most_pages
 from distkv.errors import ConfigError
 from distkv.launch.launch import launch
-from distkv.reporting.machine import check_json_file, machine_facts, percentile, write_json
+from distkv.reporting.machine import machine_facts, percentile, write_json
+from distkv.reporting.out_file import check_out_file
 from distkv.sampling_params import SamplingParams
 from distkv.storage.paging import check_page_size
 from distkv.workers.model.model_config import ModelConfig
@@ -76,7 +77,7 @@ def run(
 
     Raises ConfigError for options that do not go together.
     """
-    check_json_file(json_file)
+    check_out_file(json_file)
     config = ModelConfig.load(model)
     _check_sizes(longest_prompt, longest_answer, page_size, config.max_position_embeddings)
     if num_threads is not None:

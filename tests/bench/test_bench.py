@@ -22,7 +22,7 @@ from distkv.bench.device import LinkCeiling, MatmulCeiling, MemoryCeiling, Turns
 from distkv.bench.engine_rows import Shape, model_rows, residency_rows, streaming_rows, weight_bytes
 from distkv.bench.kernel_work import AttentionShape, norm_bytes, rope_bytes, swiglu_bytes
 from distkv.commands.main import app
-from distkv.errors import CapacityError, ConfigError, DistKVError
+from distkv.errors import CapacityError, ConfigError, DistKVError, StoreError
 from distkv.models.shapes import shape_folder
 from distkv.reporting.machine import machine_facts, percentile
 from distkv.stress.stage import Stage
@@ -47,6 +47,31 @@ def check_written(written: dict[str, Any], name: str, rows: int) -> list[dict[st
     assert written["benchmark"] == name and written.keys() >= machine_facts().keys()
     assert len(written["rows"]) == rows
     return written["rows"]
+
+
+@pytest.mark.parametrize(
+    "file, why",
+    [("FOLDER", "Is a directory"), ("FOLDER/no/x.json", "No such file"), ("/proc/x.json", "No such file")],
+)
+def test_a_file_that_cannot_be_written_is_refused_at_once(
+    file: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "_measure", lambda *_: pytest.fail("measured"))
+    file = file.replace("FOLDER", str(tmp_path))
+    with pytest.raises(ConfigError, match=f"{file}' cannot be written: {why}"):
+        scheduler.run(4, 200, 5, 16, Path(file))
+    with pytest.raises(pytest.fail.Exception, match="measured"):
+        scheduler.run(4, 200, 5, 16, tmp_path / "new.json")
+    assert not (tmp_path / "new.json").exists()
+
+
+def test_figures_are_printed_whatever_becomes_of_the_file() -> None:
+    result = CliRunner().invoke(app, ["bench", "scheduler", *SCHEDULER, "--json", "/dev/full"])
+    assert isinstance(result.exception, StoreError) and "/dev/full" in str(result.exception)
+    assert "target, planning a step" in result.output
+    figures = "--context", "300", "--new-tokens", "2", "--device-kv-bytes", "1MiB", "--json", "/dev/full"
+    result = CliRunner().invoke(app, ["stress", "--shape", "tiny", *figures])
+    assert isinstance(result.exception, StoreError) and "decode ms/token" in result.output
 
 
 def test_percentiles() -> None:
