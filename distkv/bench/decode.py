@@ -12,9 +12,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from distkv.errors import ConfigError
+from distkv.errors import ConfigError, DistKVError
 from distkv.llm import LLM
-from distkv.reporting.machine import check_json_file, machine_facts, write_json
+from distkv.outputs import RequestOutput
+from distkv.reporting.machine import machine_facts, write_json
+from distkv.reporting.out_file import check_out_file
 from distkv.sampling_params import SamplingParams
 from distkv.workers.threads import use_threads
 
@@ -29,11 +31,15 @@ def run(
     """Measures and prints a table; see `distkv bench decode --help`."""
     if peer not in (None, "hf"):
         raise ConfigError(f"peer {peer!r} is not known; use hf")
-    check_json_file(json_file)
+    check_out_file(json_file)
     if num_threads is not None:
         use_threads(num_threads)
-    with LLM(model, dtype=dtype, num_threads=num_threads, max_num_seqs=1) as llm:
-        runners: dict[str, Runner] = {"distkv": _distkv_runner(llm)}
+    # every turn has the same prompt, so pages that are kept would spare all but the first one their prefill
+    with LLM(
+        model, dtype=dtype, num_threads=num_threads, max_num_seqs=1, host_kv_bytes=0, enable_prefix_caching=False
+    ) as llm:
+        _check_contexts(contexts, new_tokens, llm.info.max_model_len)
+        runners: dict[str, Runner] = {"distkv": distkv_runner(llm)}
         if peer == "hf":
             from transformers import AutoModelForCausalLM
 
@@ -42,8 +48,6 @@ def run(
                 model, dtype=dtype, local_files_only=True, trust_remote_code=False
             )
             runners["transformers"] = transformers_runner(network.eval().to(device))
-        for runner in runners.values():
-            runner([11] * 32, 4)  # warm-up
         rows = []
         for context in contexts:
             rng = random.Random(context)
@@ -57,12 +61,24 @@ def run(
     write_json(json_file, facts, rows)
 
 
+def _check_contexts(contexts: list[int], new_tokens: int, positions: int) -> None:
+    for context in contexts:
+        if not 1 <= context < positions - new_tokens:
+            raise ConfigError(
+                f"context {context} and {new_tokens + 1} new tokens must be at least 1 and at most {positions} "
+                f"together, the model's positions; use a context up to {positions - new_tokens - 1}"
+            )
+
+
 def _in_turns(runners: dict[str, Runner], prompt: list[int], new_tokens: int, repeats: int) -> list[dict[str, Any]]:
-    """Medians per engine; the engines alternate, so that what else happens on the machine meets both."""
+    """Medians per engine; the engines alternate, so that what else happens on the machine meets both. A turn of each
+    comes before those that count, since the first products of a size take longer."""
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
-    for _ in range(repeats):
+    for turn in range(1 + repeats):
         for name, runner in runners.items():
-            taken[name].append(runner(prompt, new_tokens))
+            seconds = runner(prompt, new_tokens)
+            if turn:
+                taken[name].append(seconds)
     return [
         {
             "engine": name,
@@ -74,12 +90,22 @@ def _in_turns(runners: dict[str, Runner], prompt: list[int], new_tokens: int, re
     ]
 
 
-def _distkv_runner(llm: LLM) -> Runner:
+def distkv_runner(llm: LLM) -> Runner:
+    """Raises DistKVError when a turn was anything but a whole prefill and `new_tokens` steps."""
+
     def runner(prompt: list[int], new_tokens: int) -> tuple[float, float]:
         params = SamplingParams(temperature=0, max_tokens=new_tokens + 1, ignore_eos=True)
+        outputs: list[RequestOutput] = []
         times = [time.perf_counter()]
-        for _ in llm.stream(prompt, params):
+        for output in llm.stream(prompt, params):
             times.append(time.perf_counter())
+            outputs.append(output)
+        cached, drawn = outputs[-1].num_cached_tokens, [len(one.outputs[0].token_ids) for one in (outputs[0], output)]
+        if cached or drawn != [1, new_tokens + 1]:
+            raise DistKVError(
+                f"of {len(prompt)} tokens {cached} were found in the cache, and first and last output had {drawn} "
+                f"tokens instead of {[1, new_tokens + 1]}: this is no prefill and {new_tokens} steps; report it"
+            )
         return times[1] - times[0], (times[-1] - times[1]) / new_tokens
 
     return runner

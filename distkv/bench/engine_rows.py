@@ -77,7 +77,7 @@ def streaming_rows(
             stage = _run(shape, engine, context, new_tokens, synthetic_kv=True)
             peak = turns.meter.peak_bytes()
             taken += [turns.meter.seconds(link.to_device) for _ in range(turns.repeats)]
-            ms, cold = statistics.median(stage.decode_ms), stage.streamed_per_step
+            ms, cold = statistics.median(stage.decode_ms), _streamed(shape, stage)
             rate, ceiling = 1e3 * cold / ms, link.num_bytes / statistics.median(taken)
             yield {
                 "part": "streaming",
@@ -117,7 +117,7 @@ def model_rows(
         for _ in range(1 + turns.repeats):  # the first to warm up
             for context, peer in ((resident, in_memory), (cold, offloaded)):
                 stage = _run(shape, engine, context, new_tokens + 1)
-                streamed[context] = stage.streamed_per_step
+                streamed[context] = _streamed(shape, stage)
                 seconds = {
                     "distkv": (stage.times[-1] - stage.times[0]) / new_tokens,
                     "transformers": peer(stage.request.prompt_token_ids, new_tokens)[1],
@@ -211,4 +211,15 @@ def _run(
     request = EngineRequest(
         str(context), prompt, params, max_tokens, SEED, synthetic_kv_seed=SEED if synthetic_kv else None
     )
-    return run_stage(engine, request, lambda sample: None)
+    stage = run_stage(engine, request, lambda sample: None)
+    if cached := sum(stage.outputs[0].num_cached_tokens):
+        raise DistKVError(f"{cached} tokens of the prompt were found in the cache; report it")
+    return stage
+
+
+def _streamed(shape: Shape, stage: Stage) -> int:
+    """Bytes that a step streamed; raises DistKVError unless they are those of the cold pages."""
+    streamed, cold = stage.streamed_per_step, stage.cold_pages * shape.spec.page_bytes
+    if streamed != cold:
+        raise DistKVError(f"a step streamed {streamed} bytes and its cold pages take {cold}; report it")
+    return streamed

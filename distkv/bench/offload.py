@@ -2,15 +2,13 @@
 
 The same request is decoded by four engines in turns: with all of its context on the device, with half of it on the
 host, and with as much of it as can be on the host or on disk. Every byte that a step streams is counted and must be
-what the formula says, and all four must sample the same tokens with the same logprobs.
+what the formula says, nothing else may move meanwhile, and all four must sample the same tokens with the same logprobs.
 """
 
 import random
 import statistics
 import tempfile
-import time
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,105 +16,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from distkv.bench.ceilings import READ_THREADS, CopyCeiling, ReadCeiling, bytes_from_disk, drop_page_cache, flush
+from distkv.bench.ceilings import READ_THREADS, CopyCeiling, ReadCeiling
+from distkv.bench.decoder import Answer, Decoder, Turn, Variant, least_tokens
 from distkv.config import EngineConfig
-from distkv.engine.drive import next_tokens
-from distkv.engine.protocol import EngineRequest
-from distkv.errors import CapacityError, ConfigError, DistKVError, StoreError
-from distkv.launch.launch import launch
-from distkv.reporting.machine import check_json_file, machine_facts, write_json
-from distkv.sampling_params import SamplingParams
-from distkv.storage.disk.cache_folder import ARRAY
+from distkv.errors import ConfigError, DistKVError
+from distkv.reporting.machine import machine_facts, write_json
+from distkv.reporting.out_file import check_out_file
 from distkv.storage.ledger.write_back import MAX_DISK_WRITES
 from distkv.storage.paging import NUM_BUFFERS, check_page_size
 from distkv.workers.model.model_config import ModelConfig
-from distkv.workers.sampling.sampled_token import TokenLogprobs
 
-WARM_UP = 4  # tokens decoded before those that count
-PAUSE = 0.1  # seconds after each of them, in which pages reach the tier where they will stay
 LEAST_DEVICE_PAGES = 2  # the page that is being written, and the context's first, which is the last to leave
-SEED = 1
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Where the context lies; sizes in pages."""
-
-    name: str
-    device: int
-    host: int
-    disk: int
-    cold_pages: int  # of the context: all that are not on the device
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One variant's turn: the seconds of each step, and the bytes of all steps together."""
-
-    seconds: list[float]
-    host_bytes: int
-    disk_bytes: int
-    bytes_from_disk: int | None  # of disk_bytes, those that the page cache did not have
-
-
-class Decoder:
-    """One engine that decodes one request, whose context is random keys and values."""
-
-    def __init__(self, variant: Variant, config: EngineConfig, cold_bytes: int):
-        """`cold_bytes` is what a step has to stream."""
-        self.variant = variant
-        self.answer: list[tuple[int, TokenLogprobs | None]] = []
-        self.cold_bytes = cold_bytes
-        self._engine = launch(config)
-        cache_dir = self._engine.info.cache_dir
-        self._array = None if cache_dir is None else Path(cache_dir) / ARRAY
-        self.files: list[Path] = []  # of the disk tier, once the context is there
-
-    def fill(self, prompt: list[int], max_tokens: int) -> None:
-        """Makes the context and decodes the warm-up, after which every page lies where it stays."""
-        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=1)
-        self._engine.add([EngineRequest("0", prompt, params, max_tokens, SEED, synthetic_kv_seed=SEED)])
-        while len(self.answer) < 1 + WARM_UP:
-            self._step()
-            if self.answer:
-                time.sleep(PAUSE)
-        if self._array is not None:
-            self.files = sorted(self._array.glob("c.*"))
-            flush(self.files)
-
-    def turn(self, new_tokens: int) -> Turn:
-        """Decodes so many tokens, with the page cache dropped before each where pages lie on disk.
-
-        Raises DistKVError when a step streams other bytes than it has to, or brings no token.
-        """
-        seconds, host_bytes, disk_bytes = [], 0, 0
-        start = bytes_from_disk()
-        for _ in range(new_tokens):
-            drop_page_cache(self.files)
-            before = self._engine.stats().bytes_moved
-            num_tokens = len(self.answer)
-            seconds.append(self._step())
-            if len(self.answer) != num_tokens + 1:
-                raise DistKVError(f"{self.variant.name}: a page could not be read and was computed again; see the log")
-            host, disk = streamed(before, self._engine.stats().bytes_moved)
-            check_streamed(self.variant.name, host + disk, self.cold_bytes)
-            host_bytes, disk_bytes = host_bytes + host, disk_bytes + disk
-        end = bytes_from_disk()
-        return Turn(seconds, host_bytes, disk_bytes, None if start is None or end is None else end - start)
-
-    def close(self) -> None:
-        self._engine.close()
-
-    def _step(self) -> float:
-        """The seconds of one step, whose tokens go to `answer`."""
-        start = time.perf_counter()
-        try:
-            tokens = next_tokens(self._engine)
-        except (StoreError, CapacityError) as error:  # what a request fails with
-            raise DistKVError(f"{self.variant.name}: {type(error).__name__}: {error}") from error
-        seconds = time.perf_counter() - start
-        self.answer += [(token.token_id, token.logprobs) for token in tokens]
-        return seconds
 
 
 def run(
@@ -127,10 +37,9 @@ def run(
 
     Raises ConfigError for options that do not go together, DistKVError when bytes or answers are not what they must be.
     """
-    check_json_file(json_file)
+    check_out_file(json_file)
     config = ModelConfig.load(model)
-    steps = 1 + WARM_UP + repeats * new_tokens
-    _check_sizes(context, page_size, steps, config.max_position_embeddings)
+    _check_sizes(context, page_size, least_tokens(new_tokens), config.max_position_embeddings)
     torch_dtype = config.run_dtype(dtype)
     layers, heads, dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
     token_bytes = 2 * layers * heads * dim * torch_dtype.itemsize
@@ -148,10 +57,10 @@ def run(
             cold_bytes = token_bytes * variant.cold_pages * page_size
             decoders.append(stack.enter_context(closing(Decoder(variant, engine_config, cold_bytes))))
         for decoder in decoders:
-            decoder.fill(prompt, steps + 1)  # one more than is sampled, so that the request never ends
+            decoder.turn(prompt, new_tokens)  # to warm up
         reads = stack.enter_context(closing(ReadCeiling(decoders[-1].files, layers)))
         copies = stack.enter_context(closing(CopyCeiling(max(decoder.cold_bytes for decoder in decoders))))
-        rows = _in_turns(decoders, copies, reads, new_tokens, repeats, page_size)
+        rows = _in_turns(decoders, prompt, copies, reads, new_tokens, repeats, page_size)
     facts = {
         "benchmark": "offload", "model": model.name, "dtype": dtype, "context": context, "page_size": page_size,
         "bytes_per_token": token_bytes, "new_tokens": new_tokens, "repeats": repeats, **machine_facts(),
@@ -160,20 +69,8 @@ def run(
     write_json(json_file, facts, rows)
 
 
-def streamed(before: dict[str, int], after: dict[str, int]) -> tuple[int, int]:
-    """Bytes that reached attention from host and disk between two readings of `EngineStats.bytes_moved`."""
-    host, disk = (after.get(route, 0) - before.get(route, 0) for route in ("host_streamed", "disk_streamed"))
-    return host, disk
-
-
-def check_streamed(name: str, num_bytes: int, expected: int) -> None:
-    """Raises DistKVError unless a step streamed what it had to."""
-    if num_bytes != expected:
-        raise DistKVError(f"{name}: a step streamed {num_bytes} bytes and its cold tokens take {expected}; report it")
-
-
-def check_answers(answers: dict[str, list[tuple[int, TokenLogprobs | None]]]) -> None:
-    """Raises DistKVError unless all variants sampled the same tokens with the same logprobs, in every bit."""
+def check_answers(answers: dict[str, Answer]) -> None:
+    """Raises DistKVError unless all sampled the same tokens with the same logprobs, in every bit."""
     (first, expected), *others = answers.items()
     for name, answer in others:
         if answer != expected:
@@ -181,7 +78,7 @@ def check_answers(answers: dict[str, list[tuple[int, TokenLogprobs | None]]]) ->
             raise DistKVError(f"{name} and {first} differ from token {place} of the answer on; report it")
 
 
-def _check_sizes(context: int, page_size: int, steps: int, positions: int) -> None:
+def _check_sizes(context: int, page_size: int, answer: int, positions: int) -> None:
     check_page_size(page_size)
     if context % page_size or context < 4 * page_size:
         raise ConfigError(
@@ -193,10 +90,10 @@ def _check_sizes(context: int, page_size: int, steps: int, positions: int) -> No
             f"context {context} and a page for the answer are more than the {positions} positions of the model; use at "
             f"most {(positions // page_size - 1) * page_size}"
         )
-    if steps > page_size:
+    if answer > page_size:
         raise ConfigError(
-            f"warm-up, new-tokens and repeats take {steps} tokens and must stay within one page of {page_size}, so "
-            "that as many stay cold; lower new-tokens or repeats, or raise page-size"
+            f"warm-up and new-tokens take {answer} tokens and must stay within one page of {page_size}, so that as "
+            "many stay cold; lower new-tokens or raise page-size"
         )
 
 
@@ -230,24 +127,28 @@ def _engine_options(variant: Variant, page_bytes: int, page_size: int, num_layer
 
 
 def _in_turns(
-    decoders: list[Decoder], copies: CopyCeiling, reads: ReadCeiling, new_tokens: int, repeats: int, page_size: int
-) -> list[dict[str, Any]]:
+    decoders: list[Decoder], prompt: list[int], copies: CopyCeiling, reads: ReadCeiling, new_tokens: int, repeats: int,
+    page_size: int,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Medians per variant; variants and ceilings alternate, so that what else happens on the machine meets all."""
     turns: dict[str, list[Turn]] = {decoder.variant.name: [] for decoder in decoders}
     copied: dict[int, list[float]] = {decoder.cold_bytes: [] for decoder in decoders if decoder.cold_bytes}
     read: dict[str, list[float]] = {way: [] for way in reads.ways}
     for _ in range(repeats):
         for decoder in decoders:
-            turns[decoder.variant.name].append(decoder.turn(new_tokens))
+            turns[decoder.variant.name].append(decoder.turn(prompt, new_tokens))
         for num_bytes, times in copied.items():
             times.append(copies.seconds(num_bytes))
         for way, times in read.items():
             times.append(reads.seconds(way))
-    check_answers({decoder.variant.name: decoder.answer for decoder in decoders})
+    answers = {f"{name}, turn {number}": turn.answer for name in turns for number, turn in enumerate(turns[name])}
+    shortest = min(map(len, answers.values()))  # how long pages are on their way differs
+    check_answers({name: answer[:shortest] for name, answer in answers.items()})
     read_rates = {way: reads.num_bytes / statistics.median(times) for way, times in read.items()}
     rows: list[dict[str, Any]] = []
     for decoder in decoders:
         row = _row(decoder, turns[decoder.variant.name], page_size, rows[0]["decode_ms_per_token"] if rows else None)
+        row["tokens_compared"], row["same_answer"] = shortest, True  # else `check_answers` had raised
         row["memcpy_gb_per_s"] = row["preadv_gb_per_s"] = row["preadv_way"] = None
         if decoder.cold_bytes:
             row["memcpy_gb_per_s"] = decoder.cold_bytes / statistics.median(copied[decoder.cold_bytes]) / 1e9
@@ -278,8 +179,6 @@ def _row(decoder: Decoder, turns: list[Turn], page_size: int, resident_ms: float
         "turn_ms_per_token": [1e3 * statistics.median(turn.seconds) for turn in turns],
         "gb_per_s_of_whole_step": counted / ms / 1e6 if counted else None,
         "gb_per_s_of_added_time": counted / more_ms / 1e6 if counted and more_ms > 0 else None,
-        "tokens_compared": len(decoder.answer),
-        "same_answer": True,  # else `check_answers` had raised
     }
 
 
@@ -306,8 +205,8 @@ def _print(facts: dict[str, Any], rows: list[dict[str, Any]], formula: str) -> N
     console.print(table)
     last = rows[-1]
     for line in (
-        f"Every step streamed exactly {formula} * cold tokens, and all drew the same {last['tokens_compared']} tokens "
-        "with the same logprobs, bit for bit.",
+        f"Every step streamed exactly {formula} * cold tokens and moved nothing else, and all turns drew the same "
+        f"{last['tokens_compared']} tokens with the same logprobs, bit for bit.",
         "Cold is what is not on the device. There stay the page being written and, with 'all', the context's first.",
         "Added time is ms per token less that with all on the device; nothing is shown where there is none.",
         f"memcpy copies as many bytes as a step streams; preadv reads the same files {last['preadv_way']}, the faster "
@@ -322,9 +221,9 @@ def _page_cache_line(row: dict[str, Any]) -> str:
     wanted, fetched = row["disk_bytes_per_step"], row["bytes_from_disk_per_step"]
     if fetched is None:
         return "Whether these bytes came from the disk or from its page cache, the system does not say."
-    if fetched < 0.9 * wanted:
+    if fetched < 0.99 * wanted:
         return (
             f"WARNING: {fetched / 1e6:.2f} MB per token came from the disk itself, the others from memory, so this is "
             "no measure of a disk; name a folder on one with --cache-dir."
         )
-    return f"The page cache was dropped before each token: {fetched / 1e6:.2f} MB per token came from the disk itself."
+    return f"The page cache was dropped before each step: {fetched / 1e6:.2f} MB per token came from the disk itself."

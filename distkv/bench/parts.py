@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 
 from distkv.bench.device import DeviceMeter, Turns, check_parts, device_facts, require_cuda
-from distkv.reporting.machine import check_json_file, write_json
+from distkv.reporting.machine import write_json
+from distkv.reporting.out_file import check_out_file
 from distkv.reporting.tables import Column, print_rows
 
 
@@ -33,7 +34,7 @@ def measure_parts(
     """
     require_cuda(facts["benchmark"])
     chosen = check_parts(only, parts)
-    check_json_file(json_file)
+    check_out_file(json_file)
     console = Console(highlight=False)
     facts |= device_facts()
     console.print(", ".join(f"{name} {value}" for name, value in facts.items()), soft_wrap=True)

@@ -7,6 +7,7 @@ answer.
 """
 
 import multiprocessing
+import signal
 import statistics
 import tempfile
 import time
@@ -28,7 +29,8 @@ from distkv.engine.drive import drain, drive
 from distkv.engine.protocol import EngineRequest
 from distkv.errors import ConfigError
 from distkv.launch.launch import launch
-from distkv.reporting.machine import check_json_file, machine_facts, write_json
+from distkv.reporting.machine import machine_facts, write_json
+from distkv.reporting.out_file import check_out_file
 from distkv.sampling_params import SamplingParams
 from distkv.storage.disk.cache_folder import ARRAY
 from distkv.storage.ledger.write_back import MAX_DISK_WRITES
@@ -89,7 +91,7 @@ def run(
 
     Raises ConfigError for options that do not go together.
     """
-    check_json_file(json_file)
+    check_out_file(json_file)
     prompts = Prompts(model)
     prefix = prompts.text(prefix_tokens)
     questions = [prompts.question(number) for number in range(repeats + 1)]
@@ -229,9 +231,22 @@ def _turn(
         "host hit": (engines["host"], None),
     }
     answered = {name: answer(engine, prompt, sizes.answer, way) for name, (engine, way) in ways.items()}
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        restarted = process.submit(answer_after_restart, disk_config, files, prompt, sizes).result()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=_die_of_interrupts) as process:
+        # blocked there too, until the initializer runs
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            answering = process.submit(answer_after_restart, disk_config, files, prompt, sizes)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        restarted = answering.result()
     return answered | {"disk hit after restart": restarted}
+
+
+def _die_of_interrupts() -> None:
+    """Has Ctrl-C, which all processes of a terminal get, end this one without a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
 def _check(answered: dict[str, list[Answered]], sizes: Sizes) -> str:
@@ -305,7 +320,7 @@ def _page_cache_line(row: dict[str, Any], prefix_bytes: int) -> str:
     if None in row["bytes_from_disk"]:
         return "Whether the prefix came from the disk or from its page cache, the system does not say."
     fetched = statistics.median(row["bytes_from_disk"])
-    if fetched < 0.9 * prefix_bytes:
+    if fetched < 0.99 * prefix_bytes:
         return (
             f"WARNING: {fetched / 1e6:.1f} MB came from the disk itself, the others from memory, so this is no measure "
             "of a disk; name a folder on one with --cache-dir."

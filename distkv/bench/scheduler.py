@@ -27,7 +27,8 @@ from distkv.engine.observer import StepObserver
 from distkv.engine.protocol import EngineInfo, EngineRequest, StepOutput
 from distkv.engine.step import Step
 from distkv.errors import ConfigError
-from distkv.reporting.machine import check_json_file, machine_facts, percentile, write_json
+from distkv.reporting.machine import machine_facts, percentile, write_json
+from distkv.reporting.out_file import check_out_file
 from distkv.sampling_params import SamplingParams
 from distkv.storage.paging import check_page_size, pages_for
 from distkv.workers.group.executor import StepResult
@@ -164,7 +165,7 @@ def run(num_seqs: int, context: int, steps: int, page_size: int, json_file: Path
 
     Raises ConfigError for options that do not go together.
     """
-    check_json_file(json_file)
+    check_out_file(json_file)
     _check_sizes(num_seqs, context, page_size)
     rows, wrong = [], ""
     for variant in _variants(num_seqs, context, steps, page_size):

@@ -92,7 +92,7 @@ def bench_serve_offline(
     """Throughput of many requests with all, half and a quarter of their KV on the device; exit code 1 when answers
     differ.
 
-    The lengths are such that nine runs of the demo model come to an end within minutes on two cores.
+    The lengths are such that ten runs of the demo model come to an end within minutes on two cores.
     """
     from distkv.bench.serve_offline import run
 

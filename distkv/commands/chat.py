@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distkv.commands.options import EngineFlags, Model, model_folder, piecemeal, sampling, spread
+from distkv.commands.streams import ask, check_stdin
 from distkv.errors import CapacityError, ConfigError, RequestError, StoreError
 from distkv.sampling_params import SamplingParams
 
@@ -33,6 +34,7 @@ def chat(
     options: EngineFlags,
 ) -> None:
     """Talk to a model; an empty line or Ctrl-D ends the conversation."""
+    check_stdin("run it in a terminal, or give it the questions line by line")
     from distkv.llm import LLM
 
     folder = model_folder(model)
@@ -96,11 +98,11 @@ def _stats(output: "RequestOutput", seconds: float) -> str:
 
 
 def _ask() -> str:
-    try:
-        return input("> ").strip()
-    except EOFError:
+    """What the user says next; empty at the end."""
+    line = ask("> ")
+    if line is None:
         print()
-        return ""
+    return (line or "").strip()
 
 
 def _say(remark: str) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from distkv.commands.options import EngineFlags, Model, model_folder, piecemeal, sampling, spread
+from distkv.commands.streams import check_stdin
 from distkv.errors import RequestError
 from distkv.sampling_params import SamplingParams
 
@@ -21,10 +22,12 @@ def generate(
     options: EngineFlags,
 ) -> None:
     """Continue a prompt; tokens are printed as they come."""
-    text = _read_prompt(prompt, prompt_file)
+    text, folder = _read_prompt(prompt, prompt_file), model_folder(model)
+    if not text:
+        _check_empty(folder)
     from distkv.llm import LLM
 
-    with LLM(model_folder(model), **options) as llm:
+    with LLM(folder, **options) as llm:
         for output in llm.stream(text, piecemeal(params)):
             print(output.outputs[0].text, end="", flush=True)
         print()
@@ -35,6 +38,8 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
         raise RequestError("--prompt and --prompt-file were both given; give one of them")
     if prompt is not None:
         return prompt
+    if prompt_file is None:
+        check_stdin("give the prompt with --prompt or --prompt-file")
     source = "stdin" if prompt_file is None else str(prompt_file)
     try:
         content = sys.stdin.buffer.read() if prompt_file is None else prompt_file.read_bytes()
@@ -43,3 +48,11 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
         raise RequestError(f"the prompt file {source!r} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise RequestError(f"the prompt from {source!r} is not UTF-8 (byte {error.start}); convert it first") from error
+
+
+def _check_empty(folder: Path) -> None:
+    """Raises RequestError, before the model is loaded, when its tokenizer makes nothing of an empty prompt."""
+    from distkv.frontend.tokenizer import Tokenizer
+
+    if not Tokenizer(folder).encode(""):
+        raise RequestError("the prompt is empty; give some text with --prompt, --prompt-file or on stdin")

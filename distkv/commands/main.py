@@ -1,11 +1,13 @@
 """The command `distkv`. Heavy imports wait until a command needs them, so that --help is instant."""
 
+import signal
 import sys
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
 from distkv import __version__
+from distkv.commands import streams
 from distkv.commands.bench import bench
 from distkv.commands.cache import cache
 from distkv.commands.chat import chat
@@ -13,7 +15,7 @@ from distkv.commands.demo import demo
 from distkv.commands.fetch import fetch
 from distkv.commands.generate import generate
 from distkv.commands.stress import stress
-from distkv.errors import DistKVError
+from distkv.errors import ConfigError, DistKVError
 
 # click's, which newer releases of typer carry under a name of their own
 UsageError: Any = typer.BadParameter.__bases__[0]
@@ -31,22 +33,44 @@ app.add_typer(cache, name="cache")
 
 
 def main() -> None:
-    """Runs the command line; an error that names its cure is one line on stderr and exit code 2."""
+    """Runs the command line. An error that names its cure is one line on stderr and exit code 2; when the reader of
+    stdout has left, as `head` does, the exit code is 141, and after Ctrl-C it is 130, both without a word."""
+    code, unexplained = 0, None
     try:
-        code = app(standalone_mode=False)
-    except DistKVError as error:
-        _fail(str(error))
-    except UsageError as error:
-        _fail(error.format_message().rstrip(".") + "; see distkv --help")
-    except typer.Abort:  # Ctrl-C in older releases of typer
-        sys.exit(130)
-    if code:  # of typer.Exit
+        with streams.guarded() as stdout:
+            try:
+                code = _run()
+            except (OSError, SystemExit) as error:  # what writing to stdout raises, and what typer makes of it
+                unexplained = error
+    except ConfigError as error:
+        sys.exit(_fail(str(error)))
+    if isinstance(stdout.failure, BrokenPipeError):
+        code = code or 128 + signal.SIGPIPE
+    elif stdout.failure is not None:
+        code = code or _fail(f"stdout cannot be written: {stdout.failure.strerror}")
+    elif unexplained is not None:
+        raise unexplained
+    if code:
         sys.exit(code)
 
 
-def _fail(message: str) -> NoReturn:
+def _run() -> int:
+    """Runs a command; returns the exit code."""
+    try:
+        return app(standalone_mode=False) or 0
+    except DistKVError as error:
+        return _fail(str(error))
+    except UsageError as error:
+        return _fail(error.format_message().rstrip(".") + "; see distkv --help")
+    except typer.Abort as abort:  # what older releases of typer make of Ctrl-C, and all of them of EOFError
+        if isinstance(abort.__cause__, EOFError):
+            raise abort.__cause__ from None
+        return 130
+
+
+def _fail(message: str) -> int:
     print("distkv: error:", " ".join(message.split()), file=sys.stderr)
-    sys.exit(2)
+    return 2
 
 
 @app.callback(invoke_without_command=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from distkv.config import EngineConfig
 from distkv.engine.client import EngineClient
 from distkv.engine.engine import Engine
+from distkv.engine.observer import StepObserver
 from distkv.engine.protocol import EngineInfo
 from distkv.errors import ConfigError
 from distkv.launch.fingerprint import FOLDER_DIGITS, common_digest, make_fingerprint
@@ -21,18 +22,23 @@ from distkv.workers.rank import Budget, RankConfig
 log = logging.getLogger(__name__)
 
 
-def launch(config: EngineConfig) -> EngineClient:
-    """An engine ready for requests: in this process with one rank and no cluster address, else on Ray."""
+def launch(config: EngineConfig, observer: StepObserver | None = None) -> EngineClient:
+    """An engine ready for requests: in this process with one rank and no cluster address, else on Ray.
+
+    Args:
+        observer: is told how steps go; of an engine in this process alone.
+    """
     model = ModelConfig.load(Path(config.model))
     max_model_len = _max_model_len(config, model)
     for rank in range(config.tensor_parallel_size):
         Shard.of(model, rank, config.tensor_parallel_size)  # refuses too many ranks before anything starts
     if config.tensor_parallel_size > 1 or config.ray_address is not None:
+        assert observer is None
         return _launch_on_ray(config, model, max_model_len)
     group = LocalGroup(config.device)
     try:
         info = set_up(group, config, model, max_model_len)
-        return Engine(info, group.make_executor(), group.close)
+        return Engine(info, group.make_executor(), group.close, observer=observer)
     except BaseException:
         group.close()
         raise

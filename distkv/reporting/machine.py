@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from distkv import __version__
-from distkv.errors import ConfigError
+from distkv.reporting.out_file import writing
 
 
 def machine_facts() -> dict[str, Any]:
@@ -29,16 +29,11 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
-def check_json_file(json_file: Path | None) -> None:
-    """Raises ConfigError, before anything is measured, when the folder of the file does not exist."""
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise ConfigError(f"the folder of {str(json_file)!r} does not exist; make it first")
-
-
 def write_json(json_file: Path | None, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Writes the figures where a file was asked for."""
+    """Writes the figures where a file was asked for. Raises StoreError."""
     if json_file is not None:
-        json_file.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+        with writing(json_file):
+            json_file.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def percentile(values: Iterable[float], share: float) -> float:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distkv.engine.protocol import EngineInfo
+from distkv.reporting.out_file import writing
 from distkv.stress.stage import TIERS, Stage
 from distkv.stress.verify import Verdict
 
@@ -46,14 +47,15 @@ def stage_facts(stage: Stage, info: EngineInfo) -> dict[str, Any]:
 def write_json(
     path: Path, facts: dict[str, Any], info: EngineInfo, stages: list[Stage], verdict: Verdict | None
 ) -> None:
-    """All that is known of a run. `facts`: of the machine, the options and the model."""
+    """All that is known of a run. `facts`: of the machine, the options and the model. Raises StoreError."""
     report = {
         **facts,
         "engine": {name: getattr(info, name) for name in info.__struct_fields__},
         "stages": [stage_facts(stage, info) for stage in stages],
         "verification": verdict and asdict(verdict),
     }
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    with writing(path):
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def print_table(console: Console, info: EngineInfo, stages: list[Stage], formula: str) -> None:
@@ -83,7 +85,7 @@ def print_table(console: Console, info: EngineInfo, stages: list[Stage], formula
 
 
 def write_plot(path: Path, info: EngineInfo, stages: list[Stage], title: str) -> None:
-    """A PNG: ms per token and bytes per tier over the context length."""
+    """A PNG: ms per token and bytes per tier over the context length. Raises StoreError."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -121,7 +123,8 @@ def write_plot(path: Path, info: EngineInfo, stages: list[Stage], title: str) ->
     for axis in (time_axis, bytes_axis):
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(path, dpi=120, format="png")
+    with writing(path):
+        figure.savefig(path, dpi=120, format="png")
 
 
 def _size(count: int) -> str:

@@ -21,7 +21,8 @@ from distkv.errors import CapacityError, ConfigError
 from distkv.frontend.tokenizer import TOKENIZER_FILES, Tokenizer
 from distkv.launch.launch import launch
 from distkv.models.shapes import shape_folder
-from distkv.reporting.machine import check_json_file, machine_facts
+from distkv.reporting.machine import machine_facts
+from distkv.reporting.out_file import check_out_file
 from distkv.sampling_params import MAX_LOGPROBS, SamplingParams
 from distkv.storage.paging import pages_for
 from distkv.storage.pools.host_memory import available_bytes
@@ -81,12 +82,12 @@ def run(options: StressOptions) -> bool:
             requests = _requests(options, _prompt(folder, model, options, synthetic_fill), synthetic_fill)
             stages = _run_stages(console, engine, requests)
         facts = _facts(options, config, model, synthetic_fill)
+        print_table(console, info, stages, _formula(model, config, info))
+        console.print(f"peak memory of this process: {facts['peak_rss_bytes'] / 2**30:.2f} GiB")
         if options.json_file is not None:  # now, since a verification may take long
             write_json(options.json_file, facts, info, stages, None)
         if options.plot_file is not None:
             write_plot(options.plot_file, info, stages, _title(facts))
-        print_table(console, info, stages, _formula(model, config, info))
-        console.print(f"peak memory of this process: {facts['peak_rss_bytes'] / 2**30:.2f} GiB")
         del engine  # and with it the weights
         verdict = _verify(console, config, model, stages, resident if is_small else None) if options.verify else None
         if verdict is not None and options.json_file is not None:
@@ -105,7 +106,7 @@ def _check(options: StressOptions) -> bool:
     if options.fill not in (None, "prefill", "random"):
         raise ConfigError(f"--fill is {options.fill!r}; use prefill or random")
     for file in (options.json_file, options.plot_file):
-        check_json_file(file)
+        check_out_file(file)
     if options.plot_file is not None and options.plot_file.suffix != ".png":
         raise ConfigError(f"--plot {str(options.plot_file)!r} is not a .png; name one")
     return options.fill == "random" or (options.fill is None and options.shape is not None)

@@ -3,6 +3,7 @@ print and write, and that they end with exit code 1 when what must be equal is n
 be seen without one: a clock that stands still takes its place (`test_triton_bench.py` calls the kernels)."""
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -16,15 +17,16 @@ from support.checkpoints import save_llama
 from support.meters import FakeMeter
 from typer.testing import CliRunner, Result
 
-from distkv.bench import device, engine_rows, gpu, kernels, parts, prefix, scheduler, serve_offline
+from distkv.bench import decoder, device, engine_rows, gpu, kernels, parts, prefix, scheduler, serve_offline
 from distkv.bench.device import LinkCeiling, MatmulCeiling, MemoryCeiling, Turns
 from distkv.bench.engine_rows import Shape, model_rows, residency_rows, streaming_rows, weight_bytes
 from distkv.bench.kernel_work import AttentionShape, norm_bytes, rope_bytes, swiglu_bytes
 from distkv.commands.main import app
-from distkv.errors import CapacityError, ConfigError, DistKVError
+from distkv.errors import CapacityError, ConfigError, DistKVError, StoreError
 from distkv.models.shapes import shape_folder
 from distkv.reporting.machine import machine_facts, percentile
 from distkv.stress.stage import Stage
+from distkv.workers.group.rank_executor import RankExecutor
 from distkv.workers.model.model_config import ModelConfig
 
 PREFIX = ("--prefix-tokens", "128", "--page-size", "64", "--repeats", "1", "--dtype", "float32", "--answer-tokens", "4")
@@ -47,11 +49,68 @@ def check_written(written: dict[str, Any], name: str, rows: int) -> list[dict[st
     return written["rows"]
 
 
+@pytest.mark.parametrize(
+    "file, why",
+    [("FOLDER", "Is a directory"), ("FOLDER/no/x.json", "No such file"), ("/proc/x.json", "No such file")],
+)
+def test_a_file_that_cannot_be_written_is_refused_at_once(
+    file: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "_measure", lambda *_: pytest.fail("measured"))
+    file = file.replace("FOLDER", str(tmp_path))
+    with pytest.raises(ConfigError, match=f"{file}' cannot be written: {why}"):
+        scheduler.run(4, 200, 5, 16, Path(file))
+    with pytest.raises(pytest.fail.Exception, match="measured"):
+        scheduler.run(4, 200, 5, 16, tmp_path / "new.json")
+    assert not (tmp_path / "new.json").exists()
+
+
+def test_figures_are_printed_whatever_becomes_of_the_file() -> None:
+    result = CliRunner().invoke(app, ["bench", "scheduler", *SCHEDULER, "--json", "/dev/full"])
+    assert isinstance(result.exception, StoreError) and "/dev/full" in str(result.exception)
+    assert "target, planning a step" in result.output
+    figures = "--context", "300", "--new-tokens", "2", "--device-kv-bytes", "1MiB", "--json", "/dev/full"
+    result = CliRunner().invoke(app, ["stress", "--shape", "tiny", *figures])
+    assert isinstance(result.exception, StoreError) and "decode ms/token" in result.output
+
+
 def test_percentiles() -> None:
     assert percentile([3], 0.5) == 3
     assert percentile(range(1, 101), 0.99) == 99
     assert percentile([4, 1, 3, 2], 0.5) == 2
     assert percentile([4, 1, 3, 2], 1) == 4
+
+
+# --- offload ---
+
+
+def test_bench_offload_drops_the_page_cache_while_no_step_runs(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that has begun reads from the page cache what the one before has left there."""
+    running, dropped = [], []
+    execute = RankExecutor.run
+
+    def slow(*arguments: Any) -> Any:
+        running.append(1)
+        time.sleep(0.005)
+        result = execute(*arguments)
+        running.pop()
+        return result
+
+    def drop(files: list[Path]) -> None:
+        assert not running
+        dropped.append(len(files))
+
+    monkeypatch.setattr(RankExecutor, "run", slow)
+    monkeypatch.setattr(decoder, "drop_page_cache", drop)
+    monkeypatch.setattr(decoder, "PAUSE", 0.01)
+    result, written = bench(
+        tmp_path, "offload", "--model", str(tiny_model), "--context", "128", "--page-size", "32", "--new-tokens", "3",
+        "--repeats", "1", "--dtype", "float32", "--cache-dir", str(tmp_path / "kv"),
+    )  # fmt: skip
+    assert result.exit_code == 0 and len(check_written(written, "offload", 4)) == 4
+    assert [count for count in dropped if count] == [4 * 2] * 2 * 5, "4 pages of 2 heads; two turns of 1 + 3 + 1 steps"
 
 
 # --- prefix ---
@@ -91,7 +150,7 @@ def test_bench_prefix_notices(
     class HereAndNow:
         """Takes the place of a new process, which would take seconds."""
 
-        def __init__(self, *arguments: object) -> None: ...
+        def __init__(self, *arguments: object, initializer: object) -> None: ...
         def __enter__(self) -> "HereAndNow":
             return self
 
@@ -167,7 +226,7 @@ def test_bench_serve_offline_notices_another_answer(
     def tampered(engine: Any, requests: Any) -> serve_offline.Served:
         served = serve(engine, requests)
         calls.append(served)
-        if len(calls) == 4:  # each window warms up first
+        if len(calls) == 6:  # each window warms up first, and all of it once
             served.answers["3"][7] += 1
         return served
 
@@ -176,6 +235,17 @@ def test_bench_serve_offline_notices_another_answer(
     assert result.exit_code == 1
     output = " ".join(result.output.split())
     assert "WRONG: 50 %, turn 0 and 100 %, turn 0 differ in request 3 from token 7 of the answer on" in output
+
+
+def test_bench_serve_offline_notices_a_prompt_that_is_cached(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = serve_offline.launch
+    monkeypatch.setattr(serve_offline, "launch", lambda config: launch(replace(config, enable_prefix_caching=True)))
+    monkeypatch.setattr(serve_offline.Prompts, "text", lambda self, count: [7] * count)
+    result, _ = bench(tmp_path, "serve-offline", "--model", str(tiny_model), "--repeats", "1", *SERVE)
+    assert result.exit_code == 1
+    assert "WRONG: 100 %, turn 0 found" in " ".join(result.output.split())
 
 
 def test_bench_serve_offline_refuses(tmp_path: Path) -> None:
@@ -388,6 +458,20 @@ def test_layers_of_the_longest_context_fit_into_the_host() -> None:
 def tiny_shape() -> Iterator[Shape]:
     with shape_folder("tiny", vocab_size=64) as folder:
         yield Shape(folder, page_size=16, step_tokens=64, device="cpu", dtype="float32")
+
+
+def test_rows_of_an_engine_are_not_of_something_easier(tiny_shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch, spec = engine_rows.launch, tiny_shape.spec
+    monkeypatch.setattr(engine_rows, "launch", lambda config: launch(replace(config, enable_prefix_caching=True)))
+    with closing(tiny_shape.engine(200, spec.pages_for(200) + 4)) as engine:
+        engine_rows._run(tiny_shape, engine, 100, 4)
+        with pytest.raises(DistKVError, match="96 tokens of the prompt were found in the cache"):
+            stage = engine_rows._run(tiny_shape, engine, 100, 4)
+    monkeypatch.setattr(Stage, "cold_pages", 1)
+    with closing(tiny_shape.engine(200, spec.pages_for(200))) as engine:
+        stage = engine_rows._run(tiny_shape, engine, 100, 4)
+        with pytest.raises(DistKVError, match=f"streamed 0 bytes and its cold pages take {spec.page_bytes}"):
+            engine_rows._streamed(tiny_shape, stage)
 
 
 def test_streaming_rows_count_cold_bytes(tiny_shape: Shape) -> None:

@@ -1,0 +1,88 @@
+"""stdin, stdout and stderr as a shell may hand them over: closed, full, without a reader, in some other encoding."""
+
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from distkv.errors import ConfigError, RequestError
+
+
+class Stdout(io.TextIOWrapper):
+    """Remembers why it could not be written; an answer may have characters that its encoding has not."""
+
+    def __init__(self, stream: io.TextIOWrapper):
+        """In the place of `stream`."""
+        super().__init__(
+            stream.buffer, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )  # fmt: skip
+        self.failure: OSError | None = None
+
+    def write(self, text: str, /) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self.failure = error
+            raise
+
+
+@contextmanager
+def guarded() -> Iterator[Stdout]:
+    """Makes the three streams usable, and yields stdout; what is left to be written is written at the end, or dropped
+    when that fails. Raises ConfigError when stdout is closed.
+
+    In the place of a closed descriptor there is /dev/null: else a file that is opened later would get its number, and
+    what a library prints would go into that file.
+    """
+    for number, stream in enumerate((sys.stdin, sys.stdout, sys.stderr)):
+        if stream is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, number)  # which a child inherits
+            if null > 2:
+                os.close(null)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115, it lasts as long as the process
+    if sys.stdout is None:
+        raise ConfigError("stdout is closed; give it a file, or /dev/null")
+    before, sys.stdout = sys.stdout, Stdout(sys.stdout)  # type: ignore[arg-type]
+    stdout = sys.stdout
+    try:
+        yield stdout
+    finally:
+        sys.stdout = before
+        try:
+            stdout.flush()
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stdout.fileno())  # for Python would try once more
+            os.close(null)
+        stdout.detach()
+
+
+def check_stdin(cure: str) -> None:
+    """Raises RequestError, with the cure, when stdin is closed."""
+    if sys.stdin is None:
+        raise RequestError(f"stdin is closed; {cure}")
+
+
+def ask(prompt: str) -> str | None:
+    """The next line of stdin, after a prompt on stdout; None at the end. Raises RequestError when it cannot be read."""
+    try:
+        return input(prompt)
+    except EOFError:
+        return None
+    except UnicodeDecodeError as error:
+        raise RequestError(f"a line of stdin is not {error.encoding}; convert it first") from error
+    except OSError as error:
+        if isinstance(sys.stdout, Stdout) and sys.stdout.failure is not None:
+            raise
+        raise RequestError(f"stdin cannot be read: {error.strerror}") from error
