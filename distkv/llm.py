@@ -9,8 +9,8 @@ from typing import Any, TypeVar, Unpack
 
 from distkv.config import EngineConfig, EngineOptions
 from distkv.engine.client import EngineClient
+from distkv.engine.loop import Delivery
 from distkv.engine.protocol import EngineStats
-from distkv.engine.thread import Delivery
 from distkv.errors import RequestError
 from distkv.frontend.chat_pieces import Message
 from distkv.frontend.front_end import Facade, FrontEnd
@@ -42,6 +42,7 @@ class LLM(Facade):
         WorkerDied when a rank ends while it starts.
         """
         self._front_end = FrontEnd(EngineConfig(model=model, **options))
+        self._front_end.wait()
 
     def generate(
         self,

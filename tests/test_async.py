@@ -468,6 +468,9 @@ class FakeEngine:
                 del self.requests[request_id]
         return outputs
 
+    def rest(self) -> None:
+        """Nothing has to be looked after."""
+
     def stats(self) -> EngineStats:
         self._note("stats")
         return EngineStats(0, 0, len(self.requests), 0)
@@ -491,7 +494,7 @@ def fake(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     made = []
 
     def make(engine: FakeEngine) -> LLM:
-        monkeypatch.setattr(distkv.frontend.front_end, "launch", lambda config: engine)
+        monkeypatch.setattr(distkv.frontend.front_end, "launch", lambda config, check: engine)
         made.append(LLM(tiny_model))
         return made[-1]
 
@@ -691,11 +694,13 @@ def test_an_error_of_closing_is_raised_once(fake: Fake, monkeypatch: pytest.Monk
 
 def test_an_llm_that_nobody_holds_closes_itself(fake: Fake, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FakeEngine()
-    monkeypatch.setattr(distkv.frontend.front_end, "launch", lambda config: engine)
+    monkeypatch.setattr(distkv.frontend.front_end, "launch", lambda config, check: engine)
     llm = LLM(tiny_model)
     llm.generate([[5]], GREEDY, use_tqdm=False)
+    ended = llm._front_end.thread._loop.ended
     del llm
     gc.collect()
+    assert ended.wait(60)
     assert engine.calls[-1] == "close"
 
 

@@ -1,5 +1,6 @@
 """One tensor-parallel rank: its part of the model and of the KV cache, and the execution of step plans on them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from distkv.workers.kv_pools import DiskTier, KVPools, PoolSizes
 from distkv.workers.model.llama import LlamaModel, load_llama
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import Shard
-from distkv.workers.model.weights import DummySource, SafetensorsSource
+from distkv.workers.model.weights import CheckedSource, DummySource, SafetensorsSource
 from distkv.workers.page_directory import PageDirectory
 
 # Share of the memory free at start that each KV pool in CPU memory may grow to, unless a size is given.
@@ -67,7 +68,11 @@ class Capacity(msgspec.Struct, array_like=True, frozen=True):
 class Rank:
     """Loads its part of the model at once; `allocate` must come before `execute`."""
 
-    def __init__(self, config: RankConfig, group: ProcessGroup):
+    def __init__(self, config: RankConfig, group: ProcessGroup, check: Callable[[], None] = lambda: None):
+        """
+        Args:
+            check: called before each tensor is read; what it raises ends the loading.
+        """
         self.config = config
         self.group = group
         self.shard = Shard.of(config.model, group.rank, group.size)
@@ -75,19 +80,27 @@ class Rank:
         self.page_spec = rank_page_spec(config, self.shard)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        self._model = self._load()
+        self._model = self._load(check)
         self.pools = KVPools(self.page_spec, PoolSizes(), self.backend.device)
         self._runner = self.backend.make_runner(self._model, self.pools, config.max_num_seqs)
         self._directory = PageDirectory(config.page_size)
 
-    def _load(self) -> LlamaModel:
+    def _load(self, check: Callable[[], None]) -> LlamaModel:
         config, backend, device = self.config, self.backend, self.backend.device.torch_device
         if config.load_format == "dummy":
             source: DummySource | SafetensorsSource = DummySource(config.seed, config.dtype, device)
         else:
             source = SafetensorsSource(config.folder)
         with source as weights, torch.inference_mode():
-            return load_llama(weights, config.model, self.shard, self.group, config.dtype, device, backend.kernels)
+            return load_llama(
+                CheckedSource(weights, check),
+                config.model,
+                self.shard,
+                self.group,
+                config.dtype,
+                device,
+                backend.kernels,
+            )
 
     def page_capacity(self, ranks_on_node: int, of_device: bool) -> Capacity:
         """Room for KV pages beside the weights, the workspace and the staging ring; that on the device only if it is

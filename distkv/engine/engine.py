@@ -136,6 +136,10 @@ class Engine:
         """Whether `step` has anything to do: requests, or pages to be saved."""
         return self._is_busy or bool(self._outputs) or not self._is_drained
 
+    def rest(self) -> float | None:
+        """See `EngineClient.rest`."""
+        return None
+
     @property
     def _is_busy(self) -> bool:
         return bool(self._scheduler.waiting or self._scheduler.running or self._running or self._unread)

@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from distkv.config import EngineConfig
@@ -22,15 +23,19 @@ from distkv.workers.rank import Budget, RankConfig
 log = logging.getLogger(__name__)
 
 
-def launch(config: EngineConfig) -> EngineClient:
-    """An engine ready for requests: in this process with one rank and no cluster address, else on Ray."""
+def launch(config: EngineConfig, check: Callable[[], None] = lambda: None) -> EngineClient:
+    """An engine ready for requests: in this process with one rank and no cluster address, else on Ray.
+
+    Args:
+        check: called every now and then; what it raises ends the launch, and nothing of it is left.
+    """
     model = ModelConfig.load(Path(config.model))
     max_model_len = _max_model_len(config, model)
     for rank in range(config.tensor_parallel_size):
         Shard.of(model, rank, config.tensor_parallel_size)  # refuses too many ranks before anything starts
     if config.tensor_parallel_size > 1 or config.ray_address is not None:
-        return _launch_on_ray(config, model, max_model_len)
-    group = LocalGroup(config.device)
+        return _launch_on_ray(config, model, max_model_len, check)
+    group = LocalGroup(config.device, check)
     try:
         info = set_up(group, config, model, max_model_len)
         return Engine(info, group.make_executor(), group.close)
@@ -39,11 +44,13 @@ def launch(config: EngineConfig) -> EngineClient:
         raise
 
 
-def _launch_on_ray(config: EngineConfig, model: ModelConfig, max_model_len: int) -> EngineClient:
+def _launch_on_ray(
+    config: EngineConfig, model: ModelConfig, max_model_len: int, check: Callable[[], None]
+) -> EngineClient:
     from distkv.launch.ray_engine import RayEngine  # imports ray
     from distkv.workers.group.ray_group import RayGroup
 
-    group = RayGroup(config.tensor_parallel_size, config.ray_address, config.device)
+    group = RayGroup(config.tensor_parallel_size, config.ray_address, config.device, check)
     try:
         return RayEngine(group, set_up(group, config, model, max_model_len))
     except BaseException:

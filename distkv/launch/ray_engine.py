@@ -28,6 +28,7 @@ from distkv.workers.group.ray_group import RayGroup
 
 STEP_WAIT = 10  # milliseconds that `step` waits for tokens
 DEATH_POLL = 200  # milliseconds of silence after which the ranks are checked
+REST = 1.0  # seconds after which an idle group is looked after
 FINISH_TIMEOUT = 60.0  # seconds in which the ranks may save the cache and end by themselves
 
 Reply = Accepted | Refused | Tokens | EngineStats
@@ -86,6 +87,13 @@ class RayEngine:
     def has_work(self) -> bool:
         """See `EngineClient.has_work`."""
         return bool(self._unread or self._open)
+
+    def rest(self) -> float | None:
+        """See `EngineClient.rest`: a rank may die while nobody waits for it."""
+        if self._closed:
+            return None
+        self._check()
+        return REST
 
     def stats(self) -> EngineStats:
         """See `EngineClient.stats`."""

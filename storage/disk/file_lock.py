@@ -4,6 +4,7 @@ import fcntl
 import os
 import socket
 from pathlib import Path
+from weakref import WeakSet
 
 
 class HeldError(Exception):
@@ -11,7 +12,7 @@ class HeldError(Exception):
 
 
 class FileLock:
-    """A lock, held until `release` or the end of the process."""
+    """A lock, held until `release` or the end of the process. A process that is forked meanwhile does not hold it."""
 
     def __init__(self, path: Path):
         """Makes the file and its folder if need be. Raises OSError when it cannot be written, HeldError when another
@@ -28,6 +29,7 @@ class FileLock:
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._file.flush()
+        _held.add(self)
 
     @property
     def is_held(self) -> bool:
@@ -36,8 +38,20 @@ class FileLock:
     def release(self) -> None:
         """Lets others have it. A second call does nothing."""
         if self.is_held:
-            fcntl.flock(self._file, fcntl.LOCK_UN)  # a forked process may still hold the file open
+            fcntl.flock(self._file, fcntl.LOCK_UN)  # at once, though a process may be on its way from fork to exec
             self._file.close()
+
+
+_held: WeakSet[FileLock] = WeakSet()
+
+
+def _let_go() -> None:
+    """In a forked process: it neither keeps a lock beyond its parent's end nor gives it away before."""
+    for lock in list(_held):
+        lock._file.close()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def is_locked(path: Path) -> bool:

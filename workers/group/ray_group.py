@@ -5,7 +5,9 @@ or gloo. The group belongs to the process that made it, and ends with it.
 """
 
 import os
+import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +26,7 @@ from distkv.workers.kv_pools import PoolSizes
 from distkv.workers.rank import Capacity, RankConfig
 
 PLACEMENT_TIMEOUT = 60.0  # seconds to wait for resources that others hold
+CHECK_SECONDS = 1.0  # after which a wait looks whether it is still wanted
 DEATHS_SETTLE = 1.0  # seconds in which the first of several deaths is told from those that follow from it
 # Variables of the caller's environment that reach the ranks.
 PASSED_ENVIRONMENT = ("HF_HOME", "TRITON_CACHE_DIR", "TMPDIR")
@@ -42,16 +45,19 @@ class Node:
 class RayGroup:
     """A `RankGroup` as the owner of its engine sees it; the engine itself runs beside rank 0, see `start`."""
 
-    def __init__(self, size: int, address: str | None, device: str):
+    def __init__(self, size: int, address: str | None, device: str, check: Callable[[], None] = lambda: None):
         """Takes `size` bundles of the cluster and starts an actor on each.
 
         Args:
             address: as `ray.init` takes it; None takes a running cluster or starts one on this machine.
             device: "cuda", "cpu", or "auto" for CUDA when the cluster has a GPU.
+            check: called every now and then while this waits, here and in what comes before `start`; what it raises
+                ends the wait.
 
         Raises CapacityError when the cluster lacks the resources, ConfigError when it cannot be reached.
         """
         self.size = size
+        self._check_wanted = check
         self._connected = False
         self._placement: Any = None
         self._actors: list[Any] = []
@@ -150,14 +156,16 @@ class RayGroup:
         bundle = {kind: 1}
         strategy = "STRICT_PACK" if max(nodes) >= self.size else "PACK"
         self._placement = placement_group([bundle] * self.size, strategy=strategy)
-        try:
-            ray.get(self._placement.ready(), timeout=PLACEMENT_TIMEOUT)
-        except GetTimeoutError:
+        deadline = time.monotonic() + PLACEMENT_TIMEOUT
+        while not self._placement.wait(CHECK_SECONDS):
+            self._check_wanted()
+            if time.monotonic() < deadline:
+                continue
             free = ray.available_resources().get(kind, 0)
             raise CapacityError(
                 f"{self.size} {kind}s were not free within {PLACEMENT_TIMEOUT:.0f} s, {int(free)} are now; "
                 "end what holds them or use fewer ranks"
-            ) from None
+            )
         actor_class = ray.remote(RankActor)
         for index in range(self.size):
             strategy_of_rank = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=index)
@@ -186,10 +194,12 @@ class RayGroup:
         """The results of one call per rank; the first failure is raised at once, whatever the others still do."""
         pending = list(refs)
         while pending:
-            done, pending = ray.wait(pending, num_returns=1)
-            error = failure_of(done[0])
-            if error is not None:
-                raise self._died(refs.index(done[0]), error)
+            done, pending = ray.wait(pending, num_returns=1, timeout=CHECK_SECONDS)
+            self._check_wanted()
+            for ref in done:
+                error = failure_of(ref)
+                if error is not None:
+                    raise self._died(refs.index(ref), error)
         return ray.get(refs)
 
     def _died(self, rank: int, error: Exception | None) -> DistKVError:
