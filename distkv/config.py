@@ -138,7 +138,7 @@ class EngineConfig:
     num_threads: int | None = None
     """Torch threads of each CPU rank.
 
-    None leaves torch's default in this process and shares the cores out among Ray actors.
+    None leaves torch's default in this process, where it has cores for them, and shares the cores out among Ray actors.
     """
 
     def __post_init__(self) -> None:

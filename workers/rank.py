@@ -12,7 +12,7 @@ from tqdm import tqdm
 from distkv.storage.disk.cache_folder import Description, DiskHeads
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import NUM_BUFFERS
-from distkv.storage.pools.host_memory import available_bytes
+from distkv.storage.process_limits import available_bytes, usable_cores
 from distkv.storage.synthetic_pages import synthetic_slice
 from distkv.storage.tier import Tier
 from distkv.workers.backend import Demand, make_backend
@@ -46,7 +46,7 @@ class RankConfig:
     max_num_seqs: int
     max_num_batched_tokens: int
     gpu_memory_utilization: float  # share of the GPU's memory that weights, workspace and KV may take together
-    num_threads: int | None  # torch's CPU threads; None leaves them as they are
+    num_threads: int | None  # torch's CPU threads; None leaves them as they are, as far as there are cores for them
     staging_pages: int  # see `StagingRing`
     cache_dir: Path | None  # of the disk tier: the sub-folder for this model's pages, see `cache_folder.py`
     keep_cache: bool  # whether the pages on disk outlive the engine
@@ -78,8 +78,9 @@ class Rank:
         self.shard = Shard.of(config.model, group.rank, group.size)
         self.backend = make_backend(config.device)
         self.page_spec = rank_page_spec(config, self.shard)
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
+        threads = config.num_threads or min(torch.get_num_threads(), usable_cores())
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
         self._model = self._load(check)
         self.pools = KVPools(self.page_spec, PoolSizes(), self.backend.device)
         self._runner = self.backend.make_runner(self._model, self.pools, config.max_num_seqs)

@@ -24,7 +24,7 @@ from distkv.models.shapes import shape_folder
 from distkv.reporting.machine import check_json_file, machine_facts
 from distkv.sampling_params import MAX_LOGPROBS, SamplingParams
 from distkv.storage.paging import pages_for
-from distkv.storage.pools.host_memory import available_bytes
+from distkv.storage.process_limits import available_bytes
 from distkv.stress.reference import Reference
 from distkv.stress.report import print_table, write_json, write_plot
 from distkv.stress.stage import Stage, run_stage

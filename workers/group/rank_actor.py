@@ -1,6 +1,5 @@
 """A rank in a Ray actor of its own."""
 
-import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 import ray
 import zmq
 
+from distkv.storage.process_limits import usable_cores
 from distkv.workers.backend import KINDS
 from distkv.workers.bandwidth import Bandwidth
 from distkv.workers.group.channel import FollowerChannel, LeaderChannel
@@ -45,8 +45,8 @@ class RankActor:
         return self._loaded
 
     def node(self) -> tuple[str, int]:
-        """The id of the node this actor runs on, and the node's cores."""
-        return ray.get_runtime_context().get_node_id(), os.cpu_count() or 1
+        """The id of the node this actor runs on, and the cores that it may use there."""
+        return ray.get_runtime_context().get_node_id(), usable_cores()
 
     def open(self, host: str, num_followers: int) -> Addresses:
         """On rank 0: binds the group's sockets."""

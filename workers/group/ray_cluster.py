@@ -9,6 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from distkv.storage.process_limits import usable_cores
 from distkv.workers.errors import ConfigError
 from distkv.workers.group.ray_errors import cause_of
 
@@ -46,7 +47,7 @@ def _init(address: str | None, size: int) -> None:
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     if found in (None, "local"):
         log.info("starting a Ray cluster on this machine for this process")
-        ray.init(address="local", num_cpus=max(size, os.cpu_count() or 1), include_dashboard=False, **quiet)
+        ray.init(address="local", num_cpus=max(size, usable_cores()), include_dashboard=False, **quiet)
         return
     assert found is not None
     _check_reachable(found)
