@@ -9,8 +9,8 @@ from types import TracebackType
 from typing import Unpack
 
 from distkv.config import EngineConfig, EngineOptions
+from distkv.engine.loop import Delivery
 from distkv.engine.protocol import EngineStats
-from distkv.engine.thread import Delivery
 from distkv.errors import DistKVError
 from distkv.frontend.front_end import Facade, FrontEnd
 from distkv.frontend.messages import Message
@@ -34,13 +34,25 @@ class AsyncLLM(Facade):
 
     def __init__(self, model: str | Path, **options: Unpack[EngineOptions]):
         """Loads the model, and blocks meanwhile; in a running event loop use `create`. As `LLM` otherwise."""
-        self._front_end = FrontEnd(EngineConfig(model=model, **options))
+        self._begin(EngineConfig(model=model, **options))
+        self._front_end.wait()
+
+    def _begin(self, config: EngineConfig) -> None:
+        self._front_end = FrontEnd(config)
         self._mailbox: _Mailbox | None = None
 
     @classmethod
     async def create(cls, model: str | Path, **options: Unpack[EngineOptions]) -> "AsyncLLM":
-        """A new `AsyncLLM`, loaded while the event loop goes on."""
-        return await asyncio.to_thread(lambda: cls(model, **options))
+        """A new `AsyncLLM`, loaded while the event loop goes on. Nothing is left of one whose task is cancelled: what
+        it has loaded is freed in the background."""
+        llm = cls.__new__(cls)
+        llm._begin(EngineConfig(model=model, **options))
+        try:
+            await asyncio.to_thread(llm._front_end.wait)
+        except BaseException:
+            llm._front_end.thread.give_up()
+            raise
+        return llm
 
     async def generate(
         self,

@@ -9,8 +9,8 @@ from typing import Any, Unpack
 
 from distkv.config import EngineConfig, EngineOptions
 from distkv.engine.client import EngineClient
+from distkv.engine.loop import Delivery
 from distkv.engine.protocol import EngineStats
-from distkv.engine.thread import Delivery
 from distkv.errors import RequestError
 from distkv.frontend.front_end import Facade, FrontEnd
 from distkv.frontend.messages import Message
@@ -41,6 +41,7 @@ class LLM(Facade):
         WorkerDied when a rank ends while it starts.
         """
         self._front_end = FrontEnd(EngineConfig(model=model, **options))
+        self._front_end.wait()
 
     def generate(
         self,

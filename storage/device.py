@@ -15,7 +15,8 @@ from torch import Tensor
 from distkv.storage.moving.page_copies import PageCopies
 from distkv.storage.moving.streams import CudaStreams, Event
 from distkv.storage.paging import CPU_BUFFERS, NUM_BUFFERS
-from distkv.storage.pools.host_memory import as_integers, available_bytes, lazy_zeros
+from distkv.storage.pools.host_memory import as_integers, lazy_zeros
+from distkv.storage.process_limits import available_bytes
 
 
 @dataclass(frozen=True)

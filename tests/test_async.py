@@ -470,6 +470,9 @@ class FakeEngine:
                 del self.requests[request_id]
         return outputs
 
+    def rest(self) -> None:
+        """Nothing has to be looked after."""
+
     def stats(self) -> EngineStats:
         self._note("stats")
         return EngineStats(0, 0, len(self.requests), 0)
@@ -493,7 +496,7 @@ def fake(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     made = []
 
     def make(engine: FakeEngine) -> LLM:
-        monkeypatch.setattr(distkv.frontend.front_end, "launch", lambda config: engine)
+        monkeypatch.setattr(distkv.frontend.front_end, "launch", lambda config, check: engine)
         made.append(LLM(tiny_model))
         return made[-1]
 
@@ -691,13 +694,40 @@ def test_an_error_of_closing_is_raised_once(fake: Fake, monkeypatch: pytest.Monk
     llm.close()
 
 
+@pytest.mark.parametrize("is_told", [False, True])
+def test_what_ends_an_idle_engine_is_raised_by_close_unless_it_was_told(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_told: bool
+) -> None:
+    engine = FakeEngine()
+    rested = threading.Event()
+
+    def die() -> None:
+        rested.set()
+        raise WorkerDied(1, "node", "it was killed")
+
+    monkeypatch.setattr(engine, "rest", die)
+    llm = fake(engine)
+    assert rested.wait(60)
+    if is_told:
+        with pytest.raises(WorkerDied):
+            llm.stats()
+        llm.close()
+    else:
+        with pytest.raises(WorkerDied):
+            llm.close()
+    llm.close()
+    assert engine.calls[-1] == "close" and "the engine has ended: rank 1" in caplog.text
+
+
 def test_an_llm_that_nobody_holds_closes_itself(fake: Fake, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FakeEngine()
-    monkeypatch.setattr(distkv.frontend.front_end, "launch", lambda config: engine)
+    monkeypatch.setattr(distkv.frontend.front_end, "launch", lambda config, check: engine)
     llm = LLM(tiny_model)
     llm.generate([[5]], GREEDY, use_tqdm=False)
+    ended = llm._front_end.thread._loop.ended
     del llm
     gc.collect()
+    assert ended.wait(60)
     assert engine.calls[-1] == "close"
 
 

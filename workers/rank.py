@@ -1,5 +1,6 @@
 """One tensor-parallel rank: its part of the model and of the KV cache, and the execution of step plans on them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tqdm import tqdm
 from distkv.storage.disk.cache_folder import Description, DiskHeads
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import NUM_BUFFERS
-from distkv.storage.pools.host_memory import available_bytes
+from distkv.storage.process_limits import available_bytes
 from distkv.storage.synthetic_pages import synthetic_slice
 from distkv.storage.tier import Tier
 from distkv.workers.backend import Demand, make_backend
@@ -25,7 +26,7 @@ from distkv.workers.kv_pools import DiskTier, KVPools, PoolSizes
 from distkv.workers.model.llama import LlamaModel, load_llama
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import Shard
-from distkv.workers.model.weights import DummySource, SafetensorsSource
+from distkv.workers.model.weights import CheckedSource, DummySource, SafetensorsSource
 from distkv.workers.page_directory import PageDirectory
 from distkv.workers.threads import use_threads
 
@@ -47,7 +48,7 @@ class RankConfig:
     max_num_seqs: int
     max_num_batched_tokens: int
     gpu_memory_utilization: float  # share of the GPU's memory that weights, workspace and KV may take together
-    num_threads: int | None  # torch's CPU threads; None leaves them as they are
+    num_threads: int | None  # torch's CPU threads; None leaves them as they are, as far as there are cores for them
     staging_pages: int  # see `StagingRing`
     digest_weights: bool  # whether pages may be kept, so that the whole content of the weights must be known
 
@@ -67,20 +68,23 @@ class Capacity(msgspec.Struct, array_like=True, frozen=True):
 class Rank:
     """Loads its part of the model at once; `allocate` must come before `execute`."""
 
-    def __init__(self, config: RankConfig, group: ProcessGroup):
+    def __init__(self, config: RankConfig, group: ProcessGroup, check: Callable[[], None] = lambda: None):
+        """
+        Args:
+            check: called before each tensor is read; what it raises ends the loading.
+        """
         self.config = config
         self.group = group
         self.shard = Shard.of(config.model, group.rank, group.size)
         self.backend = make_backend(config.device)
         self.page_spec = rank_page_spec(config, self.shard)
-        if config.num_threads is not None:
-            use_threads(config.num_threads)
-        self._model, self.weights_digest = self._load()
+        use_threads(config.num_threads)
+        self._model, self.weights_digest = self._load(check)
         self.pools = KVPools(self.page_spec, PoolSizes(), self.backend.device)
         self._runner = self.backend.make_runner(self._model, self.pools, config.max_num_seqs)
         self._directory = PageDirectory(config.page_size)
 
-    def _load(self) -> tuple[LlamaModel, str]:
+    def _load(self, check: Callable[[], None]) -> tuple[LlamaModel, str]:
         """The model, and what was read, see `SafetensorsSource.digest`."""
         config, backend, device = self.config, self.backend, self.backend.device.torch_device
         if config.load_format == "dummy":
@@ -88,7 +92,10 @@ class Rank:
         else:
             source = SafetensorsSource(config.folder, warns=self.shard.rank == 0)
         with source as weights, torch.inference_mode():
-            model = load_llama(weights, config.model, self.shard, self.group, config.dtype, device, backend.kernels)
+            model = load_llama(
+                CheckedSource(weights, check), config.model, self.shard, self.group, config.dtype, device,
+                backend.kernels,
+            )  # fmt: skip
             weights.check_all_read()
             return model, weights.digest(config.digest_weights)
 

@@ -73,7 +73,7 @@ class Decoder:
         self.variant = variant
         self.cold_bytes = cold_bytes
         self._page_cache = ColdPageCache()
-        self._engine = launch(config, self._page_cache)
+        self._engine = launch(config, observer=self._page_cache)
         cache_dir = self._engine.info.cache_dir
         self._array = None if cache_dir is None else Path(cache_dir) / ARRAY
 

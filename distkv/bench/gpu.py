@@ -17,7 +17,7 @@ from distkv.errors import CapacityError
 from distkv.models.shapes import shape_folder
 from distkv.reporting.tables import Column, target
 from distkv.sampling_params import MAX_LOGPROBS
-from distkv.storage.pools.host_memory import available_bytes
+from distkv.storage.process_limits import available_bytes
 
 PARTS = ("streaming", "model", "residency")
 MODEL = "llama-3-8b"

@@ -29,6 +29,13 @@ class EngineClient(Protocol):
         """Whether `step` has anything to do or to return."""
         ...
 
+    def rest(self) -> float | None:
+        """Called when nothing is to do. Returns the seconds after which it is to be called once more, None for never.
+
+        Raises WorkerDied when a rank is lost.
+        """
+        ...
+
     def stats(self) -> EngineStats:
         """State of the KV cache."""
         ...

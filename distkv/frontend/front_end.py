@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-import weakref
+from functools import partial
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -33,20 +33,24 @@ class FrontEnd:
     """An engine and the tokenizer of its model. All methods may be called by any thread."""
 
     def __init__(self, config: EngineConfig):
-        """Loads the model; raises as `LLM` does."""
-        engine = launch(config)
+        """Begins to load the model; `wait` must come before all else."""
         self.config = config
-        self.info: EngineInfo = engine.info
-        self.thread = EngineThread(engine)
-        weakref.finalize(self, self.thread.close)  # an LLM that nobody closes
+        self.thread = EngineThread(partial(launch, config))
+        self.info: EngineInfo
         self._numbers = itertools.count()
         self._tokenizer: Tokenizer | None = None
+
+    def wait(self) -> None:
+        """Waits until the model is loaded; raises as `LLM` does, having freed everything."""
         try:
-            self._tokenizer = Tokenizer(Path(config.model), engine.info.eos_token_ids)
-            self.info = replace(engine.info, eos_token_ids=tuple(sorted(self._tokenizer.end_token_ids)))
-        except ConfigError as error:
-            self._no_tokenizer = str(error)
-            log.warning(self._no_tokenizer)
+            info = self.thread.wait()
+            try:
+                self._tokenizer = Tokenizer(Path(self.config.model), info.eos_token_ids)
+                info = replace(info, eos_token_ids=tuple(sorted(self._tokenizer.end_token_ids)))
+            except ConfigError as error:
+                self._no_tokenizer = str(error)
+                log.warning(self._no_tokenizer)
+            self.info = info
         except BaseException:
             self.thread.close()
             raise
@@ -65,7 +69,9 @@ class FrontEnd:
     def request(
         self, number: int, prompt: Prompt, params: SamplingParams, priority: int, cache_salt: str | None
     ) -> RequestState:
-        """Checks a prompt and makes it a request; raises RequestError, and CapacityError for too many answers."""
+        """Checks a prompt and makes it a request; raises RequestError, CapacityError for too many answers, and
+        DistKVError in a forked process."""
+        self.thread.check_process()
         check_params(params, self.info)
         priority, cache_salt = plain_priority(priority), plain_salt(cache_salt)
         text, given = plain_prompt(prompt)
@@ -89,7 +95,8 @@ class FrontEnd:
 
     def session(self, name: str, params: SamplingParams) -> Session:
         """Opens a conversation for one more turn; raises ConfigError as `Session` does, RequestError for other than one
-        answer."""
+        answer, DistKVError in a forked process."""
+        self.thread.check_process()
         if self.config.cache_dir is None:
             raise ConfigError(f"session {name!r} needs a folder to be kept in; set cache_dir")
         check_params(params, self.info)

@@ -1,8 +1,9 @@
 """Requests between a caller and the engine's thread."""
 
 from distkv import errors
+from distkv.engine.loop import Broken, Delivery, Sink
 from distkv.engine.protocol import RequestFailed
-from distkv.engine.thread import Broken, Delivery, EngineThread, Sink
+from distkv.engine.thread import EngineThread
 from distkv.frontend.request_state import RequestState
 
 

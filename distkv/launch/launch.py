@@ -1,6 +1,7 @@
 """Starts an engine from its options: reads the model's config, loads the ranks, has their pools allocated."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from distkv.config import EngineConfig
@@ -22,10 +23,13 @@ from distkv.workers.rank import Budget, RankConfig
 log = logging.getLogger(__name__)
 
 
-def launch(config: EngineConfig, observer: StepObserver | None = None) -> EngineClient:
+def launch(
+    config: EngineConfig, check: Callable[[], None] = lambda: None, observer: StepObserver | None = None
+) -> EngineClient:
     """An engine ready for requests: in this process with one rank and no cluster address, else on Ray.
 
     Args:
+        check: called every now and then; what it raises ends the launch, and nothing of it is left.
         observer: is told how steps go; of an engine in this process alone.
     """
     model = ModelConfig.load(Path(config.model))
@@ -34,8 +38,8 @@ def launch(config: EngineConfig, observer: StepObserver | None = None) -> Engine
         Shard.of(model, rank, config.tensor_parallel_size)  # refuses too many ranks before anything starts
     if config.tensor_parallel_size > 1 or config.ray_address is not None:
         assert observer is None
-        return _launch_on_ray(config, model, max_model_len)
-    group = LocalGroup(config.device)
+        return _launch_on_ray(config, model, max_model_len, check)
+    group = LocalGroup(config.device, check)
     try:
         info = set_up(group, config, model, max_model_len)
         return Engine(info, group.make_executor(), group.close, observer=observer)
@@ -44,11 +48,13 @@ def launch(config: EngineConfig, observer: StepObserver | None = None) -> Engine
         raise
 
 
-def _launch_on_ray(config: EngineConfig, model: ModelConfig, max_model_len: int) -> EngineClient:
+def _launch_on_ray(
+    config: EngineConfig, model: ModelConfig, max_model_len: int, check: Callable[[], None]
+) -> EngineClient:
     from distkv.launch.ray_engine import RayEngine  # imports ray
     from distkv.workers.group.ray_group import RayGroup
 
-    group = RayGroup(config.tensor_parallel_size, config.ray_address, config.device)
+    group = RayGroup(config.tensor_parallel_size, config.ray_address, config.device, check)
     try:
         return RayEngine(group, set_up(group, config, model, max_model_len))
     except BaseException:

@@ -25,7 +25,7 @@ from distkv.reporting.machine import machine_facts
 from distkv.reporting.out_file import check_out_file
 from distkv.sampling_params import MAX_LOGPROBS, SamplingParams
 from distkv.storage.paging import pages_for
-from distkv.storage.pools.host_memory import available_bytes
+from distkv.storage.process_limits import available_bytes
 from distkv.stress.reference import Reference
 from distkv.stress.report import print_table, write_json, write_plot
 from distkv.stress.stage import Stage, run_stage

@@ -5,6 +5,7 @@ import os
 import socket
 from contextlib import suppress
 from pathlib import Path
+from weakref import WeakSet
 
 
 class HeldError(Exception):
@@ -12,7 +13,7 @@ class HeldError(Exception):
 
 
 class FileLock:
-    """A lock, held until `release` or the end of the process."""
+    """A lock, held until `release` or the end of the process. A process that is forked meanwhile does not hold it."""
 
     def __init__(self, path: Path):
         """Makes the file and its folder if need be. Raises OSError when it cannot be opened or locked, HeldError
@@ -32,6 +33,7 @@ class FileLock:
         with suppress(OSError):  # a full disk has no room for the name, which is there for the reader alone
             os.ftruncate(self._file.fileno(), 0)
             os.write(self._file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        _held.add(self)
 
     @property
     def is_held(self) -> bool:
@@ -40,8 +42,20 @@ class FileLock:
     def release(self) -> None:
         """Lets others have it. A second call does nothing."""
         if self.is_held:
-            fcntl.flock(self._file, fcntl.LOCK_UN)  # a forked process may still hold the file open
+            fcntl.flock(self._file, fcntl.LOCK_UN)  # at once, though a process may be on its way from fork to exec
             self._file.close()
+
+
+_held: WeakSet[FileLock] = WeakSet()
+
+
+def _let_go() -> None:
+    """In a forked process: it neither keeps a lock beyond its parent's end nor gives it away before."""
+    for lock in list(_held):
+        lock._file.close()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def is_locked(path: Path) -> bool:

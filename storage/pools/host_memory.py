@@ -2,7 +2,6 @@
 
 import math
 import mmap
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -62,14 +61,3 @@ class HostBuffer:
                     "raise the limit of locked memory (ulimit -l)"
                 )
             self._registered.append(start + first)
-
-
-def available_bytes() -> int:
-    """Memory that can be taken without swapping, within the limit of the container if there is one."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-    except OSError:
-        return available
-    return available if limit == "max" else min(available, int(limit) - int(used))

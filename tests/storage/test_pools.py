@@ -30,9 +30,9 @@ from distkv.storage.disk.disk_array import make_array, remove_array
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools.device_pool import DevicePool
 from distkv.storage.pools.disk_pool import DiskPool
-from distkv.storage.pools.host_memory import available_bytes
 from distkv.storage.pools.host_pool import HostPool
 from distkv.storage.pools.page_pool import PagePool
+from distkv.storage.process_limits import available_bytes
 
 AnyPool = PagePool | HostPool
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -332,3 +333,14 @@ def test_demo_model_on_real_text(demo_model: Path) -> None:
     clear = two[:, 0] - two[:, 1] > 2 * TOLERANCE * expected.abs().max()
     assert clear.sum() > 190
     assert torch.equal(logits.argmax(-1)[clear], expected.argmax(-1)[clear])
+
+
+def test_a_rank_takes_no_more_threads_than_cores(
+    tiny_model: Path, set_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quota of the container leaves torch's own default as it is."""
+    for cores, before, given, after in ((1, 2, None, 1), (8, 2, None, 2), (1, 1, 3, 3)):
+        monkeypatch.setattr("distkv.workers.threads.usable_cores", lambda cores=cores: cores)
+        set_threads(before)
+        load_rank(tiny_model, num_threads=given)
+        assert torch.get_num_threads() == after

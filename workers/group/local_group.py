@@ -1,5 +1,6 @@
 """A group of one rank, in this process."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,9 +17,14 @@ from distkv.workers.rank import Capacity, Rank, RankConfig
 class LocalGroup:
     """A `RankGroup` whose engine runs in this process too."""
 
-    def __init__(self, device: str):
-        """Chooses the device, "auto" for CUDA where there is any; raises ConfigError when it is not there."""
+    def __init__(self, device: str, check: Callable[[], None] = lambda: None):
+        """Chooses the device, "auto" for CUDA where there is any; raises ConfigError when it is not there.
+
+        Args:
+            check: called before each tensor that `load` reads; what it raises ends that.
+        """
         self.device = _local_device(device)
+        self._check = check
         self._rank: Rank | None = None
 
     @property
@@ -33,7 +39,7 @@ class LocalGroup:
 
     def load(self, config: RankConfig) -> list[str]:
         """See `RankGroup.load`."""
-        self._rank = Rank(config, ProcessGroup())
+        self._rank = Rank(config, ProcessGroup(), self._check)
         return [self._rank.weights_digest]
 
     def capacity(self, of_device: bool) -> Capacity:

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -163,6 +163,20 @@ class DummySource:
             whole.normal_(0, 0.02, generator=generator)
         index = tuple(slice(None) if part is None else slice(*part) for part in (rows, columns)[: len(shape)])
         return whole[index].clone()
+
+
+class CheckedSource:
+    """A `WeightSource` that calls `check` before it reads a tensor, so that what this raises ends the loading."""
+
+    def __init__(self, source: WeightSource, check: Callable[[], None]):
+        self._source, self._check = source, check
+
+    def read(self, name: str, shape: tuple[int, ...], rows: Rows = None, columns: Rows = None) -> Tensor:
+        self._check()
+        return self._source.read(name, shape, rows, columns)
+
+    def has(self, name: str) -> bool:
+        return self._source.has(name)
 
 
 def tensor_files(folder: Path) -> Mapping[str, str]:

@@ -1,0 +1,78 @@
+"""What of the machine this process may use: the box that it runs in, not the machine alone.
+
+A control group bounds the memory and the processor time of the processes in it and in the groups below it, so the least
+of all groups from ours up to the root counts. Version 2 has one tree of groups, version 1 one for each controller.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+PROC = Path("/proc")
+
+
+def available_bytes(proc: Path = PROC) -> int:
+    """Memory that can be taken without swapping, within the limits of our control groups. Files that are cached and not
+    in use count as free, since the system gives them up."""
+    fields = dict(line.split(":") for line in (proc / "meminfo").read_text().splitlines())
+    rooms = [int(fields["MemAvailable"].split()[0]) * 1024]
+    for group in _groups("memory", proc):
+        rooms += _memory_rooms(group)
+    return max(0, min(rooms))
+
+
+def usable_cores(proc: Path = PROC) -> int:
+    """Cores that this process may keep busy: those that it may run on, or what the quotas of our control groups come to
+    where that is less, and one at least."""
+    quotas = [quota for group in _groups("cpu", proc) for quota in _quotas(group)]
+    return max(1, int(min([len(os.sched_getaffinity(0)), *quotas])))
+
+
+def _memory_rooms(group: Path) -> Iterator[int]:
+    """What the limits of a group leave."""
+    for limits, used, cached in (
+        (("memory.max", "memory.high"), "memory.current", "inactive_file"),
+        (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),  # version 1
+    ):
+        for limit in limits:
+            text = _read(group / limit)
+            if text and text != "max":
+                stat = dict(line.split() for line in _read(group / "memory.stat").splitlines())
+                yield int(text) - int(_read(group / used) or 0) + int(stat.get(cached, 0))
+
+
+def _quotas(group: Path) -> Iterator[float]:
+    """Cores that a group may keep busy."""
+    text = _read(group / "cpu.max") or f"{_read(group / 'cpu.cfs_quota_us')} {_read(group / 'cpu.cfs_period_us')}"
+    quota, _, period = text.partition(" ")
+    if quota.isdigit():  # else "max", or -1 in version 1
+        yield int(quota) / int(period)
+
+
+def _groups(controller: str, proc: Path) -> Iterator[Path]:
+    """The folders of our groups from our own up to the root, in each tree that may have the controller."""
+    paths: dict[str, PurePosixPath] = {}  # by controller, "" for version 2
+    for line in _read(proc / "self/cgroup").splitlines():
+        _, controllers, name = line.split(":", 2)
+        paths |= dict.fromkeys(controllers.split(","), PurePosixPath(name))
+    for line in _read(proc / "self/mountinfo").splitlines():
+        mount, _, source = line.partition(" - ")
+        root, mount_point = mount.split()[3:5]
+        kind, _, options = source.split()[:3]
+        own = paths.get("") if kind == "cgroup2" else None
+        if kind == "cgroup" and controller in options.split(","):
+            own = paths.get(controller)
+        if own is None:
+            continue
+        group = top = Path(mount_point)
+        if own.is_relative_to(root) and ".." not in own.parts:  # else a container sees its own part of the tree alone
+            group = top / own.relative_to(root)
+        yield from [group, *(one for one in group.parents if one.is_relative_to(top))]
+
+
+def _read(path: Path) -> str:
+    """The text of a file, empty where there is none for us."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
