@@ -74,12 +74,12 @@ class Scheduler:
         self.cache.touch(sequence.expected)
         insort(self.waiting, sequence, key=lambda one: (one.request.priority, one.number))
 
-    def schedule(self, num_held: int = 0, only: Sequence | None = None) -> Scheduled:
+    def schedule(self, num_held: int, only: Sequence | None) -> Scheduled:
         """The sequences of the next step with the number of tokens each runs; empty when there is nothing to do.
 
         Args:
             num_held: device pages that must stay and belong to no sequence.
-            only: leaves all others out.
+            only: leaves all others out; None leaves out those that are parked.
         """
         if self.waiting:
             self._admit()
@@ -204,7 +204,7 @@ class Scheduler:
             return []
         first, *others = sorted(prefilling, key=lambda one: (one.request.priority, one.number))
         chunks = []
-        own = self._chunk(first, budget if not others else -(-budget // 2))
+        own = self._chunk(first, -(-budget // 2))
         left = budget - self._cost(first, own)
         for sequence in sorted(others, key=lambda one: (one.request.priority, one.prompt_len - one.table.num_tokens)):
             count = self._chunk(sequence, left)
