@@ -53,7 +53,7 @@ class ColdBudget:
         self._members, self._steps = list(running), 0
 
     def _give_turns(self, running: list[Sequence]) -> None:
-        newest = max((sequence.turn for sequence in self._members if not sequence.finished), default=0)
+        newest = max((sequence.turn for sequence in self._members), default=0)
         known = set(self._members)
         for sequence in running:
             if sequence not in known:

@@ -76,12 +76,12 @@ class Scheduler:
         self.cache.touch(sequence.expected)
         self._queue(sequence)
 
-    def schedule(self, num_held: int = 0, only: Sequence | None = None) -> Scheduled:
+    def schedule(self, num_held: int, only: Sequence | None) -> Scheduled:
         """The sequences of the next step with the number of tokens each runs; empty when there is nothing to do.
 
         Args:
             num_held: device pages that must stay and belong to no sequence.
-            only: leaves all others out.
+            only: leaves all others out; None leaves out those that are parked.
         """
         if self.waiting and not self._promises.any_lacks_room:
             self._admit()
@@ -218,7 +218,7 @@ class Scheduler:
             return []
         first, *others = sorted(prefilling, key=lambda one: one.place)
         chunks = []
-        own = self._chunk(first, budget if not others else -(-budget // 2))
+        own = self._chunk(first, -(-budget // 2))
         left = budget - self._cost(first, own)
         for sequence in sorted(others, key=lambda one: (one.request.priority, one.num_to_read - one.table.num_tokens)):
             count = self._chunk(sequence, left)

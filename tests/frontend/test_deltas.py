@@ -112,6 +112,8 @@ def test_a_delta_holds_the_answers_that_have_grown_and_only_the_last_one_says_wh
         ([], ["a", "bc"], ["a", "bc"], None),
         (["end"], ["the e", "n", "emy"], ["the", " ", "ene"], None),
         (["end"], ["the ", "e", "nd", "ing"], ["th", "e", " "], "end"),
+        (["end"], ["the ending"], ["the "], "end"),
+        (["ended"], ["en", "ded"], ["", ""], "ended"),
         (["b", "abc"], ["xa", "bc"], ["", "x"], "abc"),
         (["abc", "ab"], ["xa", "bc"], ["", "x"], "ab"),
         (["aab"], ["a", "a", "a", "b"], ["", "", "a", ""], "aab"),

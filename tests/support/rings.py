@@ -1,9 +1,9 @@
 """The kernel tests without a GPU: two rings, each in a process of its own.
 
 Triton reads TRITON_INTERPRET when it is imported and when a kernel is defined, so one process either interprets kernels
-(ring `interpreter`) or compiles them (ring `aot`). `pytest -m <ring>` runs a ring. The default run starts both beside
-the other tests, at a low priority, and `test_rings.py` collects them at its end; a run that selects none of
-`test_rings.py` starts nothing.
+(ring `interpreter`) or compiles them (ring `aot`). `pytest -m <ring>` runs a ring, with its slow tests; `-m slow` has
+those of the ring `aot` alone, since its process compiles. The default run starts both beside the other tests, at a low
+priority, and `test_rings.py` collects them at its end; a run that selects none of `test_rings.py` starts nothing.
 """
 
 import fnmatch
@@ -24,6 +24,7 @@ MODULES = RINGS | {"gpu": "test_gpu*.py"}
 OTHER_KINDS = ("unmarked", "slow")
 
 ALONE = pytest.StashKey[str | None]()
+INTERPRETS = pytest.StashKey[bool]()
 RUNS = pytest.StashKey[dict[str, "RingRun"]]()
 
 
@@ -55,8 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
     expression = config.option.markexpr
     kinds = [*MODULES, *OTHER_KINDS]
     if expression:
-        selects = Expression.compile(expression).evaluate
-        kinds = [kind for kind in kinds if selects(lambda name, kind=kind, **_: name == kind)]
+        kinds = [kind for kind in kinds if _selects(expression, kind)]
     selected = [kind for kind in kinds if kind in RINGS]
     if selected and len(kinds) > 1:
         raise pytest.UsageError(
@@ -65,8 +65,9 @@ def pytest_configure(config: pytest.Config) -> None:
             "-m 'not interpreter and not aot'"
         )
     config.stash[ALONE] = kinds[0] if len(kinds) == 1 and kinds[0] in MODULES else None
+    config.stash[INTERPRETS] = selected == ["interpreter"]
     os.environ.pop("TRITON_INTERPRET", None)
-    if selected == ["interpreter"]:
+    if config.stash[INTERPRETS]:
         import torch
 
         os.environ["TRITON_INTERPRET"] = "1"
@@ -82,12 +83,16 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Checks that no test lies where its marker does not look; the rings are collected last."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Checks that no test lies where its marker does not look, and leaves out those that want another process; the
+    rings are collected last."""
     for item in items:
         for kind, pattern in MODULES.items():
             if (item.get_closest_marker(kind) is not None) != fnmatch.fnmatch(item.path.name, pattern):
                 raise pytest.UsageError(f"{item.nodeid}: tests marked {kind}, and no others, live in {pattern}")
+    if not config.stash[INTERPRETS]:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("interpreter")])
+        items[:] = [item for item in items if not item.get_closest_marker("interpreter")]
     items.sort(key=_collects_a_ring)
 
 
@@ -109,3 +114,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 def _collects_a_ring(item: pytest.Item) -> bool:
     return item.path.name == "test_rings.py" and hasattr(item, "callspec")
+
+
+def _selects(expression: str, kind: str) -> bool:
+    """Whether `-m` asks for tests of a kind, or for the slow ones among them and not for slow ones of any kind."""
+
+    def matches(*markers: str) -> bool:
+        return Expression.compile(expression).evaluate(lambda name, **_: name in markers)
+
+    return matches(kind) or (matches(kind, "slow") and not matches("slow"))

@@ -1,0 +1,398 @@
+"""Which tokens run in a step, case by case: a scheduler by itself, whose steps all end well."""
+
+from typing import Any
+
+import pytest
+from support.history import GREEDY
+from support.memory import PAGE_SIZE, engine_info
+
+from distkv.engine.protocol import EngineRequest
+from distkv.engine.scheduler import MAX_EXPECTED, Scheduler
+from distkv.engine.sequence import Sequence
+from distkv.errors import CapacityError
+from distkv.sampling_params import SamplingParams
+from distkv.storage.tier import Tier
+
+BUDGET = 64
+
+
+class Steps:
+    """A scheduler and what runs by it. Prompts have nothing in common unless they begin with the same token."""
+
+    def __init__(self, **options: Any):
+        sizes = {"max_num_batched_tokens": BUDGET, "num_pages": 200, "max_model_len": 5000, "page_bytes": 10}
+        self.info = engine_info(**(sizes | options))
+        self.scheduler = Scheduler(self.info)
+        self.cache = self.scheduler.cache
+
+    def add(self, name: str, length: int, *, token: int | None = None, n: int = 1, **options: Any) -> EngineRequest:
+        params = SamplingParams(n=n) if n > 1 else GREEDY
+        first = ord(name[0]) if token is None else token
+        fields = {"max_tokens": 50, "seed": 0} | options
+        request = EngineRequest(name, [first] * length, params, **fields)
+        self.scheduler.check(request)
+        self.scheduler.add(request)
+        return request
+
+    def step(self, num_held: int = 0, only: Sequence | None = None) -> dict[str, int]:
+        """Runs a step; the tokens of each request in it."""
+        scheduled = self.scheduler.schedule(num_held, only)
+        assert self.cache.reserve(sum(one.table.missing(count) for one, count in scheduled))
+        for sequence, count in scheduled:
+            sequence.table.append(count)
+            sequence.commit(count)
+            if sequence.table.num_tokens == len(sequence.token_ids):
+                if not sequence.is_alone:
+                    for fork, _ in self.scheduler.fork(sequence):
+                        fork.token_ids.append(7)
+                sequence.token_ids.append(7)
+        self.cache.balance()
+        transfers, _ = self.cache.take_transfers()
+        self.cache.apply([one.id for one in transfers], [], [])
+        self.cache.integrity_check()
+        found: dict[str, int] = {}
+        for sequence, count in scheduled:
+            name = sequence.request.request_id
+            found[name] = found.get(name, 0) + count
+        return found
+
+    def finish(self, name: str) -> None:
+        for sequence in self.scheduler.abort(name):
+            assert sequence.finished and not sequence.table.pages
+
+    def running(self) -> list[str]:
+        return [one.request.request_id for one in self.scheduler.running]
+
+    def waiting(self) -> list[str]:
+        return [one.request.request_id for one in self.scheduler.waiting]
+
+    def sequence(self, name: str) -> Sequence:
+        return next(one for one in self.scheduler.running if one.request.request_id == name)
+
+
+# --- how prompts share a step ---
+
+
+def test_of_the_prompts_behind_the_first_a_lower_priority_goes_before_a_shorter_one() -> None:
+    steps = Steps()
+    steps.add("first", 1000)
+    steps.add("short", 20, priority=1)
+    steps.add("long", 200)
+    assert steps.step() == {"first": 32, "long": 32}
+    steps.add("another", 180)
+    assert steps.step() == {"first": 32, "long": 32}, "of one priority the one with the fewest tokens to go"
+    steps.add("urgent", 500, priority=-1)
+    assert steps.step() == {"urgent": 32, "long": 32}, "the half of the first is that of the most urgent"
+
+
+def test_what_the_others_leave_goes_to_the_first() -> None:
+    steps = Steps()
+    steps.add("a", 1000)
+    assert steps.step() == {"a": 64}
+    steps.add("b", 10)
+    assert steps.step() == {"a": 48, "b": 10}, "six tokens would end before a page border"
+    assert steps.step() == {"b": 1, "a": 48}, "answers first"
+
+
+def test_the_half_of_the_first_is_rounded_up() -> None:
+    steps = Steps(max_num_batched_tokens=31)
+    steps.add("a", 100)
+    steps.add("b", 100)
+    assert steps.step() == {"a": 16, "b": 15}
+
+
+def test_chunks_end_on_page_borders_where_they_can() -> None:
+    steps = Steps(max_num_batched_tokens=10)
+    steps.add("a", 37)
+    assert [steps.step()["a"] for _ in range(6)] == [10, 6, 10, 6, 5, 1]
+    steps = Steps(max_num_batched_tokens=20)
+    steps.add("a", 20)
+    assert steps.step() == {"a": 20}, "the last chunk needs no border"
+
+
+def test_answers_may_take_the_whole_step() -> None:
+    steps = Steps(max_num_batched_tokens=2)
+    steps.add("a", 1, n=3)
+    steps.step()
+    steps.add("b", 10)
+    assert steps.step() == {"a": 2} and "b" in steps.running()
+    for index in range(3):
+        assert steps.scheduler.abort("a", index)
+    assert steps.step() == {"b": 2}
+
+
+@pytest.mark.parametrize("budget, chunk, read", [(64, 64, 64), (31, 16, 16), (10, 16, 10)])
+def test_a_prompt_of_random_pages_costs_nothing_of_the_budget(budget: int, chunk: int, read: int) -> None:
+    """A step fills as many whole pages as it may read at most, one at least; the last tokens are read."""
+    steps = Steps(max_num_batched_tokens=budget)
+    steps.add("a", 2 * chunk + 5, synthetic_kv_seed=1)
+    steps.add("b", 200)
+    assert steps.step() == {"a": chunk, "b": read}
+    assert steps.step()["a"] == chunk
+    assert steps.step()["a"] == 5
+
+
+# --- room on the device ---
+
+
+@pytest.mark.parametrize(
+    "num_held, expected",
+    [
+        (3, {"a": 1, "b": 32, "d": 10, "c": 16}),
+        (4, {"a": 1, "b": 32, "d": 10}),
+        (5, {"a": 1, "b": 32}),
+        (6, {"a": 1, "d": 10}),
+        (7, {"a": 1}),
+    ],
+)
+def test_a_chunk_that_does_not_fit_waits_whole_and_a_smaller_one_passes(
+    num_held: int, expected: dict[str, int]
+) -> None:
+    steps = Steps(num_pages=8, num_host_pages=100)
+    steps.add("a", 10)
+    assert steps.step() == {"a": 10}
+    for name, length in (("b", 200), ("c", 100), ("d", 10)):
+        steps.add(name, length)
+    assert steps.step(num_held=num_held) == expected
+
+
+def test_an_answer_waits_for_the_page_of_its_next_token() -> None:
+    steps = Steps(num_pages=4)
+    for name, length in (("a", PAGE_SIZE), ("b", PAGE_SIZE - 1), ("c", PAGE_SIZE)):
+        steps.add(name, length, max_tokens=1 if name == "c" else 3)
+    steps.step()
+    assert steps.step(num_held=3) == {"b": 1}, "whose page has room; c has had its one token"
+    assert steps.step(num_held=3) == {"a": 1}
+
+
+def test_the_copies_of_a_prompts_last_page_count_too() -> None:
+    """Those that its other answers need when it has been read."""
+    for num_held, expected in ((6, {"a": 10}), (7, {})):
+        steps = Steps(num_pages=8)
+        steps.add("a", 10, n=2, max_tokens=1)
+        assert len(steps.scheduler.waiting) == 1
+        assert {one.request.request_id: count for one, count in steps.scheduler.schedule(num_held, None)} == expected
+
+
+def test_all_but_one_may_be_left_out() -> None:
+    steps = Steps()
+    steps.add("a", 100)
+    steps.add("b", 100)
+    steps.step()
+    steps.sequence("b").is_parked = True
+    assert steps.step(only=steps.sequence("b")) == {"b": 64}
+    assert steps.step() == {"a": 64}
+
+
+# --- who is admitted ---
+
+
+def test_seats_are_those_of_all_answers_and_nobody_is_passed() -> None:
+    steps = Steps(max_num_seqs=3)
+    steps.add("a", 20, n=2)
+    steps.add("b", 20, n=2)
+    steps.add("c", 20)
+    assert steps.step() == {"a": 20} and steps.waiting() == ["b", "c"]
+    assert steps.step() == {"a": 2} and steps.running() == ["a", "a"]
+    [ended] = steps.scheduler.abort("a", 1)
+    assert ended.index == 1 and ended.finished
+    assert steps.scheduler.abort("a", 1) == [], "it has ended already"
+    assert steps.step() == {"a": 1, "b": 20} and steps.waiting() == ["c"]
+    steps.finish("a")
+    assert steps.step() == {"b": 2, "c": 20}
+    assert steps.scheduler.abort("b", 0)[0].index == 0
+    assert steps.step() == {"b": 1, "c": 1}
+
+
+def test_a_request_that_waits_may_be_taken_back() -> None:
+    steps = Steps(max_num_seqs=1)
+    for name in "abc":
+        steps.add(name, 20)
+    steps.step()
+    assert steps.scheduler.abort("b") == [] and steps.waiting() == ["c"]
+    assert steps.scheduler.refuse() is None, "a may end"
+    steps.add("d", 20)
+    steps.finish("a")
+    refused = [steps.scheduler.refuse() for _ in range(3)]
+    assert [one and one.request_id for one in refused] == ["c", "d", None] and not steps.waiting()
+
+
+def test_chunks_of_all_that_are_admitted_fit_on_the_device() -> None:
+    """Beside a page of every other answer, unless all pages do."""
+    steps = Steps(num_pages=6, num_host_pages=100)
+    steps.add("a", 10, max_tokens=10)
+    steps.add("b", 100)
+    steps.add("c", 10, max_tokens=10)
+    steps.step()
+    assert steps.running() == ["a", "b"], "a chunk of four pages, and a page of each"
+    steps.finish("a")
+    steps.step()
+    assert steps.running() == ["b", "c"]
+    steps.add("d", 10, max_tokens=10)
+    steps.step()
+    assert steps.running() == ["b", "c", "d"], "the prompt of b has been read"
+    steps = Steps(num_pages=5, num_host_pages=100)
+    steps.add("a", 10, max_tokens=10)
+    steps.add("b", 100)
+    steps.step()
+    assert steps.running() == ["a"]
+    steps = Steps(num_pages=8, num_host_pages=100)
+    for name, length in (("a", 100), ("b", 30), ("c", 30), ("d", 10)):
+        steps.add(name, length)
+    steps.step()
+    steps.add("e", 10)
+    assert "e" not in steps.step(), "behind the chunks of a, however small those of c and d are"
+    steps = Steps(num_pages=6, num_host_pages=100)
+    for name in "abcdef":
+        steps.add(name, 10, max_tokens=1)
+    steps.step()
+    assert steps.running() == list("abcdef"), "all that there is fits"
+
+
+def test_what_prompts_need_is_promised_once() -> None:
+    """Over all tiers, to those that run, and what they share counts once."""
+    steps = Steps(enable_prefix_caching=True, num_pages=10)
+    steps.add("a", 6 * PAGE_SIZE, max_tokens=1)
+    steps.add("b", 5 * PAGE_SIZE, max_tokens=1)
+    steps.add("c", 4 * PAGE_SIZE, max_tokens=1)
+    for _ in range(3):
+        steps.step()
+        assert steps.running() == ["a"], "nobody passes b"
+    steps.scheduler.abort("b")
+    steps.add("d", 9 * PAGE_SIZE, token=ord("a"), max_tokens=1)
+    steps.step()
+    assert steps.running() == ["a", "c"]
+    steps.finish("c")
+    steps.step()
+    assert steps.running() == ["a", "d"], "five pages of a's"
+    for name in "ad":
+        steps.finish(name)
+    steps.add("e", 3 * PAGE_SIZE, max_tokens=1)
+    steps.step()
+    steps.add("f", 8 * PAGE_SIZE, token=ord("a"), max_tokens=1)
+    steps.step()
+    assert steps.running() == ["e"], "pages that nobody holds may have to go"
+    steps.finish("e")
+    steps.step()
+    assert steps.running() == ["f"]
+
+
+# --- what is known of prompts ---
+
+
+def test_what_is_known_of_a_prompt_is_taken_up_and_told_by_tier() -> None:
+    steps = Steps(enable_prefix_caching=True, num_host_pages=50)
+    steps.add("old", 5 * PAGE_SIZE + 1, token=5)
+    while "old" not in steps.running() or steps.sequence("old").is_prefilling:
+        steps.step()
+    pages = list(steps.sequence("old").table.pages)
+    steps.finish("old")
+    assert all(page.has(Tier.HOST) for page in pages[:5])
+    for page in pages[1:3]:
+        steps.cache._ledger.drop(page, Tier.DEVICE)
+    steps.add("new", 4 * PAGE_SIZE, token=5)
+    assert steps.scheduler.expected_pages() == pages[:3], "the last token of a prompt is run"
+    assert steps.step() == {"new": 16}
+    assert steps.sequence("new").num_cached == (PAGE_SIZE, 2 * PAGE_SIZE, 0)
+    assert steps.scheduler.expected_pages() == []
+    steps.add("other", 4 * PAGE_SIZE, token=5, cache_salt="of another tenant")
+    assert steps.scheduler.expected_pages() == []
+
+
+def test_pages_of_those_at_the_head_of_the_line_are_expected() -> None:
+    steps = Steps(enable_prefix_caching=True, max_num_seqs=1)
+    names = [chr(97 + number) for number in range(MAX_EXPECTED + 2)]
+    for name in names:
+        steps.add(name, PAGE_SIZE + 1, max_tokens=1)
+    for name in names:
+        assert steps.step() == {name: PAGE_SIZE + 1}
+        steps.finish(name)
+    steps.add("z", 10)
+    steps.step()
+    for name in names:
+        steps.add(name, PAGE_SIZE + 1)
+    waiting = steps.scheduler.waiting
+    expected = steps.scheduler.expected_pages()
+    assert expected == [page for one in waiting[:MAX_EXPECTED] for page in one.expected]
+    assert len(expected) == MAX_EXPECTED
+
+
+def test_what_is_known_of_a_waiting_prompt_counts_as_used() -> None:
+    steps = Steps(enable_prefix_caching=True, num_pages=8, max_num_seqs=1)
+    for name in "ab":
+        steps.add(name, 3 * PAGE_SIZE, max_tokens=1)
+        steps.step()
+        steps.finish(name)
+    steps.add("c", 4 * PAGE_SIZE, max_tokens=1)
+    steps.scheduler.schedule(0, None)
+    steps.add("again", 3 * PAGE_SIZE + 1, token=ord("a"))
+    assert steps.cache.reserve(4)
+    steps.add("too late", 3 * PAGE_SIZE + 1, token=ord("b"))
+    assert [len(one.expected) for one in steps.scheduler.waiting] == [3, 1]
+
+
+def test_one_waits_for_the_page_that_another_computes_and_lets_others_pass() -> None:
+    steps = Steps(enable_prefix_caching=True)
+    steps.add("a", 100, token=5)
+    steps.add("b", 100, token=5)
+    steps.add("c", 10)
+    assert steps.step() == {"a": 48, "c": 10}
+    assert steps.step()["a"] == 52 and steps.waiting() == ["b"]
+    assert steps.step() == {"a": 1, "c": 1, "b": 4}, "all full pages are known"
+    assert steps.sequence("b").num_cached == (96, 0, 0)
+    steps = Steps(enable_prefix_caching=True)
+    for name, length in (("a", 97), ("b", 1000), ("c", 500)):
+        steps.add(name, length, token=None if name == "c" else 5)
+    while steps.waiting():
+        steps.step()
+    assert steps.running() == ["a", "c", "b"]
+    steps.step()
+    assert steps.step() == {"a": 1, "b": 32, "c": 16}, "b came before c, and has the half of the first"
+
+
+@pytest.mark.parametrize("ends", ["abort", "park", "salt", "random", "off"])
+def test_nobody_waits_for_a_page_that_may_never_come(ends: str) -> None:
+    steps = Steps(enable_prefix_caching=ends != "off")
+    steps.add("a", 200, token=5, synthetic_kv_seed=1 if ends == "random" else None)
+    steps.add("b", 200, token=5, cache_salt="of another tenant" if ends == "salt" else None)
+    steps.step()
+    if ends == "abort":
+        steps.finish("a")
+    elif ends == "park":
+        steps.sequence("a").is_parked = True
+    steps.step()
+    assert "b" in steps.running()
+
+
+# --- what can never run ---
+
+
+def test_a_request_that_may_need_more_than_all_tiers_hold_is_refused_with_the_sizes() -> None:
+    steps = Steps(num_pages=5, num_host_pages=3, num_disk_pages=2)
+    most = 10 * PAGE_SIZE
+    steps.add("a", most - 19, max_tokens=20)  # the last token is never read
+    message = (
+        r"may need 11 KV pages \(110 bytes\) for 141 prompt tokens and up to 21 more, n=1; the tiers hold 10 "
+        r"\(100 bytes; device 5, host 3, disk 2\)"
+    )
+    with pytest.raises(CapacityError, match=message):
+        steps.add("b", most - 19, max_tokens=21)
+    steps.add("c", 2 * PAGE_SIZE, n=2, max_tokens=65)  # two pages that both share, and four each
+    with pytest.raises(CapacityError, match="may need 12 KV pages"):
+        steps.add("d", 2 * PAGE_SIZE, n=2, max_tokens=66)
+
+
+def test_more_answers_than_seats_are_refused() -> None:
+    steps = Steps(max_num_seqs=2)
+    steps.add("a", 10, n=2)
+    with pytest.raises(CapacityError, match="n is 3 and max_num_seqs 2"):
+        steps.add("b", 10, n=3)
+
+
+def test_a_step_that_the_device_cannot_hold_is_refused() -> None:
+    steps = Steps(num_pages=5, num_host_pages=100)
+    steps.add("a", 200)  # chunks of four pages, and one of the answer
+    steps.add("b", 20, n=3, max_tokens=1)  # the chunk needs two of these
+    steps.add("c", 80, n=2, max_tokens=1)  # and here all that it ever needs fits
+    with pytest.raises(CapacityError, match=r"a step of the request writes 6 KV pages, n=2; the device holds 5"):
+        steps.add("d", 200, n=2)
