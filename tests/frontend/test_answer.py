@@ -7,6 +7,7 @@ import pytest
 from distkv import CompletionOutput, SamplingParams
 from distkv.engine.protocol import EngineRequest, TokenOutput
 from distkv.frontend.answer import Answer
+from distkv.frontend.end_tokens import StopReasons
 from distkv.outputs import Logprob
 from distkv.workers.sampling.sampled_token import TokenLogprobs
 
@@ -17,6 +18,12 @@ class Letters:
     def decode(self, token_ids: list[int]) -> str:
         return bytes(token_ids).decode("utf-8", "replace")
 
+    def has_text(self, token_id: int) -> bool:
+        return True
+
+    def is_byte(self, token_id: int) -> bool:
+        return False
+
     def token_text(self, token_id: int) -> str:
         return f"<{chr(token_id)}>"
 
@@ -24,8 +31,9 @@ class Letters:
 LETTERS: Any = Letters()
 
 
-def answer_of(tokenizer: Any = LETTERS, **params: Any) -> Answer:
-    return Answer(EngineRequest("0", list(b"prompt"), SamplingParams(**params), 100, 0), 2, tokenizer)
+def answer_of(tokenizer: Any = LETTERS, reasons: StopReasons | None = None, **params: Any) -> Answer:
+    request = EngineRequest("0", list(b"prompt"), SamplingParams(**params), 100, 0)
+    return Answer(request, 2, tokenizer, reasons or {})
 
 
 def write(
@@ -47,9 +55,9 @@ def test_text_and_tokens_grow_until_the_engine_says_why_they_end() -> None:
     assert answer.finished
 
 
-@pytest.mark.parametrize("stop_reason", [None, 33])
-def test_an_end_token_is_among_the_tokens_and_not_in_the_text(stop_reason: int | None) -> None:
-    output = write(answer_of(), b"ab!", "stop", stop_reason)
+@pytest.mark.parametrize("stop_reason", [None, 33, "!"])
+def test_an_end_token_is_among_the_tokens_and_not_in_the_text(stop_reason: int | str | None) -> None:
+    output = write(answer_of(reasons={33: stop_reason}), b"ab!", "stop", 33)
     assert output == CompletionOutput(2, "ab", [97, 98, 33], None, None, "stop", stop_reason)
 
 
