@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from distkv.storage.ledger.disk_journal import DiskJournal
 from distkv.storage.ledger.disk_refusals import DiskRefusals
+from distkv.storage.ledger.disk_slots import DiskSlots
 from distkv.storage.ledger.held_pages import HeldPages
 from distkv.storage.ledger.idle_pages import IdlePages
 from distkv.storage.ledger.page import Page
@@ -33,7 +34,9 @@ class TierLedger:
     """
 
     def __init__(self, num_pages: tuple[int, int, int], write_through: bool):
-        self.slots = tuple(SlotAllocator(count) for count in num_pages)
+        self.refusals = DiskRefusals()
+        self._disk_slots = DiskSlots(num_pages[DISK], self.refusals)
+        self.slots = SlotAllocator(num_pages[DEVICE]), SlotAllocator(num_pages[HOST]), self._disk_slots
         self.index = PrefixIndex()
         self.held = HeldPages()
         self.idle = IdlePages()  # whole copies by tier, least recently used first
@@ -41,7 +44,6 @@ class TierLedger:
         self.full: tuple[dict[Page, None], ...] = ({}, {}, {})  # the same of held pages by tier, oldest first
         self.transfers = Transfers()
         self.journal = DiskJournal()
-        self.refusals = DiskRefusals()
         self.unsaved: deque[Page] = deque()  # with a key, on the host and not on disk, the first to be saved first
         self._write_through = write_through
         self._dropped: dict[int, Page] = {}  # disk slots given up since the last report, and what they held
@@ -69,9 +71,10 @@ class TierLedger:
         if tier is DEVICE:
             self.held.unpark(page)
         elif tier is DISK:
-            self.refusals.lift()  # there is room again
             self.journal.vacate(slot)
             self._dropped[slot] = page
+            if page.has(HOST) and self.needs_saving(page):
+                self.unsaved.append(page)
         if page.references:
             self.held.relocate(page)
         elif page.key is not None and page.lost:
@@ -105,12 +108,14 @@ class TierLedger:
         ended = self.transfers.finish(id)
         assert ended is not None, "what is forced cannot fail"
         transfer, page = ended
+        if transfer.target is DISK:
+            self._disk_slots.refuse(transfer.target_slot, reason)
         self.drop(page, transfer.target)
         if not page.references and page.key is None:
             self.free_unheld(page)
         if transfer.target is not DISK:
             return page
-        self.refusals.refuse(reason)
+        self._disk_slots.forget_files(transfer.target_slot)
         return None
 
     def force(self, page: Page) -> None:

@@ -21,6 +21,7 @@ class WriteBack:
         self._ledger = ledger
         self._low = low
         self._unspilled: deque[Page] = deque()  # full, on the device alone
+        self._put_off: dict[Page, None] = {}  # those to be saved when the disk takes more
         self._emptying_host = False
 
     def spill_later(self, page: Page) -> None:
@@ -67,12 +68,18 @@ class WriteBack:
     def _save(self) -> None:
         """Starts writing pages with keys to disk, so that later processes find them."""
         ledger = self._ledger
+        if not ledger.refusals.paused:
+            ledger.unsaved.extend(self._put_off)
+            self._put_off.clear()
         room = self._num_writes_left()
-        while ledger.unsaved and room > 0 and not ledger.refusals.paused:
+        while ledger.unsaved and room > 0 and not ledger.refusals.hopeless:
             page = ledger.unsaved.popleft()
             if not (page.has(HOST) and ledger.needs_saving(page)):
                 continue
-            if ledger.make_room(DISK, self._outlived_on_disk(page)) and page.has(HOST):
+            if not ledger.make_room(DISK, self._outlived_on_disk(page)):
+                if ledger.refusals.paused:
+                    self._put_off[page] = None
+            elif page.has(HOST):
                 ledger.start(page, HOST, DISK)
                 room -= 1
 
@@ -86,11 +93,14 @@ class WriteBack:
         )  # fmt: skip
         if ledger.make_room(HOST, victims, wanted):
             self._emptying_host = False
-        elif not ledger.refusals.paused and host.num_free + len(ledger.transfers.disk_writes) < wanted:
+        elif host.num_free + len(ledger.transfers.disk_writes) < wanted:
             self.write(page for page in in_order if page.has(HOST))
 
     def _num_writes_left(self) -> int:
-        return MAX_DISK_WRITES - len(self._ledger.transfers.disk_writes)
+        under_way = len(self._ledger.transfers.disk_writes)
+        if under_way and self._ledger.refusals.paused:
+            return 0  # those that began before may take the room of a page that is given up now
+        return MAX_DISK_WRITES - under_way
 
     # --- who gives way ---
 
@@ -102,12 +112,12 @@ class WriteBack:
         if on_disk is not None:
             yield on_disk
         on_device = ledger.idle.oldest(HOST, saved_in=(DEVICE,))
-        if on_device is not None and (ledger.refusals.paused or self._is_disk_full_for(on_device)):
+        if on_device is not None and self._is_disk_full_for(on_device):
             yield on_device
 
     def _outlived_on_disk(self, page: Page) -> Iterator[Page]:
         """The idle page on disk that goes for one which is held or was used later."""
-        oldest = self._ledger.idle.oldest(DISK)
+        oldest = self._oldest_on_disk()
         if oldest is not None and not (page.is_idle and oldest.stamp > page.stamp):
             yield oldest
 
@@ -117,9 +127,17 @@ class WriteBack:
 
     def _dispensable_on_disk(self) -> Iterator[Page]:
         """Pages whose disk copies may go, the first to go first: the least recently used idle one, those that lie
-        further up as well."""
-        idle = self._ledger.idle.oldest(DISK)
+        further up as well. These stay while the disk refuses more, and may do so in the room of others."""
+        idle = self._oldest_on_disk()
         if idle is not None:
             yield idle
-        pages = (page for page in self._ledger.full[DISK] if not page.reading[DISK])
-        yield from (page for page in pages if page.has(HOST) or page.has(DEVICE))
+        if self._ledger.refusals.paused:
+            return
+        for page in self._ledger.full[DISK]:
+            if not page.reading[DISK] and (page.has(HOST) or page.has(DEVICE)):
+                self.spill_later(page)  # so that it is saved again
+                yield page
+
+    def _oldest_on_disk(self) -> Page | None:
+        """The idle page there that goes first; none when its room would be of no use."""
+        return None if self._ledger.refusals.hopeless else self._ledger.idle.oldest(DISK)
