@@ -1,13 +1,12 @@
-"""Whether the disk takes pages: one that has refused some is left alone for a while."""
+"""Whether the disk takes more pages: one that has refused some is asked for no more for a while."""
 
 WRITE_RETRY = 256  # steps after which a disk that refused a page is tried again
-MAX_REFUSALS = 3  # of the disk in a row, after which idle pages there are not given up for room
+MAX_REFUSALS = 3  # in a row, though a page was given up for each
 
 
 class DiskRefusals:
-    """`refuse` pauses writes to disk, until `lift` or WRITE_RETRY calls of `count_step`.
-
-    `accept` ends a row of refusals.
+    """`refuse` begins a pause, in which the disk takes pages only in the room of others, until `lift` or WRITE_RETRY
+    calls of `count_step`. `accept` ends a row of refusals of those too.
     """
 
     def __init__(self) -> None:
@@ -17,23 +16,23 @@ class DiskRefusals:
 
     @property
     def paused(self) -> bool:
-        """Whether nothing is to be written."""
+        """Whether nothing is to be written without giving up room for it."""
         return self._steps_left > 0
 
     @property
-    def too_many(self) -> bool:
-        """Whether room on the disk has been tried so often that it does not help."""
-        return self._in_a_row >= MAX_REFUSALS
+    def hopeless(self) -> bool:
+        """Whether nothing is to be written, since giving up room did not help."""
+        return self.paused and self._in_a_row >= MAX_REFUSALS
 
     @property
     def remark(self) -> str:
         """Why the disk takes no more pages, for the end of a sentence; empty when it does."""
         return f" (the disk refuses more: {self._reason})" if self.paused else ""
 
-    def refuse(self, reason: str) -> None:
-        """The disk did not take a page."""
+    def refuse(self, reason: str, had_room: bool) -> None:
+        """The disk did not take a page, though another was given up for it if it `had_room`."""
         self._steps_left, self._reason = WRITE_RETRY, reason
-        self._in_a_row += 1
+        self._in_a_row += had_room
 
     def accept(self) -> None:
         """The disk took a page."""

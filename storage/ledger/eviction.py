@@ -79,17 +79,12 @@ class Eviction:
     def _make_host_room(self) -> bool:
         """Frees a host slot for a held page; False when transfers must end first. Raises CapacityError when it cannot
         be done."""
-        ledger, refusals = self._ledger, self._ledger.refusals
+        ledger = self._ledger
         if ledger.make_room(HOST, self._replaceable_on_host()):
             return True
         pages = [page for page in ledger.full[HOST] if not page.reading[HOST]]
-        if refusals.paused and not ledger.transfers.disk_writes and not refusals.too_many:
-            oldest = ledger.idle.oldest(DISK)
-            if oldest is not None:  # its room may do, though the disk takes no more
-                ledger.drop(oldest, DISK)
-        if ledger.slots[DISK].num_slots and not refusals.paused:
-            idle = ledger.idle.oldest(HOST)
-            self._write_back.write(pages if idle is None else chain([idle], pages))
+        idle = ledger.idle.oldest(HOST)
+        self._write_back.write(pages if idle is None else chain([idle], pages))
         if ledger.transfers.disk_writes:
             return False
         on_device = next((page for page in pages if page.has(DEVICE)), None)
@@ -101,8 +96,8 @@ class Eviction:
             return False
         raise CapacityError(
             f"device, host and disk hold {[slots.num_used for slots in ledger.slots]} KV pages of "
-            f"{[slots.num_slots for slots in ledger.slots]} and have no room for another{refusals.remark}; raise "
-            "host_kv_bytes or disk_kv_bytes, or make room on the disk"
+            f"{[slots.num_slots for slots in ledger.slots]} and have no room for another{ledger.refusals.remark}; "
+            "raise host_kv_bytes or disk_kv_bytes, or make room on the disk"
         )
 
     # --- who gives way on the host ---
@@ -126,5 +121,5 @@ class Eviction:
             yield saved
         yield from (page for page in ledger.full[HOST] if not page.reading[HOST] and page.has(DISK))
         oldest = ledger.idle.oldest(HOST)
-        if oldest is not None and (not ledger.slots[DISK].num_free or ledger.refusals.paused):
+        if oldest is not None and not ledger.slots[DISK].num_free:
             yield oldest

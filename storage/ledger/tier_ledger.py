@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from distkv.storage.ledger.disk_journal import DiskJournal
 from distkv.storage.ledger.disk_refusals import DiskRefusals
+from distkv.storage.ledger.disk_slots import DiskSlots
 from distkv.storage.ledger.held_pages import HeldPages
 from distkv.storage.ledger.idle_pages import IdlePages
 from distkv.storage.ledger.page import Page
@@ -33,7 +34,9 @@ class TierLedger:
     """
 
     def __init__(self, num_pages: tuple[int, int, int], write_through: bool):
-        self.slots = tuple(SlotAllocator(count) for count in num_pages)
+        self.refusals = DiskRefusals()
+        self._disk_slots = DiskSlots(num_pages[DISK], self.refusals)
+        self.slots = SlotAllocator(num_pages[DEVICE]), SlotAllocator(num_pages[HOST]), self._disk_slots
         self.index = PrefixIndex()
         self.held = HeldPages()
         self.idle = IdlePages()  # whole copies by tier, least recently used first
@@ -41,9 +44,9 @@ class TierLedger:
         self.full: tuple[dict[Page, None], ...] = ({}, {}, {})  # the same of held pages by tier, oldest first
         self.transfers = Transfers()
         self.journal = DiskJournal()
-        self.refusals = DiskRefusals()
         self.unspilled: dict[Page, None] = {}  # full, on the device alone, the first to be copied to the host first
         self.unsaved: OrderedDict[Page, None] = OrderedDict()  # on the host, to be written to disk, the first first
+        self.put_off: dict[Page, None] = {}  # the same, when the disk takes more
         self._write_through = write_through
         self._dropped: dict[int, Page] = {}  # disk slots given up since the last report, and what they held
 
@@ -72,10 +75,12 @@ class TierLedger:
             self.unspilled.pop(page, None)
         elif tier is HOST:
             self.unsaved.pop(page, None)
+            self.put_off.pop(page, None)
         else:
-            self.refusals.lift()  # there is room again
             self.journal.vacate(slot)
             self._dropped[slot] = page
+            if page.has(HOST) and self.needs_saving(page):
+                self.unsaved[page] = None
         if page.references:
             self.held.relocate(page)
         elif page.key is not None and page.lost:
@@ -98,6 +103,7 @@ class TierLedger:
         self.take_slot(page, target)
         if target is DISK:
             self.unsaved.pop(page, None)
+            self.put_off.pop(page, None)
         self.transfers.start(page, source, target)
 
     def finish(self, id: int) -> None:
@@ -111,14 +117,14 @@ class TierLedger:
         ended = self.transfers.finish(id)
         assert ended is not None, "what is forced cannot fail"
         transfer, page = ended
+        if transfer.target is DISK:
+            self._disk_slots.refuse(transfer.target_slot, reason)
         self.drop(page, transfer.target)
         if not page.references and page.key is None:
             self.free_unheld(page)
         if transfer.target is not DISK:
             return page
-        self.refusals.refuse(reason)
-        if page.has(HOST) and self.needs_saving(page):
-            self.unsaved[page] = None  # again, once the disk is tried again
+        self._disk_slots.forget_files(transfer.target_slot)
         return None
 
     def force(self, page: Page) -> None:
@@ -198,7 +204,7 @@ class TierLedger:
         self.held.integrity_check()
         assert all(page.full or page.slots[HOST] is page.slots[DISK] is None for page in self.held)
         assert all(page.has(DEVICE) for page in self.unspilled)
-        assert all(page.has(HOST) and page.slots[DISK] is None for page in self.unsaved)
+        assert all(page.has(HOST) and page.slots[DISK] is None for page in (*self.unsaved, *self.put_off))
         assert self.num_idle == sum(page.is_idle for page in self.index)
         assert all(page.references or not page.lost for page in self.index)
 

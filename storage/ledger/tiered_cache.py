@@ -75,7 +75,7 @@ class TieredCache:
         device, host, disk = self.slots
         on_disk = disk.num_slots
         if self._refusals.paused:
-            on_disk = disk.num_used - (self._ledger.idle.count(DISK) if self._refusals.too_many else 0)
+            on_disk = disk.num_used + disk.num_free - (self._ledger.idle.count(DISK) if self._refusals.hopeless else 0)
         return device.num_slots + host.num_slots + on_disk
 
     @property
@@ -261,6 +261,7 @@ class TieredCache:
         for page in damaged | unread:
             if page.has(DISK) and not page.reading[DISK]:
                 self._ledger.drop(page, DISK)
+                self._write_back.spill_later(page)
             if page.references and page.lost:
                 self._held.lose(page)
                 self.index.num_changes += 1

@@ -23,8 +23,9 @@ class WriteBack:
         self._emptying_host = False
 
     def spill_later(self, page: Page) -> None:
-        """Has a full page on the device copied to the host when it has room."""
-        self._ledger.unspilled[page] = None
+        """Has a full page copied from the device, if it lies there, to the host when it has room."""
+        if page.has(DEVICE):
+            self._ledger.unspilled[page] = None
 
     def balance(self) -> None:
         """See `TieredCache.balance`; to be called once a step."""
@@ -67,12 +68,18 @@ class WriteBack:
     def _save(self) -> None:
         """Starts writing pages with keys to disk, so that later processes find them."""
         ledger = self._ledger
+        if not ledger.refusals.paused:
+            ledger.unsaved.update(ledger.put_off)
+            ledger.put_off.clear()
         room = self._num_writes_left()
-        while ledger.unsaved and room > 0 and not ledger.refusals.paused:
+        while ledger.unsaved and room > 0 and not ledger.refusals.hopeless:
             page, _ = ledger.unsaved.popitem(last=False)
             if not (page.has(HOST) and ledger.needs_saving(page)):
                 continue
-            if ledger.make_room(DISK, self._outlived_on_disk(page)) and page.has(HOST):
+            if not ledger.make_room(DISK, self._outlived_on_disk(page)):
+                if ledger.refusals.paused:
+                    ledger.put_off[page] = None
+            elif page.has(HOST):
                 ledger.start(page, HOST, DISK)
                 room -= 1
 
@@ -82,12 +89,15 @@ class WriteBack:
         victims = (page for page in self._unread_on_host() if page.has(DISK) or self._is_disk_full_for(page))
         if ledger.make_room(HOST, list(islice(victims, max(0, wanted - host.num_free))), wanted):
             self._emptying_host = False
-        elif not ledger.refusals.paused and host.num_free + len(ledger.transfers.disk_writes) < wanted:
+        elif host.num_free + len(ledger.transfers.disk_writes) < wanted:
             unwritten = (page for page in self._unread_on_host() if page.slots[DISK] is None)
             self.write(list(islice(unwritten, MAX_DISK_WRITES)))
 
     def _num_writes_left(self) -> int:
-        return MAX_DISK_WRITES - len(self._ledger.transfers.disk_writes)
+        under_way = len(self._ledger.transfers.disk_writes)
+        if under_way and self._ledger.refusals.paused:
+            return 0  # those that began before may take the room of a page that is given up now
+        return MAX_DISK_WRITES - under_way
 
     # --- who gives way ---
 
@@ -104,12 +114,12 @@ class WriteBack:
         if on_disk is not None:
             yield on_disk
         on_device = ledger.idle.oldest(HOST, saved_in=(DEVICE,))
-        if on_device is not None and (ledger.refusals.paused or self._is_disk_full_for(on_device)):
+        if on_device is not None and self._is_disk_full_for(on_device):
             yield on_device
 
     def _outlived_on_disk(self, page: Page) -> Iterator[Page]:
         """The idle page on disk that goes for one which is held or was used later."""
-        oldest = self._ledger.idle.oldest(DISK)
+        oldest = self._oldest_on_disk()
         if oldest is not None and not (page.is_idle and oldest.stamp > page.stamp):
             yield oldest
 
@@ -121,9 +131,17 @@ class WriteBack:
 
     def _dispensable_on_disk(self) -> Iterator[Page]:
         """Pages whose disk copies may go, the first to go first: the least recently used idle one, those that lie
-        further up as well."""
-        idle = self._ledger.idle.oldest(DISK)
+        further up as well. These stay while the disk refuses more, and may do so in the room of others."""
+        idle = self._oldest_on_disk()
         if idle is not None:
             yield idle
-        pages = (page for page in self._ledger.full[DISK] if not page.reading[DISK])
-        yield from (page for page in pages if page.has(HOST) or page.has(DEVICE))
+        if self._ledger.refusals.paused:
+            return
+        for page in self._ledger.full[DISK]:
+            if not page.reading[DISK] and (page.has(HOST) or page.has(DEVICE)):
+                self.spill_later(page)  # so that it is saved again
+                yield page
+
+    def _oldest_on_disk(self) -> Page | None:
+        """The idle page there that goes first; none when its room would be of no use."""
+        return None if self._ledger.refusals.hopeless else self._ledger.idle.oldest(DISK)

@@ -133,19 +133,20 @@ class DiskPool:
         return self._spec.slice_bytes_in(Tier.DISK) // self._spec.num_kv_heads
 
     def _write(self, slot: int, page: Tensor) -> None:
-        """On a full disk the room of what lay in the slot may do, so that is removed before a second try. Leaves no
-        part of a page. Raises OSError."""
-        bits, files = as_integers(page), [Path(name) for name in self._names(slot)]
-        for may_try_again in (True, False):
-            try:
-                for head, file in enumerate(files):
-                    replace_file(file, np.ascontiguousarray(bits[:, :, head]).data)
-                return
-            except OSError as error:
-                for file in files:
-                    file.unlink(missing_ok=True)
-                if error.errno not in FULL or not may_try_again:
-                    raise
+        """What lay in the slot is removed first, so that on a full disk its room does, whoever else is writing. Leaves
+        no part of a page. Raises OSError."""
+        bits = as_integers(page)
+        self._remove(slot)
+        try:
+            for head, name in enumerate(self._names(slot)):
+                replace_file(Path(name), np.ascontiguousarray(bits[:, :, head]).data)
+        except OSError:
+            self._remove(slot)
+            raise
+
+    def _remove(self, slot: int) -> None:
+        for name in self._names(slot):
+            Path(name).unlink(missing_ok=True)
 
     def _names(self, slot: int) -> list[str]:
         return [f"{self._array}/{chunk_name(slot, head)}" for head in self._held]

@@ -155,6 +155,25 @@ def test_a_full_disk(
     assert llm.generate([prompt], PARAMS, use_tqdm=False)[0].outputs[0].token_ids == expected
 
 
+def test_idle_pages_on_a_full_disk_stand_in_nobodys_way(
+    llm: LLM, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 56 slots the disk has room for 9: requests that fill all tiers together with that run one after another, each
+    in the room of what the one before has left there."""
+    limit_disk(monkeypatch, 18)
+    with LLM(folder, host_kv_bytes=0, **OPTIONS) as alone:
+        for number in range(4):
+            prompt = random_prompt(19 * 16 - PARAMS.max_tokens, 10 + number)
+            output = llm.generate([prompt], PARAMS, use_tqdm=False)[0]
+            assert output.error is None
+            assert output.outputs == alone.generate([prompt], PARAMS, use_tqdm=False)[0].outputs
+            assert llm.stats().pages_recomputed == 0
+            files = chunk_files(llm)
+            assert len(files) == 18, "as much as fits"
+    again = llm.generate([prompt], PARAMS, use_tqdm=False)[0]
+    assert again.num_cached_tokens_by_tier["disk"] > 0, "what was used last is there"
+
+
 @pytest.mark.parametrize("recovers", [True, False])
 def test_a_catalogue_that_cannot_be_written_for_a_while(
     folder: Path,

@@ -13,9 +13,14 @@ from support.prompts import random_prompt
 from support.ranks import load_rank, run_chunks
 
 from distkv import LLM, ConfigError, RequestOutput, SamplingParams
+from distkv.config import EngineConfig
 from distkv.launch.fingerprint import common_digest
+from distkv.launch.launch import set_up
+from distkv.workers.group.local_group import LocalGroup
+from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.weight_files import WeightFile
 from distkv.workers.model.weights import SafetensorsSource
+from distkv.workers.rank import RankConfig
 
 WEIGHTS = "model.safetensors"
 PROMPT = random_prompt(200, 1)
@@ -104,6 +109,19 @@ def test_ranks_that_read_different_weights(folder: Path, weights: tuple[bytes, b
     assert common_digest([found[0], found[3]], folder) == found[0]
     with pytest.raises(ConfigError, match=r"different weights from .*model': rank 1, 2 not those of rank 0"):
         common_digest(found, folder)
+
+
+def test_an_engine_whose_ranks_read_different_weights_does_not_start(folder: Path) -> None:
+    class TornGroup(LocalGroup):
+        def load(self, config: RankConfig) -> list[str]:
+            return [*super().load(config), "of another rank"]
+
+    group = TornGroup("cpu")
+    try:
+        with pytest.raises(ConfigError, match="rank 1 not those of rank 0"):
+            set_up(group, EngineConfig(folder), ModelConfig.load(folder), 256)
+    finally:
+        group.close()
 
 
 def test_weights_replaced_while_they_are_read(folder: Path, weights: tuple[bytes, bytes]) -> None:

@@ -321,7 +321,7 @@ def check_refused(pool: DiskPool, folder: Path, slot: int, page: Tensor, message
     with pytest.raises(StoreError, match=message) as error:
         pool.store(slot, page)
     assert str(folder / ARRAY) in str(error.value)
-    assert partial_files(folder) == []
+    assert partial_files(folder) == [] and not list((folder / ARRAY).glob(f"c.{slot}.*")), "no part of a page"
     with pytest.raises(StoreError, match=f"slot {slot} .* holds no page"):
         load(pool, slot, LARGE)
 
@@ -367,6 +367,11 @@ def test_a_full_disk(small_disk: Path) -> None:
         pool.chunk_path(0, head).unlink()
     pool.store(3, pages[3])
     assert same(load(pool, 3, LARGE), pages[3])
+    with ThreadPoolExecutor(3) as threads:  # each in its own room, though there is none for another head
+        for start in range(20):
+            list(threads.map(pool.store, (1, 2, 3), (pages[(start + slot) % 4] for slot in range(3))))
+    for slot, page in zip((1, 2, 3), (pages[(19 + slot) % 4] for slot in range(3)), strict=True):
+        assert same(load(pool, slot, LARGE), page)
 
 
 # --- disk: the folder ---

@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -80,11 +81,12 @@ def file_size_limit(size: int) -> Iterator[None]:
 def limit_disk(patch: pytest.MonkeyPatch, num_files: int) -> None:
     """Lets all disk tiers of this process have no more than so many chunk files, one that is being written among
     them: a full disk where a file system of its own cannot be had."""
-    write = disk_module.replace_file
+    write, lock = disk_module.replace_file, threading.Lock()
 
     def limited(path: Path, content: memoryview) -> None:
-        if sum(1 for _ in path.parent.glob("c.*")) >= num_files:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        write(path, content)
+        with lock:
+            if sum(1 for _ in path.parent.glob("c.*")) >= num_files:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            write(path, content)
 
     patch.setattr(disk_module, "replace_file", limited)
