@@ -97,6 +97,7 @@ class CatalogueWriter:
             self._close_file()
             try:
                 set_aside_catalogue(self._folder, error)
+                self._failure = error
             except StoreError as left:
                 self._put_off(left)
         except StoreError as error:
