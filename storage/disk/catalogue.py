@@ -102,6 +102,10 @@ class Catalogue:
         """All slots that are listed, those of pages that cannot be used too."""
         return {entry.slot for entry in self._rows()}
 
+    def wait(self, seconds: float) -> None:
+        """Sets how long a lock of another program is waited for from now on."""
+        self._database.execute(f"PRAGMA busy_timeout = {int(seconds * 1000)}")
+
     def close(self) -> None:
         self._database.close()
 
