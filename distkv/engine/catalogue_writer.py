@@ -29,7 +29,7 @@ class CatalogueWriter:
     def __init__(self, folder: Path, cache: TieredCache):
         self._folder = folder
         self._cache = cache
-        self._catalogue: Catalogue | None = None  # while it can be written
+        self._catalogue: Catalogue | None = None  # from the first change on
         # what is to be written; for each slot of the disk once at most
         self._removed: set[int] = set()
         self._added: dict[int, Entry] = {}
@@ -77,6 +77,8 @@ class CatalogueWriter:
 
     def close(self) -> None:
         """Writes what is left to be written, for which it waits, and closes the catalogue."""
+        if self._catalogue is not None:
+            self._catalogue.wait(LOCK_WAIT)
         self._write(LOCK_WAIT)
         if self._added:
             log.warning("%s; later processes will not find %d of the pages on disk", self._failure, len(self._added))
@@ -86,7 +88,7 @@ class CatalogueWriter:
         """Writes what waits, if it can.
 
         Args:
-            wait: seconds for another program's lock.
+            wait: seconds for another program's lock, where the file is not open yet.
         """
         if not (self._removed or self._added or self._touched):
             return
@@ -98,11 +100,11 @@ class CatalogueWriter:
             self._close_file()
             try:
                 set_aside_catalogue(self._folder, error)
+                self._failure = error
             except StoreError as left:
                 self._put_off(left)
         except StoreError as error:
-            self._close_file()
-            self._put_off(error)
+            self._put_off(error)  # the file stays open, with the room that its log has
         else:
             self._removed, self._added, self._touched = set(), {}, set()
             if self._failure is not None:

@@ -23,6 +23,7 @@ IS_ENTRY = """slot >= 0 AND typeof(key) = 'blob' AND typeof(parent) = 'blob' AND
     typeof("index") = 'integer' AND "index" >= 0"""
 LOCK_WAIT = 5.0  # seconds for which whoever is not in a hurry waits for a program that has locked the catalogue
 
+SQLITE_ERRORS = sqlite3.Error, UnicodeDecodeError  # the text of one may quote what is no text
 # results of SQLite that speak of the file's content; all others, such as a lock or a full disk, may be gone next time
 _OF_CONTENT = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
@@ -58,7 +59,7 @@ class Catalogue:
             raise DamagedError(f"{str(path)!r} is a folder and no catalogue")
         try:
             self._database = _open_to_read(path, wait) if read_only else _open_to_write(path, wait)
-        except sqlite3.Error as error:
+        except SQLITE_ERRORS as error:
             raise self._failure("opened", error) from error
         found = _schema(self._database)
         if found not in (None, f"CREATE TABLE pages {COLUMNS}".encode()):
@@ -79,7 +80,7 @@ class Catalogue:
                 self._database.executemany(
                     "UPDATE pages SET last_use = ? WHERE slot = ?", [(now, slot) for slot in touched]
                 )
-        except sqlite3.Error as error:
+        except SQLITE_ERRORS as error:
             raise self._failure("written", error) from error
 
     def entries(self) -> list[Entry]:
@@ -101,6 +102,10 @@ class Catalogue:
         """All slots that are listed, those of pages that cannot be used too."""
         return {entry.slot for entry in self._rows()}
 
+    def wait(self, seconds: float) -> None:
+        """Sets how long a lock of another program is waited for from now on."""
+        self._database.execute(f"PRAGMA busy_timeout = {int(seconds * 1000)}")
+
     def close(self) -> None:
         self._database.close()
 
@@ -110,15 +115,16 @@ class Catalogue:
             return []
         try:
             rows = self._database.execute(f'SELECT *, {IS_ENTRY} FROM pages ORDER BY "index", slot').fetchall()
-        except sqlite3.Error as error:
+        except SQLITE_ERRORS as error:
             raise self._failure("read", error) from error
         if not all(row[-1] for row in rows):
             raise DamagedError(f"the catalogue in {self._folder} has rows that are no pages")
         return [Entry(*row[:-1]) for row in rows]
 
-    def _failure(self, verb: str, error: sqlite3.Error) -> StoreError:
-        """What to raise for an error of SQLite's."""
-        kind = DamagedError if getattr(error, "sqlite_errorcode", 0) & 0xFF in _OF_CONTENT else StoreError
+    def _failure(self, verb: str, error: Exception) -> StoreError:
+        """What to raise for one of SQLITE_ERRORS."""
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        kind = DamagedError if code in _OF_CONTENT or isinstance(error, UnicodeDecodeError) else StoreError
         return kind(f"the catalogue in {self._folder} cannot be {verb}: {error}")
 
 

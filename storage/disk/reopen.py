@@ -8,8 +8,8 @@ import os
 from contextlib import closing
 from pathlib import Path
 
-from distkv.storage.disk.cache_folder import ARRAY, Description, chunk_name, describe, remove_catalogue
-from distkv.storage.disk.catalogue import Catalogue, read_catalogue
+from distkv.storage.disk.cache_folder import ARRAY, DamagedError, Description, chunk_name, describe, remove_catalogue
+from distkv.storage.disk.catalogue import Catalogue, read_catalogue, set_aside_catalogue
 from distkv.storage.disk.disk_array import fit_array, has_array, mend_array
 from distkv.storage.disk.removal import give_up, sweep
 from distkv.storage.errors import StoreError
@@ -27,8 +27,10 @@ def reopen(folder: Path, spec: PageSpec, num_pages: int, description: Descriptio
     """
     try:
         _reopen(folder, spec, num_pages, description)
-    except StoreError:
-        if not sweep(folder):  # that took the room which was missing, perhaps
+    except StoreError as error:
+        if isinstance(error, DamagedError):  # which shows when it is changed
+            set_aside_catalogue(folder, error)
+        elif not sweep(folder):  # that took the room which was missing, perhaps
             raise
         _reopen(folder, spec, num_pages, description)
 

@@ -20,14 +20,18 @@ from distkv.workers.group.report import Report
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """For how long the writer waits for a lock, each time that it opens the catalogue; a failure is tried again at
-    once."""
+    """For how long the writer waits for a lock, as it says when it opens the catalogue and later; a failure is tried
+    again at once."""
     waits = []
 
     class Recorded(Catalogue):
         def __init__(self, folder: Path, wait: float):
             waits.append(wait)
             super().__init__(folder, wait=wait and 0.01)
+
+        def wait(self, seconds: float) -> None:
+            waits.append(seconds)
+            super().wait(seconds and 0.01)
 
     monkeypatch.setattr(catalogue_writer, "Catalogue", Recorded)
     monkeypatch.setattr(catalogue_writer, "RETRY_SECONDS", 0.0)
@@ -61,28 +65,36 @@ def pages(folder: Path) -> dict[int, str]:
         return {entry.slot: entry.key.decode() for entry in catalogue.entries()}
 
 
+def last_use(folder: Path, slot: int) -> float:
+    with closing(Catalogue(folder, read_only=True)) as catalogue:
+        return next(entry.last_use for entry in catalogue.entries() if entry.slot == slot)
+
+
 def test_a_lock_is_not_waited_for_and_nothing_is_lost(
     tmp_path: Path, writer: CatalogueWriter, waits: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
     write(writer, 0, "a")
     write(writer, 1, "b")
+    write(writer, 6, "old")
+    before = last_use(tmp_path, 6)
     with locked(tmp_path):
-        writer.update(DiskChanges(vacated={0}), {})
+        writer.update(DiskChanges(vacated={0}, touched={6}), {})
+        write(writer, 7, "gone again")
+        writer.update(DiskChanges(vacated={7}), {})
         write(writer, 0, "c")
         writer.update(DiskChanges(vacated={0, 1}), {})
         write(writer, 0, "d")
         write(writer, 2, "e")
-        writer.update(DiskChanges(touched={2}), {})
-        assert pages(tmp_path) == {0: "a", 1: "b"}
+        assert pages(tmp_path) == {0: "a", 1: "b", 6: "old"}
     assert waits and set(waits) == {0.0}
     assert len(caplog.messages) == 1 and "database is locked; it is tried again" in caplog.text
     writer.update(DiskChanges(), {})
-    assert pages(tmp_path) == {0: "d", 2: "e"}
+    assert pages(tmp_path) == {0: "d", 2: "e", 6: "old"} and last_use(tmp_path, 6) > before
     with locked(tmp_path):
         write(writer, 3, "f")
     assert len(caplog.messages) == 2, "another time"
     writer.close()
-    assert pages(tmp_path) == {0: "d", 2: "e", 3: "f"} and waits[-1] > 0.0
+    assert pages(tmp_path) == {0: "d", 2: "e", 3: "f", 6: "old"} and waits[-1] > 0.0
 
 
 def test_a_catalogue_that_refuses_is_left_alone_for_a_while(
@@ -112,13 +124,9 @@ def test_an_end_that_cannot_wait_longer_says_what_is_lost(
 def test_a_catalogue_that_is_damaged_while_it_is_used(
     tmp_path: Path, writer: CatalogueWriter, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write(writer, 0, "a")
-    with locked(tmp_path):
-        write(writer, 1, "b")
     (tmp_path / CATALOGUE).write_bytes(b"somebody else's" * 1000)
-    caplog.clear()
+    write(writer, 1, "b")
     write(writer, 2, "c")
-    writer.close()
     assert pages(tmp_path) == {1: "b", 2: "c"}
     assert (tmp_path / f"{CATALOGUE}{DAMAGED}").exists()
     assert len(caplog.messages) == 1 and DAMAGED in caplog.text

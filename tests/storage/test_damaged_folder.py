@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -129,9 +130,9 @@ def test_files_that_are_cut_short_or_changed_anywhere(tmp_path: Path) -> None:
     original = tmp_path / "original"
     kept_pages(original, SLOTS)
     names = [CATALOGUE, DESCRIPTION, f"{ARRAY}/{METADATA}"]
-    for number in range(60):
+    for number in range(30):
         folder, name = tmp_path / str(number), names[number % 3]
-        kept_pages(folder, SLOTS)
+        shutil.copytree(original, folder)
         content = bytearray((folder / name).read_bytes())
         if number % 2:
             del content[rng.randrange(len(content)) :]
@@ -145,6 +146,28 @@ def test_files_that_are_cut_short_or_changed_anywhere(tmp_path: Path) -> None:
             assert "holds the KV pages of another model" in str(error) or "was not made by distkv" in str(error)
         except StoreError as error:
             pytest.fail(f"{name}: {error}")
+
+
+def test_a_catalogue_whose_damage_shows_when_it_is_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The index of keys is not looked at before."""
+    kept_pages(tmp_path, SLOTS)
+    with closing(sqlite3.connect(tmp_path / CATALOGUE)) as database:
+        [[page]] = database.execute("SELECT rootpage FROM sqlite_master WHERE type = 'index'")
+        [[size]] = database.execute("PRAGMA page_size")
+    content = bytearray((tmp_path / CATALOGUE).read_bytes())
+    content[(page - 1) * size : page * size] = b"x" * size
+    (tmp_path / CATALOGUE).write_bytes(content)
+    reopen(tmp_path, SPEC, 2, description())
+    assert read_catalogue(tmp_path) == ([], set())
+    assert any(DAMAGED in message for message in caplog.messages)
+
+
+def test_a_message_of_sqlite_that_is_no_text(tmp_path: Path) -> None:
+    """It quotes the file."""
+    kept_pages(tmp_path, SLOTS)
+    content = (tmp_path / CATALOGUE).read_bytes()
+    (tmp_path / CATALOGUE).write_bytes(content.replace(b"CREATE TABLE", b"CR\xff\xfe\xfd\xfc TABLE"))
+    assert reopened(tmp_path) == set()
 
 
 def test_a_lock_that_holds_garbage(tmp_path: Path) -> None:

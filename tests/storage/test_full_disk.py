@@ -14,14 +14,20 @@ from support.disks import NUM_PAGES, description, file_size_limit, kept_pages, l
 from typer.testing import CliRunner
 
 from distkv.commands.main import app
+from distkv.engine.catalogue_writer import CatalogueWriter
+from distkv.storage.device import CpuDevice
 from distkv.storage.disk import disk_array
-from distkv.storage.disk.cache_folder import ARRAY, CATALOGUE, FolderLock
+from distkv.storage.disk.cache_folder import ARRAY, CATALOGUE, DiskHeads
 from distkv.storage.disk.catalogue import Catalogue, read_catalogue
 from distkv.storage.disk.disk_array import find_slots
 from distkv.storage.disk.removal import num_bytes
 from distkv.storage.disk.reopen import reopen
 from distkv.storage.errors import StoreError
+from distkv.storage.ledger.tiered_cache import TieredCache
 from distkv.storage.page_spec import PageSpec
+from distkv.workers.group.report import Report
+from distkv.workers.group.step_plan import StepPlan
+from distkv.workers.kv_pools import DiskTier, KVPools, PoolSizes
 
 NAME = "0123456789abcdef"
 SPEC = PageSpec(num_layers=4, num_kv_heads=2, page_size=128, head_dim=16, dtype=torch.float32)  # 128 KiB a page
@@ -98,12 +104,21 @@ def test_what_lies_there_is_read(full: tuple[Path, Fill], killed: bool) -> None:
     if killed:
         leave_as_killed(cache / NAME)
     with fill(cache):
-        lock = FolderLock(cache / NAME)
-        reopen(cache / NAME, SPEC, NUM_PAGES, description(SPEC))
-        entries, slots = read_catalogue(cache / NAME)
-        lock.release()
+        tier = DiskTier(cache / NAME, DiskHeads(0, SPEC.num_kv_heads), 0, description(SPEC))
+        pools = KVPools(SPEC, PoolSizes(host=1, disk=NUM_PAGES), CpuDevice(), tier)
+
+        def run(plan: StepPlan) -> Report:
+            assert plan.adopt is not None
+            pools.adopt(plan.adopt)
+            return pools.take_report()
+
+        books = TieredCache((1, 1, NUM_PAGES), 1)
+        writer = CatalogueWriter(cache / NAME, books)
+        writer.adopt(run)
         found = CliRunner().invoke(app, ["cache", "ls", "--cache-dir", str(cache)])
-    assert [one.slot for one in entries] == [3, 0, 5] and slots == {3, 0, 5}
+        writer.close()
+        pools.close()
+    assert books.num_idle == 3
     assert found.exit_code == 0 and "│ 3 " in found.output
     with closing(Catalogue(cache / NAME)) as catalogue:
         catalogue.update([0], [])
