@@ -77,8 +77,8 @@ class EngineConfig:
     ray_address: str | None = None
     """Ray cluster to run on: host:port, auto or local.
 
-    auto is the one on this machine, and local starts one. None with more than one rank takes RAY_ADDRESS, a cluster on
-    this machine, or starts one, in this order.
+    auto is the one that RAY_ADDRESS names, or else the one on this machine; local starts one. None with more than one
+    rank is as auto, but for a cluster of another user, and starts one where there is none. The log says which it is.
     """
     device: str = "auto"
     """auto (CUDA where there is any), cuda or cpu."""

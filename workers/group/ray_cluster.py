@@ -1,8 +1,11 @@
 """This process's connection to a Ray cluster: one that runs already, or one that is started for it."""
 
+import atexit
 import logging
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,18 @@ class _Connection:
 
 
 def connect(address: str | None, size: int) -> None:
-    if not ray.is_initialized():
-        _init(address or os.environ.get("RAY_ADDRESS"), size)
+    """Joins a cluster, or starts one with a core for each of `size` ranks, unless this process has a connection.
+
+    Args:
+        address: "host:port"; "auto" for RAY_ADDRESS or the cluster that `ray start` began last on this machine; "local"
+            for one of our own; None as "auto", but for a cluster of another user, or else one of our own.
+
+    Raises ConfigError when it cannot be joined, or this process is connected to another.
+    """
+    if ray.is_initialized():
+        _check_is_connected_to(address)
+    else:
+        _init(address, size)
         _Connection.made_here = True
     _Connection.users += 1
 
@@ -40,19 +53,29 @@ def disconnect() -> None:
         ray.shutdown()
 
 
+def _disown() -> None:
+    """In a forked process: Ray's own end of the interpreter would wait for threads that are not there, and end the
+    cluster of the parent."""
+    if _Connection.users:
+        atexit.unregister(ray.shutdown)
+
+
+os.register_at_fork(after_in_child=_disown)
+
+
 def _init(address: str | None, size: int) -> None:
-    found = _running_cluster() if address in (None, "auto") else address
-    if found is None and address == "auto":
-        raise ConfigError("no Ray cluster runs on this machine; start one with `ray start --head`")
+    found, reason = _choose(address)
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
-    if found in (None, "local"):
-        log.info("starting a Ray cluster on this machine for this process")
-        ray.init(address="local", num_cpus=max(size, usable_cores()), include_dashboard=False, **quiet)
+    if found is None:
+        log.info("starting a Ray cluster on this machine for this process: %s", reason)
+        with _without_remark_on_signals():
+            ray.init(address="local", num_cpus=max(size, usable_cores()), include_dashboard=False, **quiet)
         return
-    assert found is not None
+    log.info("joining the Ray cluster at %s: %s", found, reason)
     _check_reachable(found)
     try:
-        ray.init(address=found, **quiet)
+        with _without_remark_on_signals():
+            ray.init(address=found, **quiet)
     except (RayError, RuntimeError, ValueError, ConnectionError) as error:
         raise ConfigError(
             f"the Ray cluster at {found!r} cannot be joined ({cause_of(error)}); "
@@ -60,18 +83,78 @@ def _init(address: str | None, size: int) -> None:
         ) from error
 
 
-def _running_cluster() -> str | None:
-    """The cluster that `ray start` began last on this machine, if it still answers.
+def _choose(address: str | None) -> tuple[str | None, str]:
+    """The address of the cluster to join, None to start one; and why."""
+    given, name = address, "ray_address"
+    if given in (None, "auto") and (inherited := os.environ.get("RAY_ADDRESS")):
+        given, name = inherited, "RAY_ADDRESS"
+    if given == "local":
+        return None, f"{name} is 'local'"
+    if given not in (None, "auto"):
+        return given, f"{name} says so"
+    note = _note()
+    running = _running_cluster(note)
+    if given == "auto":
+        if running is None:
+            raise ConfigError("no Ray cluster runs on this machine; start one with `ray start --head`")
+        return running, f"{name} is 'auto', and {note} names it"
+    if running is None:
+        return None, f"{name} is not set, and {note} names none that answers"
+    if note.stat().st_uid != os.geteuid():
+        log.warning(
+            "the Ray cluster at %s, which %s names, is another user's and is not joined; ray_address='auto' joins it",
+            running, note,
+        )  # fmt: skip
+        return None, f"the cluster that {note} names is another user's"
+    return running, f"`ray start` noted it in {note}; ray_address='local' starts one for this process alone"
 
-    Ray notes its address in a file that outlives a killed cluster, and would itself try that address for minutes.
-    """
-    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+
+def _note() -> Path:
+    """Where `ray start` notes the address of the cluster that it began last on this machine."""
+    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray", "ray_current_cluster")
+
+
+def _running_cluster(note: Path) -> str | None:
+    """The cluster that is noted, if it still answers: the note outlives a killed one, and Ray itself would try its
+    address for minutes."""
     try:
-        address = Path(folder, "ray", "ray_current_cluster").read_text().strip()
+        address = note.read_text().strip()
         _check_reachable(address)
     except (OSError, ConfigError):
         return None
     return address
+
+
+def _check_is_connected_to(address: str | None) -> None:
+    """Raises ConfigError when this process uses another cluster than is asked for: it cannot use two."""
+    current = ray.get_runtime_context().gcs_address
+    log.info("using the Ray cluster at %s, to which this process is connected", current)
+    if address in (None, "auto", "local"):
+        return
+    if _resolved(address) != _resolved(current):
+        raise ConfigError(
+            f"ray_address is {address!r}, and this process is connected to the Ray cluster at {current}; call "
+            "ray.shutdown() first, or leave ray_address out"
+        )
+
+
+def _resolved(address: str) -> str:
+    host, _, port = address.rpartition(":")
+    with suppress(OSError):
+        host = socket.gethostbyname(host)
+    return f"{host}:{port}"
+
+
+@contextmanager
+def _without_remark_on_signals() -> Iterator[None]:
+    """Ray remarks that it leaves SIGTERM alone in a thread that is not the main one."""
+    logger = logging.getLogger("ray._private.worker")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _check_reachable(address: str) -> None:
