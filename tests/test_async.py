@@ -178,6 +178,21 @@ def test_a_cancelled_task_ends_its_request_and_no_other(tiny_model: Path, llm: L
     with_async(tiny_model, test)
 
 
+def test_a_task_that_is_cancelled_while_it_asks_leaves_nothing(tiny_model: Path) -> None:
+    async def test(llm: AsyncLLM) -> None:
+        for turns in range(12):
+            task = asyncio.create_task(last_tokens(llm, [5, 6], LONG))
+            for _ in range(turns):
+                await asyncio.sleep(0 if turns < 6 else 0.001)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert not llm._mailbox_of_loop().groups
+            await await_idle(llm)
+
+    with_async(tiny_model, test)
+
+
 def test_leaving_the_loop_ends_the_request(tiny_model: Path) -> None:
     async def test(llm: AsyncLLM) -> None:
         async for _ in llm.generate([5, 6], LONG):

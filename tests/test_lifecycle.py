@@ -262,7 +262,7 @@ def test_an_interrupt_while_weights_load_is_one(tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             timer.start()
             while True:
-                LLM(folder, device_kv_bytes="1MiB").close()
+                LLM(folder, device_kv_bytes="16MiB").close()
         timer.join()
     await_no_threads()
 

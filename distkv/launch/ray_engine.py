@@ -150,7 +150,7 @@ class RayEngine:
                 self._tell_loss(left)
                 raise
             reply = self._receive(DEATH_POLL, checks=False)
-            if isinstance(reply, Saving) and reply.num_unsaved != left:
+            if isinstance(reply, Saving) and (left is None or reply.num_unsaved < left):
                 left, since = reply.num_unsaved, time.monotonic()
             elif time.monotonic() - since > FINISH_TIMEOUT:
                 raise StoreError(

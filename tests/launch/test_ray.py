@@ -245,10 +245,13 @@ def pages_on_disk(model: Path) -> dict[bytes, bytes]:
 
 
 def test_a_killed_owner_takes_its_ranks_along(cluster: Cluster, tiny_model: Path) -> None:
+    """And one that is forked from it and ends does not."""
     code = (
-        "import sys; from distkv import LLM, SamplingParams\n"
+        "import os, signal, sys; from distkv import LLM, SamplingParams\n"
         "sizes = {'tensor_parallel_size': 2, 'device_kv_bytes': '4MiB'}\n"
         f"llm = LLM({str(tiny_model)!r}, ray_address={cluster.address!r}, **sizes)\n"
+        "if (child := os.fork()) == 0: signal.alarm(60); sys.exit()\n"
+        "assert os.waitpid(child, 0)[1] & 127 != signal.SIGALRM\n"
         "for _ in llm.stream([5], SamplingParams(max_tokens=None, ignore_eos=True)): print('token', flush=True)\n"
         "sys.stdin.read()"
     )

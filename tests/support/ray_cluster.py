@@ -57,8 +57,8 @@ def join(cluster: Cluster, folder: Path, num_cpus: int) -> subprocess.Popen[byte
     """Starts one more node, in a process group of its own; `stop` ends it. It has a resource "second"."""
     command = [
         str(cluster.python), "-m", "ray.scripts.scripts", "start", f"--address={cluster.address}", "--block",
-        f"--num-cpus={num_cpus}", "--disable-usage-stats", "--object-store-memory=100000000",
-        '--resources={"second": 1}',
+        f"--num-cpus={num_cpus}", '--resources={"second": 1}', "--disable-usage-stats",
+        "--object-store-memory=100000000",
     ]  # fmt: skip
     with open(folder / "node.log", "wb") as log:
         return subprocess.Popen(

@@ -1,5 +1,6 @@
 """This process's connection to a Ray cluster: one that runs already, or one that is started for it."""
 
+import atexit
 import logging
 import os
 import socket
@@ -50,6 +51,16 @@ def disconnect() -> None:
     if not _Connection.users and _Connection.made_here:
         _Connection.made_here = False
         ray.shutdown()
+
+
+def _disown() -> None:
+    """In a forked process: Ray's own end of the interpreter would wait for threads that are not there, and end the
+    cluster of the parent."""
+    if _Connection.users:
+        atexit.unregister(ray.shutdown)
+
+
+os.register_at_fork(after_in_child=_disown)
 
 
 def _init(address: str | None, size: int) -> None:
