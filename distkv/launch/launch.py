@@ -107,7 +107,7 @@ def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> R
         max_num_batched_tokens=config.max_num_batched_tokens,
         gpu_memory_utilization=config.gpu_memory_utilization,
         num_threads=config.num_threads,
-        staging_pages=config.staging_pages or config.min_staging_pages,
+        staging_pages=config.min_staging_pages if config.staging_pages is None else config.staging_pages,
         cache_dir=cache_dir,
         keep_cache=bool(fingerprint),
         fingerprint=fingerprint,
@@ -138,12 +138,23 @@ def _budget_table(budget: Budget, num_pages: int, utilization: float) -> str:
 
 
 def _free_disk_bytes(folder: Path) -> int:
-    """What is free where the folder is or will be, or taken by the pages that lie in it."""
-    array = folder / ARRAY
-    taken = sum(file.stat().st_size for file in os.scandir(array)) if array.is_dir() else 0
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free + taken
+    """What is free where the folder is or will be, or taken by the pages that lie in it. Raises ConfigError where no
+    folder can be."""
+    array, place = folder / ARRAY, folder
+    try:
+        taken = sum(file.stat().st_size for file in os.scandir(array)) if array.is_dir() else 0
+        while not place.exists():
+            place = place.parent
+        usage = shutil.disk_usage(place)
+    except OSError as error:
+        raise ConfigError(
+            f"cache_dir {str(folder)!r} cannot be used ({error.strerror}); name another folder"
+        ) from error
+    if not usage.total or (not usage.free and not os.access(place, os.W_OK)):
+        raise ConfigError(
+            f"cache_dir {str(folder)!r} cannot be used: {str(place)!r} is no place for files; name a folder on a disk"
+        )
+    return usage.free + taken
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -137,7 +137,7 @@ def _config(options: StressOptions, folder: Path, synthetic_fill: bool) -> Engin
         **options.engine,
         "max_model_len": options.context + options.new_tokens,
         "max_num_seqs": 1,
-        "max_num_batched_tokens": options.max_num_batched_tokens or step,
+        "max_num_batched_tokens": step if options.max_num_batched_tokens is None else options.max_num_batched_tokens,
         "load_format": "auto" if options.shape is None else "dummy",
         "seed": options.seed,
         "enable_prefix_caching": False,  # what it reads it has written itself
@@ -165,7 +165,9 @@ def _text(tokenizer: Tokenizer, count: int) -> list[int]:
 
 def _requests(options: StressOptions, prompt: list[int], synthetic_fill: bool) -> list[EngineRequest]:
     """One for each stage, the longest last."""
-    stages = options.stages or (1 if options.plot_file is None else PLOT_STAGES)
+    stages = options.stages
+    if stages is None:
+        stages = 1 if options.plot_file is None else PLOT_STAGES
     params = SamplingParams(
         temperature=0, ignore_eos=True, max_tokens=options.new_tokens, logprobs=MAX_LOGPROBS, seed=options.seed
     )
