@@ -109,7 +109,10 @@ def _check(options: StressOptions) -> bool:
         check_out_file(file)
     if options.plot_file is not None and options.plot_file.suffix != ".png":
         raise ConfigError(f"--plot {str(options.plot_file)!r} is not a .png; name one")
-    return options.fill == "random" or (options.fill is None and options.shape is not None)
+    synthetic_fill = options.fill == "random" or (options.fill is None and options.shape is not None)
+    if options.seed and options.model is not None and not synthetic_fill and _has_tokenizer(options.model):
+        raise ConfigError("--seed has no part in a text that a model reads; leave it out, or use --fill random")
+    return synthetic_fill
 
 
 def _check_room(options: StressOptions, info: EngineInfo) -> None:
@@ -147,10 +150,14 @@ def _config(options: StressOptions, folder: Path, synthetic_fill: bool) -> Engin
 
 def _prompt(folder: Path, model: ModelConfig, options: StressOptions, synthetic_fill: bool) -> list[int]:
     """A real text where there is a tokenizer and the model reads it, else random tokens."""
-    if not synthetic_fill and any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not synthetic_fill and _has_tokenizer(folder):
         return _text(Tokenizer(folder), options.context)
     generator = random.Random(options.seed)
     return [generator.randrange(model.vocab_size) for _ in range(options.context)]
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _text(tokenizer: Tokenizer, count: int) -> list[int]:

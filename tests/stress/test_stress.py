@@ -300,6 +300,11 @@ def test_the_view_shows_no_rate_of_the_fill_for_decoding(capsys: pytest.CaptureF
     ]
 
 
+def test_a_seed_that_nothing_depends_on_is_refused(stress: Stress, demo_model: Path) -> None:
+    code, _, err = stress("--model", str(demo_model), "--seed", "3")
+    assert code == 2 and "--seed has no part" in err
+
+
 def test_no_tokens_in_a_step_are_not_taken_for_the_default(stress: Stress) -> None:
     code, _, err = stress("--shape", "tiny", "--max-num-batched-tokens", "0")
     assert code == 2 and "--max-num-batched-tokens" in err
