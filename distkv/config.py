@@ -1,16 +1,13 @@
 """All options of an engine, checked in one place."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
 from distkv.errors import ConfigError
+from distkv.option_checks import check_choice, check_flag, check_share, check_whole, parse_bytes, settle_path
 from distkv.option_help import explained
 from distkv.storage.paging import NUM_BUFFERS, PREFILL_SPLIT, check_page_size
-
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 class EngineOptions(TypedDict, total=False):
@@ -95,15 +92,15 @@ class EngineConfig:
     max_num_seqs answers can need.
     """
     disk_kv_bytes: int | str | None = None
-    """KV memory on disk, such as 100GiB.
+    """KV memory on disk, such as 100GiB; it needs cache_dir.
 
-    It needs cache_dir, and counts all ranks together, but not the pages of other models there. None takes half of what
-    is free.
+    It counts all ranks together, but not the pages of other models there. None takes half of what is free.
     """
     cache_dir: str | Path | None = None
     """Folder for KV pages on disk.
 
-    It has a sub-folder for each model. None is for no pages on disk.
+    It has a sub-folder for each model. A relative path begins where the process is when the engine is made, and ~ is
+    the home folder. None is for no pages on disk.
     """
     staging_pages: int | None = None
     """Pages of the ring that cold pages pass through.
@@ -130,7 +127,10 @@ class EngineConfig:
     slowest tier in use brings in about a second.
     """
     gpu_memory_utilization: float = 0.9
-    """Share of a GPU's memory for weights, workspace and KV."""
+    """Share of a GPU's memory for weights, workspace and KV.
+
+    It is not used on a CPU.
+    """
     load_format: str = "auto"
     """auto, or dummy for random weights.
 
@@ -143,28 +143,23 @@ class EngineConfig:
     """
 
     def __post_init__(self) -> None:
+        self._set("model", settle_path("model", self.model))
         for name in ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens", "page_size"):
-            _check_positive(name, getattr(self, name))
-        for name in ("max_model_len", "num_threads"):
+            self._set(name, check_whole(name, getattr(self, name)))
+        for name in ("max_model_len", "num_threads", "staging_pages"):
             if getattr(self, name) is not None:
-                _check_positive(name, getattr(self, name))
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
-            raise ConfigError(f"seed is {self.seed!r}; it must be an integer from 0 to {2**31 - 1}")
+                self._set(name, check_whole(name, getattr(self, name)))
+        self._set("seed", check_whole("seed", self.seed, 0))
         for name, choices in (
             ("dtype", ("auto", "float32", "float16", "bfloat16")),
             ("device", ("auto", "cuda", "cpu")),
             ("load_format", ("auto", "dummy")),
             ("disk_write_policy", ("write_through", "idle")),
-            ("enable_prefix_caching", (True, False)),
         ):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(map(str, choices))}")
-        share = self.gpu_memory_utilization
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-            raise ConfigError(f"gpu_memory_utilization is {share!r}; use a share above 0 and at most 1")
-        if not isinstance(self.model, str | Path):
-            raise ConfigError(f"model is {self.model!r}; give the path of a Hugging Face model folder")
-        if self.ray_address is not None and not isinstance(self.ray_address, str):
+            check_choice(name, getattr(self, name), choices)
+        self._set("enable_prefix_caching", check_flag("enable_prefix_caching", self.enable_prefix_caching))
+        self._set("gpu_memory_utilization", check_share("gpu_memory_utilization", self.gpu_memory_utilization))
+        if self.ray_address is not None and not (isinstance(self.ray_address, str) and self.ray_address.strip()):
             raise ConfigError(f"ray_address is {self.ray_address!r}; give a text such as 'auto'")
         check_page_size(self.page_size)
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -173,45 +168,55 @@ class EngineConfig:
                 "not every running answer could take a token in a step; raise the first or lower the second"
             )
         for name in ("device_kv_bytes", "host_kv_bytes", "disk_kv_bytes", "max_cold_bytes_per_step"):
-            value = getattr(self, name)
-            if value is not None:
-                is_off = name == "host_kv_bytes" and value in (0, "0")
-                object.__setattr__(self, name, 0 if is_off else parse_bytes(name, value))
+            if getattr(self, name) is not None:
+                self._set(name, parse_bytes(name, getattr(self, name), least=0 if name == "host_kv_bytes" else 1))
         self._check_tiers()
+        self._check_effects()
 
     @property
     def min_staging_pages(self) -> int:
         """Buffers for a piece of a prefix each, so that some are filled while others are used."""
         return NUM_BUFFERS * max(1, PREFILL_SPLIT // self.page_size)
 
+    def _set(self, name: str, value: object) -> None:
+        """What a user has given as the one type that all of distkv reads."""
+        object.__setattr__(self, name, value)
+
     def _check_tiers(self) -> None:
-        if self.cache_dir is not None and not isinstance(self.cache_dir, str | Path):
-            raise ConfigError(f"cache_dir is {self.cache_dir!r}; give the path of a folder")
-        if self.cache_dir is None and self.disk_kv_bytes is not None:
-            raise ConfigError("disk_kv_bytes is set and cache_dir is not; name the folder in cache_dir")
+        if self.cache_dir is not None:
+            self._set("cache_dir", settle_path("cache_dir", self.cache_dir))
         if self.cache_dir is not None and self.host_kv_bytes == 0:
             raise ConfigError(
                 "cache_dir is set and host_kv_bytes is 0: pages reach the disk by way of the host; raise it"
             )
-        if self.staging_pages is not None:
-            _check_positive("staging_pages", self.staging_pages)
-            if self.staging_pages < self.min_staging_pages:
-                raise ConfigError(
-                    f"staging_pages {self.staging_pages} is less than the {self.min_staging_pages} pages of "
-                    f"{self.page_size} tokens that the ring needs; raise it or leave it out"
-                )
+        if self.staging_pages is not None and self.staging_pages < self.min_staging_pages:
+            raise ConfigError(
+                f"staging_pages {self.staging_pages} is less than the {self.min_staging_pages} pages of "
+                f"{self.page_size} tokens that the ring needs; raise it or leave it out"
+            )
 
-
-def parse_bytes(name: str, size: int | str) -> int:
-    """Bytes of a number or a text such as "512MB" or "4GiB"; raises ConfigError naming the option for anything else."""
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-        return size
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", size) if isinstance(size, str) else None
-    if match is None or match[2].upper() not in UNITS or float(match[1]) == 0:
-        raise ConfigError(f"{name} is {size!r}; give bytes as a positive number or a text such as 512MB or 4GiB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
-
-
-def _check_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} is {value!r}; it must be a positive integer")
+    def _check_effects(self) -> None:
+        """Raises ConfigError for an option that nothing would come of."""
+        no_disk, no_cold = self.cache_dir is None, self.host_kv_bytes == 0
+        policy = self.disk_write_policy
+        no_pages = "host_kv_bytes is 0, so that no page leaves the device"
+        for name, is_idle, why, cure in (
+            ("disk_kv_bytes", no_disk, "cache_dir is not", "name the folder in cache_dir"),
+            ("disk_write_policy", no_disk and policy == "idle", "cache_dir is not", "name the folder in cache_dir"),
+            (
+                "disk_write_policy", policy == "idle" and not self.enable_prefix_caching,
+                "enable_prefix_caching is off, so that no page is written for later requests", "leave one of them out",
+            ),
+            ("staging_pages", no_cold, no_pages, "leave one of them out"),
+            ("max_cold_bytes_per_step", no_cold, no_pages, "leave one of them out"),
+            (
+                "gpu_memory_utilization", self.gpu_memory_utilization != 0.9 and self.device_kv_bytes is not None,
+                "device_kv_bytes is too, which says how much memory KV takes", "leave one of them out",
+            ),
+            (
+                "gpu_memory_utilization", self.gpu_memory_utilization != 0.9 and self.device == "cpu",
+                "device is cpu", "leave one of them out",
+            ),
+        ):  # fmt: skip
+            if is_idle and getattr(self, name) is not None:
+                raise ConfigError(f"{name} is set and {why}; {cure}")

@@ -12,3 +12,7 @@ from distkv.workers.errors import WorkerDied as WorkerDied
 
 class RequestError(DistKVError, ValueError):
     """A request is malformed: an empty or too long a prompt, say, or a sampling parameter out of range."""
+
+
+for public in (DistKVError, ConfigError, RequestError, CapacityError, StoreError, WorkerDied):
+    public.__module__ = "distkv"  # where users find it, so that a traceback calls it by that name

@@ -1,9 +1,12 @@
 """Each option is explained once, below its field, and `help()` shows it."""
 
 import inspect
+import subprocess
+import sys
 from dataclasses import dataclass, fields
 
 import pytest
+from support.processes import ROOT
 
 from distkv import EngineConfig, SamplingParams
 from distkv.option_help import explained, option_help
@@ -49,3 +52,13 @@ def test_a_class_without_source_has_no_help(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(inspect, "getsource", no_source)
     assert option_help(Oven) == {}
+    doc = Oven.__doc__
+    assert explained(Oven).__doc__ == doc, "which it keeps"
+
+
+def test_python_without_docstrings_has_the_help() -> None:
+    """And not what msgspec says of its base class."""
+    code = "import distkv; print(distkv.SamplingParams.__doc__); print(distkv.EngineConfig.__doc__)"
+    ended = subprocess.run([sys.executable, "-OO", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout == f"{SamplingParams.__doc__}\n{EngineConfig.__doc__}\n"
+    assert ended.stdout.startswith("Sampling parameters of one request.")

@@ -62,12 +62,26 @@ def join_folder(place: CachePlace, head: int) -> Iterator[tuple[bool, bool]]:
 
 
 def free_bytes(folder: Path) -> int:
-    """What is free on this node where the folder is or will be, or is taken by the pages in it."""
-    taken = 0
-    with suppress(FileNotFoundError), os.scandir(folder / ARRAY) as files:
-        for file in files:
-            with suppress(FileNotFoundError):  # whoever uses the folder removes and renames files
-                taken += file.stat().st_size
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free + taken
+    """What is free on this node where the folder is or will be, or is taken by the pages in it; twice as much as these
+    at least, so that a tier of half of it holds them though somebody else fills the disk.
+
+    Raises ConfigError where no folder can be.
+    """
+    taken, place = 0, folder
+    try:
+        with suppress(FileNotFoundError), os.scandir(folder / ARRAY) as files:
+            for file in files:
+                with suppress(FileNotFoundError):  # whoever uses the folder removes and renames files
+                    taken += file.stat().st_size
+        while not place.exists():
+            place = place.parent
+        usage = shutil.disk_usage(place)
+    except OSError as error:
+        raise ConfigError(
+            f"cache_dir {str(folder)!r} cannot be used ({error.strerror}); name another folder"
+        ) from error
+    if not usage.total or (not usage.free and not os.access(place, os.W_OK)):
+        raise ConfigError(
+            f"cache_dir {str(folder)!r} cannot be used: {str(place)!r} is no place for files; name a folder on a disk"
+        )
+    return max(usage.free, taken) + taken

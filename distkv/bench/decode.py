@@ -49,7 +49,7 @@ def run(
             )
             runners["transformers"] = transformers_runner(network.eval().to(device))
         rows = []
-        for context in contexts:
+        for context in dict.fromkeys(contexts):
             rng = random.Random(context)
             prompt = [rng.randrange(10, llm.info.vocab_size) for _ in range(context)]
             rows += _in_turns(runners, prompt, new_tokens, repeats)

@@ -344,7 +344,7 @@ def _print(facts: dict[str, Any], rows: list[dict[str, Any]], wrong: str) -> Non
         "To plan is to choose the step, give it pages, move pages and write the plan; to launch, to say how to draw "
         "and hand the step over. The ranks do nothing, and run when the leader waits for them, so that "
         f"nothing competes with it. Greedy draws are from ready-made logits, vocabulary {VOCAB}. Garbage collection is "
-        "part of the figures above it.",
+        "part of the figures above it. Prefix caching has no part in any: what nobody has read has no keys.",
         soft_wrap=True,
     )
     console.print(f"WRONG: {wrong}" if wrong else "Every step drew a token for each sequence that took part.")

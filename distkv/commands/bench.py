@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from distkv.commands.options import JsonFile, Model, engine, model_folder, spread
+from distkv.commands.options import JsonFile, Model, engine, model_folder, path_option, spread
 from distkv.config import EngineOptions
 
 bench = typer.Typer(help="Measure on this machine.")
@@ -41,7 +41,7 @@ def bench_offload(
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode in each turn.", min=1)] = 32,
     repeats: Annotated[int, typer.Option(help="Turns of each variant; the median of all steps counts.", min=1)] = 5,
     options: Annotated[EngineOptions, engine("dtype", "page_size", "num_threads", dtype="bfloat16")],
-    cache_dir: Annotated[Path | None, typer.Option(help="Folder of the disk tier; else a temporary one.")] = None,
+    cache_dir: Annotated[Path | None, path_option(help="Folder of the disk tier; else a temporary one.")] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Decode ms/token with the context on the device, half or wholly on the host, and on disk."""
@@ -62,7 +62,7 @@ def bench_prefix(
     answer_tokens: Annotated[int, typer.Option(help="Tokens of each answer, which are compared.", min=1)] = 16,
     repeats: Annotated[int, typer.Option(help="Turns, each with a question of its own; medians count.", min=1)] = 5,
     options: Annotated[EngineOptions, engine("dtype", "page_size", "num_threads", dtype="bfloat16")],
-    cache_dir: Annotated[Path | None, typer.Option(help="Where to make the folder of the disk tier.")] = None,
+    cache_dir: Annotated[Path | None, path_option(help="Where to make the folder of the disk tier.")] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Time to first token with a prefix on no tier, device, host, or disk after a restart; exit code 1 when wrong."""

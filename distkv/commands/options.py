@@ -1,6 +1,7 @@
 """What commands have in common: options that come from the fields of a class, and what a model may be given as."""
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, fields
 from functools import wraps
 from inspect import Parameter, signature
@@ -12,11 +13,22 @@ import typer
 from msgspec.structs import replace
 
 from distkv.config import EngineConfig, EngineOptions
+from distkv.option_checks import settle_path
 from distkv.option_help import option_help
 from distkv.sampling_params import RequestOutputKind, SamplingParams
 
+
+def path_option(*names: str, **how: Any) -> Any:
+    """An option that takes a path, which the command gets as an absolute one."""
+    return typer.Option(*names, parser=str, callback=_settled, metavar="<path>", **how)
+
+
+def _settled(param: typer.CallbackParam, value: str | Path | None) -> Path | None:
+    return None if value is None else settle_path(param.opts[0], value)
+
+
 Model = Annotated[str, typer.Option(help="Hugging Face model folder, or smollm2, which is fetched if need be.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")]
+JsonFile = Annotated[Path | None, path_option("--json", help="Also write the figures here.")]
 
 
 @dataclass(frozen=True)
@@ -26,23 +38,28 @@ class Fields:
 
     source: type
     names: tuple[str, ...]
-    panel: str  # title above the options in --help
     defaults: dict[str, Any]
 
     def parameters(self) -> Iterator[Parameter]:
         """The fields as parameters that typer understands."""
         given, kinds, texts = signature(self.source).parameters, get_type_hints(self.source), option_help(self.source)
         for name in self.names:
-            option = typer.Option(help=texts.get(name, "").partition("\n")[0], rich_help_panel=self.panel)
+            kind = _typed(kinds[name])
+            make_option = path_option if Path in (kind, *get_args(kind)) else typer.Option
+            option = make_option(help=_with_flags(texts.get(name, "").partition("\n")[0], given))
             default = self.defaults.get(name, given[name].default)
-            yield Parameter(
-                name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[_typed(kinds[name]), option]
-            )
+            yield Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+    def check(self, values: dict[str, Any]) -> None:
+        """Raises ConfigError for values that cannot be used, before anything is loaded."""
+        if self.source is EngineConfig:
+            EngineConfig(".", **values)
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
     """The command with options in place of its parameters that are annotated `Annotated[Kind, Fields(...)]`; each of
-    these gets one `Kind` that is made of them. Parameters are keyword-only, so that any of them may have a default."""
+    these gets one `Kind` that is made of them, once they are checked. Parameters are keyword-only, so that any of them
+    may have a default."""
     parameters: list[Parameter] = []
     groups: dict[str, tuple[type, Fields]] = {}
     for parameter in signature(command).parameters.values():
@@ -56,7 +73,9 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def gathered(**given: Any) -> None:
         for name, (kind, group) in groups.items():
-            given[name] = kind(**{field: given.pop(field) for field in group.names})
+            values = {field: given.pop(field) for field in group.names}
+            group.check(values)
+            given[name] = kind(**values)
         command(**given)
 
     gathered.__signature__ = signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -65,12 +84,12 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 
 def engine(*names: str, **defaults: Any) -> Fields:
     """These options of the engine."""
-    return Fields(EngineConfig, names, "Engine", defaults)
+    return Fields(EngineConfig, names, defaults)
 
 
 def sampling(**defaults: Any) -> Fields:
     """The options of sampling that a reader of one answer may want."""
-    return Fields(SamplingParams, ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop"), "Sampling", defaults)
+    return Fields(SamplingParams, ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop"), defaults)
 
 
 EngineFlags = Annotated[
@@ -88,7 +107,14 @@ def model_folder(model: str) -> Path:
     """The folder of a model given as a path or as the name of one that can be fetched."""
     from distkv.models.fetch import MODELS, fetch_model
 
-    return fetch_model(model) if model in MODELS and not Path(model).exists() else Path(model)
+    folder = settle_path("--model", model)
+    return fetch_model(model) if model in MODELS and not folder.exists() else folder
+
+
+def _with_flags(text: str, names: Container[str]) -> str:
+    """A help text in which other options are called as the command line has them."""
+    flag = lambda match: f"--{match[0].replace('_', '-')}" if match[0] in names else match[0]  # noqa: E731
+    return re.sub(r"[a-z]+(?:_[a-z]+)+", flag, text)
 
 
 def _typed(kind: Any) -> Any:

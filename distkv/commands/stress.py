@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from distkv.commands.options import JsonFile, engine, model_folder, spread
+from distkv.commands.options import JsonFile, engine, model_folder, path_option, spread
 from distkv.config import EngineOptions
 
 StressFlags = Annotated[
@@ -37,12 +37,12 @@ def stress(
     ] = None,
     options: StressFlags,
     max_num_batched_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of a step; by default 2048, or with random KV 256 or a page.")
+        int | None, typer.Option(help="Most tokens of a step; 2048, or with random KV 256 or a page.", min=1)
     ] = None,
     seed: Annotated[int, typer.Option(help="Of weights, prompt and random KV.")] = 0,
     verify: Annotated[bool, typer.Option("--verify", help="Compare with a run without tiers, or float64.")] = False,
     json_file: JsonFile = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Also draw them here, a .png.")] = None,
+    plot_file: Annotated[Path | None, path_option("--plot", help="Also draw them here, a .png.")] = None,
 ) -> None:
     """Run one long context over all tiers, measure it, and verify the answer; exit code 1 when it is wrong."""
     from distkv.stress.stress import StressOptions, run

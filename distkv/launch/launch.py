@@ -105,7 +105,7 @@ def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> R
         max_num_batched_tokens=config.max_num_batched_tokens,
         gpu_memory_utilization=config.gpu_memory_utilization,
         num_threads=config.num_threads,
-        staging_pages=config.staging_pages or config.min_staging_pages,
+        staging_pages=config.min_staging_pages if config.staging_pages is None else config.staging_pages,
         digest_weights=keeps_cache(config, model),
     )
 

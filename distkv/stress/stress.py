@@ -109,7 +109,10 @@ def _check(options: StressOptions) -> bool:
         check_out_file(file)
     if options.plot_file is not None and options.plot_file.suffix != ".png":
         raise ConfigError(f"--plot {str(options.plot_file)!r} is not a .png; name one")
-    return options.fill == "random" or (options.fill is None and options.shape is not None)
+    synthetic_fill = options.fill == "random" or (options.fill is None and options.shape is not None)
+    if options.seed and options.model is not None and not synthetic_fill and _has_tokenizer(options.model):
+        raise ConfigError("--seed has no part in a text that a model reads; leave it out, or use --fill random")
+    return synthetic_fill
 
 
 def _check_room(options: StressOptions, info: EngineInfo) -> None:
@@ -137,7 +140,7 @@ def _config(options: StressOptions, folder: Path, synthetic_fill: bool) -> Engin
         **options.engine,
         "max_model_len": options.context + options.new_tokens,
         "max_num_seqs": 1,
-        "max_num_batched_tokens": options.max_num_batched_tokens or step,
+        "max_num_batched_tokens": step if options.max_num_batched_tokens is None else options.max_num_batched_tokens,
         "load_format": "auto" if options.shape is None else "dummy",
         "seed": options.seed,
         "enable_prefix_caching": False,  # what it reads it has written itself
@@ -147,10 +150,14 @@ def _config(options: StressOptions, folder: Path, synthetic_fill: bool) -> Engin
 
 def _prompt(folder: Path, model: ModelConfig, options: StressOptions, synthetic_fill: bool) -> list[int]:
     """A real text where there is a tokenizer and the model reads it, else random tokens."""
-    if not synthetic_fill and any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not synthetic_fill and _has_tokenizer(folder):
         return _text(Tokenizer(folder), options.context)
     generator = random.Random(options.seed)
     return [generator.randrange(model.vocab_size) for _ in range(options.context)]
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _text(tokenizer: Tokenizer, count: int) -> list[int]:
@@ -165,7 +172,9 @@ def _text(tokenizer: Tokenizer, count: int) -> list[int]:
 
 def _requests(options: StressOptions, prompt: list[int], synthetic_fill: bool) -> list[EngineRequest]:
     """One for each stage, the longest last."""
-    stages = options.stages or (1 if options.plot_file is None else PLOT_STAGES)
+    stages = options.stages
+    if stages is None:
+        stages = 1 if options.plot_file is None else PLOT_STAGES
     params = SamplingParams(
         temperature=0, ignore_eos=True, max_tokens=options.new_tokens, logprobs=MAX_LOGPROBS, seed=options.seed
     )

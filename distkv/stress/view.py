@@ -22,21 +22,23 @@ class StressView(LiveView):
         self._num_pages = dict(zip(TIERS, (info.num_pages, info.num_host_pages, info.num_disk_pages), strict=True))
         self._context = self._new_tokens = 0
         self._before: Sample | None = None  # where the rates are taken from
-        self._rates: dict[str, float] = {}  # bytes/s by route
+        self._rates: dict[str, float] | None = None  # bytes/s by route, once they are known
         self._speed = ""
         self._shown = 0.0
 
     def stage(self, context: int, new_tokens: int) -> None:
         """A request of so many prompt tokens begins."""
         self._context, self._new_tokens = context, new_tokens
-        self._before, self._rates, self._speed, self._shown = None, {}, "", 0.0
+        self._before, self._rates, self._speed, self._shown = None, None, "", 0.0
 
     def watch(self, sample: Sample) -> None:
         """Takes a sample in and shows it."""
         before = self._before
         decode_begins = before is not None and bool(sample.new_tokens) > bool(before.new_tokens)
         if before is None or decode_begins or sample.seconds - before.seconds >= RATE_SECONDS:
-            if before is not None:
+            if decode_begins:  # what was measured is the fill
+                self._rates, self._speed = None, ""
+            elif before is not None:
                 self._measure(before, sample)
             self._before = sample
         if not decode_begins and sample.seconds - self._shown < (LINE_SECONDS if self._live is None else SHOW_SECONDS):
@@ -58,7 +60,7 @@ class StressView(LiveView):
         pages = ", ".join(
             f"{tier} {sample.pages[tier]}/{total} pages" for tier, total in self._num_pages.items() if total
         )
-        return f"{self._progress(sample)}; {pages}; {self._traffic()}"
+        return "; ".join(filter(None, (self._progress(sample), pages, self._traffic())))
 
     def _bars(self, sample: Sample) -> RenderableType:
         bars = Table.grid(padding=(0, 2))
@@ -80,4 +82,6 @@ class StressView(LiveView):
         return f"context {self._context}: {phase} {done}/{total} tokens{self._speed}"
 
     def _traffic(self) -> str:
+        if self._rates is None:
+            return ""
         return ", ".join(f"{route} {rate / 1e9:.2f} GB/s" for route, rate in self._rates.items()) or "nothing moves"

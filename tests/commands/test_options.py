@@ -8,7 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from distkv import EngineConfig, RequestOutputKind, SamplingParams
+from distkv import ConfigError, EngineConfig, RequestOutputKind, SamplingParams
 from distkv.commands.main import app
 from distkv.commands.options import engine, sampling, spread
 from distkv.config import EngineOptions
@@ -29,14 +29,14 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "disk_kv_bytes": ("16MiB", 16 << 20),
     "cache_dir": ("kv", Path("kv")),
     "staging_pages": ("999", 999),
-    "enable_prefix_caching": ("no", False),
     "disk_write_policy": ("idle", "idle"),
     "max_cold_bytes_per_step": ("123", 123),
-    "gpu_memory_utilization": ("0.5", 0.5),
     "load_format": ("dummy", "dummy"),
     "num_threads": ("2", 2),
 }
 """What the command line is given for a field, and what the field is then."""
+OTHERS: dict[str, tuple[str, Any]] = {"enable_prefix_caching": ("no", False), "gpu_memory_utilization": ("0.5", 0.5)}
+"""The same for fields that would make some of these useless."""
 
 
 class Seen:
@@ -86,11 +86,11 @@ def flag(name: str, text: str) -> list[str]:
 @pytest.mark.parametrize("command", ["generate", "chat"])
 def test_every_option_of_the_engine_has_a_flag_that_reaches_it(command: str, run: Any) -> None:
     assert run(command) == EngineConfig(Path("folder")), "the defaults are those of the fields"
-    assert GIVEN.keys() == {field.name for field in fields(EngineConfig)} - {"model", "seed"}
-    arguments = [part for name, (text, _) in GIVEN.items() for part in flag(name, text)]
-    assert run(command, *arguments) == EngineConfig(
-        Path("folder"), **{name: value for name, (_, value) in GIVEN.items()}
-    )
+    assert GIVEN.keys() | OTHERS.keys() == {field.name for field in fields(EngineConfig)} - {"model", "seed"}
+    for group in (GIVEN, OTHERS):
+        arguments = [part for name, (text, _) in group.items() for part in flag(name, text)]
+        values = {name: value for name, (_, value) in group.items()}
+        assert run(command, *arguments) == EngineConfig(Path("folder"), **values)
 
 
 def test_commands_have_defaults_of_sampling_of_their_own(run: Any) -> None:
@@ -123,8 +123,11 @@ def test_a_command_gets_one_object_of_the_fields_it_names() -> None:
         got.extend([cake, options, params, layers])
 
     assert CliRunner().invoke(app, ["tart", "--cache-dir", "kv"]).exit_code == 0
-    assert got == ["tart", {"page_size": 64, "cache_dir": Path("kv")}, SamplingParams(max_tokens=7), 1]
+    assert got == ["tart", {"page_size": 64, "cache_dir": Path("kv").absolute()}, SamplingParams(max_tokens=7), 1]
+    with pytest.raises(ConfigError, match="page_size 3 is not a power of two"):
+        CliRunner().invoke(app, ["tart", "--page-size", "3"], catch_exceptions=False)
+    assert len(got) == 4, "before the command is called"
     text = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
-    assert "Bake a cake." in text and "Engine" in text and "Sampling" in text
+    assert "Bake a cake." in text
     assert option_help(EngineConfig)["page_size"] in text and "[default: 64]" in text
     assert "--options" not in text and "--params" not in text and "--layers" in text

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from support.checkpoints import save_llama
 
 import distkv.stress.stress
@@ -23,6 +24,7 @@ from distkv.models.shapes import SHAPES, shape_folder
 from distkv.sampling_params import SamplingParams
 from distkv.storage.moving.staging_ring import LoadsInTurn
 from distkv.stress.stage import Sample, run_stage
+from distkv.stress.view import StressView
 from distkv.workers.model.model_config import ModelConfig
 
 Stress = Callable[..., tuple[int, str, str]]
@@ -277,3 +279,32 @@ def test_a_request_that_fails_raises_its_error() -> None:
     engine: Any = Failing()
     with pytest.raises(StoreError, match="on fire"):
         run_stage(engine, request, lambda sample: None)
+
+
+def test_the_view_shows_no_rate_of_the_fill_for_decoding(capsys: pytest.CaptureFixture[str]) -> None:
+    def sample(seconds: float, tokens: int, new_tokens: int, spilled: int) -> Sample:
+        pages = {"device": 1, "host": 0, "disk": 0}
+        return Sample(seconds, tokens, new_tokens, not new_tokens, 1, pages, {"device_to_host": spilled})
+
+    info: Any = SimpleNamespace(num_pages=8, num_host_pages=0, num_disk_pages=0, page_bytes=64)
+    with StressView(Console(), info) as view:
+        view.stage(1000, 3)
+        view.watch(sample(0.0, 0, 0, 0))
+        view.watch(sample(10.0, 1000, 0, 10**10))
+        view.watch(sample(10.1, 1001, 1, 10**10))
+        view.watch(sample(15.2, 1003, 3, 10**10))
+    assert capsys.readouterr().out.splitlines() == [
+        "context 1000: fill 1000/1000 tokens, 10 ms per token; device 1/8 pages; device_to_host 1.00 GB/s",
+        "context 1000: decode 1/3 tokens; device 1/8 pages",
+        "context 1000: decode 3/3 tokens, 2.55e+03 ms per token; device 1/8 pages; nothing moves",
+    ]
+
+
+def test_a_seed_that_nothing_depends_on_is_refused(stress: Stress, demo_model: Path) -> None:
+    code, _, err = stress("--model", str(demo_model), "--seed", "3")
+    assert code == 2 and "--seed has no part" in err
+
+
+def test_no_tokens_in_a_step_are_not_taken_for_the_default(stress: Stress) -> None:
+    code, _, err = stress("--shape", "tiny", "--max-num-batched-tokens", "0")
+    assert code == 2 and "--max-num-batched-tokens" in err

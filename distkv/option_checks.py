@@ -1,0 +1,97 @@
+"""Options as users give them, of any of the types that mean the same, made one type. What cannot be used raises
+ConfigError, with the name of the option and what it may be."""
+
+import operator
+import os
+import re
+from fractions import Fraction
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from distkv.errors import ConfigError
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+MOST_BYTES = 2**63 - 1
+MOST = 2**31 - 1  # of tokens, sequences and the like
+
+
+def check_whole(name: str, value: Any, least: int = 1, most: int = MOST) -> int:
+    """A whole number from `least` to `most`, numpy's included."""
+    number = _whole(value)
+    if number is None or not least <= number <= most:
+        limits = "a positive integer" if (least, most) == (1, MOST) else f"an integer from {least} to {most}"
+        raise ConfigError(f"{name} is {_shown(value)}; it must be {limits}")
+    return number
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """One of these texts."""
+    if not isinstance(value, str) or value not in choices:
+        raise ConfigError(f"{name} is {_shown(value)}; use one of {', '.join(choices)}")
+    return value
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """True or False, or 1 or 0, numpy's included."""
+    found = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(found, int) or found not in (0, 1):
+        raise ConfigError(f"{name} is {_shown(value)}; use True or False")
+    return bool(found)
+
+
+def check_share(name: str, value: Any) -> float:
+    """A number above 0 and at most 1."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= 1:
+        raise ConfigError(f"{name} is {_shown(value)}; use a share above 0 and at most 1")
+    return float(value)
+
+
+def parse_bytes(name: str, size: Any, least: int = 1) -> int:
+    """Bytes of a whole number or of a text such as "512MB", "1.5 GiB" or "4096", at least so many."""
+    number = _whole(size)
+    if isinstance(size, str):
+        match = re.fullmatch(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([a-zA-Z]*)\s*", size)
+        if match is not None and match[2].upper() in UNITS:
+            number = int(Fraction(match[1]) * UNITS[match[2].upper()])
+            if not number and Fraction(match[1]):  # less than a byte is not the same as none
+                number = None
+    if number is None or not least <= number <= MOST_BYTES:
+        raise ConfigError(
+            f"{name} is {_shown(size)}; give {'bytes' if least else '0 or bytes'} as a positive whole number or a text "
+            "such as 512MB or 4GiB"
+        )
+    return number
+
+
+def settle_path(name: str, path: Any) -> Path:
+    """The absolute path of a file or folder, with ~ as the home folder: it stays the same when the process goes to
+    another folder."""
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(text, str) or not text.strip() or "\0" in text:
+        raise ConfigError(f"{name} is {_shown(path)}; give the path of a file or folder, or '.' for the current one")
+    try:
+        return Path(text).expanduser().absolute()
+    except (RuntimeError, OSError) as error:  # nobody of that name has a home, or the current folder has been removed
+        raise ConfigError(f"{name} is {_shown(path)}, which leads nowhere: {error}; give an absolute path") from error
+
+
+def _whole(value: Any) -> int | None:
+    """Any integer as Python's; None for all else, True and False among them."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _shown(value: Any) -> str:
+    """A value as an error shows it."""
+    try:
+        shown = repr(value)
+    except Exception:  # an integer of more digits than Python prints, say
+        return f"an unprintable {type(value).__name__}"
+    return shown if len(shown) <= 200 else f"{shown[:200]}..."
