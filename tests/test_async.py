@@ -178,6 +178,21 @@ def test_a_cancelled_task_ends_its_request_and_no_other(tiny_model: Path, llm: L
     with_async(tiny_model, test)
 
 
+def test_a_task_that_is_cancelled_while_it_asks_leaves_nothing(tiny_model: Path) -> None:
+    async def test(llm: AsyncLLM) -> None:
+        for turns in range(12):
+            task = asyncio.create_task(last_tokens(llm, [5, 6], LONG))
+            for _ in range(turns):
+                await asyncio.sleep(0 if turns < 6 else 0.001)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert not llm._mailbox_of_loop().groups
+            await await_idle(llm)
+
+    with_async(tiny_model, test)
+
+
 def test_leaving_the_loop_ends_the_request(tiny_model: Path) -> None:
     async def test(llm: AsyncLLM) -> None:
         async for _ in llm.generate([5, 6], LONG):
@@ -690,6 +705,31 @@ def test_an_error_of_closing_is_raised_once(fake: Fake, monkeypatch: pytest.Monk
     with pytest.raises(OSError, match="the folder is gone"):
         llm.close()
     llm.close()
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_what_ends_an_idle_engine_is_raised_by_close_unless_it_was_told(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_told: bool
+) -> None:
+    engine = FakeEngine()
+    rested = threading.Event()
+
+    def die() -> None:
+        rested.set()
+        raise WorkerDied(1, "node", "it was killed")
+
+    monkeypatch.setattr(engine, "rest", die)
+    llm = fake(engine)
+    assert rested.wait(60)
+    if is_told:
+        with pytest.raises(WorkerDied):
+            llm.stats()
+        llm.close()
+    else:
+        with pytest.raises(WorkerDied):
+            llm.close()
+    llm.close()
+    assert engine.calls[-1] == "close" and "the engine has ended: rank 1" in caplog.text
 
 
 def test_an_llm_that_nobody_holds_closes_itself(fake: Fake, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

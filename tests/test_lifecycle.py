@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 from support.checkpoints import save_llama
+from support.llms import tiered
 from support.processes import run_code
+from support.prompts import random_prompt
 
 import distkv.frontend.front_end
-from distkv import LLM, AsyncLLM, DistKVError
+from distkv import LLM, AsyncLLM, DistKVError, SamplingParams, StoreError
 from distkv.storage.disk.catalogue import Catalogue
+from distkv.storage.pools.disk_pool import DiskPool
 
 WATCHED = """
 import faulthandler, signal
@@ -259,7 +262,7 @@ def test_an_interrupt_while_weights_load_is_one(tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             timer.start()
             while True:
-                LLM(folder, device_kv_bytes="1MiB").close()
+                LLM(folder, device_kv_bytes="16MiB").close()
         timer.join()
     await_no_threads()
 
@@ -284,3 +287,15 @@ def test_an_interrupted_close_goes_on_and_is_waited_for_by_the_next(
     assert engine.closed.is_set()
     with pytest.raises(DistKVError, match="closed"):
         llm.stats()
+
+
+def test_what_a_disk_does_not_take_is_told_at_the_end(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise StoreError("the disk is full")
+
+    monkeypatch.setattr(DiskPool, "store", refuse)
+    with tiered(tiny_model, (8, 8, 30), tmp_path) as llm:
+        llm.generate([random_prompt(100, 5)], SamplingParams(max_tokens=2), use_tqdm=False)
+    assert "6 KV pages were not saved (the disk refuses more: the disk is full)" in caplog.text

@@ -7,6 +7,7 @@ run for one token too many, which is dropped.
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor as Thread
 
@@ -26,6 +27,8 @@ from distkv.workers.group.executor import Executor
 from distkv.workers.sampling.sampled_token import SampledToken, TokenLogprobs
 
 log = logging.getLogger(__name__)
+
+PROGRESS_SECONDS = 1.0  # after which `close` tells how it gets on
 
 
 class Engine:
@@ -112,19 +115,25 @@ class Engine:
         self._cache.reset()
         self._is_drained = False
 
-    def close(self) -> None:
-        """Ends what runs, saves what later processes may use, and frees memory and files."""
+    def close(self, progress: Callable[[int], None] = lambda num_unsaved: None) -> None:
+        """Ends what runs, saves what later processes may use, and frees memory and files.
+
+        Args:
+            progress: is told how many pages are to be saved, and every second how many are left.
+        """
         try:
+            progress(self._cache.num_unsaved)
             if self._failure is not None:
                 raise self._failure
             self.abort([(one.request.request_id, None) for one in self._scheduler.running + self._scheduler.waiting])
             if self._running is not None:
                 self._complete(self._running, None)
             self._read()  # the device has done with it, then
-            while self._runner.drain():
-                pass
+            self._save(progress)
         except Exception as error:
-            log.warning("the cache was not saved to its end: %s", error)
+            log.warning(
+                "the cache was not saved to its end, %d KV pages are missing: %s", self._cache.num_unsaved, error
+            )
         finally:
             try:
                 self._runner.close()
@@ -265,6 +274,16 @@ class Engine:
         if at_fault is not None:
             reason = DistKVError(f"the step of this request failed: {type(error).__name__}: {error}")
             self._fail(at_fault.request, reason)
+
+    def _save(self, progress: Callable[[int], None]) -> None:
+        """Goes on until nothing is left to be saved, or the disk takes no more."""
+        told = time.monotonic()
+        while self._runner.drain():
+            if time.monotonic() - told >= PROGRESS_SECONDS:
+                progress(self._cache.num_unsaved)
+                told = time.monotonic()
+        if self._cache.disk_refusal and (left := self._cache.num_unsaved):
+            log.warning("%d KV pages were not saved%s", left, self._cache.disk_refusal)
 
     def _do_without_step(self) -> None:
         """Computes a lost page again, ends a request that will never have room, or goes on with saving."""

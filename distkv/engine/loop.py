@@ -102,6 +102,8 @@ class EngineLoop:
         """Takes note that the engine has ended. What no caller knows of when the engine is closed, `close` raises."""
         if self._error is None:
             self._error, self._error_is_known = error, is_known or bool(self._sinks)
+            if not self._error_is_known:
+                log.error("the engine has ended: %s", error)
             self._break_all(error)
 
     # --- the thread ---
@@ -128,7 +130,7 @@ class EngineLoop:
             raise DistKVError("the LLM was given up while it started")
 
     def _serve(self) -> None:
-        wait, last = True, False
+        wait, last = False, False
         while not last:
             try:
                 last = not self._obey(wait)

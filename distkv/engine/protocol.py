@@ -3,6 +3,7 @@
 import msgspec
 
 from distkv.sampling_params import SamplingParams
+from distkv.workers.group.log_lines import LogLine
 from distkv.workers.sampling.sampled_token import TokenLogprobs
 
 
@@ -109,7 +110,7 @@ class ResetPrefixCache(msgspec.Struct, frozen=True, tag=True):
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
-    """Client to leader: end the group. Not answered."""
+    """Client to leader: save the cache and end the group. Answered by Saving every now and then."""
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):
@@ -128,6 +129,18 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
     outputs: list[StepOutput]
 
 
+class Saving(msgspec.Struct, frozen=True, tag=True):
+    """Leader to client: the group is on its way to its end."""
+
+    num_unsaved: int  # KV pages that are not on disk yet
+
+
+class Logged(msgspec.Struct, frozen=True, tag=True):
+    """Leader to client: what the ranks have logged."""
+
+    lines: list[LogLine]
+
+
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(Add | Abort | GetStats | ResetPrefixCache | Shutdown).decode
-decode_reply = msgspec.msgpack.Decoder(Accepted | Refused | Tokens | EngineStats).decode
+decode_reply = msgspec.msgpack.Decoder(Accepted | Refused | Tokens | EngineStats | Saving | Logged).decode

@@ -1,5 +1,7 @@
 """What rank 0 of a Ray group runs: the engine loop, fed with requests over ZeroMQ."""
 
+from collections.abc import Callable
+
 import zmq
 
 from distkv.engine.engine import Engine
@@ -9,8 +11,10 @@ from distkv.engine.protocol import (
     Add,
     EngineInfo,
     GetStats,
+    Logged,
     Refused,
     ResetPrefixCache,
+    Saving,
     Shutdown,
     Tokens,
     decode_command,
@@ -18,13 +22,20 @@ from distkv.engine.protocol import (
 )
 from distkv.errors import CapacityError
 from distkv.workers.group.executor import Executor
+from distkv.workers.group.log_lines import LogLine
 
 IDLE_POLL = 1000  # milliseconds
 
 
-def lead(executor: Executor, client: zmq.Socket, info: EngineInfo) -> None:
+def lead(executor: Executor, client: zmq.Socket, take_log: Callable[[], list[LogLine]], info: EngineInfo) -> None:
     """Serves the owner of the group on a PAIR socket until it sends Shutdown."""
-    engine = Engine(info, executor, survives=False)
+    try:
+        _serve(Engine(info, executor, survives=False), client, take_log)
+    finally:
+        client.send(encode(Logged(take_log())))
+
+
+def _serve(engine: Engine, client: zmq.Socket, take_log: Callable[[], list[LogLine]]) -> None:
     while True:
         while client.poll(0 if engine.has_work else IDLE_POLL):
             match decode_command(client.recv()):
@@ -42,7 +53,9 @@ def lead(executor: Executor, client: zmq.Socket, info: EngineInfo) -> None:
                     engine.reset_prefix_cache()
                     client.send(encode(Accepted()))
                 case Shutdown():
-                    engine.close()
+                    engine.close(lambda num_unsaved: client.send(encode(Saving(num_unsaved))))
                     return
         if outputs := engine.step():
             client.send(encode(Tokens(outputs)))
+        if lines := take_log():
+            client.send(encode(Logged(lines)))

@@ -1,5 +1,6 @@
 """An engine on a Ray cluster, as the process that owns it sees it."""
 
+import logging
 import time
 from collections import deque
 
@@ -14,24 +15,30 @@ from distkv.engine.protocol import (
     EngineRequest,
     EngineStats,
     GetStats,
+    Logged,
     Refused,
     ResetPrefixCache,
+    Saving,
     Shutdown,
     StepOutput,
     Tokens,
     decode_reply,
     encode,
 )
-from distkv.errors import CapacityError, DistKVError
+from distkv.errors import CapacityError, DistKVError, StoreError
 from distkv.launch.leader import lead
+from distkv.workers.group.log_lines import relay
 from distkv.workers.group.ray_group import RayGroup
+
+log = logging.getLogger(__name__)
 
 STEP_WAIT = 10  # milliseconds that `step` waits for tokens
 DEATH_POLL = 200  # milliseconds of silence after which the ranks are checked
 REST = 1.0  # seconds after which an idle group is looked after
-FINISH_TIMEOUT = 60.0  # seconds in which the ranks may save the cache and end by themselves
+FINISH_TIMEOUT = 60.0  # seconds without progress after which ranks that are to save the cache and end are cut off
+LAST_WORD = 1000  # milliseconds that a leader whose group has lost a rank gets to say how much is lost
 
-Reply = Accepted | Refused | Tokens | EngineStats
+Reply = Accepted | Refused | Tokens | EngineStats | Saving
 
 
 class RayEngine:
@@ -92,7 +99,18 @@ class RayEngine:
         """See `EngineClient.rest`: a rank may die while nobody waits for it."""
         if self._closed:
             return None
-        self._check()
+        reply = self._receive(0, checks=False)
+        if isinstance(reply, Tokens):  # of answers that were aborted
+            self._unread.append(reply.outputs)
+        try:
+            self._group.check()
+        except Exception:
+            try:
+                self._send(Shutdown())
+                self._tell_loss()
+            finally:
+                self._end()
+            raise
         return REST
 
     def stats(self) -> EngineStats:
@@ -108,14 +126,48 @@ class RayEngine:
         self._answer()
 
     def close(self) -> None:
-        """Ends the ranks, by themselves if they will, and releases what they held of the cluster."""
+        """Has the ranks save the cache and end, and releases what they held of the cluster.
+
+        Raises WorkerDied when a rank has died, StoreError when they do not get on with saving. What is lost then is
+        logged.
+        """
         if self._closed:
             return
         try:
             self._send(Shutdown())
-            self._group.finish(FINISH_TIMEOUT)
+            self._await_end()
         finally:
             self._end()
+
+    def _await_end(self) -> None:
+        """Waits for the ranks as long as there is progress."""
+        left, since = None, time.monotonic()
+        while True:
+            try:
+                if self._group.is_finished():
+                    break
+            except Exception:
+                self._tell_loss(left)
+                raise
+            reply = self._receive(DEATH_POLL, checks=False)
+            if isinstance(reply, Saving) and (left is None or reply.num_unsaved < left):
+                left, since = reply.num_unsaved, time.monotonic()
+            elif time.monotonic() - since > FINISH_TIMEOUT:
+                raise StoreError(
+                    f"the ranks did not get on with saving the cache for {FINISH_TIMEOUT:.0f} s and were ended; "
+                    f"{'an unknown number of' if left is None else left} KV pages are missing on disk"
+                )
+        while self._receive(0, checks=False) is not None:
+            """What was logged is behind it."""
+
+    def _tell_loss(self, left: int | None = None) -> None:
+        """Logs how many pages a group takes along that was asked to end and has lost a rank."""
+        deadline = time.monotonic() + LAST_WORD / 1e3
+        while left is None and (wait := deadline - time.monotonic()) > 0:
+            reply = self._receive(int(wait * 1e3), checks=False)
+            left = reply.num_unsaved if isinstance(reply, Saving) else None
+        if left or (left is None and self.info.fingerprint):
+            log.warning("%s KV pages were not saved", "an unknown number of" if left is None else left)
 
     def _send(self, command: Add | Abort | GetStats | ResetPrefixCache | Shutdown) -> None:
         if self._closed:
@@ -131,12 +183,17 @@ class RayEngine:
             elif reply is not None:
                 return reply
 
-    def _receive(self, wait: int) -> Reply | None:
+    def _receive(self, wait: int, checks: bool = True) -> Reply | None:
         """The next message, or None when none comes within `wait` milliseconds; raises WorkerDied when that is because
-        a rank has ended."""
-        if self._socket.poll(wait):
+        a rank has ended, if it checks that. What ranks have logged is logged here."""
+        while self._socket.poll(wait):
             self._heard = time.monotonic()
-            return decode_reply(self._socket.recv())
+            reply = decode_reply(self._socket.recv())
+            if not isinstance(reply, Logged):
+                return reply
+            relay(reply.lines)
+        if not checks:
+            return None
         if time.monotonic() - self._heard >= DEATH_POLL / 1e3:
             self._check()
             self._heard = time.monotonic()

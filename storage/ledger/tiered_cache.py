@@ -65,6 +65,11 @@ class TieredCache:
         return self._ledger.num_idle
 
     @property
+    def num_unsaved(self) -> int:
+        """Pages that a later process would find if they were on disk. Looks at all that have a key."""
+        return sum(not page.has(DISK) for page in self.index) if self.slots[DISK].num_slots else 0
+
+    @property
     def capacity(self) -> int:
         """Distinct pages that sequences may hold: all slots, unless the disk refuses more than it holds."""
         device, host, disk = self.slots

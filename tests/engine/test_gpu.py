@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.checkpoints import save_llama
 from support.llms import idle_engine
 from support.prompts import random_prompt, random_prompts, seeded
@@ -165,7 +166,8 @@ def test_no_step_of_a_decode_waits_for_the_device(tmp_path: Path) -> None:
 
 def _collectives(rank: int, port: int, folder: str) -> None:
     torch.cuda.set_device(0)
-    group = ProcessGroup(rank, 2, f"tcp://127.0.0.1:{port}", "gloo")
+    store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
+    group = ProcessGroup(rank, 2, store, "gloo")
     drawn = torch.tensor([7, 8, 9] if rank == 0 else [0, 0, 0], device="cuda")
     total = group.all_reduce(torch.full((4,), rank + 1.0, device="cuda"))
     gathered = group.gather_columns(torch.full((2, 3 - rank), rank + 1.0, device="cuda"), [3, 2])

@@ -17,6 +17,7 @@ import ray
 import zarr
 from support import ray_cluster
 from support.checkpoints import save_llama
+from support.damage import flip_bit
 from support.processes import ROOT, kill, read_line, start_python
 from support.prompts import random_prompt, random_prompts
 from support.ray_cluster import Cluster, await_no_ranks, rank_processes
@@ -244,10 +245,13 @@ def pages_on_disk(model: Path) -> dict[bytes, bytes]:
 
 
 def test_a_killed_owner_takes_its_ranks_along(cluster: Cluster, tiny_model: Path) -> None:
+    """And one that is forked from it and ends does not."""
     code = (
-        "import sys; from distkv import LLM, SamplingParams\n"
+        "import os, signal, sys; from distkv import LLM, SamplingParams\n"
         "sizes = {'tensor_parallel_size': 2, 'device_kv_bytes': '4MiB'}\n"
         f"llm = LLM({str(tiny_model)!r}, ray_address={cluster.address!r}, **sizes)\n"
+        "if (child := os.fork()) == 0: signal.alarm(60); sys.exit()\n"
+        "assert os.waitpid(child, 0)[1] & 127 != signal.SIGALRM\n"
         "for _ in llm.stream([5], SamplingParams(max_tokens=None, ignore_eos=True)): print('token', flush=True)\n"
         "sys.stdin.read()"
     )
@@ -290,6 +294,29 @@ def test_a_killed_rank_is_named_and_nothing_hangs(cluster: Cluster, tiny_model: 
         assert "process has died" in caught.value.cause
         with pytest.raises(DistKVError, match="make a new LLM"):
             llm.generate([[5]], use_tqdm=False)
+    check_nothing_is_left(cluster)
+
+
+def test_what_ranks_log_and_a_death_while_idle_reach_the_owner(
+    cluster: Cluster, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options: dict[str, Any] = {
+        "tensor_parallel_size": 2, "ray_address": cluster.address, "page_size": 16, "device_kv_bytes": "1MiB",
+        "host_kv_bytes": "1MiB", "cache_dir": tmp_path, "disk_kv_bytes": "1MiB", "max_num_batched_tokens": 64,
+    }  # fmt: skip
+    prompt = random_prompt(100, 1)
+    with LLM(tiny_model, **options) as llm:
+        [before] = llm.generate([prompt], GREEDY, use_tqdm=False)
+    flip_bit(next(tmp_path.glob("*/kv.zarr/c.*.1.0.0")))  # the second head is the follower's
+    caplog.clear()
+    llm = LLM(tiny_model, **options)
+    [after] = llm.generate([prompt], GREEDY, use_tqdm=False)
+    assert after.outputs == before.outputs
+    [pid] = rank_processes()["follow"]
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(WorkerDied, match="rank 1"):
+        llm.close()
+    assert "damaged" in caplog.text, "what the leader has logged of the page that could not be read"
     check_nothing_is_left(cluster)
 
 
@@ -363,4 +390,25 @@ def test_a_job_needs_nothing_of_ours_installed(cluster: Cluster, demo_model: Pat
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     assert "Paris" in submitted.stdout
     assert "succeeded" in submitted.stdout
+    check_nothing_is_left(cluster)
+
+
+def test_ranks_lie_on_one_node_if_one_has_the_room_now(
+    cluster: Cluster, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What others hold of a big node counts; where no node is free for all, they are spread at once."""
+    second = ray_cluster.join(cluster, tmp_path, 2)
+    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+    try:
+        while len(ray.nodes()) < 2:
+            time.sleep(0.1)
+        for held, is_spread in ({"CPU": 3}, False), ({"CPU": 1, "second": 1}, True):
+            assert ray.util.placement_group([held]).wait(60)
+            caplog.clear()
+            with LLM(tiny_model, tensor_parallel_size=2, device_kv_bytes="4MiB") as llm:
+                assert llm.generate([[5]], GREEDY, use_tqdm=False)[0].finished
+            assert ("no node has room for all 2 ranks" in caplog.text) == is_spread
+    finally:
+        ray.shutdown()
+        ray_cluster.stop(second)
     check_nothing_is_left(cluster)

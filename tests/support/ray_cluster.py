@@ -53,6 +53,19 @@ def start(folder: Path, num_cpus: int) -> tuple[Cluster, subprocess.Popen[bytes]
     return cluster, head
 
 
+def join(cluster: Cluster, folder: Path, num_cpus: int) -> subprocess.Popen[bytes]:
+    """Starts one more node, in a process group of its own; `stop` ends it. It has a resource "second"."""
+    command = [
+        str(cluster.python), "-m", "ray.scripts.scripts", "start", f"--address={cluster.address}", "--block",
+        f"--num-cpus={num_cpus}", '--resources={"second": 1}', "--disable-usage-stats",
+        "--object-store-memory=100000000",
+    ]  # fmt: skip
+    with open(folder / "node.log", "wb") as log:
+        return subprocess.Popen(
+            command, env=cluster.environment, stdout=log, stderr=log, start_new_session=True, cwd=folder
+        )
+
+
 def stop(head: subprocess.Popen[bytes]) -> None:
     """Ends the head node and everything it started."""
     head.send_signal(signal.SIGTERM)

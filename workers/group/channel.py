@@ -2,6 +2,7 @@
 
 import zmq
 
+from distkv.workers.group.log_lines import relay
 from distkv.workers.group.report import Report, decode_report, encode_report
 from distkv.workers.group.step_plan import StepPlan, decode, encode
 
@@ -25,8 +26,11 @@ class LeaderChannel:
             socket.send(message)
 
     def receive(self) -> list[Report]:
-        """Waits for each follower's report of a plan, in order of rank."""
-        return [decode_report(socket.recv()) for socket in self._sockets]
+        """Waits for each follower's report of a plan, in order of rank, and logs here what they have logged."""
+        reports = [decode_report(socket.recv()) for socket in self._sockets]
+        for rank, report in enumerate(reports, 1):
+            relay(report.log, rank)
+        return reports
 
 
 class FollowerChannel:

@@ -6,6 +6,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# A rank that waits for a dead one is ended by the group's supervisor, not by this limit.
+PATIENCE = timedelta(hours=1)
+
+
+def open_store(host: str, port: int | None = None) -> dist.TCPStore:
+    """Where the ranks of a group find each other: on rank 0 a new one, which has its port from the system and keeps it
+    (`store.port`); on the others the one that is there."""
+    if port is None:
+        return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=PATIENCE)
+    return dist.TCPStore(host, port, is_master=False, timeout=PATIENCE)
+
 
 class ProcessGroup:
     """The tensor-parallel group as seen by one rank; a group of one does nothing.
@@ -13,11 +24,11 @@ class ProcessGroup:
     NCCL carries tensors on CUDA, gloo those on the CPU (and CUDA tensors when ranks share a GPU).
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, init_method: str = "", backend: str = "gloo"):
+    def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None, backend: str = "gloo"):
         """Joins the group, waiting for all ranks to do so.
 
         Args:
-            init_method: `tcp://host:port` of rank 0.
+            store: where they find each other, see `open_store`; needed by more than one.
             backend: "nccl" or "gloo".
         """
         self.rank = rank
@@ -25,10 +36,7 @@ class ProcessGroup:
         self.is_capturable = size == 1 or backend == "nccl"  # whether a CUDA graph may hold its collectives
         self._backend = backend
         if size > 1:
-            # A rank that waits here for a dead one is ended by the group's supervisor, not by this limit.
-            dist.init_process_group(
-                backend, init_method=init_method, rank=rank, world_size=size, timeout=timedelta(hours=1)
-            )
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of x over the ranks, in place."""

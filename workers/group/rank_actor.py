@@ -1,32 +1,34 @@
 """A rank in a Ray actor of its own."""
 
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import zmq
+from torch.distributed import TCPStore
 
 from distkv.storage.process_limits import usable_cores
 from distkv.workers.backend import KINDS
 from distkv.workers.bandwidth import Bandwidth
 from distkv.workers.group.channel import FollowerChannel, LeaderChannel
-from distkv.workers.group.process_group import ProcessGroup
+from distkv.workers.group.log_lines import LogCollector, LogLine
+from distkv.workers.group.process_group import ProcessGroup, open_store
 from distkv.workers.group.rank_executor import RankExecutor
 from distkv.workers.group.report import Report
 from distkv.workers.kv_pools import PoolSizes
 from distkv.workers.rank import Capacity, Rank, RankConfig
 
 LeaderMain = Callable[..., None]
-"""What rank 0 runs: `main(executor, request_socket, *arguments)`. Followers end when it returns."""
+"""What rank 0 runs: `main(executor, request_socket, take_log, *arguments)`, where `take_log` returns what the ranks
+have logged since the last call. Followers end when it returns."""
 
 
 @dataclass(frozen=True)
 class Addresses:
     """Where rank 0 of a group is reached."""
 
-    init_method: str  # by torch's rendezvous
+    store: tuple[str, int]  # by the process group
     requests: str  # by the owner of the group
     plans: list[str]  # by each follower
 
@@ -37,6 +39,8 @@ class RankActor:
     def __init__(self) -> None:
         self._context = zmq.Context()
         self._context.linger = 0
+        self._log = LogCollector()
+        self._store: TCPStore | None = None
         self._loaded: Rank | None = None
 
     @property
@@ -54,11 +58,17 @@ class RankActor:
         self._requests = self._context.socket(zmq.PAIR)
         self._requests.set_hwm(0)
         port = self._requests.bind_to_random_port(f"tcp://{host}")
-        return Addresses(f"tcp://{host}:{_free_port(host)}", f"tcp://{host}:{port}", self._followers.addresses)
+        self._store = open_store(host)
+        return Addresses((host, self._store.port), f"tcp://{host}:{port}", self._followers.addresses)
 
-    def load(self, config: RankConfig, rank: int, size: int, init_method: str) -> None:
+    def load(self, config: RankConfig, rank: int, size: int, store: tuple[str, int]) -> None:
         """Joins the process group and loads this rank's part of the model."""
-        self._loaded = Rank(config, ProcessGroup(rank, size, init_method, KINDS[config.device].collectives))
+        joined = self._store or open_store(*store)
+        self._loaded = Rank(config, ProcessGroup(rank, size, joined, KINDS[config.device].collectives))
+
+    def take_log(self) -> list[LogLine]:
+        """See `LogCollector.take`."""
+        return self._log.take()
 
     def capacity(self, ranks_on_node: int, of_device: bool) -> Capacity:
         """See `Rank.page_capacity`."""
@@ -72,10 +82,10 @@ class RankActor:
         """See `Rank.bandwidth`."""
         return self._rank.bandwidth()
 
-    def lead(self, main: LeaderMain, arguments: tuple[Any, ...]) -> None:
-        """On rank 0: runs `main` until it returns, then ends the followers."""
+    def lead(self, main: LeaderMain, arguments: tuple[Any, ...]) -> list[LogLine]:
+        """On rank 0: runs `main` until it returns, then ends the followers. Returns what was logged last."""
         try:
-            main(RankExecutor.on(self._rank, self._followers), self._requests, *arguments)
+            main(RankExecutor.on(self._rank, self._followers), self._requests, self._log.take, *arguments)
             self._followers.send(None)
             self._followers.receive()  # they have let go of the disk, which rank 0 sweeps
         except BaseException:
@@ -83,21 +93,18 @@ class RankActor:
             raise
         self._rank.close()
         self._rank.group.close()
+        return self._log.take()
 
-    def follow(self, address: str) -> None:
-        """On other ranks: runs plans until the end is sent."""
+    def follow(self, address: str) -> list[LogLine]:
+        """On other ranks: runs plans until the end is sent. Returns what was logged last."""
         leader = FollowerChannel(self._context, address)
         self._rank.warm_up()
         while (plan := leader.receive()) is not None:
             self._rank.execute(plan)
-            leader.send(self._rank.take_report())
+            report = self._rank.take_report()
+            report.log = self._log.take()
+            leader.send(report)
         self._rank.close()
         leader.send(Report())
         self._rank.group.close()
-
-
-def _free_port(host: str) -> int:
-    """A port that torch's rendezvous can bind a moment later."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
+        return self._log.take()

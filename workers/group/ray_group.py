@@ -4,12 +4,13 @@ Ray starts and ends the ranks and reports deaths. It carries nothing per step: p
 or gloo. The group belongs to the process that made it, and ends with it.
 """
 
+import logging
 import os
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
@@ -19,11 +20,14 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from distkv.workers.backend import KINDS
 from distkv.workers.bandwidth import Bandwidth
 from distkv.workers.errors import CapacityError, ConfigError, DistKVError, WorkerDied
+from distkv.workers.group.log_lines import relay
 from distkv.workers.group.rank_actor import LeaderMain, RankActor
 from distkv.workers.group.ray_cluster import connect, disconnect
 from distkv.workers.group.ray_errors import cause_of, failure_of
 from distkv.workers.kv_pools import PoolSizes
 from distkv.workers.rank import Capacity, RankConfig
+
+log = logging.getLogger(__name__)
 
 PLACEMENT_TIMEOUT = 60.0  # seconds to wait for resources that others hold
 CHECK_SECONDS = 1.0  # after which a wait looks whether it is still wanted
@@ -72,6 +76,9 @@ class RayGroup:
             self._place()
             hosts = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
             self.nodes = [Node(node_id, hosts[node_id], num_cpus) for node_id, num_cpus in self._call("node")]
+            if len(per_node := self._ranks_per_node()) > 1:
+                places = ", ".join(f"{count} on {hosts[node_id]}" for node_id, count in per_node.items())
+                log.warning("no node has room for all %d ranks: %s", size, places)
         except BaseException:
             self.close()
             raise
@@ -85,8 +92,9 @@ class RayGroup:
         self.request_address, self._plan_addresses = addresses.requests, addresses.plans
         refs = []
         for rank, actor in enumerate(self._actors):
-            refs.append(actor.load.remote(self._for_node(config, rank), rank, self.size, addresses.init_method))
+            refs.append(actor.load.remote(self._for_node(config, rank), rank, self.size, addresses.store))
         self._wait(refs)
+        self._relay_logs()
 
     def capacity(self, of_device: bool) -> Capacity:
         """See `RankGroup.capacity`."""
@@ -102,7 +110,9 @@ class RayGroup:
 
     def allocate(self, sizes: PoolSizes) -> list[tuple[int, int, int]]:
         """See `RankGroup.allocate`; one rank after the other, since the first makes the array on disk."""
-        return [self._wait([actor.allocate.remote(sizes)])[0] for actor in self._actors]
+        allocated = [self._wait([actor.allocate.remote(sizes)])[0] for actor in self._actors]
+        self._relay_logs()
+        return allocated
 
     def bandwidth(self) -> list[Bandwidth]:
         """See `RankGroup.bandwidth`."""
@@ -117,14 +127,21 @@ class RayGroup:
 
     def check(self) -> None:
         """Raises WorkerDied when a rank has ended. Returns at once."""
-        done, _ = ray.wait(self._mains, num_returns=1, timeout=0)
-        if not done:
-            return
-        done, _ = ray.wait(self._mains, num_returns=self.size, timeout=DEATHS_SETTLE)
-        failures = [(self._mains.index(ref), failure_of(ref)) for ref in done]
-        # a process that is gone explains the broken connections of the others, not the other way round
-        failures.sort(key=lambda failure: (not isinstance(failure[1], RayActorError), failure[0]))
-        raise self._died(*failures[0])
+        ended, _ = ray.wait(self._mains, num_returns=1, timeout=0)
+        if ended:
+            self._blame()
+
+    def is_finished(self) -> bool:
+        """Whether all ranks have left their loops, as they were asked to; what they have logged since is logged here
+        then. Raises WorkerDied when one has failed instead. Returns at once."""
+        ended, running = ray.wait(self._mains, num_returns=self.size, timeout=0)
+        if any(failure_of(ref) for ref in ended):
+            self._blame()
+        if running:
+            return False
+        for rank, lines in enumerate(ray.get(self._mains)):
+            relay(lines, rank)
+        return True
 
     def close(self) -> None:
         """Ends the ranks and gives back what the group took of the cluster. A second call does nothing."""
@@ -141,9 +158,18 @@ class RayGroup:
                 self._connected = False
                 disconnect()
 
-    def finish(self, timeout: float) -> None:
-        """Waits until the ranks have left their loops, for `timeout` seconds at most."""
-        ray.wait(self._mains, num_returns=len(self._mains), timeout=timeout)
+    def _blame(self) -> NoReturn:
+        """Raises WorkerDied for the rank whose end explains that of the others."""
+        ended, _ = ray.wait(self._mains, num_returns=self.size, timeout=DEATHS_SETTLE)
+        failures = [(self._mains.index(ref), failure_of(ref)) for ref in ended]
+        # one that left its loop in peace explains nothing, and a process that is gone explains the broken connections
+        # of the others, not the other way round
+        failures.sort(key=lambda failure: (failure[1] is None, not isinstance(failure[1], RayActorError), failure[0]))
+        raise self._died(*failures[0])
+
+    def _relay_logs(self) -> None:
+        for rank, lines in enumerate(self._call("take_log")):
+            relay(lines, rank)
 
     def _place(self) -> None:
         kind = KINDS[self.device].resource
@@ -154,8 +180,7 @@ class RayGroup:
                 f"use fewer ranks, or add nodes (`ray start --num-{kind.lower()}s=N` says how many a node offers)"
             )
         bundle = {kind: 1}
-        strategy = "STRICT_PACK" if max(nodes) >= self.size else "PACK"
-        self._placement = placement_group([bundle] * self.size, strategy=strategy)
+        self._placement = placement_group([bundle] * self.size, strategy="PACK")  # one node, where one has the room
         deadline = time.monotonic() + PLACEMENT_TIMEOUT
         while not self._placement.wait(CHECK_SECONDS):
             self._check_wanted()

@@ -4,6 +4,8 @@ from collections import Counter
 
 import msgspec
 
+from distkv.workers.group.log_lines import LogLine
+
 
 class Report(msgspec.Struct, array_like=True):
     """What has ended on a rank, or on all of them, since the last report."""
@@ -14,6 +16,7 @@ class Report(msgspec.Struct, array_like=True):
     bad_reads: list[tuple[int, str]] = []  # disk slots that this step could not read back, with the reason
     bytes_moved: dict[str, int] = {}  # bytes by route, see `Rank.take_report`
     missing: list[int] = []  # disk slots of `StepPlan.adopt` whose page is not there
+    log: list[LogLine] = []  # of a rank behind rank 0
 
 
 encode_report = msgspec.msgpack.Encoder().encode

@@ -1,0 +1,128 @@
+"""The end of an engine on a cluster as its owner sees it, with a group that is made up."""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import zmq
+
+from distkv.engine.protocol import EngineInfo, EngineStats, Logged, Saving, Tokens, encode
+from distkv.errors import StoreError, WorkerDied
+from distkv.launch import ray_engine
+from distkv.launch.ray_engine import RayEngine
+
+INFO = EngineInfo(1 << 20, 64, 2048, 16, 1, 1, 1, 1, 1, 1, 128, (2,), 0, "/cache", fingerprint="f")
+DEATH = WorkerDied(1, "node", "it was killed")
+
+
+class Group:
+    """A `RayGroup`. A look at its ranks is the next of `looks`, which may raise; after the last one they are done."""
+
+    def __init__(self) -> None:
+        self.looks: list[Callable[[], None]] = []
+        self.closed = False
+        self.context = zmq.Context()
+        self.leader = self.context.socket(zmq.PAIR)
+        self.request_address = f"tcp://127.0.0.1:{self.leader.bind_to_random_port('tcp://127.0.0.1')}"
+
+    def start(self, *_: object) -> None:
+        threading.Thread(target=self._lead).start()
+
+    def _lead(self) -> None:
+        self.leader.recv()
+        self.say(EngineStats(0, 0, 0, 0))
+
+    def say(self, message: Any) -> None:
+        self.leader.send(encode(message))
+
+    def is_finished(self) -> bool:
+        if not self.looks:
+            return True
+        self.looks.pop(0)()
+        return False
+
+    def check(self) -> None:
+        self.is_finished()
+
+    def close(self) -> None:
+        self.closed = True
+        self.context.destroy(linger=0)
+
+
+@pytest.fixture
+def group() -> Iterator[Group]:
+    group = Group()
+    yield group
+    assert group.closed
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(ray_engine, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def test_a_save_may_last_as_long_as_it_gets_on(
+    group: Group, clock: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    def look(left: int) -> None:
+        clock.now += 50
+        group.say(Logged([(logging.WARNING, "distkv.some.module", f"still {left}")]))
+        group.say(Saving(left))
+
+    engine = RayEngine(group, INFO)  # type: ignore[arg-type]
+    group.looks = [lambda left=left: look(left) for left in range(9, 0, -1)]
+    engine.close()
+    assert group.closed
+    assert [record.message for record in caplog.records] == [f"still {left}" for left in range(9, 0, -1)]
+    engine.close()
+
+
+def test_a_save_that_does_not_get_on_is_cut_off_and_told(group: Group, clock: SimpleNamespace) -> None:
+    def look() -> None:
+        clock.now += 25
+        group.say(Saving(7))
+
+    engine = RayEngine(group, INFO)  # type: ignore[arg-type]
+    group.looks = [look] * 10
+    with pytest.raises(StoreError, match="7 KV pages are missing"):
+        engine.close()
+    assert len(group.looks) == 6
+
+
+def test_a_rank_that_dies_while_saving_is_told_with_numbers(group: Group, caplog: pytest.LogCaptureFixture) -> None:
+    engine = RayEngine(group, INFO)  # type: ignore[arg-type]
+    group.looks = [lambda: group.say(Saving(12)), lambda: group.say(Saving(5)), fail, fail]
+    with pytest.raises(WorkerDied, match="it was killed"):
+        engine.close()
+    assert "5 KV pages were not saved" in caplog.text
+
+
+def fail() -> None:
+    raise DEATH
+
+
+@pytest.mark.parametrize("words, told", [([Tokens([]), Saving(9)], "9"), ([Saving(0)], ""), ([], "an unknown number")])
+def test_a_rank_that_dies_while_nobody_waits_is_noticed(
+    group: Group, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, words: list[Any], told: str
+) -> None:
+    monkeypatch.setattr(ray_engine, "LAST_WORD", 200 if not words else 60_000)
+    engine = RayEngine(group, INFO)  # type: ignore[arg-type]
+    group.looks = [lambda: None]
+    assert engine.rest() is not None
+
+    def die() -> None:
+        for word in words:
+            group.say(word)
+        fail()
+
+    group.looks = [die]
+    with pytest.raises(WorkerDied):
+        engine.rest()
+    assert group.closed and engine.rest() is None
+    assert (f"{told} " in caplog.text and "not saved" in caplog.text) if told else not caplog.records
+    engine.close()

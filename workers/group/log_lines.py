@@ -1,0 +1,34 @@
+"""What ranks log, on its way to the process that owns them: nobody reads the log files of a Ray actor."""
+
+import logging
+from queue import Empty, SimpleQueue
+
+LogLine = tuple[int, str, str]
+"""Level, name of the logger, text."""
+
+
+class LogCollector(logging.Handler):
+    """Keeps what this process logs in distkv at WARNING and above, until it is taken."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._lines: SimpleQueue[LogLine] = SimpleQueue()
+        logging.getLogger("distkv").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.put((record.levelno, record.name, self.format(record)))
+
+    def take(self) -> list[LogLine]:
+        """The lines since the last call."""
+        lines: list[LogLine] = []
+        try:
+            while True:
+                lines.append(self._lines.get_nowait())
+        except Empty:
+            return lines
+
+
+def relay(lines: list[LogLine], rank: int | None = None) -> None:
+    """Logs lines of another process here, with the rank they come from if one is given."""
+    for level, name, text in lines:
+        logging.getLogger(name).log(level, "%s", text if rank is None else f"rank {rank}: {text}")
