@@ -1,7 +1,8 @@
 """A name for what a KV page is of: pages of one fingerprint may be used by any engine that has it.
 
-Pages of one name and key may differ in last bits all the same, since matrix products of other sizes round in another order:
-by the chunks that a prompt was read in, which follow `max_num_batched_tokens` and what ran beside it, and by the kind of CPU.
+Pages of one name and key may differ in last bits all the same, since matrix products of other sizes round in another
+order: by the chunks that a prompt was read in, which follow `max_num_batched_tokens` and what ran beside it, and by the
+kind of CPU.
 
 The weights' part is a digest of what the ranks have loaded, see `weight_files.py`.
 """
