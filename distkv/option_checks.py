@@ -21,8 +21,7 @@ def check_whole(name: str, value: Any, least: int = 1, most: int = MOST) -> int:
     """A whole number from `least` to `most`, numpy's included."""
     number = _whole(value)
     if number is None or not least <= number <= most:
-        limits = "a positive integer" if (least, most) == (1, MOST) else f"an integer from {least} to {most}"
-        raise ConfigError(f"{name} is {_shown(value)}; it must be {limits}")
+        raise ConfigError(f"{name} is {_shown(value)}; it must be an integer from {least} to {most}")
     return number
 
 

@@ -7,7 +7,6 @@ what the formula says, nothing else may move meanwhile, and all four must sample
 
 import random
 import statistics
-import tempfile
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from distkv.bench.decoder import Answer, Decoder, Turn, Variant, least_tokens
 from distkv.config import EngineConfig
 from distkv.errors import ConfigError, DistKVError
 from distkv.reporting.machine import machine_facts, write_json
-from distkv.reporting.out_file import check_out_file
+from distkv.reporting.out_file import check_out_file, temporary_folder
 from distkv.storage.ledger.write_back import MAX_DISK_WRITES
 from distkv.storage.paging import NUM_BUFFERS, check_page_size
 from distkv.workers.model.model_config import ModelConfig
@@ -46,7 +45,7 @@ def run(
     rng = random.Random(context)
     prompt = [rng.randrange(10, config.vocab_size) for _ in range(context + 1)]
     with ExitStack() as stack:
-        folder = cache_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="distkv-")))
+        folder = stack.enter_context(temporary_folder()) if cache_dir is None else cache_dir
         decoders = []
         for variant in _variants(context // page_size):
             options = _engine_options(variant, page_size * token_bytes, page_size, layers, folder)

@@ -9,7 +9,6 @@ answer.
 import multiprocessing
 import signal
 import statistics
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, closing
@@ -30,7 +29,7 @@ from distkv.engine.protocol import EngineRequest
 from distkv.errors import ConfigError
 from distkv.launch.launch import launch
 from distkv.reporting.machine import machine_facts, write_json
-from distkv.reporting.out_file import check_out_file
+from distkv.reporting.out_file import check_out_file, temporary_folder
 from distkv.sampling_params import SamplingParams
 from distkv.storage.disk.cache_folder import ARRAY
 from distkv.storage.ledger.write_back import MAX_DISK_WRITES
@@ -99,11 +98,9 @@ def run(
     _check_sizes(sizes, max(map(len, questions)), ModelConfig.load(model).max_position_embeddings)
     if num_threads is not None:
         use_threads(num_threads)
-    if cache_dir is not None:
-        cache_dir.mkdir(parents=True, exist_ok=True)
     first, *others = [prefix + question for question in questions]
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="distkv-", dir=cache_dir)))
+        folder = stack.enter_context(temporary_folder(cache_dir))
         configs = _configs(model, dtype, sizes, folder)
         with closing(launch(configs["disk"])) as engine:
             _prepare(engine, first, sizes)

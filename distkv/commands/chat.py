@@ -1,6 +1,5 @@
 """`distkv chat`: a conversation in a terminal, which may be kept."""
 
-import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distkv.commands.options import EngineFlags, Model, model_folder, piecemeal, sampling, spread
-from distkv.commands.streams import ask, check_stdin
+from distkv.commands.streams import ask, check_stdin, complain
 from distkv.errors import CapacityError, ConfigError, RequestError, StoreError
 from distkv.sampling_params import SamplingParams
 
@@ -48,7 +47,7 @@ def chat(
                 try:
                     _answer(llm, conversation, [*first, {"role": "user", "content": question}], params, stats)
                 except (RequestError, CapacityError, StoreError) as error:  # it has outgrown the model, memory or disk
-                    print(f"distkv: error: {error}", file=sys.stderr)
+                    complain(str(error))
 
 
 def _conversation(session: str | None, cache_dir: str | Path | None) -> AbstractContextManager["Conversation"]:

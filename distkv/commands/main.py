@@ -72,7 +72,7 @@ def _run() -> int:
 
 
 def _fail(message: str) -> int:
-    print("distkv: error:", " ".join(message.split()), file=sys.stderr)
+    streams.complain(message)
     return 2
 
 

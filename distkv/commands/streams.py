@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 from distkv.errors import ConfigError, RequestError
 
@@ -62,10 +63,23 @@ def guarded() -> Iterator[Stdout]:
         try:
             stdout.flush()
         except OSError:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, stdout.fileno())  # for Python would try once more
-            os.close(null)
+            _drop(stdout)
         stdout.detach()
+
+
+def complain(message: str) -> None:
+    """One line on stderr, if that takes it."""
+    try:
+        print("distkv: error:", " ".join(message.split()), file=sys.stderr, flush=True)
+    except OSError:
+        _drop(sys.stderr)
+
+
+def _drop(stream: TextIO) -> None:
+    """Has what could not be written go nowhere; Python would try once more at its end, and call that an error."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def check_stdin(cure: str) -> None:

@@ -5,7 +5,6 @@ in every bit that of the same model with the whole cache on the device.
 """
 
 import inspect
-import tempfile
 import time
 import timeit
 from contextlib import closing
@@ -23,6 +22,7 @@ from distkv.errors import DistKVError
 from distkv.frontend.tokenizer import Tokenizer
 from distkv.launch.launch import launch
 from distkv.reporting.live_view import LiveView
+from distkv.reporting.out_file import temporary_folder
 from distkv.sampling_params import SamplingParams
 from distkv.storage.ledger.write_back import MAX_DISK_WRITES
 from distkv.storage.paging import pages_for
@@ -71,7 +71,7 @@ def run(console: Console, model: Path, tokenizer: Tokenizer, tensor_parallel_siz
     _show_answer(console, tokenizer, expected)
 
     console.print(f"with {DEVICE_PAGES} of these pages on the device at most, the others on the host and on disk:")
-    with tempfile.TemporaryDirectory(prefix="distkv-") as folder:
+    with temporary_folder() as folder:
         window = replace(
             resident,
             device_kv_bytes=DEVICE_PAGES * expected.page_bytes,

@@ -5,7 +5,6 @@ Both engines answer a question about the same text, in a cache folder of their o
 
 import graphlib
 import inspect
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from distkv.errors import DistKVError
 from distkv.frontend.tokenizer import Tokenizer
 from distkv.llm import LLM
 from distkv.outputs import RequestOutput, join_deltas
+from distkv.reporting.out_file import temporary_folder
 from distkv.sampling_params import RequestOutputKind, SamplingParams
 
 TEXT = "Here is a part of the source of a module of Python:"
@@ -43,16 +43,16 @@ def run(console: Console, model: Path, tokenizer: Tokenizer, tensor_parallel_siz
     """Asks, closes the engine, and asks again; raises DistKVError when the second engine finds nothing on disk."""
     text = tokenizer.decode(tokenizer.encode(inspect.getsource(graphlib))[:TEXT_TOKENS])
     console.print(f"\n[bold]> {TEXT} ...[/bold]\n[dim]graphlib of the standard library, {TEXT_TOKENS} tokens[/dim]\n")
-    with tempfile.TemporaryDirectory(prefix="distkv-") as folder:
+    with temporary_folder() as folder:
         first, second = (
-            _ask(console, model, Path(folder), tensor_parallel_size, f"{TEXT}\n\n{text}\n\n{question}", question)
+            _ask(console, model, folder, tensor_parallel_size, f"{TEXT}\n\n{text}\n\n{question}", question)
             for question in QUESTIONS
         )
         console.print(_table(first, second))
         if not second.output.num_cached_tokens_by_tier["disk"]:
             raise DistKVError("the second engine found nothing of the text on disk; please report it")
         console.print("\n[dim]distkv cache ls[/dim]")
-        list_caches(console, Path(folder))
+        list_caches(console, folder)
 
 
 def _ask(

@@ -1,8 +1,9 @@
-"""Files of figures: whether they can be written is known before anything is measured."""
+"""What commands write beside stdout: files of figures, and folders that last as long as a measurement."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from distkv.errors import ConfigError, StoreError
 
@@ -28,3 +29,18 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StoreError(f"{str(path)!r} cannot be written: {error.strerror}; the figures are above") from error
+
+
+@contextmanager
+def temporary_folder(inside: Path | None = None) -> Iterator[Path]:
+    """A folder of its own, in `inside`, which is made if need be, or where the system has such folders. Raises
+    ConfigError when there can be none."""
+    try:
+        if inside is not None:
+            inside.mkdir(parents=True, exist_ok=True)
+        folder = TemporaryDirectory(prefix="distkv-", dir=inside)
+    except OSError as error:
+        where = "TMPDIR" if inside is None else f"{str(inside)!r}"
+        raise ConfigError(f"no folder can be made in {where}: {error.strerror}; name another one") from error
+    with folder as path:
+        yield Path(path)

@@ -65,6 +65,13 @@ def test_a_file_that_cannot_be_written_is_refused_at_once(
     assert not (tmp_path / "new.json").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_refused(tiny_model: Path) -> None:
+    for command, sizes in (("offload", "--context=128 --page-size=32 --new-tokens=2"), ("prefix", " ".join(PREFIX))):
+        arguments = ["bench", command, "--model", str(tiny_model), "--cache-dir=/dev/null/x", *sizes.split()]
+        result = CliRunner().invoke(app, arguments)
+        assert isinstance(result.exception, ConfigError) and "/dev/null/x" in str(result.exception)
+
+
 def test_figures_are_printed_whatever_becomes_of_the_file() -> None:
     result = CliRunner().invoke(app, ["bench", "scheduler", *SCHEDULER, "--json", "/dev/full"])
     assert isinstance(result.exception, StoreError) and "/dev/full" in str(result.exception)

@@ -345,27 +345,6 @@ def test_a_cluster_that_is_too_small_is_refused(cluster: Cluster, tmp_path: Path
     check_nothing_is_left(cluster)
 
 
-def test_ranks_lie_on_one_node_if_one_has_the_room_now(
-    cluster: Cluster, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """What others hold of a big node counts; where no node is free for all, they are spread at once."""
-    second = ray_cluster.join(cluster, tmp_path, 2)
-    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
-    try:
-        while len(ray.nodes()) < 2:
-            time.sleep(0.1)
-        for held, is_spread in ({"CPU": 3}, False), ({"CPU": 1, "second": 1}, True):
-            assert ray.util.placement_group([held]).wait(60)
-            caplog.clear()
-            with LLM(tiny_model, tensor_parallel_size=2, device_kv_bytes="4MiB") as llm:
-                assert llm.generate([[5]], GREEDY, use_tqdm=False)[0].finished
-            assert ("no node has room for all 2 ranks" in caplog.text) == is_spread
-    finally:
-        ray.shutdown()
-        ray_cluster.stop(second)
-    check_nothing_is_left(cluster)
-
-
 def test_workers_without_distkv_are_told_apart_from_dead_ones(
     cluster: Cluster, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
