@@ -59,8 +59,8 @@ def parse_bytes(name: str, size: Any, least: int = 1) -> int:
                 number = None
     if number is None or not least <= number <= MOST_BYTES:
         raise ConfigError(
-            f"{name} is {_shown(size)}; give {'bytes' if least else '0 or bytes'} as a positive whole number or a text "
-            "such as 512MB or 4GiB"
+            f"{name} is {_shown(size)}; give bytes as a positive whole number or a text such as 512MB or 4GiB"
+            + (", or 0 for none" if not least else "")
         )
     return number
 
