@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distkv.errors import ConfigError
+from distkv.values import plain, shown
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -21,22 +22,22 @@ def check_whole(name: str, value: Any, least: int = 1, most: int = MOST) -> int:
     """A whole number from `least` to `most`, numpy's included."""
     number = _whole(value)
     if number is None or not least <= number <= most:
-        raise ConfigError(f"{name} is {_shown(value)}; it must be an integer from {least} to {most}")
+        raise ConfigError(f"{name} is {shown(value)}; it must be an integer from {least} to {most}")
     return number
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     """One of these texts."""
     if not isinstance(value, str) or value not in choices:
-        raise ConfigError(f"{name} is {_shown(value)}; use one of {', '.join(choices)}")
+        raise ConfigError(f"{name} is {shown(value)}; use one of {', '.join(choices)}")
     return value
 
 
 def check_flag(name: str, value: Any) -> bool:
     """True or False, or 1 or 0, numpy's included."""
-    found = value.tolist() if hasattr(value, "tolist") else value
+    found = plain(value)
     if not isinstance(found, int) or found not in (0, 1):
-        raise ConfigError(f"{name} is {_shown(value)}; use True or False")
+        raise ConfigError(f"{name} is {shown(value)}; use True or False")
     return bool(found)
 
 
@@ -44,7 +45,7 @@ def check_share(name: str, value: Any) -> float:
     """A number above 0 and at most 1."""
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number or not 0 < value <= 1:
-        raise ConfigError(f"{name} is {_shown(value)}; use a share above 0 and at most 1")
+        raise ConfigError(f"{name} is {shown(value)}; use a share above 0 and at most 1")
     return float(value)
 
 
@@ -59,7 +60,7 @@ def parse_bytes(name: str, size: Any, least: int = 1) -> int:
                 number = None
     if number is None or not least <= number <= MOST_BYTES:
         raise ConfigError(
-            f"{name} is {_shown(size)}; give bytes as a positive whole number or a text such as 512MB or 4GiB"
+            f"{name} is {shown(size)}; give bytes as a positive whole number or a text such as 512MB or 4GiB"
             + (", or 0 for none" if not least else "")
         )
     return number
@@ -70,11 +71,11 @@ def settle_path(name: str, path: Any) -> Path:
     another folder."""
     text = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(text, str) or not text.strip() or "\0" in text:
-        raise ConfigError(f"{name} is {_shown(path)}; give the path of a file or folder, or '.' for the current one")
+        raise ConfigError(f"{name} is {shown(path)}; give the path of a file or folder, or '.' for the current one")
     try:
         return Path(text).expanduser().absolute()
     except (RuntimeError, OSError) as error:  # nobody of that name has a home, or the current folder has been removed
-        raise ConfigError(f"{name} is {_shown(path)}, which leads nowhere: {error}; give an absolute path") from error
+        raise ConfigError(f"{name} is {shown(path)}, which leads nowhere: {error}; give an absolute path") from error
 
 
 def _whole(value: Any) -> int | None:
@@ -85,12 +86,3 @@ def _whole(value: Any) -> int | None:
         return operator.index(value)
     except TypeError:
         return None
-
-
-def _shown(value: Any) -> str:
-    """A value as an error shows it."""
-    try:
-        shown = repr(value)
-    except Exception:  # an integer of more digits than Python prints, say
-        return f"an unprintable {type(value).__name__}"
-    return shown if len(shown) <= 200 else f"{shown[:200]}..."
