@@ -115,7 +115,7 @@ def scripted(folder: Path, script: list[str], ends: list[str], patch: pytest.Mon
 
     vocabulary = Tokenizer(folder)._tokenizer.get_vocab()
     engine = ScriptedEngine([vocabulary[one] for one in script], tuple(vocabulary[one] for one in ends))
-    patch.setattr(distkv.frontend.front_end, "launch", lambda config: engine)
+    patch.setattr(distkv.frontend.front_end, "launch", lambda config, check: engine)
     return LLM(folder), engine
 
 

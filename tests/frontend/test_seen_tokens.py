@@ -111,7 +111,7 @@ def ask_async(folder: Path, cache_dir: Path, *calls: SamplingParams) -> list[Req
 def engine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> ScriptedEngine:
     vocabulary = made["byte level"]._tokenizer.get_vocab()
     engine = ScriptedEngine([vocabulary[one] for one in ["H", "Hello", "Ġuser", "Ġworld", "</s>"]], vocab_size=400)
-    monkeypatch.setattr(distkv.frontend.front_end, "launch", lambda config: engine)
+    monkeypatch.setattr(distkv.frontend.front_end, "launch", lambda config, check: engine)
     return engine
 
 

@@ -44,5 +44,8 @@ class ScriptedEngine:
     def reset_prefix_cache(self) -> None:
         pass
 
+    def rest(self) -> None:
+        """Nothing has to be looked after."""
+
     def close(self) -> None:
         pass
