@@ -6,7 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor  # noqa: F401  the latter so that its end comes after ours
+from concurrent.futures import Future, ThreadPoolExecutor, wait  # noqa: F401  the second so that it ends after ours
 from typing import TypeVar
 
 from distkv.engine.client import EngineClient
@@ -17,6 +17,8 @@ from distkv.errors import DistKVError, WorkerDied
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+
+INTERRUPT_SECONDS = 0.2  # in which an interrupt of the start is noticed
 
 _alive: dict[EngineLoop, threading.Thread] = {}  # of this process
 _of_parents: list[EngineLoop] = []  # whose threads a forked process does not have; what they hold is not its to close
@@ -57,6 +59,8 @@ class EngineThread:
         started, self._started = self._started, None
         assert started is not None
         try:
+            while not started.done():  # in short waits: an interrupt that comes just before one does not end it
+                wait([started], INTERRUPT_SECONDS)
             return started.result()
         finally:
             del started  # an error leads here by its traceback

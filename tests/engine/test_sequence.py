@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 from support.history import GREEDY
 from support.memory import EOS, PAGE_SIZE
@@ -12,6 +13,7 @@ from distkv.sampling_params import SamplingParams
 from distkv.storage.ledger.page_table import PageTable
 from distkv.storage.ledger.prefix_index import page_keys
 from distkv.storage.ledger.tiered_cache import TieredCache
+from distkv.storage.tier import Tier
 
 
 def sequence_of(prompt_len: int, params: SamplingParams = GREEDY, max_tokens: int = 10, **options: Any) -> Sequence:
@@ -50,6 +52,8 @@ def run(sequence: Sequence, count: int, num_logits: int = 0) -> tuple[int, list[
 def test_why_an_answer_ends(params: SamplingParams, tokens: list[int], expected: tuple[Any, Any]) -> None:
     """By its newest token first, and a token that the model ends with is not one that was asked for."""
     sequence = sequence_of(5, params, max_tokens=3)
+    stops = frozenset(params.stop_token_ids or ())
+    sequence.request = msgspec.structs.replace(sequence.request, stop_token_ids=stops)
     sequence.token_ids += tokens
     assert sequence.ending((EOS,)) == expected
 
@@ -135,7 +139,7 @@ def test_other_answers_need_a_copy_each_of_a_page_that_is_not_full(prompt_len: i
 @pytest.mark.parametrize("prompt_len, num_copies", [(40, 1), (32, 0)])
 def test_another_answer_begins_where_the_first_one_is(prompt_len: int, num_copies: int) -> None:
     sequence = sequence_of(prompt_len, turn=4)
-    sequence.num_cached = (16, 0, 0)
+    sequence.cached_tiers = [Tier.DEVICE]
     run(sequence, prompt_len, 1)
     fork, copy = sequence.fork(1, 8)
     assert (fork.index, fork.number, fork.turn, fork.num_cached) == (1, 8, 4, (16, 0, 0))

@@ -25,6 +25,7 @@ from distkv.storage.disk.reopen import reopen
 from distkv.storage.errors import StoreError
 from distkv.storage.ledger.tiered_cache import TieredCache
 from distkv.storage.page_spec import PageSpec
+from distkv.workers.cache_place import CachePlace
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan
 from distkv.workers.kv_pools import DiskTier, KVPools, PoolSizes
@@ -104,7 +105,7 @@ def test_what_lies_there_is_read(full: tuple[Path, Fill], killed: bool) -> None:
     if killed:
         leave_as_killed(cache / NAME)
     with fill(cache):
-        tier = DiskTier(cache / NAME, DiskHeads(0, SPEC.num_kv_heads), 0, description(SPEC))
+        tier = DiskTier(CachePlace(cache / NAME), DiskHeads(0, SPEC.num_kv_heads), 0, description(SPEC))
         pools = KVPools(SPEC, PoolSizes(host=1, disk=NUM_PAGES), CpuDevice(), tier)
 
         def run(plan: StepPlan) -> Report:
