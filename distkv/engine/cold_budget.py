@@ -39,18 +39,20 @@ class ColdBudget:
         self._slack -= num_pages * self._disk_cost
 
     def review(self, running: list[Sequence]) -> None:
-        """Sets `Sequence.is_parked`; to be called once a step."""
+        """Sets `Sequence.is_parked`; to be called once a step. Those that lack room have no part."""
         if not self._limit or not self._cache.has_cold:
             if self._any_parked:
                 self._unpark(running)
             return
         self._steps += 1
+        ready = [sequence for sequence in running if not sequence.lacks_room]
         in_doubt = self._slack < 0 and self._steps >= DOUBT_STEPS
-        if self._steps < REVIEW_STEPS and running == self._members and not in_doubt:
+        if self._steps < REVIEW_STEPS and ready == self._members and not in_doubt:
             return
-        self._give_turns(running)
-        self._choose(running)
-        self._members, self._steps = list(running), 0
+        self._give_turns(ready)
+        self._choose(ready)
+        self._any_parked = any(sequence.is_parked for sequence in running)
+        self._members, self._steps = ready, 0
 
     def _give_turns(self, running: list[Sequence]) -> None:
         newest = max((sequence.turn for sequence in self._members), default=0)
@@ -67,7 +69,6 @@ class ColdBudget:
         line = sorted(running, key=lambda one: (one.request.priority, one.turn, one.number))
         streamed: set[Page] = set()
         total = 0.0
-        self._any_parked = False
         for index, sequence in enumerate(line):
             limit = self._limit * (RETURN_SHARE if sequence.is_parked else 1)
             cold, cost = self._cold_pages(sequence, streamed, limit - total)
@@ -78,7 +79,6 @@ class ColdBudget:
                 if sequence.is_parked:
                     self._cache.unpark(sequence.table.pages)
             else:
-                self._any_parked = True
                 self._cache.park(sequence.table.pages)
             sequence.is_parked = not runs
         self._slack = self._limit - total

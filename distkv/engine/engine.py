@@ -210,7 +210,7 @@ class Engine:
             return self._preparation.make_step_room(scheduled, waits=self._running is None)
         except CapacityError as error:
             if self._running is None:  # the disk took less than it was to take
-                self._fail(self._scheduler.running[-1].request, error)
+                self._fail(self._scheduler.newest.request, error)
             return False
 
     def _start(self, step: Step) -> None:
@@ -304,7 +304,7 @@ class Engine:
         try:
             self._preparation.make_room(1, waits=True)
         except CapacityError as error:
-            self._fail(self._scheduler.running[-1].request, error)
+            self._fail(self._scheduler.newest.request, error)
             return
         if self._cache.lost:
             for request, failure in self._repairs.repair(self._scheduler.running):
@@ -319,7 +319,7 @@ class Engine:
                 f"the tiers hold {self._cache.num_pages} KV pages of {self._cache.capacity} and have no room for "
                 f"another{self._cache.disk_refusal}; raise host_kv_bytes or disk_kv_bytes, or make room on the disk"
             )
-            self._fail(self._scheduler.running[-1].request, error)
+            self._fail(self._scheduler.newest.request, error)
             return
         self._num_preemptions += 1
         self._faults.forget(sequence)
@@ -340,7 +340,7 @@ class Engine:
         except CapacityError as error:
             self._fail(request, error)
             return
-        raise AssertionError(f"request {request.request_id} fits and is not admitted")
+        self._fail(request, CapacityError(f"there was no room for the request{self._cache.disk_refusal}; add it again"))
 
     def _fail(self, request: EngineRequest, error: DistKVError) -> None:
         """Ends a request that cannot go on."""
@@ -359,7 +359,7 @@ class Engine:
                 if copy is not None:
                     self._copies.add(copy)
         for answer, new in zip(answers, tokens, strict=True):
-            if answer.index in sequence.dropped:
+            if answer.index in sequence.dropped and not answer.finished:
                 self._scheduler.finish(answer)
                 self._end([answer])
             for token_id, logprobs in new:

@@ -11,8 +11,6 @@ written, MARGIN_TOKENS at least. A guess may prove wrong, and then the state is 
 goes on in any case; when not even that has room, a sequence whose need was guessed is preempted (`Scheduler.preempt`).
 """
 
-from bisect import bisect
-from collections import Counter
 from dataclasses import dataclass, replace
 
 from distkv.engine.sequence import Sequence
@@ -40,12 +38,7 @@ class PagePromises:
 
     def __init__(self, cache: TieredCache):
         self._cache = cache
-        self._any_lacks = False
-
-    @property
-    def any_lacks_room(self) -> bool:
-        """Whether a sequence waited for pages at the last review."""
-        return self._any_lacks
+        self.first_lacking: Sequence | None = None  # in line, of those that waited for pages at the last review
 
     def review(self, running: list[Sequence], only: Sequence | None = None) -> None:
         """Sets `Sequence.lacks_room`; to be called once a step.
@@ -53,42 +46,46 @@ class PagePromises:
         Args:
             only: is to run alone, and counts as the first in line.
         """
-        free = self._cache.capacity - self._cache.num_pages
+        if self.first_lacking is not None:
+            for one in running:
+                one.lacks_room = False
+            self.first_lacking = None
         if self.num_promised(running) <= self._cache.capacity:
-            if self._any_lacks:
-                for one in running:
-                    one.lacks_room = False
-                self._any_lacks = False
             return
         line = sorted(running, key=lambda one: (one is not only, one.place))
         claims = _claims(line)
-        self._any_lacks = False
-        for index, (sequence, claim) in enumerate(zip(line, list(claims), strict=True)):
+        free = self._cache.capacity - self._cache.num_pages
+        for index, sequence in enumerate(line):
+            claim = claims[index]
             after = [*claims[:index], claim.after_taking(), *claims[index + 1 :]]
             is_promised = not index or not claim.wants or claim.reserved > 0
             if claim.wants <= free and (is_promised or _is_safe(free - claim.wants, after)):
                 claims, free = after, free - claim.wants
-                sequence.lacks_room = False
             else:
-                sequence.lacks_room = self._any_lacks = True
+                sequence.lacks_room = True
+                self.first_lacking = self.first_lacking or sequence
 
     def num_promised(self, running: list[Sequence]) -> int:
         """Distinct pages over all tiers that running sequences have or are expected to need."""
         return self._cache.num_pages + sum(max(0, one.expected_pages - len(one.table.pages)) for one in running)
 
-    def can_end(self, running: list[Sequence], newcomer: Sequence, prefix: list[Page]) -> bool:
-        """Whether running sequences and one more can all end, and the prompt of that one be read at once.
+    def may_begin(self, running: list[Sequence], newcomer: Sequence, prefix: list[Page]) -> bool:
+        """Whether a sequence may run beside the others: its prompt can be read at once, all can end, and nobody before
+        it waits for pages.
 
         Args:
             prefix: pages of the newcomer that are known.
         """
+        if self.first_lacking is not None and newcomer.place > self.first_lacking.place:
+            return False
+        num_held = num_held_pages(prefix)
+        if self.num_promised(running) + newcomer.expected_pages - num_held <= self._cache.capacity:
+            return True
         free = self._cache.capacity - self._cache.num_pages
-        num_held, start = num_held_pages(prefix), newcomer.first_pages
-        claim = _Claim(0, start - num_held, max(0, newcomer.expected_pages - start), num_held - len(prefix))
-        line = sorted(running, key=lambda one: one.place)
-        claims = _claims(line)
-        claims.insert(bisect(line, newcomer.place, key=lambda one: one.place), claim)
-        return _is_safe(free, claims)
+        if newcomer.first_pages - num_held > free:
+            return False
+        line = sorted([*running, newcomer], key=lambda one: one.place)
+        return _is_safe(free, _claims(line, newcomer, prefix))
 
 
 def num_held_pages(pages: list[Page]) -> int:
@@ -96,26 +93,21 @@ def num_held_pages(pages: list[Page]) -> int:
     return sum(page.references > 0 for page in pages)
 
 
-def _claims(line: list[Sequence]) -> list[_Claim]:
-    """The claims of sequences in order. What answers of a request share is given back with the last of them."""
-    answers = Counter(one.arrival for one in line)
-    left = answers.copy()
+def _claims(line: list[Sequence], newcomer: Sequence | None = None, prefix: list[Page] | None = None) -> list[_Claim]:
+    """The claims of sequences in order, one of which may be about to begin with a prefix. What several hold is given
+    back with the last of them."""
     claims = []
-    for sequence in line:
-        left[sequence.arrival] -= 1
-        claims.append(_claim(sequence, 0 if left[sequence.arrival] else answers[sequence.arrival]))
-    return claims
-
-
-def _claim(sequence: Sequence, num_sharing: int) -> _Claim:
-    """A sequence's claim, when pages of the prompt that so many hold are free once it has ended."""
-    pages = sequence.table.pages
-    reserved = max(0, sequence.first_pages - len(pages)) if sequence.is_prefilling else 0
-    wants = reserved if sequence.is_prefilling else sequence.table.missing(1) * sequence.may_decode
-    needs = max(0, sequence.expected_pages - len(pages) - reserved)
-    shared = sequence.prompt_len // sequence.table.page_size
-    gives = sum(page.references == num_sharing for page in pages[:shared])
-    return _Claim(wants, reserved, needs, gives + sum(page.references == 1 for page in pages[shared:]))
+    given: set[Page] = set()
+    for sequence in reversed(line):
+        pages = (prefix or []) if sequence is newcomer else sequence.table.pages
+        reserved = max(0, sequence.first_pages - len(pages)) if sequence.is_prefilling else 0
+        wants = reserved if sequence.is_prefilling else sequence.table.missing(1) * sequence.may_decode
+        needs = max(0, sequence.expected_pages - len(pages) - reserved)
+        reserved += len(pages) - num_held_pages(pages)  # of a newcomer's prefix, what nobody holds is free now
+        gives = [page for page in pages if page.references and page not in given]
+        given.update(page for page in gives if page.references > 1 or newcomer is not None)
+        claims.append(_Claim(wants, reserved, needs, len(gives)))
+    return claims[::-1]
 
 
 def _is_safe(free: int, claims: list[_Claim]) -> bool:

@@ -72,6 +72,7 @@ class Scheduler:
         if self._info.enable_prefix_caching and request.synthetic_kv_seed is None:
             root = root_key(self._info.fingerprint, request.cache_salt)
         sequence = Sequence(request, 0, next(self._numbers), table, list(request.prompt_token_ids), root)
+        sequence.is_guessed = request.params.max_tokens is None and self._may_read_again(request)
         sequence.expected = self._find_prefix(sequence)
         self.cache.touch(sequence.expected)
         self._queue(sequence)
@@ -83,7 +84,7 @@ class Scheduler:
             num_held: device pages that must stay and belong to no sequence.
             only: leaves all others out; None leaves out those that are parked.
         """
-        if self.waiting and not self._promises.any_lacks_room:
+        if self.waiting:
             self._admit()
         self._promises.review(self.running, only)
         self.cold_budget.review(self.running)
@@ -121,7 +122,7 @@ class Scheduler:
     def preempt(self) -> Sequence | None:
         """Has the last in line of those whose need was guessed give its pages up and wait to be admitted again, when
         nobody has room to go on. None when all need no more than they were promised, or do not lack room."""
-        if not self._promises.any_lacks_room:
+        if self._promises.first_lacking is None:
             return None
         guessed = [one for one in self.running if one.is_guessed]
         if not guessed:
@@ -171,9 +172,9 @@ class Scheduler:
             prefix = self._find_prefix(sequence)
             if self._is_coming(sequence, len(prefix)):
                 continue
-            promised = self._promises.num_promised(self.running) + sequence.expected_pages - num_held_pages(prefix)
-            if promised > self.cache.capacity and not self._promises.can_end(self.running, sequence, prefix):
+            if not self._promises.may_begin(self.running, sequence, prefix):
                 return
+            promised = self._promises.num_promised(self.running) + sequence.expected_pages - num_held_pages(prefix)
             # the largest chunk must fit beside a page of each other answer, or all pages on the device
             chunk = max(chunk, self._chunk_pages(sequence.num_to_read))
             if seats + chunk > self._info.num_pages < promised:
@@ -186,7 +187,7 @@ class Scheduler:
         if not sequence.was_preempted:  # else it finds pages of its own
             sequence.cached_tiers = [page.tier for page in prefix]
         sequence.table.begin(prefix)
-        sequence.expected, sequence.found = [], []
+        sequence.expected, sequence.found, sequence.awaits = [], [], None
         self.running.append(sequence)
 
     def _find_prefix(self, sequence: Sequence) -> list[Page]:
@@ -248,6 +249,17 @@ class Scheduler:
     def _chunk_pages(self, num_tokens: int) -> int:
         """Pages that a step may fill with a chunk of so many tokens at most."""
         return pages_for(min(num_tokens, self._info.max_num_batched_tokens), self._info.page_size)
+
+    def _may_read_again(self, request: EngineRequest) -> bool:
+        """Whether an answer of a request could be admitted again, however long it has become."""
+        longest = len(request.prompt_token_ids) + request.max_tokens
+        device = self._info.num_pages
+        return 1 + self._chunk_pages(longest) <= device or most_pages(request, self._info.page_size, 1) <= device
+
+    @property
+    def newest(self) -> Sequence:
+        """The last in line of those that run."""
+        return max(self.running, key=lambda one: one.place)
 
     def _queue(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=lambda one: one.place)

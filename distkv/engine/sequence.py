@@ -35,6 +35,7 @@ class Sequence:
     found_at: int = -1  # `TieredCache.num_findable_changes`
     awaits: "Sequence | None" = None  # computes a page that this one shares; it is not admitted before that is done
     lacks_room: bool = False  # waits for pages of others, see `PagePromises`
+    is_guessed: bool = False  # may turn out to need more pages than are expected, and is preempted then, but once
     was_preempted: bool = False
     is_parked: bool = False  # waits, so that others need not stream beside it
     arrival: int = -1  # of its request: the number of its first answer
@@ -95,11 +96,6 @@ class Sequence:
         """Whether a step may run the answer's newest token, known already or sampled by a step under way."""
         known = self.num_output_tokens
         return 0 < known + self.num_pending < self.request.max_tokens and (known > 0 or self.request.params.n == 1)
-
-    @property
-    def is_guessed(self) -> bool:
-        """Whether it may turn out to need more pages than are expected. Not a second time."""
-        return self.request.params.max_tokens is None and not self.was_preempted
 
     @property
     def expected_pages(self) -> int:
@@ -190,7 +186,7 @@ class Sequence:
         """Another answer from the same state; also the page copy it needs, see `PageTable.fork`."""
         table, copy = self.table.fork()
         fork = Sequence(self.request, index, number, table, list(self.token_ids), self.root, list(self.keys))
-        fork.arrival = self.arrival
+        fork.arrival, fork.is_guessed = self.arrival, self.is_guessed
         fork.turn, fork.cached_tiers = self.turn, self.cached_tiers
         return fork, copy
 
@@ -206,7 +202,7 @@ class Sequence:
         assert not self.num_pending
         self.table.release()
         self.num_to_read, self.num_sent, self.found_at = len(self.token_ids), 0, -1
-        self.was_preempted, self.lacks_room, self.is_parked = True, False, False
+        self.was_preempted, self.is_guessed, self.lacks_room, self.is_parked = True, False, False, False
 
     def _pages_at(self, length: int) -> int:
         """Pages of all answers that it stands for when each, with the prompt, has so many tokens."""

@@ -115,6 +115,7 @@ class TieredCache:
         page.full = True
         if page in self.lost:
             self._held.recover(page)
+            self.index.num_changes += 1
         elif key is not None:
             known = self.index.add(page, key)
             page.twin = known if known is not page else None

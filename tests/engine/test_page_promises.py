@@ -8,13 +8,19 @@ from support.history import caching_engine
 from support.memory import PAGE_SIZE, drain
 
 from distkv.engine.protocol import EngineRequest, RequestFailed
+from distkv.engine.sequence import Sequence
 from distkv.sampling_params import SamplingParams
+from distkv.workers.sampling.sampled_token import NO_TOKEN, SampledToken
 
 
-def request(name: object, prompt_len: int, max_tokens: int, is_known: bool = False, n: int = 1) -> EngineRequest:
+def request(
+    name: object, prompt_len: int, max_tokens: int, is_known: bool = False, n: int = 1, start: str = "", **options: int
+) -> EngineRequest:
+    """Prompts of one `start` begin alike."""
     params = SamplingParams(n=n, temperature=1.0, max_tokens=max_tokens if is_known else None, ignore_eos=True)
-    prompt = random.Random(str(name)).choices(range(3, 50), k=prompt_len)
-    return EngineRequest(str(name), prompt, params, max_tokens, seed=1)
+    shared = random.Random(start).choices(range(3, 50), k=random.Random(start).randint(30, 100)) if start else []
+    prompt = shared + random.Random(str(name)).choices(range(3, 50), k=prompt_len)
+    return EngineRequest(str(name), prompt, params, max_tokens, seed=1, **options)
 
 
 def test_requests_of_unknown_length_run_together_in_a_pool_of_one_model_length() -> None:
@@ -70,25 +76,25 @@ def test_answers_that_were_preempted_can_be_aborted() -> None:
 
 @pytest.mark.parametrize("first", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (100, 400))])
 def test_random_requests_of_known_and_unknown_length(first: int) -> None:
-    """Everything ends with the tokens that it asked for, over random pools, tiers, forks, priorities and aborts; pages
-    hold what they should (the memory looks)."""
+    """Everything ends with the tokens that it asked for, over random pools, tiers, streaming limits, forks, priorities,
+    shared prompts and aborts; pages hold what they should (the memory looks)."""
     preempted = 0
-    for seed in range(first, first + (300 if first else 12)):
+    for seed in range(first, first + (300 if first else 16)):
         rng = random.Random(seed)
         torch.manual_seed(seed)
         has_tiers = rng.random() < 0.5
         engine, _ = caching_engine(
             {"seed": seed, "fault_rate": rng.choice([0.0, 0.2]), "takes_writes": True},
-            num_pages=rng.randint(14, 34), num_host_pages=rng.randint(1, 8) if has_tiers else 0,
+            num_pages=rng.randint(20, 36), num_host_pages=rng.randint(1, 8) if has_tiers else 0,
             num_disk_pages=rng.choice([0, 8]) if has_tiers else 0, max_num_seqs=rng.randint(1, 8),
             max_num_batched_tokens=rng.choice([16, 40, 64]), max_model_len=1000,
-            enable_prefix_caching=rng.random() < 0.7,
+            enable_prefix_caching=rng.random() < 0.7, max_cold_bytes_per_step=rng.choice([0, 1, 3, 6]),
         )  # fmt: skip
         wanted: dict[tuple[str, int], int] = {}
         for number in range(8):
             one = request(
-                f"{seed} {number}", rng.randint(1, 120), rng.choice([rng.randint(1, 100), 400]), rng.random() < 0.3,
-                rng.choice([1, 1, 2, 3]),
+                f"{seed} {number}", rng.randint(1, 40), rng.choice([rng.randint(1, 100), 400]), rng.random() < 0.3,
+                rng.choice([1, 1, 2, 3]), rng.choice(["", f"{seed} a", f"{seed} b"]), priority=rng.choice([0, 0, 1]),
             )  # fmt: skip
             if one.params.n > engine.info.max_num_seqs:
                 continue
@@ -117,4 +123,42 @@ def test_random_requests_of_known_and_unknown_length(first: int) -> None:
         assert not wanted
         engine.integrity_check()
         preempted += engine.stats().num_preemptions
-    assert preempted > 3
+    assert preempted > 2
+
+
+def test_an_answer_that_was_dropped_before_it_began_ends_with_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is ended once, though another answer of the request cannot go on."""
+    engine, _ = caching_engine(num_pages=30)
+    engine.add([request("three", 20, 10, is_known=True, n=3), request("other", 20, 10, is_known=True)])
+    engine.step()
+    engine.abort([("three", 2)])
+    extend = engine._extend
+
+    def lacks_numbers(sequence: Sequence, tokens: list[list[SampledToken]]) -> None:
+        if sequence.request.request_id == "three":
+            tokens = [[(NO_TOKEN, None)], *tokens[1:]]
+        extend(sequence, tokens)
+
+    monkeypatch.setattr(engine, "_extend", lacks_numbers)
+    outputs = drain(engine)
+    assert [output.request_id for output in outputs if isinstance(output, RequestFailed)] == ["three"]
+    assert sum(output.request_id == "other" for output in outputs) == 10
+    engine.integrity_check()
+
+
+def test_what_could_not_be_read_again_is_promised_in_full() -> None:
+    """A device smaller than a step has room for the prompts, and not for prompts with long answers at once."""
+    engine, _ = caching_engine(num_pages=12, num_host_pages=28, max_num_batched_tokens=1000, max_model_len=1000)
+    engine.add([request(number, 60, 540) for number in range(2)])
+    assert len(drain(engine)) == 2 * 540
+    assert engine.stats().num_preemptions == 0
+
+
+def test_the_first_in_line_may_come_while_others_wait_for_pages() -> None:
+    engine, _ = caching_engine(num_pages=48, max_model_len=900, max_num_seqs=8)
+    engine.add([request(number, 20, 370, is_known=True, priority=1) for number in range(4)])
+    while not any(one.lacks_room for one in engine._scheduler.running):
+        engine.step()
+    engine.add([request("urgent", 20, 5, is_known=True)])
+    ended = [output.request_id for output in drain(engine) if output.finish_reason]
+    assert ended[0] == "urgent"
