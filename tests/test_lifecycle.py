@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from support.checkpoints import save_llama
 from support.llms import tiered
+from support.memory import engine_info
 from support.processes import run_code
 from support.prompts import random_prompt
 
@@ -220,7 +221,7 @@ class Closing:
     """An engine that can be closed."""
 
     def __init__(self) -> None:
-        self.info, self.has_work, self.closed = None, False, threading.Event()
+        self.info, self.has_work, self.closed = engine_info(), False, threading.Event()
 
     def close(self) -> None:
         self.closed.set()

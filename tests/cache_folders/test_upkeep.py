@@ -12,6 +12,7 @@ from distkv.storage.device import CpuDevice
 from distkv.storage.disk.cache_folder import ARRAY, CATALOGUE, DAMAGED, DESCRIPTION, SCRATCH, DiskHeads, FolderLock
 from distkv.storage.disk.catalogue import Catalogue
 from distkv.storage.errors import ConfigError, StoreError
+from distkv.workers.cache_place import CachePlace
 from distkv.workers.kv_pools import DiskTier, KVPools, PoolSizes
 
 NAME = "0123456789abcdef"
@@ -68,7 +69,7 @@ def test_an_engine_with_prefix_caching_sweeps_the_scratch_folder(cache: Path, sc
     """Not while another one uses it, and not when something else lies there."""
 
     def start() -> None:
-        tier = DiskTier(cache / NAME, DiskHeads(0, SPEC.num_kv_heads), 0, description())
+        tier = DiskTier(CachePlace(cache / NAME), DiskHeads(0, SPEC.num_kv_heads), 0, description())
         KVPools(SPEC, PoolSizes(host=1, disk=8), CpuDevice(), tier).close()
 
     lock = FolderLock(scratch)

@@ -830,5 +830,8 @@ def test_folders_that_are_no_cache(tmp_path: Path, cache: Path) -> None:
     for folder, message in refusals:
         with pytest.raises(ConfigError, match=message):
             distkv("ls", "--cache-dir", str(folder))
-    with pytest.raises(ConfigError, match="max-bytes is '10 apples'; give bytes"):
+    with pytest.raises(
+        ConfigError,
+        match="max-bytes is '10 apples'; give bytes as a positive whole number or a text such as 512MB or 4GiB, or 0",
+    ):
         distkv("prune", "--max-bytes", "10 apples", "--cache-dir", str(cache))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from hypothesis import strategies as st
 from support.measures import TOLERANCE, relative_error
+from support.pages import store
 from support.plans import sequence_step
 from support.prompts import seeded
 from torch import Tensor
@@ -93,7 +94,7 @@ class Step:
             for page, slot in zip(pages, slots, strict=True):
                 if page in cold:
                     places[slot] = encode_location(Tier.HOST, shuffled[page])
-                    host.store(shuffled[page], self.pool[:, slot].contiguous()[None])
+                    store(host, shuffled[page], self.pool[:, slot].contiguous()[None])
                     pool[:, slot] = 6e4
         parts = [
             sequence_step(one.token_ids, one.start, [places.get(p, p) for p in one.pages.tolist()], one.prompt_len, 1)
