@@ -4,6 +4,7 @@ import pytest
 from support.ledgers import end, put
 
 from distkv.storage.ledger.disk_journal import DiskChanges, DiskJournal
+from distkv.storage.ledger.disk_refusals import MAX_REFUSALS
 from distkv.storage.ledger.page import Page
 from distkv.storage.ledger.prefix_index import page_keys
 from distkv.storage.ledger.tier_ledger import TierLedger
@@ -70,8 +71,6 @@ def test_a_location_is_told_once_and_again_when_the_plan_was_lost() -> None:
     end(ledger)
     assert ledger.held.take_relocated() == [moving], "it has another copy"
     ledger.held.relocate(moving)
-    ledger.drop(moving, HOST)
-    ledger.drop(moving, DISK)
     ledger.held.remove(moving)
     assert ledger.held.take_relocated() == [], "nobody looks for it"
 
@@ -135,21 +134,42 @@ def test_a_failed_copy_gives_its_slot_back(target: Tier) -> None:
     ledger.integrity_check()
 
 
+def test_an_idle_page_that_the_disk_refuses_stays_where_it_is() -> None:
+    ledger = ledger_of(5, 5, 5)
+    page = put(ledger, HOST, idle=True)
+    for id in range(MAX_REFUSALS):
+        assert not ledger.refusals.too_many
+        ledger.start(page, HOST, DISK)
+        ledger.fail(id, "the disk is full")
+        assert page.has(HOST) and list(ledger.index) == [page]
+    ledger.start(page, HOST, DEVICE)
+    end(ledger)
+    assert ledger.refusals.too_many, "what does not go to disk says nothing of it"
+    ledger.start(page, HOST, DISK)
+    end(ledger)
+    assert not ledger.refusals.too_many
+
+
 # --- what is saved for later processes ---
 
 
 @pytest.mark.parametrize("write_through", [False, True])
 def test_pages_with_a_key_are_saved_when_they_are_idle_or_at_once(write_through: bool) -> None:
     ledger = ledger_of(9, 9, 9, write_through=write_through)
-    held, nameless = put(ledger, DEVICE, keyed=True), put(ledger, DEVICE)
-    for page in (held, nameless):
+    held, another, nameless = put(ledger, DEVICE, keyed=True), put(ledger, DEVICE, keyed=True), put(ledger, DEVICE)
+    for page in (held, another, nameless):
         ledger.start(page, DEVICE, HOST)
     end(ledger)
-    assert list(ledger.unsaved) == [held] * write_through
+    ledger.drop(held, DEVICE)
+    ledger.start(held, HOST, DEVICE)
+    end(ledger)
+    at_once = [held, another] if write_through else []
+    assert list(ledger.unsaved) == at_once, "once, in their order"
+    assert not ledger.needs_saving(nameless) and ledger.needs_saving(held) == write_through
     saved = put(ledger, HOST, DISK, idle=True)
     last, first = put(ledger, HOST, idle=True), put(ledger, DEVICE, HOST, idle=True)
     put(ledger, DEVICE, idle=True)
-    assert list(ledger.unsaved) == [first, last] + [held] * write_through, "the first of a prefix is let go last"
+    assert list(ledger.unsaved) == [first, last, *at_once], "the first of a prefix is let go last"
     assert ledger.journal.take().touched == {saved.slots[DISK]}
     ledger.start(first, HOST, DISK)
     end(ledger)
@@ -196,8 +216,10 @@ def test_a_copy_that_arrives_for_nobody_is_given_up() -> None:
 def test_the_owners_of_bad_slots_are_those_of_the_plan() -> None:
     """One that has given its slot up since is still who could not read it; one that nobody holds has lost nothing."""
     ledger = ledger_of(9, 9, 9)
-    page, gone, idle = put(ledger, HOST, DISK), put(ledger, HOST, DISK), put(ledger, DISK, idle=True)
-    bad = {one.slots[DISK] or 0 for one in (page, gone, idle)}
+    page, gone = put(ledger, HOST, DISK), put(ledger, HOST, DISK)
+    idle, forgotten = put(ledger, DISK, idle=True), put(ledger, DISK, idle=True)
+    bad = {one.slots[DISK] or 0 for one in (page, gone, idle, forgotten)}
+    ledger.drop(forgotten, DISK)
     ledger.drop(gone, DISK)
     assert put(ledger, HOST, DISK).slots[DISK] in bad, "its slot has gone to another"
     assert ledger.take_owners(bad | {8}) == {page, gone}

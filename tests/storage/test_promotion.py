@@ -137,3 +137,7 @@ def test_the_room_of_two_steps_stays_free() -> None:
     idle = put(ledger, DEVICE, HOST, idle=True)
     assert promoted(ledger, promotion, put(ledger, HOST)) == [DEVICE]
     assert not idle.has(DEVICE) and ledger.slots[DEVICE].num_free == 2
+    ledger, promotion = tiers(0, 5, 9)
+    idle = put(ledger, HOST, DISK, idle=True)
+    assert promoted(ledger, promotion, put(ledger, DISK)) == [HOST]
+    assert not idle.has(HOST) and ledger.slots[HOST].num_free == 4
