@@ -304,3 +304,11 @@ def test_what_a_disk_does_not_take_is_told_at_the_end(
     with tiered(tiny_model, (8, 8, 30), tmp_path) as llm:
         llm.generate([random_prompt(100, 5)], SamplingParams(max_tokens=2), use_tqdm=False)
     assert "6 KV pages were not saved (the disk refuses more: the disk is full)" in caplog.text
+
+
+def test_what_the_disk_tier_has_no_room_for_is_told_at_the_end(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with tiered(tiny_model, (8, 8, 4), tmp_path) as llm:
+        llm.generate([random_prompt(100, 5)], SamplingParams(max_tokens=2), use_tqdm=False)
+    assert "2 KV pages were not saved (the disk tier is full of pages that were used later)" in caplog.text

@@ -6,16 +6,19 @@ find out which by empty files that those before them have left, since a name can
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
-from distkv.storage.disk.cache_folder import ARRAY, FolderLock
+from distkv.storage.disk.cache_folder import ARRAY, FULL, LOCK, FolderLock
+from distkv.storage.disk.file_lock import is_locked
 from distkv.workers.errors import ConfigError
 
 WRITER = "writer"  # begins the names of the files that ranks leave
+SWEEP_WAIT = 1.0  # seconds for which a folder of pages that are dropped may be locked
 
 
 @dataclass(frozen=True)
@@ -28,37 +31,70 @@ class CachePlace:
 
 
 @contextmanager
-def join_folder(place: CachePlace, head: int) -> Iterator[tuple[bool, bool]]:
+def join_folder(place: CachePlace, head: int, is_alone: bool = False) -> Iterator[tuple[bool, bool]]:
     """Makes a rank one of those that use the folder as its node sees it, after the ranks before it, until the end of
     the context.
 
     Args:
         head: the first KV head of the rank.
+        is_alone: the engine has no other rank, so that no file need tell one of it.
 
     Gives whether it is the first of its engine there, and so holds the folder's lock, and whether it is the first there
     that has these heads, and so writes them. Raises ConfigError when the folder cannot be used or another engine uses
     it.
     """
-    folder, mine = place.folder, place.folder / f"{WRITER}.{place.engine}.{head}"
+    mine = place.folder / f"{WRITER}.{place.engine}.{head}"
     with ExitStack() as stack:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            mine.touch(exist_ok=False)  # before others are looked for, so that what a node has cached is asked again
-        except FileExistsError:
-            yield False, False
-            return
+            place.folder.mkdir(parents=True, exist_ok=True)
+            signs = not is_alone and _sign(place, mine, stack)
         except OSError as error:
             raise ConfigError(
-                f"cache_dir {str(folder)!r} cannot be used ({error.strerror}); name a folder that can be written"
+                f"cache_dir {str(place.folder)!r} cannot be used ({error.strerror}); name a folder that can be written"
             ) from error
-        stack.callback(mine.unlink, missing_ok=True)
-        others = [file for file in folder.glob(f"{WRITER}.*") if file != mine]
-        is_first = not any(file.name.startswith(f"{WRITER}.{place.engine}.") for file in others)
-        if is_first:
-            stack.callback(FolderLock(folder).release)
-            for file in others:  # of engines that were killed
+        is_first = False
+        if signs or is_alone:
+            others = [file for file in place.folder.glob(f"{WRITER}.*") if file != mine]
+            is_first = not any(file.name.startswith(f"{WRITER}.{place.engine}.") for file in others)
+            if is_first:
+                stack.callback(_lock(place).release)
+                for file in others:  # of engines that were killed
+                    file.unlink(missing_ok=True)
+        yield is_first, signs or is_alone
+
+
+def _sign(place: CachePlace, mine: Path, stack: ExitStack) -> bool:
+    """Leaves a rank's file, before others are looked for, so that what a node has cached is asked again; False where a
+    rank before it has the same heads. Where there is no room for a file, those make some that killed engines have left.
+    Raises OSError."""
+    try:
+        mine.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in FULL or any(place.folder.glob(f"{WRITER}.{place.engine}.*")):
+            raise
+        lock = _lock(place)
+        try:
+            for file in [*place.folder.glob(f"{WRITER}.*"), *place.folder.rglob("*.partial")]:
                 file.unlink(missing_ok=True)
-        yield is_first, True
+            mine.touch(exist_ok=False)
+        finally:
+            lock.release()
+    stack.callback(mine.unlink, missing_ok=True)
+    return True
+
+
+def _lock(place: CachePlace) -> FolderLock:
+    """The right to use the folder. Whoever sweeps pages that are dropped holds it for a moment, which is waited for."""
+    deadline = time.monotonic() + (0.0 if place.fingerprint else SWEEP_WAIT)
+    while True:
+        try:
+            return FolderLock(place.folder)
+        except ConfigError:
+            if time.monotonic() >= deadline or not is_locked(place.folder / LOCK):
+                raise
+        time.sleep(0.05)
 
 
 def free_bytes(folder: Path) -> int:

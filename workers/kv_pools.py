@@ -41,6 +41,7 @@ class DiskTier:
     heads: DiskHeads
     rank: int
     kept: Description | None  # of pages that outlive the process; None for a folder that is emptied on open and close
+    is_alone: bool = False  # whether the engine has no other rank
 
 
 class KVPools:
@@ -135,7 +136,7 @@ class KVPools:
 
         folder = disk.place.folder
         whole = replace(self._spec, num_kv_heads=disk.heads.total)
-        is_first, writes = stack.enter_context(join_folder(disk.place, disk.heads.first))
+        is_first, writes = stack.enter_context(join_folder(disk.place, disk.heads.first, disk.is_alone))
         if is_first:
             if disk.kept is None:
                 make_array(folder, whole, num_pages)

@@ -140,7 +140,7 @@ class Rank:
         if place is not None:
             heads = DiskHeads(shard.kv_heads[0], config.model.num_key_value_heads, reports=shard.holder == 0)
             kept = self._description(place.fingerprint) if place.fingerprint else None
-            disk = DiskTier(place, heads, shard.rank, kept)
+            disk = DiskTier(place, heads, shard.rank, kept, is_alone=self.group.size == 1)
         self.pools = KVPools(self.page_spec, sizes, self.backend.device, disk)
         self._runner = self.backend.make_runner(self._model, self.pools, config.max_num_seqs)
         self.backend.tune(self.pools)

@@ -11,6 +11,7 @@ from distkv.storage.disk.catalogue import LOCK_WAIT, Catalogue, Entry, read_cata
 from distkv.storage.ledger.disk_journal import DiskChanges
 from distkv.storage.ledger.page import PageKey
 from distkv.storage.ledger.tiered_cache import TieredCache
+from distkv.storage.tier import DISK
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan
 
@@ -48,10 +49,10 @@ class CatalogueWriter:
             if one.slot not in missing and (one.index == 0 or one.parent in kept):
                 kept[one.key] = one.slot
         self._removed = listed - set(kept.values())
-        self._write()
         self._cache.adopt(
             (one.slot, one.index, PageKey(one.key, one.parent, one.tokens)) for one in entries if one.key in kept
         )
+        self._write()
         if missing:
             log.warning("%d of %d KV pages on disk are missing and are not used", len(missing), len(entries))
         log.info("%d KV pages of earlier processes are on disk", len(kept))
@@ -93,16 +94,11 @@ class CatalogueWriter:
         if not (self._removed or self._added or self._touched):
             return
         try:
-            if self._catalogue is None:
-                self._catalogue = Catalogue(self._folder, wait=wait)
-            self._catalogue.update(self._removed, self._added.values(), self._touched, time.time())
-        except DamagedError as error:
-            self._close_file()
             try:
-                set_aside_catalogue(self._folder, error)
-                self._failure = error
-            except StoreError as left:
-                self._put_off(left)
+                self._update(wait)
+            except DamagedError as error:
+                self._make_again(error)
+                self._update(wait)
         except StoreError as error:
             self._put_off(error)  # the file stays open, with the room that its log has
         else:
@@ -110,6 +106,19 @@ class CatalogueWriter:
             if self._failure is not None:
                 log.info("the catalogue in %s is up to date again", self._folder)
             self._failure = None
+
+    def _update(self, wait: float) -> None:
+        if self._catalogue is None:
+            self._catalogue = Catalogue(self._folder, wait=wait)
+        self._catalogue.update(self._removed, self._added.values(), self._touched, time.time())
+
+    def _make_again(self, reason: DamagedError) -> None:
+        """Sets a damaged catalogue aside. Nobody has the checksums of the pages in it any more, but for what waits."""
+        self._close_file()
+        set_aside_catalogue(self._folder, reason)
+        slots = {page.slots[DISK] for page in self._cache.index if page.has(DISK)}
+        if lost := len(slots - self._added.keys()):
+            log.warning("later processes will not find %d of the pages on disk, which it listed", lost)
 
     def _put_off(self, error: StoreError) -> None:
         if self._failure is None:

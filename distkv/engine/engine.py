@@ -285,8 +285,9 @@ class Engine:
             if time.monotonic() - told >= PROGRESS_SECONDS:
                 progress(self._cache.num_unsaved)
                 told = time.monotonic()
-        if self._cache.disk_refusal and (left := self._cache.num_unsaved):
-            log.warning("%d KV pages were not saved%s", left, self._cache.disk_refusal)
+        if left := self._cache.num_unsaved:
+            reason = self._cache.disk_refusal or " (the disk tier is full of pages that were used later)"
+            log.warning("%d KV pages were not saved%s", left, reason)
 
     def _do_without_step(self) -> None:
         """Computes a lost page again, ends a request that will never have room, or goes on with saving."""

@@ -10,6 +10,7 @@ All of it can be made again, so what is damaged stops no engine: it is set aside
 user's cache_dir, named after the model's fingerprint, or SCRATCH for pages that are dropped when the engine closes.
 """
 
+import errno
 import logging
 import os
 import re
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 FORMAT = 2  # of what lies on disk; part of the fingerprint
 ARRAY, CATALOGUE, LOCK, DESCRIPTION = "kv.zarr", "catalogue.sqlite", "lock", "model.json"
 SCRATCH, SESSIONS = "scratch", "sessions"  # sub-folders of cache_dir that are no model's
+FULL = errno.ENOSPC, errno.EDQUOT  # of a disk
 DAMAGED = ".damaged"  # behind the name of what is set aside
 
 Count = Annotated[int, msgspec.Meta(gt=0)]

@@ -46,7 +46,7 @@ class TierLedger:
         self.journal = DiskJournal()
         self.unspilled: dict[Page, None] = {}  # full, on the device alone, the first to be copied to the host first
         self.unsaved: OrderedDict[Page, None] = OrderedDict()  # on the host, to be written to disk, the first first
-        self.put_off: dict[Page, None] = {}  # the same, when the disk takes more
+        self.put_off: dict[Page, None] = {}  # the same of those outlived by all on disk, when a slot there is free
         self._write_through = write_through
         self._dropped: dict[int, Page] = {}  # disk slots given up since the last report, and what they held
 

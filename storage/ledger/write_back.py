@@ -68,20 +68,22 @@ class WriteBack:
     def _save(self) -> None:
         """Starts writing pages with keys to disk, so that later processes find them."""
         ledger = self._ledger
-        if not ledger.refusals.paused:
-            ledger.unsaved.update(ledger.put_off)
-            ledger.put_off.clear()
+        for page in list(islice(ledger.put_off, ledger.slots[DISK].num_free)):
+            del ledger.put_off[page]
+            ledger.unsaved[page] = None
         room = self._num_writes_left()
         while ledger.unsaved and room > 0 and not ledger.refusals.hopeless:
-            page, _ = ledger.unsaved.popitem(last=False)
-            if not (page.has(HOST) and ledger.needs_saving(page)):
-                continue
-            if not ledger.make_room(DISK, self._outlived_on_disk(page)):
-                if ledger.refusals.paused:
+            page = next(iter(ledger.unsaved))
+            if page.has(HOST) and ledger.needs_saving(page):
+                if ledger.make_room(DISK, self._outlived_on_disk(page)):
+                    if page.has(HOST):  # else it followed the one that gave up its slot
+                        ledger.start(page, HOST, DISK)
+                        room -= 1
+                elif self._oldest_on_disk() is None:  # all there are held
+                    return
+                else:
                     ledger.put_off[page] = None
-            elif page.has(HOST):
-                ledger.start(page, HOST, DISK)
-                room -= 1
+            ledger.unsaved.pop(page, None)
 
     def _empty_host(self, wanted: int) -> None:
         """Frees host slots until `wanted` are free: drops what is on disk, and writes the oldest of the others."""

@@ -5,7 +5,6 @@ chunk as zeros and a damaged one without a word, at a third of the speed, and wh
 more it does not say when its writes of the others have ended.
 """
 
-import errno
 import os
 import resource
 from collections.abc import Container, Iterator, Sequence
@@ -16,7 +15,7 @@ import numpy as np
 from crc32c import crc32c
 from torch import Tensor
 
-from distkv.storage.disk.cache_folder import ARRAY, DiskHeads, chunk_name, parse_chunk, replace_file
+from distkv.storage.disk.cache_folder import ARRAY, FULL, DiskHeads, chunk_name, parse_chunk, replace_file
 from distkv.storage.errors import StoreError
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools.host_memory import as_integers
@@ -24,7 +23,6 @@ from distkv.storage.pools.page_pool import check_slot
 from distkv.storage.tier import Tier
 
 MAX_OPEN = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2  # files that `OpenPages` holds open
-FULL = errno.ENOSPC, errno.EDQUOT
 
 Parts = list[list[memoryview]]
 """The memory of a layer slice, for each head the pieces in file order: keys, values."""

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from distkv.commands.main import app
 from distkv.storage.device import CpuDevice
+from distkv.storage.disk import scratch as scratch_module
 from distkv.storage.disk.cache_folder import ARRAY, CATALOGUE, DAMAGED, DESCRIPTION, SCRATCH, DiskHeads, FolderLock
 from distkv.storage.disk.catalogue import Catalogue
 from distkv.storage.errors import ConfigError, StoreError
@@ -69,7 +70,7 @@ def test_an_engine_with_prefix_caching_sweeps_the_scratch_folder(cache: Path, sc
     """Not while another one uses it, and not when something else lies there."""
 
     def start() -> None:
-        tier = DiskTier(CachePlace(cache / NAME), DiskHeads(0, SPEC.num_kv_heads), 0, description())
+        tier = DiskTier(CachePlace(cache / NAME, NAME), DiskHeads(0, SPEC.num_kv_heads), 0, description())
         KVPools(SPEC, PoolSizes(host=1, disk=8), CpuDevice(), tier).close()
 
     lock = FolderLock(scratch)
@@ -122,3 +123,16 @@ def test_one_models_part_is_no_cache_though_it_is_damaged(cache: Path) -> None:
     (cache / NAME / DESCRIPTION).write_bytes(b"[]")
     result = CliRunner().invoke(app, ["cache", "ls", "--cache-dir", str(cache / NAME)])
     assert isinstance(result.exception, ConfigError) and "is one model's part of a cache" in str(result.exception)
+
+
+def test_scratch_that_cannot_be_read_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be another user's."""
+
+    def deny(folder: Path) -> int:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(scratch_module, "num_bytes", deny)
+    assert scratch_module.sweep_scratch(tmp_path) == 0
+    assert "is not swept: [Errno 13] Permission denied" in caplog.text

@@ -121,15 +121,26 @@ def test_an_end_that_cannot_wait_longer_says_what_is_lost(
     assert "database is locked; later processes will not find 1 of the pages on disk" in caplog.text
 
 
+@pytest.mark.parametrize("closes", [False, True])
 def test_a_catalogue_that_is_damaged_while_it_is_used(
-    tmp_path: Path, writer: CatalogueWriter, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, writer: CatalogueWriter, caplog: pytest.LogCaptureFixture, closes: bool
 ) -> None:
+    """It is made again at once, at the end too, with all that is still known of the pages."""
+    kept_pages(tmp_path, [3, 5])
+    writer.adopt(lambda plan: Report())
+    if closes:
+        with locked(tmp_path):
+            write(writer, 1, "b")
+        caplog.clear()
     (tmp_path / CATALOGUE).write_bytes(b"somebody else's" * 1000)
-    write(writer, 1, "b")
-    write(writer, 2, "c")
-    assert pages(tmp_path) == {1: "b", 2: "c"}
+    if closes:
+        writer.close()
+    else:
+        write(writer, 1, "b")
+    assert pages(tmp_path) == {1: "b"}
     assert (tmp_path / f"{CATALOGUE}{DAMAGED}").exists()
-    assert len(caplog.messages) == 1 and DAMAGED in caplog.text
+    set_aside, lost = caplog.messages
+    assert DAMAGED in set_aside and "will not find 2 of the pages on disk" in lost
 
 
 def test_pages_are_taken_over_though_the_catalogue_is_locked(tmp_path: Path, writer: CatalogueWriter) -> None:

@@ -155,6 +155,13 @@ def test_weights_changed_while_they_are_read(folder: Path, weights: tuple[bytes,
                 source.digest(whole)
 
 
+def test_other_rights_are_no_other_weights(folder: Path) -> None:
+    before = digest(folder)
+    with SafetensorsSource(folder) as source:
+        (folder / WEIGHTS).chmod(0o600)
+        assert source.digest(whole=True) == before
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_changed_after_they_were_read(folder: Path, weights: tuple[bytes, bytes], dtype: torch.dtype) -> None:
     """A model computes with what it has read, and does not even hold the file."""

@@ -8,6 +8,7 @@ from distkv.storage.ledger.disk_refusals import MAX_REFUSALS
 from distkv.storage.ledger.page import Page
 from distkv.storage.ledger.prefix_index import page_keys
 from distkv.storage.ledger.tier_ledger import TierLedger
+from distkv.storage.ledger.write_back import WriteBack
 from distkv.storage.tier import DEVICE, DISK, HOST, Tier
 
 
@@ -225,3 +226,18 @@ def test_the_owners_of_bad_slots_are_those_of_the_plan() -> None:
     assert ledger.take_owners(bad | {8}) == {page, gone}
     assert ledger.take_owners(set()) == set()
     assert gone not in ledger.take_owners(bad), "a report is about one plan"
+
+
+def test_what_finds_no_room_on_disk_is_saved_when_a_slot_is_freed() -> None:
+    for others_are_held in (True, False):  # all of them, or all but one that was used later
+        ledger = TierLedger((2, 4, 2), write_through=False)
+        page = put(ledger, HOST, idle=True)
+        held = [put(ledger, DISK), put(ledger, DISK) if others_are_held else put(ledger, DISK, idle=True)][0]
+        write_back = WriteBack(ledger, low=0)
+        write_back.balance()
+        assert page.slots[DISK] is None and page in {*ledger.unsaved, *ledger.put_off}
+        ledger.held.remove(held)
+        ledger.free_unheld(held)
+        write_back.balance()
+        end(ledger)
+        assert page.has(DISK) and not ledger.unsaved and not ledger.put_off

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +13,11 @@ from support.llms import PAGE_BYTES, tiered_options
 
 from distkv.config import EngineConfig
 from distkv.launch.launch import set_up
-from distkv.storage.disk.cache_folder import ARRAY
+from distkv.storage.disk.cache_folder import ARRAY, FolderLock
 from distkv.workers import bandwidth
 from distkv.workers.bandwidth import PROBE_BYTES, READ_BYTES, measure_bandwidth
-from distkv.workers.cache_place import free_bytes
+from distkv.workers.cache_place import CachePlace, free_bytes, join_folder
+from distkv.workers.errors import ConfigError
 from distkv.workers.group.local_group import LocalGroup
 from distkv.workers.model.model_config import ModelConfig
 
@@ -105,3 +107,50 @@ def test_a_disk_that_is_full_or_becomes_so_is_not_measured(
     assert rate(tmp_path, 2**40) == 0
     assert rate(tmp_path / "missing", 2**40) == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_start_needs_no_new_file_where_there_is_room_for_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What killed engines have left makes room for the file of one rank of several; one alone leaves none."""
+    (tmp_path / ARRAY).mkdir()
+    (tmp_path / "lock").touch()
+    left = [tmp_path / "writer.killed.0", tmp_path / "model.json.1.partial", tmp_path / ARRAY / "c.0.0.0.0.0.1.partial"]
+    touch = Path.touch
+
+    def limited(path: Path, mode: int = 0o666, exist_ok: bool = True) -> None:
+        if any(file.exists() for file in left):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        touch(path, mode, exist_ok)
+
+    for file in left:
+        file.touch()
+    monkeypatch.setattr(Path, "touch", limited)
+    place = CachePlace(tmp_path, "f")
+    with join_folder(place, 0, is_alone=True) as found:
+        assert found == (True, True) and not list(tmp_path.glob("writer.*"))
+        with pytest.raises(ConfigError, match="in use by process"), join_folder(CachePlace(tmp_path, "f"), 0):
+            pass
+        assert left[1].exists(), "it is the other's"
+    with join_folder(place, 0) as found, join_folder(place, 1) as next_found, join_folder(place, 1) as twin:
+        assert (found, next_found, twin) == ((True, True), (False, True), (False, False))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [ARRAY, "lock"]
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for is_alone in (True, False):
+        with (
+            pytest.raises(ConfigError, match="cannot be used"),
+            join_folder(CachePlace(tmp_path / "file"), 0, is_alone),
+        ):
+            pass
+
+
+def test_a_sweep_is_waited_for(tmp_path: Path) -> None:
+    lock = FolderLock(tmp_path)
+    timer = threading.Timer(0.2, lock.release)
+    timer.start()
+    with join_folder(CachePlace(tmp_path), 0, is_alone=True) as found:
+        assert found == (True, True)
+    timer.join()

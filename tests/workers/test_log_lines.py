@@ -37,6 +37,8 @@ def test_warnings_are_collected_and_others_are_not(collector: LogCollector, capl
     [record] = caplog.records
     assert (record.levelno, record.name, record.message) == (*first[:2], "rank 2: 3 pages are gone")
     assert collector.take() == [(*first[:2], "rank 2: 3 pages are gone")], "and goes on to whoever owns the leader"
+    relay([first, (*first[:2], "rank 2: 3 pages are gone")], 0)
+    assert [record.message for record in caplog.records[1:]] == ["3 pages are gone", "rank 2: 3 pages are gone"]
 
 
 def test_lines_of_a_follower_come_with_its_report(caplog: pytest.LogCaptureFixture) -> None:

@@ -28,7 +28,8 @@ class LogCollector(logging.Handler):
             return lines
 
 
-def relay(lines: list[LogLine], rank: int | None = None) -> None:
-    """Logs lines of another process here, with the rank they come from if one is given."""
+def relay(lines: list[LogLine], rank: int = 0) -> None:
+    """Logs lines of another process here, with the rank they come from. Rank 0's have no label: it is the engine's
+    too, and has relayed lines of the others with theirs."""
     for level, name, text in lines:
-        logging.getLogger(name).log(level, "%s", text if rank is None else f"rank {rank}: {text}")
+        logging.getLogger(name).log(level, "%s", f"rank {rank}: {text}" if rank else text)

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 DIGESTS = ".distkv-fingerprint.json"
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of a checkpoint, where ranks alone are compared
+FILE_SAMPLES = 64  # of a file, to see whether it has changed
 
 
 class WeightFile:
@@ -33,6 +34,11 @@ class WeightFile:
         self.path = path
         self._descriptor = os.open(path, os.O_RDONLY)
         self._opened = os.fstat(self._descriptor)
+        try:
+            self._sampled = self.sample(FILE_SAMPLES)
+        except OSError:
+            self.close()
+            raise
 
     @property
     def link(self) -> str:
@@ -50,11 +56,11 @@ class WeightFile:
         os.close(self._descriptor)
 
     def check(self) -> None:
-        """Raises ConfigError when the content may have changed since it was opened."""
+        """Raises ConfigError when the content has changed since it was opened. The time of change alone differs too when
+        the file lost a name or got other rights; then samples tell."""
         before, now = self._opened, os.fstat(self._descriptor)
-        content = (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
-        # the time of change differs too when the file lost a name, to another file perhaps, and is what it was
-        if not content or (now.st_ctime_ns != before.st_ctime_ns and now.st_nlink == before.st_nlink):
+        is_same = (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+        if not is_same or (now.st_ctime_ns != before.st_ctime_ns and self.sample(FILE_SAMPLES) != self._sampled):
             raise ConfigError(f"{str(self.path)!r} was changed while it was read; start again when it is written")
 
     def digest(self) -> str:
