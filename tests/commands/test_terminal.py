@@ -105,16 +105,15 @@ def test_closed_streams_are_refused_before_anything_is_loaded(command: str, word
     assert all(line.startswith("import time:") and not line.endswith(" distkv.llm") for line in imported)
 
 
-def test_an_empty_prompt_is_refused_before_anything_is_loaded(here: Any, model: Path, tmp_path: Path) -> None:
-    (model / "model.safetensors").rename(tmp_path / "model.safetensors")
+def test_an_empty_prompt_is_refused_before_anything_is_loaded(
+    here: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("distkv.llm.LLM", "distkv.frontend.tokenizer.Tokenizer", "distkv.models.fetch.fetch_model"):
+        monkeypatch.setattr(name, None)
     (tmp_path / "empty").touch()
-    generate = "generate", "--model", str(model)
-    try:
-        for more in ((), ("--prompt", ""), ("--prompt-file", str(tmp_path / "empty"))):
-            code, said = here(io.TextIOWrapper(io.BytesIO(), "utf-8"), *generate, *more)
-            assert code == 2 and said.startswith("distkv: error: the prompt is empty; give some text"), said
-    finally:
-        (tmp_path / "model.safetensors").rename(model / "model.safetensors")
+    for more in ((), ("--prompt", ""), ("--prompt-file", str(tmp_path / "empty"))):
+        code, said = here(io.TextIOWrapper(io.BytesIO(), "utf-8"), "generate", "--model", "smollm2", *more)
+        assert code == 2 and said.startswith("distkv: error: the prompt is empty; give some text"), said
 
 
 def test_stdin_that_is_no_text_is_one_line(here: Any, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
