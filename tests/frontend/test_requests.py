@@ -1,5 +1,6 @@
 """What a request may be given as, what ends its answers, and that every refusal is a RequestError."""
 
+import asyncio
 import math
 from collections.abc import Iterator
 from fractions import Fraction
@@ -16,7 +17,7 @@ from support.scripted_engine import ScriptedEngine
 from support.tokenizers import save_tokenizer
 
 import distkv.frontend.front_end
-from distkv import LLM, CapacityError, CompletionOutput, RequestError, SamplingParams
+from distkv import LLM, AsyncLLM, CapacityError, CompletionOutput, RequestError, SamplingParams
 
 PENALTIES = ["repetition_penalty", "presence_penalty", "frequency_penalty"]
 NUMBERS = [*PENALTIES, "n", "temperature", "top_p", "top_k", "min_p", "max_tokens", "seed", "logprobs"]
@@ -239,6 +240,18 @@ def test_prompts_of_no_known_form_are_refused(llm: LLM, prompts: object) -> None
     with pytest.raises(RequestError, match=r"list|ids are integers") as error:
         llm.generate(prompts, use_tqdm=False)  # type: ignore[arg-type]
     assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("prompts", [["One"], [[5, 6]], [{"prompt": "One"}]])
+def test_several_prompts_where_one_is_taken_are_told_from_bad_tokens(folder: Path, llm: LLM, prompts: Any) -> None:
+    async def ask() -> None:
+        async with await AsyncLLM.create(folder) as one:
+            await anext(one.generate(prompts))
+
+    calls = (lambda: llm.stream(prompts), lambda: llm.generate([prompts]), lambda: asyncio.run(ask()))
+    for call in calls:
+        with pytest.raises(RequestError, match=r"takes one prompt and got a list of them, .*to LLM\.generate as one"):
+            call()
 
 
 def test_arguments_of_a_call_may_be_numpys(llm: LLM) -> None:

@@ -352,11 +352,11 @@ def test_a_prompt_without_anything_new_is_refused(tokenizer: Tokenizer, tmp_path
 
 
 def test_parts_of_text_are_kept_as_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    parts = [{"type": "text", "text": "And of "}, {"type": "text", "text": "Peru?"}]
+    parts = [{"type": "text", "text": "And of"}, {"type": "text", "text": "Peru?"}]
     with Session(tmp_path, "trip") as session:
         session.prompt(tokenizer, [{"role": "user", "content": parts}])
         session.add_answer("Lima.", None)
-        assert [message["content"] for message in session.messages] == ["And of Peru?", "Lima."]
+        assert [message["content"] for message in session.messages] == ["And of\nPeru?", "Lima."]
 
 
 def test_a_prompt_waits_for_one_answer(tokenizer: Tokenizer, tmp_path: Path) -> None:
