@@ -89,6 +89,19 @@ def test_many_concurrent_requests_have_the_answers_of_generate(tiny_model: Path,
     with_async(tiny_model, test)
 
 
+def test_create_makes_a_subclass_with_an_init_of_its_own(tiny_model: Path) -> None:
+    class Mine(AsyncLLM):
+        def __init__(self, model: Path, **options: Any):
+            super().__init__(model, **options)
+            self.name = "mine"
+
+    async def main() -> None:
+        async with await Mine.create(tiny_model) as llm:
+            assert llm.name == "mine" and await last_tokens(llm, [5])
+
+    asyncio.run(main())
+
+
 def test_outputs_grow(tiny_model: Path) -> None:
     async def test(llm: AsyncLLM) -> None:
         lengths, seconds = [], set()

@@ -1,4 +1,5 @@
-"""What ends an answer by a token, known in this one place."""
+"""What ends an answer by a token, and what its reader is told of it. The engine knows the end tokens of config and
+generation config by itself, for requests that no front end makes."""
 
 from distkv.engine.protocol import EngineInfo
 from distkv.errors import RequestError

@@ -333,12 +333,13 @@ def test_nobody_else_may_read_a_session(tokenizer: Tokenizer, tmp_path: Path) ->
             with Session(tmp_path / "cache", "trip") as session:
                 answered(session, tokenizer, QUESTIONS[0], "Paris.", [1])
             path = tmp_path / "cache" / "sessions" / "trip.json"
-            assert path.stat().st_mode & 0o777 == 0o600
+            assert {one.stat().st_mode & 0o777 for one in (path, path.with_suffix(".lock"))} == {0o600}
+            assert path.parent.stat().st_mode & 0o777 == 0o700
             path.with_name("trip.json.partial").write_text("")  # of a process that was killed, and readable
-            path.chmod(0o644)  # as earlier releases wrote it
+            for one, mode in ((path, 0o644), (path.with_suffix(".lock"), 0o644), (path.parent, 0o755)):
+                one.chmod(mode)  # as earlier releases wrote it
     finally:
         os.umask(before)
-    assert path.parent.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_prompt_without_anything_new_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
