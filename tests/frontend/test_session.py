@@ -12,9 +12,11 @@ import pytest
 from support.processes import run_code
 
 from distkv.errors import ConfigError, DistKVError, RequestError, StoreError
+from distkv.frontend.conversation import Conversation
 from distkv.frontend.messages import Message
 from distkv.frontend.session import Session
 from distkv.frontend.tokenizer import Tokenizer
+from distkv.outputs import CompletionOutput
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 QUESTIONS = [
@@ -358,6 +360,15 @@ def test_parts_of_text_are_kept_as_text(tokenizer: Tokenizer, tmp_path: Path) ->
         session.prompt(tokenizer, [{"role": "user", "content": parts}])
         session.add_answer("Lima.", None)
         assert [message["content"] for message in session.messages] == ["And of\nPeru?", "Lima."]
+
+
+def test_a_special_token_that_stopped_an_answer_is_no_part_of_it(tokenizer: Tokenizer) -> None:
+    conversation, words = Conversation(), tokenizer.encode("Paris.")
+    for stop in (END, f"{END}\n"):
+        conversation.prompt(tokenizer, QUESTIONS[:1])
+        end = tokenizer.special_tokens[END]
+        conversation.add_output(CompletionOutput(0, "Paris.", [*words, end], None, None, "stop", stop))
+        assert conversation.messages[-1]["token_ids"] == words
 
 
 def test_a_prompt_waits_for_one_answer(tokenizer: Tokenizer, tmp_path: Path) -> None:
