@@ -3,10 +3,11 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Unpack
+from typing import Self, Unpack
 
 from distkv.config import EngineConfig, EngineOptions
 from distkv.engine.loop import Delivery
@@ -18,6 +19,9 @@ from distkv.frontend.request_checks import Prompt
 from distkv.frontend.request_group import RequestGroup
 from distkv.outputs import RequestOutput, join_deltas
 from distkv.sampling_params import RequestOutputKind, SamplingParams
+
+_create_waits = ContextVar("_create_waits", default=False)
+"""Whether `AsyncLLM.create` waits for what is being made, so that `__init__` does not."""
 
 
 class AsyncLLM(Facade):
@@ -34,19 +38,20 @@ class AsyncLLM(Facade):
 
     def __init__(self, model: str | Path, **options: Unpack[EngineOptions]):
         """Loads the model, and blocks meanwhile; in a running event loop use `create`. As `LLM` otherwise."""
-        self._begin(EngineConfig(model=model, **options))
-        self._front_end.wait()
-
-    def _begin(self, config: EngineConfig) -> None:
-        self._front_end = FrontEnd(config)
+        self._front_end = FrontEnd(EngineConfig(model=model, **options))
         self._mailbox: _Mailbox | None = None
+        if not _create_waits.get():
+            self._front_end.wait()
 
     @classmethod
-    async def create(cls, model: str | Path, **options: Unpack[EngineOptions]) -> "AsyncLLM":
+    async def create(cls, model: str | Path, **options: Unpack[EngineOptions]) -> Self:
         """A new `AsyncLLM`, loaded while the event loop goes on. Nothing is left of one whose task is cancelled: what
-        it has loaded is freed in the background."""
-        llm = cls.__new__(cls)
-        llm._begin(EngineConfig(model=model, **options))
+        it has loaded is freed in the background. The `__init__` of a subclass runs before the model is loaded."""
+        waits = _create_waits.set(True)
+        try:
+            llm = cls(model, **options)
+        finally:
+            _create_waits.reset(waits)
         try:
             await asyncio.to_thread(llm._front_end.wait)
         except BaseException:

@@ -210,12 +210,9 @@ class EngineConfig:
             ("staging_pages", no_cold, no_pages, "leave one of them out"),
             ("max_cold_bytes_per_step", no_cold, no_pages, "leave one of them out"),
             (
-                "gpu_memory_utilization", self.gpu_memory_utilization != 0.9 and self.device_kv_bytes is not None,
+                "gpu_memory_utilization",
+                self.gpu_memory_utilization != EngineConfig.gpu_memory_utilization and self.device_kv_bytes is not None,
                 "device_kv_bytes is too, which says how much memory KV takes", "leave one of them out",
-            ),
-            (
-                "gpu_memory_utilization", self.gpu_memory_utilization != 0.9 and self.device == "cpu",
-                "device is cpu", "leave one of them out",
             ),
         ):  # fmt: skip
             if is_idle and getattr(self, name) is not None:

@@ -16,3 +16,4 @@ class RequestError(DistKVError, ValueError):
 
 for public in (DistKVError, ConfigError, RequestError, CapacityError, StoreError, WorkerDied):
     public.__module__ = "distkv"  # where users find it, so that a traceback calls it by that name
+del public

@@ -56,7 +56,7 @@ class LLM(Facade):
 
         Args:
             prompts: one prompt or a list of them, each a text or token ids, in a list or an array, or a dict
-                `{"prompt": text}` or `{"prompt_token_ids": ids}`.
+                `{"prompt": text}` or `{"prompt_token_ids": ids}`, which may have its own `cache_salt`.
             sampling_params: for all prompts, or one for each.
             priority: for all prompts, or one for each; lower goes first, and equal ones go in order of arrival.
             cache_salt: for all prompts, or one for each; pages of a prompt are shared among requests of one salt only,
@@ -88,7 +88,9 @@ class LLM(Facade):
         """Continues one conversation or a list of them by the assistant's answer; else as `generate`.
 
         Args:
-            messages: `[{"role": "user", "content": "..."}, ...]`, or a list of such lists.
+            messages: `[{"role": "user", "content": "..."}, ...]`, or a list of such lists. Content may be a list of
+                parts `{"type": "text", "text": "..."}`, which are joined by line breaks. Fields that are None are left
+                out, and others that the chat template does not use are refused.
             session: name of one conversation that is kept in cache_dir, for this process and later ones. `messages` are
                 what is new in it; what was said before comes first, and they are added to it with their answer.
 

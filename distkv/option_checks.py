@@ -12,8 +12,9 @@ from typing import Any
 from distkv.errors import ConfigError
 from distkv.values import plain, shown
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+UNITS = {"": 1, "B": 1}
+UNITS |= {letter + end: 1000**power for power, letter in enumerate("KMGT", 1) for end in ("", "B")}
+UNITS |= {letter + end: 1024**power for power, letter in enumerate("KMGT", 1) for end in ("I", "IB")}
 MOST_BYTES = 2**63 - 1
 MOST = 2**31 - 1  # of tokens, sequences and the like
 
@@ -50,8 +51,10 @@ def check_share(name: str, value: Any) -> float:
 
 
 def parse_bytes(name: str, size: Any, least: int = 1) -> int:
-    """Bytes of a whole number or of a text such as "512MB", "1.5 GiB" or "4096", at least so many."""
-    number = _whole(size)
+    """Bytes of a whole number, 4e9 among them, or of a text such as "512MB", "1.5 GiB", "4Gi" or "4096", at least so
+    many. Units with an i are powers of 1024, the others of 1000."""
+    found = plain(size)
+    number = int(found) if isinstance(found, float) and found.is_integer() else _whole(size)
     if isinstance(size, str):
         match = re.fullmatch(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([a-zA-Z]*)\s*", size)
         if match is not None and match[2].upper() in UNITS:

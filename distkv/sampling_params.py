@@ -57,8 +57,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, repr_omit_defaul
     stop: str | list[str] | None = None
     """Text that ends the answer; there may be several.
 
-    It is not part of the answer, and is found wherever the token borders lie. The text of a special token stands for
-    that token, too.
+    It is not part of the answer, and is found wherever the token borders lie. The text of a special token, with
+    or without blanks around it, stands for that token, too.
     """
     stop_token_ids: list[int] | None = None
     """Tokens that end the answer, beside the model's own unless ignore_eos.

@@ -89,6 +89,19 @@ def test_many_concurrent_requests_have_the_answers_of_generate(tiny_model: Path,
     with_async(tiny_model, test)
 
 
+def test_create_makes_a_subclass_with_an_init_of_its_own(tiny_model: Path) -> None:
+    class Mine(AsyncLLM):
+        def __init__(self, model: Path, **options: Any):
+            super().__init__(model, **options)
+            self.name = "mine"
+
+    async def main() -> None:
+        async with await Mine.create(tiny_model) as llm:
+            assert llm.name == "mine" and await last_tokens(llm, [5])
+
+    asyncio.run(main())
+
+
 def test_outputs_grow(tiny_model: Path) -> None:
     async def test(llm: AsyncLLM) -> None:
         lengths, seconds = [], set()
@@ -419,8 +432,13 @@ def test_priority_and_salt_reach_the_engine(llm: LLM, monkeypatch: pytest.Monkey
     llm.generate([[5], [6]], short, priority=7, cache_salt="b", use_tqdm=False)
     list(llm.stream([5], short, priority=2, cache_salt="c"))
     list(llm.stream([5], short))
+    llm.generate({"prompt_token_ids": [5], "cache_salt": "d", "images": None}, short, use_tqdm=False)  # type: ignore[typeddict-unknown-key]
+    list(llm.stream({"prompt_token_ids": [5], "cache_salt": "e"}, short, cache_salt="e"))
     idle_engine(llm)
-    assert added == [(3, "a"), (-1, None), (7, "b"), (7, "b"), (2, "c"), (0, None)]
+    assert added == [(3, "a"), (-1, None), (7, "b"), (7, "b"), (2, "c"), (0, None), (0, "d"), (0, "e")]
+    for own, message in (("f", "cache_salt is 'g', and 'f' in the prompt; give one"), (5, "cache_salt is 5; it must")):
+        with pytest.raises(RequestError, match=message):
+            llm.stream({"prompt_token_ids": [5], "cache_salt": own}, short, cache_salt="g")  # type: ignore[typeddict-item]
 
 
 @pytest.mark.parametrize(

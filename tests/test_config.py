@@ -26,7 +26,8 @@ SHORT = SamplingParams(max_tokens=2, temperature=0)
     [
         (1, 1), ("1", 1), ("4096", 4096), ("512MB", 512 * 10**6), ("4GiB", 2**32), ("1 GiB", 2**30), (" 2kib ", 2048),
         ("1.5GiB", 3 * 2**29), ("0.5KiB", 512), ("1.9", 1), (np.int32(7), 7), (np.uint64(2**40), 2**40),
-        ("9007199254740993", 2**53 + 1), (2**63 - 1, 2**63 - 1),
+        ("9007199254740993", 2**53 + 1), (2**63 - 1, 2**63 - 1), ("4G", 4 * 10**9), ("4 Gi", 2**32), ("512k", 512_000),
+        ("2Mi", 2**21), ("1T", 10**12), (4e9, 4 * 10**9), (np.float32(4096), 4096),
     ],
 )  # fmt: skip
 def test_sizes(size: Any, expected: int) -> None:
@@ -36,8 +37,8 @@ def test_sizes(size: Any, expected: int) -> None:
 @pytest.mark.parametrize(
     "size",
     [
-        "0.5", "0.9B", "0", 0, "0.0GiB", "-1", -1, "1e3", "GiB", "", " ", "1.5.5", "nan", "inf", float("nan"), 4e9,
-        float("inf"), True, False, np.True_, np.float64(4096), 2**63, 10**400, "9" * 30, "9" * 400, "8 EiB",
+        "0.5", "0.9B", "0", 0, "0.0GiB", "-1", -1, "1e3", "GiB", "", " ", "1.5.5", "nan", "inf", float("nan"), 0.5, 1.5,
+        float("inf"), True, False, np.True_, np.float64(4096.5), 1e30, 2**63, 10**400, "9" * 30, "9" * 400, "8 EiB",
         "4 apples", "٤", "4_096", "0x10", b"4GiB", None, [4], "1 G iB",
     ],
 )  # fmt: skip
@@ -54,6 +55,11 @@ def test_none_is_a_size_where_it_means_something() -> None:
             EngineConfig("m", host_kv_bytes=less)
     with pytest.raises(ConfigError, match=r"max-bytes is '0\.5'"):
         CliRunner().invoke(app, ["cache", "prune", "--cache-dir", "x", "--max-bytes", "0.5"], catch_exceptions=False)
+
+
+def test_a_share_of_the_gpu_may_be_given_where_there_is_none() -> None:
+    for device in ("auto", "cpu"):
+        assert EngineConfig("m", device=device, gpu_memory_utilization=0.5).gpu_memory_utilization == 0.5
 
 
 def test_numbers_of_other_libraries_are_taken() -> None:
@@ -102,7 +108,6 @@ def test_numbers_of_other_libraries_are_taken() -> None:
         ({"max_cold_bytes_per_step": 64, "host_kv_bytes": 0}, "max_cold_bytes_per_step is set and host_kv_bytes is 0"),
         ({"cache_dir": "kv", "host_kv_bytes": 0}, "cache_dir is set and host_kv_bytes is 0"),
         ({"gpu_memory_utilization": 0.5, "device_kv_bytes": 9}, "gpu_memory_utilization is set and device_kv_bytes is"),
-        ({"gpu_memory_utilization": 0.5, "device": "cpu"}, "gpu_memory_utilization is set and device is cpu"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_refused(options: dict[str, Any], message: str) -> None:

@@ -22,9 +22,10 @@ def generate(
     options: EngineFlags,
 ) -> None:
     """Continue a prompt; tokens are printed as they come."""
-    text, folder = _read_prompt(prompt, prompt_file), model_folder(model)
+    text = _read_prompt(prompt, prompt_file)
     if not text:
-        _check_empty(folder)
+        raise RequestError("the prompt is empty; give some text with --prompt, --prompt-file or on stdin")
+    folder = model_folder(model)
     from distkv.llm import LLM
 
     with LLM(folder, **options) as llm:
@@ -48,11 +49,3 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
         raise RequestError(f"the prompt file {source!r} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise RequestError(f"the prompt from {source!r} is not UTF-8 (byte {error.start}); convert it first") from error
-
-
-def _check_empty(folder: Path) -> None:
-    """Raises RequestError, before the model is loaded, when its tokenizer makes nothing of an empty prompt."""
-    from distkv.frontend.tokenizer import Tokenizer
-
-    if not Tokenizer(folder).encode(""):
-        raise RequestError("the prompt is empty; give some text with --prompt, --prompt-file or on stdin")

@@ -47,10 +47,11 @@ def main() -> None:
                 unexplained = error
     except ConfigError as error:
         sys.exit(_fail(str(error)))
-    if isinstance(stdout.failure, BrokenPipeError):
+    failure = None if stdout is None else stdout.failure
+    if isinstance(failure, BrokenPipeError):
         code = code or 128 + signal.SIGPIPE
-    elif stdout.failure is not None:
-        code = code or _fail(f"stdout cannot be written: {stdout.failure.strerror}")
+    elif failure is not None:
+        code = code or _fail(f"stdout cannot be written: {failure.strerror}")
     elif unexplained is not None:
         raise unexplained
     if code:

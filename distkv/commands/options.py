@@ -53,7 +53,7 @@ class Fields:
     def check(self, values: dict[str, Any]) -> None:
         """Raises ConfigError for values that cannot be used, before anything is loaded."""
         if self.source is EngineConfig:
-            EngineConfig(".", **values)
+            EngineConfig("/", **values)  # a model that needs no current folder
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:

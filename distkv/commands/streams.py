@@ -37,9 +37,10 @@ class Stdout(io.TextIOWrapper):
 
 
 @contextmanager
-def guarded() -> Iterator[Stdout]:
+def guarded() -> Iterator[Stdout | None]:
     """Makes the three streams usable, and yields stdout; what is left to be written is written at the end, or dropped
-    when that fails. Raises ConfigError when stdout is closed.
+    when that fails. Yields None where stdout is something without bytes below it, such as StringIO, which stays as it
+    is. Raises ConfigError when stdout is closed.
 
     In the place of a closed descriptor there is /dev/null: else a file that is opened later would get its number, and
     what a library prints would go into that file.
@@ -54,8 +55,11 @@ def guarded() -> Iterator[Stdout]:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115, it lasts as long as the process
     if sys.stdout is None:
         raise ConfigError("stdout is closed; give it a file, or /dev/null")
-    before, sys.stdout = sys.stdout, Stdout(sys.stdout)  # type: ignore[arg-type]
-    stdout = sys.stdout
+    if not isinstance(sys.stdout, io.TextIOWrapper):
+        yield None
+        return
+    before = sys.stdout
+    sys.stdout = stdout = Stdout(before)
     try:
         yield stdout
     finally:
@@ -91,10 +95,12 @@ def check_stdin(cure: str) -> None:
 def ask(prompt: str) -> str | None:
     """The next line of stdin, after a prompt on stdout; None at the end. Raises RequestError when it cannot be read."""
     try:
-        return input(prompt)
+        line = input(prompt)
+        line.encode()  # in some locales Python lets bytes that are none of its encoding pass as lone surrogates
+        return line
     except EOFError:
         return None
-    except UnicodeDecodeError as error:
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise RequestError(f"a line of stdin is not {error.encoding}; convert it first") from error
     except OSError as error:
         if isinstance(sys.stdout, Stdout) and sys.stdout.failure is not None:

@@ -46,7 +46,9 @@ class EngineRequest(msgspec.Struct, frozen=True):
     synthetic_kv_seed: int | None = None
     priority: int = 0  # lower goes first
     cache_salt: str | None = None  # pages of a prefix are shared among requests of one salt only
-    stop_token_ids: frozenset[int] = frozenset()  # that end an answer, beside the engine's own unless params.ignore_eos
+    # That end an answer, beside the engine's own unless params.ignore_eos; a front end names them all, with those that
+    # only the tokenizer knows.
+    stop_token_ids: frozenset[int] = frozenset()
 
 
 class TokenOutput(msgspec.Struct, frozen=True, tag=True):

@@ -3,7 +3,8 @@
 from typing import Any
 
 from distkv.errors import ConfigError, RequestError
-from distkv.frontend.messages import Message
+from distkv.frontend.messages import Message, extra_fields
+from distkv.values import shown
 
 
 class ChatTemplate:
@@ -14,14 +15,16 @@ class ChatTemplate:
         self._tokenizer = tokenizer
 
     def check(self, messages: list[Message]) -> None:
-        """Raises ConfigError when the model has no template, RequestError when it would pass over a message's
-        `tool_calls`."""
+        """Raises ConfigError when the model has no template, RequestError when it would pass over a field of the
+        messages, `tool_calls`, say: when the text is the same without that field."""
         if not self._tokenizer.chat_template:
             raise ConfigError("the model's tokenizer has no chat template; use generate() with a plain prompt")
-        if any(message.get("tool_calls") for message in messages) and "tool_calls" not in self._source():
+        extra = dict.fromkeys(field for message in messages for field in extra_fields(message))
+        unused = [field for field in extra if self._passes_over(field, messages)]
+        if unused:
             raise RequestError(
-                "a message has tool_calls, which the model's chat template leaves out; put them into its content, or "
-                "use a model that knows tools"
+                f"a message has {', '.join(map(shown, unused))}, which the model's chat template leaves out; put it "
+                "into the content, leave it out, or use a model that knows it"
             )
 
     def render(self, messages: list[Message]) -> str:
@@ -54,5 +57,9 @@ class ChatTemplate:
                 "their roles and contents"
             ) from error
 
-    def _source(self) -> str:
-        return str(self._tokenizer.chat_template)
+    def _passes_over(self, field: str, messages: list[Message]) -> bool:
+        text = self.render(messages)
+        try:
+            return text == self.render([{key: one[key] for key in one if key != field} for one in messages])
+        except RequestError:  # it needs the field
+            return False

@@ -112,7 +112,7 @@ class Conversation:
         _, tokenizer, prompt = self._open_turn()
         token_ids, reason = answer.token_ids, answer.stop_reason
         if answer.finish_reason == "stop":
-            by_token = not isinstance(reason, str) or token_ids[-1] == tokenizer.special_tokens.get(reason)
+            by_token = not isinstance(reason, str) or token_ids[-1] == tokenizer.special_token_id(reason)
             token_ids = token_ids[:-1] if by_token else token_ids
         self.add_answer(answer.text, seen_tokens(tokenizer, prompt, token_ids, answer.text))
 

@@ -1,4 +1,5 @@
-"""What ends an answer by a token, known in this one place."""
+"""What ends an answer by a token, and what its reader is told of it. The engine knows the end tokens of config and
+generation config by itself, for requests that no front end makes."""
 
 from distkv.engine.protocol import EngineInfo
 from distkv.errors import RequestError
@@ -13,20 +14,25 @@ for, the text of a special token that was asked for as such, None for an end tok
 def stop_reasons(params: SamplingParams, info: EngineInfo, tokenizer: Tokenizer | None) -> StopReasons:
     """What ends the answers of a request; `info` has the end tokens of config, generation config and tokenizer.
 
-    Raises RequestError for stop tokens and stop strings that can never come.
+    Raises RequestError for stop tokens and stop strings that can never come, such as those with a special token in them
+    that ordinary tokens cannot spell.
     """
     reasons: StopReasons = {} if params.ignore_eos else dict.fromkeys(info.eos_token_ids)
     for token in params.stop_token_ids or ():
         if token >= info.vocab_size:
             raise RequestError(f"stop_token_ids has {token}; ids are integers below {info.vocab_size}")
         reasons.setdefault(token, token)
-    special = tokenizer.special_tokens if tokenizer and params.stop else {}
+    if tokenizer is None:
+        return reasons
     for stop in params.stop_strings:
-        if stop in special:
-            reasons.setdefault(special[stop], stop)
-        elif held := next((token for token in special if token in stop), None):
-            raise RequestError(
-                f"stop has {stop!r}, and the special token {held!r} in it is no part of an answer's text; use {held!r} "
-                f"alone, or stop_token_ids=[{special[held]}]"
-            )
+        token_id = tokenizer.special_token_id(stop)
+        if token_id is not None:
+            reasons.setdefault(token_id, stop)
+            continue
+        for held, token in tokenizer.special_tokens.items():
+            if held and held in stop and not tokenizer.can_spell(held):
+                raise RequestError(
+                    f"stop has {stop!r}, and the special token {held!r} in it is no part of an answer's text; use "
+                    f"{held!r} alone, or stop_token_ids=[{token}]"
+                )
     return reasons

@@ -73,8 +73,8 @@ class FrontEnd:
         DistKVError in a forked process."""
         self.thread.check_process()
         check_params(params, self.info)
-        priority, cache_salt = plain_priority(priority), plain_salt(cache_salt)
-        text, given = plain_prompt(prompt)
+        text, given, own_salt = plain_prompt(prompt)
+        priority, cache_salt = plain_priority(priority), plain_salt(cache_salt, own_salt)
         token_ids = given if given is not None else self.tokenizer.encode(text or "")
         check_tokens(token_ids, self.info)
         if self._tokenizer is None and params.stop_strings:

@@ -9,9 +9,12 @@ Message = dict[str, Any]
 """One message of a conversation: `{"role": "user", "content": "..."}`. An answer may carry `token_ids` besides its
 text: what the model sampled for it, without the end token."""
 
+OWN_FIELDS = ("role", "content", "token_ids")
+
 
 def plain_messages(messages: Any) -> list[Message]:
-    """The messages with text as their content, of which parts are joined, or None beside `tool_calls`.
+    """The messages with text as their content, of which parts are joined by line breaks, or None beside `tool_calls`.
+    Other fields that hold nothing, as clients write them out, are left out.
 
     Raises RequestError for what is no conversation, and for content that is no text.
     """
@@ -31,7 +34,18 @@ def _plain(message: Message) -> Message:
         raise RequestError("a message with token_ids needs them as a list of integers, and its text as content")
     if "content" not in message and not message.get("tool_calls"):
         raise RequestError(f"a message of the {message['role']} has no content; give its text as 'content'")
-    return message | {"content": _text(message.get("content"))}
+    more = {key: value for key, value in extra_fields(message).items() if value is not None and not _is_empty(value)}
+    own = {key: message[key] for key in OWN_FIELDS if message.get(key) is not None}
+    return own | {"content": _text(message.get("content"))} | more
+
+
+def extra_fields(message: Message) -> dict[str, Any]:
+    """What a message has that not every template knows."""
+    return {key: value for key, value in message.items() if key not in OWN_FIELDS}
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, list) and not value
 
 
 def _text(content: Any) -> str | None:
@@ -39,7 +53,7 @@ def _text(content: Any) -> str | None:
         return content
     if not isinstance(content, list | tuple):
         raise RequestError(f"content is {shown(content)}; it must be a text or a list of parts of type 'text'")
-    return "".join(_part(part) for part in content)
+    return "\n".join(_part(part) for part in content)
 
 
 def _part(part: Any) -> str:

@@ -9,14 +9,15 @@ from distkv.errors import CapacityError, RequestError
 from distkv.sampling_params import SamplingParams
 from distkv.values import integer, listed, plain, shown, text
 
-PROMPT_KEYS = ("prompt", "prompt_token_ids")
+PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 
 
 class PromptDict(TypedDict, total=False):
-    """A prompt as a dict, of a text or of token ids; with both, the token ids count."""
+    """A prompt as a dict, of a text or of token ids; with both, the token ids count. It may bring its salt."""
 
     prompt: str
     prompt_token_ids: Sequence[int]
+    cache_salt: str | None
 
 
 Prompt = str | Sequence[int] | PromptDict
@@ -28,22 +29,28 @@ class PlainPrompt(NamedTuple):
 
     text: str | None
     token_ids: list[int] | None  # where they were given
+    cache_salt: Any = None  # that it brought with it, as it was given
 
 
 def plain_prompt(prompt: Any) -> PlainPrompt:
     """Raises RequestError for what is no prompt."""
     if isinstance(prompt, dict):
-        unknown = [key for key in prompt if key not in PROMPT_KEYS]
+        unknown = [key for key, value in prompt.items() if key not in PROMPT_KEYS and value is not None]
         if unknown or not prompt:
             key = shown(unknown[0]) if unknown else "nothing in it"
             raise RequestError(f"a prompt is a dict with {key}; give 'prompt', a text, or 'prompt_token_ids', a list")
-        words, token_ids = (prompt.get(key) for key in PROMPT_KEYS)
+        words, token_ids, salt = (prompt.get(key) for key in PROMPT_KEYS)
     else:
-        words, token_ids = (prompt, None) if isinstance(plain(prompt), str) else (None, prompt)
+        words, token_ids, salt = (prompt, None, None) if isinstance(plain(prompt), str) else (None, prompt, None)
     words, found = plain(words), listed(token_ids)
     if not isinstance(words, str | None) or (found is None and (token_ids is not None or words is None)):
         raise RequestError(f"a prompt is {shown(prompt)}; it must be a text or a list of token ids")
-    return PlainPrompt(None if words is None else str(words), found)
+    if found and isinstance(found[0], str | dict | list | tuple | range):
+        raise RequestError(
+            f"this takes one prompt and got a list of them, {shown(prompt)}; give a text or a list of token ids, and "
+            "several prompts to LLM.generate as one list"
+        )
+    return PlainPrompt(None if words is None else str(words), found, salt)
 
 
 def plain_prompts(prompts: Any) -> list[Any]:
@@ -74,12 +81,17 @@ def plain_priority(priority: Any) -> int:
         ) from error
 
 
-def plain_salt(cache_salt: Any) -> str | None:
-    """Raises RequestError for other than a text or None."""
-    salt = text(cache_salt)
-    if salt is None and cache_salt is not None:
-        raise RequestError(f"cache_salt is {shown(cache_salt)}; it must be a text, or None to share with all others")
-    return salt
+def plain_salt(cache_salt: Any, own: Any = None) -> str | None:
+    """The salt of a prompt that was given beside it, or that it brought as its own. Raises RequestError for other than
+    a text or None, and for two that differ."""
+    given = [one for one in (cache_salt, own) if one is not None]
+    salts = [text(one) for one in given]
+    for one, salt in zip(given, salts, strict=True):
+        if salt is None:
+            raise RequestError(f"cache_salt is {shown(one)}; it must be a text, or None to share with all others")
+    if len(set(salts)) > 1:
+        raise RequestError(f"cache_salt is {shown(salts[0])}, and {shown(salts[1])} in the prompt; give one of them")
+    return salts[0] if salts else None
 
 
 def check_tokens(token_ids: list[Any], info: EngineInfo) -> None:

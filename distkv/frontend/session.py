@@ -9,6 +9,7 @@ Nobody but their owner may read them.
 import logging
 import os
 import re
+import stat
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -109,6 +110,9 @@ def _lock(path: Path, name: str) -> FileLock:
     try:
         path.parent.parent.mkdir(parents=True, exist_ok=True)
         path.parent.mkdir(mode=0o700, exist_ok=True)
+        _make_private(path.parent, 0o700)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        _make_private(path, 0o600)
         return FileLock(path)
     except OSError as error:
         raise ConfigError(
@@ -117,6 +121,13 @@ def _lock(path: Path, name: str) -> FileLock:
         ) from error
     except HeldError as holder:
         raise ConfigError(f"session {name} is open in {holder}; end that, or name another session") from None
+
+
+def _make_private(path: Path, mode: int) -> None:
+    """Has a folder or file of ours, which an earlier release may have made, be nobody else's to read."""
+    found = path.stat()
+    if found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) != mode:
+        path.chmod(mode)
 
 
 def _load(path: Path) -> SessionFile:

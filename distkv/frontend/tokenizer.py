@@ -112,6 +112,16 @@ class Tokenizer:
         """Whether `decode` looks at the token: it is known, and not special."""
         return token_id in self._text_ids
 
+    def special_token_id(self, text: str) -> int | None:
+        """The special token that has this text, but for blanks around it."""
+        return self.special_tokens.get(text, self.special_tokens.get(text.strip()) if text.strip() else None)
+
+    def can_spell(self, text: str) -> bool:
+        """Whether tokens that `decode` looks at may add up to this text, which may be that of a special token."""
+        with self._lock:
+            token_ids = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return text in self.decode(token_ids)
+
     def is_byte(self, token_id: int) -> bool:
         """Whether the token is a single byte for which the vocabulary has nothing better."""
         return token_id in self._byte_ids

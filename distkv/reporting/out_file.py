@@ -1,5 +1,6 @@
 """What commands write beside stdout: files of figures, and folders that last as long as a measurement."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,15 +10,16 @@ from distkv.errors import ConfigError, StoreError
 
 
 def check_out_file(path: Path | None) -> None:
-    """Raises ConfigError when the file, if any, could not be written now."""
-    if path is None or (path.exists() and not path.is_file() and not path.is_dir()):  # a device, say
+    """Raises ConfigError when the file, if any, could not be written now. It is left as it is, or not there."""
+    if path is None:
         return
-    is_new = not path.exists()
+    target = Path(os.path.realpath(path))  # a link may lead to a file that is not there yet
     try:
-        with open(path, "ab"):
-            pass
-        if is_new:
-            path.unlink()
+        if not target.exists():
+            os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+            target.unlink()
+        elif target.is_file() or target.is_dir():  # opening something else may have an effect, a pipe, say
+            os.close(os.open(target, os.O_WRONLY))
     except OSError as error:
         raise ConfigError(f"{str(path)!r} cannot be written: {error.strerror}; name another file") from error
 

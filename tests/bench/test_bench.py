@@ -63,6 +63,11 @@ def test_a_file_that_cannot_be_written_is_refused_at_once(
     with pytest.raises(pytest.fail.Exception, match="measured"):
         scheduler.run(4, 200, 5, 16, tmp_path / "new.json")
     assert not (tmp_path / "new.json").exists()
+    link = tmp_path / "link.json"
+    link.symlink_to("later.json")
+    with pytest.raises(pytest.fail.Exception, match="measured"):
+        scheduler.run(4, 200, 5, 16, link)
+    assert link.is_symlink() and not (tmp_path / "later.json").exists(), "nothing of the user's is taken away"
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tiny_model: Path) -> None:

@@ -93,6 +93,14 @@ def test_every_option_of_the_engine_has_a_flag_that_reaches_it(command: str, run
         assert run(command, *arguments) == EngineConfig(Path("folder"), **values)
 
 
+def test_a_command_runs_in_a_folder_that_was_removed(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run("generate", "--model", "/m").model == Path("/m")
+    monkeypatch.chdir(tmp_path)
+
+
 def test_commands_have_defaults_of_sampling_of_their_own(run: Any) -> None:
     run("generate")
     assert Seen.params == SamplingParams(max_tokens=256, output_kind=DELTA)

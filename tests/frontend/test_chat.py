@@ -11,6 +11,7 @@ from support.tokenizers import save_tokenizer
 
 from distkv import ConfigError, RequestError
 from distkv.frontend.messages import Message
+from distkv.frontend.session import Session
 from distkv.frontend.tokenizer import Tokenizer
 
 TURN = "{% for one in messages %}<s>{{ one.role }}: {{ CONTENT }}</s>{% endfor %}"
@@ -44,7 +45,7 @@ def text(words: str) -> dict[str, str]:
     [
         ("Hello", "Hello"),
         ([text("Hello")], "Hello"),
-        ([text("Hello "), text("world"), "."], "Hello world."),
+        ([text("Hello"), text("the"), "world"], "Hello\nthe\nworld"),
         ((text("Hello"),), "Hello"),
         ([], ""),
         (None, ""),
@@ -74,12 +75,38 @@ def test_content_of_none_is_the_templates_business_where_it_knows_of_it(render: 
         ({"role": "user"}, "a message of the user has no content; give its text as 'content'"),
         ({"content": "Hello"}, "a message has the role None; it must be 'user'"),
         (user("Hello", role=5), "a message has the role 5"),
-        (user("Hello", tool_calls=[{"id": "abc"}]), "has tool_calls, which the model's chat template leaves out; put"),
+        (
+            user("Hello", tool_calls=[{"id": "abc"}]),
+            "has 'tool_calls', which the model's chat template leaves out",
+        ),
+        (user("Hello", name="a", id=5), "a message has 'name', 'id', which the model's"),
     ],
 )
 def test_what_a_template_would_pass_over_is_refused(render: Render, message: Message, error: str) -> None:
     with pytest.raises(RequestError, match=error):
         render(PLAIN, message)
+
+
+def test_the_template_that_is_rendered_says_whether_it_uses_a_field(render: Render) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "abc"}]}
+    never = "{# tool_calls #}" + PLAIN  # which has the word
+    both: Any = [{"name": "default", "template": PLAIN}, {"name": "tool_use", "template": CALLS}]
+    for template in (never, both):
+        with pytest.raises(RequestError, match="has 'tool_calls', which"):
+            render(template, user("Hello"), call)
+    needing = PLAIN.replace("one.content", "one.content + one.name")
+    assert "Helloabc" in render(needing, user("Hello", name="abc"))
+
+
+def test_fields_that_hold_nothing_are_left_out(render: Render, tmp_path: Path) -> None:
+    """As openai's `message.model_dump()` has them."""
+    nothing = dict.fromkeys(("refusal", "audio", "function_call", "tool_calls", "name")) | {"annotations": []}
+    printing = PLAIN.replace("one.content", "one | list | join(',')")
+    assert render(printing, user("Hello", **nothing)) == render(printing, user("Hello"))
+    with Session(tmp_path, "trip") as session:
+        assert session.check([user("Hello", **nothing)]) == session.check([user("Hello")])
+        with pytest.raises(RequestError, match="unknown field `name`"):
+            session.check([user("Hello", name="a")])
 
 
 @pytest.mark.parametrize(

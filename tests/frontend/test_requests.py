@@ -1,5 +1,6 @@
 """What a request may be given as, what ends its answers, and that every refusal is a RequestError."""
 
+import asyncio
 import math
 from collections.abc import Iterator
 from fractions import Fraction
@@ -16,7 +17,9 @@ from support.scripted_engine import ScriptedEngine
 from support.tokenizers import save_tokenizer
 
 import distkv.frontend.front_end
-from distkv import LLM, CapacityError, CompletionOutput, RequestError, SamplingParams
+from distkv import LLM, AsyncLLM, CapacityError, CompletionOutput, RequestError, SamplingParams
+from distkv.frontend.end_tokens import stop_reasons
+from distkv.frontend.tokenizer import Tokenizer
 
 PENALTIES = ["repetition_penalty", "presence_penalty", "frequency_penalty"]
 NUMBERS = [*PENALTIES, "n", "temperature", "top_p", "top_k", "min_p", "max_tokens", "seed", "logprobs"]
@@ -111,8 +114,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def scripted(folder: Path, script: list[str], ends: list[str], patch: pytest.MonkeyPatch) -> tuple[LLM, ScriptedEngine]:
     """An LLM that answers with these tokens; `ends` are the end tokens of config and generation config."""
-    from distkv.frontend.tokenizer import Tokenizer
-
     vocabulary = Tokenizer(folder)._tokenizer.get_vocab()
     engine = ScriptedEngine([vocabulary[one] for one in script], tuple(vocabulary[one] for one in ends))
     patch.setattr(distkv.frontend.front_end, "launch", lambda config, check: engine)
@@ -156,6 +157,7 @@ def test_without_the_tokenizers_own_the_others_still_end_it(folder: Path, monkey
     ("params", "expected"),
     [
         ({"stop": "<special>"}, (" Hello", 2, "stop", "<special>")),
+        ({"stop": "<special>\n"}, (" Hello", 2, "stop", "<special>\n")),
         ({"stop": ["nope", "<s>"], "ignore_eos": True}, (" Hello the world", 6, "stop", "<s>")),
         ({"stop": "</s>"}, (" Hello the", 4, "stop", None)),
         ({"stop_token_ids": [274]}, (" Hello", 2, "stop", 274)),
@@ -171,16 +173,18 @@ def test_a_stop_string_that_is_a_special_token_stops_there(
     assert ended(last.outputs[0]) == expected
 
 
-@pytest.mark.parametrize(
-    ("params", "message"),
-    [
-        ({"stop": "<special>\n"}, r"token '<special>' in it .*; use '<special>' alone, or stop_token_ids=\[274\]"),
-        ({"stop_token_ids": [5, 300]}, "stop_token_ids has 300; ids are integers below 300"),
-    ],
-)
-def test_stops_that_can_never_come_are_refused(llm: LLM, params: dict[str, Any], message: str) -> None:
-    with pytest.raises(RequestError, match=message):
-        answer(llm, **params)
+def test_stops_that_can_never_come_are_refused(llm: LLM, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="stop_token_ids has 300; ids are integers below 300"):
+        answer(llm, stop_token_ids=[5, 300])
+    words = Tokenizer(save_tokenizer(tmp_path, "metaspace"))  # which spell no "<"
+    words.special_tokens[""] = 7
+    with pytest.raises(RequestError, match=r"'<s>' in it .*; use '<s>' alone, or stop_token_ids=\[16\]"):
+        stop_reasons(SamplingParams(stop="the<s>"), llm.info, words)
+    words.special_tokens["world"] = 8
+    ends = dict.fromkeys(llm.info.eos_token_ids)
+    for stop, more in (("the world", {}), ("the", {}), ("world\n", {8: "world\n"}), (" <s>", {16: " <s>"})):
+        assert stop_reasons(SamplingParams(stop=stop), llm.info, words) == ends | more
+    assert answer(llm, stop="the<s>", ignore_eos=True).finish_reason == "length", "bytes may spell it"
 
 
 def test_more_answers_than_can_run_are_refused_before_they_are_made(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,6 +243,18 @@ def test_prompts_of_no_known_form_are_refused(llm: LLM, prompts: object) -> None
     with pytest.raises(RequestError, match=r"list|ids are integers") as error:
         llm.generate(prompts, use_tqdm=False)  # type: ignore[arg-type]
     assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("prompts", [["One"], [[5, 6]], [{"prompt": "One"}]])
+def test_several_prompts_where_one_is_taken_are_told_from_bad_tokens(folder: Path, llm: LLM, prompts: Any) -> None:
+    async def ask() -> None:
+        async with await AsyncLLM.create(folder) as one:
+            await anext(one.generate(prompts))
+
+    calls = (lambda: llm.stream(prompts), lambda: llm.generate([prompts]), lambda: asyncio.run(ask()))
+    for call in calls:
+        with pytest.raises(RequestError, match=r"takes one prompt and got a list of them, .*to LLM\.generate as one"):
+            call()
 
 
 def test_arguments_of_a_call_may_be_numpys(llm: LLM) -> None:

@@ -12,9 +12,11 @@ import pytest
 from support.processes import run_code
 
 from distkv.errors import ConfigError, DistKVError, RequestError, StoreError
+from distkv.frontend.conversation import Conversation
 from distkv.frontend.messages import Message
 from distkv.frontend.session import Session
 from distkv.frontend.tokenizer import Tokenizer
+from distkv.outputs import CompletionOutput
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 QUESTIONS = [
@@ -333,12 +335,13 @@ def test_nobody_else_may_read_a_session(tokenizer: Tokenizer, tmp_path: Path) ->
             with Session(tmp_path / "cache", "trip") as session:
                 answered(session, tokenizer, QUESTIONS[0], "Paris.", [1])
             path = tmp_path / "cache" / "sessions" / "trip.json"
-            assert path.stat().st_mode & 0o777 == 0o600
+            assert {one.stat().st_mode & 0o777 for one in (path, path.with_suffix(".lock"))} == {0o600}
+            assert path.parent.stat().st_mode & 0o777 == 0o700
             path.with_name("trip.json.partial").write_text("")  # of a process that was killed, and readable
-            path.chmod(0o644)  # as earlier releases wrote it
+            for one, mode in ((path, 0o644), (path.with_suffix(".lock"), 0o644), (path.parent, 0o755)):
+                one.chmod(mode)  # as earlier releases wrote it
     finally:
         os.umask(before)
-    assert path.parent.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_prompt_without_anything_new_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -352,11 +355,20 @@ def test_a_prompt_without_anything_new_is_refused(tokenizer: Tokenizer, tmp_path
 
 
 def test_parts_of_text_are_kept_as_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    parts = [{"type": "text", "text": "And of "}, {"type": "text", "text": "Peru?"}]
+    parts = [{"type": "text", "text": "And of"}, {"type": "text", "text": "Peru?"}]
     with Session(tmp_path, "trip") as session:
         session.prompt(tokenizer, [{"role": "user", "content": parts}])
         session.add_answer("Lima.", None)
-        assert [message["content"] for message in session.messages] == ["And of Peru?", "Lima."]
+        assert [message["content"] for message in session.messages] == ["And of\nPeru?", "Lima."]
+
+
+def test_a_special_token_that_stopped_an_answer_is_no_part_of_it(tokenizer: Tokenizer) -> None:
+    conversation, words = Conversation(), tokenizer.encode("Paris.")
+    for stop in (END, f"{END}\n"):
+        conversation.prompt(tokenizer, QUESTIONS[:1])
+        end = tokenizer.special_tokens[END]
+        conversation.add_output(CompletionOutput(0, "Paris.", [*words, end], None, None, "stop", stop))
+        assert conversation.messages[-1]["token_ids"] == words
 
 
 def test_a_prompt_waits_for_one_answer(tokenizer: Tokenizer, tmp_path: Path) -> None:

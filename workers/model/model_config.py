@@ -67,8 +67,10 @@ class ModelConfig:
         """
         try:
             if not folder.is_dir():
+                what = "is not a folder" if folder.exists() else "does not exist"
                 raise ConfigError(
-                    f"model folder {str(folder)!r} does not exist; give the path of a Hugging Face model folder"
+                    f"model folder {str(folder)!r} {what}; give the path of a Hugging Face model folder (names of the "
+                    "hub are not fetched)"
                 )
             if not (folder / "config.json").is_file():
                 raise ConfigError(f"{str(folder)!r} has no config.json; give the path of a Hugging Face model folder")
