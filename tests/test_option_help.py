@@ -61,4 +61,4 @@ def test_python_without_docstrings_has_the_help() -> None:
     code = "import distkv; print(distkv.SamplingParams.__doc__); print(distkv.EngineConfig.__doc__)"
     ended = subprocess.run([sys.executable, "-OO", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ended.stdout == f"{SamplingParams.__doc__}\n{EngineConfig.__doc__}\n"
-    assert ended.stdout.startswith("Sampling parameters of one request;")
+    assert ended.stdout.startswith("Sampling parameters of one request; ")
