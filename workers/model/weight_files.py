@@ -56,8 +56,8 @@ class WeightFile:
         os.close(self._descriptor)
 
     def check(self) -> None:
-        """Raises ConfigError when the content has changed since it was opened. The time of change alone differs too when
-        the file lost a name or got other rights; then samples tell."""
+        """Raises ConfigError when the content has changed since it was opened. The time of change alone differs too
+        when the file lost a name or got other rights; then samples tell."""
         before, now = self._opened, os.fstat(self._descriptor)
         is_same = (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
         if not is_same or (now.st_ctime_ns != before.st_ctime_ns and self.sample(FILE_SAMPLES) != self._sampled):
