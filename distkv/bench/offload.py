@@ -118,7 +118,7 @@ def _engine_options(variant: Variant, page_bytes: int, page_size: int, num_layer
         ring = EngineConfig(folder, page_size=page_size).min_staging_pages
         # the least, which CUDA takes out of the host's
         read_ahead = -(-(ring // NUM_BUFFERS) // num_layers) if torch.cuda.is_available() else 0
-        spare = 2 * MAX_DISK_WRITES  # pages on their way to disk lie there twice
+        spare = MAX_DISK_WRITES  # for pages on their way to disk
         options["host_kv_bytes"] = (variant.host + read_ahead) * page_bytes
         options["disk_kv_bytes"] = (variant.disk + spare) * page_bytes
         options["cache_dir"] = folder

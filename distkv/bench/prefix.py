@@ -188,7 +188,7 @@ def _configs(model: Path, dtype: str, sizes: Sizes, folder: Path) -> dict[str, E
     itemsize = config.run_dtype(dtype).itemsize
     token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
     one = sizes.request_pages * sizes.page_size * token_bytes
-    spare = 2 * MAX_DISK_WRITES * sizes.page_size * token_bytes  # pages on their way to disk lie there twice
+    spare = MAX_DISK_WRITES * sizes.page_size * token_bytes  # for pages on their way to disk
     pools: dict[str, dict[str, Any]] = {
         "device": {"device_kv_bytes": 3 * one, "host_kv_bytes": 0},
         "host": {"device_kv_bytes": one, "host_kv_bytes": 4 * one},

@@ -6,7 +6,6 @@ from dataclasses import replace
 from distkv.config import EngineConfig
 from distkv.engine.protocol import EngineInfo
 from distkv.errors import CapacityError
-from distkv.storage.ledger.write_back import MAX_DISK_WRITES
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import NUM_BUFFERS, pages_for
 from distkv.storage.tier import Tier
@@ -104,12 +103,12 @@ def _disk_pages(config: EngineConfig, ranks: RankConfig, page_bytes: int, free: 
     room = free // 2 // page_bytes
     pages = _given(config, "disk_kv_bytes", page_bytes)
     pages = pages or min(room, max(most, KEPT_PAGES) if keeps_cache(config, ranks.model) else most)
-    if pages < 2:
+    if not pages:
         raise CapacityError(
-            f"there is room for {pages} KV pages of {page_bytes} bytes in cache_dir; raise disk_kv_bytes to "
-            f"{2 * page_bytes} at least, or make room on the disk"
+            f"there is no room for a KV page of {page_bytes} bytes in cache_dir, of whose free bytes half are taken; "
+            "make room on the disk"
         )
-    return pages - min(MAX_DISK_WRITES, pages - 1)  # pages on their way to disk lie there twice for a moment
+    return pages
 
 
 def _read_ahead_pages(host: int, staging: int, spec: PageSpec, page_bytes: int) -> int:

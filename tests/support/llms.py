@@ -21,11 +21,10 @@ def idle_engine(llm: LLM) -> Engine:
 
 
 def tiered_options(pages: tuple[int, int, int], cache_dir: Path | None = None, **options: Any) -> dict[str, Any]:
-    """The options of an LLM with so many pages on device, host and disk; the disk keeps 4 more for itself. JSON can
-    carry them to another process."""
+    """The options of an LLM with so many pages on device, host and disk. JSON can carry them to another process."""
     sizes: dict[str, Any] = {"device_kv_bytes": pages[0] * PAGE_BYTES, "host_kv_bytes": pages[1] * PAGE_BYTES}
     if pages[2]:
-        sizes |= {"cache_dir": str(cache_dir), "disk_kv_bytes": (pages[2] + 4) * PAGE_BYTES}
+        sizes |= {"cache_dir": str(cache_dir), "disk_kv_bytes": pages[2] * PAGE_BYTES}
     return OPTIONS | sizes | options
 
 
