@@ -153,9 +153,10 @@ class RayEngine:
             if isinstance(reply, Saving) and (left is None or reply.num_unsaved < left):
                 left, since = reply.num_unsaved, time.monotonic()
             elif time.monotonic() - since > FINISH_TIMEOUT:
+                number = "an unknown number of" if left is None else left or "no"
                 raise StoreError(
-                    f"the ranks did not get on with saving the cache for {FINISH_TIMEOUT:.0f} s and were ended; "
-                    f"{'an unknown number of' if left is None else left} KV pages are missing on disk"
+                    f"the ranks did not get on with saving the cache, or with their end, for {FINISH_TIMEOUT:.0f} s and "
+                    f"were ended; {number} KV pages are missing on disk"
                 )
         while self._receive(0, checks=False) is not None:
             """What was logged is behind it."""
