@@ -155,8 +155,8 @@ class RayEngine:
             elif time.monotonic() - since > FINISH_TIMEOUT:
                 number = "an unknown number of" if left is None else left or "no"
                 raise StoreError(
-                    f"the ranks did not get on with saving the cache, or with their end, for {FINISH_TIMEOUT:.0f} s and "
-                    f"were ended; {number} KV pages are missing on disk"
+                    f"the ranks did not get on with saving the cache, or with their end, for {FINISH_TIMEOUT:.0f} s "
+                    f"and were ended; {number} KV pages are missing on disk"
                 )
         while self._receive(0, checks=False) is not None:
             """What was logged is behind it."""
