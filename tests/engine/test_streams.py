@@ -241,7 +241,7 @@ def run_requests(seed: int, faults: float, forgets: Wait | None = None) -> tuple
     torch.manual_seed(seed)
     info = engine_info(
         max_num_seqs=rng.choice([4, 8]), max_num_batched_tokens=rng.choice([8, 17, 40]),
-        num_pages=rng.choice([7, 9, 12, 16, 24]), num_host_pages=rng.choice([3, 8, 20]),
+        num_pages=rng.choice([7, 9, 12, 16, 24]), num_host_pages=rng.choice([2, 3, 8]),
         num_disk_pages=rng.choice([0, 40, 40]), enable_prefix_caching=rng.random() < 0.7,
     )  # fmt: skip
     known = [rng.randrange(3, VOCAB) for _ in range(60)]  # what many prompts begin with
@@ -252,7 +252,7 @@ def run_requests(seed: int, faults: float, forgets: Wait | None = None) -> tuple
     step = 0
     while engine.has_work or step < 50:
         assert step < 5000, "it does not come to an end"
-        if step < 50 and rng.random() < 0.25:
+        if step < 50 and rng.random() < 0.4:
             prompt = known[: rng.choice([0, 0, 16, 33, 60])] + rng.choices(range(3, VOCAB), k=rng.randint(1, 40))
             params = SamplingParams(n=rng.choice([1, 1, 2, 3]), temperature=1.0)
             request = EngineRequest(str(step), prompt, params, max_tokens=rng.randint(1, 40), seed=step)

@@ -393,9 +393,12 @@ def test_a_job_needs_nothing_of_ours_installed(cluster: Cluster, demo_model: Pat
         "--temperature", "0", "--max-tokens", "6", "--dtype", "float32", "--tensor-parallel-size", "2",
         "--device-kv-bytes", "64MiB",
     ]  # fmt: skip
-    submitted = cluster.ray(
-        "job", "submit", "--address", cluster.dashboard, "--working-dir", str(ROOT), "--", *command, timeout=240
-    )
+    for _ in range(6):  # the part of Ray that starts jobs may come up later than the rest
+        submitted = cluster.ray(
+            "job", "submit", "--address", cluster.dashboard, "--working-dir", str(ROOT), "--", *command, timeout=240
+        )
+        if "No available agent" not in submitted.stderr:
+            break
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     assert "Paris" in submitted.stdout
     assert "succeeded" in submitted.stdout

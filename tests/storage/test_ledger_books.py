@@ -137,18 +137,25 @@ def test_a_failed_copy_gives_its_slot_back(target: Tier) -> None:
 
 def test_an_idle_page_that_the_disk_refuses_stays_where_it_is() -> None:
     ledger = ledger_of(5, 5, 5)
+    others = [put(ledger, DISK, idle=True) for _ in range(MAX_REFUSALS + 1)]
     page = put(ledger, HOST, idle=True)
-    for id in range(MAX_REFUSALS):
-        assert not ledger.refusals.too_many
+    ledger.start(page, HOST, DISK)
+    ledger.fail(0, "the disk is full")
+    assert ledger.refusals.paused, "what it takes is in the room of others"
+    for id, other in enumerate(others[:MAX_REFUSALS], 1):
+        assert not ledger.refusals.hopeless and not ledger.slots[DISK].num_free
+        ledger.drop(other, DISK)
         ledger.start(page, HOST, DISK)
         ledger.fail(id, "the disk is full")
-        assert page.has(HOST) and list(ledger.index) == [page]
+        assert page.has(HOST) and set(ledger.index) == {page, *others[id:]}
     ledger.start(page, HOST, DEVICE)
     end(ledger)
-    assert ledger.refusals.too_many, "what does not go to disk says nothing of it"
+    assert ledger.refusals.hopeless, "what does not go to disk says nothing of it"
+    ledger.refusals.lift()
     ledger.start(page, HOST, DISK)
     end(ledger)
-    assert not ledger.refusals.too_many
+    ledger.refusals.refuse("full", had_room=True)
+    assert not ledger.refusals.hopeless, "the row has ended"
 
 
 # --- what is saved for later processes ---

@@ -57,7 +57,7 @@ def test_one_that_lies_on_the_device_gives_way_where_it_will_not_go_to_disk(disk
     elif disk == "is full of what was used later":
         put(cache._ledger, DISK, idle=True)
     elif disk == "refuses":
-        cache._ledger.refusals.refuse("full")
+        cache._ledger.refusals.refuse("full", had_room=False)
     assert balanced(cache, filled(cache), idle) == ([HOST, None] if gives_way else [None, DISK])
     assert idle.has(DEVICE) and idle.has(HOST) != gives_way
 
@@ -91,7 +91,7 @@ def test_so_many_pages_are_on_their_way_to_disk_at_a_time() -> None:
 def test_a_disk_that_refuses_is_left_alone() -> None:
     cache = TieredCache((5, 60, 20), 1)
     page = put(cache._ledger, HOST, idle=True)
-    cache._ledger.refusals.refuse("full")
+    cache._ledger.refusals.refuse("full", had_room=False)
     assert balanced(cache, page) == [None]
     cache.retry_disk()
     assert balanced(cache, page) == [DISK]
