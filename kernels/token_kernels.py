@@ -9,7 +9,8 @@ from distkv.kernels.linear import Linear
 
 
 class MakeLinear(Protocol):
-    """See `linear.plain_linear`. Called once for each weight, which it may bring into a layout of its own."""
+    """See `linear.plain_linear` and `linear.gated_linear`. Called once for each weight, which it may bring into a
+    layout of its own."""
 
     def __call__(self, weight: Tensor, bias: Tensor | None = None) -> Linear: ...
 
@@ -18,12 +19,6 @@ class RmsNorm(Protocol):
     """See `norm.rms_norm`."""
 
     def __call__(self, x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None) -> Tensor: ...
-
-
-class SwiGlu(Protocol):
-    """See `activation.swiglu`."""
-
-    def __call__(self, gate_up: Tensor) -> Tensor: ...
 
 
 class RopeAndWriteKv(Protocol):
@@ -38,7 +33,8 @@ class RopeAndWriteKv(Protocol):
 class TokenKernels:
     """One implementation of each."""
 
+    name: str  # for people, and of the cache: pages of other kernels may differ in last bits
     rms_norm: RmsNorm
-    swiglu: SwiGlu
     rope_and_write_kv: RopeAndWriteKv
     make_linear: MakeLinear
+    make_gated_linear: MakeLinear

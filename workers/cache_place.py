@@ -27,6 +27,7 @@ class CachePlace:
 
     folder: Path
     fingerprint: str = ""  # of all that the pages depend on, where they outlive the engine; see `fingerprint.py`
+    kernels: str = ""  # by which the ranks compute, for people
     engine: str = field(default_factory=lambda: uuid4().hex)  # tells its ranks from those of others
 
 

@@ -65,6 +65,13 @@ class Capacity(msgspec.Struct, array_like=True, frozen=True):
     budget: Budget = []  # what the memory of the device is for, where that was found out
 
 
+class Loaded(msgspec.Struct, array_like=True, frozen=True):
+    """What a rank will run."""
+
+    digest: str  # of what was read of the weights, see `SafetensorsSource.digest`
+    kernels: str  # their name, see `TokenKernels`
+
+
 class Rank:
     """Loads its part of the model at once; `allocate` must come before `execute`."""
 
@@ -79,7 +86,8 @@ class Rank:
         self.backend = make_backend(config.device)
         self.page_spec = rank_page_spec(config, self.shard)
         use_threads(config.num_threads)
-        self._model, self.weights_digest = self._load(check)
+        self._model, digest = self._load(check)
+        self.loaded = Loaded(digest, self.backend.kernels.name)
         self.pools = KVPools(self.page_spec, PoolSizes(), self.backend.device)
         self._runner = self.backend.make_runner(self._model, self.pools, config.max_num_seqs)
         self._directory = PageDirectory(config.page_size)
@@ -139,7 +147,7 @@ class Rank:
         disk = None
         if place is not None:
             heads = DiskHeads(shard.kv_heads[0], config.model.num_key_value_heads, reports=shard.holder == 0)
-            kept = self._description(place.fingerprint) if place.fingerprint else None
+            kept = self._description(place) if place.fingerprint else None
             disk = DiskTier(place, heads, shard.rank, kept, is_alone=self.group.size == 1)
         self.pools = KVPools(self.page_spec, sizes, self.backend.device, disk)
         self._runner = self.backend.make_runner(self._model, self.pools, config.max_num_seqs)
@@ -209,11 +217,12 @@ class Rank:
         if not self.backend.device.runs_behind:
             self.close()
 
-    def _description(self, fingerprint: str) -> Description:
+    def _description(self, place: CachePlace) -> Description:
         config, model = self.config, self.config.model
         whole = replace(self.page_spec, num_kv_heads=model.num_key_value_heads)
         return Description(
-            fingerprint=fingerprint,
+            fingerprint=place.fingerprint,
+            kernels=place.kernels,
             model=str(config.folder),
             dtype=str(config.dtype).removeprefix("torch."),
             page_size=config.page_size,

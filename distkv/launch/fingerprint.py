@@ -1,8 +1,8 @@
 """A name for what a KV page is of: pages of one fingerprint may be used by any engine that has it.
 
-Pages of one name and key may differ in last bits all the same, since matrix products of other sizes round in another
-order: by the chunks that a prompt was read in, which follow `max_num_batched_tokens` and what ran beside it, and by the
-kind of CPU.
+The kernels are part of it, with their instruction set, since each kind rounds in an order of its own. With native
+kernels the bits of a page depend on nothing else but its tokens, those before it and the number of ranks; see
+`docs/invariance.md`.
 
 The weights' part is a digest of what the ranks have loaded, see `weight_files.py`.
 """
@@ -23,12 +23,25 @@ FOLDER_DIGITS = 16  # of a fingerprint, that name a folder
 OTHER_FIELDS = ("dtype", "eos_token_ids", "max_position_embeddings", "tie_word_embeddings")
 
 
-def make_fingerprint(weights: str, model: ModelConfig, dtype: torch.dtype, page_size: int) -> str:
-    """64 hex digits of the weights' digest, the model's shape, the dtype and the layout of pages. The number of ranks
-    has no part in it, since pages on disk do not depend on it."""
+def make_fingerprint(weights: str, kernels: str, model: ModelConfig, dtype: torch.dtype, page_size: int) -> str:
+    """64 hex digits of the weights' digest, the kernels' name, the model's shape, the dtype and the layout of pages.
+    The number of ranks has no part in it, since the layout of pages on disk does not depend on it."""
     shape = {name: value for name, value in asdict(model).items() if name not in OTHER_FIELDS}
-    parts = {"weights": weights, "model": shape, "dtype": str(dtype), "page_size": page_size, "format": FORMAT}
+    parts = {
+        "weights": weights,
+        "kernels": kernels,
+        "model": shape,
+        "dtype": str(dtype),
+        "page_size": page_size,
+        "format": FORMAT,
+    }
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def common_kernels(names: list[str]) -> str:
+    """The name of the kernels of all ranks; all names in order where they differ, since each rank computes its own
+    heads."""
+    return names[0] if len(set(names)) == 1 else ", ".join(names)
 
 
 def common_digest(digests: list[str], folder: Path) -> str:

@@ -10,7 +10,7 @@ from distkv.engine.engine import Engine
 from distkv.engine.observer import StepObserver
 from distkv.engine.protocol import EngineInfo
 from distkv.errors import ConfigError
-from distkv.launch.fingerprint import FOLDER_DIGITS, common_digest, make_fingerprint
+from distkv.launch.fingerprint import FOLDER_DIGITS, common_digest, common_kernels, make_fingerprint
 from distkv.launch.sizing import cold_budget, engine_info, keeps_cache, needs_bandwidth, needs_capacity, pool_sizes
 from distkv.storage.disk.cache_folder import SCRATCH
 from distkv.workers.cache_place import CachePlace
@@ -18,7 +18,7 @@ from distkv.workers.group.local_group import LocalGroup
 from distkv.workers.group.rank_group import RankGroup
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import Shard
-from distkv.workers.rank import Budget, RankConfig
+from distkv.workers.rank import Budget, Loaded, RankConfig
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def set_up(group: RankGroup, config: EngineConfig, model: ModelConfig, max_model
     cache folder cannot be used, WorkerDied when a rank is lost.
     """
     ranks = make_rank_config(config, model, group.device)
-    place = cache_place(config, ranks, common_digest(group.load(ranks), ranks.folder))
+    place = cache_place(config, ranks, group.load(ranks))
     capacity = group.capacity(config.device_kv_bytes is None) if needs_capacity(config) else None
     free_disk = None if place is None else group.free_disk_bytes(place.folder)
     sizes = pool_sizes(config, ranks, max_model_len, capacity, free_disk)
@@ -110,19 +110,21 @@ def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> R
     )
 
 
-def cache_place(config: EngineConfig, ranks: RankConfig, weights: str) -> CachePlace | None:
+def cache_place(config: EngineConfig, ranks: RankConfig, loaded: list[Loaded]) -> CachePlace | None:
     """Where the disk tier is to lie, if there is to be one.
 
     Args:
-        weights: the digest of what the ranks have loaded.
+        loaded: what the ranks will run. Raises ConfigError when that is not one model.
     """
+    weights = common_digest([one.digest for one in loaded], ranks.folder)
+    kernels = common_kernels([one.kernels for one in loaded])
     if config.cache_dir is None:
         return None
     cache_dir = Path(config.cache_dir).absolute()
     if not keeps_cache(config, ranks.model):
         return CachePlace(cache_dir / SCRATCH)
-    fingerprint = make_fingerprint(weights, ranks.model, ranks.dtype, ranks.page_size)
-    return CachePlace(cache_dir / fingerprint[:FOLDER_DIGITS], fingerprint)
+    fingerprint = make_fingerprint(weights, kernels, ranks.model, ranks.dtype, ranks.page_size)
+    return CachePlace(cache_dir / fingerprint[:FOLDER_DIGITS], fingerprint, kernels)
 
 
 def _log_pools(info: EngineInfo, pool_bytes: list[tuple[int, int, int]]) -> None:

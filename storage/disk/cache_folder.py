@@ -62,6 +62,7 @@ class Description(msgspec.Struct, frozen=True):
     num_kv_heads: Count
     head_dim: Count
     page_bytes: Count
+    kernels: str = ""  # by which the pages were computed
     created: float = msgspec.field(default_factory=time.time)  # unix seconds
 
 

@@ -71,7 +71,8 @@ def test_rms_norm(
 
 
 def test_token_kernels_of_a_cpu_are_those_in_torch() -> None:
-    assert TokenKernels(rms_norm, swiglu, rope_and_write_kv, packed_linear) == CPU_KERNELS
+    gated = CPU_KERNELS.make_gated_linear
+    assert TokenKernels("torch", rms_norm, rope_and_write_kv, packed_linear, gated) == CPU_KERNELS
 
 
 @given(

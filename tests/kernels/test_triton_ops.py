@@ -175,7 +175,8 @@ def test_layouts_that_the_kernels_do_not_read_are_refused() -> None:
 
 
 def test_token_kernels_of_cuda_are_these() -> None:
-    assert TokenKernels(rms_norm, swiglu, rope_and_write_kv, plain_linear) == CUDA_KERNELS
+    gated = CUDA_KERNELS.make_gated_linear
+    assert TokenKernels("triton", rms_norm, rope_and_write_kv, plain_linear, gated) == CUDA_KERNELS
 
 
 def random_bits(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ from distkv.workers.group.local_group import LocalGroup
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.weight_files import WeightFile
 from distkv.workers.model.weights import SafetensorsSource
-from distkv.workers.rank import RankConfig
+from distkv.workers.rank import Loaded, RankConfig
 
 WEIGHTS = "model.safetensors"
 PROMPT = random_prompt(200, 1)
@@ -113,8 +113,8 @@ def test_ranks_that_read_different_weights(folder: Path, weights: tuple[bytes, b
 
 def test_an_engine_whose_ranks_read_different_weights_does_not_start(folder: Path) -> None:
     class TornGroup(LocalGroup):
-        def load(self, config: RankConfig) -> list[str]:
-            return [*super().load(config), "of another rank"]
+        def load(self, config: RankConfig) -> list[Loaded]:
+            return [*super().load(config), Loaded("of another rank", "torch")]
 
     group = TornGroup("cpu")
     try:

@@ -60,6 +60,7 @@ from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import Shard
 from distkv.workers.model.weight_files import DIGESTS, WeightFile
 from distkv.workers.model.weights import DummySource, SafetensorsSource
+from distkv.workers.rank import Loaded
 
 CPU = torch.device("cpu")
 SPEC = PageSpec(num_layers=3, num_kv_heads=3, page_size=16, head_dim=4, dtype=torch.bfloat16)
@@ -600,20 +601,23 @@ def test_the_digest_is_cached_until_a_file_changes(
 
 
 def test_what_a_fingerprint_is_of() -> None:
-    base = make_fingerprint("weights", model(), torch.bfloat16, 256)
-    assert len(base) == 64 and base == make_fingerprint("weights", model(), torch.bfloat16, 256)
+    base = make_fingerprint("weights", "native amx", model(), torch.bfloat16, 256)
+    assert len(base) == 64 and base == make_fingerprint("weights", "native amx", model(), torch.bfloat16, 256)
     for same_pages in (model(eos_token_id=5), model(max_position_embeddings=77), model(torch_dtype="float32")):
-        assert make_fingerprint("weights", same_pages, torch.bfloat16, 256) == base
+        assert make_fingerprint("weights", "native amx", same_pages, torch.bfloat16, 256) == base
     others = [
-        make_fingerprint("other", model(), torch.bfloat16, 256),
-        make_fingerprint("weights", model(), torch.float16, 256),
-        make_fingerprint("weights", model(), torch.bfloat16, 128),
+        make_fingerprint("weights", "native avx2", model(), torch.bfloat16, 256),
+        make_fingerprint("other", "native amx", model(), torch.bfloat16, 256),
+        make_fingerprint("weights", "native amx", model(), torch.float16, 256),
+        make_fingerprint("weights", "native amx", model(), torch.bfloat16, 128),
         *(
-            make_fingerprint("weights", changed, torch.bfloat16, 256)
+            make_fingerprint("weights", "native amx", changed, torch.bfloat16, 256)
             for changed in (model(rope_theta=5e5), model(rms_norm_eps=1e-5), model(num_hidden_layers=2))
         ),
         *(
-            make_fingerprint(DummySource(seed, torch.bfloat16, CPU).digest(whole=True), model(), torch.bfloat16, 256)
+            make_fingerprint(
+                DummySource(seed, torch.bfloat16, CPU).digest(whole=True), "native amx", model(), torch.bfloat16, 256
+            )
             for seed in (0, 1)
         ),
     ]
@@ -654,10 +658,10 @@ def test_ranks_have_no_part_in_the_folder(tiny_model: Path, tmp_path: Path) -> N
     def place(digest: str, **options: Any) -> tuple[bool, CachePlace | None]:
         engine = EngineConfig(tiny_model, **options)
         ranks = make_rank_config(engine, config, "cpu")
-        return ranks.digest_weights, cache_place(engine, ranks, digest)
+        return ranks.digest_weights, cache_place(engine, ranks, [Loaded(digest, "torch")] * engine.tensor_parallel_size)
 
     places = [place("weights", tensor_parallel_size=size, **options(tmp_path)) for size in (1, 4)]
-    fingerprint = make_fingerprint("weights", config, torch.float32, 16)
+    fingerprint = make_fingerprint("weights", "torch", config, torch.float32, 16)
     for digests, found in places:
         assert digests and found is not None
         assert (found.fingerprint, found.folder) == (fingerprint, tmp_path / fingerprint[:16])

@@ -12,6 +12,7 @@ from support.prompts import seeded
 from torch import Tensor
 
 from distkv.kernels import reference
+from distkv.kernels.native.library import load_best
 from distkv.storage.device import CpuDevice
 from distkv.storage.moving.staging_ring import StagingRing
 from distkv.storage.page_spec import PageSpec
@@ -19,6 +20,7 @@ from distkv.storage.paging import NUM_BUFFERS
 from distkv.storage.pools.host_pool import HostPool
 from distkv.storage.tier import Tier, encode_location
 from distkv.workers.attention.cpu import CpuAttention, plan_cpu_attention
+from distkv.workers.attention.native import NativeAttention, plan_native_attention
 from distkv.workers.page_directory import SequenceStep
 from distkv.workers.runners.batch import Attention, step_tokens
 
@@ -61,6 +63,10 @@ PlanAttention = Callable[[list[SequenceStep], Sequences], Attention]
 
 def plan_on_cpu(steps: list[SequenceStep], s: Sequences) -> CpuAttention:
     return plan_cpu_attention(steps, s.page_size, s.group, BUFFER_PAGES, s.dtype)
+
+
+def plan_natively(steps: list[SequenceStep], s: Sequences) -> NativeAttention:
+    return plan_native_attention(load_best(), steps, s.page_size, BUFFER_PAGES)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.attention_steps import Sequences, place, plan_on_cpu, slots_for
+from support.attention_steps import PlanAttention, Sequences, place, plan_natively, plan_on_cpu, slots_for
 from support.measures import TOLERANCE
 from support.plans import sequence_step
 from support.prompts import seeded
@@ -15,6 +15,7 @@ from support.prompts import seeded
 from distkv.workers.attention.cpu import Run, _visiting_order
 from distkv.workers.runners.batch import MAX_DECODE_TOKENS, step_tokens
 
+of_a_cpu = pytest.mark.parametrize("plan", [plan_on_cpu, plan_natively], ids=["torch", "native"])
 starts = st.one_of(st.integers(0, 20), st.integers(0, 400))
 counts = st.one_of(st.just(1), st.integers(1, MAX_DECODE_TOKENS), st.integers(MAX_DECODE_TOKENS + 1, 60))
 
@@ -34,42 +35,47 @@ def any_sequences(draw: st.DrawFn, new_tokens: st.SearchStrategy[int] = counts) 
     )
 
 
+@of_a_cpu
 @given(st.data())
-def test_any_step_is_right(data: st.DataObject) -> None:
+def test_any_step_is_right(plan: PlanAttention, data: st.DataObject) -> None:
     """Decodes, sequences with a few new tokens and chunks of prompts, in one step, over pages anywhere."""
     sequences = data.draw(any_sequences())
-    place(sequences, data.draw(slots_for(sequences.num_pages))).assert_right()
+    place(sequences, data.draw(slots_for(sequences.num_pages))).assert_right(plan)
 
 
+@of_a_cpu
 @pytest.mark.parametrize("count", range(1, MAX_DECODE_TOKENS + 1))
-def test_few_tokens_that_cross_a_page(count: int) -> None:
+def test_few_tokens_that_cross_a_page(plan: PlanAttention, count: int) -> None:
     """Wherever in its page a sequence stands, tokens before a page must not see it, and those in it see their past."""
     lengths = [(start, count) for start in range(16 - count, 34)]
     sequences = Sequences(lengths, [0] * len(lengths))
-    place(sequences, list(range(sequences.num_pages))[::-1]).assert_right()
+    place(sequences, list(range(sequences.num_pages))[::-1]).assert_right(plan)
     for length in lengths:  # each alone: the group is the whole step, and pages in order need no reordering
         single = Sequences([length], [0], dtype=torch.bfloat16)
-        place(single, list(range(single.num_pages))).assert_right()
+        place(single, list(range(single.num_pages))).assert_right(plan)
 
 
-def test_decodes_that_share_a_prefix() -> None:
+@of_a_cpu
+def test_decodes_that_share_a_prefix(plan: PlanAttention) -> None:
     """A slot that several tables name serves each of them."""
     lengths = [(100, 1), (97, 1), (300, 1), (96, 1), (111, 1)]
     sequences = Sequences(lengths, [6] * 5)
     assert sequences.num_pages < sum(len(pages) for pages in sequences.pages)
-    place(sequences, list(range(sequences.num_pages))).assert_right()
+    place(sequences, list(range(sequences.num_pages))).assert_right(plan)
 
 
+@of_a_cpu
 @given(st.data())
-def test_answers_do_not_depend_on_the_slots(data: st.DataObject) -> None:
+def test_answers_do_not_depend_on_the_slots(plan: PlanAttention, data: st.DataObject) -> None:
     """The same pages elsewhere in the pool: bitwise the same."""
     sequences = data.draw(any_sequences())
-    in_order = place(sequences, list(range(sequences.num_pages))).attend()
-    assert torch.equal(place(sequences, data.draw(slots_for(sequences.num_pages))).attend(), in_order)
+    in_order = place(sequences, list(range(sequences.num_pages))).attend(plan)
+    assert torch.equal(place(sequences, data.draw(slots_for(sequences.num_pages))).attend(plan), in_order)
 
 
+@of_a_cpu
 @given(st.data())
-def test_answers_do_not_depend_on_the_tier(data: st.DataObject) -> None:
+def test_answers_do_not_depend_on_the_tier(plan: PlanAttention, data: st.DataObject) -> None:
     """Any of the full pages streamed from the host, in decodes and chunks of prompts: bitwise the same."""
     sequences = data.draw(any_sequences())
     step = place(sequences, data.draw(slots_for(sequences.num_pages)))
@@ -80,28 +86,30 @@ def test_answers_do_not_depend_on_the_tier(data: st.DataObject) -> None:
     }
     share = data.draw(st.sampled_from([1.0, 0.5]))
     cold = {page for page in full if share == 1 or data.draw(st.booleans())}
-    assert torch.equal(step.attend_with_cold(cold), step.attend())
+    assert torch.equal(step.attend_with_cold(cold, plan), step.attend(plan))
 
 
+@of_a_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kv_heads", [1, 3])
 @pytest.mark.parametrize("group", [1, 3, 4])
-def test_many_pages_in_any_slots(dtype: torch.dtype, kv_heads: int, group: int) -> None:
+def test_many_pages_in_any_slots(plan: PlanAttention, dtype: torch.dtype, kv_heads: int, group: int) -> None:
     """Decodes over many pages, in order, reversed, scattered and with gaps between all: bitwise one result."""
     for lengths in ([(16 * 90 + 5, 1)], [(16 * 90 + 4, 4)], [(16 * 90 + 14, 3)], [(16 * 70 + 5, 1), (16 * 30, 1)]):
         sequences = Sequences(
             lengths, [0] * len(lengths), kv_heads=kv_heads, group=group, head_dim=64, dtype=dtype, seed=3
         )
         count = sequences.num_pages
-        in_order = place(sequences, list(range(count))).attend()
+        in_order = place(sequences, list(range(count))).attend(plan)
         scattered = torch.randperm(count, generator=seeded(1)).tolist()
         for slots in (list(range(count))[::-1], scattered, list(range(0, 2 * count, 2))):
-            assert torch.equal(place(sequences, slots).attend(), in_order), (lengths, slots)
+            assert torch.equal(place(sequences, slots).attend(plan), in_order), (lengths, slots)
 
 
+@of_a_cpu
 @pytest.mark.parametrize(("kv_heads", "group", "head_dim"), [(1, 1, 64), (3, 3, 64), (2, 4, 80), (1, 8, 128)])
 def test_answers_do_not_depend_on_the_threads(
-    kv_heads: int, group: int, head_dim: int, set_threads: Callable[[int], None]
+    plan: PlanAttention, kv_heads: int, group: int, head_dim: int, set_threads: Callable[[int], None]
 ) -> None:
     """Decodes, few tokens and prompts, over many pages: bitwise the same with one thread, two or three."""
     lengths = [(16 * 90 + 5, 1), (777, 1), (500, 3), (300, 41)]
@@ -113,19 +121,40 @@ def test_answers_do_not_depend_on_the_threads(
     answers = []
     for threads in (1, 2, 3):
         set_threads(threads)
-        answers.append(torch.cat([step.attend() for step in steps]))
+        answers.append(torch.cat([step.attend(plan) for step in steps]))
     assert torch.equal(answers[1], answers[0])
     assert torch.equal(answers[2], answers[0])
 
 
+@of_a_cpu
 @given(st.data())
-def test_unused_places_have_no_influence(data: st.DataObject) -> None:
+def test_unused_places_have_no_influence(plan: PlanAttention, data: st.DataObject) -> None:
     """Whatever finite numbers lie where no token is, not one bit changes."""
     sequences = data.draw(any_sequences())
     slots = data.draw(slots_for(sequences.num_pages))
-    zeros = place(sequences, slots, garbage=0.0).attend()
+    zeros = place(sequences, slots, garbage=0.0).attend(plan)
     for garbage in (6e4, -6e4):
-        assert torch.equal(place(sequences, slots, garbage).attend(), zeros)
+        assert torch.equal(place(sequences, slots, garbage).attend(plan), zeros)
+
+
+@given(st.data())
+def test_a_token_is_a_function_of_its_sequence_up_to_it(data: st.DataObject) -> None:
+    """Each sequence of a step, cold pages and all, has bitwise the attention of all its tokens in one chunk, and of one
+    after the other."""
+    sequences = data.draw(any_sequences())
+    step = place(sequences, data.draw(slots_for(sequences.num_pages)))
+    found, first = step.attend(plan_natively), 0
+    for (start, count), table in zip(sequences.lengths, step.tables, strict=True):
+        rows = slice(first, first + count)
+        q = torch.cat([torch.zeros(start, *step.q.shape[1:], dtype=step.q.dtype), step.q[rows]])
+        whole = [sequence_step([7] * (start + count), 0, table, start + count, 1)]
+        alone = plan_natively(whole, sequences).attend(q, q, q, step.pool, None)
+        assert torch.equal(alone[start:], found[rows])
+        for position in range(start, start + count):
+            one = [sequence_step([7], position, table[: position // sequences.page_size + 1], position + 1, 1)]
+            each = plan_natively(one, sequences).attend(q[position : position + 1], q, q, step.pool, None)
+            assert torch.equal(each, alone[position : position + 1])
+        first += count
 
 
 @given(st.data())

@@ -1,17 +1,27 @@
-"""Steps on a CPU, by torch's operators."""
+"""Steps on a CPU: by the native kernels, or by torch's operators where those cannot be had."""
+
+import logging
 
 from distkv.kernels.cpu_kernels import CPU_KERNELS
+from distkv.kernels.native.build import BuildError
+from distkv.kernels.native.library import Library, load_best
+from distkv.kernels.native.token_kernels import native_token_kernels
 from distkv.storage.device import CpuDevice, Device
 from distkv.storage.tier import Tier
+from distkv.workers.attention.cpu import CpuAttention, plan_cpu_attention
+from distkv.workers.attention.native import NativeAttention, plan_native_attention
 from distkv.workers.backend import Backend, Demand, Room
 from distkv.workers.kv_pools import KVPools
 from distkv.workers.model.llama import LlamaModel
+from distkv.workers.page_directory import SequenceStep
 from distkv.workers.runners.cpu_runner import CpuRunner
 from distkv.workers.runners.runner import Runner
 
+log = logging.getLogger(__name__)
+
 
 class CpuBackend:
-    """A `Backend`."""
+    """A `Backend`, by torch's operators."""
 
     kernels = CPU_KERNELS
 
@@ -19,7 +29,13 @@ class CpuBackend:
         self.device: Device = CpuDevice()
 
     def make_runner(self, model: LlamaModel, pools: KVPools, max_num_seqs: int) -> Runner:
-        return CpuRunner(model, pools)
+        group = model.shard.num_query_heads // model.shard.num_kv_heads
+
+        def plan(steps: list[SequenceStep]) -> CpuAttention:
+            spec = pools.device.spec
+            return plan_cpu_attention(steps, spec.page_size, group, pools.ring.buffer_pages, spec.dtype)
+
+        return CpuRunner(model, pools, plan)
 
     def room(self, model: LlamaModel, demand: Demand) -> Room:
         return Room(
@@ -32,6 +48,29 @@ class CpuBackend:
         pass
 
 
+class NativeBackend(CpuBackend):
+    """A `Backend`, by the kernels of a library."""
+
+    def __init__(self, library: Library) -> None:
+        super().__init__()
+        self.kernels = native_token_kernels(library)
+        self._library = library
+
+    def make_runner(self, model: LlamaModel, pools: KVPools, max_num_seqs: int) -> Runner:
+        def plan(steps: list[SequenceStep]) -> NativeAttention:
+            return plan_native_attention(self._library, steps, pools.device.spec.page_size, pools.ring.buffer_pages)
+
+        return CpuRunner(model, pools, plan)
+
+
 def make_backend() -> Backend:
     """See `backend.make_backend`."""
-    return CpuBackend()
+    try:
+        return NativeBackend(load_best())
+    except BuildError as error:
+        log.warning(
+            "the native CPU kernels cannot be used: %s. torch's operators run instead: slower, and last bits of an "
+            "answer may depend on what runs beside it",
+            error,
+        )
+        return CpuBackend()

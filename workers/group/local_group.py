@@ -11,7 +11,7 @@ from distkv.workers.errors import ConfigError
 from distkv.workers.group.process_group import ProcessGroup
 from distkv.workers.group.rank_executor import RankExecutor
 from distkv.workers.kv_pools import PoolSizes
-from distkv.workers.rank import Capacity, Rank, RankConfig
+from distkv.workers.rank import Capacity, Loaded, Rank, RankConfig
 
 
 class LocalGroup:
@@ -37,10 +37,10 @@ class LocalGroup:
         """What runs the steps of the one engine on this group."""
         return RankExecutor.on(self.rank)
 
-    def load(self, config: RankConfig) -> list[str]:
+    def load(self, config: RankConfig) -> list[Loaded]:
         """See `RankGroup.load`."""
         self._rank = Rank(config, ProcessGroup(), self._check)
-        return [self._rank.weights_digest]
+        return [self._rank.loaded]
 
     def capacity(self, of_device: bool) -> Capacity:
         """See `RankGroup.capacity`."""

@@ -39,10 +39,19 @@ class ProcessGroup:
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of x over the ranks, in place."""
-        if self.size > 1 and x.numel():
+        """The sum of x over the ranks, in place. On a CPU it is taken in fp32 in the order of the ranks, so that an
+        element's bits do not depend on how many there are."""
+        if self.size == 1 or not x.numel():
+            return x
+        if x.is_cuda:
             dist.all_reduce(x)
-        return x
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x)
+        total = parts[0].float()
+        for part in parts[1:]:
+            total += part
+        return x.copy_(total)
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Rank 0's x on all ranks, in place; it has the same shape and dtype on each."""

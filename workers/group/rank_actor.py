@@ -19,7 +19,7 @@ from distkv.workers.group.process_group import ProcessGroup, open_store
 from distkv.workers.group.rank_executor import RankExecutor
 from distkv.workers.group.report import Report
 from distkv.workers.kv_pools import PoolSizes
-from distkv.workers.rank import Capacity, Rank, RankConfig
+from distkv.workers.rank import Capacity, Loaded, Rank, RankConfig
 
 LeaderMain = Callable[..., None]
 """What rank 0 runs: `main(executor, request_socket, take_log, *arguments)`, where `take_log` returns what the ranks
@@ -63,11 +63,11 @@ class RankActor:
         self._store = open_store(host)
         return Addresses((host, self._store.port), f"tcp://{host}:{port}", self._followers.addresses)
 
-    def load(self, config: RankConfig, rank: int, size: int, store: tuple[str, int]) -> str:
-        """Joins the process group and loads this rank's part of the model; returns what it has read."""
+    def load(self, config: RankConfig, rank: int, size: int, store: tuple[str, int]) -> Loaded:
+        """Joins the process group and loads this rank's part of the model; returns what it will run."""
         joined = self._store or open_store(*store)
         self._loaded = Rank(config, ProcessGroup(rank, size, joined, KINDS[config.device].collectives))
-        return self._loaded.weights_digest
+        return self._loaded.loaded
 
     def take_log(self) -> list[LogLine]:
         """See `LogCollector.take`."""

@@ -6,7 +6,7 @@ from typing import Protocol
 from distkv.workers.bandwidth import Bandwidth
 from distkv.workers.cache_place import CachePlace
 from distkv.workers.kv_pools import PoolSizes
-from distkv.workers.rank import Capacity, RankConfig
+from distkv.workers.rank import Capacity, Loaded, RankConfig
 
 
 class RankGroup(Protocol):
@@ -15,9 +15,9 @@ class RankGroup(Protocol):
 
     device: str  # "cpu" or "cuda"
 
-    def load(self, config: RankConfig) -> list[str]:
-        """Loads the model on all ranks; raises ConfigError, or WorkerDied when a rank is lost. Returns what each has
-        read, see `SafetensorsSource.digest`."""
+    def load(self, config: RankConfig) -> list[Loaded]:
+        """Loads the model on all ranks; raises ConfigError, or WorkerDied when a rank is lost. Returns what each
+        will run."""
         ...
 
     def capacity(self, of_device: bool) -> Capacity:

@@ -27,7 +27,7 @@ from distkv.workers.group.rank_actor import LeaderMain, RankActor
 from distkv.workers.group.ray_cluster import connect, disconnect
 from distkv.workers.group.ray_errors import cause_of, failure_of
 from distkv.workers.kv_pools import PoolSizes
-from distkv.workers.rank import Capacity, RankConfig
+from distkv.workers.rank import Capacity, Loaded, RankConfig
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class RayGroup:
             self.close()
             raise
 
-    def load(self, config: RankConfig) -> list[str]:
+    def load(self, config: RankConfig) -> list[Loaded]:
         """See `RankGroup.load`."""
         here = ray.get_runtime_context().get_node_id()
         alone = all(node.node_id == here for node in self.nodes)
@@ -95,9 +95,9 @@ class RayGroup:
         refs = []
         for rank, actor in enumerate(self._actors):
             refs.append(actor.load.remote(self._for_node(config, rank), rank, self.size, addresses.store))
-        digests = self._wait(refs)
+        loaded = self._wait(refs)
         self._relay_logs()
-        return digests
+        return loaded
 
     def capacity(self, of_device: bool) -> Capacity:
         """See `RankGroup.capacity`."""

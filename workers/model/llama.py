@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distkv.kernels.linear import Linear, side_by_side
-from distkv.kernels.token_kernels import TokenKernels
+from distkv.kernels.token_kernels import MakeLinear, TokenKernels
 from distkv.storage.moving.staging_ring import Stream
 from distkv.storage.pools.device_pool import DevicePool
 from distkv.workers.group.process_group import ProcessGroup
@@ -29,7 +29,7 @@ class Layer:
     qkv: Linear  # E -> (H + 2 * K) * D
     attention_out: Linear  # H * D -> E, a part of the sum
     post_attention_norm: Tensor
-    gate_up: Linear  # E -> 2 * intermediate of this rank
+    gate_up: Linear  # E -> intermediate of this rank, gated
     down: Linear  # intermediate of this rank -> E, a part of the sum
 
 
@@ -63,8 +63,8 @@ class LlamaModel:
             if index == len(self.layers) - 1:
                 x_TE, attended = x_TE[tokens.logit_rows], attended[tokens.logit_rows]
             delta_TE = self.group.all_reduce(layer.attention_out(attended))
-            gate_up = layer.gate_up(kernels.rms_norm(x_TE, layer.post_attention_norm, eps, delta_TE))
-            delta_TE = self.group.all_reduce(layer.down(kernels.swiglu(gate_up)))
+            gated = layer.gate_up(kernels.rms_norm(x_TE, layer.post_attention_norm, eps, delta_TE))
+            delta_TE = self.group.all_reduce(layer.down(gated))
         assert delta_TE is not None
         return x_TE.add_(delta_TE)
 
@@ -106,11 +106,13 @@ def load_llama(
         # always a copy: what is read is the file's memory, which changes when somebody writes to the file
         return source.read(name, shape, rows, columns).to(device=device, dtype=dtype, copy=True)
 
-    def columns_of(parts: list[tuple[str, int, tuple[int, int]]], biased: bool) -> Linear:
+    def columns_of(
+        parts: list[tuple[str, int, tuple[int, int]]], biased: bool, make: MakeLinear = kernels.make_linear
+    ) -> Linear:
         """Column-parallel: the given output rows of several weights, fused."""
         weight = torch.cat([read(f"{name}.weight", (size, hidden), rows) for name, size, rows in parts])
         bias = torch.cat([read(f"{name}.bias", (size,), rows) for name, size, rows in parts]) if biased else None
-        return kernels.make_linear(weight, bias)
+        return make(weight, bias)
 
     def rows_of(name: str, size: int, columns: tuple[int, int], biased: bool) -> Linear:
         """Row-parallel: the given input columns; rank 0 alone adds the bias to the sum."""
@@ -136,7 +138,7 @@ def load_llama(
             qkv=qkv,
             attention_out=rows_of(f"{attention}.o_proj", q_size, heads, config.attention_bias),
             post_attention_norm=read(f"{prefix}.post_attention_layernorm.weight", (hidden,)),
-            gate_up=columns_of(gate_up, config.mlp_bias),
+            gate_up=columns_of(gate_up, config.mlp_bias, kernels.make_gated_linear),
             down=rows_of(f"{mlp}.down_proj", config.intermediate_size, shard.mlp, config.mlp_bias),
         )
 

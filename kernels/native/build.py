@@ -1,0 +1,68 @@
+"""Builds the native kernels: one shared library for each instruction set, from the C++ in this folder.
+
+`setup.py` builds all of them beside their source where there is a compiler; where there was none then, the one that is
+needed is built at first use, into a folder of the user's.
+"""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import tempfile
+from hashlib import sha256
+from pathlib import Path
+
+SOURCES = Path(__file__).parent
+BUILT = SOURCES / "built"
+# without -ffp-contract=off the compiler would choose where a product and a sum are rounded together; OpenMP's runtime
+# is not linked but found in the process, where torch has loaded the one that both use
+FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden"]
+
+
+class BuildError(Exception):
+    """The kernels cannot be built here; the message says why."""
+
+
+def library_name(instruction_set: str, flags: list[str]) -> str:
+    """The file name of the library for an instruction set, which tells one source from another."""
+    parts = [file.read_bytes() for file in sorted(SOURCES.glob("*.[ch]pp"))]
+    text = b"\0".join([*parts, *(flag.encode() for flag in [*FLAGS, *flags])])
+    return f"{instruction_set}-{sha256(text).hexdigest()[:16]}.so"
+
+
+def find_or_build(instruction_set: str, flags: list[str]) -> Path:
+    """The library for an instruction set, which is built if need be. Raises BuildError."""
+    name = library_name(instruction_set, flags)
+    if (BUILT / name).exists():
+        return BUILT / name
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distkv" / "kernels"
+    if not (folder / name).exists():
+        build(folder / name, flags)
+    return folder / name
+
+
+def build(target: Path, flags: list[str]) -> None:
+    """Compiles a library to `target`, once for all processes that want it now. Raises BuildError."""
+    compiler = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    if compiler is None:
+        raise BuildError("there is no C++ compiler (g++, clang++) on the path")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (target.parent / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if target.exists():
+                return
+            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+                built, compiled = Path(folder) / target.name, Path(folder) / "kernels.o"
+                _run([compiler, *FLAGS, *flags, "-c", str(SOURCES / "kernels.cpp"), "-o", str(compiled)])
+                _run([compiler, "-shared", str(compiled), "-o", str(built)])
+                built.rename(target)
+    except OSError as error:
+        raise BuildError(f"{target.parent} cannot be written: {error.strerror}") from error
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        lines = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
+        raise BuildError(f"{command[0]} failed: {lines[0] if lines else f'status {result.returncode}'}")

@@ -1,0 +1,107 @@
+// The C functions of the kernels. One library is built for each instruction set, all from this source; `native.py` picks
+// one and describes the arguments. Dtypes: 0 fp32, 1 fp16, 2 bf16.
+
+#include <omp.h>
+
+#ifdef __AMX_BF16__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "attention.hpp"
+#include "linear.hpp"
+#include "tokens.hpp"
+
+namespace {
+
+template <class Run>
+void by_dtype(int dtype, Run run) {
+    if (dtype == 0)
+        run(float{});
+    else if (dtype == 1)
+        run(fp16{});
+    else
+        run(bf16{});
+}
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// Asks the system for what the instruction set needs, once a process; 0 where it is granted.
+int start() {
+#ifdef __AMX_BF16__
+    constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, TILE_DATA = 18;
+    return static_cast<int>(syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA));
+#else
+    return 0;
+#endif
+}
+
+// Elements of a packed weight.
+int64_t packed_size(int dtype, int64_t outputs, int64_t depth, int gated) {
+    int64_t size = 0;
+    Layout layout{outputs, depth, gated != 0};
+    by_dtype(dtype, [&](auto one) { size = layout.num_panels() * panel_size<decltype(one)>(depth); });
+    return size;
+}
+
+void pack_weight(int dtype, const void* weight, int64_t outputs, int64_t depth, int gated, void* packed,
+                 int num_threads) {
+    by_dtype(dtype, [&](auto one) {
+        using T = decltype(one);
+        pack_weight(static_cast<const T*>(weight), Layout{outputs, depth, gated != 0}, static_cast<T*>(packed),
+                    num_threads);
+    });
+}
+
+void linear(int dtype, const void* x, int64_t num_rows, int64_t x_stride, const void* packed, const void* bias,
+            int64_t outputs, int64_t depth, int gated, void* out, int num_threads) {
+    by_dtype(dtype, [&](auto one) {
+        using T = decltype(one);
+        linear(static_cast<const T*>(x), num_rows, x_stride, static_cast<const T*>(packed),
+               static_cast<const T*>(bias), Layout{outputs, depth, gated != 0}, static_cast<T*>(out), num_threads);
+    });
+}
+
+void rms_norm(int dtype, void* x, const void* delta, const void* weight, float eps, int64_t num_rows, int64_t size,
+              void* out, int num_threads) {
+    by_dtype(dtype, [&](auto one) {
+        using T = decltype(one);
+        rms_norm(static_cast<T*>(x), static_cast<const T*>(delta), static_cast<const T*>(weight), eps, num_rows, size,
+                 static_cast<T*>(out), num_threads);
+    });
+}
+
+void rope_and_write(int dtype, void* qkv, int64_t stride, int64_t num_rows, int64_t heads, int64_t kv_heads,
+                    int64_t dim, const float* cos, const float* sin, void* pool, int64_t num_pages, int64_t page_size,
+                    const int64_t* page, const int64_t* offset, int num_threads) {
+    by_dtype(dtype, [&](auto one) {
+        using T = decltype(one);
+        rope_and_write(static_cast<T*>(qkv), stride, num_rows, heads, kv_heads, dim, cos, sin, static_cast<T*>(pool),
+                       num_pages, page_size, page, offset, num_threads);
+    });
+}
+
+// `chunks` are `Chunk`s, those of at most `few` tokens first, `num_few` of them.
+void attention(int dtype, const void* q, int64_t q_stride, int64_t heads, int64_t kv_heads, int64_t dim,
+               int64_t page_size, const void* pool, int64_t num_slots, const void* buffer, const int64_t* table,
+               const int64_t* chunks, int64_t num_chunks, int64_t num_few, float* kept, void* out, int num_threads) {
+    by_dtype(dtype, [&](auto one) {
+        using T = decltype(one);
+        Call<T> call{{heads, kv_heads, dim, page_size},
+                     {static_cast<const T*>(pool), static_cast<const T*>(buffer), num_slots},
+                     table,
+                     static_cast<const T*>(q),
+                     q_stride,
+                     kept,
+                     static_cast<T*>(out),
+                     num_threads};
+        auto* all = reinterpret_cast<const Chunk*>(chunks);
+        if (num_few) attend_few(call, all, num_few);
+        if (num_chunks > num_few) attend_many(call, all + num_few, num_chunks - num_few);
+    });
+}
+}
+#pragma GCC visibility pop

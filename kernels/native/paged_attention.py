@@ -1,0 +1,56 @@
+"""Exact attention over pages, see `attention.hpp`: a token's bits depend on nothing but its sequence up to it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distkv.kernels.native.library import DTYPES, Library
+
+LANES = 16  # of `simd.hpp`
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """New tokens of some sequences, and which of their pages they meet in a call.
+
+    Shapes: `numbers` int64 `[chunks, 7]`, by columns: the first row of q, the number of rows, the position of the
+    first, the first entry of the table, the first page and the end of those that it meets, and whether the result is
+    wanted after them. Those of few tokens come first, `num_few` of them: their pages are shared out among the threads.
+    """
+
+    numbers: Tensor
+    num_few: int
+
+
+def kept_states(num_tokens: int, heads: int, head_dim: int) -> Tensor:
+    """Memory for what is carried from one call to the next."""
+    return torch.empty(num_tokens, heads, -(-head_dim // LANES) * LANES + 2)
+
+
+def attend_pages(
+    library: Library,
+    q: Tensor,
+    layer_pool: Tensor,
+    buffer: Tensor | None,
+    table: Tensor,
+    chunks: Chunks,
+    kept: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Attention of each chunk over some of its pages, which it must meet in logical order, all of them together in as
+    many calls as need be.
+
+    Shapes:
+        q `[T, H, D]`, rows may lie apart; out `[T, H * D]`, written where the result of a chunk is wanted
+        layer_pool `[2, pages, K, S, D]`; buffer `[pages, 2, K, S, D]`, None when no entry lies in one
+        table int64, see `page_entries.py`
+        kept: of `kept_states`, None when all chunks meet all their pages in this call
+    """
+    _, heads, dim = q.shape
+    _, num_slots, kv_heads, page_size, _ = layer_pool.shape
+    library.attention(
+        DTYPES[q.dtype], q.data_ptr(), q.stride(0), heads, kv_heads, dim, page_size, layer_pool.data_ptr(), num_slots,
+        None if buffer is None else buffer.data_ptr(), table.data_ptr(), chunks.numbers.data_ptr(), len(chunks.numbers),
+        chunks.num_few, None if kept is None else kept.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip

@@ -1,0 +1,96 @@
+"""Attention of a step by the native kernels of a CPU, which find pages by a table.
+
+Sequences meet their pages in logical order. Cold pages are brought in that order too, each once however many sequences
+share it (a shared page has one place in all of them), and between two loads a sequence goes on to its next cold page.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distkv.kernels.native.library import Library
+from distkv.kernels.native.paged_attention import Chunks, attend_pages, kept_states
+from distkv.kernels.page_entries import buffer_entry
+from distkv.storage.moving.staging_ring import Load, Stream
+from distkv.storage.paging import pages_for
+from distkv.workers.page_directory import SequenceStep
+from distkv.workers.runners.batch import MAX_DECODE_TOKENS
+
+
+@dataclass(frozen=True)
+class NativeAttention:
+    """An `Attention`, see `batch.py`."""
+
+    library: Library
+    table: Tensor  # int64: where each page of each sequence lies, in the pool or in its load
+    loads: list[Load]
+    calls: list[Chunks]  # one for each load; one where there is none
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer_pool: Tensor, stream: Stream | None) -> Tensor:
+        """See `Attention`."""
+        tokens, heads, dim = q.shape
+        out = q.new_empty(tokens, heads * dim)
+        kept = kept_states(tokens, heads, dim) if len(self.calls) > 1 else None
+        for index, chunks in enumerate(self.calls):
+            buffer = None
+            if index < len(self.loads):
+                assert stream is not None
+                buffer = stream.take()
+            attend_pages(self.library, q, layer_pool, buffer, self.table, chunks, kept, out)
+        return out
+
+
+def plan_native_attention(
+    library: Library, steps: list[SequenceStep], page_size: int, buffer_pages: int
+) -> NativeAttention:
+    """The attention of a step for a rank with `buffer_pages` pages in a buffer of its staging ring."""
+    counts = np.array([len(step.token_ids) for step in steps], dtype=np.int64)
+    starts = np.array([step.start for step in steps], dtype=np.int64)
+    rows = np.cumsum(counts) - counts
+    num_pages = np.array([pages_for(int(end), page_size) for end in starts + counts], dtype=np.int64)
+    firsts = np.cumsum(num_pages) - num_pages
+    table = np.concatenate([step.pages[:count] for step, count in zip(steps, num_pages, strict=True)])
+    owner = np.repeat(np.arange(len(steps)), num_pages)
+    logical = np.arange(len(table)) - firsts[owner]
+
+    cold = np.flatnonzero(table < 0)
+    loads, load_of_entry = _loads(table[cold], logical[cold], buffer_pages)
+    table[cold] = [buffer_entry(index) for index in _indices_in_load(table[cold], loads, load_of_entry)]
+    few = counts <= MAX_DECODE_TOKENS
+    in_order = np.argsort(~few, kind="stable")
+    begins = np.zeros(len(steps), dtype=np.int64)
+    calls = []
+    for number in range(max(1, len(loads))):
+        # each goes on to its first page of a later load
+        ends = num_pages.copy()
+        later = cold[load_of_entry > number]
+        np.minimum.at(ends, owner[later], logical[later])
+        columns = np.stack([rows, counts, starts, firsts, begins, ends, ends == num_pages], axis=1)
+        chosen = in_order[(ends > begins)[in_order]]
+        calls.append(Chunks(torch.from_numpy(columns[chosen].astype(np.int64)), int(few[chosen].sum())))
+        begins = ends
+    return NativeAttention(library, torch.from_numpy(table), loads, calls)
+
+
+def _loads(locations: np.ndarray, logical: np.ndarray, buffer_pages: int) -> tuple[list[Load], np.ndarray]:
+    """The loads of cold pages, and which of them each of the given entries is in."""
+    if not len(locations):
+        return [], np.zeros(0, dtype=np.int64)
+    distinct, at, number = np.unique(locations, return_index=True, return_inverse=True)
+    rank = np.empty(len(distinct), dtype=np.int64)
+    in_order = np.lexsort((-distinct, logical[at]))
+    rank[in_order] = np.arange(len(distinct))
+    # within a load by tier and slot (a higher one has a lower location), so that neighbours are brought together
+    loads: list[Load] = [
+        np.sort(distinct[in_order[first : first + buffer_pages]])[::-1].tolist()
+        for first in range(0, len(distinct), buffer_pages)
+    ]
+    return loads, rank[number] // buffer_pages
+
+
+def _indices_in_load(locations: np.ndarray, loads: list[Load], load_of_entry: np.ndarray) -> list[int]:
+    """Where each cold entry lies in its load."""
+    places = [{location: index for index, location in enumerate(load)} for load in loads]
+    return [places[load][location] for location, load in zip(locations.tolist(), load_of_entry.tolist(), strict=True)]
