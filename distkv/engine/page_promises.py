@@ -76,7 +76,8 @@ class PagePromises:
         Args:
             prefix: pages of the newcomer that are known.
         """
-        if self.first_lacking is not None and newcomer.place > self.first_lacking.place:
+        # since the last review it may have ended
+        if any(one is self.first_lacking and newcomer.place > one.place for one in running):
             return False
         num_held = num_held_pages(prefix)
         if self.num_promised(running) + newcomer.expected_pages - num_held <= self._cache.capacity:

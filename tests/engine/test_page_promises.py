@@ -52,6 +52,20 @@ def test_long_answers_wait_for_each_other_and_all_come_to_their_end(is_known: bo
     engine.integrity_check()
 
 
+def test_one_that_waited_for_pages_and_is_gone_keeps_nobody_waiting() -> None:
+    engine, _ = caching_engine(num_pages=30, max_model_len=480, max_num_seqs=8)
+    engine.add([request(number, 20, 400, is_known=True) for number in range(2)])
+    while engine._scheduler._promises.first_lacking is None:
+        engine.step()
+    engine.add([request("later", 20, 10, is_known=True)])
+    engine.abort([("0", None), ("1", None)])
+    scheduler = engine._scheduler
+    assert not scheduler.running and scheduler._promises.may_begin([], scheduler.waiting[0], [])
+    outputs = drain(engine)
+    assert [output.request_id for output in outputs] == ["later"] * 10
+    assert not any(isinstance(output, RequestFailed) for output in outputs)
+
+
 def test_one_whose_length_is_known_is_never_preempted() -> None:
     engine, _ = caching_engine(num_pages=30, max_model_len=480, max_num_seqs=8)
     engine.add([request("known", 20, 200, is_known=True), *(request(number, 20, 440) for number in range(3))])

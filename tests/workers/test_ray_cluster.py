@@ -60,6 +60,9 @@ def test_a_process_that_is_connected_joins_no_other(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ray_cluster._Connection, "users", 1)
     for address in (None, "auto", "127.0.0.1:6379", "localhost:6379"):
         ray_cluster.connect(address, 2)
-    with pytest.raises(ConfigError, match=r"connected to the Ray cluster at 127\.0\.0\.1:6379"):
-        ray_cluster.connect("127.0.0.1:6380", 2)
+    for elsewhere in ("127.0.0.1:6380", "198.51.100.1:6379"):
+        with pytest.raises(ConfigError, match=r"connected to the Ray cluster at 127\.0\.0\.1:6379"):
+            ray_cluster.connect(elsewhere, 2)
     assert ray_cluster._Connection.users == 5
+    context.gcs_address = f"{socket.gethostbyname(socket.gethostname())}:6379"  # what Ray says of a cluster here
+    ray_cluster.connect("127.0.0.1:6379", 2)

@@ -131,18 +131,36 @@ def _check_is_connected_to(address: str | None) -> None:
     log.info("using the Ray cluster at %s, to which this process is connected", current)
     if address in (None, "auto", "local"):
         return
-    if _resolved(address) != _resolved(current):
+    if not _same_address(address, current):
         raise ConfigError(
             f"ray_address is {address!r}, and this process is connected to the Ray cluster at {current}; call "
             "ray.shutdown() first, or leave ray_address out"
         )
 
 
-def _resolved(address: str) -> str:
-    host, _, port = address.rpartition(":")
+def _same_address(one: str, other: str) -> bool:
+    """Whether they name one place: Ray calls a cluster of this machine by the machine's address, whatever name led
+    there."""
+    (host, _, port), (other_host, _, other_port) = one.rpartition(":"), other.rpartition(":")
+    return port == other_port and (
+        _resolved(host) == _resolved(other_host) or (_is_here(host) and _is_here(other_host))
+    )
+
+
+def _resolved(host: str) -> str:
     with suppress(OSError):
-        host = socket.gethostbyname(host)
-    return f"{host}:{port}"
+        return socket.gethostbyname(host)
+    return host
+
+
+def _is_here(host: str) -> bool:
+    """Whether it is an address of this machine, which alone can be listened at."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.bind((host, 0))
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
