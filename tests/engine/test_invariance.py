@@ -1,0 +1,96 @@
+"""The law of `docs/invariance.md`: what a request answers depends on the request alone, bit for bit."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.checkpoints import save_llama
+from support.prompts import random_prompt
+from support.runs import GREEDY, run
+
+from distkv import LLM, SamplingParams
+from distkv.outputs import RequestOutput
+
+WHOLE = {"max_num_batched_tokens": 4096, "max_num_seqs": 3}  # one request at a time, in one chunk
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "float16"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    heads, kv_heads, biased = {"float32": (6, 3, True), "bfloat16": (6, 3, False), "float16": (4, 1, False)}[
+        request.param
+    ]
+    folder = save_llama(
+        tmp_path_factory.mktemp("model"), max_position_embeddings=4096, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, hidden_size=96, head_dim=24, intermediate_size=113, attention_bias=biased,
+    )[0]  # fmt: skip
+    return folder, request.param
+
+
+def said(output: RequestOutput) -> list[Any]:
+    """All that a request answered, with every bit of its log-probabilities."""
+    return [
+        (
+            answer.token_ids,
+            [{token: entry.logprob for token, entry in table.items()} for table in answer.logprobs or []],
+        )
+        for answer in output.outputs
+    ]
+
+
+def random_requests(rng: random.Random) -> tuple[list[list[int]], list[SamplingParams]]:
+    """Prompts that begin alike, long and short, greedy and not, with one answer and several."""
+    stems = [random_prompt(rng.choice([16, 70, 300, 700]), rng.randrange(99)) for _ in range(2)]
+    prompts, params = [], []
+    for number in range(rng.randint(2, 7)):
+        stem = rng.choice(stems)
+        prompts.append(stem[: rng.randint(1, len(stem))] + random_prompt(rng.randint(0, 40), 100 + number))
+        params.append(
+            SamplingParams(
+                temperature=rng.choice([0, 1]),
+                seed=number,
+                n=rng.choice([1, 1, 3]),
+                max_tokens=rng.randint(1, 40),
+                logprobs=5,
+                ignore_eos=True,
+            )
+        )
+    return prompts, params
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 60))])
+def test_answers_do_not_depend_on_what_else_happens(model: tuple[Path, str], tmp_path: Path, seed: int) -> None:
+    """Neighbours in the batch, borders of chunks, hits of any length in any tier, tiers, rings, threads, restarts."""
+    folder, dtype = model
+    rng = random.Random(seed)
+    prompts, params = random_requests(rng)
+    page_size = rng.choice([16, 32, 64, 256])
+    common = {"dtype": dtype, "page_size": page_size}
+    with LLM(folder, device_kv_bytes="64MiB", enable_prefix_caching=False, **common, **WHOLE) as alone:
+        expected = [
+            said(alone.generate([prompt], one, use_tqdm=False)[0]) for prompt, one in zip(prompts, params, strict=True)
+        ]
+    page = 2 * 2 * 3 * 24 * page_size * 4  # bytes at most
+    for round in range(2):  # the second finds what the first has left
+        budget = rng.choice([16, 17, 64, 100, 333, 4096] if round == 0 else [16, 256])
+        options: dict[str, Any] = {
+            "max_num_batched_tokens": budget, "max_num_seqs": min(8, budget),
+            "num_threads": rng.choice([1, 2]), "host_kv_bytes": 12 * page, "disk_kv_bytes": 600 * page,
+            "device_kv_bytes": page * (12 + -(-budget // page_size)), "cache_dir": str(tmp_path),
+        }  # fmt: skip
+        with LLM(folder, **common, **options) as llm:
+            order = rng.sample(range(len(prompts)), len(prompts))
+            outputs = llm.generate([prompts[i] for i in order], [params[i] for i in order], use_tqdm=False)
+            for index, output in zip(order, outputs, strict=True):
+                assert output.error is None
+                assert said(output) == expected[index], f"request {index}, round {round}"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_demo_model_in_chunks_of_any_size(demo_model: Path, dtype: str) -> None:
+    """Logits of real shapes: of a prompt in one chunk, in many, and after it one token at a time."""
+    prompt = random_prompt(300, 5, 40_000)
+    options: dict[str, Any] = {"page_size": 64, "dtype": dtype, "max_num_seqs": 1}
+    whole = run(demo_model, [prompt], GREEDY, max_num_batched_tokens=512, **options)
+    for budget in (16, 130):
+        run(demo_model, [prompt], GREEDY, max_num_batched_tokens=budget, **options).assert_same(whole)
