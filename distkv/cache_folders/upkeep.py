@@ -132,7 +132,7 @@ def _count(cache: ModelCache) -> tuple[list[str], str]:
     ends = {entry.key for entry in entries} - {entry.parent for entry in entries}
     tokens = len(entries) * cache.description.page_size
     last_use = _date(max(entry.last_use for entry in entries)) if entries else "-"
-    return [cache.description.kernels or "torch", str(len(entries)), str(len(ends)), str(tokens)], last_use
+    return [cache.description.kernels or "?", str(len(entries)), str(len(ends)), str(tokens)], last_use
 
 
 def _print_problems(console: Console, problems: Iterable[str]) -> None:

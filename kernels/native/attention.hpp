@@ -151,17 +151,16 @@ void pack_values(const T* values, int64_t count, int64_t dim, int64_t depth, Pac
 
 // --- states ---
 
-// The state of a row: `out` not yet divided by the sum of its weights, which are powers of 2 less the highest score.
+// The state of a row: `out` not yet divided by the sum of its weights, which are powers of 2 less the highest score. A
+// row that has seen no key has the sum 0; that of any other is 1 or more, or not a number.
 struct State {
     float* out;
     float *highest, *sum;
 };
 
-constexpr float NONE = -std::numeric_limits<float>::infinity();
-
 // Merges the state of later keys into that of earlier ones.
 inline void merge(State to, const float* out, float highest, float total, int64_t dim) {
-    if (*to.highest == NONE) {
+    if (*to.sum == 0) {
         std::memcpy(to.out, out, sizeof(float) * dim);
         *to.highest = highest, *to.sum = total;
         return;
@@ -229,7 +228,7 @@ class PageAttention {
         int64_t seen = 0;
         for (int64_t r = 0; r < num_rows; ++r) seen = std::max(seen, visible(r));
         if (!seen) {
-            for (int64_t r = 0; r < num_rows; ++r) highest_[r] = NONE;
+            for (int64_t r = 0; r < num_rows; ++r) sums_[r] = 0;
             return;
         }
         int64_t panels = (seen + LANES - 1) / LANES, depth = padded_depth<E>(panels * LANES);
@@ -249,11 +248,10 @@ class PageAttention {
     void weigh(int64_t r, int64_t visible, int64_t depth) {
         const float* scores = scores_ + r * most_;
         E* weights = weights_ + r * most_;
-        Vec high = all(NONE);
+        Vec high = all(-std::numeric_limits<float>::infinity());
         for (int64_t k = 0; k < visible; k += LANES)
             high = larger(lowest_from(load(scores + k), static_cast<int>(std::min<int64_t>(LANES, visible - k))), high);
-        float top = largest(high) * scale_;
-        highest_[r] = visible ? top : NONE;
+        float top = highest_[r] = largest(high) * scale_;
         Vec total = zeros(), scale = all(scale_), low = all(-top);
         for (int64_t k = 0; k < visible; k += LANES) {
             Vec weight = power_of_2<TERMS<T>>(fma(load(scores + k), scale, low));
@@ -320,7 +318,7 @@ struct Call {
             std::memcpy(memory, kept_state(chunk.row + r / group, head * group + r % group).out,
                         sizeof(float) * (kept_dim() + 2));
         else
-            *state.highest = NONE;
+            *state.sum = 0;
         return state;
     }
 
@@ -399,7 +397,7 @@ void attend_few(const Call<T>& call, const Chunk* chunks, int64_t num_chunks) {
                     if (firsts[at] >= from) state = call.begin(chunk, r, head, memory);
                     for (int64_t n = std::max(from, firsts[at]); n < std::min(to, firsts[at + 1]); ++n) {
                         const float* next = states + (n - from) * per_page + (head * most_rows + r) * size;
-                        if (next[one.dim()] != NONE) merge(state, next, next[one.dim()], next[one.dim() + 1], one.dim());
+                        if (next[one.dim() + 1] != 0) merge(state, next, next[one.dim()], next[one.dim() + 1], one.dim());
                     }
                     if (firsts[at + 1] <= to) call.end(chunk, r, head, state);
                 }
@@ -450,7 +448,7 @@ void attend_many(const Call<T>& call, const Chunk* chunks, int64_t num_chunks) {
                     for (int64_t i = 0; i < tile; ++i) {
                         float* memory = states + (r + i) * size;
                         State state{memory, memory + one.dim(), memory + one.dim() + 1};
-                        if (one.highest(i) != NONE) merge(state, one.out(i), one.highest(i), one.sum(i), one.dim());
+                        if (one.sum(i) != 0) merge(state, one.out(i), one.highest(i), one.sum(i), one.dim());
                     }
                 }
             }

@@ -93,7 +93,7 @@ def test_damaged_folders_are_listed_and_pruned(cache: Path, name: str) -> None:
     code, text = distkv(cache, "ls")
     [row] = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if f"│ {NAME}" in line]
     is_known = "zarr" in name
-    assert code == 0 and row[2] == ("3" if is_known else "?") and row[5] == "9.00 KiB"
+    assert code == 0 and row[3] == ("3" if is_known else "?") and row[6] == "9.00 KiB"
     assert is_known or str(folder) in text.split("disk_kv_bytes")[1], "what is wrong is said below"
     code, text = distkv(cache, "verify")
     assert code == (0 if is_known else 1) and ("all whole" in text) == is_known

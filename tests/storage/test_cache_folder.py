@@ -81,7 +81,7 @@ def description(fingerprint: str = FINGERPRINT) -> Description:
     spec = SPEC
     return Description(
         fingerprint, "/models/one", "bfloat16", spec.page_size, spec.num_layers, spec.num_kv_heads, spec.head_dim,
-        spec.page_bytes,
+        spec.page_bytes, kernels="native amx" if fingerprint == FINGERPRINT else "",
     )  # fmt: skip
 
 
@@ -772,11 +772,11 @@ def test_cache_ls(cache: Path) -> None:
     lock.release()
     assert code == 0
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "/models/one" in line]
-    assert [row[:5] for row in rows] == [
-        ["/models/one", FINGERPRINT[:16], "4", "2", "64"],
-        ["/models/one", "fedcba9876543210", "1", "1", "16"],
+    assert [row[:6] for row in rows] == [
+        ["/models/one", FINGERPRINT[:16], "native amx", "4", "2", "64"],
+        ["/models/one", "fedcba9876543210", "?", "1", "1", "16"],
     ]
-    assert all("KiB" in row[5] and row[6].startswith("19") for row in rows)
+    assert all("KiB" in row[6] and row[7].startswith("19") for row in rows)
 
 
 def test_cache_verify(cache: Path) -> None:
