@@ -166,15 +166,10 @@ inline void merge(State to, const float* out, float highest, float total, int64_
         return;
     }
     float top = highest > *to.highest ? highest : *to.highest;
-    alignas(64) float share[LANES];
-    store(share, power_of_2<7>(all(*to.highest) - all(top)));
-    float before = share[0];
-    store(share, power_of_2<7>(all(highest) - all(top)));
-    float after = share[0];
+    Vec before = power_below_1<7>(all(*to.highest) - all(top)), after = power_below_1<7>(all(highest) - all(top));
     *to.highest = top;
-    *to.sum = std::fma(*to.sum, before, total * after);
-    for (int64_t d = 0; d < dim; d += LANES)
-        store(to.out + d, fma(load(to.out + d), all(before), load(out + d) * all(after)));
+    *to.sum = first_lane(fma(all(*to.sum), before, all(total) * after));
+    for (int64_t d = 0; d < dim; d += LANES) store(to.out + d, fma(load(to.out + d), before, load(out + d) * after));
 }
 
 // Divides, rounds and writes the result of a row.
@@ -200,14 +195,16 @@ class PageAttention {
           scale_(LOG2_E / std::sqrt(static_cast<float>(shape.dim))),
           dim_(round_up(shape.dim, LANES)),
           depth_(padded_depth<E>(shape.dim)),
-          most_(padded_depth<E>(round_up(shape.page_size, LANES))) {
+          most_(padded_depth<E>(round_up(shape.page_size, LANES))),
+          stride_(most_ + 64 / sizeof(float)),  // not a power of two, which many lines of a cache would share
+          weight_stride_(most_ + 64 / sizeof(E)) {
         static thread_local Scratch packed_memory, number_memory;
         int64_t keys = round_up(shape.page_size, LANES) * depth_, values = most_ * dim_;
-        keys_ = packed_memory.get<E>(keys + values + TILE_ROWS * most_);
+        keys_ = packed_memory.get<E>(keys + values + TILE_ROWS * weight_stride_);
         values_ = keys_ + keys;
         weights_ = values_ + values;
-        scores_ = number_memory.get<float>(TILE_ROWS * (most_ + dim_ + 2));
-        out_ = scores_ + TILE_ROWS * most_;
+        scores_ = number_memory.get<float>(TILE_ROWS * (stride_ + dim_ + 2));
+        out_ = scores_ + TILE_ROWS * stride_;
         highest_ = out_ + TILE_ROWS * dim_;
         sums_ = highest_ + TILE_ROWS;
     }
@@ -234,9 +231,9 @@ class PageAttention {
         int64_t panels = (seen + LANES - 1) / LANES, depth = padded_depth<E>(panels * LANES);
         int64_t values_depth = padded_depth<E>(round_up(count_, LANES));
         multiply<E>(Rows<E>::plain(queries, depth_), num_rows, keys_, panel_size<E>(shape_.dim), panels, depth_,
-                    scores_, most_);
+                    scores_, stride_);
         for (int64_t r = 0; r < num_rows; ++r) weigh(r, visible(r), depth);
-        multiply<E>(Rows<E>::plain(weights_, most_), num_rows, values_, values_depth * LANES, dim_ / LANES, depth,
+        multiply<E>(Rows<E>::plain(weights_, weight_stride_), num_rows, values_, values_depth * LANES, dim_ / LANES, depth,
                     out_, dim_);
     }
 
@@ -246,18 +243,24 @@ class PageAttention {
 
   private:
     void weigh(int64_t r, int64_t visible, int64_t depth) {
-        const float* scores = scores_ + r * most_;
-        E* weights = weights_ + r * most_;
+        const float* scores = scores_ + r * stride_;
+        E* weights = weights_ + r * weight_stride_;
+        int64_t whole = visible / LANES * LANES;  // up to which all lanes are visible
+        int rest = static_cast<int>(visible - whole);
         Vec high = all(-std::numeric_limits<float>::infinity());
-        for (int64_t k = 0; k < visible; k += LANES)
-            high = larger(lowest_from(load(scores + k), static_cast<int>(std::min<int64_t>(LANES, visible - k))), high);
+        for (int64_t k = 0; k < whole; k += LANES) high = larger(load(scores + k), high);
+        if (rest) high = larger(lowest_from(load(scores + whole), rest), high);
         float top = highest_[r] = largest(high) * scale_;
         Vec total = zeros(), scale = all(scale_), low = all(-top);
-        for (int64_t k = 0; k < visible; k += LANES) {
-            Vec weight = power_of_2<TERMS<T>>(fma(load(scores + k), scale, low));
-            weight = zero_from(weight, static_cast<int>(std::min<int64_t>(LANES, visible - k)));
+        for (int64_t k = 0; k < whole; k += LANES) {
+            Vec weight = power_below_1<TERMS<T>>(fma(load(scores + k), scale, low));
             total = total + weight;
             store(weights + k, weight);
+        }
+        if (rest) {
+            Vec weight = zero_from(power_below_1<TERMS<T>>(fma(load(scores + whole), scale, low)), rest);
+            total = total + weight;
+            store(weights + whole, weight);
         }
         for (int64_t k = round_up(visible, LANES); k < depth; k += LANES) store(weights + k, zeros());
         sums_[r] = ::sum(total);
@@ -265,7 +268,7 @@ class PageAttention {
 
     Shape shape_;
     float scale_;
-    int64_t dim_, depth_, most_, count_ = 0;
+    int64_t dim_, depth_, most_, stride_, weight_stride_, count_ = 0;
     E *keys_, *values_, *weights_;
     float *scores_, *out_, *highest_, *sums_;
 };

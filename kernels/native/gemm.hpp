@@ -130,13 +130,13 @@ inline void tile_square(Rows<bf16> a, int64_t tile, const bf16* const* b, int64_
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t k = 0; k < depth; k += 32) {
-        _tile_loadd(4, upper + k / 32 * a.step, a.stride * 2);
         _tile_loadd(6, b[0] + k * 16, 64);
-        _tile_loadd(7, b[1] + k * 16, 64);
-        _tile_loadd(5, lower + k / 32 * a.step, a.stride * 2);
+        _tile_loadd(4, upper + k / 32 * a.step, a.stride * 2);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, lower + k / 32 * a.step, a.stride * 2);
         _tile_dpbf16ps(2, 5, 6);
+        _tile_loadd(7, b[1] + k * 16, 64);
+        _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, c, c_stride * 4);
@@ -228,16 +228,17 @@ inline void multiply(Rows<RowElement<T>> a, int64_t num_rows, const T* b, int64_
 #ifdef __AMX_BF16__
     if constexpr (IN_PAIRS<T>) {
         int64_t num_tiles = (num_rows + 15) / 16, tile = 0;
-        for (; tile + 2 <= num_tiles; tile += 2)
-            for (int64_t p = 0; p < num_panels; p += 2) {
+        for (int64_t p = 0; p < num_panels; p += 2) {  // of which two stay in the first cache while rows pass by
+            panels[0] = b + p * panel_stride, panels[1] = panels[0] + panel_stride;
+            for (tile = 0; tile + 2 <= num_tiles; tile += 2) {
                 float* to = c + tile * 16 * c_stride + p * LANES;
-                panels[0] = b + p * panel_stride, panels[1] = panels[0] + panel_stride;
                 if (p + 1 < num_panels)
                     tile_square(a, tile, panels, depth, to, c_stride);
                 else
                     for (int i = 0; i < 2; ++i)
                         tile_row<1>(a, tile + i, panels, depth, to + i * 16 * c_stride, c_stride);
             }
+        }
         if (tile < num_tiles)
             for (int64_t p = 0; p < num_panels; p += 4) {
                 float* to = c + tile * 16 * c_stride + p * LANES;

@@ -89,19 +89,21 @@ void pack_row(const T* x, int64_t depth, Rows<RowElement<T>> rows, RowElement<T>
 template <class T>
 void finish(const float* c, int64_t c_stride, int64_t num_rows, int64_t panel, int64_t num_panels, const T* bias,
             Layout layout, T* out, int64_t out_stride) {
-    int64_t step = layout.gated ? 2 : 1;
-    for (int64_t p = 0; p < num_panels; p += step) {
-        int64_t column = (panel + p) / step * LANES;
-        int count = static_cast<int>(std::min<int64_t>(LANES, layout.width() - column));
-        Vec first = bias ? load(bias + column, count) : zeros();
-        Vec second = bias && layout.gated ? load(bias + layout.width() + column, count) : zeros();
-        for (int64_t r = 0; r < num_rows; ++r) {
-            const float* from = c + r * c_stride + p * LANES;
-            Vec x = load(from) + first;
-            if (layout.gated) x = silu<T>(x) * (load(from + LANES) + second);
-            store(out + r * out_stride + column, x, count);
+    int64_t step = layout.gated ? 2 : 1, width = layout.width();
+    int64_t first_column = panel / step * LANES, columns = std::min(num_panels / step * LANES, width - first_column);
+    for (int64_t r = 0; r < num_rows; ++r)
+        for (int64_t i = 0; i < columns; i += LANES) {
+            int count = static_cast<int>(std::min<int64_t>(LANES, columns - i));
+            const float* from = c + r * c_stride + i * step;
+            Vec x = load(from);
+            if (bias) x = x + load(bias + first_column + i, count);
+            if (layout.gated) {
+                Vec up = load(from + LANES);
+                if (bias) up = up + load(bias + width + first_column + i, count);
+                x = silu<T>(x) * up;
+            }
+            store(out + r * out_stride + first_column + i, x, count);
         }
-    }
 }
 
 // `x @ weight.T + bias`, gated where the layout says so. x `[num_rows, depth]`, its rows `x_stride` apart; out
@@ -125,9 +127,11 @@ void linear(const T* x, int64_t num_rows, int64_t x_stride, const T* packed, con
     constexpr int64_t CACHE = 512 << 10;
     int64_t block = std::clamp<int64_t>(CACHE / (padded * int64_t(sizeof(E))) / 32 * 32, 32, 256);
     int64_t num_blocks = (num_rows + block - 1) / block;
-    constexpr int64_t GROUP = 4;  // panels of a task
-    int64_t num_groups = (num_panels + GROUP - 1) / GROUP;
-    constexpr int64_t c_stride = GROUP * LANES;
+    // panels of a task: as many as MOST, and so that all threads have the same work where they share a block of rows
+    constexpr int64_t MOST = 8, c_stride = MOST * LANES;
+    int64_t per_thread = (num_panels + num_threads - 1) / num_threads, parts = (per_thread + MOST - 1) / MOST;
+    int64_t group = num_blocks < num_threads ? round_up((per_thread + parts - 1) / parts, 2) : MOST;
+    int64_t num_groups = (num_panels + group - 1) / group;
     int num_workers = static_cast<int>(std::min<int64_t>(num_threads, num_blocks * num_groups));
 
 #pragma omp parallel num_threads(num_workers)
@@ -143,7 +147,7 @@ void linear(const T* x, int64_t num_rows, int64_t x_stride, const T* packed, con
         for (int64_t b = 0; b < num_blocks; ++b)
             for (int64_t g = 0; g < num_groups; ++g) {
                 int64_t first = b * block, count = std::min(block, num_rows - first);
-                int64_t panel = g * GROUP, panels = std::min(GROUP, num_panels - panel);
+                int64_t panel = g * group, panels = std::min(group, num_panels - panel);
                 auto part = rows;
                 part.data += HAS_TILES && IN_PAIRS<T> ? first / 16 * rows.block : first * rows.stride;
                 multiply<T>(part, count, packed + panel * size, size, panels, padded, sums, c_stride);

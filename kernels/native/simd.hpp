@@ -74,6 +74,10 @@ inline void store(fp16* p, Vec x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
 }
 
+inline __m256 high_half(Vec x) { return _mm512_extractf32x8_ps(x.v, 1); }
+inline __m256 low_half(Vec x) { return _mm512_castps512_ps256(x.v); }
+inline float first_lane(Vec x) { return _mm512_cvtss_f32(x.v); }
+
 // 2 ^ n for whole n, times x
 inline Vec scaled(Vec x, Vec n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 inline Vec nearest(Vec x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
@@ -152,6 +156,10 @@ inline void store(fp16* p, Vec x) {
     _mm_storeu_si128(q + 1, _mm256_cvtps_ph(x.high, _MM_FROUND_TO_NEAREST_INT));
 }
 
+inline __m256 high_half(Vec x) { return x.high; }
+inline __m256 low_half(Vec x) { return x.low; }
+inline float first_lane(Vec x) { return _mm256_cvtss_f32(x.low); }
+
 inline __m256 scaled(__m256 x, __m256 n) {
     __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return _mm256_mul_ps(x, _mm256_castsi256_ps(exponent));
@@ -182,19 +190,17 @@ inline Vec lowest_from(Vec x, int count) {
 #endif
 
 // The lanes in a fixed order: halves onto each other until one is left.
-template <class Fold>
-inline float folded(Vec x, Fold fold) {
-    alignas(64) float lanes[LANES];
-    store(lanes, x);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) lanes[i] = fold(lanes[i], lanes[i + half]);
-    return lanes[0];
-}
 inline float sum(Vec x) {
-    return folded(x, [](float a, float b) { return a + b; });
+    __m256 eight = _mm256_add_ps(low_half(x), high_half(x));
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 inline float largest(Vec x) {
-    return folded(x, [](float a, float b) { return a > b ? a : b; });
+    __m256 eight = _mm256_max_ps(low_half(x), high_half(x));
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
 // The first `count` lanes of 16 elements at p, zeros after them; only those are read or written.
@@ -213,20 +219,26 @@ inline void store(T* p, Vec x, int count) {
     std::memcpy(p, held, sizeof(T) * count);
 }
 
-// 2 ^ x: of the fraction by its Taylor series, of which `TERMS` terms are taken (5: 3e-6, 7: less than a rounding), of
-// the rest by the exponent. Exact at 0; NaN stays.
+// 2 ^ x for x that is no higher than about 0: of the fraction by its Taylor series, of which `TERMS` terms are taken (4:
+// 4e-5, 7: less than a rounding), of the rest by the exponent. Exact at 0; NaN stays.
 template <int TERMS>
-inline Vec power_of_2(Vec x) {
+inline Vec power_below_1(Vec x) {
     constexpr float terms[] = {1.f,           0.69314718056f, 0.24022650696f, 0.05550410866f,
                                0.00961812911f, 0.00133335581f, 0.00015403530f, 0.00001525273f};
-    x = smaller(all(HIGHEST_POWER), larger(all(LOWEST_POWER), x));
+    x = larger(all(LOWEST_POWER), x);
     Vec whole = nearest(x), rest = x - whole, series = all(terms[TERMS]);
     for (int i = TERMS - 1; i >= 0; --i) series = fma(series, rest, all(terms[i]));
     return scaled(series, whole);
 }
 
+// The same of any x.
+template <int TERMS>
+inline Vec power_of_2(Vec x) {
+    return power_below_1<TERMS>(smaller(all(HIGHEST_POWER), x));
+}
+
 template <class T>
-constexpr int TERMS = std::is_same_v<T, bf16> ? 5 : 7;
+constexpr int TERMS = std::is_same_v<T, bf16> ? 4 : 7;
 
 constexpr float LOG2_E = 1.4426950408889634f;
 
