@@ -28,7 +28,7 @@ from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import Shard
 from distkv.workers.model.weights import CheckedSource, DummySource, SafetensorsSource
 from distkv.workers.page_directory import PageDirectory
-from distkv.workers.threads import use_threads
+from distkv.workers.threads import release_threads, use_threads
 
 # Share of the memory free at start that each KV pool in CPU memory may grow to, unless a size is given.
 CPU_KV_SHARE = 0.25
@@ -152,6 +152,7 @@ class Rank:
         self.pools = KVPools(self.page_spec, sizes, self.backend.device, disk)
         self._runner = self.backend.make_runner(self._model, self.pools, config.max_num_seqs)
         self.backend.tune(self.pools)
+        release_threads()  # steps run on another one
         return self.pools.nbytes
 
     @torch.inference_mode()
@@ -200,7 +201,9 @@ class Rank:
 
     def bandwidth(self) -> Bandwidth:
         """How fast the tiers below the device give pages back."""
-        return measure_bandwidth(self.pools)
+        found = measure_bandwidth(self.pools)
+        release_threads()
+        return found
 
     def take_report(self) -> Report:
         """What has ended since the last call; bytes by route are of this rank alone: `device_to_host` and so on for
