@@ -20,6 +20,7 @@ from distkv.frontend.request_state import RequestState
 from distkv.outputs import RequestOutput
 from distkv.sampling_params import SamplingParams
 from distkv.values import listed
+from distkv.workers.threads import release_threads
 
 
 class LLM(Facade):
@@ -177,6 +178,7 @@ class LLM(Facade):
     def _drive(self, states: list[RequestState]) -> Generator[list[RequestState], None, None]:
         """Runs requests to their end, yielding those that are to emit an output after a step; what is unfinished at
         exit is aborted."""
+        release_threads()  # of the caller, who waits
         inbox: queue.SimpleQueue[list[Delivery]] = queue.SimpleQueue()
         group = RequestGroup(self._front_end.thread, states)
         try:

@@ -1,6 +1,7 @@
 """What holds of the code as a whole: who may import whom, what an import costs, what a wheel contains."""
 
 import ast
+import itertools
 import os
 import shutil
 import subprocess
@@ -11,6 +12,9 @@ from pathlib import Path
 
 import pytest
 from support.processes import run_python
+
+from distkv.kernels.native.build import library_name
+from distkv.kernels.native.instruction_sets import INSTRUCTION_SETS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("distkv", "workers", "storage", "kernels")
@@ -173,8 +177,11 @@ def test_a_wheel_contains_everything(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(tree)]
     subprocess.run(command, check=True, capture_output=True)
     [wheel] = tmp_path.glob("*.whl")
-    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
+    names = zipfile.ZipFile(wheel).namelist()
+    packed = {name for name in names if name.endswith((".py", ".hpp", ".cpp"))}
     expected = {f"distkv/{path.relative_to(ROOT / 'distkv')}" for path in (ROOT / "distkv").rglob("*.py")}
-    for package in PACKAGES[1:]:
-        expected |= {f"distkv/{path.relative_to(ROOT)}" for path in (ROOT / package).rglob("*.py")}
+    for package, ending in itertools.product(PACKAGES[1:], ("py", "hpp", "cpp")):
+        expected |= {f"distkv/{path.relative_to(ROOT)}" for path in (ROOT / package).rglob(f"*.{ending}")}
     assert packed == expected
+    libraries = {name.split("/")[-1] for name in names if name.endswith(".so")}
+    assert libraries == {library_name(one.name, one.flags) for one in INSTRUCTION_SETS}

@@ -4,9 +4,12 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from rich.console import Console
@@ -40,19 +43,14 @@ def run(
     ) as llm:
         _check_contexts(contexts, new_tokens, llm.info.max_model_len)
         runners: dict[str, Runner] = {"distkv": distkv_runner(llm)}
-        if peer == "hf":
-            from transformers import AutoModelForCausalLM
-
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            network = AutoModelForCausalLM.from_pretrained(
-                model, dtype=dtype, local_files_only=True, trust_remote_code=False
-            )
-            runners["transformers"] = transformers_runner(network.eval().to(device))
-        rows = []
-        for context in dict.fromkeys(contexts):
-            rng = random.Random(context)
-            prompt = [rng.randrange(10, llm.info.vocab_size) for _ in range(context)]
-            rows += _in_turns(runners, prompt, new_tokens, repeats)
+        with _Peer(model, dtype, torch.get_num_threads()) if peer == "hf" else nullcontext() as transformers:
+            if transformers is not None:
+                runners["transformers"] = transformers
+            rows = []
+            for context in dict.fromkeys(contexts):
+                rng = random.Random(context)
+                prompt = [rng.randrange(10, llm.info.vocab_size) for _ in range(context)]
+                rows += _in_turns(runners, prompt, new_tokens, repeats)
     facts = {
         "benchmark": "decode", "model": model.name, "dtype": dtype, "new_tokens": new_tokens, "repeats": repeats,
         **machine_facts(), "transformers": version("transformers"),
@@ -109,6 +107,41 @@ def distkv_runner(llm: LLM) -> Runner:
         return times[1] - times[0], (times[-1] - times[1]) / new_tokens
 
     return runner
+
+
+class _Peer:
+    """A `Runner`, transformers in a process of its own: in one process with another engine the threads of both would
+    sleep between two operations, see `release_threads`."""
+
+    _runner: Runner  # of the process
+
+    def __init__(self, model: Path, dtype: str, num_threads: int):
+        options = model, dtype, num_threads
+        self._process = ProcessPoolExecutor(1, get_context("spawn"), initializer=_Peer._load, initargs=options)
+
+    @classmethod
+    def _load(cls, model: Path, dtype: str, num_threads: int) -> None:
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(num_threads)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        network = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, local_files_only=True, trust_remote_code=False
+        )
+        cls._runner = staticmethod(transformers_runner(network.eval().to(device)))
+
+    @classmethod
+    def _run(cls, prompt: list[int], new_tokens: int) -> tuple[float, float]:
+        return cls._runner(prompt, new_tokens)
+
+    def __call__(self, prompt: list[int], new_tokens: int) -> tuple[float, float]:
+        return self._process.submit(_Peer._run, prompt, new_tokens).result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.shutdown()
 
 
 def transformers_runner(network: Any, new_cache: Callable[[], Any] = lambda: None) -> Runner:

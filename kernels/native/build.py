@@ -48,7 +48,7 @@ def build(target: Path, flags: list[str]) -> None:
         raise BuildError("there is no C++ compiler (g++, clang++) on the path")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with (target.parent / "lock").open("w") as lock:
+        with target.with_suffix(".lock").open("w") as lock:  # one for each, so that several are built side by side
             fcntl.flock(lock, fcntl.LOCK_EX)
             if target.exists():
                 return
