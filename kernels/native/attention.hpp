@@ -166,7 +166,7 @@ inline void merge(State to, const float* out, float highest, float total, int64_
         return;
     }
     float top = highest > *to.highest ? highest : *to.highest;
-    Vec before = power_below_1<7>(all(*to.highest) - all(top)), after = power_below_1<7>(all(highest) - all(top));
+    Vec before = power_of_2<6>(all(*to.highest) - all(top)), after = power_of_2<6>(all(highest) - all(top));
     *to.highest = top;
     *to.sum = first_lane(fma(all(*to.sum), before, all(total) * after));
     for (int64_t d = 0; d < dim; d += LANES) store(to.out + d, fma(load(to.out + d), before, load(out + d) * after));
@@ -252,17 +252,24 @@ class PageAttention {
         if (rest) high = larger(lowest_from(load(scores + whole), rest), high);
         float top = highest_[r] = largest(high) * scale_;
         Vec total = zeros(), scale = all(scale_), low = all(-top);
-        for (int64_t k = 0; k < whole; k += LANES) {
-            Vec weight = power_below_1<TERMS<T>>(fma(load(scores + k), scale, low));
+        auto weight_of = [&](int64_t k) { return power_of_2<DEGREE<T>>(fma(load(scores + k), scale, low)); };
+        int64_t k = 0;
+        for (; k + 2 * LANES <= whole; k += 2 * LANES) {
+            Vec weight = weight_of(k), next = weight_of(k + LANES);
+            total = total + weight + next;
+            store(weights + k, weight, next);
+        }
+        if (k < whole) {
+            Vec weight = weight_of(k);
             total = total + weight;
             store(weights + k, weight);
         }
         if (rest) {
-            Vec weight = zero_from(power_below_1<TERMS<T>>(fma(load(scores + whole), scale, low)), rest);
+            Vec weight = zero_from(weight_of(whole), rest);
             total = total + weight;
             store(weights + whole, weight);
         }
-        for (int64_t k = round_up(visible, LANES); k < depth; k += LANES) store(weights + k, zeros());
+        for (k = round_up(visible, LANES); k < depth; k += LANES) store(weights + k, zeros());
         sums_[r] = ::sum(total);
     }
 
