@@ -2,6 +2,7 @@
 is a function of nothing but the row. Attention is tested in `workers/test_batch.py` as well."""
 
 import ctypes
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from distkv.kernels.native.paged_attention import Chunks, attend_pages, kept_sta
 from distkv.kernels.native.token_kernels import native_token_kernels
 from distkv.kernels.rope import rope_and_write_kv
 
+ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = [load(one) for one in INSTRUCTION_SETS if one.is_here]
 libraries = st.sampled_from(LIBRARIES)
 dtypes = st.sampled_from(list(TOLERANCE))
@@ -220,3 +222,22 @@ def test_what_cannot_be_built(
     with pytest.raises(BuildError, match=message):
         find_or_build("avx2", INSTRUCTION_SETS[-1].flags)
     assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.slow
+def test_kernels_with_sanitizers(tmp_path: Path) -> None:
+    """No byte outside of what a kernel was given, and no undefined behaviour, in the tests above."""
+    libraries = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "XDG_CACHE_HOME": str(tmp_path),
+        "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}",
+    }  # fmt: skip
+    command = ["pytest", "-p", "support.sanitized", __file__, "-k", "linear or norm or rope or attention"]
+    result = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert len(list(tmp_path.rglob("*.so"))) == len(LIBRARIES)
