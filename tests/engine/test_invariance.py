@@ -1,11 +1,15 @@
 """The law of `docs/invariance.md`: what a request answers depends on the request alone, bit for bit."""
 
+import itertools
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.checkpoints import save_llama
+from support.damage import all_damages
+from support.llms import idle_engine
 from support.prompts import random_prompt
 from support.runs import GREEDY, run
 
@@ -84,6 +88,38 @@ def test_answers_do_not_depend_on_what_else_happens(model: tuple[Path, str], tmp
             for index, output in zip(order, outputs, strict=True):
                 assert output.error is None
                 assert said(output) == expected[index], f"request {index}, round {round}"
+
+
+@all_damages
+@pytest.mark.parametrize("model", ["bfloat16"], indirect=True)
+def test_a_repair_leaves_no_trace(model: tuple[Path, str], tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    """Files of pages are damaged while a request decodes, and before the next process reads them."""
+    folder, dtype = model
+    prompt, page = random_prompt(500, 2), 2 * 2 * 3 * 24 * 16 * 2
+    params = SamplingParams(temperature=1, seed=7, max_tokens=40, logprobs=5, ignore_eos=True)
+    with LLM(folder, dtype=dtype, page_size=16, **WHOLE) as alone:
+        expected = said(alone.generate([prompt], params, use_tqdm=False)[0])
+    options: dict[str, Any] = {
+        "dtype": dtype, "page_size": 16, "max_num_batched_tokens": 32, "max_num_seqs": 4, "device_kv_bytes": 4 * page,
+        "host_kv_bytes": 6 * page, "disk_kv_bytes": 60 * page, "cache_dir": str(tmp_path),
+    }  # fmt: skip
+    with LLM(folder, **options) as llm:
+        engine = idle_engine(llm)
+        forward, steps = engine._runner.executor.forward, itertools.count()
+
+        def spy(plan: Any, drawn: Any) -> Any:
+            if [len(one.token_ids) for one in plan.sequences] == [1] and next(steps) in (1, 8, 21):
+                for file in sorted(tmp_path.rglob("c.*"))[::5]:
+                    damage(file)
+            return forward(plan, drawn)
+
+        engine._runner.executor.forward = spy
+        assert said(llm.generate([prompt], params, use_tqdm=False)[0]) == expected
+        assert llm.stats().pages_recomputed >= 3
+    for file in sorted(tmp_path.rglob("c.*"))[1::7]:
+        damage(file)
+    with LLM(folder, **options) as llm:
+        assert said(llm.generate([prompt], params, use_tqdm=False)[0]) == expected
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -18,7 +18,24 @@ def cut_short(file: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
 
+def zero(file: Path) -> None:
+    """Leaves as many zeros as there were bytes."""
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def swap(file: Path) -> None:
+    """Changes places with the file beside it."""
+    files = sorted(file.parent.glob("c.*"))
+    other = files[files.index(file) - 1]
+    mine, theirs = file.read_bytes(), other.read_bytes()
+    file.write_bytes(theirs)
+    other.write_bytes(mine)
+
+
 damages = pytest.mark.parametrize(
     "damage", [flip_bit, cut_short, Path.unlink], ids=["flipped bit", "truncated", "missing"]
 )
 """Each kind of damage in turn."""
+
+all_damages = pytest.mark.parametrize("damage", [flip_bit, cut_short, Path.unlink, zero, swap])
+"""The same and rarer ones."""
