@@ -83,6 +83,9 @@ def test_ranks_change_nothing(
     with LLM(folder, tensor_parallel_size=size, ray_address=cluster.address, **engine) as llm:
         outputs = llm.generate(prompts, params, use_tqdm=False)
         assert llm.stats().pages_in_use == 0
+        for prompt, one, together in zip(prompts, params, outputs, strict=True):
+            again = llm.generate([prompt], one, use_tqdm=False)[0]
+            assert again.outputs == together.outputs, "neighbours and known pages change no bit"
     for output, single in zip(outputs, expected, strict=True):
         for answer, other in zip(output.outputs, single.outputs, strict=True):
             assert (answer.token_ids, answer.finish_reason) == (other.token_ids, other.finish_reason)

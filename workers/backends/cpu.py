@@ -66,7 +66,7 @@ class NativeBackend(CpuBackend):
 def make_backend() -> Backend:
     """See `backend.make_backend`."""
     try:
-        return NativeBackend(load_best())
+        library = load_best()
     except BuildError as error:
         log.warning(
             "the native CPU kernels cannot be used: %s. torch's operators run instead: slower, and last bits of an "
@@ -74,3 +74,5 @@ def make_backend() -> Backend:
             error,
         )
         return CpuBackend()
+    log.info("CPU kernels: native, for %s", library.instruction_set)
+    return NativeBackend(library)
