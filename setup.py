@@ -4,13 +4,14 @@ Without a C++ compiler the package is installed without them, and says at the fi
 """
 
 import runpy
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Distribution, setup
 from setuptools.command.build_py import build_py
 
-NATIVE = Path("kernels/native")
+NATIVE = Path("distkv/kernels/native")  # in a checkout by a link
 
 
 class BuildKernels(build_py):
@@ -19,13 +20,14 @@ class BuildKernels(build_py):
     def run(self) -> None:
         super().run()
         source, sets = (runpy.run_path(str(NATIVE / f"{name}.py")) for name in ("build", "instruction_sets"))
-        folder = NATIVE if self.editable_mode else Path(self.build_lib, "distkv", NATIVE)
+        folder = (NATIVE if self.editable_mode else Path(self.build_lib, NATIVE)) / "built"
+        shutil.rmtree(folder, ignore_errors=True)  # of another source
 
         def build(one) -> None:
             name = source["library_name"](one.name, one.flags)
             try:
-                source["build"](folder / "built" / name, one.flags)
-                (folder / "built" / name).with_suffix(".lock").unlink(missing_ok=True)
+                source["build"](folder / name, one.flags)
+                (folder / name).with_suffix(".lock").unlink(missing_ok=True)
             except source["BuildError"] as error:
                 self.warn(f"the native CPU kernels for {one.name} are not built: {error}")
 

@@ -38,9 +38,14 @@ def make_fingerprint(weights: str, kernels: str, model: ModelConfig, dtype: torc
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def common_kernels(names: list[str]) -> str:
+def common_kernels(names: list[str], num_kv_heads: int) -> str:
     """The name of the kernels of all ranks; all names in order where they differ, since each rank computes its own
-    heads."""
+    heads. Raises ConfigError where they differ and several ranks hold one head, whose pages must agree in every bit."""
+    if len(set(names)) > 1 and len(names) > num_kv_heads:
+        raise ConfigError(
+            f"the ranks have different kernels ({', '.join(names)}), and some hold the same KV head; use nodes of one "
+            f"kind, or tensor_parallel_size {num_kv_heads} at most"
+        )
     return names[0] if len(set(names)) == 1 else ", ".join(names)
 
 

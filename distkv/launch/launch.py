@@ -117,7 +117,7 @@ def cache_place(config: EngineConfig, ranks: RankConfig, loaded: list[Loaded]) -
         loaded: what the ranks will run. Raises ConfigError when that is not one model.
     """
     weights = common_digest([one.digest for one in loaded], ranks.folder)
-    kernels = common_kernels([one.kernels for one in loaded])
+    kernels = common_kernels([one.kernels for one in loaded], ranks.model.num_key_value_heads)
     if config.cache_dir is None:
         return None
     cache_dir = Path(config.cache_dir).absolute()

@@ -152,7 +152,7 @@ void pack_values(const T* values, int64_t count, int64_t dim, int64_t depth, Pac
 // --- states ---
 
 // The state of a row: `out` not yet divided by the sum of its weights, which are powers of 2 less the highest score. A
-// row that has seen no key has the sum 0; that of any other is 1 or more, or not a number.
+// row that has seen no key has the sum 0; that of any other is about 1 or more, or not a number.
 struct State {
     float* out;
     float *highest, *sum;
@@ -350,7 +350,7 @@ inline int64_t visible_keys(const Chunk& chunk, int64_t token, int64_t page, int
 // Chunks of few rows: states of pages side by side, then their merge.
 template <class T>
 void attend_few(const Call<T>& call, const Chunk* chunks, int64_t num_chunks) {
-    static thread_local Scratch state_memory, query_memory, index_memory;
+    static thread_local Scratch state_memory, index_memory;
     const Shape& shape = call.shape;
     int64_t group = shape.group(), size = call.kept_dim() + 2, most_rows = 0;
     // numbers pages over all chunks
@@ -371,6 +371,7 @@ void attend_few(const Call<T>& call, const Chunk* chunks, int64_t num_chunks) {
 
 #pragma omp parallel num_threads(call.num_threads)
     {
+        static thread_local Scratch query_memory;
         PageAttention<T> one(shape);
         auto* queries = query_memory.get<Packed<T>>(round_up(most_rows, TILE_ROWS) * one.depth());
         for (int64_t from = 0; from < total; from += window) {
@@ -419,7 +420,7 @@ void attend_few(const Call<T>& call, const Chunk* chunks, int64_t num_chunks) {
 // Chunks of many rows: a task takes some tokens of a KV head through all pages.
 template <class T>
 void attend_many(const Call<T>& call, const Chunk* chunks, int64_t num_chunks) {
-    static thread_local Scratch state_memory, query_memory, index_memory;
+    static thread_local Scratch index_memory;
     const Shape& shape = call.shape;
     int64_t group = shape.group(), size = call.kept_dim() + 2, all_tokens = 0;
     for (int64_t i = 0; i < num_chunks; ++i) all_tokens += chunks[i].num_tokens;
@@ -433,6 +434,7 @@ void attend_many(const Call<T>& call, const Chunk* chunks, int64_t num_chunks) {
 
 #pragma omp parallel num_threads(call.num_threads)
     {
+        static thread_local Scratch state_memory, query_memory;
         PageAttention<T> one(shape);
         auto* queries = query_memory.get<Packed<T>>(round_up(block * group, TILE_ROWS) * one.depth());
         float* states = state_memory.get<float>(block * group * size);

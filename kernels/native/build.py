@@ -35,7 +35,10 @@ def find_or_build(instruction_set: str, flags: list[str]) -> Path:
     name = library_name(instruction_set, flags)
     if (BUILT / name).exists():
         return BUILT / name
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distkv" / "kernels"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distkv" / "kernels"
+    except RuntimeError as error:
+        raise BuildError("this user has no home to build them in; set XDG_CACHE_HOME") from error
     if not (folder / name).exists():
         build(folder / name, flags)
     return folder / name
@@ -43,9 +46,9 @@ def find_or_build(instruction_set: str, flags: list[str]) -> Path:
 
 def build(target: Path, flags: list[str]) -> None:
     """Compiles a library to `target`, once for all processes that want it now. Raises BuildError."""
-    compiler = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    compiler = shutil.which("g++")  # torch brings the runtime of its OpenMP, not that of others
     if compiler is None:
-        raise BuildError("there is no C++ compiler (g++, clang++) on the path")
+        raise BuildError("there is no g++ on the path")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.with_suffix(".lock").open("w") as lock:  # one for each, so that several are built side by side
@@ -58,7 +61,7 @@ def build(target: Path, flags: list[str]) -> None:
                 _run([compiler, "-shared", str(compiled), "-o", str(built)])
                 built.rename(target)
     except OSError as error:
-        raise BuildError(f"{target.parent} cannot be written: {error.strerror}") from error
+        raise BuildError(f"building into {target.parent} failed: {error.strerror}") from error
 
 
 def _run(command: list[str]) -> None:

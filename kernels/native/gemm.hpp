@@ -3,7 +3,7 @@
 // Each element of C is a sum over K in one order that the instruction set fixes, whatever the number of rows, and in one
 // accumulator. So a row of C is a function of its row of A, and of B.
 //
-// B comes in panels of 16 columns (`Panel`), A in rows (`Rows`), C leaves as fp32.
+// B comes in panels of 16 columns, A in rows (`Rows`), C leaves as fp32.
 #pragma once
 
 #include "simd.hpp"

@@ -1,5 +1,5 @@
-// The C functions of the kernels. One library is built for each instruction set, all from this source; `native.py` picks
-// one and describes the arguments. Dtypes: 0 fp32, 1 fp16, 2 bf16.
+// The C functions of the kernels. One library is built for each instruction set, all from this source; `library.py`
+// picks one and describes the arguments. Dtypes: 0 fp32, 1 fp16, 2 bf16.
 
 #include <omp.h>
 
@@ -84,7 +84,7 @@ void rope_and_write(int dtype, void* qkv, int64_t stride, int64_t num_rows, int6
     });
 }
 
-// `chunks` are `Chunk`s, those of at most `few` tokens first, `num_few` of them.
+// `chunks` are `Chunk`s; the first `num_few` of them have few tokens.
 void attention(int dtype, const void* q, int64_t q_stride, int64_t heads, int64_t kv_heads, int64_t dim,
                int64_t page_size, const void* pool, int64_t num_slots, const void* buffer, const int64_t* table,
                const int64_t* chunks, int64_t num_chunks, int64_t num_few, float* kept, void* out, int num_threads) {

@@ -1,6 +1,7 @@
 """The native kernels as Python calls them: a library is loaded once, and its functions take addresses and sizes."""
 
 import ctypes
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -10,6 +11,8 @@ import torch
 
 from distkv.kernels.native.build import BuildError, find_or_build
 from distkv.kernels.native.instruction_sets import INSTRUCTION_SETS, InstructionSet
+
+log = logging.getLogger(__name__)
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Their numbers in `kernels.cpp`."""
@@ -46,8 +49,11 @@ class Library:
 def load(instruction_set: InstructionSet) -> Library:
     """Loads the library of an instruction set that this machine has. Raises BuildError when there is none and it cannot
     be built, or the system withholds what it needs."""
-    # after torch, whose OpenMP runtime it finds in the process
-    loaded = ctypes.CDLL(str(find_or_build(instruction_set.name, instruction_set.flags)))
+    path = find_or_build(instruction_set.name, instruction_set.flags)
+    try:
+        loaded = ctypes.CDLL(str(path))  # after torch, whose OpenMP runtime it finds in the process
+    except OSError as error:
+        raise BuildError(f"{path} cannot be loaded ({error}); remove it, and it is built again") from error
     functions: dict[str, Any] = {}
     for name, arguments in _ARGUMENTS.items():
         function = functions[name] = getattr(loaded, name)
@@ -59,9 +65,15 @@ def load(instruction_set: InstructionSet) -> Library:
 
 
 def load_best() -> Library:
-    """The library for the best instruction set of this machine. Raises BuildError when there is none."""
-    here = [one for one in INSTRUCTION_SETS if one.is_here]
-    if not here:
-        names = ", ".join(one.name for one in INSTRUCTION_SETS)
-        raise BuildError(f"this processor has none of the instruction sets {names}")
-    return load(here[0])
+    """The library for the best instruction set of this machine whose library can be had. Raises BuildError when there
+    is none."""
+    names = ", ".join(one.name for one in INSTRUCTION_SETS)
+    trouble = BuildError(f"this processor has none of the instruction sets {names}")
+    for one in INSTRUCTION_SETS:
+        if one.is_here:
+            try:
+                return load(one)
+            except BuildError as error:
+                log.warning("the native CPU kernels for %s cannot be used: %s", one.name, error)
+                trouble = error
+    raise trouble

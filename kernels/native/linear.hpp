@@ -113,7 +113,6 @@ void linear(const T* x, int64_t num_rows, int64_t x_stride, const T* packed, con
             int num_threads) {
     using E = RowElement<T>;
     static thread_local Scratch row_memory;
-    static thread_local Scratch sum_memory;
     int64_t padded = padded_depth<T>(layout.depth), size = panel_size<T>(layout.depth);
     int64_t width = layout.width(), num_panels = layout.num_panels();
     bool ready = lies_ready<T>(num_rows, layout.depth);
@@ -141,6 +140,7 @@ void linear(const T* x, int64_t num_rows, int64_t x_stride, const T* packed, con
             for (int64_t r = 0; r < in_memory; ++r)
                 pack_row(r < num_rows ? x + r * x_stride : nullptr, layout.depth, rows, copy, r, padded);
         }
+        static thread_local Scratch sum_memory;
         Tiles tiles(num_rows);
         float* sums = sum_memory.get<float>(std::min(round_up(num_rows, 16), block) * c_stride);
 #pragma omp for collapse(2) schedule(static) nowait

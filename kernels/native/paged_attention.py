@@ -25,7 +25,7 @@ class Chunks:
 
 def kept_states(num_tokens: int, heads: int, head_dim: int) -> Tensor:
     """Memory for what is carried from one call to the next."""
-    return torch.empty(num_tokens, heads, -(-head_dim // LANES) * LANES + 2)
+    return torch.empty(num_tokens, heads, -(-head_dim // LANES) * LANES + 2, dtype=torch.float32, device="cpu")
 
 
 def attend_pages(
@@ -48,6 +48,7 @@ def attend_pages(
         kept: of `kept_states`, None when all chunks meet all their pages in this call
     """
     _, heads, dim = q.shape
+    assert q.stride(1) == dim and q.stride(2) == 1 and layer_pool.is_contiguous() and q.dtype == layer_pool.dtype
     _, num_slots, kv_heads, page_size, _ = layer_pool.shape
     library.attention(
         DTYPES[q.dtype], q.data_ptr(), q.stride(0), heads, kv_heads, dim, page_size, layer_pool.data_ptr(), num_slots,

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
-#include <new>
 
 namespace {
 
@@ -19,7 +19,10 @@ class Scratch {
             std::free(data_);
             data_ = std::aligned_alloc(4096, bytes);
             size_ = data_ ? bytes : 0;
-            if (!data_) throw std::bad_alloc();
+            if (!data_) {  // in the middle of a step, on any thread: there is nobody to tell
+                std::fprintf(stderr, "distkv: no memory for %zu bytes that a kernel works in\n", bytes);
+                std::abort();
+            }
         }
         return static_cast<E*>(data_);
     }

@@ -12,6 +12,7 @@ def native_token_kernels(library: Library) -> TokenKernels:
     """Those of a library. Tensors are on the CPU and, unless it is said otherwise, contiguous."""
 
     def rms_norm(x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None) -> Tensor:
+        assert x.is_contiguous() and (delta is None or delta.is_contiguous())
         out = torch.empty_like(x)
         library.rms_norm(
             DTYPES[x.dtype], x.data_ptr(), None if delta is None else delta.data_ptr(), weight.data_ptr(), eps,
@@ -26,6 +27,7 @@ def native_token_kernels(library: Library) -> TokenKernels:
         tokens, all_heads, dim = qkv.shape
         _, num_pages, kv_heads, page_size, _ = layer_pool.shape
         heads = all_heads - 2 * kv_heads
+        assert qkv.stride(1) == dim and qkv.stride(2) == 1 and layer_pool.is_contiguous()
         library.rope_and_write(
             DTYPES[qkv.dtype], qkv.data_ptr(), qkv.stride(0), tokens, heads, kv_heads, dim, cos.data_ptr(),
             sin.data_ptr(), layer_pool.data_ptr(), num_pages, page_size, page.data_ptr(), offset.data_ptr(),
@@ -49,7 +51,7 @@ def _packed_linear(library: Library, weight: Tensor, bias: Tensor | None, gated:
     """A product with a copy of the weight in panels of 16 outputs, see `gemm.hpp`."""
     (outputs, depth), dtype = weight.shape, DTYPES[weight.dtype]
     width = outputs // 2 if gated else outputs
-    packed = torch.empty(library.packed_size(dtype, outputs, depth, gated), dtype=weight.dtype)
+    packed = weight.new_empty(library.packed_size(dtype, outputs, depth, gated))
     source = weight.contiguous()
     library.pack_weight(dtype, source.data_ptr(), outputs, depth, gated, packed.data_ptr(), torch.get_num_threads())
 

@@ -24,9 +24,11 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     heads, kv_heads, biased = {"float32": (6, 3, True), "bfloat16": (6, 3, False), "float16": (4, 1, False)}[
         request.param
     ]
+    dynamic = {"rope_type": "dynamic", "factor": 16.0, "rope_theta": 10000.0}
+    rope = {"rope_parameters": dynamic} if request.param == "float16" else {}  # no prefix of such a model is kept
     folder = save_llama(
-        tmp_path_factory.mktemp("model"), max_position_embeddings=4096, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, hidden_size=96, head_dim=24, intermediate_size=113, attention_bias=biased,
+        tmp_path_factory.mktemp("model"), max_position_embeddings=256 if rope else 4096, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, hidden_size=96, head_dim=24, intermediate_size=113, attention_bias=biased, **rope,
     )[0]  # fmt: skip
     return folder, request.param
 

@@ -17,13 +17,15 @@ from support.prompts import seeded
 from torch import Tensor
 
 from distkv.kernels import reference
-from distkv.kernels.native import build
+from distkv.kernels.cpu_kernels import CPU_KERNELS
+from distkv.kernels.native import build, library
 from distkv.kernels.native.build import BuildError, find_or_build
 from distkv.kernels.native.instruction_sets import INSTRUCTION_SETS
 from distkv.kernels.native.library import load
 from distkv.kernels.native.paged_attention import Chunks, attend_pages, kept_states
 from distkv.kernels.native.token_kernels import native_token_kernels
 from distkv.kernels.rope import rope_and_write_kv
+from distkv.workers.backends.cpu import make_backend
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = [load(one) for one in INSTRUCTION_SETS if one.is_here]
@@ -38,7 +40,7 @@ def test_this_machine_has_one() -> None:
 
 
 @given(
-    library=libraries,
+    kernels_of=libraries,
     dtype=dtypes,
     seed=seeds,
     rows=st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 257, 300])),
@@ -48,14 +50,14 @@ def test_this_machine_has_one() -> None:
     gated=st.booleans(),
 )
 def test_linear(
-    library: object, dtype: torch.dtype, seed: int, rows: int, depth: int, width: int, biased: bool, gated: bool
+    kernels_of: object, dtype: torch.dtype, seed: int, rows: int, depth: int, width: int, biased: bool, gated: bool
 ) -> None:
     """Of rows that lie apart, too. Any of them alone, and any neighbours, give the bits of all together."""
     generator, outputs = seeded(seed), 2 * width if gated else width
     weight = (torch.randn(outputs, depth, generator=generator) / depth**0.5).to(dtype)
     bias = torch.randn(outputs, generator=generator).to(dtype) if biased else None
     x = torch.randn(rows, depth + 3, generator=generator).to(dtype)[:, :depth]
-    kernels = native_token_kernels(library)  # type: ignore[arg-type]
+    kernels = native_token_kernels(kernels_of)  # type: ignore[arg-type]
     linear = (kernels.make_gated_linear if gated else kernels.make_linear)(weight, bias)
     result = linear(x)
     expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
@@ -69,7 +71,7 @@ def test_linear(
 
 
 @given(
-    library=libraries,
+    kernels_of=libraries,
     dtype=dtypes,
     seed=seeds,
     rows=st.integers(1, 70),
@@ -78,14 +80,14 @@ def test_linear(
     adds=st.booleans(),
 )
 def test_rms_norm(
-    library: object, dtype: torch.dtype, seed: int, rows: int, hidden: int, scale: float, adds: bool
+    kernels_of: object, dtype: torch.dtype, seed: int, rows: int, hidden: int, scale: float, adds: bool
 ) -> None:
     """Of x, or with a delta of the rounded sum, which x becomes."""
     generator = seeded(seed)
     x, delta = (torch.randn(2, rows, hidden, generator=generator) * scale).to(dtype)
     weight = torch.randn(hidden, generator=generator).to(dtype)
     added = x + delta if adds else x.clone()
-    norm = native_token_kernels(library).rms_norm  # type: ignore[arg-type]
+    norm = native_token_kernels(kernels_of).rms_norm  # type: ignore[arg-type]
     result = norm(x, weight, 1e-5, delta if adds else None)
     assert torch.equal(x, added)
     assert relative_error(result, reference.rms_norm(added, weight, 1e-5)) < 2 * ONE_ROUNDING[dtype]
@@ -93,7 +95,7 @@ def test_rms_norm(
 
 
 @given(
-    library=libraries,
+    kernels_of=libraries,
     dtype=dtypes,
     seed=seeds,
     tokens=st.integers(1, 40),
@@ -102,7 +104,7 @@ def test_rms_norm(
     head_dim=st.sampled_from([2, 6, 16, 64, 80]),
 )
 def test_rope_and_write_kv(
-    library: object, dtype: torch.dtype, seed: int, tokens: int, kv_heads: int, group: int, head_dim: int
+    kernels_of: object, dtype: torch.dtype, seed: int, tokens: int, kv_heads: int, group: int, head_dim: int
 ) -> None:
     """As torch's operators do it, and in the pool exactly the addressed places change."""
     generator, page_size, num_pages = seeded(seed), 16, 5
@@ -114,7 +116,7 @@ def test_rope_and_write_kv(
     )
     where = angle.cos(), angle.sin(), pools[0], places // page_size, places % page_size
     expected = rope_and_write_kv(qkv.clone(), *where)
-    kernels = native_token_kernels(library)  # type: ignore[arg-type]
+    kernels = native_token_kernels(kernels_of)  # type: ignore[arg-type]
     found = kernels.rope_and_write_kv(qkv, *where[:2], pools[1], *where[3:])
     for got, wanted in zip([*found, pools[1]], [*expected, pools[0]], strict=True):
         assert relative_error(got, wanted.double()) < 2 * ONE_ROUNDING[dtype]
@@ -125,7 +127,7 @@ def test_rope_and_write_kv(
 
 
 @given(
-    library=libraries,
+    kernels_of=libraries,
     dtype=dtypes,
     seed=seeds,
     start=st.integers(0, 200),
@@ -138,8 +140,8 @@ def test_rope_and_write_kv(
     cut=st.integers(0, 3),
 )
 def test_attention(
-    library: object, dtype: torch.dtype, seed: int, start: int, tokens: int, page_size: int, kv_heads: int, group: int,
-    head_dim: int, few: bool, cut: int,
+    kernels_of: object, dtype: torch.dtype, seed: int, start: int, tokens: int, page_size: int, kv_heads: int,
+    group: int, head_dim: int, few: bool, cut: int,
 ) -> None:  # fmt: skip
     """Page by page or many rows at a time, in one call or cut in two: right, and bitwise the same."""
     generator, count = seeded(seed), -(-(start + tokens) // page_size)
@@ -152,7 +154,7 @@ def test_attention(
         kept = kept_states(tokens, q.shape[1], head_dim) if len(ends) > 1 else None
         for end in ends:
             chunk = torch.tensor([[0, tokens, start, 0, first, end, int(end == count)]])
-            attend_pages(library, q, pool, None, table, Chunks(chunk, int(few)), kept, out)  # type: ignore[arg-type]
+            attend_pages(kernels_of, q, pool, None, table, Chunks(chunk, int(few)), kept, out)  # type: ignore[arg-type]
             first = end
         return out
 
@@ -193,6 +195,43 @@ def test_a_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert {file.name for file in path.parent.iterdir()} == {path.name, path.with_suffix(".lock").name}
 
 
+def test_the_next_best_is_taken_where_one_cannot_be_had(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    best = next(one for one in INSTRUCTION_SETS if one.is_here)
+
+    def find(name: str, flags: list[str]) -> Path:
+        if name == best.name:
+            raise BuildError("the compiler is too old")
+        return find_or_build(name, flags)
+
+    monkeypatch.setattr(library, "load", library.load.__wrapped__)  # which remembers what it has loaded
+    monkeypatch.setattr(library, "find_or_build", find)
+    assert library.load_best().instruction_set != best.name
+    assert f"for {best.name} cannot be used: the compiler is too old" in caplog.text
+    monkeypatch.setattr(library, "INSTRUCTION_SETS", ())
+    with pytest.raises(BuildError, match="none of the instruction sets"):
+        library.load_best()
+
+
+def test_a_damaged_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "damaged.so"
+    path.write_bytes(b"no library")
+    monkeypatch.setattr(library, "find_or_build", lambda name, flags: path)
+    with pytest.raises(BuildError, match=r"damaged\.so cannot be loaded .* remove it"):
+        library.load.__wrapped__(INSTRUCTION_SETS[-1])
+
+
+def test_torch_runs_where_there_is_none(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def find(name: str, flags: list[str]) -> Path:
+        raise BuildError("there is no g++ on the path")
+
+    monkeypatch.setattr(library, "load", library.load.__wrapped__)
+    monkeypatch.setattr(library, "find_or_build", find)
+    assert make_backend().kernels is CPU_KERNELS
+    assert "there is no g++ on the path. torch's operators run instead" in caplog.text
+
+
 def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", "")
 
@@ -208,8 +247,8 @@ def no_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("trouble", "message"),
     [
-        (no_compiler, r"there is no C\+\+ compiler \(g\+\+, clang\+\+\) on the path"),
-        (no_folder, "distkv/kernels cannot be written: "),
+        (no_compiler, r"there is no g\+\+ on the path"),
+        (no_folder, "building into .*distkv/kernels failed: "),
         (no_source, r"g\+\+ failed: .*error"),
     ],
 )

@@ -58,15 +58,16 @@ def plan_native_attention(
     cold = np.flatnonzero(table < 0)
     loads, load_of_entry = _loads(table[cold], logical[cold], buffer_pages)
     table[cold] = [buffer_entry(index) for index in _indices_in_load(table[cold], loads, load_of_entry)]
+    # by load, the first cold page of each sequence in that load or a later one
+    next_cold = np.tile(num_pages, (len(loads) + 1, 1))
+    np.minimum.at(next_cold, (load_of_entry, owner[cold]), logical[cold])
+    next_cold = np.minimum.accumulate(next_cold[::-1])[::-1]
     few = counts <= MAX_DECODE_TOKENS
     in_order = np.argsort(~few, kind="stable")
     begins = np.zeros(len(steps), dtype=np.int64)
     calls = []
     for number in range(max(1, len(loads))):
-        # each goes on to its first page of a later load
-        ends = num_pages.copy()
-        later = cold[load_of_entry > number]
-        np.minimum.at(ends, owner[later], logical[later])
+        ends = next_cold[min(number + 1, len(loads))]  # each goes on to its first page of a later load
         columns = np.stack([rows, counts, starts, firsts, begins, ends, ends == num_pages], axis=1)
         chosen = in_order[(ends > begins)[in_order]]
         calls.append(Chunks(torch.from_numpy(columns[chosen].astype(np.int64)), int(few[chosen].sum())))

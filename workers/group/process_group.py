@@ -40,7 +40,7 @@ class ProcessGroup:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of x over the ranks, in place. On a CPU it is taken in fp32 in the order of the ranks, so that an
-        element's bits do not depend on how many there are."""
+        element's bits do not depend on how many elements there are."""
         if self.size == 1 or not x.numel():
             return x
         if x.is_cuda:

@@ -45,7 +45,8 @@ class RotaryEmbedding:
         config, dim = self._config, self._head_dim
         trained = config.original_max_position_embeddings
         ratio = config.factor * context.clamp(min=trained).float() / trained - (config.factor - 1)
-        theta = config.theta * ratio ** (dim / (dim - 2))
+        # not by `**`, which rounds in another way at the end of a tensor than before it: a token's place must not count
+        theta = (config.theta * (ratio.double().log() * (dim / (dim - 2))).exp()).float()
         return 1.0 / theta[:, None] ** self._exponent
 
 

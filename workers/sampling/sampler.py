@@ -178,8 +178,9 @@ def _truncate(ordered: Tensor, columns: Tensor) -> None:
     top_k, top_p = columns[:, 3:4], columns[:, 4:]
     rank = torch.arange(ordered.shape[1], device=ordered.device)
     ordered.masked_fill_(rank >= top_k, 0)
-    mass_before = device_of(ordered.device).running_sums(ordered) - ordered
-    ordered.masked_fill_((mass_before >= top_p * ordered.sum(-1, keepdim=True)) & (rank > 0), 0)
+    mass = device_of(ordered.device).running_sums(ordered)
+    # not by `sum`, which shares out a long row that comes alone
+    ordered.masked_fill_((mass - ordered >= top_p * mass[:, -1:]) & (rank > 0), 0)
 
 
 def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
