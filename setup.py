@@ -27,8 +27,9 @@ class BuildKernels(build_py):
             name = source["library_name"](one.name, one.flags)
             try:
                 source["build"](folder / name, one.flags)
-                (folder / name).with_suffix(".lock").unlink(missing_ok=True)
-            except source["BuildError"] as error:
+                for suffix in (".lock", ".sha256"):  # for builds side by side; what is installed is not checked
+                    (folder / name).with_suffix(suffix).unlink()
+            except (source["BuildError"], OSError) as error:
                 self.warn(f"the native CPU kernels for {one.name} are not built: {error}")
 
         with ThreadPoolExecutor() as threads:

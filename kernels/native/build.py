@@ -8,14 +8,16 @@ import fcntl
 import os
 import shutil
 import subprocess
-import tempfile
+import time
 from hashlib import sha256
 from pathlib import Path
+from typing import IO
 
 SOURCES = Path(__file__).parent
 BUILT = SOURCES / "built"
 # without -ffp-contract=off the compiler would choose where a product and a sum are rounded together; OpenMP's runtime
 # is not linked but found in the process, where torch has loaded the one that both use
+PATIENCE = 120  # seconds for another process to build; it takes about five
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden"]
 
 
@@ -33,35 +35,66 @@ def library_name(instruction_set: str, flags: list[str]) -> str:
 def find_or_build(instruction_set: str, flags: list[str]) -> Path:
     """The library for an instruction set, which is built if need be. Raises BuildError."""
     name = library_name(instruction_set, flags)
-    if (BUILT / name).exists():
-        return BUILT / name
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distkv" / "kernels"
+        if (BUILT / name).exists():
+            return BUILT / name
+        target = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distkv" / "kernels" / name
+        if not _is_whole(target):
+            build(target, flags)
     except RuntimeError as error:
         raise BuildError("this user has no home to build them in; set XDG_CACHE_HOME") from error
-    if not (folder / name).exists():
-        build(folder / name, flags)
-    return folder / name
+    except OSError as error:
+        raise BuildError(f"{error.filename or error} cannot be used: {error.strerror}; set XDG_CACHE_HOME") from error
+    return target
 
 
 def build(target: Path, flags: list[str]) -> None:
-    """Compiles a library to `target`, once for all processes that want it now. Raises BuildError."""
+    """Compiles a library to `target`, once for all processes that want it now. Raises BuildError, and OSError for the
+    folder."""
     compiler = shutil.which("g++")  # torch brings the runtime of its OpenMP, not that of others
     if compiler is None:
         raise BuildError("there is no g++ on the path")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.with_suffix(".lock").open("w") as lock:  # one for each, so that several are built side by side
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if target.exists():
-                return
-            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-                built, compiled = Path(folder) / target.name, Path(folder) / "kernels.o"
-                _run([compiler, *FLAGS, *flags, "-c", str(SOURCES / "kernels.cpp"), "-o", str(compiled)])
-                _run([compiler, "-shared", str(compiled), "-o", str(built)])
-                built.rename(target)
-    except OSError as error:
-        raise BuildError(f"building into {target.parent} failed: {error.strerror}") from error
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_suffix(".lock").open("w") as lock:  # one for each, so that several are built side by side
+        _wait_for(lock)
+        if _is_whole(target):
+            return
+        folder = target.with_suffix(".building")
+        shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
+        folder.mkdir()
+        built, compiled = folder / target.name, folder / "kernels.o"
+        try:
+            _run([compiler, *FLAGS, *flags, "-c", str(SOURCES / "kernels.cpp"), "-o", str(compiled)])
+            _run([compiler, "-shared", str(compiled), "-o", str(built)])
+            _digest_file(target).write_text(_digest(built))
+            built.rename(target)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether it lies there as it was built: one that was cut short would end the process that loads it."""
+    return library.exists() and _digest_file(library).exists() and _digest_file(library).read_text() == _digest(library)
+
+
+def _digest_file(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _digest(file: Path) -> str:
+    return sha256(file.read_bytes()).hexdigest()
+
+
+def _wait_for(lock: IO[str]) -> None:
+    """Raises BuildError when another process keeps it for too long."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise BuildError(f"another process has been building them for {PATIENCE} s ({lock.name})") from None
+            time.sleep(0.05)
 
 
 def _run(command: list[str]) -> None:

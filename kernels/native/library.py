@@ -53,7 +53,7 @@ def load(instruction_set: InstructionSet) -> Library:
     try:
         loaded = ctypes.CDLL(str(path))  # after torch, whose OpenMP runtime it finds in the process
     except OSError as error:
-        raise BuildError(f"{path} cannot be loaded ({error}); remove it, and it is built again") from error
+        raise BuildError(f"{error}; set XDG_CACHE_HOME to a folder whose files may be loaded") from error
     functions: dict[str, Any] = {}
     for name, arguments in _ARGUMENTS.items():
         function = functions[name] = getattr(loaded, name)
