@@ -40,12 +40,6 @@ def padded_rows(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def gated_linear(linear: Linear, activation: Linear) -> Linear:
-    """`silu(gate) * up` of a fused projection, the gate in the first half of its outputs: maps `[tokens, in]` to
-    `[tokens, out / 2]`. `activation` is that of `activation.swiglu`."""
-    return lambda x: activation(linear(x))
-
-
 def side_by_side(first: Linear, second: Linear) -> Linear:
     """Maps `[tokens, in]` to the outputs of both, `[tokens, out of first + out of second]`."""
     return lambda x: torch.cat([first(x), second(x)], dim=1)

@@ -9,10 +9,20 @@ from distkv.kernels.linear import Linear
 
 
 class MakeLinear(Protocol):
-    """See `linear.plain_linear` and `linear.gated_linear`. Called once for each weight, which it may bring into a
-    layout of its own."""
+    """See `linear.plain_linear`. Called once for each weight, which it may bring into a layout of its own."""
 
     def __call__(self, weight: Tensor, bias: Tensor | None = None) -> Linear: ...
+
+
+def gated(make_linear: MakeLinear, swiglu: Linear) -> MakeLinear:
+    """What makes `silu(gate) * up` of a fused projection, the gate in the first half of its outputs: `[tokens, in]` to
+    `[tokens, out / 2]`. `swiglu` is as in `activation.py`."""
+
+    def make(weight: Tensor, bias: Tensor | None = None) -> Linear:
+        linear = make_linear(weight, bias)
+        return lambda x: swiglu(linear(x))
+
+    return make
 
 
 class RmsNorm(Protocol):
@@ -37,4 +47,4 @@ class TokenKernels:
     rms_norm: RmsNorm
     rope_and_write_kv: RopeAndWriteKv
     make_linear: MakeLinear
-    make_gated_linear: MakeLinear
+    make_gated_linear: MakeLinear  # see `gated`

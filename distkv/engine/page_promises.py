@@ -38,7 +38,6 @@ class PagePromises:
 
     def __init__(self, cache: TieredCache):
         self._cache = cache
-        self.first_lacking: Sequence | None = None  # in line, of those that waited for pages at the last review
 
     def review(self, running: list[Sequence], only: Sequence | None = None) -> None:
         """Sets `Sequence.lacks_room`; to be called once a step.
@@ -46,10 +45,8 @@ class PagePromises:
         Args:
             only: is to run alone, and counts as the first in line.
         """
-        if self.first_lacking is not None:
-            for one in running:
-                one.lacks_room = False
-            self.first_lacking = None
+        for one in running:
+            one.lacks_room = False
         if self.num_promised(running) <= self._cache.capacity:
             return
         line = sorted(running, key=lambda one: (one is not only, one.place))
@@ -63,7 +60,6 @@ class PagePromises:
                 claims, free = after, free - claim.wants
             else:
                 sequence.lacks_room = True
-                self.first_lacking = self.first_lacking or sequence
 
     def num_promised(self, running: list[Sequence]) -> int:
         """Distinct pages over all tiers that running sequences have or are expected to need."""
@@ -76,8 +72,7 @@ class PagePromises:
         Args:
             prefix: pages of the newcomer that are known.
         """
-        # since the last review it may have ended
-        if any(one is self.first_lacking and newcomer.place > one.place for one in running):
+        if any(one.lacks_room and newcomer.place > one.place for one in running):
             return False
         num_held = num_held_pages(prefix)
         if self.num_promised(running) + newcomer.expected_pages - num_held <= self._cache.capacity:

@@ -122,7 +122,7 @@ class Scheduler:
     def preempt(self) -> Sequence | None:
         """Has the last in line of those whose need was guessed give its pages up and wait to be admitted again, when
         nobody has room to go on. None when all need no more than they were promised, or do not lack room."""
-        if self._promises.first_lacking is None:
+        if not any(one.lacks_room for one in self.running):
             return None
         guessed = [one for one in self.running if one.is_guessed]
         if not guessed:

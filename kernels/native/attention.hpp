@@ -28,8 +28,6 @@ struct Chunk {
     int64_t table;       // where its pages begin in the table
     int64_t first, end;  // the pages
     int64_t is_last;     // whether the result is wanted: else the states are kept
-
-    int64_t row_end() const { return row + num_tokens; }
 };
 
 // Where pages lie: an entry of the table is a slot of the pool, or -1 - an index in the buffer.
@@ -82,10 +80,6 @@ inline void transpose(Vec* rows) {
 #endif
 }
 
-// What attention multiplies: bf16 in pairs, or all else as fp32.
-template <class T>
-using Packed = std::conditional_t<IN_PAIRS<T>, bf16, float>;
-
 // Sixteen 32-bit units of a row of keys from element d on: pairs of bf16, or single elements widened.
 template <class T>
 inline Vec units(const T* row, int64_t d, int64_t dim) {
@@ -101,9 +95,9 @@ inline Vec units(const T* row, int64_t d, int64_t dim) {
 
 // Keys `[count, dim]` as panels of 16 keys, `dim` deep.
 template <class T>
-void pack_keys(const T* keys, int64_t count, int64_t dim, Packed<T>* panels) {
+void pack_keys(const T* keys, int64_t count, int64_t dim, RowElement<T>* panels) {
     constexpr int64_t UNIT = IN_PAIRS<T> ? 2 : 1;
-    int64_t size = panel_size<Packed<T>>(dim), units_deep = padded_depth<Packed<T>>(dim) / UNIT;
+    int64_t size = panel_size<RowElement<T>>(dim), units_deep = padded_depth<RowElement<T>>(dim) / UNIT;
     for (int64_t first = 0; first < count; first += LANES) {
         auto* panel = reinterpret_cast<float*>(panels + first / LANES * size);
         for (int64_t unit = 0; unit < units_deep; unit += LANES) {
@@ -119,7 +113,7 @@ void pack_keys(const T* keys, int64_t count, int64_t dim, Packed<T>* panels) {
 
 // Values `[count, dim]` as panels of 16 of their dimensions, `count` deep, and zeros up to `depth`.
 template <class T>
-void pack_values(const T* values, int64_t count, int64_t dim, int64_t depth, Packed<T>* panels) {
+void pack_values(const T* values, int64_t count, int64_t dim, int64_t depth, RowElement<T>* panels) {
     for (int64_t d = 0; d < dim; d += LANES, panels += depth * LANES) {
         int lanes = static_cast<int>(std::min<int64_t>(LANES, dim - d));
         if constexpr (IN_PAIRS<T>) {
@@ -156,10 +150,14 @@ void pack_values(const T* values, int64_t count, int64_t dim, int64_t depth, Pac
 struct State {
     float* out;
     float *highest, *sum;
+
+    // In memory for `dim + 2` numbers.
+    State(float* memory, int64_t dim) : out(memory), highest(memory + dim), sum(memory + dim + 1) {}
 };
 
-// Merges the state of later keys into that of earlier ones.
+// Merges the state of later keys, if there is any, into that of earlier ones.
 inline void merge(State to, const float* out, float highest, float total, int64_t dim) {
+    if (total == 0) return;
     if (*to.sum == 0) {
         std::memcpy(to.out, out, sizeof(float) * dim);
         *to.highest = highest, *to.sum = total;
@@ -188,7 +186,7 @@ constexpr int64_t TILE_ROWS = 32;  // rows of queries that meet a page together
 template <class T>
 class PageAttention {
   public:
-    using E = Packed<T>;
+    using E = RowElement<T>;
 
     explicit PageAttention(const Shape& shape)
         : shape_(shape),
@@ -218,10 +216,22 @@ class PageAttention {
         pack_values(page.first + page.second, count, shape_.dim, padded_depth<E>(round_up(count, LANES)), values_);
     }
 
-    // The states of up to TILE_ROWS rows of queries `[rows][depth]`. Row r sees the first `visible(r)` keys; for 0 it has
-    // no state. Tiles have been configured for so many rows, or for 16, and there are zeros up to whole tiles then.
+    // Gives the state of each row of queries `[rows][depth]` over the page to `use(row, out, highest, sum)`. Row r sees
+    // the first `visible(r)` keys; for 0 its sum is 0. Tiles have been configured for so many rows, or for 16, and there
+    // are zeros up to whole tiles then.
+    template <class Visible, class Use>
+    void attend(const E* queries, int64_t num_rows, Visible visible, Use use) {
+        for (int64_t first = 0; first < num_rows; first += TILE_ROWS) {
+            int64_t count = std::min(TILE_ROWS, num_rows - first);
+            attend_together(queries + first * depth_, count, [&](int64_t r) { return visible(first + r); });
+            for (int64_t r = 0; r < count; ++r) use(first + r, out_ + r * dim_, highest_[r], sums_[r]);
+        }
+    }
+
+  private:
+    // The states of up to TILE_ROWS rows.
     template <class Visible>
-    void attend(const E* queries, int64_t num_rows, Visible visible) {
+    void attend_together(const E* queries, int64_t num_rows, Visible visible) {
         int64_t seen = 0;
         for (int64_t r = 0; r < num_rows; ++r) seen = std::max(seen, visible(r));
         if (!seen) {
@@ -233,15 +243,10 @@ class PageAttention {
         multiply<E>(Rows<E>::plain(queries, depth_), num_rows, keys_, panel_size<E>(shape_.dim), panels, depth_,
                     scores_, stride_);
         for (int64_t r = 0; r < num_rows; ++r) weigh(r, visible(r), depth);
-        multiply<E>(Rows<E>::plain(weights_, weight_stride_), num_rows, values_, values_depth * LANES, dim_ / LANES, depth,
-                    out_, dim_);
+        multiply<E>(Rows<E>::plain(weights_, weight_stride_), num_rows, values_, values_depth * LANES, dim_ / LANES,
+                    depth, out_, dim_);
     }
 
-    float* out(int64_t r) { return out_ + r * dim_; }
-    float highest(int64_t r) const { return highest_[r]; }
-    float sum(int64_t r) const { return sums_[r]; }
-
-  private:
     void weigh(int64_t r, int64_t visible, int64_t depth) {
         const float* scores = scores_ + r * stride_;
         E* weights = weights_ + r * weight_stride_;
@@ -298,12 +303,11 @@ struct Call {
     int64_t kept_dim() const { return round_up(shape.dim, LANES); }
 
     State kept_state(int64_t row, int64_t head) const {
-        float* state = kept + (row * shape.heads + head) * (kept_dim() + 2);
-        return {state, state + kept_dim(), state + kept_dim() + 1};
+        return {kept + (row * shape.heads + head) * (kept_dim() + 2), kept_dim()};
     }
 
     // Queries of the rows of a KV head from row `first` on, `[count][depth]`, with zeros up to whole tiles.
-    void pack_queries(int64_t row, int64_t head, int64_t first, int64_t count, int64_t depth, Packed<T>* to) const {
+    void pack_queries(int64_t row, int64_t head, int64_t first, int64_t count, int64_t depth, RowElement<T>* to) const {
         int64_t group = shape.group(), whole = round_up(count, 16);
         for (int64_t r = 0; r < whole; ++r, to += depth) {
             int64_t done = 0;
@@ -320,16 +324,15 @@ struct Call {
         }
     }
 
-    // The state with which a row begins, in memory for `kept_dim() + 2` numbers.
-    State begin(const Chunk& chunk, int64_t r, int64_t head, float* memory) const {
-        State state{memory, memory + kept_dim(), memory + kept_dim() + 1};
+    // Puts the state with which a row begins into memory for `kept_dim() + 2` numbers.
+    void begin(const Chunk& chunk, int64_t r, int64_t head, float* memory) const {
+        State state(memory, kept_dim());
         int64_t group = shape.group();
         if (chunk.first)
             std::memcpy(memory, kept_state(chunk.row + r / group, head * group + r % group).out,
                         sizeof(float) * (kept_dim() + 2));
         else
             *state.sum = 0;
-        return state;
     }
 
     // Writes a row's result, or keeps its state.
@@ -373,7 +376,7 @@ void attend_few(const Call<T>& call, const Chunk* chunks, int64_t num_chunks) {
     {
         static thread_local Scratch query_memory;
         PageAttention<T> one(shape);
-        auto* queries = query_memory.get<Packed<T>>(round_up(most_rows, TILE_ROWS) * one.depth());
+        auto* queries = query_memory.get<RowElement<T>>(round_up(most_rows, TILE_ROWS) * one.depth());
         for (int64_t from = 0; from < total; from += window) {
             int64_t to = std::min(total, from + window);
 #pragma omp for schedule(dynamic, num_tasks)
@@ -386,16 +389,12 @@ void attend_few(const Call<T>& call, const Chunk* chunks, int64_t num_chunks) {
                 one.pack(call.pages.find(call.table[chunk.table + page], head, shape), count);
                 float* state = states + (number - from) * per_page + head * most_rows * size;
                 Tiles tiles(rows);
-                for (int64_t r = 0; r < rows; r += TILE_ROWS) {
-                    int64_t tile = std::min(TILE_ROWS, rows - r);
-                    one.attend(queries + r * one.depth(), tile, [&](int64_t i) {
-                        return visible_keys(chunk, (r + i) / group, page, shape.page_size);
-                    });
-                    for (int64_t i = 0; i < tile; ++i, state += size) {
-                        std::memcpy(state, one.out(i), sizeof(float) * one.dim());
-                        state[one.dim()] = one.highest(i), state[one.dim() + 1] = one.sum(i);
-                    }
-                }
+                auto visible = [&](int64_t r) { return visible_keys(chunk, r / group, page, shape.page_size); };
+                one.attend(queries, rows, visible, [&](int64_t r, const float* out, float highest, float sum) {
+                    float* to = state + r * size;
+                    std::memcpy(to, out, sizeof(float) * one.dim());
+                    to[one.dim()] = highest, to[one.dim() + 1] = sum;
+                });
             }
             int64_t begins = number_of(from), ends = number_of(to - 1) + 1;
 #pragma omp for schedule(static)
@@ -403,12 +402,11 @@ void attend_few(const Call<T>& call, const Chunk* chunks, int64_t num_chunks) {
                 int64_t at = task / shape.kv_heads, head = task % shape.kv_heads;
                 const Chunk& chunk = chunks[at];
                 for (int64_t r = 0; r < chunk.num_tokens * group; ++r) {
-                    float* memory = running + (task * most_rows + r) * size;
-                    State state{memory, memory + one.dim(), memory + one.dim() + 1};
-                    if (firsts[at] >= from) state = call.begin(chunk, r, head, memory);
+                    State state(running + (task * most_rows + r) * size, one.dim());
+                    if (firsts[at] >= from) call.begin(chunk, r, head, state.out);
                     for (int64_t n = std::max(from, firsts[at]); n < std::min(to, firsts[at + 1]); ++n) {
                         const float* next = states + (n - from) * per_page + (head * most_rows + r) * size;
-                        if (next[one.dim() + 1] != 0) merge(state, next, next[one.dim()], next[one.dim() + 1], one.dim());
+                        merge(state, next, next[one.dim()], next[one.dim() + 1], one.dim());
                     }
                     if (firsts[at + 1] <= to) call.end(chunk, r, head, state);
                 }
@@ -436,7 +434,7 @@ void attend_many(const Call<T>& call, const Chunk* chunks, int64_t num_chunks) {
     {
         static thread_local Scratch state_memory, query_memory;
         PageAttention<T> one(shape);
-        auto* queries = query_memory.get<Packed<T>>(round_up(block * group, TILE_ROWS) * one.depth());
+        auto* queries = query_memory.get<RowElement<T>>(round_up(block * group, TILE_ROWS) * one.depth());
         float* states = state_memory.get<float>(block * group * size);
         Tiles tiles(16);
 #pragma omp for schedule(dynamic)
@@ -452,22 +450,14 @@ void attend_many(const Call<T>& call, const Chunk* chunks, int64_t num_chunks) {
                 int64_t count = visible_keys(chunk, token + num_tokens - 1, page, shape.page_size);
                 if (!count) break;
                 one.pack(call.pages.find(call.table[chunk.table + page], head, shape), count);
-                for (int64_t r = 0; r < rows; r += TILE_ROWS) {
-                    int64_t tile = std::min(TILE_ROWS, rows - r);
-                    one.attend(queries + r * one.depth(), tile, [&](int64_t i) {
-                        return visible_keys(chunk, (first + r + i) / group, page, shape.page_size);
-                    });
-                    for (int64_t i = 0; i < tile; ++i) {
-                        float* memory = states + (r + i) * size;
-                        State state{memory, memory + one.dim(), memory + one.dim() + 1};
-                        if (one.sum(i) != 0) merge(state, one.out(i), one.highest(i), one.sum(i), one.dim());
-                    }
-                }
+                auto visible = [&](int64_t r) {
+                    return visible_keys(chunk, (first + r) / group, page, shape.page_size);
+                };
+                one.attend(queries, rows, visible, [&](int64_t r, const float* out, float highest, float sum) {
+                    merge({states + r * size, one.dim()}, out, highest, sum, one.dim());
+                });
             }
-            for (int64_t r = 0; r < rows; ++r) {
-                float* memory = states + r * size;
-                call.end(chunk, first + r, head, {memory, memory + one.dim(), memory + one.dim() + 1});
-            }
+            for (int64_t r = 0; r < rows; ++r) call.end(chunk, first + r, head, {states + r * size, one.dim()});
         }
     }
 }

@@ -15,9 +15,9 @@ from typing import IO
 
 SOURCES = Path(__file__).parent
 BUILT = SOURCES / "built"
+PATIENCE = 120  # seconds for another process to build; it takes about five
 # without -ffp-contract=off the compiler would choose where a product and a sum are rounded together; OpenMP's runtime
 # is not linked but found in the process, where torch has loaded the one that both use
-PATIENCE = 120  # seconds for another process to build; it takes about five
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden"]
 
 

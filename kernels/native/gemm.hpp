@@ -12,7 +12,7 @@ namespace {
 
 // --- how operands lie in memory ---
 
-#if defined(__AVX512BF16__)
+#ifdef __AVX512BF16__
 constexpr bool HAS_PAIRS = true;  // products of pairs of bf16, by AMX or AVX512-BF16
 #else
 constexpr bool HAS_PAIRS = false;
@@ -27,6 +27,10 @@ constexpr bool HAS_TILES = false;
 // What is multiplied where the elements of B are of type T: rows of bf16, or rows widened to fp32.
 template <class T>
 constexpr bool IN_PAIRS = HAS_PAIRS && std::is_same_v<T, bf16>;
+
+// Whether that is done by tiles.
+template <class T>
+constexpr bool IN_TILES = HAS_TILES && IN_PAIRS<T>;
 
 template <class T>
 using RowElement = std::conditional_t<IN_PAIRS<T>, bf16, float>;
@@ -226,7 +230,7 @@ inline void multiply(Rows<RowElement<T>> a, int64_t num_rows, const T* b, int64_
                      int64_t depth, float* c, int64_t c_stride) {
     const T* panels[4];
 #ifdef __AMX_BF16__
-    if constexpr (IN_PAIRS<T>) {
+    if constexpr (IN_TILES<T>) {
         int64_t num_tiles = (num_rows + 15) / 16, tile = 0;
         for (int64_t p = 0; p < num_panels; p += 2) {  // of which two stay in the first cache while rows pass by
             panels[0] = b + p * panel_stride, panels[1] = panels[0] + panel_stride;

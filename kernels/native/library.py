@@ -67,13 +67,19 @@ def load(instruction_set: InstructionSet) -> Library:
 def load_best() -> Library:
     """The library for the best instruction set of this machine whose library can be had. Raises BuildError when there
     is none."""
-    names = ", ".join(one.name for one in INSTRUCTION_SETS)
-    trouble = BuildError(f"this processor has none of the instruction sets {names}")
-    for one in INSTRUCTION_SETS:
-        if one.is_here:
-            try:
-                return load(one)
-            except BuildError as error:
-                log.warning("the native CPU kernels for %s cannot be used: %s", one.name, error)
-                trouble = error
+    here = [one for one in INSTRUCTION_SETS if one.is_here]
+    if not here:
+        names = ", ".join(one.name for one in INSTRUCTION_SETS)
+        raise BuildError(f"this processor has none of the instruction sets {names}")
+    trouble: BuildError | None = None  # with the best one
+    for one in here:
+        try:
+            library = load(one)
+        except BuildError as error:
+            trouble = trouble or error
+            continue
+        if trouble is not None:
+            log.warning("the native CPU kernels for %s cannot be used: %s", here[0].name, trouble)
+        return library
+    assert trouble is not None
     raise trouble

@@ -46,14 +46,13 @@ template <class T>
 bool lies_ready(int64_t num_rows, int64_t depth) {
     if (!std::is_same_v<T, RowElement<T>>) return false;
     if (padded_depth<T>(depth) != depth) return false;
-    return !(HAS_TILES && IN_PAIRS<T>) || num_rows <= 16;  // more would meet in the same lines of the cache
+    return !IN_TILES<T> || num_rows <= 16;  // more would meet in the same lines of the cache
 }
 
-// Where row r of rows that were packed for `multiply` begins, and how they lie. Of more than one row of tiles each tile
-// lies in one piece.
+// How rows lie that `pack_row` copies to `data`: with tiles, each of these in one piece.
 template <class T>
 Rows<RowElement<T>> packed_rows(const RowElement<T>* data, int64_t padded) {
-    if (HAS_TILES && IN_PAIRS<T>) return {data, 32, 16 * padded, 512};
+    if (IN_TILES<T>) return {data, 32, 16 * padded, 512};
     return Rows<RowElement<T>>::plain(data, padded);
 }
 
@@ -61,7 +60,7 @@ Rows<RowElement<T>> packed_rows(const RowElement<T>* data, int64_t padded) {
 template <class T>
 void pack_row(const T* x, int64_t depth, Rows<RowElement<T>> rows, RowElement<T>* to, int64_t r, int64_t padded) {
     using E = RowElement<T>;
-    if constexpr (HAS_TILES && IN_PAIRS<T>) {
+    if constexpr (IN_TILES<T>) {
         E* row = to + r / 16 * rows.block + r % 16 * rows.stride;
         for (int64_t k = 0; k < padded; k += 32) {
             int64_t count = x ? std::clamp<int64_t>(depth - k, 0, 32) : 0;
@@ -116,7 +115,7 @@ void linear(const T* x, int64_t num_rows, int64_t x_stride, const T* packed, con
     int64_t padded = padded_depth<T>(layout.depth), size = panel_size<T>(layout.depth);
     int64_t width = layout.width(), num_panels = layout.num_panels();
     bool ready = lies_ready<T>(num_rows, layout.depth);
-    int64_t in_memory = HAS_TILES && IN_PAIRS<T> ? round_up(num_rows, 16) : num_rows;
+    int64_t in_memory = IN_TILES<T> ? round_up(num_rows, 16) : num_rows;
     E* copy = ready ? nullptr : row_memory.get<E>(in_memory * padded);
     auto rows = packed_rows<T>(copy, padded);
     if constexpr (std::is_same_v<T, E>)
@@ -149,7 +148,7 @@ void linear(const T* x, int64_t num_rows, int64_t x_stride, const T* packed, con
                 int64_t first = b * block, count = std::min(block, num_rows - first);
                 int64_t panel = g * group, panels = std::min(group, num_panels - panel);
                 auto part = rows;
-                part.data += HAS_TILES && IN_PAIRS<T> ? first / 16 * rows.block : first * rows.stride;
+                part.data += IN_TILES<T> ? first / 16 * rows.block : first * rows.stride;
                 multiply<T>(part, count, packed + panel * size, size, panels, padded, sums, c_stride);
                 finish(sums, c_stride, count, panel, panels, bias, layout, out + first * width, width);
             }

@@ -38,8 +38,7 @@ inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-inline Vec larger(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }   // b where either is NaN
-inline Vec smaller(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }  // b where either is NaN
+inline Vec larger(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }  // b where either is NaN
 inline __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1); }
 
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
@@ -83,12 +82,11 @@ inline Vec fraction(Vec x) { return {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF
 inline Vec scaled(Vec x, Vec n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 inline Vec with_exponent(Vec x) { return x; }
 
-inline Vec zero_from(Vec x, int count) {
-    return count >= LANES ? x : Vec{_mm512_maskz_mov_ps(first(std::max(count, 0)), x.v)};
-}
+// x with zeros, or the lowest number, in the lanes from `count` on, which are some
+inline Vec zero_from(Vec x, int count) { return {_mm512_maskz_mov_ps(first(count), x.v)}; }
 inline Vec lowest_from(Vec x, int count) {
     constexpr float low = -std::numeric_limits<float>::infinity();
-    return count >= LANES ? x : Vec{_mm512_mask_mov_ps(_mm512_set1_ps(low), first(std::max(count, 0)), x.v)};
+    return {_mm512_mask_mov_ps(_mm512_set1_ps(low), first(count), x.v)};
 }
 
 #else
@@ -176,12 +174,10 @@ inline __m256i below(int count) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 inline Vec zero_from(Vec x, int count) {
-    if (count >= LANES) return x;
     return {_mm256_and_ps(x.low, _mm256_castsi256_ps(below(count))),
             _mm256_and_ps(x.high, _mm256_castsi256_ps(below(count - 8)))};
 }
 inline Vec lowest_from(Vec x, int count) {
-    if (count >= LANES) return x;
     __m256 low = _mm256_set1_ps(-std::numeric_limits<float>::infinity());
     return {_mm256_blendv_ps(low, x.low, _mm256_castsi256_ps(below(count))),
             _mm256_blendv_ps(low, x.high, _mm256_castsi256_ps(below(count - 8)))};
@@ -227,12 +223,12 @@ inline void store(T* p, Vec x, int count) {
     std::memcpy(p, held, sizeof(T) * count);
 }
 
-// 2 ^ x: of the fraction by the polynomial of DEGREE with the least relative error (3: 9e-5, 6: less than a rounding)
-// among those that are 1 at 0, of the rest by the exponent. NaN stays.
 constexpr float SERIES_3[] = {1.f, 0.695116758f, 0.22764498f, 0.0770670474f};
 constexpr float SERIES_6[] = {1.f,           0.693147063f,   0.240229309f,  0.0554852821f,
                               0.00967545155f, 0.00124678458f, 0.000216129163f};
 
+// 2 ^ x: of the fraction by the polynomial of DEGREE with the least relative error (3: 9e-5, 6: less than a rounding)
+// among those that are 1 at 0, of the rest by the exponent. NaN stays.
 template <int DEGREE>
 inline Vec power_of_2(Vec x) {
     static_assert(DEGREE == 3 || DEGREE == 6);

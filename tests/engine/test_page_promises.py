@@ -55,7 +55,7 @@ def test_long_answers_wait_for_each_other_and_all_come_to_their_end(is_known: bo
 def test_one_that_waited_for_pages_and_is_gone_keeps_nobody_waiting() -> None:
     engine, _ = caching_engine(num_pages=30, max_model_len=480, max_num_seqs=8)
     engine.add([request(number, 20, 400, is_known=True) for number in range(2)])
-    while engine._scheduler._promises.first_lacking is None:
+    while not any(one.lacks_room for one in engine._scheduler.running):
         engine.step()
     engine.add([request("later", 20, 10, is_known=True)])
     engine.abort([("0", None), ("1", None)])

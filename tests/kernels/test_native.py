@@ -22,7 +22,7 @@ from distkv.kernels.cpu_kernels import CPU_KERNELS
 from distkv.kernels.native import build, library
 from distkv.kernels.native.build import BuildError, find_or_build
 from distkv.kernels.native.instruction_sets import INSTRUCTION_SETS
-from distkv.kernels.native.library import load
+from distkv.kernels.native.library import Library, load
 from distkv.kernels.native.paged_attention import Chunks, attend_pages, kept_states
 from distkv.kernels.native.token_kernels import native_token_kernels
 from distkv.kernels.rope import rope_and_write_kv
@@ -51,14 +51,14 @@ def test_this_machine_has_one() -> None:
     gated=st.booleans(),
 )
 def test_linear(
-    kernels_of: object, dtype: torch.dtype, seed: int, rows: int, depth: int, width: int, biased: bool, gated: bool
+    kernels_of: Library, dtype: torch.dtype, seed: int, rows: int, depth: int, width: int, biased: bool, gated: bool
 ) -> None:
     """Of rows that lie apart, too. Any of them alone, and any neighbours, give the bits of all together."""
     generator, outputs = seeded(seed), 2 * width if gated else width
     weight = (torch.randn(outputs, depth, generator=generator) / depth**0.5).to(dtype)
     bias = torch.randn(outputs, generator=generator).to(dtype) if biased else None
     x = torch.randn(rows, depth + 3, generator=generator).to(dtype)[:, :depth]
-    kernels = native_token_kernels(kernels_of)  # type: ignore[arg-type]
+    kernels = native_token_kernels(kernels_of)
     linear = (kernels.make_gated_linear if gated else kernels.make_linear)(weight, bias)
     result = linear(x)
     expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
@@ -81,14 +81,14 @@ def test_linear(
     adds=st.booleans(),
 )
 def test_rms_norm(
-    kernels_of: object, dtype: torch.dtype, seed: int, rows: int, hidden: int, scale: float, adds: bool
+    kernels_of: Library, dtype: torch.dtype, seed: int, rows: int, hidden: int, scale: float, adds: bool
 ) -> None:
     """Of x, or with a delta of the rounded sum, which x becomes."""
     generator = seeded(seed)
     x, delta = (torch.randn(2, rows, hidden, generator=generator) * scale).to(dtype)
     weight = torch.randn(hidden, generator=generator).to(dtype)
     added = x + delta if adds else x.clone()
-    norm = native_token_kernels(kernels_of).rms_norm  # type: ignore[arg-type]
+    norm = native_token_kernels(kernels_of).rms_norm
     result = norm(x, weight, 1e-5, delta if adds else None)
     assert torch.equal(x, added)
     assert relative_error(result, reference.rms_norm(added, weight, 1e-5)) < 2 * ONE_ROUNDING[dtype]
@@ -105,7 +105,7 @@ def test_rms_norm(
     head_dim=st.sampled_from([2, 6, 16, 64, 80]),
 )
 def test_rope_and_write_kv(
-    kernels_of: object, dtype: torch.dtype, seed: int, tokens: int, kv_heads: int, group: int, head_dim: int
+    kernels_of: Library, dtype: torch.dtype, seed: int, tokens: int, kv_heads: int, group: int, head_dim: int
 ) -> None:
     """As torch's operators do it, and in the pool exactly the addressed places change."""
     generator, page_size, num_pages = seeded(seed), 16, 5
@@ -117,7 +117,7 @@ def test_rope_and_write_kv(
     )
     where = angle.cos(), angle.sin(), pools[0], places // page_size, places % page_size
     expected = rope_and_write_kv(qkv.clone(), *where)
-    kernels = native_token_kernels(kernels_of)  # type: ignore[arg-type]
+    kernels = native_token_kernels(kernels_of)
     found = kernels.rope_and_write_kv(qkv, *where[:2], pools[1], *where[3:])
     for got, wanted in zip([*found, pools[1]], [*expected, pools[0]], strict=True):
         assert relative_error(got, wanted.double()) < 2 * ONE_ROUNDING[dtype]
@@ -141,7 +141,7 @@ def test_rope_and_write_kv(
     cut=st.integers(0, 3),
 )
 def test_attention(
-    kernels_of: object, dtype: torch.dtype, seed: int, start: int, tokens: int, page_size: int, kv_heads: int,
+    kernels_of: Library, dtype: torch.dtype, seed: int, start: int, tokens: int, page_size: int, kv_heads: int,
     group: int, head_dim: int, few: bool, cut: int,
 ) -> None:  # fmt: skip
     """Page by page or many rows at a time, in one call or cut in two: right, and bitwise the same."""
@@ -155,7 +155,7 @@ def test_attention(
         kept = kept_states(tokens, q.shape[1], head_dim) if len(ends) > 1 else None
         for end in ends:
             chunk = torch.tensor([[0, tokens, start, 0, first, end, int(end == count)]])
-            attend_pages(kernels_of, q, pool, None, table, Chunks(chunk, int(few)), kept, out)  # type: ignore[arg-type]
+            attend_pages(kernels_of, q, pool, None, table, Chunks(chunk, int(few)), kept, out)
             first = end
         return out
 

@@ -32,10 +32,11 @@ def swap(file: Path) -> None:
     other.write_bytes(mine)
 
 
-damages = pytest.mark.parametrize(
-    "damage", [flip_bit, cut_short, Path.unlink], ids=["flipped bit", "truncated", "missing"]
-)
+_COMMON = {"flipped bit": flip_bit, "truncated": cut_short, "missing": Path.unlink}
+_ALL = _COMMON | {"zeros": zero, "swapped": swap}
+
+damages = pytest.mark.parametrize("damage", _COMMON.values(), ids=_COMMON)
 """Each kind of damage in turn."""
 
-all_damages = pytest.mark.parametrize("damage", [flip_bit, cut_short, Path.unlink, zero, swap])
+all_damages = pytest.mark.parametrize("damage", _ALL.values(), ids=_ALL)
 """The same and rarer ones."""

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from distkv.kernels.cuda.activation import swiglu
 from distkv.kernels.cuda.cuda_kernels import CUDA_KERNELS
-from distkv.kernels.linear import gated_linear, packed_linear
+from distkv.kernels.linear import packed_linear
+from distkv.kernels.token_kernels import gated
 from distkv.workers.backend import KINDS, Backend
 from distkv.workers.backends.cpu import CpuBackend
 from distkv.workers.kv_pools import KVPools
@@ -17,11 +18,7 @@ KIND = replace(KINDS["cpu"], module=__name__)
 class TritonOnCpu(CpuBackend):
     """A `Backend`."""
 
-    kernels = replace(
-        CUDA_KERNELS,
-        make_linear=packed_linear,
-        make_gated_linear=lambda weight, bias=None: gated_linear(packed_linear(weight, bias), swiglu),
-    )
+    kernels = replace(CUDA_KERNELS, make_linear=packed_linear, make_gated_linear=gated(packed_linear, swiglu))
     captures = False  # there are no graphs here but those that a test stands in for
 
     def make_runner(self, model: LlamaModel, pools: KVPools, max_num_seqs: int) -> CudaRunner:

@@ -56,8 +56,8 @@ def plan_native_attention(
     logical = np.arange(len(table)) - firsts[owner]
 
     cold = np.flatnonzero(table < 0)
-    loads, load_of_entry = _loads(table[cold], logical[cold], buffer_pages)
-    table[cold] = [buffer_entry(index) for index in _indices_in_load(table[cold], loads, load_of_entry)]
+    loads, load_of_entry, index_in_load = _loads(table[cold], logical[cold], buffer_pages)
+    table[cold] = buffer_entry(index_in_load)
     # by load, the first cold page of each sequence in that load or a later one
     next_cold = np.tile(num_pages, (len(loads) + 1, 1))
     np.minimum.at(next_cold, (load_of_entry, owner[cold]), logical[cold])
@@ -75,23 +75,19 @@ def plan_native_attention(
     return NativeAttention(library, torch.from_numpy(table), loads, calls)
 
 
-def _loads(locations: np.ndarray, logical: np.ndarray, buffer_pages: int) -> tuple[list[Load], np.ndarray]:
-    """The loads of cold pages, and which of them each of the given entries is in."""
+def _loads(locations: np.ndarray, logical: np.ndarray, buffer_pages: int) -> tuple[list[Load], np.ndarray, np.ndarray]:
+    """The loads of cold pages; and of each of the given entries, which load it is in and where it lies there."""
     if not len(locations):
-        return [], np.zeros(0, dtype=np.int64)
+        return [], locations, locations
     distinct, at, number = np.unique(locations, return_index=True, return_inverse=True)
-    rank = np.empty(len(distinct), dtype=np.int64)
-    in_order = np.lexsort((-distinct, logical[at]))
-    rank[in_order] = np.arange(len(distinct))
+    load = np.empty_like(number, shape=len(distinct))
+    load[np.lexsort((-distinct, logical[at]))] = np.arange(len(distinct)) // buffer_pages
     # within a load by tier and slot (a higher one has a lower location), so that neighbours are brought together
+    in_order = np.lexsort((-distinct, load))
+    place = np.empty_like(load)
+    place[in_order] = np.arange(len(distinct)) % buffer_pages  # all loads but the last are full
+    brought = distinct[in_order]
     loads: list[Load] = [
-        np.sort(distinct[in_order[first : first + buffer_pages]])[::-1].tolist()
-        for first in range(0, len(distinct), buffer_pages)
+        brought[first : first + buffer_pages].tolist() for first in range(0, len(brought), buffer_pages)
     ]
-    return loads, rank[number] // buffer_pages
-
-
-def _indices_in_load(locations: np.ndarray, loads: list[Load], load_of_entry: np.ndarray) -> list[int]:
-    """Where each cold entry lies in its load."""
-    places = [{location: index for index, location in enumerate(load)} for load in loads]
-    return [places[load][location] for location, load in zip(locations.tolist(), load_of_entry.tolist(), strict=True)]
+    return loads, load[number], place[number]
