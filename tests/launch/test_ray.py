@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -374,6 +376,7 @@ def test_a_cluster_that_is_gone_is_not_waited_for(
     """Ray's note of the last cluster outlives it. Without an address a private cluster is started instead."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # sockets lie below it, whose paths must be short
         monkeypatch.setenv("RAY_TMPDIR", folder)
+        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # a private cluster would have this process ask for tokens
         Path(folder, "ray").mkdir()
         Path(folder, "ray", "ray_current_cluster").write_text("127.0.0.1:1")
         with pytest.raises(ConfigError, match="ray start --head"):
@@ -382,6 +385,42 @@ def test_a_cluster_that_is_gone_is_not_waited_for(
             assert llm.generate([[5]], GREEDY, use_tqdm=False)[0].finished
         assert not ray.is_initialized()
         assert await_no_ranks() == {}
+
+
+def test_a_process_that_wants_tokens_of_a_cluster_without_them_is_told(
+    cluster: Cluster, tiny_model: Path, tmp_path: Path
+) -> None:
+    """As one is that has had a cluster of its own. Ray just says that nothing refers to the actor any more."""
+    script = (
+        "import sys, distkv\n"
+        "try: distkv.LLM(sys.argv[1], ray_address=sys.argv[2])\n"
+        "except distkv.ConfigError as error: print('refused:', error)\n"
+    )
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, "HOME": str(tmp_path)}
+    command = [sys.executable, "-c", script, str(tiny_model), cluster.address]
+    ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "refused: the cluster has been started without tokens" in ended.stdout, ended.stdout + ended.stderr
+
+
+@pytest.mark.slow
+def test_a_cluster_with_a_token_is_joined(tiny_model: Path, tmp_path: Path) -> None:
+    """By its note at once; by an address only where the token is meant for it."""
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("0" * 64)
+    script = (
+        "import sys, distkv\n"
+        "with distkv.LLM(sys.argv[1], ray_address=sys.argv[2], device_kv_bytes='4MiB') as llm:\n"
+        "    print('answered', len(llm.generate([[5]], use_tqdm=False)))\n"
+    )
+    with_token, head = ray_cluster.start(tmp_path, 2)
+    try:
+        for address, mode in ("auto", {}), (with_token.address, {"RAY_AUTH_MODE": "token"}):
+            command = [sys.executable, "-c", script, str(tiny_model), address]
+            environment = {**os.environ, "HOME": str(tmp_path), **mode}
+            ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+            assert "answered 1" in ended.stdout, ended.stdout + ended.stderr
+    finally:
+        ray_cluster.stop(head)
 
 
 @pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "nonsense"])

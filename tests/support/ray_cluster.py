@@ -36,6 +36,8 @@ def start(folder: Path, num_cpus: int) -> tuple[Cluster, subprocess.Popen[bytes]
     hidden = ("RAY_", "PYTHONPATH", "HOME", "PATH", "VIRTUAL_ENV")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     environment |= {"HOME": str(folder), "PATH": f"{python.parent}:{os.environ['PATH']}"}
+    if (folder / ".ray" / "auth_token").exists():
+        environment["RAY_AUTH_MODE"] = "token"  # else Ray's other commands would not send it
     cluster = Cluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", python, environment)
     command = [
         str(python), "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--num-cpus={num_cpus}",
@@ -45,7 +47,7 @@ def start(folder: Path, num_cpus: int) -> tuple[Cluster, subprocess.Popen[bytes]
     with open(folder / "ray.log", "wb") as log:
         head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=folder)
     deadline = time.monotonic() + START_TIMEOUT
-    while cluster.ray("job", "list", "--address", cluster.dashboard).returncode:
+    while cluster.ray("job", "list", "--address", cluster.dashboard).returncode or not _is_noted(gcs):
         if head.poll() is not None or time.monotonic() > deadline:
             stop(head)
             raise RuntimeError("the Ray cluster did not start:\n" + (folder / "ray.log").read_text())
@@ -109,6 +111,12 @@ def _bare_python(folder: Path) -> Path:
     found = subprocess.run([str(python), "-E", "-c", "import distkv"], capture_output=True, cwd=folder)
     assert found.returncode, "distkv must not be installed in the cluster's environment"
     return python
+
+
+def _is_noted(port: int) -> bool:
+    """Whether `ray start` has noted the cluster as the last of this machine, which it does when all runs."""
+    note = Path(os.environ.get("TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    return note.exists() and note.read_text().strip().endswith(f":{port}")
 
 
 def _free_ports(count: int) -> list[int]:

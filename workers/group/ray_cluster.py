@@ -64,7 +64,7 @@ os.register_at_fork(after_in_child=_disown)
 
 
 def _init(address: str | None, size: int) -> None:
-    found, reason = _choose(address)
+    found, is_noted, reason = _choose(address)
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     if found is None:
         log.info("starting a Ray cluster on this machine for this process: %s", reason)
@@ -75,38 +75,39 @@ def _init(address: str | None, size: int) -> None:
     _check_reachable(found)
     try:
         with _without_remark_on_signals():
-            ray.init(address=found, **quiet)
+            # for "auto" alone does Ray use the token in ~/.ray, as the `ray start` that made the note has done
+            ray.init(address="auto" if is_noted else found, **quiet)
     except (RayError, RuntimeError, ValueError, ConnectionError) as error:
         raise ConfigError(
-            f"the Ray cluster at {found!r} cannot be joined ({cause_of(error)}); "
-            "is it running, and is its token in ~/.ray/auth_token here?"
+            f"the Ray cluster at {found!r} cannot be joined ({cause_of(error)}); is it running? If it asks for a "
+            "token, have that in ~/.ray/auth_token and set RAY_AUTH_MODE=token"
         ) from error
 
 
-def _choose(address: str | None) -> tuple[str | None, str]:
-    """The address of the cluster to join, None to start one; and why."""
+def _choose(address: str | None) -> tuple[str | None, bool, str]:
+    """The address of the cluster to join, None to start one; whether `ray start` noted it here; and why."""
     given, name = address, "ray_address"
     if given in (None, "auto") and (inherited := os.environ.get("RAY_ADDRESS")):
         given, name = inherited, "RAY_ADDRESS"
     if given == "local":
-        return None, f"{name} is 'local'"
+        return None, False, f"{name} is 'local'"
     if given not in (None, "auto"):
-        return given, f"{name} says so"
+        return given, False, f"{name} says so"
     note = _note()
     running = _running_cluster(note)
     if given == "auto":
         if running is None:
             raise ConfigError("no Ray cluster runs on this machine; start one with `ray start --head`")
-        return running, f"{name} is 'auto', and {note} names it"
+        return running, True, f"{name} is 'auto', and {note} names it"
     if running is None:
-        return None, f"{name} is not set, and {note} names none that answers"
+        return None, False, f"{name} is not set, and {note} names none that answers"
     if note.stat().st_uid != os.geteuid():
         log.warning(
             "the Ray cluster at %s, which %s names, is another user's and is not joined; ray_address='auto' joins it",
             running, note,
         )  # fmt: skip
-        return None, f"the cluster that {note} names is another user's"
-    return running, f"`ray start` noted it in {note}; ray_address='local' starts one for this process alone"
+        return None, False, f"the cluster that {note} names is another user's"
+    return running, True, f"`ray start` noted it in {note}; ray_address='local' starts one for this process alone"
 
 
 def _note() -> Path:

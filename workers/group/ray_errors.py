@@ -1,5 +1,6 @@
 """What Ray's errors say of why a rank's call failed."""
 
+import os
 from typing import Any
 
 import ray
@@ -25,3 +26,10 @@ def cause_of(error: BaseException) -> str:
     # Ray's own account, without its list of common causes
     known = next((line for line in lines if line.startswith("The actor is dead")), lines[0])
     return known.partition(" Some common causes")[0].rstrip(".")
+
+
+def tokens_differ(error: BaseException) -> bool:
+    """Whether an actor never ran since the cluster sends no token with its calls and this process wants one: Ray takes
+    the process for dead then, and all that it owns for unused."""
+    unused = "all references to the actor were removed" in str(error) or "never ran" in str(error)
+    return isinstance(error, ActorDiedError) and unused and os.environ.get("RAY_AUTH_MODE") == "token"
