@@ -145,37 +145,47 @@ void pack_values(const T* values, int64_t count, int64_t dim, int64_t depth, Row
 
 // --- states ---
 
-// The state of a row: `out` not yet divided by the sum of its weights, which are powers of 2 less the highest score. A
-// row that has seen no key has the sum 0; that of any other is about 1 or more, or not a number.
-struct State {
-    float* out;
-    float *highest, *sum;
+// The states of some rows: `out [rows][dim]`, not yet divided by the sum of a row's weights, which are powers of 2 less
+// the highest score. A row that has seen no key has the sum 0; that of any other is about 1 or more, or not a number.
+struct States {
+    float *out = nullptr, *highest = nullptr, *sums = nullptr;
 
-    // In memory for `dim + 2` numbers.
-    State(float* memory, int64_t dim) : out(memory), highest(memory + dim), sum(memory + dim + 1) {}
+    static int64_t size(int64_t rows, int64_t dim) { return rows * dim + 2 * round_up(rows, LANES); }
+
+    States() = default;
+    States(float* memory, int64_t rows, int64_t dim)
+        : out(memory), highest(memory + rows * dim), sums(highest + round_up(rows, LANES)) {}
+
+    // Those from row r on, a multiple of LANES.
+    States from(int64_t r, int64_t dim) const {
+        States rest = *this;
+        rest.out += r * dim, rest.highest += r, rest.sums += r;
+        return rest;
+    }
 };
 
-// Merges the state of later keys, if there is any, into that of earlier ones.
-inline void merge(State to, const float* out, float highest, float total, int64_t dim) {
-    if (total == 0) return;
-    if (*to.sum == 0) {
-        std::memcpy(to.out, out, sizeof(float) * dim);
-        *to.highest = highest, *to.sum = total;
-        return;
+// Merges the states of later keys, where there are any, into those of earlier ones.
+inline void merge(States to, States later, int64_t rows, int64_t dim) {
+    for (int64_t first = 0; first < rows; first += LANES) {
+        float *highest = to.highest + first, *sums = to.sums + first;
+        const float *later_highest = later.highest + first, *later_sums = later.sums + first;
+        alignas(64) float earlier[LANES], next[LANES], before[LANES], after[LANES];
+        for (int i = 0; i < LANES; ++i) {  // the highest score of what has seen no key is that of the other
+            earlier[i] = sums[i] == 0 ? later_highest[i] : highest[i];
+            next[i] = later_sums[i] == 0 ? highest[i] : later_highest[i];
+        }
+        Vec top = larger(load(next), load(earlier));
+        store(before, power_of_2<6>(load(earlier) - top));
+        store(after, power_of_2<6>(load(next) - top));
+        store(highest, top);
+        store(sums, fma(load(sums), load(before), load(later_sums) * load(after)));
+        for (int64_t r = first; r < std::min(rows, first + LANES); ++r) {
+            if (later.sums[r] == 0) continue;
+            Vec kept = all(before[r - first]), added = all(after[r - first]);
+            for (int64_t d = r * dim; d < (r + 1) * dim; d += LANES)
+                store(to.out + d, fma(load(to.out + d), kept, load(later.out + d) * added));
+        }
     }
-    float top = highest > *to.highest ? highest : *to.highest;
-    Vec before = power_of_2<6>(all(*to.highest) - all(top)), after = power_of_2<6>(all(highest) - all(top));
-    *to.highest = top;
-    *to.sum = first_lane(fma(all(*to.sum), before, all(total) * after));
-    for (int64_t d = 0; d < dim; d += LANES) store(to.out + d, fma(load(to.out + d), before, load(out + d) * after));
-}
-
-// Divides, rounds and writes the result of a row.
-template <class T>
-inline void finish(State state, T* out, int64_t dim) {
-    Vec share = all(1.f / *state.sum);
-    for (int64_t d = 0; d < dim; d += LANES)
-        store(out + d, load(state.out + d) * share, static_cast<int>(std::min<int64_t>(LANES, dim - d)));
 }
 
 // --- a page ---
@@ -197,66 +207,132 @@ class PageAttention {
           stride_(most_ + 64 / sizeof(float)),  // not a power of two, which many lines of a cache would share
           weight_stride_(most_ + 64 / sizeof(E)) {
         static thread_local Scratch packed_memory, number_memory;
-        int64_t keys = round_up(shape.page_size, LANES) * depth_, values = most_ * dim_;
-        keys_ = packed_memory.get<E>(keys + values + TILE_ROWS * weight_stride_);
+        int64_t keys = most_ * depth_, values = most_ * dim_, weights = TILE_ROWS * weight_stride_;
+        keys_ = packed_memory.get<E>(keys + values + 2 * weights);
         values_ = keys_ + keys;
-        weights_ = values_ + values;
-        scores_ = number_memory.get<float>(TILE_ROWS * (stride_ + dim_ + 2));
-        out_ = scores_ + TILE_ROWS * stride_;
-        highest_ = out_ + TILE_ROWS * dim_;
-        sums_ = highest_ + TILE_ROWS;
+        int64_t scores = TILE_ROWS * stride_, states = States::size(TILE_ROWS, dim_);
+        float* numbers = number_memory.get<float>(2 * (scores + states));
+        for (int64_t i = 0; i < 2; ++i, numbers += scores + states)
+            slots_[i] = {numbers, values_ + values + i * weights, States(numbers + scores, TILE_ROWS, dim_)};
     }
 
     int64_t dim() const { return dim_; }      // of a row of a state
     int64_t depth() const { return depth_; }  // of a row of queries
 
     void pack(std::pair<const T*, int64_t> page, int64_t count) {
-        count_ = count;
+        values_depth_ = padded_depth<E>(round_up(count, LANES));
         pack_keys(page.first, count, shape_.dim, keys_);
-        pack_values(page.first + page.second, count, shape_.dim, padded_depth<E>(round_up(count, LANES)), values_);
+        pack_values(page.first + page.second, count, shape_.dim, values_depth_, values_);
     }
 
-    // Gives the state of each row of queries `[rows][depth]` over the page to `use(row, out, highest, sum)`. Row r sees
-    // the first `visible(r)` keys; for 0 its sum is 0. Tiles have been configured for so many rows, or for 16, and there
-    // are zeros up to whole tiles then.
+    // Gives the states of the rows of queries `[rows][depth]` over the page to `use(first row, count, states)`, up to
+    // TILE_ROWS at a time. Row r sees the first `visible(r)` keys, no fewer than the rows before it. Tiles have been
+    // configured for so many rows, or for 16, and there are zeros up to whole tiles then.
     template <class Visible, class Use>
     void attend(const E* queries, int64_t num_rows, Visible visible, Use use) {
+        const Slot& slot = slots_[0];
         for (int64_t first = 0; first < num_rows; first += TILE_ROWS) {
-            int64_t count = std::min(TILE_ROWS, num_rows - first);
-            attend_together(queries + first * depth_, count, [&](int64_t r) { return visible(first + r); });
-            for (int64_t r = 0; r < count; ++r) use(first + r, out_ + r * dim_, highest_[r], sums_[r]);
+            int64_t count = std::min(TILE_ROWS, num_rows - first), seen = visible(first + count - 1);
+            int64_t panels = (seen + LANES - 1) / LANES, depth = padded_depth<E>(panels * LANES);
+            multiply<E>(Rows<E>::plain(queries + first * depth_, depth_), count, keys_, panel_size<E>(shape_.dim),
+                        panels, depth_, slot.scores, stride_);
+            weigh(slot, count, depth, [&](int64_t r) { return visible(first + r); }, [] {});
+            multiply<E>(Rows<E>::plain(slot.weights, weight_stride_), count, values_, values_depth_ * LANES,
+                        dim_ / LANES, depth, slot.states.out, dim_);
+            use(first, count, slot.states);
         }
     }
+
+#ifdef __AMX_BF16__
+    // As `attend`, for queries that are zeros up to a multiple of TILE_ROWS and with tiles configured for 16 rows; rows
+    // that see no key may be left out. While the weights of some rows are computed, the products of those before and
+    // after them go on.
+    template <class Visible, class Use>
+    void attend_overlapped(const E* queries, int64_t num_rows, Visible visible, Use use) {
+        auto count_from = [&](int64_t first) { return std::min(TILE_ROWS, num_rows - first); };
+        auto depth_from = [&](int64_t first) {
+            return padded_depth<E>(round_up(visible(first + count_from(first) - 1), LANES));
+        };
+        auto scores_from = [&](int64_t first, const Slot& slot) {
+            return TileSteps(Rows<E>::plain(queries + first * depth_, depth_), keys_, panel_size<E>(shape_.dim),
+                             depth_from(first) / LANES, depth_, slot.scores, stride_);
+        };
+        auto out_from = [&](int64_t first, const Slot& slot) {
+            return TileSteps(Rows<E>::plain(slot.weights, weight_stride_), values_, values_depth_ * LANES,
+                             dim_ / LANES, depth_from(first), slot.states.out, dim_);
+        };
+        int64_t first = 0;
+        while (first < num_rows && !depth_from(first)) first += TILE_ROWS;
+        if (first >= num_rows) return;
+        scores_from(first, slots_[0]).finish();
+        TileSteps out;
+        for (int64_t i = 0; first < num_rows; first += TILE_ROWS, ++i) {
+            const Slot &slot = slots_[i % 2], &other = slots_[1 - i % 2];
+            int64_t next = first + TILE_ROWS;
+            TileSteps scores;
+            if (next < num_rows) scores = scores_from(next, other);
+            auto step = [&] {
+                if (!out.is_done())
+                    out.step();
+                else if (!scores.is_done())
+                    scores.step();
+            };
+            weigh(slot, count_from(first), depth_from(first), [&](int64_t r) { return visible(first + r); }, step);
+            out.finish();
+            scores.finish();
+            if (i) use(first - TILE_ROWS, TILE_ROWS, other.states);
+            out = out_from(first, slot);
+            if (next >= num_rows) {
+                out.finish();
+                use(first, count_from(first), slot.states);
+            }
+        }
+    }
+#endif
 
   private:
-    // The states of up to TILE_ROWS rows.
-    template <class Visible>
-    void attend_together(const E* queries, int64_t num_rows, Visible visible) {
-        int64_t seen = 0;
-        for (int64_t r = 0; r < num_rows; ++r) seen = std::max(seen, visible(r));
-        if (!seen) {
-            for (int64_t r = 0; r < num_rows; ++r) sums_[r] = 0;
-            return;
+    // Of up to TILE_ROWS rows.
+    struct Slot {
+        float* scores;
+        E* weights;
+        States states;
+    };
+
+    // Weights of scores, zeros up to `depth`, and their sums. Calls `between()` after each row.
+    template <class Visible, class Between>
+    void weigh(const Slot& slot, int64_t num_rows, int64_t depth, Visible visible, Between between) {
+        for (int64_t first = 0; first < num_rows; first += LANES) {
+            int64_t count = std::min<int64_t>(LANES, num_rows - first);
+            const float* scores = slot.scores + first * stride_;
+            E* weights = slot.weights + first * weight_stride_;
+            Vec rows[LANES];
+            for (auto& row : rows) row = zeros();
+            for (int64_t r = 0; r < count; ++r) rows[r] = highest_of(scores + r * stride_, visible(first + r));
+            store(slot.states.highest + first, largest(rows) * all(scale_));
+            for (int64_t r = 0; r < count; ++r) {
+                rows[r] = weigh_row(scores + r * stride_, slot.states.highest[first + r], visible(first + r), depth,
+                                    weights + r * weight_stride_);
+                between();
+            }
+            store(slot.states.sums + first, sums(rows));
         }
-        int64_t panels = (seen + LANES - 1) / LANES, depth = padded_depth<E>(panels * LANES);
-        int64_t values_depth = padded_depth<E>(round_up(count_, LANES));
-        multiply<E>(Rows<E>::plain(queries, depth_), num_rows, keys_, panel_size<E>(shape_.dim), panels, depth_,
-                    scores_, stride_);
-        for (int64_t r = 0; r < num_rows; ++r) weigh(r, visible(r), depth);
-        multiply<E>(Rows<E>::plain(weights_, weight_stride_), num_rows, values_, values_depth * LANES, dim_ / LANES,
-                    depth, out_, dim_);
     }
 
-    void weigh(int64_t r, int64_t visible, int64_t depth) {
-        const float* scores = scores_ + r * stride_;
-        E* weights = weights_ + r * weight_stride_;
+    Vec highest_of(const float* scores, int64_t visible) {
+        Vec high[4];  // side by side, since each waits for the one before it
+        for (auto& each : high) each = all(-std::numeric_limits<float>::infinity());
+        int64_t k = 0;
+        for (; k + 4 * LANES <= visible; k += 4 * LANES)
+            for (int64_t i = 0; i < 4; ++i) high[i] = larger(load(scores + k + i * LANES), high[i]);
+        for (; k + LANES <= visible; k += LANES) high[0] = larger(load(scores + k), high[0]);
+        if (k < visible) high[1] = larger(lowest_from(load(scores + k), static_cast<int>(visible - k)), high[1]);
+        return larger(larger(high[0], high[1]), larger(high[2], high[3]));
+    }
+
+    Vec weigh_row(const float* scores, float highest, int64_t visible, int64_t depth, E* weights) {
         int64_t whole = visible / LANES * LANES;  // up to which all lanes are visible
         int rest = static_cast<int>(visible - whole);
-        Vec high = all(-std::numeric_limits<float>::infinity());
-        for (int64_t k = 0; k < whole; k += LANES) high = larger(load(scores + k), high);
-        if (rest) high = larger(lowest_from(load(scores + whole), rest), high);
-        float top = highest_[r] = largest(high) * scale_;
-        Vec total = zeros(), scale = all(scale_), low = all(-top);
+        Vec total = zeros(), scale = all(scale_), low = all(-highest);
         auto weight_of = [&](int64_t k) { return power_of_2<DEGREE<T>>(fma(load(scores + k), scale, low)); };
         int64_t k = 0;
         for (; k + 2 * LANES <= whole; k += 2 * LANES) {
@@ -275,14 +351,14 @@ class PageAttention {
             store(weights + whole, weight);
         }
         for (k = round_up(visible, LANES); k < depth; k += LANES) store(weights + k, zeros());
-        sums_[r] = ::sum(total);
+        return total;
     }
 
     Shape shape_;
     float scale_;
-    int64_t dim_, depth_, most_, stride_, weight_stride_, count_ = 0;
-    E *keys_, *values_, *weights_;
-    float *scores_, *out_, *highest_, *sums_;
+    int64_t dim_, depth_, most_, stride_, weight_stride_, values_depth_ = 0;
+    E *keys_, *values_;
+    Slot slots_[2];
 };
 
 // --- sequences ---
@@ -302,13 +378,16 @@ struct Call {
 
     int64_t kept_dim() const { return round_up(shape.dim, LANES); }
 
-    State kept_state(int64_t row, int64_t head) const {
-        return {kept + (row * shape.heads + head) * (kept_dim() + 2), kept_dim()};
-    }
+    // The row of q, and the query head, of row r of a chunk's KV head.
+    int64_t row_of(const Chunk& chunk, int64_t r) const { return chunk.row + r / shape.group(); }
+    int64_t head_of(int64_t r, int64_t head) const { return head * shape.group() + r % shape.group(); }
+
+    // Where the state of a row is kept: `out`, then the highest score and the sum.
+    float* kept_state(int64_t row, int64_t head) const { return kept + (row * shape.heads + head) * (kept_dim() + 2); }
 
     // Queries of the rows of a KV head from row `first` on, `[count][depth]`, with zeros up to whole tiles.
     void pack_queries(int64_t row, int64_t head, int64_t first, int64_t count, int64_t depth, RowElement<T>* to) const {
-        int64_t group = shape.group(), whole = round_up(count, 16);
+        int64_t group = shape.group(), whole = round_up(count, TILE_ROWS);
         for (int64_t r = 0; r < whole; ++r, to += depth) {
             int64_t done = 0;
             if (r < count) {
@@ -324,24 +403,37 @@ struct Call {
         }
     }
 
-    // Puts the state with which a row begins into memory for `kept_dim() + 2` numbers.
-    void begin(const Chunk& chunk, int64_t r, int64_t head, float* memory) const {
-        State state(memory, kept_dim());
-        int64_t group = shape.group();
-        if (chunk.first)
-            std::memcpy(memory, kept_state(chunk.row + r / group, head * group + r % group).out,
-                        sizeof(float) * (kept_dim() + 2));
-        else
-            *state.sum = 0;
+    // Makes states those with which `count` rows of a chunk begin, from row `first` on.
+    void begin(const Chunk& chunk, int64_t first, int64_t count, int64_t head, States states) const {
+        for (int64_t i = 0; i < count; ++i) {
+            float* out = states.out + i * kept_dim();
+            if (chunk.first) {
+                const float* from = kept_state(row_of(chunk, first + i), head_of(first + i, head));
+                std::memcpy(out, from, sizeof(float) * kept_dim());
+                states.highest[i] = from[kept_dim()], states.sums[i] = from[kept_dim() + 1];
+            } else {
+                std::memset(out, 0, sizeof(float) * kept_dim());
+                states.highest[i] = states.sums[i] = 0;
+            }
+        }
     }
 
-    // Writes a row's result, or keeps its state.
-    void end(const Chunk& chunk, int64_t r, int64_t head, State state) const {
-        int64_t group = shape.group(), row = chunk.row + r / group, query_head = head * group + r % group;
-        if (chunk.is_last)
-            finish(state, out + (row * shape.heads + query_head) * shape.dim, shape.dim);
-        else
-            std::memcpy(kept_state(row, query_head).out, state.out, sizeof(float) * (kept_dim() + 2));
+    // Divides, rounds and writes the results of rows, or keeps their states.
+    void end(const Chunk& chunk, int64_t first, int64_t count, int64_t head, States states) const {
+        for (int64_t i = 0; i < count; ++i) {
+            int64_t row = row_of(chunk, first + i), query_head = head_of(first + i, head);
+            const float* from = states.out + i * kept_dim();
+            if (!chunk.is_last) {
+                float* to = kept_state(row, query_head);
+                std::memcpy(to, from, sizeof(float) * kept_dim());
+                to[kept_dim()] = states.highest[i], to[kept_dim() + 1] = states.sums[i];
+                continue;
+            }
+            T* to = out + (row * shape.heads + query_head) * shape.dim;
+            Vec share = all(1.f / states.sums[i]);
+            for (int64_t d = 0; d < shape.dim; d += LANES)
+                store(to + d, load(from + d) * share, static_cast<int>(std::min<int64_t>(LANES, shape.dim - d)));
+        }
     }
 };
 
@@ -355,7 +447,7 @@ template <class T>
 void attend_few(const Call<T>& call, const Chunk* chunks, int64_t num_chunks) {
     static thread_local Scratch state_memory, index_memory;
     const Shape& shape = call.shape;
-    int64_t group = shape.group(), size = call.kept_dim() + 2, most_rows = 0;
+    int64_t group = shape.group(), most_rows = 0;
     // numbers pages over all chunks
     auto* firsts = index_memory.get<int64_t>(num_chunks + 1);
     firsts[0] = 0;
@@ -365,11 +457,14 @@ void attend_few(const Call<T>& call, const Chunk* chunks, int64_t num_chunks) {
     }
     auto number_of = [&](int64_t number) { return std::upper_bound(firsts, firsts + num_chunks, number) - firsts - 1; };
 
-    int64_t per_page = shape.kv_heads * most_rows * size, total = firsts[num_chunks];
+    int64_t size = States::size(most_rows, call.kept_dim());
+    int64_t per_page = shape.kv_heads * size, total = firsts[num_chunks];
     int64_t window = std::min(total, std::max<int64_t>(1, (2 << 20) / per_page));  // whose states are held: 8 MiB
-    int64_t running_rows = num_chunks * shape.kv_heads * most_rows;
-    float* states = state_memory.get<float>(window * per_page + running_rows * size);
+    float* states = state_memory.get<float>((window + num_chunks) * per_page);
     float* running = states + window * per_page;
+    auto states_at = [&](float* memory, int64_t number, int64_t head) {
+        return States(memory + number * per_page + head * size, most_rows, call.kept_dim());
+    };
     int64_t num_tasks = std::max<int64_t>(1, (1 << 15) / shape.part());  // pages a task
 
 #pragma omp parallel num_threads(call.num_threads)
@@ -387,13 +482,13 @@ void attend_few(const Call<T>& call, const Chunk* chunks, int64_t num_chunks) {
                 int64_t count = visible_keys(chunk, chunk.num_tokens - 1, page, shape.page_size);
                 call.pack_queries(chunk.row, head, 0, rows, one.depth(), queries);
                 one.pack(call.pages.find(call.table[chunk.table + page], head, shape), count);
-                float* state = states + (number - from) * per_page + head * most_rows * size;
+                States to = states_at(states, number - from, head);
                 Tiles tiles(rows);
                 auto visible = [&](int64_t r) { return visible_keys(chunk, r / group, page, shape.page_size); };
-                one.attend(queries, rows, visible, [&](int64_t r, const float* out, float highest, float sum) {
-                    float* to = state + r * size;
-                    std::memcpy(to, out, sizeof(float) * one.dim());
-                    to[one.dim()] = highest, to[one.dim() + 1] = sum;
+                one.attend(queries, rows, visible, [&](int64_t first, int64_t count, States found) {
+                    std::memcpy(to.out + first * one.dim(), found.out, sizeof(float) * count * one.dim());
+                    std::memcpy(to.highest + first, found.highest, sizeof(float) * count);
+                    std::memcpy(to.sums + first, found.sums, sizeof(float) * count);
                 });
             }
             int64_t begins = number_of(from), ends = number_of(to - 1) + 1;
@@ -401,15 +496,12 @@ void attend_few(const Call<T>& call, const Chunk* chunks, int64_t num_chunks) {
             for (int64_t task = begins * shape.kv_heads; task < ends * shape.kv_heads; ++task) {
                 int64_t at = task / shape.kv_heads, head = task % shape.kv_heads;
                 const Chunk& chunk = chunks[at];
-                for (int64_t r = 0; r < chunk.num_tokens * group; ++r) {
-                    State state(running + (task * most_rows + r) * size, one.dim());
-                    if (firsts[at] >= from) call.begin(chunk, r, head, state.out);
-                    for (int64_t n = std::max(from, firsts[at]); n < std::min(to, firsts[at + 1]); ++n) {
-                        const float* next = states + (n - from) * per_page + (head * most_rows + r) * size;
-                        merge(state, next, next[one.dim()], next[one.dim() + 1], one.dim());
-                    }
-                    if (firsts[at + 1] <= to) call.end(chunk, r, head, state);
-                }
+                int64_t rows = chunk.num_tokens * group;
+                States state = states_at(running, at, head);
+                if (firsts[at] >= from) call.begin(chunk, 0, rows, head, state);
+                for (int64_t n = std::max(from, firsts[at]); n < std::min(to, firsts[at + 1]); ++n)
+                    merge(state, states_at(states, n - from, head), rows, one.dim());
+                if (firsts[at + 1] <= to) call.end(chunk, 0, rows, head, state);
             }
         }
     }
@@ -420,7 +512,7 @@ template <class T>
 void attend_many(const Call<T>& call, const Chunk* chunks, int64_t num_chunks) {
     static thread_local Scratch index_memory;
     const Shape& shape = call.shape;
-    int64_t group = shape.group(), size = call.kept_dim() + 2, all_tokens = 0;
+    int64_t group = shape.group(), all_tokens = 0;
     for (int64_t i = 0; i < num_chunks; ++i) all_tokens += chunks[i].num_tokens;
     // tokens of a task: as many as pay for the packing of each page, and few enough that all threads have work
     int64_t block = all_tokens * shape.kv_heads / (4 * call.num_threads);
@@ -435,7 +527,8 @@ void attend_many(const Call<T>& call, const Chunk* chunks, int64_t num_chunks) {
         static thread_local Scratch state_memory, query_memory;
         PageAttention<T> one(shape);
         auto* queries = query_memory.get<RowElement<T>>(round_up(block * group, TILE_ROWS) * one.depth());
-        float* states = state_memory.get<float>(block * group * size);
+        int64_t most_rows = block * group;
+        States states(state_memory.get<float>(States::size(most_rows, one.dim())), most_rows, one.dim());
         Tiles tiles(16);
 #pragma omp for schedule(dynamic)
         for (int64_t task = firsts[num_chunks] - 1; task >= 0; --task) {  // the later ones of a chunk see more keys
@@ -445,7 +538,7 @@ void attend_many(const Call<T>& call, const Chunk* chunks, int64_t num_chunks) {
             int64_t num_tokens = std::min(block, chunk.num_tokens - token), rows = num_tokens * group;
             int64_t first = token * group;
             call.pack_queries(chunk.row, head, first, rows, one.depth(), queries);
-            for (int64_t r = 0; r < rows; ++r) call.begin(chunk, first + r, head, states + r * size);
+            call.begin(chunk, first, rows, head, states);
             for (int64_t page = chunk.first; page < chunk.end; ++page) {
                 int64_t count = visible_keys(chunk, token + num_tokens - 1, page, shape.page_size);
                 if (!count) break;
@@ -453,11 +546,18 @@ void attend_many(const Call<T>& call, const Chunk* chunks, int64_t num_chunks) {
                 auto visible = [&](int64_t r) {
                     return visible_keys(chunk, (first + r) / group, page, shape.page_size);
                 };
-                one.attend(queries, rows, visible, [&](int64_t r, const float* out, float highest, float sum) {
-                    merge({states + r * size, one.dim()}, out, highest, sum, one.dim());
-                });
+                auto merge_into = [&](int64_t from, int64_t count, States found) {
+                    merge(states.from(from, one.dim()), found, count, one.dim());
+                };
+#ifdef __AMX_BF16__
+                if constexpr (IN_TILES<T>) {
+                    one.attend_overlapped(queries, rows, visible, merge_into);
+                    continue;
+                }
+#endif
+                one.attend(queries, rows, visible, merge_into);
             }
-            for (int64_t r = 0; r < rows; ++r) call.end(chunk, first + r, head, {states + r * size, one.dim()});
+            call.end(chunk, first, rows, head, states);
         }
     }
 }

@@ -125,30 +125,67 @@ inline void tile_row(Rows<bf16> a, int64_t tile, const bf16* const* b, int64_t d
     memory_is_used();
 }
 
-// C of 2 panels for two rows of tiles.
-inline void tile_square(Rows<bf16> a, int64_t tile, const bf16* const* b, int64_t depth, float* c, int64_t c_stride) {
-    const bf16 *upper = a.data + tile * a.block, *lower = upper + a.block;
-    memory_is_used();
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t k = 0; k < depth; k += 32) {
-        _tile_loadd(6, b[0] + k * 16, 64);
-        _tile_loadd(4, upper + k / 32 * a.step, a.stride * 2);
+// C of two rows of tiles, 2 panels at a time, by steps of 32 elements of K, so that other work can come between them:
+// what a step gives to the tiles goes on while the instructions after it do.
+class TileSteps {
+  public:
+    TileSteps() = default;  // that are done
+    TileSteps(Rows<bf16> a, const bf16* b, int64_t panel_stride, int64_t num_panels, int64_t depth, float* c,
+              int64_t c_stride)
+        : a_(a),
+          b_(b),
+          panel_stride_(panel_stride),
+          num_panels_(num_panels),
+          depth_(depth),
+          c_(c),
+          c_stride_(c_stride) {}
+
+    bool is_done() const { return num_panels_ <= 0; }
+
+    void step() {
+        const bf16 *upper = a_.data + k_ / 32 * a_.step, *lower = upper + a_.block, *b = b_ + k_ * LANES;
+        bool is_pair = num_panels_ > 1;
+        memory_is_used();
+        if (k_ == 0) {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+        _tile_loadd(6, b, 64);
+        _tile_loadd(4, upper, a_.stride * 2);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(5, lower + k / 32 * a.step, a.stride * 2);
+        _tile_loadd(5, lower, a_.stride * 2);
         _tile_dpbf16ps(2, 5, 6);
-        _tile_loadd(7, b[1] + k * 16, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(3, 5, 7);
+        if (is_pair) {
+            _tile_loadd(7, b + panel_stride_, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        k_ += 32;
+        if (k_ < depth_) return;
+        float* lower_c = c_ + 16 * c_stride_;
+        _tile_stored(0, c_, c_stride_ * 4);
+        _tile_stored(2, lower_c, c_stride_ * 4);
+        if (is_pair) {
+            _tile_stored(1, c_ + 16, c_stride_ * 4);
+            _tile_stored(3, lower_c + 16, c_stride_ * 4);
+        }
+        memory_is_used();
+        b_ += 2 * panel_stride_, c_ += 2 * LANES, num_panels_ -= 2, k_ = 0;
     }
-    _tile_stored(0, c, c_stride * 4);
-    _tile_stored(1, c + 16, c_stride * 4);
-    _tile_stored(2, c + 16 * c_stride, c_stride * 4);
-    _tile_stored(3, c + 16 * c_stride + 16, c_stride * 4);
-    memory_is_used();
-}
+
+    void finish() {
+        while (!is_done()) step();
+    }
+
+  private:
+    Rows<bf16> a_{};
+    const bf16* b_ = nullptr;
+    int64_t panel_stride_ = 0, num_panels_ = 0, depth_ = 0, k_ = 0;
+    float* c_ = nullptr;
+    int64_t c_stride_ = 0;
+};
 
 #else
 
@@ -231,18 +268,15 @@ inline void multiply(Rows<RowElement<T>> a, int64_t num_rows, const T* b, int64_
     const T* panels[4];
 #ifdef __AMX_BF16__
     if constexpr (IN_TILES<T>) {
-        int64_t num_tiles = (num_rows + 15) / 16, tile = 0;
-        for (int64_t p = 0; p < num_panels; p += 2) {  // of which two stay in the first cache while rows pass by
-            panels[0] = b + p * panel_stride, panels[1] = panels[0] + panel_stride;
-            for (tile = 0; tile + 2 <= num_tiles; tile += 2) {
-                float* to = c + tile * 16 * c_stride + p * LANES;
-                if (p + 1 < num_panels)
-                    tile_square(a, tile, panels, depth, to, c_stride);
-                else
-                    for (int i = 0; i < 2; ++i)
-                        tile_row<1>(a, tile + i, panels, depth, to + i * 16 * c_stride, c_stride);
+        int64_t num_tiles = (num_rows + 15) / 16, tile = num_tiles / 2 * 2;
+        for (int64_t p = 0; p < num_panels; p += 2)  // of which two stay in the first cache while rows pass by
+            for (int64_t t = 0; t < tile; t += 2) {
+                auto rows = a;
+                rows.data += t * a.block;
+                TileSteps(rows, b + p * panel_stride, panel_stride, std::min<int64_t>(2, num_panels - p), depth,
+                          c + t * 16 * c_stride + p * LANES, c_stride)
+                    .finish();
             }
-        }
         if (tile < num_tiles)
             for (int64_t p = 0; p < num_panels; p += 4) {
                 float* to = c + tile * 16 * c_stride + p * LANES;

@@ -192,12 +192,53 @@ inline float sum(Vec x) {
     __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
+
+// Of each of 16 rows, in lane r that of row r.
+#ifdef __AVX512F__
+// Sixteen of `sum`, or of another operation in its order, side by side: each step lays halves of two rows, that are folded
+// already, beside each other.
+template <class Op>
+inline Vec fold(const Vec* rows, Op op) {
+    Vec eight[8], four[4], two[2];
+    for (int i = 0; i < 8; ++i) {  // rows in the order that the steps below bring into that of lanes
+        __m512 x = rows[i % 2 * 8 + i / 2].v, y = rows[i % 2 * 8 + i / 2 + 4].v;
+        eight[i] = op(Vec{_mm512_shuffle_f32x4(x, y, 0x44)}, Vec{_mm512_shuffle_f32x4(x, y, 0xee)});
+    }
+    for (int i = 0; i < 4; ++i) {
+        __m512 x = eight[2 * i].v, y = eight[2 * i + 1].v;
+        four[i] = op(Vec{_mm512_shuffle_f32x4(x, y, 0x88)}, Vec{_mm512_shuffle_f32x4(x, y, 0xdd)});
+    }
+    for (int i = 0; i < 2; ++i) {
+        __m512d x = _mm512_castps_pd(four[2 * i].v), y = _mm512_castps_pd(four[2 * i + 1].v);
+        two[i] = op(Vec{_mm512_castpd_ps(_mm512_unpacklo_pd(x, y))}, Vec{_mm512_castpd_ps(_mm512_unpackhi_pd(x, y))});
+    }
+    __m512 x = two[0].v, y = two[1].v;
+    return op(Vec{_mm512_shuffle_ps(x, y, 0x88)}, Vec{_mm512_shuffle_ps(x, y, 0xdd)});
+}
+inline Vec sums(const Vec* rows) {
+    return fold(rows, [](Vec x, Vec y) { return x + y; });
+}
+inline Vec largest(const Vec* rows) {
+    return fold(rows, [](Vec x, Vec y) { return larger(x, y); });
+}
+#else
 inline float largest(Vec x) {
     __m256 eight = _mm256_max_ps(low_half(x), high_half(x));
     __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
+inline Vec sums(const Vec* rows) {
+    alignas(64) float each[LANES];
+    for (int i = 0; i < LANES; ++i) each[i] = sum(rows[i]);
+    return load(each);
+}
+inline Vec largest(const Vec* rows) {
+    alignas(64) float each[LANES];
+    for (int i = 0; i < LANES; ++i) each[i] = largest(rows[i]);
+    return load(each);
+}
+#endif
 
 // The first `count` lanes of 16 elements at p, zeros after them; only those are read or written.
 template <class T>
