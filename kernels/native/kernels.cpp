@@ -9,6 +9,7 @@
 #endif
 
 #include "attention.hpp"
+#include "collectives.hpp"
 #include "linear.hpp"
 #include "tokens.hpp"
 
@@ -102,6 +103,20 @@ void attention(int dtype, const void* q, int64_t q_stride, int64_t heads, int64_
         if (num_few) attend_few(call, all, num_few);
         if (num_chunks > num_few) attend_many(call, all + num_few, num_chunks - num_few);
     });
+}
+
+// `shared` is memory of `shared_size` bytes, zeros at first, that all ranks of a group see.
+int64_t shared_size(int64_t capacity, int size) { return size <= MOST_RANKS ? SLOTS + 2 * size * capacity : 0; }
+
+void all_reduce(int dtype, void* shared, int64_t capacity, int rank, int size, void* x, int64_t count,
+                int num_threads) {
+    Ranks ranks{static_cast<Meeting*>(shared), capacity, rank, size};
+    by_dtype(dtype, [&](auto one) { all_reduce(ranks, static_cast<decltype(one)*>(x), count, num_threads); });
+}
+
+void gather(void* shared, int64_t capacity, int rank, int size, const void* x, int64_t bytes, void* parts) {
+    gather({static_cast<Meeting*>(shared), capacity, rank, size}, static_cast<const char*>(x), bytes,
+           static_cast<char*>(parts));
 }
 }
 #pragma GCC visibility pop

@@ -29,6 +29,9 @@ _ARGUMENTS = {
     "attention": [
         _INT, _ADDRESS, *[_SIZE] * 5, _ADDRESS, _SIZE, *[_ADDRESS] * 3, _SIZE, _SIZE, _ADDRESS, _ADDRESS, _INT,
     ],
+    "shared_size": [_SIZE, _INT],
+    "all_reduce": [_INT, _ADDRESS, _SIZE, _INT, _INT, _ADDRESS, _SIZE, _INT],
+    "gather": [_ADDRESS, _SIZE, _INT, _INT, _ADDRESS, _SIZE, _ADDRESS],
 }  # fmt: skip
 
 
@@ -43,6 +46,9 @@ class Library:
     rms_norm: Callable[..., None]
     rope_and_write: Callable[..., None]
     attention: Callable[..., None]
+    shared_size: Callable[..., int]
+    all_reduce: Callable[..., None]
+    gather: Callable[..., None]
 
 
 @cache
@@ -58,7 +64,7 @@ def load(instruction_set: InstructionSet) -> Library:
     for name, arguments in _ARGUMENTS.items():
         function = functions[name] = getattr(loaded, name)
         function.argtypes = arguments
-        function.restype = _SIZE if name == "packed_size" else _INT if name == "start" else None
+        function.restype = _SIZE if name.endswith("_size") else _INT if name == "start" else None
     if functions.pop("start")():
         raise BuildError(f"the system does not let this process use {instruction_set.name}")
     return Library(instruction_set.name, **functions)

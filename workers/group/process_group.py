@@ -1,10 +1,13 @@
 """Collectives among the ranks of one tensor-parallel group."""
 
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from distkv.workers.group.shared_memory import SharedMemory
 
 # A rank that waits for a dead one is ended by the group's supervisor, not by this limit.
 PATIENCE = timedelta(hours=1)
@@ -21,7 +24,8 @@ def open_store(host: str, port: int | None = None) -> dist.TCPStore:
 class ProcessGroup:
     """The tensor-parallel group as seen by one rank; a group of one does nothing.
 
-    NCCL carries tensors on CUDA, gloo those on the CPU (and CUDA tensors when ranks share a GPU).
+    NCCL carries tensors on CUDA. Those on the CPU go through memory that the ranks of one machine share, else over
+    gloo, as do CUDA tensors when ranks share a GPU.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None, backend: str = "gloo"):
@@ -35,8 +39,12 @@ class ProcessGroup:
         self.size = size
         self.is_capturable = size == 1 or backend == "nccl"  # whether a CUDA graph may hold its collectives
         self._backend = backend
+        self._shared: SharedMemory | None = None
         if size > 1:
+            assert store is not None
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+            if backend == "gloo":
+                self._shared = SharedMemory.join(store, rank, size)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of x over the ranks, in place. On a CPU it is taken in fp32 in the order of the ranks, so that an
@@ -45,6 +53,9 @@ class ProcessGroup:
             return x
         if x.is_cuda:
             dist.all_reduce(x)
+            return x
+        if self._shared is not None:
+            self._shared.all_reduce(x)
             return x
         parts = [torch.empty_like(x) for _ in range(self.size)]
         dist.all_gather(parts, x)
@@ -55,8 +66,12 @@ class ProcessGroup:
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Rank 0's x on all ranks, in place; it has the same shape and dtype on each."""
-        if self.size > 1 and x.numel():
+        if self.size == 1 or not x.numel():
+            return x
+        if self._shared is None or x.is_cuda:
             dist.broadcast(x, src=0)
+        elif (parts := self._shared.gather(x, wanted=self.rank > 0)) is not None:
+            x.copy_(parts[0])
         return x
 
     def gather_columns(self, x: Tensor, widths: list[int]) -> Tensor | None:
@@ -70,11 +85,19 @@ class ProcessGroup:
         padded = torch.nn.functional.pad(x, (0, max(widths) - x.shape[1])).contiguous()
         if self._backend == "gloo":
             padded = padded.cpu()
-        parts = [torch.empty_like(padded) for _ in widths] if self.rank == 0 else None
-        dist.gather(padded, parts)
+        parts = self._gather(padded)
         if parts is None:
             return None
         return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1).to(x.device)
+
+    def _gather(self, x: Tensor) -> Sequence[Tensor] | None:
+        """What each rank has given as x; None on ranks but the first."""
+        if self._shared is not None and not x.is_cuda:
+            gathered = self._shared.gather(x, wanted=self.rank == 0)
+            return None if gathered is None else gathered.unbind()
+        parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(x, parts)
+        return parts
 
     def close(self) -> None:
         """Leaves the group."""
