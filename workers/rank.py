@@ -32,7 +32,7 @@ from distkv.workers.threads import release_threads, use_threads
 
 # Share of the memory free at start that each KV pool in CPU memory may grow to, unless a size is given.
 CPU_KV_SHARE = 0.25
-# And what all ranks of a node may pin of it, which takes a tenth of a second for each GiB, and more where memory is short.
+# And what all ranks of a machine pin of it at most: it is taken at once, and of a large one that would last minutes.
 PINNED_KV_BYTES = 2**35
 
 

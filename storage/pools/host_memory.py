@@ -2,7 +2,7 @@
 
 import math
 import mmap
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 
 import numpy as np
@@ -73,13 +73,11 @@ class HostBuffer:
         """
         data = as_integers(self.data).reshape(-1).view(np.uint8)
         with ThreadPoolExecutor(min(TOUCH_THREADS, usable_cores()), "kv-touch") as threads:
-            touched = [
-                threads.submit(_touch, data[first : first + TOUCH_BYTES]) for first in range(0, size, TOUCH_BYTES)
-            ]
+            parts = [data[first : first + TOUCH_BYTES] for first in range(0, size, TOUCH_BYTES)]
+            touched = [threads.submit(_touch, part) for part in parts]
             for first in range(0, size, chunk):
                 end = min(first + chunk, size)
-                for piece in touched[first // TOUCH_BYTES : -(-end // TOUCH_BYTES)]:
-                    piece.result()
+                wait(touched[first // TOUCH_BYTES : -(-end // TOUCH_BYTES)])
                 if error := _register(self.data.data_ptr() + first, end - first):
                     threads.shutdown(cancel_futures=True)
                     self.close()

@@ -23,7 +23,7 @@ class Runner(Protocol):
         """Does what would delay the first steps; yields `num_parts` times. Afterwards device pages hold anything."""
 
     def compile_rest(self) -> None:
-        """Begins, in threads, what only some steps need, and none of those is in a hurry. After `warm_up`."""
+        """Begins, in threads, what only few steps need. To be called once, after `warm_up`."""
 
     @property
     def num_parts(self) -> int:
