@@ -111,6 +111,7 @@ class DeviceMemory:
                 copies.kernels[lane] = partial(any_order, rng)
         self.pool = DevicePool(SPEC, info.num_pages, memory)
         self.host = HostPool(SPEC, info.num_host_pages, pinned=memory.pinned)
+        self.host.piece_pages = 3  # as if they were so large that more are not pinned together
         disk: Any = FakeDisk(info.num_disk_pages, rng, faults) if info.num_disk_pages else None
         self.mover = Mover(self.pool, self.host, disk, copies)
         self.mover._disk_threads = self.device.threads(DISK_THREADS)
