@@ -510,6 +510,25 @@ def test_layers_of_the_longest_context_fit_into_the_host() -> None:
         gpu.fitting_layers(7 * 2**30, one)
 
 
+def test_figures_of_a_gpu_are_measured_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, whose streaming is the same; of the kernels, what is too large to be run."""
+    monkeypatch.setattr(gpu, "MODEL", "tiny")
+    for module in (gpu, kernels):
+        monkeypatch.setattr(module, "LinkCeiling", lambda device, *size: LinkCeiling(device, 4096))
+        monkeypatch.setattr(module, "MemoryCeiling", lambda device: MemoryCeiling(device, 4096))
+    sizes = gpu.Sizes(window=1024, contexts=(4096, 1024), layers=2, new_tokens=3, repeats=1)
+    [figure] = gpu._figures(sizes, "streaming", Turns(FakeMeter(), CPU, 1))
+    assert figure.name == "contexts 1024, 4096 over a window of 1024"
+    # the link and the folder of the model are there while the figure is measured
+    figures = gpu._figures(sizes, "streaming", Turns(FakeMeter(), CPU, 1))
+    rows = [row for figure in figures for row in figure.measure()]
+    assert [(row["context"], row["layers"], row["new_tokens"]) for row in rows] == [(1024, 2, 3), (4096, 2, 3)]
+    full = Turns(FakeMeter(free_bytes=0), CPU, 1)
+    decode = list(kernels._figures([2], [300, 40], [7], "decode", full))
+    assert [figure.name for figure in decode] == ["batch 2, context 300", "batch 2, context 40"]
+    assert [row["note"] for figure in decode for row in figure.measure()] == ["does not fit"] * 2
+
+
 @pytest.fixture(scope="module")
 def tiny_shape() -> Iterator[Shape]:
     with shape_folder("tiny", vocab_size=64) as folder:

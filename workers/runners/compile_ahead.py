@@ -14,6 +14,7 @@ from distkv.workers.attention.cuda import CudaAttention, CudaShape, plan_cuda_at
 from distkv.workers.page_directory import SequenceStep
 from distkv.workers.runners.host_copies import send
 
+THREADS_NAME = "kv-compile"
 COMPILE_THREADS = 4  # at most; the greater part of a compilation leaves the interpreter to others
 
 
@@ -22,7 +23,7 @@ class CompileAhead:
 
     def __init__(self, compile: Callable[[int], None], counts: Iterable[int]):
         self._compile = compile
-        threads = ThreadPoolExecutor(min(COMPILE_THREADS, usable_cores()), "kv-compile")
+        threads = ThreadPoolExecutor(min(COMPILE_THREADS, usable_cores()), THREADS_NAME)
         self._tasks: dict[int, Future[None]] = {count: threads.submit(self._run, count) for count in counts}
         threads.shutdown(wait=False)  # they end when all is done
 
@@ -36,6 +37,13 @@ class CompileAhead:
     def _run(self, count: int) -> None:
         if threading.main_thread().is_alive():  # else the process ends, and would wait
             self._compile(count)
+
+
+def join_compilers() -> None:
+    """Waits until nothing is compiled in this process any more, for who measures what comes then."""
+    for thread in threading.enumerate():
+        if thread.name.startswith(THREADS_NAME):
+            thread.join()
 
 
 def compile_decode(shape: CudaShape, device: torch.device, count: int) -> None:
