@@ -36,8 +36,11 @@ class Loads:
     def close(self) -> None: ...
 
 
+POOL = meta(4, 2, 1000, 2, 256, 64, dtype=torch.bfloat16)[1]
+
+
 def ahead(count: int) -> None:
-    launch_decode(SHAPE, torch.device("meta"), count)
+    launch_decode(SHAPE, POOL, count)
 
 
 def step(count: int) -> None:
@@ -49,11 +52,10 @@ def step(count: int) -> None:
         places = [encode_location(Tier.HOST, page) if page < len(pages) - 2 else last - page for page in pages.tolist()]
         steps.append(sequence_step([7] * count, start, places, start + count, 1))
     plan = plan_cuda_attention(steps, SHAPE)
-    pool = meta(4, 2, 1000, 2, 256, 64, dtype=torch.bfloat16)[1]
     q = meta(len(lengths) * count, 12, 64, dtype=torch.bfloat16)[:, :8]
     attention = CudaAttention(plan, SHAPE, send(plan.arrays, CpuDevice()))
     assert attention.loads
-    attention.attend(q, q, q, pool, Loads())
+    attention.attend(q, q, q, POOL, Loads())
 
 
 def test_a_step_finds_its_kernels_compiled(compiler: Compiler) -> None:

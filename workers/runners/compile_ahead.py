@@ -7,8 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from distkv.storage.device import device_of
+from distkv.storage.pools.device_pool import DevicePool
 from distkv.storage.process_limits import usable_cores
 from distkv.workers.attention.cuda import CudaAttention, CudaShape, plan_cuda_attention
 from distkv.workers.page_directory import SequenceStep
@@ -46,18 +48,19 @@ def join_compilers() -> None:
             thread.join()
 
 
-def compile_decode(shape: CudaShape, device: torch.device, count: int) -> None:
+def compile_decode(shape: CudaShape, pool: DevicePool, stream: torch.cuda.Stream, count: int) -> None:
     """Has the kernels of decode compiled for `count` new tokens, beside what else runs on a CUDA device."""
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
-        launch_decode(shape, device, count)
+    layer_pool = pool.layer(0)
+    if layer_pool.shape[1]:  # else it was closed meanwhile
+        with torch.cuda.device(layer_pool.device), torch.cuda.stream(stream):
+            launch_decode(shape, layer_pool, count)
 
 
 @torch.inference_mode()
-def launch_decode(shape: CudaShape, device: torch.device, count: int) -> None:
-    """Launches decode of `count` tokens over a page of zeros that nobody sees, as a step would."""
-    page = 2, 1, shape.num_kv_heads, shape.page_size, shape.head_dim
-    pool = torch.zeros(page, dtype=shape.dtype, device=device)
+def launch_decode(shape: CudaShape, layer_pool: Tensor, count: int) -> None:
+    """Launches decode of `count` tokens as a step would. It reads the first page, whatever that holds by now, and
+    nobody sees what comes of it; a page of its own would be memory that the pool could have."""
     heads = shape.num_heads + 2 * shape.num_kv_heads
-    q = torch.zeros(count, heads, shape.head_dim, dtype=shape.dtype, device=device)[:, : shape.num_heads]
+    q = layer_pool.new_zeros(count, heads, shape.head_dim)[:, : shape.num_heads]
     plan = plan_cuda_attention([SequenceStep([0] * count, 0, np.arange(1), count, 1)], shape)
-    CudaAttention(plan, shape, send(plan.arrays, device_of(device))).attend(q, q, q, pool, None)
+    CudaAttention(plan, shape, send(plan.arrays, device_of(layer_pool.device))).attend(q, q, q, layer_pool, None)

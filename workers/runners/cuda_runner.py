@@ -11,6 +11,7 @@ from functools import partial
 from typing import Generic
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from distkv.storage.paging import pages_for
@@ -128,7 +129,8 @@ class CudaRunner:
     def compile_rest(self) -> None:
         """See `Runner`: decode of several new tokens."""
         if self._compiles:
-            compile = partial(compile_decode, self.shape, self._device.torch_device)
+            stream = torch.cuda.Stream(self._device.torch_device)
+            compile = partial(compile_decode, self.shape, self._pools.device, stream)
             self._ahead = CompileAhead(compile, range(2, MAX_DECODE_TOKENS + 1))
 
     @property
