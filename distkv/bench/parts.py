@@ -3,6 +3,7 @@
 import gc
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,8 @@ def measure_parts(
                 measured.rows.append(row)
                 write_json(json_file, facts, measured.rows)
         finally:  # what there is, also when it is interrupted
-            write_json(json_file, facts, measured.rows)
             print_rows(measured.console, columns[part], measured.rows[first:])
+        write_json(json_file, facts, measured.rows)  # with what has failed
         for line in measured.failures:
             if line.startswith(f"{part}: "):
                 measured.console.print(f"FAILED {line}", soft_wrap=True, markup=False)
@@ -102,12 +103,20 @@ def _rows(part: str, figures: Iterator[Figure], failures: list[str]) -> Iterator
             try:
                 yield from figure.measure()
             except Exception as error:
-                traceback.print_exc()
-                failures.append(f"{part}: {name}: {type(error).__name__}: {error}")
-            gc.collect()
-            torch.cuda.empty_cache()
+                failures.append(_failure(part, name, error))
+            _free()
     except Exception as error:
-        traceback.print_exc()
-        failures.append(f"{part}: {name}: {type(error).__name__}: {error}")
+        failures.append(_failure(part, name, error))
+    _free()
+
+
+def _failure(part: str, name: str, error: Exception) -> str:
+    traceback.print_exception(error)
+    return f"{part}: {name}: {type(error).__name__}: {error}"
+
+
+def _free() -> None:
+    """Gives back what nobody holds any more."""
     gc.collect()
-    torch.cuda.empty_cache()
+    with suppress(RuntimeError):  # after an error that the device does not recover from
+        torch.cuda.empty_cache()
