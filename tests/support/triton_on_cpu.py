@@ -22,7 +22,7 @@ class TritonOnCpu(CpuBackend):
     captures = False  # there are no graphs here but those that a test stands in for
 
     def make_runner(self, model: LlamaModel, pools: KVPools, max_num_seqs: int) -> CudaRunner:
-        return CudaRunner(model, pools, max_num_seqs, num_programs=1, captures=self.captures, compiles=False)
+        return CudaRunner(model, pools, max_num_seqs, num_programs=1, captures=self.captures)
 
 
 def make_backend() -> Backend:

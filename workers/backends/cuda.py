@@ -28,8 +28,7 @@ class CudaBackend:
 
     def make_runner(self, model: LlamaModel, pools: KVPools, max_num_seqs: int) -> CudaRunner:
         num_programs = decode_programs(self._properties.multi_processor_count, pools.device.spec.num_kv_heads)
-        captures = self.captures and model.group.is_capturable
-        return CudaRunner(model, pools, max_num_seqs, num_programs, captures, compiles=True)
+        return CudaRunner(model, pools, max_num_seqs, num_programs, self.captures and model.group.is_capturable)
 
     def room(self, model: LlamaModel, demand: Demand) -> Room:
         spec, device = demand.spec, self.device.torch_device

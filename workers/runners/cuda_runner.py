@@ -72,14 +72,11 @@ def plan_step(steps: list[SequenceStep], shape: CudaShape, sizes: list[int]) -> 
 class CudaRunner:
     """A `Runner`, see `runner.py`."""
 
-    def __init__(
-        self, model: LlamaModel, pools: KVPools, max_num_seqs: int, num_programs: int, captures: bool, compiles: bool
-    ):
+    def __init__(self, model: LlamaModel, pools: KVPools, max_num_seqs: int, num_programs: int, captures: bool):
         """
         Args:
             num_programs: see `CudaShape`.
             captures: whether steps are captured as graphs.
-            compiles: whether kernels are compiled, and not interpreted.
         """
         self._model, self._pools, self._device = model, pools, pools.device.device
         spec = pools.device.spec
@@ -89,7 +86,7 @@ class CudaRunner:
         )  # fmt: skip
         below = [size for size in SIZES if size < max_num_seqs]
         self.sizes = below + list(SIZES[len(below) : len(below) + 1])
-        self._captures, self._compiles = captures, compiles
+        self._captures = captures
         self._ahead: CompileAhead | None = None
         self._graphs: StepGraphs | None = None
 
@@ -128,7 +125,7 @@ class CudaRunner:
 
     def compile_rest(self) -> None:
         """See `Runner`: decode of several new tokens."""
-        if self._compiles:
+        if self._device.runs_behind:  # else it is a CPU, where an interpreter compiles nothing
             stream = torch.cuda.Stream(self._device.torch_device)
             compile = partial(compile_decode, self.shape, self._pools.device, stream)
             self._ahead = CompileAhead(compile, range(2, MAX_DECODE_TOKENS + 1))
