@@ -88,8 +88,8 @@ class EngineConfig:
     host_kv_bytes: int | str | None = None
     """KV memory of the CPU below the devices; 0 for none.
 
-    It counts all ranks together. None takes a quarter of the free memory, or nothing where the device holds all that
-    max_num_seqs answers can need.
+    It counts all ranks together. None takes a quarter of the free memory, of which 32 GiB at most on a machine where it
+    is pinned for CUDA, or nothing where the device holds all that max_num_seqs answers can need.
     """
     disk_kv_bytes: int | str | None = None
     """KV memory on disk, such as 100GiB; it needs cache_dir.
@@ -105,8 +105,8 @@ class EngineConfig:
     staging_pages: int | None = None
     """Pages of the ring that cold pages pass through.
 
-    They do so on their way to attention, and one layer of each is held. None takes the least, which is four pieces of
-    2048 tokens (a CPU needs two of them).
+    They do so on their way to attention, and one layer of each is held. It is at least four pieces of 2048 tokens (a
+    CPU needs two of them). None takes that, and four times as much on CUDA.
     """
     enable_prefix_caching: bool = True
     """Keep full KV pages for later prompts that begin alike.

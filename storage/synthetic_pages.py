@@ -8,16 +8,17 @@ from torch import Tensor
 VALUE_SCALE = 64
 
 
-def synthetic_slice(seed: int, layer: int, heads: range, page_size: int, head_dim: int) -> Tensor:
-    """One layer of a page: fp32 `[2, kv_head, page_size, head_dim]` on the CPU, K first; normal numbers, the values
-    times VALUE_SCALE.
+def synthetic_slice(seed: int, layer: int, heads: range, page_size: int, head_dim: int, device: torch.device) -> Tensor:
+    """One layer of a page: fp32 `[2, kv_head, page_size, head_dim]` on the device, which makes them, K first; normal
+    numbers, the values times VALUE_SCALE.
 
-    A head's numbers depend on the page's seed, the layer and the head's index in the model alone, so they are the same
-    whichever rank holds it.
+    A head's numbers depend on the kind of device, the page's seed, the layer and the head's index in the model alone,
+    so they are the same whichever rank holds it.
     """
-    numbers = torch.empty(2, len(heads), page_size, head_dim)
+    numbers = torch.empty(2, len(heads), page_size, head_dim, device=device)
+    generator = torch.Generator(device)
     for index, head in enumerate(heads):
-        generator = torch.Generator().manual_seed(hash((seed, layer, head)))
-        numbers[:, index] = torch.randn(2, page_size, head_dim, generator=generator)
+        generator.manual_seed(hash((seed, layer, head)))
+        numbers[:, index] = torch.randn(2, page_size, head_dim, generator=generator, device=device)
     numbers[1] *= VALUE_SCALE
     return numbers

@@ -1,8 +1,12 @@
 """The tiers of the cache, locations in them, and the copies between them: words that leader and ranks share."""
 
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 import msgspec
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Tier(IntEnum):
@@ -41,3 +45,10 @@ def decode_location(location: int) -> tuple[Tier, int]:
         return DEVICE, location
     on_disk, slot = divmod(-1 - location, _DISK_OFFSET)
     return (DISK if on_disk else HOST), slot
+
+
+def decode_locations(cold: "np.ndarray") -> "tuple[np.ndarray, np.ndarray]":
+    """The same of many that are below the device: whether each is on disk, and its slot."""
+    numbers = -1 - cold
+    on_disk = numbers >= _DISK_OFFSET
+    return on_disk, numbers - _DISK_OFFSET * on_disk

@@ -33,6 +33,11 @@ settings.register_profile("explore", settings.get_profile("suite"), max_examples
 settings.load_profile("suite")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.fail("it needs a CUDA device, and torch sees none", pytrace=False)
+
+
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """The folder of SmolLM2-135M, fetched on first use."""

@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 import distkv
 from distkv import LLM, ConfigError, EngineConfig, SamplingParams
 from distkv.commands.main import app
+from distkv.launch.launch import make_rank_config
 from distkv.option_checks import parse_bytes
+from distkv.workers.model.model_config import ModelConfig
 
 SHORT = SamplingParams(max_tokens=2, temperature=0)
 
@@ -113,6 +115,14 @@ def test_numbers_of_other_libraries_are_taken() -> None:
 def test_what_cannot_be_used_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         EngineConfig(**({"model": "m"} | options))
+
+
+def test_loads_are_larger_on_cuda_unless_their_size_is_given(tiny_model: Path) -> None:
+    model, pages = ModelConfig.load(tiny_model), []
+    for given in (None, 99):
+        config = EngineConfig(tiny_model, staging_pages=given)
+        pages.append([make_rank_config(config, model, device).staging_pages for device in ("cpu", "cuda")])
+    assert pages == [[4 * 2048 // 256, 16 * 2048 // 256], [99, 99]]
 
 
 def test_a_number_that_python_does_not_print_is_refused_all_the_same() -> None:

@@ -30,11 +30,13 @@ class Kind:
     resource: str  # as Ray counts it
     collectives: str  # what carries tensors between ranks, see `ProcessGroup`
     reads_ahead: bool  # whether pages that stream from disk pass through host memory, see `ReadAhead`
+    load_pieces: int  # pieces of a prefix in a buffer of the staging ring, unless an option says how large that is
 
 
 KINDS = {
-    "cpu": Kind("distkv.workers.backends.cpu", "CPU", "gloo", reads_ahead=False),
-    "cuda": Kind("distkv.workers.backends.cuda", "GPU", "nccl", reads_ahead=True),
+    "cpu": Kind("distkv.workers.backends.cpu", "CPU", "gloo", reads_ahead=False, load_pieces=1),
+    # enqueuing a load takes the host a tenth of a millisecond, for which the link brings more than one piece
+    "cuda": Kind("distkv.workers.backends.cuda", "GPU", "nccl", reads_ahead=True, load_pieces=4),
 }
 
 

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 PROBE_SECONDS = 0.02  # of copying; the fastest copy counts, since others may use the machine
 PROBE_PAGES = 8  # of a whole-page copy
+ENQUEUED_BYTES = 2**26  # on a GPU, in copies one behind the other, so that what begins and ends them counts little
+ENQUEUED_COPIES = 2, 32  # at least and at most
 KERNEL_GAIN = 1.1  # by which the kernel must be faster, since it takes processors of the GPU from what computes
 PROBE_BYTES = 2**25  # written to disk at most, and read back
 READ_BYTES = 2**23  # at a time, of which the fastest counts
@@ -56,9 +58,9 @@ def choose_copies(pools: KVPools, kernel: Gather) -> None:
             : None if lane is Lane.LOAD else PROBE_PAGES
         ]
         copies.kernels.pop(lane, None)
-        engine_rate = _rate(copies, lane, source, target, rows)
+        engine_rate = _rate(pools, copies, lane, rows)
         copies.kernels[lane] = kernel
-        kernel_rate = _rate(copies, lane, source, target, rows)
+        kernel_rate = _rate(pools, copies, lane, rows)
         if kernel_rate < KERNEL_GAIN * engine_rate:
             del copies.kernels[lane]
         log.info(
@@ -71,12 +73,12 @@ def _host_bandwidth(pools: KVPools) -> float:
     if pools.copies is not None:
         source, target = _ends(pools, Lane.LOAD)
         rows = [(row, row) for row in range(min(len(source), len(target)))]
-        return _rate(pools.copies, Lane.LOAD, source, target, rows)
+        return _rate(pools, pools.copies, Lane.LOAD, rows)
     buffer = pools.ring.buffers[0]
     pages = min(len(buffer), pools.host.num_pages)
     slices = pools.host.slices(0, pages, 0)
     slices.zero_()  # memory that was never written is not there yet
-    return slices.nbytes / _fastest(partial(buffer[:pages].copy_, slices))
+    return slices.nbytes / _fastest(partial(_seconds, partial(buffer[:pages].copy_, slices)))
 
 
 def _ends(pools: KVPools, lane: Lane) -> tuple[Tensor, Tensor]:
@@ -88,27 +90,38 @@ def _ends(pools: KVPools, lane: Lane) -> tuple[Tensor, Tensor]:
     return pools.device.rows(), pools.host.rows()
 
 
-def _rate(copies: PageCopies, lane: Lane, source: Tensor, target: Tensor, rows: list[tuple[int, int]]) -> float:
-    """Bytes per second, with what it costs the host to enqueue the copies."""
+def _rate(pools: KVPools, copies: PageCopies, lane: Lane, rows: list[tuple[int, int]]) -> float:
+    """Bytes per second by the device's own clock, while the host enqueues one copy after the other."""
     if not rows:
         return 0.0
-    pairs = copies.prepare(lane, rows)
+    source, target = _ends(pools, lane)
+    pairs = copies.prepare(lane, rows, pools.host.piece_pages)
+    size = len(rows) * source[0].nbytes
+    least, most = ENQUEUED_COPIES
+    count = min(max(ENQUEUED_BYTES // size, least), most)
 
-    def copy() -> None:
-        copies.start(lane, source, target, pairs)
-        copies.streams.record(lane).synchronize()
+    def enqueue() -> None:
+        for _ in range(count):
+            copies.start(lane, source, target, pairs)
 
-    return len(rows) * source[0].nbytes / _fastest(copy)
+    return count * size / _fastest(partial(copies.streams.seconds, lane, enqueue))
 
 
-def _fastest(copy: Callable[[], object]) -> float:
-    """Seconds of the fastest of many copies."""
+def _seconds(copy: Callable[[], object]) -> float:
+    """Of a copy that the host makes itself."""
+    start = time.perf_counter()
     copy()
+    return time.perf_counter() - start
+
+
+def _fastest(measure: Callable[[], float]) -> float:
+    """The least of many measurements in seconds."""
+    measure()
     first, fastest = time.perf_counter(), float("inf")
-    while (start := time.perf_counter()) - first < PROBE_SECONDS:
-        copy()
-        fastest = min(fastest, time.perf_counter() - start)
-    return fastest
+    while True:
+        fastest = min(fastest, measure())
+        if time.perf_counter() - first > PROBE_SECONDS:
+            return fastest
 
 
 def _disk_bandwidth(folder: Path, room: int) -> float:

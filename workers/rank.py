@@ -32,6 +32,8 @@ from distkv.workers.threads import release_threads, use_threads
 
 # Share of the memory free at start that each KV pool in CPU memory may grow to, unless a size is given.
 CPU_KV_SHARE = 0.25
+# And what all ranks of a machine pin of it at most: it is taken at once, and of a large one that would last minutes.
+PINNED_KV_BYTES = 2**35
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,10 @@ class Rank:
         """Room for KV pages beside the weights, the workspace and the staging ring; that on the device only if it is
         asked for, else 0. Raises CapacityError when not even one fits there."""
         config, spec = self.config, self.page_spec
-        host_room = int(available_bytes() * CPU_KV_SHARE) // ranks_on_node
+        host_room = int(available_bytes() * CPU_KV_SHARE)
+        if self.backend.device.pinned:
+            host_room = min(host_room, PINNED_KV_BYTES)
+        host_room //= ranks_on_node
         host_pages = host_room // spec.page_bytes_in(Tier.HOST)
         if not of_device:
             return Capacity(0, host_pages)
@@ -164,6 +169,7 @@ class Rank:
         hidden = None if count and self.shard.rank == 0 else True  # None: unless there is no terminal
         for _ in tqdm(parts, "warming up", count, disable=hidden, leave=False):
             pass
+        self._runner.compile_rest()
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, sampled: Tensor | None = None) -> Tensor | None:
@@ -237,10 +243,10 @@ class Rank:
 
     def _fill_synthetic(self, slot: int, seed: int) -> None:
         """See `synthetic_slice`."""
-        spec, heads = self.page_spec, range(*self.shard.kv_heads)
+        spec, heads, device = self.page_spec, range(*self.shard.kv_heads), self.backend.device.torch_device
         for layer in range(spec.num_layers):
-            values = synthetic_slice(seed, layer, heads, spec.page_size, spec.head_dim)
-            self.pools.device.data[layer, :, slot] = values.to(self.backend.device.torch_device, spec.dtype)
+            values = synthetic_slice(seed, layer, heads, spec.page_size, spec.head_dim, device)
+            self.pools.device.data[layer, :, slot] = values.to(spec.dtype)
 
 
 def rank_page_spec(config: RankConfig, shard: Shard) -> PageSpec:

@@ -46,6 +46,15 @@ class Shape:
         return PageSpec(model.num_hidden_layers, model.num_key_value_heads, self.page_size, model.head_dim, dtype)
 
     def engine(self, longest: int, device_pages: int) -> EngineClient:
+        """The same as `start`, with nothing on its way any more that is compiled beside an engine's first steps."""
+        engine = self.start(longest, device_pages)
+        if self.device == "cuda":
+            from distkv.workers.runners.compile_ahead import join_compilers  # imports triton
+
+            join_compilers()
+        return engine
+
+    def start(self, longest: int, device_pages: int) -> EngineClient:
         """With room for a request of `longest` tokens on the host, beside so many pages on the device."""
         page_bytes, host_pages = self.spec.page_bytes, self.spec.pages_for(longest) + 2
         return launch(

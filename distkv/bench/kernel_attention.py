@@ -41,7 +41,7 @@ def decode_row(turns: Turns, memory: MemoryCeiling, shape: AttentionShape, batch
     def kernel() -> Tensor:
         return attention.attend(q, q, q, pool, None).view_as(q)
 
-    works: dict[str, Work] = {"kernel": kernel, "copy": memory.copy}
+    works: dict[str, Work] = {"kernel": kernel, "read": memory.read}
     num_bytes = shape.kv_bytes(batch * context)
     peer = None
     if turns.meter.free_bytes() > num_bytes + SPARE_BYTES:
@@ -49,7 +49,7 @@ def decode_row(turns: Turns, memory: MemoryCeiling, shape: AttentionShape, batch
         peer = works["torch"] = lambda: torch_attention(q[:, :, None], k, v, causal=False)
     seconds = turns.seconds(works)
     error = None if peer is None else compare(f"decode of {batch} x {context} tokens", kernel(), peer()[:, :, 0])
-    copy_rate = memory.copy_bytes / seconds["copy"]
+    read_rate = memory.read_bytes / seconds["read"]
     return {
         "part": "decode",
         "batch": batch,
@@ -58,8 +58,8 @@ def decode_row(turns: Turns, memory: MemoryCeiling, shape: AttentionShape, batch
         "ms": 1e3 * seconds["kernel"],
         "bytes_per_s": num_bytes / seconds["kernel"],
         "torch_bytes_per_s": None if peer is None else num_bytes / seconds["torch"],
-        "copy_bytes_per_s": copy_rate,
-        "share": num_bytes / seconds["kernel"] / copy_rate,
+        "read_bytes_per_s": read_rate,
+        "share": num_bytes / seconds["kernel"] / read_rate,
         "error": error,
     }
 

@@ -18,7 +18,7 @@ from distkv.kernels.cuda.norm import rms_norm
 from distkv.kernels.cuda.page_copy import copy_pages
 from distkv.kernels.cuda.rope import rope_and_write_kv
 from distkv.storage.device import device_of
-from distkv.storage.moving.page_copies import COPY_PROGRAMS, copy_pieces
+from distkv.storage.moving.page_copies import COPY_PROGRAMS, copy_runs
 from distkv.storage.paging import pages_for
 from distkv.storage.pools.host_memory import HostBuffer
 
@@ -79,7 +79,7 @@ def page_rows(turns: Turns, link: LinkCeiling, slice_bytes: int, num_bytes: int)
         staging = torch.zeros(count, 2, half, dtype=torch.uint8, device=turns.device)
         pool = torch.randint(256, (2, count, half), dtype=torch.uint8, device=turns.device)
         order = torch.randperm(count)
-        rows = list(enumerate(order.tolist()))
+        rows = [(a, b, 1) for a, b in enumerate(order.tolist())]
         pairs = torch.stack([torch.arange(count), order], dim=1).to(turns.device)
 
         apart = pool.transpose(0, 1)
@@ -90,7 +90,7 @@ def page_rows(turns: Turns, link: LinkCeiling, slice_bytes: int, num_bytes: int)
         for direction, source, target in ways:
             works: dict[str, Work] = {
                 "kernel": partial(copy_pages, source, target, pairs, COPY_PROGRAMS),
-                "engine": partial(copy_pieces, source, target, rows),
+                "engine": partial(copy_runs, source, target, rows),
                 "link": link.to_device if direction == "host to device" else link.to_host,
             }
             turns.meter.seconds(works["kernel"])

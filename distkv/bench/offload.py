@@ -23,6 +23,7 @@ from distkv.reporting.machine import machine_facts, write_json
 from distkv.reporting.out_file import check_out_file, temporary_folder
 from distkv.storage.ledger.write_back import MAX_DISK_WRITES
 from distkv.storage.paging import NUM_BUFFERS, check_page_size
+from distkv.workers.backend import KINDS
 from distkv.workers.model.model_config import ModelConfig
 
 LEAST_DEVICE_PAGES = 2  # the page that is being written, and the context's first, which is the last to leave
@@ -115,7 +116,7 @@ def _engine_options(variant: Variant, page_bytes: int, page_size: int, num_layer
         "enable_prefix_caching": False,
     }
     if variant.disk:
-        ring = EngineConfig(folder, page_size=page_size).min_staging_pages
+        ring = EngineConfig(folder, page_size=page_size).min_staging_pages * KINDS["cuda"].load_pieces
         # the least, which CUDA takes out of the host's
         read_ahead = -(-(ring // NUM_BUFFERS) // num_layers) if torch.cuda.is_available() else 0
         spare = MAX_DISK_WRITES  # for pages on their way to disk

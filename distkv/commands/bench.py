@@ -126,6 +126,16 @@ def bench_kernels(
         list[str] | None,
         typer.Option(help="Part to measure: ceilings, decode, prefill, elementwise or pages; may be given again."),
     ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Sequences of decode (1, 8, 32); may be given again.", min=1)
+    ] = None,
+    context: Annotated[
+        list[int] | None, typer.Option(help="Tokens of each (8192, 32768, 131072); may be given again.", min=1)
+    ] = None,
+    prompt: Annotated[
+        list[int] | None, typer.Option(help="Tokens of prefill (8192, 32768); may be given again.", min=1)
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Turns of each kernel; the median counts.", min=1)] = 20,
     json_file: JsonFile = None,
 ) -> None:
     """Each Triton kernel beside what the GPU gives at most, at the shape of Llama-3-8B in bfloat16.
@@ -136,7 +146,7 @@ def bench_kernels(
     """
     from distkv.bench.kernels import run
 
-    run(only or [], json_file)
+    run(only or [], batch or [], context or [], prompt or [], repeats, json_file)
 
 
 @bench.command("gpu")
@@ -145,6 +155,17 @@ def bench_gpu(
         list[str] | None,
         typer.Option(help="Part to measure: streaming, model or residency; may be given again."),
     ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens on the device while a longer context streams (65536).", min=1)
+    ] = None,
+    context: Annotated[
+        list[int] | None, typer.Option(help="Context that streams (65536, 262144, 1048576); may be given again.", min=1)
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="Layers of the model that streams; else those that the host has room for.", min=1)
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode at each context.", min=2)] = 32,
+    repeats: Annotated[int, typer.Option(help="Turns of the model, and of each ceiling.", min=1)] = 3,
     json_file: JsonFile = None,
 ) -> None:
     """Streaming, a whole model beside transformers, and equal bits, on random weights of Llama-3-8B's shape.
@@ -153,6 +174,11 @@ def bench_gpu(
     Streaming takes four of the layers at most, so that a million tokens fit.
     By estimate it takes seven minutes; --only is for who has a time limit.
     """
-    from distkv.bench.gpu import run
+    from distkv.bench.gpu import CONTEXTS, WINDOW, Sizes, run
+    from distkv.bench.parts import check_effect
 
-    run(only or [], json_file)
+    only = only or []
+    for name, value in (("window", window), ("context", context), ("layers", layers)):
+        check_effect({name: (value, "streaming")}, only)
+    sizes = Sizes(window or WINDOW, tuple(context or CONTEXTS), layers, new_tokens, repeats)
+    run(only, sizes, json_file)

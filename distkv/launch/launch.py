@@ -13,6 +13,7 @@ from distkv.errors import ConfigError
 from distkv.launch.fingerprint import FOLDER_DIGITS, common_digest, common_kernels, make_fingerprint
 from distkv.launch.sizing import cold_budget, engine_info, keeps_cache, needs_bandwidth, needs_capacity, pool_sizes
 from distkv.storage.disk.cache_folder import SCRATCH
+from distkv.workers.backend import KINDS
 from distkv.workers.cache_place import CachePlace
 from distkv.workers.group.local_group import LocalGroup
 from distkv.workers.group.rank_group import RankGroup
@@ -93,6 +94,9 @@ def set_up(group: RankGroup, config: EngineConfig, model: ModelConfig, max_model
 
 def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> RankConfig:
     """What the ranks have to know, for a device that has been chosen."""
+    staging_pages = config.staging_pages
+    if staging_pages is None:
+        staging_pages = config.min_staging_pages * KINDS[device].load_pieces
     return RankConfig(
         folder=Path(config.model).absolute(),
         model=model,
@@ -105,7 +109,7 @@ def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> R
         max_num_batched_tokens=config.max_num_batched_tokens,
         gpu_memory_utilization=config.gpu_memory_utilization,
         num_threads=config.num_threads,
-        staging_pages=config.min_staging_pages if config.staging_pages is None else config.staging_pages,
+        staging_pages=staging_pages,
         digest_weights=keeps_cache(config, model),
     )
 

@@ -69,8 +69,8 @@ class Reference:
         assert request.synthetic_kv_seed is not None
         for index in range(num_pages):
             seed = SyntheticKV(request.synthetic_kv_seed).page_seed(index)
-            page = synthetic_slice(seed, layer, range(heads["k"]), self.page_size, model.head_dim)
-            k_KSD, v_KSD = page.to(self.device, self.dtype).double()
+            page = synthetic_slice(seed, layer, range(heads["k"]), self.page_size, model.head_dim, self.device)
+            k_KSD, v_KSD = page.to(self.dtype).double()
             scores = torch.einsum("tkgd,ksd->tkgs", q_TKGD, k_KSD) * model.head_dim**-0.5
             page_lse = scores.logsumexp(-1)
             both = torch.logaddexp(lse, page_lse)

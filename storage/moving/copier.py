@@ -96,7 +96,8 @@ class LaneCopier:
             check_slot(transfer.target_slot, len(target))
         for event in after:
             self._copies.streams.wait(lane, event)
-        pairs = self._copies.prepare(lane, [(transfer.source_slot, transfer.target_slot) for transfer in batch])
+        slots = [(transfer.source_slot, transfer.target_slot) for transfer in batch]
+        pairs = self._copies.prepare(lane, slots, self._host.piece_pages)
         self._copies.start(lane, source, target, pairs)
         return [self._copies.streams.record(lane)] * len(batch)
 

@@ -11,9 +11,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from distkv.storage.moving.streams import Event, Lane
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import NUM_BUFFERS
 from distkv.storage.pools.host_pool import HostPool
-from distkv.storage.tier import Tier, decode_location
+from distkv.storage.tier import Tier, decode_location, decode_locations
 
 if TYPE_CHECKING:
     from distkv.storage.pools.disk_pool import DiskPool, OpenPages, Parts
@@ -78,6 +78,9 @@ class StagingRing:
         self.buffers = torch.zeros(
             self.num_buffers, self.buffer_pages, *spec.slice_shape, dtype=spec.dtype, device=device.torch_device
         )
+        # both sides of the copies of a load as `PageCopies` takes them, by layer and by buffer
+        self.sources = [] if copies is None else [host.layer_rows(layer) for layer in range(spec.num_layers)]
+        self.targets = [buffer.flatten(1)[:, None] for buffer in self.buffers]
         self.num_loads = 0  # of all steps; load n goes to buffer n, counted round
         # by buffer, what must have happened before it is filled again: at first that it was made
         self.released = [] if copies is None else [copies.streams.record(Lane.COMPUTE)] * self.num_buffers
@@ -99,9 +102,8 @@ class StagingRing:
             raise
         return stream
 
-    def open(self, loads: Sequence[Load]) -> "OpenPages | None":
-        """The pages on disk of all loads in order, None when there are none."""
-        slots = [slot for load in loads for tier, slot in map(decode_location, load) if tier is Tier.DISK]
+    def open(self, slots: Sequence[int]) -> "OpenPages | None":
+        """The pages in these slots on disk, None when there are none."""
         if not slots:
             return None
         assert self.disk is not None
@@ -113,7 +115,7 @@ class StagingRing:
 
     def close(self) -> None:
         """Gives back the buffers, into which nothing may be on its way."""
-        self.parts = []
+        self.parts, self.sources, self.targets = [], [], []
         self.buffers = self.buffers[:0].clone()
 
 
@@ -129,6 +131,10 @@ class _Run:
     first_index: int  # in the buffer
     count: int
 
+    @property
+    def slots(self) -> range:
+        return range(self.first_slot, self.first_slot + self.count)
+
 
 class LoadsInTurn:
     """A `Stream` that fills each buffer when its turn comes."""
@@ -138,7 +144,9 @@ class LoadsInTurn:
         self._ring = ring
         self._loads = [_runs(load) for load in loads]
         self._sizes = [len(load) for load in loads]
-        self._pages = ring.open(loads)
+        self._pages = ring.open(
+            [slot for runs in self._loads for run in runs if run.tier is Tier.DISK for slot in run.slots]
+        )
         self._taken = 0
         self._on_disk = 0  # pages on disk of the layer that were brought already
 
@@ -205,17 +213,19 @@ class LoadsAhead:
         self._filling = ring.filling()
         self._total = ring.spec.num_layers * len(loads)
         self._sizes = [len(load) for load in loads]
-        pages = [[(*decode_location(location), index) for index, location in enumerate(load)] for load in loads]
-        self._on_disk = [[(slot, index) for tier, slot, index in load if tier is Tier.DISK] for load in pages]
-        on_host = [[(slot, index) for tier, slot, index in load if tier is Tier.HOST] for load in pages]
-        pairs = copies.prepare(Lane.LOAD, [pair for load in on_host for pair in load])  # one upload for the whole step
-        edges = [0, *accumulate(map(len, on_host))]
-        self._on_host = [pairs.part(first, last) for first, last in pairwise(edges)]
+        on_disk, slots = decode_locations(np.concatenate([np.asarray(load, dtype=np.int64) for load in loads]))
+        pages = np.column_stack([slots, np.concatenate([np.arange(size) for size in self._sizes])])  # slot, index
+        edges = np.cumsum(self._sizes)
+        self._on_disk = [part.tolist() for part in _parts(pages, on_disk, edges)]
+        on_host = _parts(pages, ~on_disk, edges)
+        self._on_host = copies.prepare_parts(
+            Lane.LOAD, np.concatenate(on_host), [len(part) for part in on_host], ring.host.piece_pages
+        )
         self._taken = self._staged = self._released = 0  # loads
         self._first = ring.num_loads
         self._ready: deque[Event] = deque()  # of loads that are staged and not taken
         self._read = 0  # slices from disk that were copied so far
-        self._pages = ring.open(loads)
+        self._pages = ring.open([slot for part in self._on_disk for slot, _ in part])
         self._reads = None
         if self._pages is not None:
             assert ring.read_ahead is not None
@@ -260,15 +270,14 @@ class LoadsAhead:
     def _stage(self, number: int) -> None:
         ring = self._ring
         layer, load = divmod(number, len(self._sizes))
-        buffer = ring.buffers[self._buffer(number)]
         on_host, on_disk = self._on_host[load], self._on_disk[load]
         self._streams.wait(Lane.LOAD, ring.released[self._buffer(number)])
         if layer == 0 and self._filling:
-            for slot in {slot for slot, _ in on_host.rows} & self._filling.keys():
+            for slot in self._filling.keys() & on_host.rows[:, 0].tolist():
                 self._streams.wait(Lane.LOAD, self._filling[slot])
-        self._copies.start(Lane.LOAD, ring.host.layer_rows(layer), buffer.flatten(1)[:, None], on_host)
+        self._copies.start(Lane.LOAD, ring.sources[layer], ring.targets[self._buffer(number)], on_host)
         for slot, index in on_disk:
-            self._copy_read(slot, buffer[index])
+            self._copy_read(slot, ring.buffers[self._buffer(number), index])
         self._ready.append(self._streams.record(Lane.LOAD))
         if self._reads is not None and on_disk:
             self._reads.free(self._read, self._ready[-1])
@@ -293,3 +302,8 @@ class LoadsAhead:
 
     def _buffer(self, number: int) -> int:
         return (self._first + number) % self._ring.num_buffers
+
+
+def _parts(pages: np.ndarray, chosen: np.ndarray, edges: np.ndarray) -> list[np.ndarray]:
+    """The chosen rows of each load, whose pages end at `edges`."""
+    return np.split(pages[chosen], np.concatenate([[0], np.cumsum(chosen)])[edges[:-1]])

@@ -46,6 +46,9 @@ class Streams(Protocol):
     def upload(self, lane: Lane, values: Tensor) -> Tensor:
         """A copy of a small CPU tensor on the device, for work of the same lane alone."""
 
+    def seconds(self, lane: Lane, enqueue: Callable[[], object]) -> float:
+        """How long the device was at what a call enqueues on a lane, by its own clock. The calling thread waits."""
+
     def synchronize(self) -> None:
         """Has the calling thread wait for all lanes."""
 
@@ -75,6 +78,14 @@ class CudaStreams:
         # copies out of it have ended, and memory allocated on a stream serves the work of that stream in order.
         with torch.cuda.stream(self._stream(lane)):
             return values.pin_memory().to(self._device, non_blocking=True)
+
+    def seconds(self, lane: Lane, enqueue: Callable[[], object]) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record(self._stream(lane))
+        enqueue()
+        end.record(self._stream(lane))
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self._device)

@@ -17,6 +17,7 @@ class HostPool:
     def __init__(self, spec: PageSpec, num_pages: int, pinned: bool):
         self.num_pages = num_pages
         self._buffer = HostBuffer((num_pages, *spec.page_shape), spec.dtype, pinned)
+        self.piece_pages = self._buffer.piece_rows  # no copy may reach over a multiple of it
 
     def page(self, slot: int) -> Tensor:
         """The slot's page itself, not a copy: `[layer, 2, kv_head, page_size, head_dim]`."""

@@ -21,6 +21,7 @@ from distkv.bench import decoder, device, engine_rows, gpu, kernels, parts, pref
 from distkv.bench.device import LinkCeiling, MatmulCeiling, MemoryCeiling, Turns
 from distkv.bench.engine_rows import Shape, model_rows, residency_rows, streaming_rows, weight_bytes
 from distkv.bench.kernel_work import AttentionShape, norm_bytes, rope_bytes, swiglu_bytes
+from distkv.bench.parts import Figure
 from distkv.commands.main import app
 from distkv.errors import CapacityError, ConfigError, DistKVError, StoreError
 from distkv.models.shapes import shape_folder
@@ -339,8 +340,10 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 KERNEL_ROWS: dict[str, list[dict[str, Any]]] = {
     "ceilings": [{"name": "device copy", "bytes_per_s": 2.5e12}, {"name": "product", "flops_per_s": 7e14}],
     "decode": [
-        {"batch": 1, "context": 8192, "ms": 0.0125, "bytes_per_s": 2.1e12, "copy_bytes_per_s": 2.5e12, "share": 0.84,
-         "torch_bytes_per_s": None},
+        {"batch": 1, "context": 8192, "ms": 0.0325, "kv_bytes": 2**25, "bytes_per_s": 1e12, "read_bytes_per_s": 2.5e12,
+         "share": 0.4, "torch_bytes_per_s": None},
+        {"batch": 8, "context": 8192, "ms": 0.0125, "kv_bytes": 2**28, "bytes_per_s": 2.1e12,
+         "read_bytes_per_s": 2.5e12, "share": 0.84, "torch_bytes_per_s": None},
         {"batch": 32, "context": 131072, "note": "does not fit"},
     ],
     "prefill": [
@@ -365,7 +368,7 @@ GPU_ROWS: dict[str, list[dict[str, Any]]] = {
     ],
     "model": [
         {"engine": "distkv", "context": 1024, "cache": "on the device", "ms_per_token": 6.0, "weights_ms": 5.0,
-         "cold_ms": 0.0, "ratio": 1.2},
+         "cold_bytes_per_step": 0, "cold_ms": 0.0, "ratio": 1.2},
     ],
     "residency": [{"cache": "on the host", "context": 6000, "streamed_bytes": 10**8, "same": "yes"}],
 }  # fmt: skip
@@ -380,8 +383,8 @@ GPU_ROWS: dict[str, list[dict[str, Any]]] = {
             KERNEL_ROWS,
             (
                 "2500.0", "700", "0.013", "2100", "84 %", "does not fit", "50 %", "64",
-                "decode at 80% of copy bandwidth or more: 84% at the least, met",
-                "prefill at 55% of the matrix product's rate or more: 50% at the least, MISSED",
+                "decode, of 256 MiB and more, at 80% of a large read: 84% at the least, met",
+                "prefill at 55% of the matrix product's rate: 50% at the least, MISSED",
             ),
         ),
         (
@@ -400,11 +403,13 @@ def test_benches_of_a_gpu_print_and_write(
 ) -> None:  # fmt: skip
     measured = []
 
-    def canned(part: str, turns: Turns) -> Iterator[dict[str, Any]]:
+    def canned(*arguments: Any) -> Iterator[Figure]:
+        part = arguments[-2]
         measured.append(part)
-        return iter({"part": part, **row} for row in rows[part])
+        for row in rows[part]:
+            yield Figure("one", lambda row=row: [{"part": part, **row}])
 
-    monkeypatch.setattr(module, "_rows", canned)
+    monkeypatch.setattr(module, "_figures", canned)
     name = module.__name__.rpartition(".")[2]
     result, written = bench(tmp_path, name)
     assert result.exit_code == 0 and tuple(measured) == module.PARTS == tuple(rows)
@@ -419,6 +424,45 @@ def test_benches_of_a_gpu_print_and_write(
     assert {row["part"] for row in written["rows"]} == {last} and "target" not in result.output
     result = CliRunner().invoke(app, ["bench", name, "--only", "x"])
     assert isinstance(result.exception, ConfigError) and f"use {', '.join(module.PARTS)}" in str(result.exception)
+    result = CliRunner().invoke(app, ["bench", name, "--only", last, "--context", "100"])
+    assert isinstance(result.exception, ConfigError) and "--context is for the part" in str(result.exception)
+
+
+@pytest.mark.usefixtures("pretend_gpu")
+def test_what_fails_on_a_gpu_costs_no_other_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = tmp_path / "figures.json"
+
+    def broken(reason: str) -> Iterator[dict[str, Any]]:
+        yield {"part": "decode", "batch": 7, "context": 1}
+        [row] = json.loads(figures.read_text())["rows"][-1:]
+        assert row["batch"] == 7, "each row is written as it comes"
+        raise DistKVError(reason)
+
+    def some(batches: Any, contexts: Any, prompts: Any, part: str, turns: Turns) -> Iterator[Figure]:
+        if part == "prefill":
+            raise CapacityError("no [memory]")
+        if part == "decode":
+            assert (batches, contexts, turns.repeats) == ([2], [9, 8], 5)
+            yield Figure("batch 7", lambda: broken("it differs"))
+        yield Figure("the rest", lambda: [{"part": part, "name": "rest"}])
+
+    monkeypatch.setattr(kernels, "_figures", some)
+    options = ["--batch", "2", "--context", "9", "--context", "8", "--repeats", "5", "--json", str(figures)]
+    result = CliRunner().invoke(app, ["bench", "kernels", *options])
+    assert isinstance(result.exception, DistKVError) and not isinstance(result.exception, ConfigError)
+    lines = ["decode: batch 7: DistKVError: it differs", "prefill: at its start: CapacityError: no [memory]"]
+    assert str(result.exception) == "\n".join(["2 of the measurements failed:", *lines])
+    assert all(f"FAILED {line}" in result.output for line in lines)
+    written = json.loads(figures.read_text())
+    assert [row["part"] for row in written["rows"]] == ["ceilings", "decode", "decode", "elementwise", "pages"]
+    assert written["failures"] == lines
+
+
+def test_sizes_of_a_gpu_bench() -> None:
+    sizes = gpu.Sizes(window=1024, contexts=(2048, 1024), layers=1, new_tokens=2, repeats=1)
+    assert sizes.stream_step == 512 and replace(sizes, window=2**16).stream_step == 2048
+    with pytest.raises(ConfigError, match="window of 511 tokens is less than two pages of 256; use 512"):
+        replace(sizes, window=511)
 
 
 def test_bytes_and_operations_of_llama_3_8b() -> None:
@@ -464,6 +508,25 @@ def test_layers_of_the_longest_context_fit_into_the_host() -> None:
     assert gpu.fitting_layers(17 * 2**30, one) == 2
     with pytest.raises(CapacityError, match="leave the part out with --only"):
         gpu.fitting_layers(7 * 2**30, one)
+
+
+def test_figures_of_a_gpu_are_measured_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, whose streaming is the same; of the kernels, what is too large to be run."""
+    monkeypatch.setattr(gpu, "MODEL", "tiny")
+    for module in (gpu, kernels):
+        monkeypatch.setattr(module, "LinkCeiling", lambda device, *size: LinkCeiling(device, 4096))
+        monkeypatch.setattr(module, "MemoryCeiling", lambda device: MemoryCeiling(device, 4096))
+    sizes = gpu.Sizes(window=1024, contexts=(4096, 1024), layers=2, new_tokens=3, repeats=1)
+    [figure] = gpu._figures(sizes, "streaming", Turns(FakeMeter(), CPU, 1))
+    assert figure.name == "contexts 1024, 4096 over a window of 1024"
+    # the link and the folder of the model are there while the figure is measured
+    figures = gpu._figures(sizes, "streaming", Turns(FakeMeter(), CPU, 1))
+    rows = [row for figure in figures for row in figure.measure()]
+    assert [(row["context"], row["layers"], row["new_tokens"]) for row in rows] == [(1024, 2, 3), (4096, 2, 3)]
+    full = Turns(FakeMeter(free_bytes=0), CPU, 1)
+    decode = list(kernels._figures([2], [300, 40], [7], "decode", full))
+    assert [figure.name for figure in decode] == ["batch 2, context 300", "batch 2, context 40"]
+    assert [row["note"] for figure in decode for row in figure.measure()] == ["does not fit"] * 2
 
 
 @pytest.fixture(scope="module")

@@ -48,8 +48,8 @@ def test_decode_row(monkeypatch: pytest.MonkeyPatch) -> None:
     row = decode_row(turns(), MEMORY, SHAPE, batch=3, context=70)
     assert row["kv_bytes"] == 3 * 70 * 2 * 2 * 16 * 4
     assert row["bytes_per_s"] == row["torch_bytes_per_s"] == pytest.approx(1e3 * row["kv_bytes"])
-    assert row["copy_bytes_per_s"] == pytest.approx(8192e3)
-    assert row["share"] == pytest.approx(row["kv_bytes"] / 8192)
+    assert row["read_bytes_per_s"] == pytest.approx(4096e3)
+    assert row["share"] == pytest.approx(row["kv_bytes"] / 4096)
     assert 0 < row["error"] < 1e-6
     without_peer = decode_row(turns(free_bytes=0), MEMORY, SHAPE, batch=1, context=20)
     assert without_peer["torch_bytes_per_s"] is None and without_peer["error"] is None

@@ -18,6 +18,7 @@ from support.sample_rows import PLAIN
 from torch import Tensor
 
 from distkv import LLM, SamplingParams
+from distkv.storage.synthetic_pages import synthetic_slice
 from distkv.workers.group.process_group import ProcessGroup
 from distkv.workers.group.step_plan import StepPlan
 from distkv.workers.sampling.sample_row import SampleRow
@@ -45,7 +46,8 @@ def test_the_device_pool_is_sized_by_gpu_memory_utilization(tmp_path: Path) -> N
     folder, _ = save_llama(tmp_path, max_position_embeddings=1 << 20)
     before = torch.cuda.mem_get_info()[0]
     total = torch.cuda.mem_get_info()[1]
-    with LLM(folder, device="cuda", gpu_memory_utilization=0.5, max_num_seqs=256, dtype="bfloat16") as llm:
+    options = {"gpu_memory_utilization": 0.5, "host_kv_bytes": 0, "max_num_seqs": 256, "dtype": "bfloat16"}
+    with LLM(folder, device="cuda", **options) as llm:
         assert llm.info.pool_bytes <= 0.5 * total
         assert llm.info.pool_bytes > 0.5 * total - (total - before) - 4 * 2**30
         assert llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs[0].finish_reason == "length"
@@ -85,6 +87,28 @@ def test_tiers_change_no_bit_and_memory_stays_flat(
         tiered.assert_same(resident)
         assert tiered.moved("host_streamed") > 20 * (length // 64 - 12) * tiered.page_bytes
     assert peaks[1] - peaks[0] < 4 * 2**20, peaks
+
+
+def test_few_new_tokens_are_compiled_beside_the_engine(tmp_path: Path) -> None:
+    """Prompts of each length up to that of prefill, at once, while threads are still at their kernels."""
+    folder, peer = save_llama(tmp_path, head_dim=64, num_attention_heads=4, num_key_value_heads=2)
+    prompts = random_prompts(*range(8, 0, -1))
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    peer = peer.cuda()
+    with LLM(folder, device="cuda", page_size=16, device_kv_bytes="8MiB", max_num_seqs=8) as llm:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        generated = peer.generate(
+            torch.tensor([prompt], device="cuda"), max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert output.outputs[0].token_ids == generated[0, len(prompt) :].tolist()
+
+
+def test_random_pages_are_the_same_whenever_they_are_made() -> None:
+    device = torch.device("cuda")
+    once = synthetic_slice(7, 3, range(4), 64, 32, device)
+    assert once.is_cuda and torch.equal(once[:, 2:], synthetic_slice(7, 3, range(2, 4), 64, 32, device))
+    assert once[0].std().item() == pytest.approx(1, abs=0.05) and not torch.equal(once[:, 0], once[:, 1])
 
 
 def sample_rows_of_all_kinds() -> list[SampleRow]:

@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from distkv.errors import CapacityError
 from distkv.storage.device import CudaDevice
 from distkv.storage.moving.mover import Mover
 from distkv.storage.moving.page_copies import PageCopies
@@ -15,7 +17,9 @@ from distkv.storage.moving.staging_ring import StagingRing
 from distkv.storage.moving.streams import Lane
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import NUM_BUFFERS
+from distkv.storage.pools import host_memory
 from distkv.storage.pools.device_pool import DevicePool
+from distkv.storage.pools.host_memory import HostBuffer
 from distkv.storage.pools.host_pool import HostPool
 from distkv.storage.tier import Tier, Transfer, encode_location
 
@@ -59,16 +63,61 @@ def pinned() -> Iterator[HostPool]:
 def test_both_ways_of_copying_keep_every_bit(copies: PageCopies, pinned: HostPool) -> None:
     device = DevicePool(SPEC, 8, CUDA)
     torch.cuda.synchronize()
-    there = copies.prepare(Lane.FETCH, [(0, 5), (1, 2), (7, 0)])
+    there = copies.prepare(Lane.FETCH, [(0, 5), (1, 2), (7, 0)], pinned.piece_pages)
     copies.start(Lane.FETCH, pinned.rows(), device.rows(), there)
     torch.cuda.synchronize()
-    for source, target in there.rows:
+    for source, target in there.rows.tolist():
         assert same_bits(device.data[:, :, target], page_of(source))
     assert not device.data[:, :, [1, 3, 4, 6, 7]].any()
-    copies.start(Lane.SPILL, device.rows(), pinned.rows(), copies.prepare(Lane.SPILL, [(5, 3), (2, 6)]))
+    spills = copies.prepare(Lane.SPILL, [(5, 3), (2, 6)], pinned.piece_pages)
+    copies.start(Lane.SPILL, device.rows(), pinned.rows(), spills)
     torch.cuda.synchronize()
     for slot, value in enumerate([0, 1, 2, 0, 4, 5, 1, 7]):
         assert same_bits(pinned.page(slot), page_of(value))
+
+
+@pytest.mark.parametrize("piece", [3, 100])
+def test_neighbours_cross_together(copies: PageCopies, pinned: HostPool, piece: int) -> None:
+    device = DevicePool(SPEC, 8, CUDA)
+    torch.cuda.synchronize()
+    copies.start(Lane.FETCH, pinned.rows(), device.rows(), copies.prepare(Lane.FETCH, [(1, 3), (2, 4), (3, 5)], piece))
+    buffer = torch.zeros(6, *SPEC.slice_shape, dtype=SPEC.dtype, device="cuda")
+    torch.cuda.synchronize()
+    loads = copies.prepare(Lane.LOAD, [(2, 0), (3, 1), (4, 2), (7, 5)], piece)
+    copies.start(Lane.LOAD, pinned.layer_rows(2), buffer.flatten(1)[:, None], loads)
+    torch.cuda.synchronize()
+    for source in (1, 2, 3):
+        assert same_bits(device.data[:, :, source + 2], page_of(source))
+    for index, value in enumerate([2, 3, 4, None, None, 7]):
+        assert not buffer[index].any() if value is None else same_bits(buffer[index], page_of(value)[2])
+    spills = copies.prepare(Lane.SPILL, [(3, 5), (4, 6), (5, 7)], piece)
+    copies.start(Lane.SPILL, device.rows(), pinned.rows(), spills)
+    torch.cuda.synchronize()
+    for slot, value in enumerate([0, 1, 2, 3, 4, 1, 2, 3]):
+        assert same_bits(pinned.page(slot), page_of(value))
+
+
+def test_memory_of_several_pieces_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "PIN_CHUNK", 2**20)
+    buffer = HostBuffer((9, 2**19), torch.uint8, pinned=True)
+    assert buffer.piece_rows == 2 and all(row.is_pinned() for row in buffer.data)
+    buffer.close()
+
+
+def test_a_refused_pin_is_not_the_error_of_the_next_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = torch.cuda.cudart()
+
+    def twice(address: int, size: int, flags: int) -> int:
+        assert int(driver.cudaHostRegister(address, size, flags)) == 0
+        error = int(driver.cudaHostRegister(address, size, flags))
+        driver.cudaHostUnregister(address)
+        return error
+
+    stand_in = SimpleNamespace(cudaHostRegister=twice, cudaHostUnregister=driver.cudaHostUnregister)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: stand_in)
+    with pytest.raises(CapacityError, match="cannot be pinned"):
+        HostBuffer((4, 2**20), torch.uint8, pinned=True)
+    assert torch.ones(4, device="cuda").add_(1).tolist() == [2.0] * 4
 
 
 def test_spills_and_fetches_over_reused_slots(copies: PageCopies, pinned: HostPool) -> None:

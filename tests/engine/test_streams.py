@@ -111,6 +111,7 @@ class DeviceMemory:
                 copies.kernels[lane] = partial(any_order, rng)
         self.pool = DevicePool(SPEC, info.num_pages, memory)
         self.host = HostPool(SPEC, info.num_host_pages, pinned=memory.pinned)
+        self.host.piece_pages = 3  # as if they were so large that more are not pinned together
         disk: Any = FakeDisk(info.num_disk_pages, rng, faults) if info.num_disk_pages else None
         self.mover = Mover(self.pool, self.host, disk, copies)
         self.mover._disk_threads = self.device.threads(DISK_THREADS)
@@ -312,8 +313,8 @@ def test_the_faster_way_of_copying_is_chosen_for_each_lane(
     seconds = iter([1.0, 0.5, 1.0, 0.95, 1.0, 2.0, 0.25])
     ways = []
 
-    def measured(copy: Any) -> float:
-        copy()
+    def measured(measure: Any) -> float:
+        assert measure() > 0
         ways.append(len(copies.kernels))
         return next(seconds)
 
@@ -325,7 +326,8 @@ def test_the_faster_way_of_copying_is_chosen_for_each_lane(
     assert [line.rsplit(" ", 3)[1:] for line in caplog.messages] == [["kernel", "is", "used"]] + 2 * [
         ["engine", "is", "used"]
     ]
-    assert bandwidth.measure_bandwidth(tiers).host == 4 * SPEC.layer_slice_bytes / 0.25
+    most = bandwidth.ENQUEUED_COPIES[1]
+    assert bandwidth.measure_bandwidth(tiers).host == most * 4 * SPEC.layer_slice_bytes / 0.25
 
 
 # --- without a leader: slots change hands as fast as `mover.py` lets them ---

@@ -1,6 +1,7 @@
 """A device that runs what is enqueued on it as late, and in as odd an order, as the declared waits allow."""
 
 import random
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -77,6 +78,12 @@ class SimulatedDevice:
         uploaded = torch.full_like(values, 1 << 40)
         self.run(lane, partial(uploaded.copy_, values.clone()))
         return uploaded
+
+    def seconds(self, lane: Lane, enqueue: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        enqueue()
+        self.finish(self.record(lane))
+        return time.perf_counter() - start
 
     def synchronize(self) -> None:
         while any(self._queues.values()):

@@ -49,6 +49,18 @@ def test_room_of_a_cpu_is_what_the_staging_ring_leaves() -> None:
     assert (room.num_bytes, room.page_bytes, room.budget) == (700, SPEC.page_bytes, [])
 
 
+def test_memory_that_is_pinned_at_once_is_no_share_of_a_large_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would take minutes; a CPU takes its memory when it is used."""
+    monkeypatch.setattr("distkv.workers.rank.available_bytes", lambda: 2**41)
+    pages = []
+    for pinned in (False, True):
+        backend = SimpleNamespace(device=SimpleNamespace(pinned=pinned))
+        rank: Any = SimpleNamespace(config=None, page_spec=SPEC, backend=backend)
+        pages.append([Rank.page_capacity(rank, count, of_device=False).host for count in (1, 4)])
+    size = SPEC.page_bytes_in(Tier.HOST)
+    assert pages == [[2**39 // size, 2**37 // size], [2**35 // size, 2**33 // size]]
+
+
 @pytest.mark.parametrize("runs_behind", [False, True])
 def test_a_rank_whose_device_may_be_at_a_step_stays_open_after_an_error(runs_behind: bool) -> None:
     closed: list[bool] = []

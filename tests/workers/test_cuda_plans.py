@@ -96,6 +96,24 @@ def test_sequences_that_share_cold_pages_share_their_loads() -> None:
     assert one.num_items == [3, 24, 24, 24, 18]
 
 
+def test_splits_that_share_a_part_of_their_pages_find_it_in_each_load() -> None:
+    """Three of the four pages of a split are those of a prefix; of their own each sequence has the fourth."""
+    prefix = [encode_location(Tier.HOST, slot) for slot in range(3)]
+    own = [encode_location(Tier.HOST, 10 + number) for number in range(6)]
+    sequences = [(row, sequence_step([7], 4 * 64, [*prefix, page, row], 7, 1)) for row, page in enumerate(own)]
+    plan = plan_decode(1, sequences, 64, 5, 4096, 32)
+    (one,) = plan.rounds
+    assert one.loads == [[*prefix, *own[:2]], [*prefix, *own[2:4]], [*prefix, *own[4:]]]
+    assert one.num_items == [6, 2, 2, 2]
+    launch = np.repeat(np.arange(4), one.num_items)
+    for (row, split), where in zip(one.items.tolist(), launch.tolist(), strict=True):
+        entries = plan.table[one.sequences[row, 2] :][:5].tolist()
+        if where:
+            assert split == 0
+            assert [one.loads[where - 1][buffer_index(entry)] for entry in entries[:4]] == [*prefix, own[row]]
+        assert entries[4] == row
+
+
 def test_decode_cuts_long_contexts_into_rounds() -> None:
     sequences = [(0, sequence_step([7], 256 * 100 - 1, range(100), 7, 1)), (1, sequence_step([7], 20, [100], 7, 1))]
     plan = plan_decode(1, sequences, 256, 8, 70, 32)

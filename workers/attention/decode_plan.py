@@ -11,7 +11,7 @@ import numpy as np
 
 from distkv.kernels.page_entries import buffer_entry
 from distkv.storage.moving.staging_ring import Load
-from distkv.storage.paging import DECODE_SPLIT, pages_for
+from distkv.storage.paging import DECODE_SPLIT
 from distkv.workers.page_directory import SequenceStep
 
 Member = tuple[int, SequenceStep]
@@ -121,31 +121,64 @@ def _cut(num_splits: list[int], max_states: int, merge_tile: int) -> Iterator[li
 
 def _loads(
     items: np.ndarray, sequences: np.ndarray, table: np.ndarray, split_pages: int, page_size: int, buffer_pages: int
-) -> Iterator[tuple[Load, np.ndarray]]:
+) -> list[tuple[Load, np.ndarray]]:
     """Loads of cold pages with the items that they serve; puts the entries of the buffer into the table.
 
     Splits with the same cold pages, such as those of a prefix that sequences share, are served by one load. Loads go by
-    tier and slot, so that files are read from front to back.
+    tier and slot, so that files are read from front to back. A context of a million tokens has thousands of pages, and
+    nothing here is done page by page but for those that several splits have, each beside others.
     """
-    served: dict[tuple[int, ...], list[int]] = {}
-    spans = []
-    for item, (row, split) in enumerate(items.tolist()):
-        _, num_keys, first_entry = sequences[row, :3].tolist()
-        end = min((split + 1) * split_pages, pages_for(num_keys, page_size))
-        span = table[first_entry + split * split_pages : first_entry + end]
-        spans.append(span)
-        served.setdefault(tuple(span[span < 0].tolist()), []).append(item)
+    if not len(items):
+        return []
+    (row, split), page = items.T, np.arange(split_pages)
+    first = split * split_pages
+    entries = (sequences[row, 2] + first)[:, None] + page  # [items, split_pages]
+    inside = page < (-(-sequences[row, 1] // page_size) - first)[:, None]
+    places = table[np.where(inside, entries, 0)]
+    cold = inside & (places < 0)
+    # the cold pages of each split to the left of its row, and the rows in order
+    left = np.argsort(~cold, axis=1, kind="stable")
+    places = np.take_along_axis(np.where(cold, places, _NONE), left, 1)
+    order = np.lexsort((-places).T[::-1])
+    places, entries = places[order], np.take_along_axis(entries, left, 1)[order]
+    is_first = np.ones(len(items), dtype=bool)
+    is_first[1:] = (places[1:] != places[:-1]).any(axis=1)
+    groups = np.flatnonzero(is_first)  # rows of equal pages are served together
+    pages, is_page = places[groups], places[groups] != _NONE
+    ends = np.cumsum(is_page.sum(axis=1))
+    pages = pages[is_page]
 
-    indices: dict[int, int] = {}  # in the buffer, by location
-    chosen: list[int] = []
-    for pages, members in sorted(served.items(), reverse=True):
-        fresh = [page for page in dict.fromkeys(pages) if page not in indices]
-        if len(indices) + len(fresh) > buffer_pages:
-            yield list(indices), items[chosen]
-            indices, chosen, fresh = {}, [], list(dict.fromkeys(pages))
-        indices |= {page: len(indices) + number for number, page in enumerate(fresh)}
-        for item in members:
-            spans[item][spans[item] < 0] = [buffer_entry(indices[page]) for page in pages]
-        chosen += members
-    if chosen:
-        yield list(indices), items[chosen]
+    before = _before(pages)
+    index = np.zeros(len(pages), dtype=np.int64)  # in the buffer of its load
+    loads: list[tuple[Load, np.ndarray]] = []
+    group = done = 0
+    bounds = np.append(groups, len(items))
+    while group < len(groups):
+        fresh = before[done : done + buffer_pages * split_pages] < done  # not in this load already
+        held = np.cumsum(fresh)
+        last = int(np.searchsorted(ends, done + np.searchsorted(held, buffer_pages, "right"), "right"))
+        end = int(ends[last - 1])
+        fresh = fresh[: end - done]
+        index[done:end] = held[: end - done] - 1
+        for again in done + np.flatnonzero(~fresh):
+            index[again] = index[before[again]]
+        loads.append((pages[done:end][fresh].tolist(), items[order[bounds[group] : bounds[last]]]))
+        group, done = last, end
+
+    found = np.zeros(is_page.shape, dtype=np.int64)
+    found[is_page] = index
+    is_page = places != _NONE
+    table[entries[is_page]] = buffer_entry(found[np.cumsum(is_first) - 1][is_page])
+    return loads
+
+
+_NONE = -(2**62)  # in the place of a page; behind all locations
+
+
+def _before(pages: np.ndarray) -> np.ndarray:
+    """For each page where it was before, -1 for the first time."""
+    order = np.argsort(pages, kind="stable")
+    same = np.flatnonzero(np.diff(pages[order]) == 0)
+    before = np.full(len(pages), -1)
+    before[order[same + 1]] = order[same]
+    return before

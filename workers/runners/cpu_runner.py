@@ -37,3 +37,6 @@ class CpuRunner:
     def warm_up(self) -> Iterator[None]:
         """See `Runner`."""
         yield from ()
+
+    def compile_rest(self) -> None:
+        """See `Runner`."""

@@ -7,9 +7,11 @@ of other sizes may round in another order, and an answer must not depend on wher
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Generic
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from distkv.storage.paging import pages_for
@@ -18,6 +20,7 @@ from distkv.workers.kv_pools import KVPools
 from distkv.workers.model.llama import LlamaModel
 from distkv.workers.page_directory import SequenceStep
 from distkv.workers.runners.batch import MAX_DECODE_TOKENS, Batch, Tokens, step_tokens
+from distkv.workers.runners.compile_ahead import CompileAhead, compile_decode
 from distkv.workers.runners.host_copies import Array, map_arrays, send
 from distkv.workers.runners.step_graphs import StepGraphs
 from distkv.workers.sampling.placeholders import resolve_placeholders
@@ -84,6 +87,7 @@ class CudaRunner:
         below = [size for size in SIZES if size < max_num_seqs]
         self.sizes = below + list(SIZES[len(below) : len(below) + 1])
         self._captures = captures
+        self._ahead: CompileAhead | None = None
         self._graphs: StepGraphs | None = None
 
     def run(self, steps: list[SequenceStep], sampled: Tensor | None) -> Tensor:
@@ -93,6 +97,9 @@ class CudaRunner:
             assert step.size is not None
             wanted: Tensor = send(step.arrays.wanted, self._device)
             return self._graphs.run(step.size, step.arrays.tokens, step.arrays.attention, sampled)[wanted]
+        if self._ahead is not None:
+            for group in step.plan.decode:
+                self._ahead.claim(group.num_tokens)
         sent: StepArrays[Tensor] = send(step.arrays, self._device)
         tokens = replace(sent.tokens, token_ids=resolve_placeholders(sent.tokens.token_ids, sampled))
         attention = CudaAttention(step.plan, self.shape, sent.attention)
@@ -108,14 +115,20 @@ class CudaRunner:
         logits = self._model.logits(hidden)
         if logits is not None:  # on rank 0
             sample_in_all_ways(logits)
-        for count in range(1, MAX_DECODE_TOKENS + 1):
-            self.run([SequenceStep([0] * count, 0, np.arange(1), count, 1)], None)
+        self.run([SequenceStep([0], 0, np.arange(1), 1, 1)], None)
         yield
         if self._captures:
             self._graphs = StepGraphs(self._model, self._pools.device, self.shape, self.sizes[-1])
             for rows in reversed(self.sizes):  # the largest first, whose memory serves the others
                 self._graphs.capture(rows)
                 yield
+
+    def compile_rest(self) -> None:
+        """See `Runner`: decode of several new tokens."""
+        if self._device.runs_behind:  # else it is a CPU, where an interpreter compiles nothing
+            stream = torch.cuda.Stream(self._device.torch_device)
+            compile = partial(compile_decode, self.shape, self._pools.device, stream)
+            self._ahead = CompileAhead(compile, range(2, MAX_DECODE_TOKENS + 1))
 
     @property
     def num_parts(self) -> int:

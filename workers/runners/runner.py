@@ -22,6 +22,9 @@ class Runner(Protocol):
     def warm_up(self) -> Iterator[None]:
         """Does what would delay the first steps; yields `num_parts` times. Afterwards device pages hold anything."""
 
+    def compile_rest(self) -> None:
+        """Begins, in threads, what only few steps need. To be called once, after `warm_up`."""
+
     @property
     def num_parts(self) -> int:
         """See `warm_up`."""
