@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from distkv.engine.protocol import EngineInfo
 from distkv.storage.ledger.page import Page
 from distkv.storage.ledger.tiered_cache import TieredCache
+from distkv.storage.meter import Measures
 from distkv.workers.group.executor import Executor, StepResult
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan
@@ -33,6 +34,7 @@ class StepRunner:
             thread: runs one call after another; one is made unless it is given.
         """
         self.bytes_moved: Counter[str] = Counter()  # by route
+        self.measures = Measures()  # of all ranks since the start, without spans
         self.damage = ""  # what could not be read back last, and why
         self._last_warning = ""  # since the disk took a page
         self.executor = executor
@@ -69,6 +71,7 @@ class StepRunner:
     def take_in(self, report: Report) -> set[Page]:
         """Books what the ranks report; returns the held pages that the step could not read."""
         self.bytes_moved.update(report.bytes_moved)
+        self.measures.add(report.measures)
         if report.checksums:
             self._last_warning = ""
         for _, reason in [*report.failed, *report.bad_reads]:

@@ -45,8 +45,8 @@ def _serve(engine: Engine, client: zmq.Socket, take_log: Callable[[], list[LogLi
                         client.send(encode(Accepted()))
                     except CapacityError as error:
                         client.send(encode(Refused(str(error))))
-                case Abort(answers):
-                    engine.abort(answers)
+                case Abort(answers, reason):
+                    engine.abort(answers, reason)
                 case GetStats():
                     client.send(encode(engine.stats()))
                 case ResetPrefixCache():

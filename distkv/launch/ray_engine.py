@@ -13,7 +13,6 @@ from distkv.engine.protocol import (
     Add,
     EngineInfo,
     EngineRequest,
-    EngineStats,
     GetStats,
     Logged,
     Refused,
@@ -25,6 +24,7 @@ from distkv.engine.protocol import (
     decode_reply,
     encode,
 )
+from distkv.engine.stats import EngineStats
 from distkv.errors import CapacityError, DistKVError, StoreError
 from distkv.launch.leader import lead
 from distkv.workers.group.log_lines import relay
@@ -72,10 +72,10 @@ class RayEngine:
             raise CapacityError(reply.reason)
         self._open.add(requests)
 
-    def abort(self, answers: list[tuple[str, int | None]]) -> None:
+    def abort(self, answers: list[tuple[str, int | None]], reason: str = "abort") -> None:
         """See `EngineClient.abort`; nothing to do once the group has ended."""
         if not self._closed:
-            self._send(Abort(answers))
+            self._send(Abort(answers, reason))
             self._open.close(answers)
 
     def step(self) -> list[StepOutput]:
