@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("distkv", "workers", "storage", "kernels")
 """An arrow may only point to the right."""
 ROOMS = (
-    "commands", "bench", "demo", "stress", "async_llm", "llm", "frontend", "launch", "engine", "models",
+    "commands", "bench", "demo", "stress", "async_llm", "llm", "frontend", "launch", "metrics", "engine", "models",
     "cache_folders", "reporting", "outputs", "config", "sampling_params", "option_help", "option_checks", "values",
     "errors",
 )  # fmt: skip

@@ -18,6 +18,7 @@ from distkv.engine.observer import StepObserver
 from distkv.engine.preparation import Preparation
 from distkv.engine.protocol import EngineInfo, EngineRequest, RequestFailed, StepOutput, TokenOutput
 from distkv.engine.repairs import Repairs
+from distkv.engine.request_meter import RequestMeter
 from distkv.engine.scheduler import Scheduler
 from distkv.engine.sequence import Scheduled, Sequence
 from distkv.engine.stats import EngineStats, TierStats
@@ -185,6 +186,11 @@ class Engine:
             num_preemptions=self._num_preemptions,
             requests=scheduler.meter.stats(),
         )
+
+    @property
+    def meter(self) -> RequestMeter:
+        """What counts its requests."""
+        return self._scheduler.meter
 
     def _tier_stats(self, tier: Tier) -> TierStats:
         num_pages = (self.info.num_pages, self.info.num_host_pages, self.info.num_disk_pages)[tier]

@@ -33,18 +33,18 @@ class Distribution:
 
     def __init__(self, bounds: tuple[float, ...]):
         self.listener: Callable[[float], None] | None = None  # is told each value too
-        self._bounds = bounds
+        self.bounds = bounds
         self._counts = [0] * (len(bounds) + 1)
         self._total = 0.0
 
     def add(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
+        self._counts[bisect_left(self.bounds, value)] += 1
         self._total += value
         if self.listener is not None:
             self.listener(value)
 
     def taken(self) -> Histogram:
-        return Histogram(self._bounds, tuple(self._counts), self._total)
+        return Histogram(self.bounds, tuple(self._counts), self._total)
 
 
 class RequestMeter:

@@ -21,6 +21,7 @@ from distkv.engine.protocol import (
     encode,
 )
 from distkv.errors import CapacityError
+from distkv.metrics.ray_metrics import RayMetrics
 from distkv.workers.group.executor import Executor
 from distkv.workers.group.log_lines import LogLine
 
@@ -30,13 +31,16 @@ IDLE_POLL = 1000  # milliseconds
 def lead(executor: Executor, client: zmq.Socket, take_log: Callable[[], list[LogLine]], info: EngineInfo) -> None:
     """Serves the owner of the group on a PAIR socket until it sends Shutdown."""
     try:
-        _serve(Engine(info, executor, survives=False), client, take_log)
+        engine = Engine(info, executor, survives=False)
+        _serve(engine, client, take_log, RayMetrics(info, engine.meter))
     finally:
         client.send(encode(Logged(take_log())))
 
 
-def _serve(engine: Engine, client: zmq.Socket, take_log: Callable[[], list[LogLine]]) -> None:
+def _serve(engine: Engine, client: zmq.Socket, take_log: Callable[[], list[LogLine]], metrics: RayMetrics) -> None:
     while True:
+        if metrics.is_due:
+            metrics.update(engine.stats())
         while client.poll(0 if engine.has_work else IDLE_POLL):
             match decode_command(client.recv()):
                 case Add(requests):
