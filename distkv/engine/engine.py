@@ -59,7 +59,7 @@ class Engine:
         self._observer = observer or StepObserver()
         self._scheduler = Scheduler(info)
         self._cache = self._scheduler.cache
-        self._runner = StepRunner(info, executor, self._cache, thread)
+        self._runner = StepRunner(info, executor, self._cache, thread, self._observer)
         self._repairs = Repairs(self._cache, self._runner, info.page_size)
         self._copies = ForkCopies(self._cache)
         self._preparation = Preparation(self._scheduler, self._copies, self._runner)
@@ -78,6 +78,7 @@ class Engine:
         """
         if self._failure is not None:
             raise self._failure
+        self._observer.begun()
         self._read()  # what an exception has left over
         running, scheduled = self._running, self._schedule()
         following = self._prepare(scheduled)  # while the ranks are at the running one
@@ -143,6 +144,7 @@ class Engine:
                 self._runner.close()
             finally:
                 self._close()
+                self._observer.closed()
 
     @property
     def has_work(self) -> bool:

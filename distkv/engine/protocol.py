@@ -130,6 +130,12 @@ class Logged(msgspec.Struct, frozen=True, tag=True):
     lines: list[LogLine]
 
 
+class Traced(msgspec.Struct, frozen=True, tag=True):
+    """Leader to client: events of a trace, see `TraceFile.write`."""
+
+    events: bytes
+
+
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(Add | Abort | GetStats | ResetPrefixCache | Shutdown).decode
-decode_reply = msgspec.msgpack.Decoder(Accepted | Refused | Tokens | EngineStats | Saving | Logged).decode
+decode_reply = msgspec.msgpack.Decoder(Accepted | Refused | Tokens | EngineStats | Saving | Logged | Traced).decode

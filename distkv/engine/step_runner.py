@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distkv.engine.observer import StepObserver
 from distkv.engine.protocol import EngineInfo
 from distkv.storage.ledger.page import Page
 from distkv.storage.ledger.tiered_cache import TieredCache
@@ -26,19 +27,27 @@ log = logging.getLogger(__name__)
 class StepRunner:
     """Plans run one after another, on a thread of their own."""
 
-    def __init__(self, info: EngineInfo, executor: Executor, cache: TieredCache, thread: Thread | None = None):
+    def __init__(
+        self,
+        info: EngineInfo,
+        executor: Executor,
+        cache: TieredCache,
+        thread: Thread | None = None,
+        observer: StepObserver | None = None,
+    ):
         """Warms up, and takes in what earlier processes left on disk; raises StoreError or ConfigError when the
         catalogue there cannot be used.
 
         Args:
             thread: runs one call after another; one is made unless it is given.
+            observer: is told what ranks report of their work.
         """
         self.bytes_moved: Counter[str] = Counter()  # by route
         self.measures = Measures()  # of all ranks since the start, without spans
         self.damage = ""  # what could not be read back last, and why
         self._last_warning = ""  # since the disk took a page
         self.executor = executor
-        self._cache = cache
+        self._cache, self._observer = cache, observer or StepObserver()
         self._ended: list[int] = []  # tables that the ranks may forget with the next plan
         self._thread = ThreadPoolExecutor(1, "distkv-step") if thread is None else thread
         self._catalogue_writer: CatalogueWriter | None = None
@@ -71,6 +80,9 @@ class StepRunner:
     def take_in(self, report: Report) -> set[Page]:
         """Books what the ranks report; returns the held pages that the step could not read."""
         self.bytes_moved.update(report.bytes_moved)
+        spans, report.measures.spans = report.measures.spans, []
+        if spans:
+            self._observer.measured(spans)
         self.measures.add(report.measures)
         if report.checksums:
             self._last_warning = ""

@@ -17,21 +17,26 @@ from distkv.engine.protocol import (
     Saving,
     Shutdown,
     Tokens,
+    Traced,
     decode_command,
     encode,
 )
 from distkv.errors import CapacityError
 from distkv.metrics.ray_metrics import RayMetrics
+from distkv.metrics.step_trace import StepTrace
 from distkv.workers.group.executor import Executor
 from distkv.workers.group.log_lines import LogLine
 
 IDLE_POLL = 1000  # milliseconds
 
 
-def lead(executor: Executor, client: zmq.Socket, take_log: Callable[[], list[LogLine]], info: EngineInfo) -> None:
-    """Serves the owner of the group on a PAIR socket until it sends Shutdown."""
+def lead(
+    executor: Executor, client: zmq.Socket, take_log: Callable[[], list[LogLine]], info: EngineInfo, traces: bool
+) -> None:
+    """Serves the owner of the group on a PAIR socket until it sends Shutdown, which may have asked for a trace."""
+    trace = StepTrace(lambda events: client.send(encode(Traced(events)))) if traces else None
     try:
-        engine = Engine(info, executor, survives=False)
+        engine = Engine(info, executor, survives=False, observer=trace)
         _serve(engine, client, take_log, RayMetrics(info, engine.meter))
     finally:
         client.send(encode(Logged(take_log())))
