@@ -290,9 +290,9 @@ class Engine:
             )
             raise self._failure from error
         self._unread = None
-        now = time.perf_counter()
+        self.meter.tick()
         for sequence, tokens in answers:
-            self._extend(sequence, tokens, now)
+            self._extend(sequence, tokens)
 
     # --- what cannot go on, and what goes on without a step ---
 
@@ -380,11 +380,11 @@ class Engine:
 
     # --- answers ---
 
-    def _extend(self, sequence: Sequence, tokens: list[list[SampledToken]], now: float) -> None:
+    def _extend(self, sequence: Sequence, tokens: list[list[SampledToken]]) -> None:
         """Adds tokens to the answers that a sequence stands for, some to each."""
-        answers, meter = [sequence], self._scheduler.meter
+        answers = [sequence]
         if not sequence.num_output_tokens:
-            meter.began(sequence)
+            self.meter.began(sequence)
         if not sequence.is_alone:
             for fork, copy in self._scheduler.fork(sequence):
                 answers.append(fork)
@@ -398,7 +398,7 @@ class Engine:
                 if token_id == NO_TOKEN and not answer.finished:
                     self._fail(answer.request, not_finite(self.info.model, answer.request.params))
                 elif not answer.finished:
-                    meter.sampled(answer, now)
+                    self.meter.sampled(answer)
                     answer.token_ids.append(token_id)
                     self._outputs.append(self._output(answer, logprobs))
 

@@ -61,6 +61,7 @@ class RequestMeter:
             "prompt_length": Distribution(TOKENS),
             "answer_length": Distribution(TOKENS),
         }
+        self._now = 0.0  # when the tokens came that are being told
         self._inter_token = self.distributions["inter_token_latency"]
         self._prompt_tokens = self._generation_tokens = self._prefix_queries = 0
         self._prefix_hits = Counter(dict.fromkeys(TIERS, 0))
@@ -78,9 +79,14 @@ class RequestMeter:
         """The first tokens of all answers of a request are there."""
         self._prompt_tokens += sequence.prompt_len
 
-    def sampled(self, sequence: Sequence, now: float) -> None:
+    def tick(self) -> None:
+        """The tokens of a step have come."""
+        self._now = time.perf_counter()
+
+    def sampled(self, sequence: Sequence) -> None:
         """An answer goes on by a token. Of several tokens of one step, those behind the first have no time of their
         own."""
+        now = self._now
         self._generation_tokens += 1
         if now == sequence.last_token_at:
             return
