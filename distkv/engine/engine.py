@@ -59,7 +59,7 @@ class Engine:
         self._observer = observer or StepObserver()
         self._scheduler = Scheduler(info)
         self._cache = self._scheduler.cache
-        self._runner = StepRunner(info, executor, self._cache, thread, self._observer)
+        self._runner = StepRunner(info, executor, self._cache, thread, self._observer.measured)
         self._repairs = Repairs(self._cache, self._runner, info.page_size)
         self._copies = ForkCopies(self._cache)
         self._preparation = Preparation(self._scheduler, self._copies, self._runner)

@@ -2,17 +2,16 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor as Thread
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distkv.engine.observer import StepObserver
 from distkv.engine.protocol import EngineInfo
 from distkv.storage.ledger.page import Page
 from distkv.storage.ledger.tiered_cache import TieredCache
-from distkv.storage.meter import Measures
+from distkv.storage.meter import Measures, Span
 from distkv.workers.group.executor import Executor, StepResult
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan
@@ -33,21 +32,21 @@ class StepRunner:
         executor: Executor,
         cache: TieredCache,
         thread: Thread | None = None,
-        observer: StepObserver | None = None,
+        measured: Callable[[list[Span]], None] = lambda spans: None,
     ):
         """Warms up, and takes in what earlier processes left on disk; raises StoreError or ConfigError when the
         catalogue there cannot be used.
 
         Args:
             thread: runs one call after another; one is made unless it is given.
-            observer: is told what ranks report of their work.
+            measured: see `StepObserver.measured`.
         """
         self.bytes_moved: Counter[str] = Counter()  # by route
         self.measures = Measures()  # of all ranks since the start, without spans
         self.damage = ""  # what could not be read back last, and why
         self._last_warning = ""  # since the disk took a page
         self.executor = executor
-        self._cache, self._observer = cache, observer or StepObserver()
+        self._cache, self._measured = cache, measured
         self._ended: list[int] = []  # tables that the ranks may forget with the next plan
         self._thread = ThreadPoolExecutor(1, "distkv-step") if thread is None else thread
         self._catalogue_writer: CatalogueWriter | None = None
@@ -82,7 +81,7 @@ class StepRunner:
         self.bytes_moved.update(report.bytes_moved)
         spans, report.measures.spans = report.measures.spans, []
         if spans:
-            self._observer.measured(spans)
+            self._measured(spans)
         self.measures.add(report.measures)
         if report.checksums:
             self._last_warning = ""
