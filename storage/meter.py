@@ -63,22 +63,28 @@ class Meter:
         self.add_between(kind, start, now(), _track() if self.traces else "", num_bytes, details)
 
     def add_between(
-        self, kind: str, start: int, end: int, track: str, num_bytes: int = 0, details: dict[str, int] | None = None
+        self,
+        kind: str,
+        start: int,
+        end: int,
+        track: str,
+        num_bytes: int = 0,
+        details: dict[str, int] | None = None,
+        is_summed: bool = True,
     ) -> None:
-        """The same of work on some track that has ended before."""
+        """The same of work on some track that has ended before; a trace alone shows what is not to be summed up."""
         with self._lock:
-            self._nanoseconds[kind] += end - start
+            if is_summed:
+                self._nanoseconds[kind] += end - start
             if num_bytes:
                 self._num_bytes[kind] += num_bytes
             if self.traces:
                 self._spans.append(Span(self._rank, track, kind, start + self._since_1970, end - start, details or {}))
 
     def trace(self, kind: str, start: int, **details: int) -> None:
-        """Has a trace show work that is not summed up."""
+        """Has a trace show work of the calling thread that ends now, which is not summed up."""
         if self.traces:
-            span = Span(self._rank, _track(), kind, start + self._since_1970, now() - start, details)
-            with self._lock:
-                self._spans.append(span)
+            self.add_between(kind, start, now(), _track(), details=details, is_summed=False)
 
     def count_checksum_failure(self) -> None:
         """Takes down that what was read back from disk is not what was written."""

@@ -76,7 +76,8 @@ class RequestMeter:
                 self._prefix_hits[tier] += count
 
     def began(self, sequence: Sequence) -> None:
-        """The first tokens of all answers of a request are there."""
+        """The first tokens of all answers of a request are there, which are not forked yet."""
+        sequence.has_begun = True
         self._prompt_tokens += sequence.prompt_len
 
     def tick(self) -> None:
@@ -99,7 +100,7 @@ class RequestMeter:
 
     def ended(self, sequence: Sequence, reason: str) -> None:
         """An answer has ended, or all that a sequence stands for; what was cut off says nothing of times."""
-        self._finished[reason] += sequence.num_answers
+        self._finished[reason] += 1 if sequence.has_begun else sequence.num_answers
         if reason not in ("stop", "length"):
             return
         for name, value in (

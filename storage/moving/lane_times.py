@@ -47,7 +47,10 @@ class LaneTimes:
                 continue
             duration = self._streams.nanoseconds_between(work.begun, work.ended)
             start = self._time(work.begun)
-            self._meter.add_between(work.kind, start, start + duration, work.lane.value, details=work.details)
+            self._meter.add_between(
+                work.kind, start, start + duration, work.lane.value, details=work.details,
+                is_summed=work.lane is not Lane.COMPUTE,
+            )  # fmt: skip
         self._open = going_on
 
     def _time(self, event: Event) -> int:

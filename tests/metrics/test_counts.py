@@ -44,6 +44,16 @@ def test_every_answer_ends_for_one_reason() -> None:
         assert count(getattr(found, name)) == found.finished["stop"] + found.finished["length"]
 
 
+def test_answers_that_were_dropped_before_they_began_count_once() -> None:
+    engine, _ = make()
+    engine.add(requests(2, SamplingParams(temperature=1.0, ignore_eos=True, n=3), 9))
+    engine.abort([("0", 1)])
+    engine.step()
+    engine.abort([("1", 0), ("1", 2)])
+    drain(engine)
+    assert engine.stats().requests.finished == {"stop": 0, "length": 3, "abort": 3, "error": 0}
+
+
 def test_times_add_up() -> None:
     engine, _ = make()
     engine.add(requests(6, SamplingParams(temperature=1.0, ignore_eos=True), 9))

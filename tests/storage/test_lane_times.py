@@ -33,6 +33,8 @@ def test_a_trace_shows_it_on_its_lane() -> None:
         times.end(lane, times.begin(lane), lane.name, pages=2)
     device.synchronize()
     times.collect()
-    load, compute = meter.take().spans
+    taken = meter.take()
+    load, compute = taken.spans
+    assert taken.nanoseconds == {"LOAD": 1000}, "computing is not moving"
     assert (load.rank, load.track, load.duration, load.details) == (3, Lane.LOAD.value, 1000, {"pages": 2})
     assert compute.track == Lane.COMPUTE.value and compute.start == load.start + 1000
