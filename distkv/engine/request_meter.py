@@ -38,12 +38,14 @@ class Distribution:
         self._total = 0.0
 
     def add(self, value: float) -> None:
+        """Takes one more value in."""
         self._counts[bisect_left(self.bounds, value)] += 1
         self._total += value
         if self.listener is not None:
             self.listener(value)
 
     def taken(self) -> Histogram:
+        """All values so far."""
         return Histogram(self.bounds, tuple(self._counts), self._total)
 
 

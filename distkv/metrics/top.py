@@ -16,14 +16,15 @@ BAR = 32  # characters
 TIERS = ("device", "host", "disk")
 
 
-def watch(console: Console, url: str, api_key: str | None, seconds: float = SECONDS) -> None:
+def watch(console: Console, url: str, api_key: str | None) -> None:
     """Shows what a server is doing until Ctrl-C. Raises ConfigError when it does not answer."""
     address = metrics_url(url)
     readings = deque([read(address, api_key)], maxlen=WINDOW + 1)
     try:
         with TopView(console, address) as view:
+            view.show(Interval(readings[0], readings[0]), Interval(readings[0], readings[0]))
             while True:
-                time.sleep(seconds)
+                time.sleep(SECONDS)
                 readings.append(read(address, api_key))
                 view.show(Interval(readings[-2], readings[-1]), Interval(readings[0], readings[-1]))
     except KeyboardInterrupt:
