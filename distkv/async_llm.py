@@ -11,7 +11,7 @@ from typing import Self, Unpack
 
 from distkv.config import EngineConfig, EngineOptions
 from distkv.engine.loop import Delivery
-from distkv.engine.protocol import EngineStats
+from distkv.engine.stats import EngineStats
 from distkv.errors import DistKVError
 from distkv.frontend.front_end import Facade, FrontEnd
 from distkv.frontend.messages import Message
@@ -127,7 +127,7 @@ class AsyncLLM(Facade):
                 yield output
 
     async def stats(self) -> EngineStats:
-        """State of the KV cache."""
+        """What the engine tells of itself: requests, tiers, what moves, how long things take."""
         return await asyncio.wrap_future(self._front_end.thread.call(lambda engine: engine.stats()))
 
     async def reset_prefix_cache(self) -> None:

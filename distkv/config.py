@@ -36,6 +36,7 @@ class EngineOptions(TypedDict, total=False):
     gpu_memory_utilization: float
     load_format: str
     num_threads: int | None
+    trace: str | Path | None
 
 
 @explained
@@ -141,6 +142,12 @@ class EngineConfig:
 
     None leaves torch's default in this process, where it has cores for them, and shares the cores out among Ray actors.
     """
+    trace: str | Path | None = None
+    """File for a trace of all steps, which Perfetto opens.
+
+    It is Chrome's JSON: what the leader and each rank compute, fetch, spill, read and write, on which thread or lane of
+    a GPU. It is written as the engine goes on. On Ray the process that makes the engine writes it.
+    """
 
     def __post_init__(self) -> None:
         self._set("model", settle_path("model", self.model))
@@ -183,6 +190,8 @@ class EngineConfig:
         object.__setattr__(self, name, value)
 
     def _check_tiers(self) -> None:
+        if self.trace is not None:
+            self._set("trace", settle_path("trace", self.trace))
         if self.cache_dir is not None:
             self._set("cache_dir", settle_path("cache_dir", self.cache_dir))
         if self.cache_dir is not None and self.host_kv_bytes == 0:

@@ -10,7 +10,7 @@ from typing import Any, Unpack
 from distkv.config import EngineConfig, EngineOptions
 from distkv.engine.client import EngineClient
 from distkv.engine.loop import Delivery
-from distkv.engine.protocol import EngineStats
+from distkv.engine.stats import EngineStats
 from distkv.errors import RequestError
 from distkv.frontend.front_end import Facade, FrontEnd
 from distkv.frontend.messages import Message
@@ -122,7 +122,7 @@ class LLM(Facade):
         return self._outputs(self._request(prompt, _or_default(sampling_params), priority, cache_salt))
 
     def stats(self) -> EngineStats:
-        """State of the KV cache."""
+        """What the engine tells of itself: requests, tiers, what moves, how long things take."""
         return self._front_end.thread.call(lambda engine: engine.stats()).result()
 
     def reset_prefix_cache(self) -> None:

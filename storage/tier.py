@@ -29,6 +29,16 @@ class Transfer(msgspec.Struct, array_like=True, frozen=True):
     target: Tier
     target_slot: int
 
+    @property
+    def route(self) -> str:
+        """See `route_name`."""
+        return route_name(self.source, self.target)
+
+
+def route_name(source: Tier, target: Tier) -> str:
+    """The way of whole pages from one tier to another."""
+    return f"{source.name}_to_{target.name}".lower()
+
 
 _DISK_OFFSET = 1 << 40  # more than any tier has slots
 

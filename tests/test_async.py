@@ -482,7 +482,7 @@ class FakeEngine:
         self._note("add")
         self.requests |= {request.request_id: [0, request.max_tokens] for request in requests}
 
-    def abort(self, answers: list[tuple[str, int | None]]) -> None:
+    def abort(self, answers: list[tuple[str, int | None]], reason: str = "abort") -> None:
         self._note("abort")
         for request_id, _ in answers:
             self.requests.pop(request_id, None)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("distkv", "workers", "storage", "kernels")
 """An arrow may only point to the right."""
 ROOMS = (
-    "commands", "bench", "demo", "stress", "async_llm", "llm", "frontend", "launch", "engine", "models",
+    "commands", "bench", "demo", "stress", "async_llm", "llm", "frontend", "launch", "metrics", "engine", "models",
     "cache_folders", "reporting", "outputs", "config", "sampling_params", "option_help", "option_checks", "values",
     "errors",
 )  # fmt: skip
@@ -183,5 +183,6 @@ def test_a_wheel_contains_everything(tmp_path: Path) -> None:
     for package, ending in itertools.product(PACKAGES[1:], ("py", "hpp", "cpp")):
         expected |= {f"distkv/{path.relative_to(ROOT)}" for path in (ROOT / package).rglob(f"*.{ending}")}
     assert packed == expected
+    assert "distkv/metrics/grafana.json" in names
     libraries = {name.split("/")[-1] for name in names if name.endswith(".so")}
     assert libraries == {library_name(one.name, one.flags) for one in INSTRUCTION_SETS}

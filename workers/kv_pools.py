@@ -9,13 +9,15 @@ import msgspec
 
 from distkv.storage.device import Device
 from distkv.storage.disk.cache_folder import Description, DiskHeads
+from distkv.storage.meter import Meter
+from distkv.storage.moving.lane_times import LaneTimes
 from distkv.storage.moving.mover import Mover
 from distkv.storage.moving.read_ahead import ReadAhead
-from distkv.storage.moving.staging_ring import Load, StagingRing, Stream
+from distkv.storage.moving.staging_ring import STREAMED, Load, StagingRing, Stream
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools.device_pool import DevicePool
 from distkv.storage.pools.host_pool import HostPool
-from distkv.storage.tier import Tier
+from distkv.storage.tier import Tier, route_name
 from distkv.workers.cache_place import CachePlace, join_folder
 from distkv.workers.group.report import Report
 
@@ -53,12 +55,14 @@ class KVPools:
         sizes: PoolSizes,
         device: Device,
         disk: DiskTier | None = None,
+        meter: Meter | None = None,
     ):
         """
         Args:
             disk: needed where the disk has pages.
+            meter: is told what moving takes.
         """
-        self._spec = spec
+        self._spec, self.meter = spec, meter or Meter()
         on_device, on_host, on_disk = (spec.page_bytes_in(tier) for tier in Tier)
         own_files = disk is not None and disk.heads.reports
         self.nbytes = sizes.device * on_device, sizes.host * on_host, sizes.disk * on_disk * own_files
@@ -75,15 +79,17 @@ class KVPools:
                 assert disk is not None
                 self.disk = self._open_disk(stack, disk, sizes.disk)
             self.copies = device.make_copies()
-            self.mover = Mover(self.device, self.host, self.disk, self.copies)
+            self.times = None if self.copies is None else LaneTimes(self.copies.streams, self.meter)
+            self.mover = Mover(self.device, self.host, self.disk, self.copies, self.meter, self.times)
             stack.callback(self.mover.close)
             read_ahead = None
             if self.disk is not None and sizes.read_ahead:
                 read_ahead = ReadAhead(spec, sizes.read_ahead, self.disk, pinned=device.pinned)
                 stack.callback(read_ahead.close)
             self.ring = StagingRing(
-                spec, sizes.staging, self.host, self.disk, read_ahead, device, self.copies, self.mover.filling
-            )
+                spec, sizes.staging, self.host, self.disk, read_ahead, device, self.copies, self.mover.filling,
+                self.meter, self.times,
+            )  # fmt: skip
             stack.callback(self.ring.close)
             if self.copies is not None:  # first of all, since what is on its way reads and fills all this memory
                 stack.callback(self.copies.streams.synchronize)
@@ -109,18 +115,18 @@ class KVPools:
 
     def take_report(self) -> Report:
         """See `Rank.take_report`."""
+        if self.times is not None:
+            self.times.collect()
         ended = self.mover.report()
-        routes = {
-            f"{source.name}_to_{target.name}".lower(): count for (source, target), count in self.mover.bytes.items()
-        }
-        routes |= {f"{tier.name}_streamed".lower(): count for tier, count in self.ring.bytes.items()}
+        routes = {route_name(*ends): count for ends, count in self.mover.bytes.items()}
+        routes |= {STREAMED[tier]: count for tier, count in self.ring.bytes.items()}
         new = {route: count - self._reported.get(route, 0) for route, count in routes.items()}
         self._reported = routes
         bad_reads, self._bad_reads = self._bad_reads, {}
         missing, self._missing = self._missing, []
         return Report(
             ended.done, ended.failed, ended.checksums, list(bad_reads.items()),
-            {route: count for route, count in new.items() if count}, missing,
+            {route: count for route, count in new.items() if count}, missing, measures=self.meter.take(),
         )  # fmt: skip
 
     def close(self) -> None:
@@ -147,4 +153,4 @@ class KVPools:
                     reopen(folder, whole, num_pages, disk.kept)
                 else:  # a node with a disk of its own
                     rejoin(folder, whole, num_pages)
-        return DiskPool(self._spec, folder, num_pages, replace(disk.heads, writes=writes))
+        return DiskPool(self._spec, folder, num_pages, replace(disk.heads, writes=writes), self.meter)

@@ -10,6 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from distkv.storage.disk.cache_folder import Description, DiskHeads
+from distkv.storage.meter import Meter, now
+from distkv.storage.moving.streams import Lane
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import NUM_BUFFERS
 from distkv.storage.process_limits import available_bytes
@@ -27,7 +29,7 @@ from distkv.workers.model.llama import LlamaModel, load_llama
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import Shard
 from distkv.workers.model.weights import CheckedSource, DummySource, SafetensorsSource
-from distkv.workers.page_directory import PageDirectory
+from distkv.workers.page_directory import PageDirectory, SequenceStep
 from distkv.workers.threads import release_threads, use_threads
 
 # Share of the memory free at start that each KV pool in CPU memory may grow to, unless a size is given.
@@ -53,6 +55,7 @@ class RankConfig:
     num_threads: int | None  # torch's CPU threads; None leaves them as they are, as far as there are cores for them
     staging_pages: int  # see `StagingRing`
     digest_weights: bool  # whether pages may be kept, so that the whole content of the weights must be known
+    traces: bool = False  # whether reports tell of each piece of work by itself
 
 
 Budget = list[tuple[str, int]]
@@ -154,7 +157,8 @@ class Rank:
             heads = DiskHeads(shard.kv_heads[0], config.model.num_key_value_heads, reports=shard.holder == 0)
             kept = self._description(place) if place.fingerprint else None
             disk = DiskTier(place, heads, shard.rank, kept, is_alone=self.group.size == 1)
-        self.pools = KVPools(self.page_spec, sizes, self.backend.device, disk)
+        meter = Meter(shard.rank, config.traces)
+        self.pools = KVPools(self.page_spec, sizes, self.backend.device, disk, meter)
         self._runner = self.backend.make_runner(self._model, self.pools, config.max_num_seqs)
         self.backend.tune(self.pools)
         release_threads()  # steps run on another one
@@ -193,7 +197,19 @@ class Rank:
         if not steps:
             pools.mover.wait(plan.await_ids)  # such a plan is sent to learn of their end
             return None
-        return self._model.logits(self._runner.run(steps, sampled))
+        return self._compute(steps, sampled)
+
+    def _compute(self, steps: list[SequenceStep], sampled: Tensor | None) -> Tensor | None:
+        """Runs the model; a trace shows it on the host and, where that runs behind, on the device."""
+        meter, times, start = self.pools.meter, self.pools.times, now()
+        begun = times.begin(Lane.COMPUTE) if meter.traces and times is not None else None
+        logits = self._model.logits(self._runner.run(steps, sampled))
+        num_tokens = sum(len(one.token_ids) for one in steps) if meter.traces else 0
+        if begun is not None:
+            assert times is not None
+            times.end(Lane.COMPUTE, begun, "compute", tokens=num_tokens, sequences=len(steps))
+        meter.trace("compute" if begun is None else "launch", start, tokens=num_tokens, sequences=len(steps))
+        return logits
 
     def _share_sampled(self, count: int, sampled: Tensor | None) -> Tensor | None:
         """The `count` tokens that the step before sampled, on all ranks; None when the plan refers to none."""

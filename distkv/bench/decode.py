@@ -29,7 +29,7 @@ Runner = Callable[[list[int], int], tuple[float, float]]
 
 def run(
     model: Path, peer: str | None, contexts: list[int], new_tokens: int, repeats: int, dtype: str,
-    num_threads: int | None, json_file: Path | None,
+    num_threads: int | None, json_file: Path | None, trace: str | Path | None,
 ) -> None:  # fmt: skip
     """Measures and prints a table; see `distkv bench decode --help`."""
     if peer not in (None, "hf"):
@@ -39,7 +39,13 @@ def run(
         use_threads(num_threads)
     # every turn has the same prompt, so pages that are kept would spare all but the first one their prefill
     with LLM(
-        model, dtype=dtype, num_threads=num_threads, max_num_seqs=1, host_kv_bytes=0, enable_prefix_caching=False
+        model,
+        dtype=dtype,
+        num_threads=num_threads,
+        max_num_seqs=1,
+        host_kv_bytes=0,
+        enable_prefix_caching=False,
+        trace=trace,
     ) as llm:
         _check_contexts(contexts, new_tokens, llm.info.max_model_len)
         runners: dict[str, Runner] = {"distkv": distkv_runner(llm)}

@@ -20,7 +20,7 @@ def bench_decode(
     context: Annotated[list[int] | None, typer.Option(help="Context in tokens; may be given again.")] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode at each context.", min=1)] = 32,
     repeats: Annotated[int, typer.Option(help="Turns of each engine; the median counts.", min=1)] = 3,
-    options: Annotated[EngineOptions, engine("dtype", "num_threads", dtype="bfloat16")],
+    options: Annotated[EngineOptions, engine("dtype", "num_threads", "trace", dtype="bfloat16")],
     json_file: JsonFile = None,
 ) -> None:
     """Prefill tokens/s and decode ms/token of one request at several contexts."""
@@ -28,7 +28,7 @@ def bench_decode(
 
     run(
         model_folder(model), peer, context or [128, 1024, 4096], new_tokens, repeats, options["dtype"],
-        options["num_threads"], json_file,
+        options["num_threads"], json_file, options["trace"],
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from itertools import chain
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +15,7 @@ from distkv.commands.chat import chat
 from distkv.commands.demo import demo
 from distkv.commands.fetch import fetch
 from distkv.commands.generate import generate
+from distkv.commands.metrics import metrics, top
 from distkv.commands.stress import stress
 from distkv.errors import ConfigError, DistKVError
 
@@ -27,11 +29,12 @@ app = typer.Typer(
     rich_markup_mode=None,  # whose tables cut long names
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, fetch, demo, stress):
+for command in (generate, chat, fetch, demo, stress, top):
     app.command()(command)
-app.add_typer(bench, name="bench")
-app.add_typer(cache, name="cache")
-for each in (*app.registered_commands, *bench.registered_commands, *cache.registered_commands):
+groups = {"bench": bench, "cache": cache, "metrics": metrics}
+for name, group in groups.items():
+    app.add_typer(group, name=name)
+for each in chain.from_iterable(one.registered_commands for one in (app, *groups.values())):
     each.short_help = " ".join((each.callback.__doc__ or "").partition("\n\n")[0].split())  # whole, in lists
 
 

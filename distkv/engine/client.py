@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from typing import Protocol
 
-from distkv.engine.protocol import EngineInfo, EngineRequest, EngineStats, RequestFailed, StepOutput
+from distkv.engine.protocol import EngineInfo, EngineRequest, RequestFailed, StepOutput
+from distkv.engine.stats import EngineStats
 
 
 class EngineClient(Protocol):
@@ -14,8 +15,12 @@ class EngineClient(Protocol):
     def add(self, requests: list[EngineRequest]) -> None:
         """Queues requests. Raises CapacityError, and queues none, when one of them could never run."""
 
-    def abort(self, answers: list[tuple[str, int | None]]) -> None:
-        """Ends answers `(request id, index)`, with index None all of a request; ended ones are passed over."""
+    def abort(self, answers: list[tuple[str, int | None]], reason: str = "abort") -> None:
+        """Ends answers `(request id, index)`, with index None all of a request; ended ones are passed over.
+
+        Args:
+            reason: which they are counted by, see `RequestStats.finished`.
+        """
 
     def step(self) -> list[StepOutput]:
         """Goes on with the work; returns the tokens that have come of it, if any, and the requests that cannot go on.
@@ -37,7 +42,7 @@ class EngineClient(Protocol):
         ...
 
     def stats(self) -> EngineStats:
-        """State of the KV cache."""
+        """What the engine tells of itself."""
         ...
 
     def reset_prefix_cache(self) -> None:

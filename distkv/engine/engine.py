@@ -16,10 +16,12 @@ from distkv.engine.fork_copies import ForkCopies
 from distkv.engine.not_finite import not_finite
 from distkv.engine.observer import StepObserver
 from distkv.engine.preparation import Preparation
-from distkv.engine.protocol import EngineInfo, EngineRequest, EngineStats, RequestFailed, StepOutput, TokenOutput
+from distkv.engine.protocol import EngineInfo, EngineRequest, RequestFailed, StepOutput, TokenOutput
 from distkv.engine.repairs import Repairs
+from distkv.engine.request_meter import RequestMeter
 from distkv.engine.scheduler import Scheduler
 from distkv.engine.sequence import Scheduled, Sequence
+from distkv.engine.stats import EngineStats, TierStats
 from distkv.engine.step import Step
 from distkv.engine.step_runner import StepRunner
 from distkv.errors import CapacityError, DistKVError
@@ -57,7 +59,7 @@ class Engine:
         self._observer = observer or StepObserver()
         self._scheduler = Scheduler(info)
         self._cache = self._scheduler.cache
-        self._runner = StepRunner(info, executor, self._cache, thread)
+        self._runner = StepRunner(info, executor, self._cache, thread, self._observer.measured)
         self._repairs = Repairs(self._cache, self._runner, info.page_size)
         self._copies = ForkCopies(self._cache)
         self._preparation = Preparation(self._scheduler, self._copies, self._runner)
@@ -76,6 +78,7 @@ class Engine:
         """
         if self._failure is not None:
             raise self._failure
+        self._observer.begun()
         self._read()  # what an exception has left over
         running, scheduled = self._running, self._schedule()
         following = self._prepare(scheduled)  # while the ranks are at the running one
@@ -107,10 +110,10 @@ class Engine:
         for request in requests:
             self._scheduler.add(request)
 
-    def abort(self, answers: Iterable[tuple[str, int | None]]) -> None:
-        """Ends answers `(request id, index)` at once, with index None all of a request; ended ones are passed over."""
+    def abort(self, answers: Iterable[tuple[str, int | None]], reason: str = "abort") -> None:
+        """See `EngineClient.abort`."""
         for request_id, index in answers:
-            self._end(self._scheduler.abort(request_id, index))
+            self._end(self._scheduler.abort(request_id, index, reason))
 
     def reset_prefix_cache(self) -> None:
         """Forgets the pages of all prefixes, in every tier; what runs keeps its own."""
@@ -141,6 +144,7 @@ class Engine:
                 self._runner.close()
             finally:
                 self._close()
+                self._observer.closed()
 
     @property
     def has_work(self) -> bool:
@@ -157,20 +161,44 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The state between two steps."""
+        scheduler, cache, measures = self._scheduler, self._cache, self._runner.measures
+        device, host, disk = cache.slots
+        seconds = {kind: count / 1e9 for kind, count in measures.nanoseconds.items()}
+        read_seconds, write_seconds = (seconds.pop(kind, 0.0) for kind in ("disk_read", "disk_write"))
         return EngineStats(
-            pages_in_use=self._cache.num_pages,
+            pages_in_use=cache.num_pages,
             peak_pages_in_use=self._preparation.peak_pages,
-            num_running=len(self._scheduler.running),
-            num_waiting=len(self._scheduler.waiting),
-            num_parked=sum(sequence.is_parked for sequence in self._scheduler.running),
-            idle_pages=self._cache.num_idle,
-            device_pages=self._cache.slots[Tier.DEVICE].num_used,
-            host_pages=self._cache.slots[Tier.HOST].num_used,
-            disk_pages=self._cache.slots[Tier.DISK].num_used,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_parked=sum(sequence.is_parked for sequence in scheduler.running),
+            num_lacking_room=sum(sequence.lacks_room for sequence in scheduler.running),
+            idle_pages=cache.num_idle,
+            device_pages=device.num_used,
+            host_pages=host.num_used,
+            disk_pages=disk.num_used,
+            tiers={tier.name.lower(): self._tier_stats(tier) for tier in Tier},
             bytes_moved=dict(self._runner.bytes_moved),
+            seconds_moved=seconds,
+            disk_read_bytes=measures.num_bytes.get("disk_read", 0),
+            disk_read_seconds=read_seconds,
+            disk_written_bytes=measures.num_bytes.get("disk_write", 0),
+            disk_write_seconds=write_seconds,
+            checksum_failures=measures.checksum_failures,
             pages_recomputed=self._repairs.num_pages,
             num_preemptions=self._num_preemptions,
+            requests=scheduler.meter.stats(),
         )
+
+    @property
+    def meter(self) -> RequestMeter:
+        """What counts its requests."""
+        return self._scheduler.meter
+
+    def _tier_stats(self, tier: Tier) -> TierStats:
+        num_pages = (self.info.num_pages, self.info.num_host_pages, self.info.num_disk_pages)[tier]
+        used, capacity = self._cache.slots[tier].num_used, self.info.tier_bytes[tier]
+        used_bytes = used * capacity // num_pages if num_pages else 0
+        return TierStats(num_pages, used, self._cache.num_idle_in(tier), capacity, used_bytes)
 
     def integrity_check(self) -> None:
         """Raises AssertionError when pages were lost or are held twice; meant for when nothing runs."""
@@ -262,6 +290,7 @@ class Engine:
             )
             raise self._failure from error
         self._unread = None
+        self.meter.tick()
         for sequence, tokens in answers:
             self._extend(sequence, tokens)
 
@@ -346,7 +375,7 @@ class Engine:
     def _fail(self, request: EngineRequest, error: DistKVError) -> None:
         """Ends a request that cannot go on."""
         log.error("request %s failed: %s", request.request_id, error)
-        self.abort([(request.request_id, None)])
+        self.abort([(request.request_id, None)], "error")
         self._outputs.append(RequestFailed(request.request_id, type(error).__name__, str(error)))
 
     # --- answers ---
@@ -354,6 +383,8 @@ class Engine:
     def _extend(self, sequence: Sequence, tokens: list[list[SampledToken]]) -> None:
         """Adds tokens to the answers that a sequence stands for, some to each."""
         answers = [sequence]
+        if not sequence.num_output_tokens:
+            self.meter.began(sequence)
         if not sequence.is_alone:
             for fork, copy in self._scheduler.fork(sequence):
                 answers.append(fork)
@@ -361,12 +392,13 @@ class Engine:
                     self._copies.add(copy)
         for answer, new in zip(answers, tokens, strict=True):
             if answer.index in sequence.dropped and not answer.finished:
-                self._scheduler.finish(answer)
+                self._scheduler.finish(answer, "abort")
                 self._end([answer])
             for token_id, logprobs in new:
                 if token_id == NO_TOKEN and not answer.finished:
                     self._fail(answer.request, not_finite(self.info.model, answer.request.params))
                 elif not answer.finished:
+                    self.meter.sampled(answer)
                     answer.token_ids.append(token_id)
                     self._outputs.append(self._output(answer, logprobs))
 
@@ -374,7 +406,7 @@ class Engine:
         """What is emitted of the newest token of an answer, which ends if it is to end here."""
         finish_reason, stop_reason = sequence.ending(self.info.eos_token_ids)
         if finish_reason:
-            self._scheduler.finish(sequence)
+            self._scheduler.finish(sequence, finish_reason)
             self._end([sequence])
         cached = sequence.num_cached if sequence.num_output_tokens == 1 else (0, 0, 0)
         return TokenOutput(

@@ -84,10 +84,10 @@ class EngineLoop:
         self._open.add(requests)
         self._sinks |= {request.request_id: sink for request in requests}
 
-    def abort(self, answers: list[tuple[str, int | None]]) -> None:
+    def abort(self, answers: list[tuple[str, int | None]], reason: str = "abort") -> None:
         """Ends answers as `EngineClient.abort` does."""
         if self._error is None:
-            self.engine.abort(answers)
+            self.engine.abort(answers, reason)
             self._open.close(answers)
             self._forget_sinks(request_id for request_id, _ in answers)
 

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from distkv.engine.protocol import StepOutput
+from distkv.storage.meter import Span
 
 if TYPE_CHECKING:
     from distkv.engine.step import Step
@@ -15,6 +16,9 @@ class StepObserver:
     emitted. So the time between two calls is that of the stage which the second one names; `reported` ends a wait. What
     an observer raises comes out of `Engine.step`, and from `prepared` it leaves an engine that cannot go on.
     """
+
+    def begun(self) -> None:
+        """A call of `Engine.step` begins."""
 
     def prepared(self, step: "Step | None") -> None:
         """The next step has its pages and its plan; None when there is none, or the device has no room for it yet.
@@ -31,3 +35,9 @@ class StepObserver:
 
     def emitted(self, outputs: list[StepOutput]) -> None:
         """The tokens of a step are read and added to the answers."""
+
+    def measured(self, spans: list[Span]) -> None:
+        """What ranks have reported of their work, where they are asked to, also of plans that belong to no step."""
+
+    def closed(self) -> None:
+        """Nothing more comes."""

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from distkv.engine.stats import EngineStats
 from distkv.sampling_params import SamplingParams
 from distkv.workers.group.log_lines import LogLine
 from distkv.workers.sampling.sampled_token import TokenLogprobs
@@ -31,6 +32,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     max_cold_bytes_per_step: int = 0  # see `ColdBudget`; 0 for no limit
     disk_cost: float = 1.0  # how often a byte on disk counts towards it
     model: str = ""  # its folder
+    tier_bytes: tuple[int, int, int] = (0, 0, 0)  # of device, host and disk, as allocated
 
 
 class EngineRequest(msgspec.Struct, frozen=True):
@@ -75,25 +77,6 @@ class RequestFailed(msgspec.Struct, frozen=True, tag=True):
 StepOutput = TokenOutput | RequestFailed
 
 
-class EngineStats(msgspec.Struct, frozen=True, tag=True):
-    """State of the KV cache. A page that lies in several tiers counts for each, and once in `pages_in_use`."""
-
-    pages_in_use: int
-    peak_pages_in_use: int
-    num_running: int
-    num_waiting: int
-    num_parked: int = 0  # running ones that wait for their turn, see `ColdBudget`
-    idle_pages: int = 0  # held by nobody, kept for later requests; they count below, and not in `pages_in_use`
-    device_pages: int = 0
-    host_pages: int = 0
-    disk_pages: int = 0
-    # bytes by route since the start, all ranks together: device_to_host, host_to_disk, disk_to_host, host_to_device for
-    # whole pages; host_streamed and disk_streamed for the layer slices that passed through the staging ring
-    bytes_moved: dict[str, int] = {}
-    pages_recomputed: int = 0  # that could not be read back
-    num_preemptions: int = 0  # answers that gave their pages up since they were longer than expected
-
-
 class Add(msgspec.Struct, frozen=True, tag=True):
     """Client to leader: queue requests; answered by Accepted or Refused."""
 
@@ -104,6 +87,7 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     """Client to leader: end answers, see `Engine.abort`. Not answered."""
 
     answers: list[tuple[str, int | None]]
+    reason: str = "abort"
 
 
 class GetStats(msgspec.Struct, frozen=True, tag=True):
@@ -146,6 +130,12 @@ class Logged(msgspec.Struct, frozen=True, tag=True):
     lines: list[LogLine]
 
 
+class Traced(msgspec.Struct, frozen=True, tag=True):
+    """Leader to client: events of a trace, see `TraceFile.write`."""
+
+    events: bytes
+
+
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(Add | Abort | GetStats | ResetPrefixCache | Shutdown).decode
-decode_reply = msgspec.msgpack.Decoder(Accepted | Refused | Tokens | EngineStats | Saving | Logged).decode
+decode_reply = msgspec.msgpack.Decoder(Accepted | Refused | Tokens | EngineStats | Saving | Logged | Traced).decode

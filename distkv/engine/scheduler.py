@@ -1,11 +1,13 @@
 """Which tokens run in the next step. Bookkeeping only, no tensor."""
 
+import time
 from bisect import insort
 from itertools import count as counter
 
 from distkv.engine.cold_budget import ColdBudget
 from distkv.engine.page_promises import PagePromises, num_held_pages
 from distkv.engine.protocol import EngineInfo, EngineRequest
+from distkv.engine.request_meter import RequestMeter
 from distkv.engine.sequence import Scheduled, Sequence, most_pages
 from distkv.errors import CapacityError
 from distkv.storage.ledger.page import Page
@@ -37,6 +39,7 @@ class Scheduler:
         sizes = info.num_pages, info.num_host_pages, info.num_disk_pages
         self.cache = TieredCache(sizes, step_pages, info.write_through)
         self.cold_budget = ColdBudget(info, self.cache)
+        self.meter = RequestMeter()
         self._promises = PagePromises(self.cache)
         self._numbers = counter()
         self.waiting: list[Sequence] = []  # the first to be admitted first
@@ -72,6 +75,7 @@ class Scheduler:
         if self._info.enable_prefix_caching and request.synthetic_kv_seed is None:
             root = root_key(self._info.fingerprint, request.cache_salt)
         sequence = Sequence(request, 0, next(self._numbers), table, list(request.prompt_token_ids), root)
+        sequence.arrived_at = time.perf_counter()
         sequence.is_guessed = request.params.max_tokens is None and self._may_read_again(request)
         sequence.expected = self._find_prefix(sequence)
         self.cache.touch(sequence.expected)
@@ -116,8 +120,12 @@ class Scheduler:
         return step
 
     def refuse(self) -> EngineRequest | None:
-        """Takes the first waiting request out when nothing runs that could make room for it."""
-        return None if self.running or not self.waiting else self.waiting.pop(0).request
+        """Takes the first waiting request out when nothing runs that could make room for it; that is an error of it."""
+        if self.running or not self.waiting:
+            return None
+        sequence = self.waiting.pop(0)
+        self.meter.ended(sequence, "error")
+        return sequence.request
 
     def preempt(self) -> Sequence | None:
         """Has the last in line of those whose need was guessed give its pages up and wait to be admitted again, when
@@ -143,23 +151,30 @@ class Scheduler:
         self.running += [fork for fork, _ in forks]
         return forks
 
-    def finish(self, sequence: Sequence) -> None:
-        """Ends one answer and lets go of its pages."""
+    def finish(self, sequence: Sequence, reason: str) -> None:
+        """Ends one answer, or all that a sequence stands for, and lets go of the pages."""
+        self.meter.ended(sequence, reason)
         sequence.finished = True
         sequence.table.release()
         self.running.remove(sequence)
 
-    def abort(self, request_id: str, index: int | None = None) -> list[Sequence]:
+    def abort(self, request_id: str, index: int | None = None, reason: str = "abort") -> list[Sequence]:
         """Ends one answer of a request, or all of them with index None; one that has ended already is passed over.
-        Returns those that had begun."""
+        Returns those that had begun.
+
+        Args:
+            reason: see `RequestStats.finished`.
+        """
 
         def ends(one: Sequence) -> bool:
             return one.request.request_id == request_id and one.drop(index)
 
-        self.waiting = [sequence for sequence in self.waiting if not ends(sequence)]
+        for sequence in list(filter(ends, self.waiting)):
+            self.waiting.remove(sequence)
+            self.meter.ended(sequence, reason)
         ended = list(filter(ends, self.running))
         for sequence in ended:
-            self.finish(sequence)
+            self.finish(sequence, reason)
         return ended
 
     def _admit(self) -> None:
@@ -186,6 +201,7 @@ class Scheduler:
     def _begin(self, sequence: Sequence, prefix: list[Page]) -> None:
         if not sequence.was_preempted:  # else it finds pages of its own
             sequence.cached_tiers = [page.tier for page in prefix]
+            self.meter.admitted(sequence)
         sequence.table.begin(prefix)
         sequence.expected, sequence.found, sequence.awaits = [], [], None
         self.running.append(sequence)

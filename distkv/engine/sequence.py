@@ -43,6 +43,12 @@ class Sequence:
     turn_steps: int = 0
     dropped: set[int] = field(default_factory=set)  # answers that it stands for and nobody wants any more
     finished: bool = False
+    has_begun: bool = False  # the first tokens of the request's answers have come, so it is one of them
+    # by `time.perf_counter`, 0.0 until then
+    arrived_at: float = 0.0
+    admitted_at: float = 0.0
+    first_token_at: float = 0.0
+    last_token_at: float = 0.0
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.request.prompt_token_ids)
@@ -188,6 +194,7 @@ class Sequence:
         fork = Sequence(self.request, index, number, table, list(self.token_ids), self.root, list(self.keys))
         fork.arrival, fork.is_guessed = self.arrival, self.is_guessed
         fork.turn, fork.cached_tiers = self.turn, self.cached_tiers
+        fork.arrived_at, fork.admitted_at, fork.has_begun = self.arrived_at, self.admitted_at, self.has_begun
         return fork, copy
 
     def drop(self, index: int | None) -> bool:

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor as Thread
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from distkv.engine.protocol import EngineInfo
 from distkv.storage.ledger.page import Page
 from distkv.storage.ledger.tiered_cache import TieredCache
+from distkv.storage.meter import Measures, Span
 from distkv.workers.group.executor import Executor, StepResult
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan
@@ -25,18 +26,27 @@ log = logging.getLogger(__name__)
 class StepRunner:
     """Plans run one after another, on a thread of their own."""
 
-    def __init__(self, info: EngineInfo, executor: Executor, cache: TieredCache, thread: Thread | None = None):
+    def __init__(
+        self,
+        info: EngineInfo,
+        executor: Executor,
+        cache: TieredCache,
+        thread: Thread | None = None,
+        measured: Callable[[list[Span]], None] = lambda spans: None,
+    ):
         """Warms up, and takes in what earlier processes left on disk; raises StoreError or ConfigError when the
         catalogue there cannot be used.
 
         Args:
             thread: runs one call after another; one is made unless it is given.
+            measured: see `StepObserver.measured`.
         """
         self.bytes_moved: Counter[str] = Counter()  # by route
+        self.measures = Measures()  # of all ranks since the start, without spans
         self.damage = ""  # what could not be read back last, and why
         self._last_warning = ""  # since the disk took a page
         self.executor = executor
-        self._cache = cache
+        self._cache, self._measured = cache, measured
         self._ended: list[int] = []  # tables that the ranks may forget with the next plan
         self._thread = ThreadPoolExecutor(1, "distkv-step") if thread is None else thread
         self._catalogue_writer: CatalogueWriter | None = None
@@ -69,6 +79,10 @@ class StepRunner:
     def take_in(self, report: Report) -> set[Page]:
         """Books what the ranks report; returns the held pages that the step could not read."""
         self.bytes_moved.update(report.bytes_moved)
+        spans, report.measures.spans = report.measures.spans, []
+        if spans:
+            self._measured(spans)
+        self.measures.add(report.measures)
         if report.checksums:
             self._last_warning = ""
         for _, reason in [*report.failed, *report.bad_reads]:

@@ -74,13 +74,13 @@ class EngineThread:
         """Queues requests; all that becomes of them goes to `sink`, a refusal too. Raises DistKVError once closed."""
         self._post(lambda: self._loop.add(requests, sink))
 
-    def abort(self, answers: list[tuple[str, int | None]]) -> None:
+    def abort(self, answers: list[tuple[str, int | None]], reason: str = "abort") -> None:
         """Ends answers as `EngineClient.abort` does; nothing to do once closed, or in a forked process."""
         if os.getpid() != self._pid:
             return
         with self._lock:
             if not self._loop.asked_to_end:
-                self._loop.post(lambda: self._loop.abort(answers))
+                self._loop.post(lambda: self._loop.abort(answers, reason))
 
     def call(self, function: Callable[[EngineClient], Result]) -> Future[Result]:
         """Has the thread call a function with the engine between two steps. Raises DistKVError once closed."""

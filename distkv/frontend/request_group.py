@@ -38,7 +38,7 @@ class RequestGroup:
             else:
                 state.add(delivery)
                 if state.is_finished(delivery.index) and delivery.finish_reason is None:
-                    self._thread.abort([(request_id, delivery.index)])  # the engine cannot see stop strings
+                    self._thread.abort([(request_id, delivery.index)], "stop")  # the engine cannot see the string
             if state.is_due:
                 due[request_id] = state
             if state.finished:

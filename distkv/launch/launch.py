@@ -12,6 +12,8 @@ from distkv.engine.protocol import EngineInfo
 from distkv.errors import ConfigError
 from distkv.launch.fingerprint import FOLDER_DIGITS, common_digest, common_kernels, make_fingerprint
 from distkv.launch.sizing import cold_budget, engine_info, keeps_cache, needs_bandwidth, needs_capacity, pool_sizes
+from distkv.metrics.step_trace import StepTrace
+from distkv.metrics.trace_file import TraceFile
 from distkv.storage.disk.cache_folder import SCRATCH
 from distkv.workers.backend import KINDS
 from distkv.workers.cache_place import CachePlace
@@ -37,27 +39,40 @@ def launch(
     max_model_len = _max_model_len(config, model)
     for rank in range(config.tensor_parallel_size):
         Shard.of(model, rank, config.tensor_parallel_size)  # refuses too many ranks before anything starts
-    if config.tensor_parallel_size > 1 or config.ray_address is not None:
-        assert observer is None
-        return _launch_on_ray(config, model, max_model_len, check)
-    group = LocalGroup(config.device, check)
+    trace = None if config.trace is None else TraceFile(Path(config.trace))
+    assert observer is None or trace is None
     try:
-        info = set_up(group, config, model, max_model_len)
-        return Engine(info, group.make_executor(), group.close, observer=observer)
+        if config.tensor_parallel_size > 1 or config.ray_address is not None:
+            assert observer is None
+            return _launch_on_ray(config, model, max_model_len, check, trace)
+        group = LocalGroup(config.device, check)
+        try:
+            info = set_up(group, config, model, max_model_len)
+            if trace is not None:
+                observer = StepTrace(trace.write, trace.close)
+            return Engine(info, group.make_executor(), group.close, observer=observer)
+        except BaseException:
+            group.close()
+            raise
     except BaseException:
-        group.close()
+        if trace is not None:
+            trace.close()
         raise
 
 
 def _launch_on_ray(
-    config: EngineConfig, model: ModelConfig, max_model_len: int, check: Callable[[], None]
+    config: EngineConfig,
+    model: ModelConfig,
+    max_model_len: int,
+    check: Callable[[], None],
+    trace: TraceFile | None,
 ) -> EngineClient:
     from distkv.launch.ray_engine import RayEngine  # imports ray
     from distkv.workers.group.ray_group import RayGroup
 
     group = RayGroup(config.tensor_parallel_size, config.ray_address, config.device, check)
     try:
-        return RayEngine(group, set_up(group, config, model, max_model_len))
+        return RayEngine(group, set_up(group, config, model, max_model_len), trace)
     except BaseException:
         group.close()
         raise
@@ -111,6 +126,7 @@ def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> R
         num_threads=config.num_threads,
         staging_pages=staging_pages,
         digest_weights=keeps_cache(config, model),
+        traces=config.trace is not None,
     )
 
 

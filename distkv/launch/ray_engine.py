@@ -13,7 +13,6 @@ from distkv.engine.protocol import (
     Add,
     EngineInfo,
     EngineRequest,
-    EngineStats,
     GetStats,
     Logged,
     Refused,
@@ -22,11 +21,14 @@ from distkv.engine.protocol import (
     Shutdown,
     StepOutput,
     Tokens,
+    Traced,
     decode_reply,
     encode,
 )
+from distkv.engine.stats import EngineStats
 from distkv.errors import CapacityError, DistKVError, StoreError
 from distkv.launch.leader import lead
+from distkv.metrics.trace_file import TraceFile
 from distkv.workers.group.log_lines import relay
 from distkv.workers.group.ray_group import RayGroup
 
@@ -44,18 +46,22 @@ Reply = Accepted | Refused | Tokens | EngineStats | Saving
 class RayEngine:
     """Owns the group of actors and speaks to its leader. An `EngineClient`."""
 
-    def __init__(self, group: RayGroup, info: EngineInfo):
+    def __init__(self, group: RayGroup, info: EngineInfo, trace: TraceFile | None = None):
         """Takes over a group whose pools are allocated and starts its engine; raises WorkerDied when a rank is lost,
-        having released everything."""
+        having released everything.
+
+        Args:
+            trace: gets what the ranks do, and is closed in the end.
+        """
         self.info = info
-        self._group = group
+        self._group, self._trace = group, trace
         self._context = zmq.Context()
         self._unread: deque[list[StepOutput]] = deque()
         self._open = OpenAnswers()
         self._heard = 0.0  # monotonic time of the last message, or of the last look at the ranks
         self._closed = False
         try:
-            group.start(lead, info)
+            group.start(lead, info, trace is not None)
             self._socket = self._context.socket(zmq.PAIR)
             self._socket.set_hwm(0)
             self._socket.connect(group.request_address)
@@ -72,10 +78,10 @@ class RayEngine:
             raise CapacityError(reply.reason)
         self._open.add(requests)
 
-    def abort(self, answers: list[tuple[str, int | None]]) -> None:
+    def abort(self, answers: list[tuple[str, int | None]], reason: str = "abort") -> None:
         """See `EngineClient.abort`; nothing to do once the group has ended."""
         if not self._closed:
-            self._send(Abort(answers))
+            self._send(Abort(answers, reason))
             self._open.close(answers)
 
     def step(self) -> list[StepOutput]:
@@ -190,9 +196,13 @@ class RayEngine:
         while self._socket.poll(wait):
             self._heard = time.monotonic()
             reply = decode_reply(self._socket.recv())
-            if not isinstance(reply, Logged):
+            if isinstance(reply, Logged):
+                relay(reply.lines)
+            elif isinstance(reply, Traced):
+                assert self._trace is not None
+                self._trace.write(reply.events)
+            else:
                 return reply
-            relay(reply.lines)
         if not checks:
             return None
         if time.monotonic() - self._heard >= DEATH_POLL / 1e3:
@@ -213,4 +223,6 @@ class RayEngine:
         try:
             self._context.destroy(linger=0)
         finally:
+            if self._trace is not None:
+                self._trace.close()
             self._group.close()

@@ -170,6 +170,7 @@ def engine_info(
     """
     specs = page_specs(config, ranks)
     max_cold_bytes, disk_cost = budget
+    on_device, on_host, on_disk = (sum(tier) for tier in zip(*pool_bytes, strict=True))
     return EngineInfo(
         max_model_len=max_model_len,
         max_num_seqs=config.max_num_seqs,
@@ -179,7 +180,7 @@ def engine_info(
         num_host_pages=sizes.host,
         num_disk_pages=sizes.disk,
         page_bytes=sum(spec.page_bytes for spec in specs),
-        pool_bytes=sum(device for device, _, _ in pool_bytes),
+        pool_bytes=on_device,
         kv_bytes_per_token=sum(spec.bytes_per_token for spec in specs),
         vocab_size=ranks.model.vocab_size,
         eos_token_ids=ranks.model.eos_token_ids,
@@ -191,4 +192,5 @@ def engine_info(
         max_cold_bytes_per_step=max_cold_bytes,
         disk_cost=disk_cost,
         model=str(ranks.folder),
+        tier_bytes=(on_device, on_host, on_disk),
     )

@@ -216,8 +216,9 @@ def _all_resident(config: EngineConfig, info: EngineInfo) -> EngineConfig:
     """The same engine with all pages on the device."""
     size = pages_for(info.max_model_len, info.page_size) * info.page_bytes
     return replace(
-        config, device_kv_bytes=size, host_kv_bytes=0, disk_kv_bytes=None, cache_dir=None, staging_pages=None
-    )
+        config, device_kv_bytes=size, host_kv_bytes=0, disk_kv_bytes=None, cache_dir=None, staging_pages=None,
+        trace=None,
+    )  # fmt: skip
 
 
 def _kv_bytes(config: EngineConfig) -> int:

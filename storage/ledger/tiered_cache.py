@@ -19,7 +19,7 @@ from distkv.storage.ledger.page import Page, PageKey
 from distkv.storage.ledger.promotion import Promotion
 from distkv.storage.ledger.tier_ledger import TierLedger
 from distkv.storage.ledger.write_back import WriteBack
-from distkv.storage.tier import DEVICE, DISK, HOST, Transfer
+from distkv.storage.tier import DEVICE, DISK, HOST, Tier, Transfer
 
 
 class TieredCache:
@@ -63,6 +63,10 @@ class TieredCache:
     def num_idle(self) -> int:
         """Pages that nobody holds and a later request may find."""
         return self._ledger.num_idle
+
+    def num_idle_in(self, tier: Tier) -> int:
+        """The same, as far as they lie in a tier."""
+        return self._ledger.idle.count(tier)
 
     @property
     def num_unsaved(self) -> int:

@@ -6,6 +6,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Protocol
 
+from distkv.storage.meter import Meter, now
+from distkv.storage.moving.lane_times import LaneTimes
 from distkv.storage.moving.page_copies import PageCopies
 from distkv.storage.moving.streams import Event, Lane
 from distkv.storage.pools.device_pool import DevicePool
@@ -56,8 +58,8 @@ class Copier(Protocol):
 class ThreadCopier:
     """A thread that copies pages in turn. It suits a CPU, where what computes has ended when the next plan begins."""
 
-    def __init__(self, device: DevicePool, host: HostPool):
-        self._device, self._host = device, host
+    def __init__(self, device: DevicePool, host: HostPool, meter: Meter):
+        self._device, self._host, self._meter = device, host, meter
         self._thread = ThreadPoolExecutor(1, "kv-copy")
 
     def border(self) -> list[Event]:
@@ -74,15 +76,22 @@ class ThreadCopier:
 
     def _copy(self, transfer: Transfer) -> Callable[[], None]:
         if transfer.target is Tier.DEVICE:
-            return partial(self._device.store, transfer.target_slot, self._host.page(transfer.source_slot))
-        return partial(self._device.load, transfer.source_slot, self._host.page(transfer.target_slot))
+            work = partial(self._device.store, transfer.target_slot, self._host.page(transfer.source_slot))
+        else:
+            work = partial(self._device.load, transfer.source_slot, self._host.page(transfer.target_slot))
+        return partial(self._run, work, transfer.route)
+
+    def _run(self, work: Callable[[], None], route: str) -> None:
+        start = now()
+        work()
+        self._meter.add(route, start, pages=1)
 
 
 class LaneCopier:
     """A lane of a GPU for each direction, and nobody on the host waits."""
 
-    def __init__(self, device: DevicePool, host: HostPool, copies: PageCopies):
-        self._device, self._host, self._copies = device, host, copies
+    def __init__(self, device: DevicePool, host: HostPool, copies: PageCopies, times: LaneTimes):
+        self._device, self._host, self._copies, self._times = device, host, copies, times
 
     def border(self) -> list[Event]:
         return [self._copies.streams.record(Lane.COMPUTE)]
@@ -98,8 +107,9 @@ class LaneCopier:
             self._copies.streams.wait(lane, event)
         slots = [(transfer.source_slot, transfer.target_slot) for transfer in batch]
         pairs = self._copies.prepare(lane, slots, self._host.piece_pages)
+        begun = self._times.begin(lane)
         self._copies.start(lane, source, target, pairs)
-        return [self._copies.streams.record(lane)] * len(batch)
+        return [self._times.end(lane, begun, batch[0].route, pages=len(batch))] * len(batch)
 
     def hold(self, event: Event) -> None:
         self._copies.streams.wait(Lane.COMPUTE, event)

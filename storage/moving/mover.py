@@ -34,7 +34,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from distkv.storage.errors import StoreError
+from distkv.storage.meter import Meter, now
 from distkv.storage.moving.copier import Copier, LaneCopier, Task, ThreadCopier
+from distkv.storage.moving.lane_times import LaneTimes
 from distkv.storage.moving.page_copies import PageCopies
 from distkv.storage.moving.streams import Event
 from distkv.storage.pools.device_pool import DevicePool
@@ -63,13 +65,27 @@ class Mover:
     that is copied must not change until its copy is done, or awaited.
     """
 
-    def __init__(self, device: DevicePool, host: HostPool, disk: "DiskPool | None", copies: PageCopies | None = None):
+    def __init__(
+        self,
+        device: DevicePool,
+        host: HostPool,
+        disk: "DiskPool | None",
+        copies: PageCopies | None = None,
+        meter: Meter | None = None,
+        times: LaneTimes | None = None,
+    ):
         """
         Args:
             copies: of the device, for a GPU.
+            meter: is told how long transfers take.
+            times: of the lanes of `copies`.
         """
-        self._spec, self._host, self._disk = device.spec, host, disk
-        self._copier: Copier = ThreadCopier(device, host) if copies is None else LaneCopier(device, host, copies)
+        self._spec, self._host, self._disk, self._meter = device.spec, host, disk, meter or Meter()
+        self._copier: Copier = (
+            ThreadCopier(device, host, self._meter)
+            if copies is None
+            else LaneCopier(device, host, copies, times or LaneTimes(copies.streams, self._meter))
+        )
         self._disk_threads = ThreadPoolExecutor(DISK_THREADS, "kv-disk")
         self._jobs: dict[int, tuple[Transfer, Event]] = {}
         # the newest copy that touches a slot, by (where copies go, tier and number of the slot)
@@ -169,13 +185,14 @@ class Mover:
             ways = [Tier.HOST, Tier.DEVICE]
         copies = (self._touched_by.get((way, Tier.HOST, slot)) for way in ways)
         after += [event for event in copies if event is not None]
-        return partial(_run, after, work, disk_slot, self._host.page(slot))
+        return partial(self._run, after, transfer.route, partial(work, disk_slot, self._host.page(slot)))
 
-
-def _run(after: list[Event], work: Callable[..., None], *args: object) -> None:
-    for event in after:
-        event.synchronize()
-    work(*args)
+    def _run(self, after: list[Event], route: str, work: Callable[[], None]) -> None:
+        for event in after:
+            event.synchronize()
+        start = now()
+        work()
+        self._meter.add(route, start, pages=1)
 
 
 def _keys(transfer: Transfer) -> list[tuple[Tier, Tier, int]]:

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from distkv.storage.device import Device
 from distkv.storage.errors import StoreError
+from distkv.storage.meter import Meter, now
+from distkv.storage.moving.lane_times import LaneTimes
 from distkv.storage.moving.page_copies import PageCopies
 from distkv.storage.moving.read_ahead import ReadAhead
 from distkv.storage.moving.streams import Event, Lane
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 Load = Sequence[int]
 """Cold locations (`encode_location`) that are brought side by side into one buffer."""
+
+STREAMED = {tier: f"{tier.name.lower()}_streamed" for tier in Tier}  # routes through the ring, see `meter.py`
 
 
 class Stream(Protocol):
@@ -63,6 +67,8 @@ class StagingRing:
         device: Device,
         copies: PageCopies | None = None,
         filling: Callable[[], dict[int, Event]] = dict,
+        meter: Meter | None = None,
+        times: LaneTimes | None = None,
     ):
         """
         Args:
@@ -70,9 +76,12 @@ class StagingRing:
             read_ahead: for pages on disk, with memory for a buffer's at least; needed with `copies`.
             copies: of the device; None where the host fills each buffer by itself when its turn comes.
             filling: see `Mover.filling`, called once a step; needed with `copies`.
+            meter: is told how long loads take.
+            times: of the lanes of `copies`.
         """
         self.spec, self.host, self.disk, self.read_ahead = spec, host, disk, read_ahead
-        self.copies, self.filling = copies, filling
+        self.copies, self.filling, self.meter = copies, filling, meter or Meter()
+        self.times = times if times is not None or copies is None else LaneTimes(copies.streams, self.meter)
         self.buffer_pages = num_pages // NUM_BUFFERS
         self.num_buffers = device.num_buffers
         self.buffers = torch.zeros(
@@ -158,13 +167,15 @@ class LoadsInTurn:
             self._on_disk = 0
         buffer = number % self._ring.num_buffers
         for run in self._loads[load]:
+            start = now()
             self._ring.count_slices(run.tier, run.count)
             if run.tier is Tier.HOST:
                 source = self._ring.host.slices(run.first_slot, run.count, layer)
                 self._ring.buffers[buffer, run.first_index : run.first_index + run.count].copy_(source)
-                continue
-            for index in range(run.count):
-                self._read(layer, run.first_slot + index, buffer, run.first_index + index)
+            else:
+                for index in range(run.count):
+                    self._read(layer, run.first_slot + index, buffer, run.first_index + index)
+            self._ring.meter.add(STREAMED[run.tier], start, layer=layer, pages=run.count)
         return self._ring.buffers[buffer, : self._sizes[load]]
 
     def close(self) -> None:
@@ -275,10 +286,16 @@ class LoadsAhead:
         if layer == 0 and self._filling:
             for slot in self._filling.keys() & on_host.rows[:, 0].tolist():
                 self._streams.wait(Lane.LOAD, self._filling[slot])
-        self._copies.start(Lane.LOAD, ring.sources[layer], ring.targets[self._buffer(number)], on_host)
+        assert ring.times is not None
+        ready = begun = ring.times.begin(Lane.LOAD)
+        if len(on_host.rows):
+            self._copies.start(Lane.LOAD, ring.sources[layer], ring.targets[self._buffer(number)], on_host)
+            ready = ring.times.end(Lane.LOAD, begun, STREAMED[Tier.HOST], layer=layer, pages=len(on_host.rows))
         for slot, index in on_disk:
             self._copy_read(slot, ring.buffers[self._buffer(number), index])
-        self._ready.append(self._streams.record(Lane.LOAD))
+        if on_disk:
+            ready = ring.times.end(Lane.LOAD, ready, STREAMED[Tier.DISK], layer=layer, pages=len(on_disk))
+        self._ready.append(ready)
         if self._reads is not None and on_disk:
             self._reads.free(self._read, self._ready[-1])
         ring.count_slices(Tier.HOST, len(on_host.rows))

@@ -37,8 +37,11 @@ class Streams(Protocol):
     def run(self, lane: Lane, work: Callable[[], object]) -> None:
         """Enqueues `work`: asynchronous calls on tensors, which nobody may change on the host before they have run."""
 
-    def record(self, lane: Lane) -> Event:
-        """An event that happens once all work of the lane so far has ended."""
+    def record(self, lane: Lane, timed: bool = False) -> Event:
+        """An event that happens once all work of the lane so far has ended; `timed`, so that it can be told when."""
+
+    def nanoseconds_between(self, first: Event, last: Event) -> int:
+        """The time between two timed events that have happened."""
 
     def wait(self, lane: Lane, event: Event) -> None:
         """Holds back all later work of the lane until a recorded event has happened."""
@@ -64,10 +67,15 @@ class CudaStreams:
         with torch.cuda.stream(self._stream(lane)):
             work()
 
-    def record(self, lane: Lane) -> Event:
-        event = torch.cuda.Event(blocking=True)  # a thread that waits for it sleeps and leaves its core to others
+    def record(self, lane: Lane, timed: bool = False) -> Event:
+        # a thread that waits for it sleeps and leaves its core to others
+        event = torch.cuda.Event(enable_timing=timed, blocking=True)
         event.record(self._stream(lane))
         return event
+
+    def nanoseconds_between(self, first: Event, last: Event) -> int:
+        assert isinstance(first, torch.cuda.Event) and isinstance(last, torch.cuda.Event)
+        return int(first.elapsed_time(last) * 1e6)
 
     def wait(self, lane: Lane, event: Event) -> None:
         assert isinstance(event, torch.cuda.Event)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distkv.storage.disk.cache_folder import ARRAY, FULL, DiskHeads, chunk_name, parse_chunk, replace_file
 from distkv.storage.errors import StoreError
+from distkv.storage.meter import Meter, now
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools.host_memory import as_integers
 from distkv.storage.pools.page_pool import check_slot
@@ -34,8 +35,9 @@ class DiskPool:
     The checksum of each head's layer slice is kept in memory; `checksums` gives those of a slot for the catalogue.
     """
 
-    def __init__(self, spec: PageSpec, folder: Path, num_pages: int, heads: DiskHeads):
+    def __init__(self, spec: PageSpec, folder: Path, num_pages: int, heads: DiskHeads, meter: Meter | None = None):
         """For the array that lies in `folder`, of at least so many slots."""
+        self.meter = meter or Meter()
         self.num_pages = num_pages
         self._spec = spec
         self._heads = heads
@@ -133,7 +135,7 @@ class DiskPool:
     def _write(self, slot: int, page: Tensor) -> None:
         """What lay in the slot is removed first, so that on a full disk its room does, whoever else is writing. Leaves
         no part of a page. Raises OSError."""
-        bits = as_integers(page)
+        bits, start = as_integers(page), now()
         self._remove(slot)
         try:
             for head, name in enumerate(self._names(slot)):
@@ -141,6 +143,7 @@ class DiskPool:
         except OSError:
             self._remove(slot)
             raise
+        self.meter.add("disk_write", start, self._spec.page_bytes_in(Tier.DISK))
 
     def _remove(self, slot: int) -> None:
         for name in self._names(slot):
@@ -189,7 +192,7 @@ class OpenPages:
 
     def __init__(self, pool: DiskPool, slots: Sequence[int]):
         """Raises StoreError for a slot that holds no page."""
-        self._slice_bytes = pool.slice_bytes
+        self._slice_bytes, self._meter = pool.slice_bytes, pool.meter
         self._files = [pool.files(slot) for slot in slots]
         self._checksums = [pool.layer_checksums(slot) for slot in slots]
         self._descriptors: list[list[int | None]] = [[None] * len(files) for files in self._files]
@@ -202,7 +205,7 @@ class OpenPages:
 
     def read(self, index: int, layer: int, parts: Parts) -> None:
         """Reads and checks one layer of the index-th page. Raises StoreError when it cannot be read back."""
-        offset, checksums = layer * self._slice_bytes, self._checksums[index]
+        offset, checksums, start = layer * self._slice_bytes, self._checksums[index], now()
         for head, (descriptor, pieces) in enumerate(zip(self._descriptors[index], parts, strict=True)):
             try:
                 if descriptor is None:
@@ -214,7 +217,9 @@ class OpenPages:
             if count != self._slice_bytes:
                 raise StoreError(f"{self._files[index][head]} is cut short in layer {layer}")
             if _checksum(pieces) != checksums[head][layer]:
+                self._meter.count_checksum_failure()
                 raise StoreError(f"{self._files[index][head]} is damaged: the checksum of layer {layer} is wrong")
+        self._meter.add("disk_read", start, self._slice_bytes * len(parts), layer=layer)
 
     def close(self) -> None:
         for descriptors in self._descriptors:

@@ -33,6 +33,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "max_cold_bytes_per_step": ("123", 123),
     "load_format": ("dummy", "dummy"),
     "num_threads": ("2", 2),
+    "trace": ("steps.json", Path("steps.json")),
 }
 """What the command line is given for a field, and what the field is then."""
 OTHERS: dict[str, tuple[str, Any]] = {"enable_prefix_caching": ("no", False), "gpu_memory_utilization": ("0.5", 0.5)}

@@ -1,6 +1,7 @@
 """Tensor parallelism on a real Ray cluster: equal answers, clear deaths, nothing left behind."""
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -9,14 +10,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
 import ray
 import zarr
+from prometheus_client.parser import text_string_to_metric_families
 from support import ray_cluster
 from support.checkpoints import edit_weights, save_llama
 from support.damage import flip_bit
@@ -200,6 +203,51 @@ def test_tiers_change_nothing_for_several_ranks(cluster: Cluster, tmp_path: Path
     assert answers[1] == answers[0]
     assert answers[2] == answers[0]
     check_nothing_is_left(cluster)
+
+
+def test_figures_and_traces_are_of_all_ranks(cluster: Cluster, tmp_path: Path) -> None:
+    """Bytes and seconds are sums over ranks; Ray tells them too while the engine runs, and the caller has the trace."""
+    folder, trace = save_with_heads(tmp_path, 3), tmp_path / "steps.json"
+    page_bytes = 2 * 2 * 3 * 16 * 16 * 4
+    options: dict[str, Any] = {
+        "page_size": 16, "max_num_batched_tokens": 64, "tensor_parallel_size": 2, "device_kv_bytes": 7 * page_bytes,
+        "host_kv_bytes": 6 * page_bytes, "cache_dir": tmp_path / "cache", "disk_kv_bytes": 60 * page_bytes,
+    }  # fmt: skip
+    with LLM(folder, ray_address=cluster.address, trace=trace, **options) as llm:
+        llm.generate([random_prompt(300, 1, end=20)], GREEDY, use_tqdm=False)
+        stats, moved = llm.stats(), llm.stats().bytes_moved
+        assert stats.requests.generation_tokens == 48 and stats.requests.finished["length"] == 1
+        assert sum(stats.requests.inter_token_latency.counts) == 47
+        assert stats.disk_read_bytes == moved["disk_streamed"] + moved.get("disk_to_host", 0)
+        assert stats.disk_written_bytes == moved["host_to_disk"]
+        assert moved["host_to_disk"] % page_bytes == 0, "whole pages, of which each rank has its heads"
+        assert stats.seconds_moved.keys() == moved.keys() and all(stats.seconds_moved.values())
+        assert stats.tiers["device"].capacity_bytes == 7 * page_bytes
+        exported = await_exported("ray_distkv_generation_tokens_total")
+        assert exported["ray_distkv_generation_tokens_total"] == 48
+        assert exported["ray_distkv_inter_token_latency_seconds_count"] == 47
+        assert exported["ray_distkv_tier_capacity_bytes"]
+    events = json.loads(trace.read_text())
+    processes = {one["pid"]: one["args"]["name"] for one in events if one["name"] == "process_name"}
+    assert set(processes.values()) == {"leader", "rank 0", "rank 1"}
+    spans = {(processes[one["pid"]], one["name"]) for one in events if one["ph"] == "X"}
+    of_ranks = {(f"rank {rank}", name) for rank in (0, 1) for name in ("compute", "disk read")}
+    assert {("leader", "prepare")} | of_ranks <= spans
+    check_nothing_is_left(cluster)
+
+
+def await_exported(name: str) -> dict[str, float]:
+    """What the nodes export, by name, once this is among it."""
+    found: dict[str, float] = {}
+    deadline = time.monotonic() + 60
+    while not found.get(name) and time.monotonic() < deadline:
+        time.sleep(0.5)
+        for node in ray.nodes():
+            url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+            with suppress(OSError), urlopen(url, timeout=10) as answer:
+                for family in text_string_to_metric_families(answer.read().decode()):
+                    found |= {sample.name: sample.value for sample in family.samples}
+    return found
 
 
 @pytest.mark.parametrize("kv_heads", [3, pytest.param(2, marks=pytest.mark.slow)])

@@ -36,6 +36,7 @@ def start(folder: Path, num_cpus: int) -> tuple[Cluster, subprocess.Popen[bytes]
     hidden = ("RAY_", "PYTHONPATH", "HOME", "PATH", "VIRTUAL_ENV")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     environment |= {"HOME": str(folder), "PATH": f"{python.parent}:{os.environ['PATH']}"}
+    environment["RAY_metrics_report_interval_ms"] = "1000"  # else tests would wait for ten seconds
     if (folder / ".ray" / "auth_token").exists():
         environment["RAY_AUTH_MODE"] = "token"  # else Ray's other commands would not send it
     cluster = Cluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", python, environment)

@@ -16,7 +16,7 @@ class ScriptedEngine:
         self._open |= {request.request_id: (request, 0) for request in requests}
         self.prompts += [request.prompt_token_ids for request in requests]
 
-    def abort(self, answers: list[tuple[str, int | None]]) -> None:
+    def abort(self, answers: list[tuple[str, int | None]], reason: str = "abort") -> None:
         for request_id, _ in answers:
             self._open.pop(request_id, None)
 

@@ -64,10 +64,14 @@ class SimulatedDevice:
     def run(self, lane: Lane, work: Callable[[], object]) -> None:
         self._queues[lane].append(_Work(work))
 
-    def record(self, lane: Lane) -> SimulatedEvent:
+    def record(self, lane: Lane, timed: bool = False) -> SimulatedEvent:
         event = SimulatedEvent(self, lane)
         self.run(lane, partial(setattr, event, "happened", True))
         return event
+
+    def nanoseconds_between(self, first: Event, last: Event) -> int:
+        assert first.query() and last.query()
+        return 1000
 
     def wait(self, lane: Lane, event: Event) -> None:
         assert isinstance(event, SimulatedEvent)

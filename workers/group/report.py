@@ -4,6 +4,7 @@ from collections import Counter
 
 import msgspec
 
+from distkv.storage.meter import Measures
 from distkv.workers.group.log_lines import LogLine
 
 
@@ -17,6 +18,7 @@ class Report(msgspec.Struct, array_like=True):
     bytes_moved: dict[str, int] = {}  # bytes by route, see `Rank.take_report`
     missing: list[int] = []  # disk slots of `StepPlan.adopt` whose page is not there
     log: list[LogLine] = []  # of a rank behind rank 0
+    measures: Measures = msgspec.field(default_factory=Measures)
 
 
 encode_report = msgspec.msgpack.Encoder().encode
@@ -47,6 +49,7 @@ class ReportCollector:
             together.bad_reads += report.bad_reads
             moved.update(report.bytes_moved)
             missing.update(report.missing)
+            together.measures.add(report.measures)
         together.bytes_moved, together.missing = dict(moved), sorted(missing)
         for id in [id for id, count in self._ended.items() if count == self._num_ranks]:
             del self._ended[id]

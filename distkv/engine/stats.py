@@ -1,0 +1,69 @@
+"""What an engine tells of itself: figures of this moment, sums since its start, and how times are distributed."""
+
+import msgspec
+
+
+class Histogram(msgspec.Struct, frozen=True):
+    """How many values were at most each bound, above the bound before; the last count is of those above all."""
+
+    bounds: tuple[float, ...] = ()
+    counts: tuple[int, ...] = (0,)
+    total: float = 0.0  # the sum of the values
+
+
+class TierStats(msgspec.Struct, frozen=True):
+    """A tier of all ranks together. A page that lies in several tiers counts in each of them."""
+
+    num_pages: int  # there is room for
+    used_pages: int
+    idle_pages: int  # of the used ones, those that no request holds, kept for later ones
+    capacity_bytes: int  # as allocated; on disk what the files may take
+    used_bytes: int
+
+
+class RequestStats(msgspec.Struct, frozen=True):
+    """What became of requests since the start. Times are those of the engine: from a request's arrival there until a
+    token is read from the device, without text and network. Seconds, and tokens."""
+
+    prompt_tokens: int = 0  # of requests whose first token is there, with those that were found
+    generation_tokens: int = 0
+    prefix_queries: int = 0  # tokens of prompts that were looked for, 0 without prefix caching
+    prefix_hits: dict[str, int] = {}  # tokens that were found, by tier
+    finished: dict[str, int] = {}  # answers by reason: stop, length, abort, error
+    time_to_first_token: Histogram = Histogram()
+    inter_token_latency: Histogram = Histogram()
+    e2e_latency: Histogram = Histogram()  # this one and all below: of answers that ended by stop or length
+    queue_time: Histogram = Histogram()  # until a request is admitted
+    prefill_time: Histogram = Histogram()  # from there to its first token
+    decode_time: Histogram = Histogram()  # from there to its last one
+    prompt_length: Histogram = Histogram()
+    answer_length: Histogram = Histogram()
+
+
+class EngineStats(msgspec.Struct, frozen=True, tag=True):
+    """State of an engine. A page that lies in several tiers counts for each, and once in `pages_in_use`."""
+
+    pages_in_use: int
+    peak_pages_in_use: int
+    num_running: int  # answers
+    num_waiting: int  # requests
+    num_parked: int = 0  # running ones that wait for their turn, see `ColdBudget`
+    idle_pages: int = 0  # held by nobody, kept for later requests; they count below, and not in `pages_in_use`
+    device_pages: int = 0
+    host_pages: int = 0
+    disk_pages: int = 0
+    # bytes by route since the start, all ranks together: device_to_host, host_to_disk, disk_to_host, host_to_device for
+    # whole pages; host_streamed and disk_streamed for the layer slices that passed through the staging ring
+    bytes_moved: dict[str, int] = {}
+    pages_recomputed: int = 0  # that could not be read back
+    num_preemptions: int = 0  # answers that gave their pages up since they were longer than expected
+    num_lacking_room: int = 0  # running ones that wait for pages of others
+    tiers: dict[str, TierStats] = {}  # device, host and disk
+    # seconds that this took, by route, summed over what goes on at a time and over ranks
+    seconds_moved: dict[str, float] = {}
+    disk_read_bytes: int = 0  # all of this block summed over ranks; what is below the routes from disk and to it
+    disk_read_seconds: float = 0.0  # with the check of the content
+    disk_written_bytes: int = 0
+    disk_write_seconds: float = 0.0
+    checksum_failures: int = 0  # parts of pages that came back from disk with another content
+    requests: RequestStats = RequestStats()
