@@ -27,14 +27,14 @@ def note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_the_choice_and_its_reason(note: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noted = note.read_text()
-    assert _choose("10.0.0.1:6379") == ("10.0.0.1:6379", "ray_address says so")
+    assert _choose("10.0.0.1:6379") == ("10.0.0.1:6379", False, "ray_address says so")
     for address in (None, "auto"):
-        found, reason = _choose(address)
-        assert found == noted and str(note) in reason
-    assert _choose("local") == (None, "ray_address is 'local'")
+        found, is_noted, reason = _choose(address)
+        assert found == noted and is_noted and str(note) in reason
+    assert _choose("local") == (None, False, "ray_address is 'local'")
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.2:6379")
     for address in (None, "auto"):
-        assert _choose(address) == ("10.0.0.2:6379", "RAY_ADDRESS says so")
+        assert _choose(address) == ("10.0.0.2:6379", False, "RAY_ADDRESS says so")
     assert _choose("local")[0] is None
     monkeypatch.delenv("RAY_ADDRESS")
     note.write_text("127.0.0.1:1")
