@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distkv.kernels.cuda.paging import block_head_dim, check_layouts, tile_pages, tile_rows
-from distkv.kernels.cuda.softmax import States, TileShape, add_tile, shared_tile
+from distkv.kernels.cuda.paging import block_head_dim, check_layouts
+from distkv.kernels.cuda.softmax import States, TileShape
+from distkv.kernels.cuda.split import NUM_STAGES, SPLIT_TILES, split_state
 
 
 @triton.jit
@@ -41,7 +42,6 @@ def _decode_kernel(
     BLOCK_N: tl.constexpr,
 ):
     ROWS: tl.constexpr = NUM_TOKENS * GROUP
-    SCALE: tl.constexpr = HEAD_DIM**-0.5 * 1.4426950408889634  # softmax in powers of two
     head = tl.program_id(0)
     pool_v, buffer_v = pool + part_stride, buffer + KV_HEADS * PAGE_SIZE * HEAD_DIM
     row = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -62,39 +62,20 @@ def _decode_kernel(
         # row c * G + g is query head k * G + g of token c
         q_row = q + (first_row + row // GROUP) * q_stride + (head * GROUP + row % GROUP) * HEAD_DIM
         queries = tl.load(q_row[:, None] + dim, mask=real[:, None] & fits, other=0.0)
-        m = tl.full([BLOCK_M], -float("inf"), tl.float32)
-        total = tl.full([BLOCK_M], 0.0, tl.float32)
-        acc = tl.full([BLOCK_M, BLOCK_D], 0.0, tl.float32)
-
-        pages = tile_pages(entries, start, end, PAGE_SIZE, BLOCK_N)
-        for first in range(start, end, BLOCK_N):
-            key_rows = tile_rows(pages, pool, buffer, head, first, KV_HEADS, PAGE_SIZE, HEAD_DIM, BLOCK_N)
-            value_rows = tile_rows(pages, pool_v, buffer_v, head, first, KV_HEADS, PAGE_SIZE, HEAD_DIM, BLOCK_N)
-            pages = tile_pages(entries, first + BLOCK_N, end, PAGE_SIZE, BLOCK_N)  # a tile ahead, so that no load waits
-            key = first + tl.arange(0, BLOCK_N)
-            filled = key < end
-            keys = tl.load(key_rows[:, None] + dim, mask=filled[:, None] & fits, other=0.0)
-            scores = tl.dot(queries, keys.T, input_precision="ieee")
-            scores = tl.where(key < limit[:, None], scores, -float("inf"))
-            values = tl.load(value_rows[:, None] + dim, mask=filled[:, None] & fits, other=0.0)
-            m, total, acc = add_tile(scores, values, m, total, acc, SCALE)
-
+        m, total, acc = split_state(
+            queries, entries, pool, pool_v, buffer, buffer_v, head, start, end, limit,
+            KV_HEADS, PAGE_SIZE, HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_N,
+        )  # fmt: skip
         at = (state * KV_HEADS + head) * ROWS + row
         tl.store(states_acc + at[:, None] * HEAD_DIM + dim, acc, mask=real[:, None] & fits)
         tl.store(states_m + at, m, mask=real)
         tl.store(states_total + at, total, mask=real)
 
 
-NUM_STAGES = 3
-"""Two tiles of keys and values are on their way. With 64 keys of head_dim 128 in 16 bits those take 64 KiB of shared
-memory, so that three programs fit on an SM of an H100; its bandwidth and latency ask for about 40 KiB under way. A split
-of 256 tokens is four such tiles."""
-
-
 def decode_tile(dtype_bytes: int, rows: int, batch_invariant: bool) -> TileShape:
     """The tile for `rows` query rows of one KV head (tokens * group)."""
     if batch_invariant:
-        return shared_tile(dtype_bytes)
+        return SPLIT_TILES[dtype_bytes]
     block_m = max(16, triton.next_power_of_2(rows))  # a dot takes at least 16 rows
     if dtype_bytes == 4:  # no tensor cores, and operands in registers
         return TileShape(block_m, 32 if block_m < 64 else 16, 4 if block_m < 32 else 8)
@@ -134,7 +115,7 @@ def decode_splits(
     `num_items` up to N.
 
     The bits of a state depend on its queries, keys and values alone; nothing else in their pages is read. With
-    `batch_invariant` they do not depend on C either, and are those of the same rows in `prefill.prefill_walk`.
+    `batch_invariant` they do not depend on C either, and are those of the same rows in `prefill_splits.prefill_splits`.
     """
     _, _, kv_heads, page_size, head_dim = layer_pool.shape
     check_layouts(layer_pool, buffer)

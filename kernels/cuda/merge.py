@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distkv.kernels.cuda.softmax import States, nothing_as_zero, power_of_two
 
-STATES = 32
+STATES = 16
 """States whose loads are under way at a time."""
 COLUMNS = 32
 """Columns of a program. A sequence alone may have thousands of states, so its rows are cut into as many programs as whole

@@ -7,9 +7,6 @@ taken up again, so that a prefix of which a part is streamed is walked in logica
 the same result.
 The work is bound by the tensor cores.
 
-Where decode has to agree in every bit, the walk forms the same states of the same splits as decode does, in the same
-tile, and adds them to one another in the same order (`softmax.py`).
-
 Dims: T tokens, H query heads, K KV heads, G = H / K, S page_size, D head_dim.
 """
 
@@ -19,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from distkv.kernels.cuda.paging import block_head_dim, check_layouts, tile_pages, tile_rows
-from distkv.kernels.cuda.softmax import States, TileShape, add_state, add_tile, shared_tile
+from distkv.kernels.cuda.softmax import States, TileShape, add_tile
 
 BLOCK_M = 128
 """Rows of a block, of which a chunk has `num_tokens * G` for each KV head."""
@@ -42,7 +39,6 @@ def _prefill_kernel(
     q_stride: tl.int64,
     out_stride: tl.int64,
     part_stride: tl.int64,
-    split_tokens: tl.int32,
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -50,7 +46,6 @@ def _prefill_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):
     SCALE: tl.constexpr = HEAD_DIM**-0.5 * 1.4426950408889634  # softmax in powers of two
     HEADS: tl.constexpr = KV_HEADS * GROUP
@@ -83,12 +78,6 @@ def _prefill_kernel(
         total = tl.load(saved_total + saved_row, mask=real, other=1.0)
         acc_row = saved_acc + saved_row * HEAD_DIM
         acc = tl.load(acc_row[:, None] + dim, mask=real[:, None] & fits, other=0.0)
-
-    if SPLITS:  # what is above is of all splits before; the state of the split that is under way begins anew
-        whole_m, whole_total, whole_acc = m, total, acc
-        m = tl.full([BLOCK_M], -float("inf"), tl.float32)
-        total = tl.full([BLOCK_M], 0.0, tl.float32)
-        acc = tl.full([BLOCK_M, BLOCK_D], 0.0, tl.float32)
 
     last_token = tl.minimum((first_row + BLOCK_M - 1) // GROUP, num_tokens - 1)
     finish = tl.minimum(position + last_token + 1, end)  # keys that the block sees end here
@@ -125,15 +114,6 @@ def _prefill_kernel(
             values = tl.load(value_rows[:, None] + dim, mask=fits, other=0.0)
             m, total, acc = add_tile(scores, values, m, total, acc, SCALE)
             scores = next_scores
-            if SPLITS:
-                if following % split_tokens == 0 or following >= finish:
-                    whole_m, whole_total, whole_acc = add_state(whole_m, whole_total, whole_acc, m, total, acc)
-                    m = tl.full([BLOCK_M], -float("inf"), tl.float32)
-                    total = tl.full([BLOCK_M], 0.0, tl.float32)
-                    acc = tl.full([BLOCK_M, BLOCK_D], 0.0, tl.float32)
-
-    if SPLITS:
-        m, total, acc = whole_m, whole_total, whole_acc
 
     # Where things go is found out once more: `volatile` keeps the compiler from holding what was known above in
     # registers, of which the walk leaves none over.
@@ -153,14 +133,14 @@ def _prefill_kernel(
         tl.store(out_row[:, None] + dim, acc / total[:, None], mask=real[:, None] & fits)
 
 
-def prefill_tile(dtype_bytes: int, batch_invariant: bool) -> TileShape:
+def prefill_tile(dtype_bytes: int) -> TileShape:
     """The tile by the width of a number; its rows divide BLOCK_M.
 
     In 16 bits: 128 rows are two warpgroups of an H100, each key that is read meets so many that the L2 cache keeps up,
     and with tiles of 64 keys the accumulator, two tiles of scores and the weights just fit into registers.
     In 32 bits there are no tensor cores, and operands lie in registers: small tiles, for exactness rather than speed.
     """
-    return shared_tile(dtype_bytes) if batch_invariant or dtype_bytes == 4 else TileShape(BLOCK_M, 64, 8)
+    return TileShape(32, 32, 8) if dtype_bytes == 4 else TileShape(BLOCK_M, 64, 8)
 
 
 def prefill_walk(
@@ -172,8 +152,6 @@ def prefill_walk(
     blocks: Tensor,
     state: States | None,
     out: Tensor,
-    *,
-    split_tokens: int | None = None,
 ) -> None:
     """Walks each chunk's queries over one segment of their keys; those of the chunk itself are read from its pages too.
 
@@ -190,9 +168,6 @@ def prefill_walk(
     A segment whose first key is not 0 goes on from the state. One that ends before the last token's key saves it, else
     its rows of `out` are written. A walk is cut at multiples of SEGMENT_TOKENS keys. However it is cut, and wherever
     the pages lie, the bits of `out` are the same.
-
-    With `split_tokens`, a multiple of SEGMENT_TOKENS at which alone walks are cut then, they are those of
-    `decode.decode_splits` with splits of so many keys and `batch_invariant`, followed by `merge.merge_splits`.
     """
     _, _, kv_heads, page_size, head_dim = layer_pool.shape
     check_layouts(layer_pool, buffer)
@@ -203,7 +178,7 @@ def prefill_walk(
     if state is None:
         nothing = torch.empty(0, dtype=torch.float32, device=q.device)
         state = States(nothing, nothing, nothing)
-    tile = prefill_tile(q.element_size(), split_tokens is not None)
+    tile = prefill_tile(q.element_size())
     _prefill_kernel[(len(blocks), kv_heads, BLOCK_M // tile.rows)](
         q,
         layer_pool,
@@ -216,7 +191,6 @@ def prefill_walk(
         q.stride(0),
         out.stride(0),
         layer_pool.stride(0),
-        split_tokens or 0,
         GROUP=q.shape[1] // kv_heads,
         KV_HEADS=kv_heads,
         PAGE_SIZE=page_size,
@@ -224,7 +198,6 @@ def prefill_walk(
         BLOCK_D=block_head_dim(head_dim),
         BLOCK_M=tile.rows,
         BLOCK_N=tile.keys,
-        SPLITS=split_tokens is not None,
         num_warps=tile.num_warps,
         num_stages=2 if q.element_size() == 4 else 3,
         enable_fp_fusion=True,

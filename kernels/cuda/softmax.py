@@ -1,4 +1,4 @@
-"""The arithmetic of attention that decode, prefill and merge share: the state of a row over some keys, and its growth.
+"""The arithmetic of attention that all kernels share: the state of a row over some keys, and how it grows.
 
 A state is `m`, the largest score in powers of two, rounded up to a whole number; `total`, the sum of the weights
 `2 ** (score - m)`; and `acc`, the weighted sum of values. Since m is whole, taking another one scales the sums by a
@@ -29,13 +29,6 @@ class TileShape(NamedTuple):
     num_warps: int
 
 
-def shared_tile(dtype_bytes: int) -> TileShape:
-    """The tile of decode and prefill alike where both have to agree in every bit: of one instruction of the tensor
-    cores, 64 rows of Hopper's. It wastes most of them in decode, which is bound by memory, and half as many rows as
-    prefill likes best meet each key that is read."""
-    return TileShape(32, 32, 8) if dtype_bytes == 4 else TileShape(64, 64, 4)
-
-
 @triton.jit
 def power_of_two(exponent):
     """`2 ** exponent` of whole numbers up to 0, exactly; 0 of those below -126, of -inf and of NaN."""
@@ -50,24 +43,19 @@ def nothing_as_zero(m):
 
 
 @triton.jit
-def weigh(scores, m, SCALE: tl.constexpr):
-    """The weights of a tile and what becomes of a state by it: weights, the new m, and the factor of the old sums.
+def add_tile(scores, values, m, total, acc, SCALE: tl.constexpr):
+    """The state `(m, total, acc)` with one more tile of keys.
 
     `scores` are products of queries and keys, fp32 and not scaled, -inf where a row does not see a key; SCALE brings
-    them to powers of two.
+    them to powers of two. `values [keys, D]` are in the queries' dtype.
     """
     new_m = tl.maximum(m, tl.ceil(tl.max(scores, 1) * SCALE))
     base = nothing_as_zero(new_m)
-    return tl.exp2(tl.fma(scores, SCALE, -base[:, None])), new_m, power_of_two(m - base)
-
-
-@triton.jit
-def add_tile(scores, values, m, total, acc, SCALE: tl.constexpr):
-    """The state `(m, total, acc)` with one more tile of keys, see `weigh`; `values [keys, D]` in the queries' dtype."""
-    p, m, shrink = weigh(scores, m, SCALE)
+    p = tl.exp2(tl.fma(scores, SCALE, -base[:, None]))
+    shrink = power_of_two(m - base)
     total = total * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
-    return m, total, acc
+    return new_m, total, acc
 
 
 @triton.jit

@@ -7,7 +7,7 @@ small; bf16 is left to the GPU tests, since the interpreter rounds it differentl
 import math
 import sys
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import pytest
 
@@ -25,6 +25,7 @@ from distkv.kernels import reference
 from distkv.kernels.cuda.decode import decode_splits
 from distkv.kernels.cuda.merge import STATES, carry_like, merge_splits
 from distkv.kernels.cuda.prefill import BLOCK_M, SEGMENT_TOKENS, prefill_walk
+from distkv.kernels.cuda.prefill_splits import prefill_splits
 from distkv.kernels.cuda.softmax import States
 from distkv.kernels.page_entries import buffer_entry
 from distkv.storage.pools.host_memory import lazy_zeros
@@ -393,7 +394,10 @@ class Prefill:
                 first_row += count
             if spread:
                 blocks.sort(key=lambda block: (block[1], block[0]))
-            prefill_walk(
+            walk = prefill_walk
+            if self.split_tokens is not None:
+                walk = partial(prefill_splits, split_tokens=self.split_tokens)
+            walk(
                 self.q,
                 pages.layer_pool,
                 pages.buffer_if_needed,
@@ -402,7 +406,6 @@ class Prefill:
                 torch.tensor(blocks).reshape(-1, 2),
                 state if any(cuts) else None,
                 out,
-                split_tokens=self.split_tokens,
             )
         return out
 
@@ -436,6 +439,8 @@ PREFILL_CORNERS = {
     "pages larger than a segment": Prefill(torch.float16, 128, 512, 1, 4, [1000], [40], [[512]]),
     "a chunk of one token on a border": Prefill(torch.float16, 80, 128, 1, 3, [255, 256], [1, 1], [[128], [128, 256]]),
     "fp32": Prefill(torch.float32, 80, 16, 1, 5, [120, 0], [30, 40], [[128], []]),
+    "splits": Prefill(torch.float16, 64, 16, 2, 3, [300, 0], [40, 130], [[256], [128]], split_tokens=128),
+    "splits in fp32": Prefill(torch.float32, 80, 128, 1, 5, [120, 0], [30, 40], [[128], []], split_tokens=128),
 }
 
 
@@ -454,6 +459,32 @@ def test_prefill_is_bitwise_its_own(batch: Prefill) -> None:
         alone = replace(batch, **{name: getattr(batch, name)[c : c + 1] for name in ("prefixes", "counts", "cuts")})
         alone.q, alone.tokens = batch.q.split(batch.counts)[c], batch.tokens[c : c + 1]
         assert torch.equal(alone.out(alone.lay_out(0.5), alone.cuts), rows), "alone"
+
+
+@pytest.mark.parametrize("dtype, head_dim, group", [(torch.float16, 64, 3), (torch.float32, 16, 1), (torch.float16, 16, 9)])
+def test_decode_and_prefill_agree_in_every_bit(dtype: torch.dtype, head_dim: int, group: int) -> None:
+    """The last rows of a sequence, in chunks of any size: as one of the first kind, as up to eight, and as a prompt."""
+    page_size, split_tokens, length, count = 16, 128, 270, 48
+    tokens = random_tokens([length], 1, head_dim, dtype, 5)
+    q = random_queries(count, 1, group, head_dim, dtype, 6)
+
+    def chunk(first: int, size: int) -> Tensor:
+        """Rows `first .. first + size` of q, with no key behind them."""
+        keys = length - count + first + size
+        if size > 8:
+            walk = Prefill(dtype, head_dim, page_size, 1, group, [keys - size], [size], [[]], 0, split_tokens)
+            walk.q, walk.tokens = q[first : first + size], [tokens[0][:, :keys]]
+            return walk.out(walk.lay_out(0.5, seed=size), [[split_tokens]])
+        batch = Decode(dtype, head_dim, page_size, 8, 1, group, size, [keys], 0, batch_invariant=True)
+        batch.q, batch.tokens = q[first : first + size], [tokens[0][:, :keys]]
+        states, sequences = batch.states(batch.lay_out(0.5, seed=size))
+        result = torch.full_like(batch.q, math.nan)
+        merge_splits(states, sequences, result, None, num_tokens=size, split_tokens=split_tokens)
+        return result
+
+    whole = chunk(0, count)
+    for first, size in ((47, 1), (0, 1), (30, 2), (9, 7), (40, 8), (32, 16), (3, 33)):
+        assert torch.equal(chunk(first, size), whole[first : first + size]), f"{size} from {first}"
 
 
 def test_no_blocks() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from distkv.kernels.cuda.decode import decode_splits
 from distkv.kernels.cuda.merge import STATES, carry_like, merge_splits
 from distkv.kernels.cuda.prefill import BLOCK_M, SEGMENT_TOKENS, prefill_walk
+from distkv.kernels.cuda.prefill_splits import prefill_splits
 from distkv.kernels.cuda.softmax import States
 from distkv.storage.moving.staging_ring import Load, Stream
 from distkv.workers.attention.decode_plan import DecodePlan, DecodeRound, Member, plan_decode, split_pages_for
@@ -193,10 +194,11 @@ class CudaAttention:
         first = 0
         for load, size in zip(plan.loads, plan.num_blocks, strict=True):
             buffer = None if load is None else _next_buffer(stream)
-            prefill_walk(
-                q, layer_pool, buffer, arrays.table, arrays.chunks, arrays.blocks[first : first + size], state, out,
-                split_tokens=shape.split_tokens if shape.batch_invariant else None,
-            )  # fmt: skip
+            read = q, layer_pool, buffer, arrays.table, arrays.chunks, arrays.blocks[first : first + size]
+            if shape.batch_invariant:
+                prefill_splits(*read, state, out, split_tokens=shape.split_tokens)
+            else:
+                prefill_walk(*read, state, out)
             first += size
 
 
