@@ -20,8 +20,8 @@ from distkv.kernels.linear import Linear
 
 HALF = 64
 """Outputs of a product, of which a program has two: neighbours, or a gate and what it lets through."""
-PROGRAMS = 256
-"""So many programs read a weight, if it has K enough: two for each multiprocessor of a large GPU."""
+PROGRAMS = 192
+"""So many programs read a weight at least, if it has K enough: three for two multiprocessors of an H100."""
 SEGMENT_TILES = 4
 """Tiles of K that a segment has at least."""
 FINISH_COLUMNS = 256
@@ -221,7 +221,7 @@ def multiply(
     tile = linear_tile(num_tokens, size, segments.count > 1)
     grid = triton.cdiv(num_tokens, tile.tokens), triton.cdiv(width, HALF if gated else 2 * HALF)
     if side_by_side is None:
-        side_by_side = grid[0] * grid[1] < PROGRAMS // 2
+        side_by_side = grid[0] * grid[1] < PROGRAMS * 2 // 3
     side_by_side = side_by_side and segments.count > 1
     target = out
     if side_by_side:
