@@ -36,6 +36,7 @@ class EngineOptions(TypedDict, total=False):
     gpu_memory_utilization: float
     load_format: str
     num_threads: int | None
+    batch_invariant: bool | None
 
 
 @explained
@@ -141,6 +142,12 @@ class EngineConfig:
 
     None leaves torch's default in this process, where it has cores for them, and shares the cores out among Ray actors.
     """
+    batch_invariant: bool | None = None
+    """On CUDA: give an answer the same bits whatever runs beside it.
+
+    Nor do they depend on max_num_batched_tokens, or on how much of a prompt was cached. Products are then by kernels of
+    distkv instead of cuBLAS. None is off on CUDA. A CPU always does so, and refuses False.
+    """
 
     def __post_init__(self) -> None:
         self._set("model", settle_path("model", self.model))
@@ -158,6 +165,8 @@ class EngineConfig:
         ):
             check_choice(name, getattr(self, name), choices)
         self._set("enable_prefix_caching", check_flag("enable_prefix_caching", self.enable_prefix_caching))
+        if self.batch_invariant is not None:
+            self._set("batch_invariant", check_flag("batch_invariant", self.batch_invariant))
         self._set("gpu_memory_utilization", check_share("gpu_memory_utilization", self.gpu_memory_utilization))
         if self.ray_address is not None and not (isinstance(self.ray_address, str) and self.ray_address.strip()):
             raise ConfigError(f"ray_address is {self.ray_address!r}; give a text such as 'auto'")

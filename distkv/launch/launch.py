@@ -106,6 +106,7 @@ def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> R
         gpu_memory_utilization=config.gpu_memory_utilization,
         num_threads=config.num_threads,
         staging_pages=config.min_staging_pages if config.staging_pages is None else config.staging_pages,
+        batch_invariant=config.batch_invariant,
         digest_weights=keeps_cache(config, model),
     )
 

@@ -238,7 +238,7 @@ def test_torch_runs_where_there_is_none(monkeypatch: pytest.MonkeyPatch, caplog:
 
     monkeypatch.setattr(library, "load", library.load.__wrapped__)
     monkeypatch.setattr(library, "find_or_build", find)
-    assert make_backend().kernels is CPU_KERNELS
+    assert make_backend(None).kernels is CPU_KERNELS
     assert "there is no g++ on the path. torch's operators run instead" in caplog.text
 
 
