@@ -1,4 +1,4 @@
-"""The token kernels of CUDA: Triton's, with products by cuBLAS, or by Triton too where rows must not depend on one another."""
+"""The token kernels of CUDA: Triton's, with products by cuBLAS, or by Triton too where no row may depend on others."""
 
 from distkv.kernels.cuda.activation import swiglu
 from distkv.kernels.cuda.linear import fixed_order_gated_linear, fixed_order_linear

@@ -1,10 +1,10 @@
 """Linear layers on CUDA whose rows have the same bits however many there are.
 
-The weight's rows are on the 64-row side of the tensor cores' instruction and the tokens on its narrow side, so it is one
-instruction for one token and for thousands. Each element is a sum over K in one order: K is cut into segments, a number
-that the shape of the weight alone decides, each of which is added up tile by tile, and the segments one after the other.
-Few tokens leave room to have the segments side by side, so that enough programs read the weight: their sums go through
-memory, and a second kernel adds them. Many tokens have them one after the other in the same program.
+The weight's rows are on the 64-row side of the tensor cores' instruction and the tokens on its narrow side, so it is
+one instruction for one token and for thousands. Each element is a sum over K in one order: K is cut into segments, a
+number that the shape of the weight alone decides, each of which is added up tile by tile, and the segments one after
+the other. Few tokens leave room to have the segments side by side, so that enough programs read the weight: their sums
+go through memory, and a second kernel adds them. Many tokens have them one after the other in the same program.
 
 Dims: T tokens, K inputs, N outputs of the weight.
 """
@@ -40,7 +40,7 @@ class LinearTile(NamedTuple):
 class Segments(NamedTuple):
     """How K is cut up."""
 
-    count: int
+    number: int
     tiles: int  # of each but the last, which has what is left
 
 
@@ -61,8 +61,8 @@ def tile_depth(dtype_bytes: int) -> int:
 def linear_tile(num_tokens: int, dtype_bytes: int, adds_segments: bool) -> LinearTile:
     """The tile for so many tokens.
 
-    Few: weights are read at the rate of the memory by three or four stages of 16 KiB and more for each program. Many: 256
-    tokens meet each weight that is read, or 128 where sums of segments take as many registers once more.
+    Few: four stages of 16 KiB of weights for each program, which are read at the rate of the memory. Many: 256 tokens
+    meet each weight that is read, or 128 where sums of segments take as many registers once more.
     """
     depth = tile_depth(dtype_bytes)
     if dtype_bytes == 4:  # no tensor cores, and operands in registers
@@ -187,7 +187,7 @@ def _add_segments(
 
 
 def fixed_order_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """As `linear.plain_linear`; the bits of a row depend on the row alone. Its x must be contiguous, else ValueError."""
+    """As `linear.plain_linear`; the bits of a row depend on the row alone. Its x must be contiguous."""
     return _make(weight, bias, gated=False)
 
 
@@ -206,7 +206,8 @@ def multiply(
 ) -> Tensor:
     """`x @ weight.T + bias`, summed in fp32 and rounded once; gated, `silu` of its first half times its second.
 
-    Shapes: x `[T, K]`, weight `[N, K]`, bias `[N]`, all contiguous and of one dtype; result `[T, N]`, gated `[T, N / 2]`.
+    Shapes: x `[T, K]`, weight `[N, K]`, bias `[N]`, all contiguous and of one dtype; result `[T, N]`, gated
+    `[T, N / 2]`.
     `side_by_side` says whether segments are; None chooses what is faster, and the bits are the same.
     Raises ValueError when x is not contiguous.
     """
@@ -218,15 +219,15 @@ def multiply(
     if not num_tokens:
         return out
     segments = segments_of(outputs, depth, size)
-    tile = linear_tile(num_tokens, size, segments.count > 1)
+    tile = linear_tile(num_tokens, size, segments.number > 1)
     grid = triton.cdiv(num_tokens, tile.tokens), triton.cdiv(width, HALF if gated else 2 * HALF)
     if side_by_side is None:
         side_by_side = grid[0] * grid[1] < PROGRAMS * 2 // 3
-    side_by_side = side_by_side and segments.count > 1
+    side_by_side = side_by_side and segments.number > 1
     target = out
     if side_by_side:
-        target = x.new_empty(segments.count, num_tokens, outputs, dtype=torch.float32)
-    _linear_kernel[(*grid, segments.count if side_by_side else 1)](
+        target = x.new_empty(segments.number, num_tokens, outputs, dtype=torch.float32)
+    _linear_kernel[(*grid, segments.number if side_by_side else 1)](
         x,
         weight,
         bias,
@@ -235,7 +236,7 @@ def multiply(
         OUTPUTS=outputs,
         DEPTH=depth,
         GATED=gated,
-        SEGMENTS=segments.count,
+        SEGMENTS=segments.number,
         SEGMENT_TILES=segments.tiles,
         SIDE_BY_SIDE=side_by_side,
         HALF=HALF,
@@ -253,7 +254,7 @@ def multiply(
             num_tokens,
             OUTPUTS=outputs,
             GATED=gated,
-            SEGMENTS=segments.count,
+            SEGMENTS=segments.number,
             BLOCK=FINISH_COLUMNS,
             num_warps=2,
             enable_fp_fusion=True,

@@ -13,8 +13,8 @@ from distkv.kernels.cuda.softmax import States, nothing_as_zero, power_of_two
 STATES = 16
 """States whose loads are under way at a time."""
 COLUMNS = 32
-"""Columns of a program. A sequence alone may have thousands of states, so its rows are cut into as many programs as whole
-128-byte lines allow."""
+"""Columns of a program. A sequence alone may have thousands of states, so its rows are cut into as many programs as
+whole 128-byte lines allow."""
 
 
 @triton.jit
@@ -42,7 +42,6 @@ def _merge_kernel(
     sequence = sequences + 6 * tl.program_id(2)
     first_row, num_keys, first_state = tl.load(sequence), tl.load(sequence + 1), tl.load(sequence + 3)
     first_split, end_split = tl.load(sequence + 4).to(tl.int32), tl.load(sequence + 5).to(tl.int32)
-    fits = column < HEAD_DIM
     # row of (state, head, token, group) among the states
     row = (first_state * KV_HEADS + query_head // GROUP) * ROWS + token * GROUP + query_head % GROUP
 

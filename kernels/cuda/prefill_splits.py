@@ -1,5 +1,5 @@
-"""Prefill attention whose rows have the bits of decode: the states of the same splits, by the same instructions, added to
-one another in the same order.
+"""Prefill attention whose rows have the bits of decode: the states of the same splits, by the same instructions, added
+to one another in the same order.
 
 `prefill.py` is faster. It has one state for a whole walk, and a tile of twice as many rows.
 
@@ -115,8 +115,8 @@ def prefill_splits(
     """As `prefill.prefill_walk`, with the bits of `decode.decode_splits` that is `batch_invariant` and has splits of
     `split_tokens` keys, followed by `merge.merge_splits`.
 
-    `split_tokens` is a multiple of 64 and of the page size; walks are cut at multiples of it. Nothing beyond the keys of
-    a chunk is read.
+    `split_tokens` is a multiple of 64 and of the page size; walks are cut at multiples of it. Nothing beyond the keys
+    of a chunk is read.
     """
     _, _, kv_heads, page_size, head_dim = layer_pool.shape
     check_layouts(layer_pool, buffer)

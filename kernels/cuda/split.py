@@ -8,13 +8,13 @@ from distkv.kernels.cuda.paging import tile_pages, tile_rows
 from distkv.kernels.cuda.softmax import TileShape, add_tile
 
 SPLIT_TILES = {2: TileShape(64, 64, 4), 4: TileShape(32, 32, 8)}
-"""By bytes of a number, the tile of decode and prefill alike, so that both are the same instructions in the same layout.
-64 rows are one instruction of Hopper's tensor cores. Decode, which memory bounds, leaves most of them empty; prefill has
-half as many to meet each key that is read as it likes best."""
+"""By bytes of a number, the tile of decode and prefill alike, so that both are the same instructions in the same
+layout. 64 rows are one instruction of Hopper's tensor cores. Decode, which memory bounds, leaves most of them empty;
+prefill has half as many to meet each key that is read as it likes best."""
 NUM_STAGES = 3
 """Two tiles of keys and values are on their way. With 64 keys of head_dim 128 in 16 bits those take 64 KiB of shared
-memory, so that three programs fit on an SM of an H100; its bandwidth and latency ask for about 40 KiB under way. A split
-of 256 tokens is four such tiles."""
+memory, so that three programs fit on an SM of an H100; its bandwidth and latency ask for about 40 KiB under way. A
+split of 256 tokens is four such tiles."""
 
 
 @triton.jit
@@ -37,8 +37,8 @@ def split_state(
     BLOCK_N: tl.constexpr,
 ):
     """`(m, total, acc)` of `queries [BLOCK_M, BLOCK_D]` over the keys `start .. end` of a sequence, of which a row sees
-    those before `limit [BLOCK_M]`; of a row that sees none m is -inf and the sums are 0. `entries`, `pool`, `buffer` and
-    `head` are as for `paging.tile_rows`. Nothing else in the pages is read."""
+    those before `limit [BLOCK_M]`; of a row that sees none m is -inf and the sums are 0. `entries`, `pool`, `buffer`
+    and `head` are as for `paging.tile_rows`. Nothing else in the pages is read."""
     SCALE: tl.constexpr = HEAD_DIM**-0.5 * 1.4426950408889634  # softmax in powers of two
     dim = tl.arange(0, BLOCK_D)
     fits = dim < HEAD_DIM

@@ -16,6 +16,7 @@ from support.runs import GREEDY, run
 
 from distkv import LLM, SamplingParams
 
+
 @pytest.fixture(scope="module", params=["float32", "bfloat16", "float16"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     heads, kv_heads, biased = {"float32": (6, 3, True), "bfloat16": (6, 3, False), "float16": (4, 1, False)}[

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support import triton_on_cpu
 from support.checkpoints import edit_weights, save_llama
-from support.invariance import said
+from support.invariance import WHOLE, said
 from support.prompts import random_prompts
 from support.runs import run
 from torch import Tensor
@@ -75,24 +75,28 @@ def test_tiers_change_no_bit(tmp_path: Path) -> None:
 
 
 def test_batch_mates_and_chunks_change_no_bit(tmp_path: Path) -> None:
-    """With `batch_invariant`: a request alone in one chunk, and with others, in small chunks, behind a cached prefix that
-    partly lies on disk. Without it the answers differ, so the test can fail."""
+    """With `batch_invariant`: a request alone in one chunk, and with others, in small chunks, behind a cached prefix.
+    Without it the answers differ, so the test can fail."""
     folder, _ = save_llama(
-        tmp_path / "model", num_hidden_layers=1, head_dim=16, hidden_size=640, max_position_embeddings=1024
+        tmp_path / "model",
+        num_hidden_layers=1,
+        head_dim=16,
+        hidden_size=512,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
     )
-    first, second = random_prompts(290, 21)
+    first, second = random_prompts(275, 13)
     prompts = [first, second, first[:270] + second]
-    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, logprobs=3) for n in (3, 5, 2)]
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, logprobs=3) for n in (2, 4, 2)]
 
     def answers(batch_invariant: bool) -> tuple[list[object], list[object]]:
-        common = {"page_size": 16, "batch_invariant": batch_invariant}
-        with LLM(folder, device_kv_bytes="8MiB", max_num_batched_tokens=512, max_num_seqs=1, **common) as llm:
+        common = {"page_size": 16, "batch_invariant": batch_invariant, "dtype": "float16"}
+        with LLM(folder, device_kv_bytes="8MiB", enable_prefix_caching=False, **common, **WHOLE) as llm:
             alone = [said(llm.generate([p], one, use_tqdm=False)[0]) for p, one in zip(prompts, params, strict=True)]
-        page = 2 * 4 * 16 * 16 * 4
-        sizes = {"device_kv_bytes": 26 * page, "host_kv_bytes": 8 * page, "disk_kv_bytes": 60 * page}
-        with LLM(
-            folder, **sizes, cache_dir=tmp_path / f"cache {batch_invariant}", max_num_batched_tokens=50, **common
-        ) as llm:
+        page = 2 * 16 * 16 * 2  # bytes
+        small = {"device_kv_bytes": 26 * page, "host_kv_bytes": 60 * page, "max_num_seqs": 4}
+        with LLM(folder, max_num_batched_tokens=100, **common, **small) as llm:
             llm.generate([first], params[0], use_tqdm=False)
             outputs = llm.generate(prompts, params, use_tqdm=False)
             assert outputs[2].num_cached_tokens >= 256

@@ -242,7 +242,9 @@ def test_a_decode_state_is_bitwise_its_own(batch: Decode) -> None:
             "in the buffer": batch.states(batch.lay_out(1.0, garbage=0.0)),
             "here and there": batch.states(batch.lay_out(0.5, seed=1, garbage=-GARBAGE)),
             "one program": batch.states(batch.lay_out(0.5, seed=2), num_programs=1, seed=3),
-            "as many as items": batch.states(batch.lay_out(0.0, seed=4), num_programs=sum(batch.num_states) + 2, seed=5),
+            "as many as items": batch.states(
+                batch.lay_out(0.0, seed=4), num_programs=sum(batch.num_states) + 2, seed=5
+            ),
         }
         for name, (other, _) in same.items():
             assert_equal(other, states, name)
@@ -380,9 +382,7 @@ class Prefill:
         out = torch.full((len(self.q), num_heads + 1, head_dim), math.nan, dtype=self.q.dtype)[:, :num_heads]
         gap = 5 if spread else 0
         rows = len(self.q) + gap * len(cuts)
-        state = States(
-            *(torch.full(s, math.nan) for s in ((rows, num_heads, head_dim), *[(rows, num_heads)] * 2))
-        )
+        state = States(*(torch.full(s, math.nan) for s in ((rows, num_heads, head_dim), *[(rows, num_heads)] * 2)))
         for launch in range(max(map(len, borders)) - 1):
             chunks, blocks, first_row = [], [], 0
             for c, (prefix, count) in enumerate(zip(self.prefixes, self.counts, strict=True)):
@@ -461,7 +461,9 @@ def test_prefill_is_bitwise_its_own(batch: Prefill) -> None:
         assert torch.equal(alone.out(alone.lay_out(0.5), alone.cuts), rows), "alone"
 
 
-@pytest.mark.parametrize("dtype, head_dim, group", [(torch.float16, 64, 3), (torch.float32, 16, 1), (torch.float16, 16, 9)])
+@pytest.mark.parametrize(
+    "dtype, head_dim, group", [(torch.float16, 64, 3), (torch.float32, 16, 1), (torch.float16, 16, 9)]
+)
 def test_decode_and_prefill_agree_in_every_bit(dtype: torch.dtype, head_dim: int, group: int) -> None:
     """The last rows of a sequence, in chunks of any size: as one of the first kind, as up to eight, and as a prompt."""
     page_size, split_tokens, length, count = 16, 128, 270, 48

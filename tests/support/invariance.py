@@ -1,4 +1,4 @@
-"""Requests of many kinds, and all that they answer: what does not depend on what else runs, see `docs/invariance.md`."""
+"""Requests of many kinds, and all that they answer, which may not depend on what else runs: `docs/invariance.md`."""
 
 import random
 from typing import Any
@@ -25,8 +25,8 @@ def said(output: RequestOutput) -> list[Any]:
 def random_requests(
     rng: random.Random, stems: tuple[int, ...] = (16, 70, 300, 700), most: int = 40
 ) -> tuple[list[list[int]], list[SamplingParams]]:
-    """Prompts that begin alike, long and short, greedy and not, with one answer and several, of `most` tokens; what they
-    have in common is as long as one of `stems`."""
+    """Prompts that begin alike, long and short, greedy and not, with one answer and several, of up to `most` tokens.
+    What they have in common is as long as one of `stems`."""
     common = [random_prompt(rng.choice(stems), rng.randrange(99)) for _ in range(2)]
     prompts, params = [], []
     for number in range(rng.randint(2, 7)):
