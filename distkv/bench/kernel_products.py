@@ -1,6 +1,7 @@
 """Rows of `distkv bench kernels` about linear layers whose rows do not depend on one another, beside cuBLAS."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ def products(model: dict[str, Any]) -> dict[str, tuple[int, int, bool]]:
 def product_rows(
     turns: Turns, name: str, outputs: int, depth: int, gated: bool, dtype: torch.dtype, counts: tuple[int, ...]
 ) -> Iterator[dict[str, Any]]:
-    """One weight with each number of rows of x. Raises DistKVError when the two differ by more than rounding, or a row's
-    bits by its neighbours."""
+    """One weight with each number of rows of x. Raises DistKVError when the two differ by more than rounding, or when a
+    row's bits depend on how many there are."""
     weight = torch.empty(outputs, depth, dtype=dtype, device=turns.device).normal_(0, depth**-0.5)
     x = torch.empty(max(counts), depth, dtype=dtype, device=turns.device).normal_()
     ours, theirs = (
@@ -43,7 +44,7 @@ def product_rows(
         some = x[:rows]
         found = ours(some)
         _check(name, rows, found, whole[:rows], theirs(some))
-        seconds = turns.seconds({"ours": lambda some=some: ours(some), "cublas": lambda some=some: theirs(some)})
+        seconds = turns.seconds({"ours": partial(ours, some), "cublas": partial(theirs, some)})
         yield {
             "part": "products",
             "weight": f"{name} {outputs} x {depth}",
