@@ -75,7 +75,7 @@ def test_tiers_change_no_bit(tmp_path: Path) -> None:
 
 
 def test_batch_mates_and_chunks_change_no_bit(tmp_path: Path) -> None:
-    """With `batch_invariant`: a request alone in one chunk, and with others, in small chunks, behind a cached prefix."""
+    """With `batch_invariant`: a request alone in one chunk; and with others, in small chunks, behind a prefix."""
     folder, _ = save_llama(
         tmp_path / "model",
         num_hidden_layers=1,
