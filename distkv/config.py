@@ -37,6 +37,7 @@ class EngineOptions(TypedDict, total=False):
     load_format: str
     num_threads: int | None
     trace: str | Path | None
+    batch_invariant: bool | None
 
 
 @explained
@@ -148,6 +149,12 @@ class EngineConfig:
     It is Chrome's JSON: what the leader and each rank compute, fetch, spill, read and write, on which thread or lane of
     a GPU. It is written as the engine goes on. On Ray the process that makes the engine writes it.
     """
+    batch_invariant: bool | None = None
+    """On CUDA: give an answer the same bits whatever runs beside it.
+
+    Nor do they depend on max_num_batched_tokens, or on how much of a prompt was cached. Products are then by kernels of
+    distkv instead of cuBLAS. None is off on CUDA. A CPU always does so, and refuses False.
+    """
 
     def __post_init__(self) -> None:
         self._set("model", settle_path("model", self.model))
@@ -165,6 +172,8 @@ class EngineConfig:
         ):
             check_choice(name, getattr(self, name), choices)
         self._set("enable_prefix_caching", check_flag("enable_prefix_caching", self.enable_prefix_caching))
+        if self.batch_invariant is not None:
+            self._set("batch_invariant", check_flag("batch_invariant", self.batch_invariant))
         self._set("gpu_memory_utilization", check_share("gpu_memory_utilization", self.gpu_memory_utilization))
         if self.ray_address is not None and not (isinstance(self.ray_address, str) and self.ray_address.strip()):
             raise ConfigError(f"ray_address is {self.ray_address!r}; give a text such as 'auto'")

@@ -81,7 +81,11 @@ class Backend(Protocol):
         """Chooses what depends on how fast this machine is, in pools that hold nothing yet."""
 
 
-def make_backend(kind: str) -> Backend:
-    """The backend of this process, for a key of `KINDS`."""
-    backend: Backend = import_module(KINDS[kind].module).make_backend()
+def make_backend(kind: str, batch_invariant: bool | None = None) -> Backend:
+    """The backend of this process, for a key of `KINDS`.
+
+    Args:
+        batch_invariant: as in `EngineConfig`. Raises ConfigError where the backend cannot do as it says.
+    """
+    backend: Backend = import_module(KINDS[kind].module).make_backend(batch_invariant)
     return backend

@@ -54,6 +54,7 @@ class RankConfig:
     gpu_memory_utilization: float  # share of the GPU's memory that weights, workspace and KV may take together
     num_threads: int | None  # torch's CPU threads; None leaves them as they are, as far as there are cores for them
     staging_pages: int  # see `StagingRing`
+    batch_invariant: bool | None  # see `EngineConfig`
     digest_weights: bool  # whether pages may be kept, so that the whole content of the weights must be known
     traces: bool = False  # whether reports tell of each piece of work by itself
 
@@ -88,7 +89,7 @@ class Rank:
         self.config = config
         self.group = group
         self.shard = Shard.of(config.model, group.rank, group.size)
-        self.backend = make_backend(config.device)
+        self.backend = make_backend(config.device, config.batch_invariant)
         self.page_spec = rank_page_spec(config, self.shard)
         use_threads(config.num_threads)
         self._model, digest = self._load(check)

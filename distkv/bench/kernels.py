@@ -18,17 +18,22 @@ from distkv.bench.parts import Figure, Row, check_effect, measure_parts
 from distkv.models.shapes import SHAPES
 from distkv.reporting.tables import Column, target
 
-PARTS = ("ceilings", "decode", "prefill", "elementwise", "pages")
+PARTS = ("ceilings", "decode", "prefill", "products", "elementwise", "pages")
 MODEL = "llama-3-8b"
 BATCHES = (1, 8, 32)
 CONTEXTS = (8192, 32768, 131072)
 PROMPTS = (8192, 32768)
 TOKENS = 8192  # of the elementwise kernels: what they move is more than the cache holds
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 4096)  # of the products
 SLICE_BYTES = tuple(2**n for n in range(15, 22))  # 32 KiB to 2 MiB
 PAGES_BYTES = 2**28  # moved at a time
 
 LARGE_BYTES = 2**28  # of keys and values: with less there is not enough under way at a time to fill a large GPU
-TARGETS = {"decode": (0.8, "a large read"), "prefill": (0.55, "the matrix product's rate")}
+TARGETS = {
+    "decode": (0.8, "a large read"),
+    "prefill": (0.55, "the matrix product's rate"),
+    "products": (0.9, "cuBLAS's speed"),  # batch_invariant may be the default where that is reached
+}
 
 COLUMNS: dict[str, list[Column]] = {
     "ceilings": [
@@ -53,6 +58,15 @@ COLUMNS: dict[str, list[Column]] = {
         Column("torch TFLOP/s", "torch_flops_per_s", 1e-12, ".0f"),
         Column("matmul TFLOP/s", "matmul_flops_per_s", 1e-12, ".0f"),
         Column("share of matmul", "share", 100, ".0f", " %"),
+    ],
+    "products": [
+        Column("weight", "weight"),
+        Column("rows", "rows"),
+        Column("ms", "ms", 1, ".3f"),
+        Column("weight GB/s", "bytes_per_s", 1e-9, ".0f"),
+        Column("TFLOP/s", "flops_per_s", 1e-12, ".0f"),
+        Column("cuBLAS ms", "cublas_ms", 1, ".3f"),
+        Column("of cuBLAS's speed", "share", 100, ".0f", " %"),
     ],
     "elementwise": [
         Column("kernel", "kernel"),
@@ -93,7 +107,8 @@ def run(
         "Bandwidth counts what is read and what is written. Decode counts keys and values alone, and its time is that "
         "of splits and merge together; prefill counts 4 * heads * head_dim * tokens^2 / 2 operations.",
         "torch is scaled_dot_product_attention with its flash backend on keys and values that lie in one piece, left "
-        "out where they do not fit beside the pages.",
+        "out where they do not fit beside the pages. Products are those of batch_invariant, and cuBLAS with swiglu "
+        "after it where a product is gated.",
         *_targets(measured.rows),
     ):
         measured.console.print(line, soft_wrap=True)
@@ -130,6 +145,7 @@ def _figures(
     """Those of one part; what it allocates is free afterwards."""
     from distkv.bench.kernel_attention import SPARE_BYTES, decode_row, prefill_row
     from distkv.bench.kernel_memory import elementwise_rows, page_rows
+    from distkv.bench.kernel_products import product_rows, products
     from distkv.bench.kernel_work import AttentionShape
 
     shape, device = AttentionShape(), turns.device
@@ -155,6 +171,9 @@ def _figures(
 
         for num_tokens in prompts:
             yield Figure(f"{num_tokens} tokens", partial(prefill, num_tokens))
+    elif part == "products":
+        for name, (outputs, depth, gated) in products(SHAPES[MODEL]).items():
+            yield Figure(name, partial(product_rows, turns, name, outputs, depth, gated, shape.dtype, ROWS))
     elif part == "elementwise":
         model = SHAPES[MODEL]
         sizes = TOKENS, model["hidden_size"], model["intermediate_size"]

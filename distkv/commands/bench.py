@@ -124,7 +124,9 @@ def bench_scheduler(
 def bench_kernels(
     only: Annotated[
         list[str] | None,
-        typer.Option(help="Part to measure: ceilings, decode, prefill, elementwise or pages; may be given again."),
+        typer.Option(
+            help="Part to measure: ceilings, decode, prefill, products, elementwise or pages; may be given again."
+        ),
     ] = None,
     batch: Annotated[
         list[int] | None, typer.Option(help="Sequences of decode (1, 8, 32); may be given again.", min=1)
@@ -142,7 +144,7 @@ def bench_kernels(
 
     Needs a CUDA device with 45 GB of free memory and 3 GB on the host.
     Of decode, what does not fit is left out.
-    By estimate it takes three minutes; --only is for who works on one kernel.
+    By estimate it takes four minutes; --only is for who works on one kernel.
     """
     from distkv.bench.kernels import run
 

@@ -125,6 +125,7 @@ def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> R
         gpu_memory_utilization=config.gpu_memory_utilization,
         num_threads=config.num_threads,
         staging_pages=staging_pages,
+        batch_invariant=config.batch_invariant,
         digest_weights=keeps_cache(config, model),
         traces=config.trace is not None,
     )

@@ -2,18 +2,19 @@
 
 Split-KV as in Flash-Decoding (https://pytorch.org/blog/flash-decoding/) with the online softmax of FlashAttention-2
 (https://arxiv.org/abs/2307.08691). A program takes one KV head of one split and reads its keys and values once, for all
-query heads of that KV head and all new tokens, packed into the rows of one tile. The work is bound by memory bandwidth.
+query heads of that KV head and all new tokens, packed into the rows of one tile (or of two, where they are too many for
+the tile that prefill has as well). The work is bound by memory bandwidth.
 
 Dims: B sequences, C new tokens per sequence, H query heads, K KV heads, G = H / K, S page_size, D head_dim.
 """
-
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from distkv.kernels.cuda.paging import block_head_dim, check_layouts, tile_pages, tile_rows
+from distkv.kernels.cuda.paging import block_head_dim, check_layouts
+from distkv.kernels.cuda.softmax import States, TileShape
+from distkv.kernels.cuda.split import NUM_STAGES, SPLIT_TILES, split_state
 
 
 @triton.jit
@@ -25,8 +26,9 @@ def _decode_kernel(
     sequences,
     items,
     num_items,
-    out,
-    lse,
+    states_acc,
+    states_m,
+    states_total,
     q_stride: tl.int64,
     part_stride: tl.int64,
     split_tokens: tl.int32,
@@ -40,11 +42,9 @@ def _decode_kernel(
     BLOCK_N: tl.constexpr,
 ):
     ROWS: tl.constexpr = NUM_TOKENS * GROUP
-    LN_2: tl.constexpr = 0.6931471805599453
-    SCALE: tl.constexpr = HEAD_DIM**-0.5 / LN_2  # softmax in powers of two
     head = tl.program_id(0)
     pool_v, buffer_v = pool + part_stride, buffer + KV_HEADS * PAGE_SIZE * HEAD_DIM
-    row = tl.arange(0, BLOCK_M)
+    row = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     real = row < ROWS
     dim = tl.arange(0, BLOCK_D)
     fits = dim < HEAD_DIM
@@ -62,58 +62,24 @@ def _decode_kernel(
         # row c * G + g is query head k * G + g of token c
         q_row = q + (first_row + row // GROUP) * q_stride + (head * GROUP + row % GROUP) * HEAD_DIM
         queries = tl.load(q_row[:, None] + dim, mask=real[:, None] & fits, other=0.0)
-        m = tl.full([BLOCK_M], -float("inf"), tl.float32)
-        total = tl.full([BLOCK_M], 0.0, tl.float32)
-        acc = tl.full([BLOCK_M, BLOCK_D], 0.0, tl.float32)
-
-        pages = tile_pages(entries, start, end, PAGE_SIZE, BLOCK_N)
-        for first in range(start, end, BLOCK_N):
-            key_rows = tile_rows(pages, pool, buffer, head, first, KV_HEADS, PAGE_SIZE, HEAD_DIM, BLOCK_N)
-            value_rows = tile_rows(pages, pool_v, buffer_v, head, first, KV_HEADS, PAGE_SIZE, HEAD_DIM, BLOCK_N)
-            pages = tile_pages(entries, first + BLOCK_N, end, PAGE_SIZE, BLOCK_N)  # a tile ahead, so that no load waits
-            key = first + tl.arange(0, BLOCK_N)
-            filled = key < end
-            keys = tl.load(key_rows[:, None] + dim, mask=filled[:, None] & fits, other=0.0)
-            scores = tl.dot(queries, keys.T, input_precision="ieee")
-            scores = tl.where(key < limit[:, None], scores * SCALE, -float("inf"))
-            new_m = tl.maximum(m, tl.max(scores, 1))
-            base = tl.where(new_m == -float("inf"), 0.0, new_m)  # a row that sees no key yet
-            p = tl.exp2(scores - base[:, None])
-            shrink = tl.exp2(m - base)
-            total = total * shrink + tl.sum(p, 1)
-            m = new_m
-            values = tl.load(value_rows[:, None] + dim, mask=filled[:, None] & fits, other=0.0)
-            p = p.to(values.dtype)
-            acc = tl.dot(p, values, acc * shrink[:, None], input_precision="ieee")
-
-        seen = total > 0
-        total = tl.where(seen, total, 1.0)
-        out_row = out + ((state * KV_HEADS + head) * ROWS + row) * HEAD_DIM
-        tl.store(out_row[:, None] + dim, acc / total[:, None], mask=real[:, None] & fits)
-        logarithm = tl.where(seen, (m + tl.log2(total)) * LN_2, -float("inf"))
-        tl.store(lse + (state * KV_HEADS + head) * ROWS + row, logarithm, mask=real)
+        m, total, acc = split_state(
+            queries, entries, pool, pool_v, buffer, buffer_v, head, start, end, limit,
+            KV_HEADS, PAGE_SIZE, HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_N,
+        )  # fmt: skip
+        at = (state * KV_HEADS + head) * ROWS + row
+        tl.store(states_acc + at[:, None] * HEAD_DIM + dim, acc, mask=real[:, None] & fits)
+        tl.store(states_m + at, m, mask=real)
+        tl.store(states_total + at, total, mask=real)
 
 
-class DecodeLaunch(NamedTuple):
-    """How the work is cut up: rows of a program and keys of a tile."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def decode_launch(dtype_bytes: int, rows: int) -> DecodeLaunch:
-    """Launch parameters for `rows` query rows of one KV head (tokens * group).
-
-    Three stages have two tiles of keys and values on their way. With 64 keys of head_dim 128 in 16 bits those take 64
-    KiB of shared memory, so that three programs fit on an SM of an H100; its bandwidth and latency ask for about 40 KiB
-    under way. A split of 256 tokens is four such tiles.
-    """
+def decode_tile(dtype_bytes: int, rows: int, batch_invariant: bool) -> TileShape:
+    """The tile for `rows` query rows of one KV head (tokens * group)."""
+    if batch_invariant:
+        return SPLIT_TILES[dtype_bytes]
     block_m = max(16, triton.next_power_of_2(rows))  # a dot takes at least 16 rows
     if dtype_bytes == 4:  # no tensor cores, and operands in registers
-        return DecodeLaunch(block_m, 32 if block_m < 64 else 16, 4 if block_m < 32 else 8, 3)
-    return DecodeLaunch(block_m, 64, 4 if block_m < 32 else 8, 3)
+        return TileShape(block_m, 32 if block_m < 64 else 16, 4 if block_m < 32 else 8)
+    return TileShape(block_m, 64, 4 if block_m < 32 else 8)
 
 
 def decode_splits(
@@ -124,14 +90,14 @@ def decode_splits(
     sequences: Tensor,
     items: Tensor,
     num_items: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    states: States,
     *,
     num_tokens: int,
     split_pages: int,
     num_programs: int,
+    batch_invariant: bool,
 ) -> None:
-    """Writes the states `(out, lse)` of the splits in `items`, see `merge.merge_splits` for what becomes of them.
+    """Writes the states of the splits in `items`, see `merge.merge_splits` for what becomes of them.
 
     Shapes, index tensors int64, all on the device:
         q `[T, H, D]`: rotated queries, of any row stride
@@ -142,21 +108,22 @@ def decode_splits(
         sequences `[B, 6]`: first row of q, number of keys with the new ones (0 for padding), first entry of the table,
             state of split 0; the last two columns are for `merge.merge_splits`
         items `[N, 2]`: sequence and split; num_items `[1]`: how many of them count
-        out fp32 `[states, K, C * G, D]`, lse fp32 `[states, K, C * G]`: row `c * G + g` is query head `k * G + g`
+        states `[states, K, C * G]`: row `c * G + g` is query head `k * G + g`
     `num_tokens` (C) new tokens of each sequence are causal among themselves. Split s of a sequence is its pages
     `s * split_pages ..`, as far as it has keys; its state is that of split 0 + s. A row that sees no key there gets
-    out 0 and lse -inf. `num_programs` programs per KV head take turns at the items, so a captured launch serves any
+    m -inf and sums of 0. `num_programs` programs per KV head take turns at the items, so a captured launch serves any
     `num_items` up to N.
 
-    The bits of a state depend on its queries, keys and values alone; nothing else in their pages is read.
+    The bits of a state depend on its queries, keys and values alone; nothing else in their pages is read. With
+    `batch_invariant` they do not depend on C either, and are those of the same rows in `prefill_splits.prefill_splits`.
     """
     _, _, kv_heads, page_size, head_dim = layer_pool.shape
     check_layouts(layer_pool, buffer)
     if buffer is None:
         buffer = layer_pool
     group = q.shape[1] // kv_heads
-    launch = decode_launch(q.element_size(), num_tokens * group)
-    _decode_kernel[(kv_heads, num_programs)](
+    tile = decode_tile(q.element_size(), num_tokens * group, batch_invariant)
+    _decode_kernel[(kv_heads, num_programs, triton.cdiv(num_tokens * group, tile.rows))](
         q,
         layer_pool,
         buffer,
@@ -164,8 +131,7 @@ def decode_splits(
         sequences,
         items,
         num_items,
-        out,
-        lse,
+        *states,
         q.stride(0),
         layer_pool.stride(0),
         split_pages * page_size,
@@ -175,9 +141,9 @@ def decode_splits(
         PAGE_SIZE=page_size,
         HEAD_DIM=head_dim,
         BLOCK_D=block_head_dim(head_dim),
-        BLOCK_M=launch.block_m,
-        BLOCK_N=launch.block_n,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.keys,
+        num_warps=tile.num_warps,
+        num_stages=NUM_STAGES,
         enable_fp_fusion=True,
     )

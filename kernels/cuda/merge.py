@@ -1,28 +1,27 @@
-"""Merges the states of a sequence's splits into the result, in logical order and in fp32.
-
-A state is the normalised output over some keys and the log-sum-exp of their scores, so that states of disjoint keys
-merge exactly (Dao et al. 2022, https://arxiv.org/abs/2205.14135).
+"""Merges the states of a sequence's splits into the result, one after the other in logical order, in fp32.
 
 Dims: B sequences, C new tokens per sequence, H query heads, K KV heads, G = H / K, D head_dim.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# States taken at once and columns of a program: constants, since the order of additions follows from them. A sequence
-# alone may have thousands of states, so its rows are cut into as many programs as whole 128-byte lines allow.
-STATES = 64
+from distkv.kernels.cuda.softmax import States, nothing_as_zero, power_of_two
+
+STATES = 16
+"""States whose loads are under way at a time."""
 COLUMNS = 32
+"""Columns of a program. A sequence alone may have thousands of states, so its rows are cut into as many programs as
+whole 128-byte lines allow."""
 
 
 @triton.jit
 def _merge_kernel(
-    out,
-    lse,
+    states_acc,
+    states_m,
+    states_total,
     sequences,
     carry_acc,
     carry_m,
@@ -38,37 +37,42 @@ def _merge_kernel(
     COLUMNS: tl.constexpr,
 ):
     ROWS: tl.constexpr = NUM_TOKENS * GROUP
-    LOG2_E: tl.constexpr = 1.4426950408889634
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     token, query_head = tl.program_id(1) // (KV_HEADS * GROUP), tl.program_id(1) % (KV_HEADS * GROUP)
     sequence = sequences + 6 * tl.program_id(2)
     first_row, num_keys, first_state = tl.load(sequence), tl.load(sequence + 1), tl.load(sequence + 3)
     first_split, end_split = tl.load(sequence + 4).to(tl.int32), tl.load(sequence + 5).to(tl.int32)
-    fits = column < HEAD_DIM
-    # row of (state, head, token, group) in out and lse
+    # row of (state, head, token, group) among the states
     row = (first_state * KV_HEADS + query_head // GROUP) * ROWS + token * GROUP + query_head % GROUP
+
+    rows_of_state = tl.full([], KV_HEADS * ROWS, tl.int64)
 
     # whether other launches come before and after is looked up, not compiled in: one binary, and so the same bits
     reached = end_split.to(tl.int64) * split_tokens
     continues, ends, goes_on = first_split > 0, reached >= num_keys, reached < num_keys
     at = (first_row + token) * (KV_HEADS * GROUP) + query_head
     own = at * tl.num_programs(0) + tl.program_id(0)  # each of the programs of a row, lest one overtakes another
-    m = tl.load(carry_m + own, mask=continues, other=-float("inf"))
+    before = tl.load(carry_m + own, mask=continues, other=-float("inf"))
     total = tl.load(carry_total + own, mask=continues, other=0.0)
     acc = tl.load(carry_acc + at * HEAD_DIM + column, mask=column < tl.where(continues, HEAD_DIM, 0), other=0.0)
-    for first in tl.range(first_split, end_split, STATES, num_stages=3):
+
+    # The largest score of all comes first, so that the additions wait for nothing but one another.
+    m = before
+    for first in range(first_split, end_split, STATES):
         state = first + tl.arange(0, STATES)
-        there = state < end_split
-        rows = row + state.to(tl.int64) * (KV_HEADS * ROWS)
-        x = tl.load(lse + rows, mask=there, other=-float("inf")) * LOG2_E
-        part = tl.load(out + rows[:, None] * HEAD_DIM + column, mask=there[:, None] & fits, other=0.0)
-        new_m = tl.maximum(m, tl.max(x, 0))
-        base = tl.where(new_m == -float("inf"), 0.0, new_m)
-        weight = tl.exp2(x - base)
-        shrink = tl.exp2(m - base)
-        total = total * shrink + tl.sum(weight, 0)
-        acc = acc * shrink + tl.sum(part * weight[:, None], 0)
-        m = new_m
+        rows = row + state * rows_of_state
+        m = tl.maximum(m, tl.max(tl.load(states_m + rows, mask=state < end_split, other=-float("inf")), 0))
+    base = nothing_as_zero(m)
+    shrink = power_of_two(before - base)
+    total, acc = total * shrink, acc * shrink
+    for first in range(first_split, end_split, STATES):
+        for number in tl.static_range(STATES):  # one after the other; what is no state adds 0
+            there = first + number < end_split
+            here = row + (first + number) * rows_of_state
+            weight = power_of_two(tl.load(states_m + here, mask=there, other=-float("inf")) - base)
+            total += tl.load(states_total + here, mask=there, other=0.0) * weight
+            inside = column < tl.where(there, HEAD_DIM, 0)
+            acc += tl.load(states_acc + here * HEAD_DIM + column, mask=inside, other=0.0) * weight
 
     merged = acc / tl.where(total > 0, total, 1.0)  # zeros where no key was seen
     target = result + (first_row + token) * result_stride + query_head * HEAD_DIM + column
@@ -78,26 +82,18 @@ def _merge_kernel(
     tl.store(carry_total + own, total, mask=goes_on)
 
 
-class Carry(NamedTuple):
-    """Sums of a merge that goes on in a later launch, in fp32."""
-
-    acc: Tensor  # [T, H, D]
-    m: Tensor  # [T, H, pieces of D]
-    total: Tensor  # [T, H, pieces of D]
-
-    @classmethod
-    def like(cls, result: Tensor) -> "Carry":
-        """Room for those of a result `[T, H, D]`."""
-        pieces = *result.shape[:2], triton.cdiv(result.shape[2], COLUMNS)
-        return cls(*(result.new_empty(shape, dtype=torch.float32) for shape in (result.shape, pieces, pieces)))
+def carry_like(result: Tensor) -> States:
+    """Room for the sums of a merge that goes on in a later launch, of a result `[T, H, D]`: m and total are `[T, H,
+    pieces of D]`."""
+    pieces = *result.shape[:2], triton.cdiv(result.shape[2], COLUMNS)
+    return States(*(result.new_empty(shape, dtype=torch.float32) for shape in (result.shape, pieces, pieces)))
 
 
 def merge_splits(
-    out: Tensor,
-    lse: Tensor,
+    states: States,
     sequences: Tensor,
     result: Tensor,
-    carry: Carry | None,
+    carry: States | None,
     *,
     num_tokens: int,
     split_tokens: int,
@@ -105,27 +101,23 @@ def merge_splits(
     """Writes the merged states of each sequence to its rows of `result`.
 
     Shapes:
-        out fp32 `[states, K, C * G, D]`, lse fp32 `[states, K, C * G]`: as `decode.decode_splits` writes them
+        states `[states, K, C * G]`: as `decode.decode_splits` writes them
         sequences int64 `[B, 6]`: first row of the result, number of keys, (not used), state of split 0, first split and
             end of the splits of this launch
         result `[T, H, D]`: of any dtype and row stride
     Where a sequence has so many splits that their states are not held all at a time, it goes through several launches
-    in order, which meet at multiples of STATES splits; `carry` takes its sums from one to the next, and the last one
-    writes the result. It is None when every sequence is whole. A sequence with 0 keys gets zeros.
+    in order; `carry` of `carry_like` takes its sums from one to the next, and the last one writes the result. It is
+    None when every sequence is whole. A sequence with 0 keys gets zeros.
     The bits of a row depend on its states in logical order alone, not on these cuts.
     """
-    _, kv_heads, rows, head_dim = out.shape
+    _, kv_heads, rows, head_dim = states.acc.shape
     num_heads = result.shape[1]
     if not len(sequences):
         return
-    acc, m, total = carry or (out, lse, lse)  # the latter are neither read nor written
     _merge_kernel[(triton.cdiv(head_dim, COLUMNS), num_tokens * num_heads, len(sequences))](
-        out,
-        lse,
+        *states,
         sequences,
-        acc,
-        m,
-        total,
+        *(carry or states),  # the latter are neither read nor written
         result,
         result.stride(0),
         split_tokens,
@@ -135,6 +127,6 @@ def merge_splits(
         HEAD_DIM=head_dim,
         STATES=STATES,
         COLUMNS=COLUMNS,
-        num_warps=2,
+        num_warps=1,
         enable_fp_fusion=True,
     )

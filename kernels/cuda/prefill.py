@@ -10,28 +10,18 @@ The work is bound by the tensor cores.
 Dims: T tokens, H query heads, K KV heads, G = H / K, S page_size, D head_dim.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from distkv.kernels.cuda.paging import block_head_dim, check_layouts, tile_pages, tile_rows
+from distkv.kernels.cuda.softmax import States, TileShape, add_tile
 
 BLOCK_M = 128
 """Rows of a block, of which a chunk has `num_tokens * G` for each KV head."""
 SEGMENT_TOKENS = 128
 """A walk may be cut at multiples of so many keys, and every tile is a divisor of it."""
-
-
-class PrefillState(NamedTuple):
-    """The online softmax of some query tokens between two segments, fp32: `acc [tokens, H, D]`, `m` and `total [tokens,
-    H]`, where m is the largest score so far in powers of two, total the sum of weights and acc that of values."""
-
-    acc: Tensor
-    m: Tensor
-    total: Tensor
 
 
 @triton.jit
@@ -99,7 +89,7 @@ def _prefill_kernel(
 
     # Tiles that all rows see whole, then those on the diagonal; which is which follows from the block alone, not from
     # the segment. Rows of a tile that hold no key yet are read, being finite, and masked. Every row sees key 0, in the
-    # first tile, so m is finite from there on.
+    # first tile.
     diagonal = (position + first_row // GROUP + 1) // BLOCK_N * BLOCK_N
     for MASKED in tl.static_range(2):
         if MASKED:
@@ -121,14 +111,8 @@ def _prefill_kernel(
             if MASKED:
                 key = first + tl.arange(0, BLOCK_N)
                 scores = tl.where(key <= newest[:, None], scores, -float("inf"))
-            new_m = tl.maximum(m, tl.max(scores, 1) * SCALE)
-            p = tl.exp2(scores * SCALE - new_m[:, None])
-            shrink = tl.exp2(m - new_m)
-            total = total * shrink + tl.sum(p, 1)
-            m = new_m
             values = tl.load(value_rows[:, None] + dim, mask=fits, other=0.0)
-            p = p.to(values.dtype)
-            acc = tl.dot(p, values, acc * shrink[:, None], input_precision="ieee")
+            m, total, acc = add_tile(scores, values, m, total, acc, SCALE)
             scores = next_scores
 
     # Where things go is found out once more: `volatile` keeps the compiler from holding what was known above in
@@ -149,25 +133,14 @@ def _prefill_kernel(
         tl.store(out_row[:, None] + dim, acc / total[:, None], mask=real[:, None] & fits)
 
 
-class PrefillLaunch(NamedTuple):
-    """How the work is cut up: rows of a program, which divide BLOCK_M, and keys of a tile."""
-
-    rows: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def prefill_launch(dtype_bytes: int) -> PrefillLaunch:
-    """Launch parameters by the width of a number.
+def prefill_tile(dtype_bytes: int) -> TileShape:
+    """The tile by the width of a number; its rows divide BLOCK_M.
 
     In 16 bits: 128 rows are two warpgroups of an H100, each key that is read meets so many that the L2 cache keeps up,
     and with tiles of 64 keys the accumulator, two tiles of scores and the weights just fit into registers.
     In 32 bits there are no tensor cores, and operands lie in registers: small tiles, for exactness rather than speed.
     """
-    if dtype_bytes == 4:
-        return PrefillLaunch(32, 32, 8, 2)
-    return PrefillLaunch(BLOCK_M, 64, 8, 3)
+    return TileShape(32, 32, 8) if dtype_bytes == 4 else TileShape(BLOCK_M, 64, 8)
 
 
 def prefill_walk(
@@ -177,7 +150,7 @@ def prefill_walk(
     table: Tensor,
     chunks: Tensor,
     blocks: Tensor,
-    state: PrefillState | None,
+    state: States | None,
     out: Tensor,
 ) -> None:
     """Walks each chunk's queries over one segment of their keys; those of the chunk itself are read from its pages too.
@@ -190,7 +163,7 @@ def prefill_walk(
             first key and end key of the segment, first row of the state, 0
         blocks `[N, 2]`: chunk and first row of each block of BLOCK_M rows, where row `token * G + g` of KV head k is
             query head `k * G + g`; a chunk's blocks in ascending order
-        state: of all tokens that are between two segments; None when each segment is a whole walk
+        state `[tokens, H]`: of all tokens that are between two segments; None when each segment is a whole walk
         out `[T, H, D]`: of any row stride
     A segment whose first key is not 0 goes on from the state. One that ends before the last token's key saves it, else
     its rows of `out` are written. A walk is cut at multiples of SEGMENT_TOKENS keys. However it is cut, and wherever
@@ -204,18 +177,16 @@ def prefill_walk(
         buffer = layer_pool
     if state is None:
         nothing = torch.empty(0, dtype=torch.float32, device=q.device)
-        state = PrefillState(nothing, nothing, nothing)
-    launch = prefill_launch(q.element_size())
-    _prefill_kernel[(len(blocks), kv_heads, BLOCK_M // launch.rows)](
+        state = States(nothing, nothing, nothing)
+    tile = prefill_tile(q.element_size())
+    _prefill_kernel[(len(blocks), kv_heads, BLOCK_M // tile.rows)](
         q,
         layer_pool,
         buffer,
         table,
         chunks,
         blocks,
-        state.acc,
-        state.m,
-        state.total,
+        *state,
         out,
         q.stride(0),
         out.stride(0),
@@ -225,9 +196,9 @@ def prefill_walk(
         PAGE_SIZE=page_size,
         HEAD_DIM=head_dim,
         BLOCK_D=block_head_dim(head_dim),
-        BLOCK_M=launch.rows,
-        BLOCK_N=launch.block_n,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.keys,
+        num_warps=tile.num_warps,
+        num_stages=2 if q.element_size() == 4 else 3,
         enable_fp_fusion=True,
     )

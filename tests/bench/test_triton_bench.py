@@ -9,17 +9,20 @@ if sys.platform != "linux":
     pytest.skip("Triton exists for Linux only", allow_module_level=True)
 
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import torch
 from support.meters import FakeMeter
 
-from distkv.bench import kernel_memory
+from distkv.bench import kernel_memory, kernel_products
 from distkv.bench.device import LinkCeiling, MatmulCeiling, MemoryCeiling, Turns
 from distkv.bench.kernel_attention import decode_row, prefill_row
 from distkv.bench.kernel_memory import elementwise_rows, page_rows
+from distkv.bench.kernel_products import product_rows, products
 from distkv.bench.kernel_work import AttentionShape
 from distkv.errors import DistKVError
+from distkv.models.shapes import SHAPES
 from distkv.workers.attention import cuda as cuda_attention
 from distkv.workers.attention import decode_plan
 
@@ -81,6 +84,25 @@ def test_elementwise_rows() -> None:
     for row in rows:
         assert row["bytes_per_s"] == pytest.approx(1e3 * row["bytes"])
         assert row["share"] == pytest.approx(row["bytes"] / 8192)
+
+
+def test_product_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert products(SHAPES["llama-3-8b"]) == {
+        "qkv": (6144, 4096, False),
+        "attention out": (4096, 4096, False),
+        "gate and up": (28672, 4096, True),
+        "down": (4096, 14336, False),
+        "head": (128256, 4096, False),
+    }
+    for gated in (False, True):
+        rows = list(product_rows(turns(), "one", 48, 300, gated, torch.float32, (1, 5)))
+        assert [row["rows"] for row in rows] == [1, 5] and rows[0]["share"] == 1
+        assert rows[1]["flops_per_s"] == pytest.approx(1e3 * 2 * 5 * 48 * 300)
+        assert rows[1]["bytes_per_s"] == pytest.approx(1e3 * 48 * 300 * 4)
+    wrong = replace(kernel_products.CUDA_KERNELS, make_linear=lambda weight: lambda x: x @ weight.T * 1.1)
+    monkeypatch.setattr(kernel_products, "CUDA_KERNELS", wrong)
+    with pytest.raises(DistKVError, match="one of 2 rows differs from cuBLAS"):
+        list(product_rows(turns(), "one", 48, 300, False, torch.float32, (2,)))
 
 
 def test_page_rows(monkeypatch: pytest.MonkeyPatch) -> None:

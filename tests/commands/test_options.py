@@ -36,7 +36,11 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "trace": ("steps.json", Path("steps.json")),
 }
 """What the command line is given for a field, and what the field is then."""
-OTHERS: dict[str, tuple[str, Any]] = {"enable_prefix_caching": ("no", False), "gpu_memory_utilization": ("0.5", 0.5)}
+OTHERS: dict[str, tuple[str, Any]] = {
+    "enable_prefix_caching": ("no", False),
+    "gpu_memory_utilization": ("0.5", 0.5),
+    "batch_invariant": ("no", False),
+}
 """The same for fields that would make some of these useless."""
 
 

@@ -9,14 +9,12 @@ from typing import Any
 import pytest
 from support.checkpoints import save_llama
 from support.damage import all_damages
+from support.invariance import WHOLE, random_requests, said
 from support.llms import idle_engine
 from support.prompts import random_prompt
 from support.runs import GREEDY, run
 
 from distkv import LLM, SamplingParams
-from distkv.outputs import RequestOutput
-
-WHOLE = {"max_num_batched_tokens": 4096, "max_num_seqs": 3}  # one request at a time, in one chunk
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16", "float16"])
@@ -31,37 +29,6 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         num_key_value_heads=kv_heads, hidden_size=96, head_dim=24, intermediate_size=113, attention_bias=biased, **rope,
     )[0]  # fmt: skip
     return folder, request.param
-
-
-def said(output: RequestOutput) -> list[Any]:
-    """All that a request answered, with every bit of its log-probabilities."""
-    return [
-        (
-            answer.token_ids,
-            [{token: entry.logprob for token, entry in table.items()} for table in answer.logprobs or []],
-        )
-        for answer in output.outputs
-    ]
-
-
-def random_requests(rng: random.Random) -> tuple[list[list[int]], list[SamplingParams]]:
-    """Prompts that begin alike, long and short, greedy and not, with one answer and several."""
-    stems = [random_prompt(rng.choice([16, 70, 300, 700]), rng.randrange(99)) for _ in range(2)]
-    prompts, params = [], []
-    for number in range(rng.randint(2, 7)):
-        stem = rng.choice(stems)
-        prompts.append(stem[: rng.randint(1, len(stem))] + random_prompt(rng.randint(0, 40), 100 + number))
-        params.append(
-            SamplingParams(
-                temperature=rng.choice([0, 1]),
-                seed=number,
-                n=rng.choice([1, 1, 3]),
-                max_tokens=rng.randint(1, 40),
-                logprobs=5,
-                ignore_eos=True,
-            )
-        )
-    return prompts, params
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 60))])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from support import triton_on_cpu
 from support.checkpoints import edit_weights, save_llama
+from support.invariance import WHOLE, said
 from support.prompts import random_prompts
 from support.runs import run
 from torch import Tensor
@@ -71,6 +72,33 @@ def test_tiers_change_no_bit(tmp_path: Path) -> None:
     mixed = run(folder, prompts, params, pages=(8, 6, 40), cache_dir=tmp_path / "cache", **options)
     mixed.assert_same(resident)
     assert mixed.moved("host_streamed") and mixed.moved("disk_streamed")
+
+
+def test_batch_mates_and_chunks_change_no_bit(tmp_path: Path) -> None:
+    """With `batch_invariant`: a request alone in one chunk; and with others, in small chunks, behind a prefix."""
+    folder, _ = save_llama(
+        tmp_path / "model",
+        num_hidden_layers=1,
+        head_dim=16,
+        hidden_size=512,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+    )
+    first, second = random_prompts(275, 13)
+    prompts = [second, first[:260] + second]
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, logprobs=3) for n in (4, 3)]
+
+    common = {"page_size": 16, "batch_invariant": True, "dtype": "float16"}
+    with LLM(folder, device_kv_bytes="8MiB", enable_prefix_caching=False, **common, **WHOLE) as llm:
+        alone = [said(llm.generate([p], one, use_tqdm=False)[0]) for p, one in zip(prompts, params, strict=True)]
+    page = 2 * 16 * 16 * 2  # bytes
+    small = {"device_kv_bytes": 26 * page, "host_kv_bytes": 60 * page, "max_num_seqs": 4}
+    with LLM(folder, max_num_batched_tokens=100, **common, **small) as llm:
+        llm.generate([first], params[:1], use_tqdm=False)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert outputs[1].num_cached_tokens == 256
+    assert [said(one) for one in outputs] == alone
 
 
 def test_graphs_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

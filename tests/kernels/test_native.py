@@ -27,6 +27,7 @@ from distkv.kernels.native.paged_attention import Chunks, attend_pages, kept_sta
 from distkv.kernels.native.token_kernels import native_token_kernels
 from distkv.kernels.rope import rope_and_write_kv
 from distkv.workers.backends.cpu import make_backend
+from distkv.workers.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = [load(one) for one in INSTRUCTION_SETS if one.is_here]
@@ -238,7 +239,9 @@ def test_torch_runs_where_there_is_none(monkeypatch: pytest.MonkeyPatch, caplog:
 
     monkeypatch.setattr(library, "load", library.load.__wrapped__)
     monkeypatch.setattr(library, "find_or_build", find)
-    assert make_backend().kernels is CPU_KERNELS
+    assert make_backend(None).kernels is CPU_KERNELS
+    with pytest.raises(ConfigError, match=r"batch_invariant is True and .* there is no g\+\+ on the path"):
+        make_backend(True)
     assert "there is no g++ on the path. torch's operators run instead" in caplog.text
 
 

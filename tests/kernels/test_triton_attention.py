@@ -7,7 +7,7 @@ small; bf16 is left to the GPU tests, since the interpreter rounds it differentl
 import math
 import sys
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import pytest
 
@@ -23,8 +23,10 @@ from torch import Tensor
 
 from distkv.kernels import reference
 from distkv.kernels.cuda.decode import decode_splits
-from distkv.kernels.cuda.merge import STATES, Carry, merge_splits
-from distkv.kernels.cuda.prefill import BLOCK_M, SEGMENT_TOKENS, PrefillState, prefill_walk
+from distkv.kernels.cuda.merge import STATES, carry_like, merge_splits
+from distkv.kernels.cuda.prefill import BLOCK_M, SEGMENT_TOKENS, prefill_walk
+from distkv.kernels.cuda.prefill_splits import prefill_splits
+from distkv.kernels.cuda.softmax import States
 from distkv.kernels.page_entries import buffer_entry
 from distkv.storage.pools.host_memory import lazy_zeros
 
@@ -107,6 +109,7 @@ class Decode:
     num_tokens: int
     lengths: list[int]
     seed: int = 0
+    batch_invariant: bool = False
 
     @cached_property
     def q(self) -> Tensor:
@@ -124,8 +127,8 @@ class Decode:
     def num_states(self) -> list[int]:
         return [-(-n // (self.page_size * self.split_pages)) for n in self.lengths]
 
-    def states(self, pages: Pages, *, num_programs: int = 3, seed: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """out, lse and `sequences`; items in an order drawn from `seed`."""
+    def states(self, pages: Pages, *, num_programs: int = 3, seed: int | None = None) -> tuple[States, Tensor]:
+        """States and `sequences`; items in an order drawn from `seed`."""
         kv_heads, _, head_dim = pages.layer_pool.shape[2:]
         first_state = [sum(self.num_states[:b]) for b in range(len(self.lengths))]
         sequences = torch.tensor(
@@ -141,9 +144,8 @@ class Decode:
             items = items[torch.randperm(len(items), generator=seeded(seed))]
         # rows beyond num_items are left over from a larger step
         stale = torch.tensor([[10**9, 10**9]] * 2)
-        rows = self.num_tokens * self.group
-        out = torch.full((sum(self.num_states) + 1, kv_heads, rows, head_dim), math.nan)
-        lse = torch.full(out.shape[:3], math.nan)
+        shape = sum(self.num_states) + 1, kv_heads, self.num_tokens * self.group
+        states = States(*(torch.full(one, math.nan) for one in ((*shape, head_dim), shape, shape)))
         decode_splits(
             self.q,
             pages.layer_pool,
@@ -152,14 +154,14 @@ class Decode:
             sequences,
             torch.cat([items, stale]),
             torch.tensor([len(items)]),
-            out,
-            lse,
+            states,
             num_tokens=self.num_tokens,
             split_pages=self.split_pages,
             num_programs=num_programs,
+            batch_invariant=self.batch_invariant,
         )
-        assert out[-1].isnan().all() and lse[-1].isnan().all(), "a state that is nobody's was written"
-        return out[:-1], lse[:-1], sequences
+        assert all(part[-1].isnan().all() for part in states), "a state that is nobody's was written"
+        return States(*(part[:-1] for part in states)), sequences
 
     def expected(self, b: int) -> tuple[Tensor, Tensor]:
         """Of sequence b: float64 out `[C, H, D]` and lse `[C, H]`."""
@@ -182,23 +184,26 @@ def decodes(draw: st.DrawFn) -> Decode:
         num_tokens=num_tokens,
         lengths=draw(st.lists(length, min_size=1, max_size=3)),
         seed=draw(seeds),
+        batch_invariant=draw(st.booleans()),
     )
 
 
-def merged(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition of a merge, in float64 along the first dim."""
-    total = torch.logsumexp(lse.double(), 0)
-    return (out.double() * torch.exp(lse.double() - total)[..., None]).sum(0), total
+def merged(states: States) -> tuple[Tensor, Tensor]:
+    """The definition of a merge, in float64 along the first dim: the result, and the log-sum-exp of the scores."""
+    acc, m, total = (part.double() for part in states)
+    weights = torch.exp2(m - m.amax(0))
+    total = (total * weights).sum(0)
+    return (acc * weights[..., None]).sum(0) / total[..., None], (m.amax(0) + total.log2()) * math.log(2)
 
 
-def assert_decoded(batch: Decode, states: tuple[Tensor, Tensor, Tensor]) -> None:
+def assert_decoded(batch: Decode, states: States, sequences: Tensor) -> None:
     """The states of each sequence, merged, are the attention over all its keys."""
-    out, lse, sequences = states
-    assert not out.isnan().any() and not lse.isnan().any()
+    assert not any(part.isnan().any() for part in states)
+    assert torch.equal(states.m, states.m.ceil())
     for b, first in enumerate(sequences[:, 3].tolist()):
         if batch.lengths[b]:
             mine = slice(first, first + batch.num_states[b])
-            result, total = merged(out[mine], lse[mine])
+            result, total = merged(States(*(part[mine] for part in states)))
             expected, expected_lse = batch.expected(b)
             rows = result.unflatten(1, (batch.num_tokens, batch.group)).transpose(0, 1).flatten(1, 2)
             total = total.unflatten(1, (batch.num_tokens, batch.group)).transpose(0, 1).flatten(1, 2)
@@ -206,10 +211,14 @@ def assert_decoded(batch: Decode, states: tuple[Tensor, Tensor, Tensor]) -> None
             assert relative_error(total, expected_lse) < TOLERANCE[batch.q.dtype]
 
 
+def assert_equal(states: States, expected: States, name: str) -> None:
+    assert all(torch.equal(part, wanted) for part, wanted in zip(states, expected, strict=True)), name
+
+
 @few
 @given(batch=decodes(), cold=st.sampled_from([0.0, 0.5, 1.0]), num_programs=st.integers(1, 9))
 def test_decode(batch: Decode, cold: float, num_programs: int) -> None:
-    assert_decoded(batch, batch.states(batch.lay_out(cold), num_programs=num_programs, seed=batch.seed))
+    assert_decoded(batch, *batch.states(batch.lay_out(cold), num_programs=num_programs, seed=batch.seed))
 
 
 CORNERS = [
@@ -225,31 +234,34 @@ CORNERS = [
 @pytest.mark.parametrize("batch", CORNERS, ids=lambda batch: f"{batch.dtype}-{batch.head_dim}-{batch.page_size}")
 def test_a_decode_state_is_bitwise_its_own(batch: Decode) -> None:
     """Wherever its pages lie and whatever else is in them, whoever is in the batch, whenever it is its turn."""
-    out, lse, sequences = batch.states(batch.lay_out(0.0))
-    assert_decoded(batch, (out, lse, sequences))
-    same = {
-        "in the buffer": batch.states(batch.lay_out(1.0, garbage=0.0)),
-        "here and there": batch.states(batch.lay_out(0.5, seed=1, garbage=-GARBAGE)),
-        "one program": batch.states(batch.lay_out(0.5, seed=2), num_programs=1, seed=3),
-        "as many as items": batch.states(batch.lay_out(0.0, seed=4), num_programs=sum(batch.num_states) + 2, seed=5),
-    }
-    for name, (other_out, other_lse, _) in same.items():
-        assert torch.equal(other_out, out) and torch.equal(other_lse, lse), name
-    for b, (first, count) in enumerate(zip(sequences[:, 3].tolist(), batch.num_states, strict=True)):
-        alone = replace(batch, lengths=batch.lengths[b : b + 1])
-        alone.q = batch.q[b * batch.num_tokens : (b + 1) * batch.num_tokens]
-        alone.tokens = batch.tokens[b : b + 1]
-        other_out, other_lse, _ = alone.states(alone.lay_out(0.5))
-        mine = slice(first, first + count)
-        assert torch.equal(other_out, out[mine]) and torch.equal(other_lse, lse[mine])
+    for batch_invariant in (False, True):
+        batch.batch_invariant = batch_invariant
+        states, sequences = batch.states(batch.lay_out(0.0))
+        assert_decoded(batch, states, sequences)
+        same = {
+            "in the buffer": batch.states(batch.lay_out(1.0, garbage=0.0)),
+            "here and there": batch.states(batch.lay_out(0.5, seed=1, garbage=-GARBAGE)),
+            "one program": batch.states(batch.lay_out(0.5, seed=2), num_programs=1, seed=3),
+            "as many as items": batch.states(
+                batch.lay_out(0.0, seed=4), num_programs=sum(batch.num_states) + 2, seed=5
+            ),
+        }
+        for name, (other, _) in same.items():
+            assert_equal(other, states, name)
+        for b, (first, count) in enumerate(zip(sequences[:, 3].tolist(), batch.num_states, strict=True)):
+            alone = replace(batch, lengths=batch.lengths[b : b + 1])
+            alone.q = batch.q[b * batch.num_tokens : (b + 1) * batch.num_tokens]
+            alone.tokens = batch.tokens[b : b + 1]
+            other, _ = alone.states(alone.lay_out(0.5))
+            assert_equal(other, States(*(part[first : first + count] for part in states)), "alone")
 
 
 def test_decode_and_merge() -> None:
     """The two together, as a step calls them: rows of the result, and zeros for padding."""
     batch = Decode(torch.float16, 64, 16, split_pages=3, kv_heads=2, group=3, num_tokens=2, lengths=[100, 0, 5])
-    out, lse, sequences = batch.states(batch.lay_out(0.5))
+    states, sequences = batch.states(batch.lay_out(0.5))
     result = torch.full_like(batch.q, math.nan)
-    merge_splits(out, lse, sequences, result, None, num_tokens=batch.num_tokens, split_tokens=48)
+    merge_splits(states, sequences, result, None, num_tokens=batch.num_tokens, split_tokens=48)
     assert relative_error(result[:2], batch.expected(0)[0]) < TOLERANCE[batch.dtype]
     assert not result[2:4].any()
     assert relative_error(result[4:], batch.expected(2)[0]) < TOLERANCE[batch.dtype]
@@ -258,23 +270,23 @@ def test_decode_and_merge() -> None:
 def test_a_row_that_sees_no_key_of_a_split() -> None:
     """The last split holds only the newest keys, which the first of the new tokens must not see."""
     batch = Decode(torch.float16, 64, 16, split_pages=2, kv_heads=1, group=2, num_tokens=8, lengths=[35])
-    out, lse, sequences = batch.states(batch.lay_out(0.0))
-    assert_decoded(batch, (out, lse, sequences))
+    states, sequences = batch.states(batch.lay_out(0.0))
+    assert_decoded(batch, states, sequences)
     blind = 5 * batch.group  # tokens 27..31
-    assert torch.equal(lse[1] == -math.inf, torch.arange(16)[None] < blind)
-    assert not out[1, :, :blind].any()
+    assert torch.equal(states.m[1] == -math.inf, torch.arange(16)[None] < blind)
+    assert not states.acc[1, :, :blind].any() and not states.total[1, :, :blind].any()
 
 
 def test_no_items() -> None:
     batch = Decode(torch.float32, 64, 16, split_pages=1, kv_heads=1, group=1, num_tokens=1, lengths=[0, 0])
-    assert batch.states(batch.lay_out(0.0))[0].shape[0] == 0
+    assert not len(batch.states(batch.lay_out(0.0))[0].acc)
 
 
 def test_nothing_beyond_the_keys_of_a_decode_is_read() -> None:
     """Not even multiplied by zero: what is no key of the sequence may be NaN."""
     batch = Decode(torch.float16, 80, 64, split_pages=1, kv_heads=1, group=2, num_tokens=1, lengths=[70, 3])
-    out, lse, _ = batch.states(batch.lay_out(0.5, garbage=math.nan))
-    assert not out.isnan().any() and not lse.isnan().any()
+    states, _ = batch.states(batch.lay_out(0.5, garbage=math.nan))
+    assert not any(part.isnan().any() for part in states)
 
 
 @pytest.mark.parametrize("num_states", [1, 2, STATES, STATES + 1, 2 * STATES + 9])
@@ -283,46 +295,53 @@ def test_merge(num_states: int, head_dim: int, dtype: torch.dtype) -> None:
     """Against float64, for rows with empty states too; bitwise the same among others; zeros without a key."""
     kv_heads, num_tokens, group, split_tokens = 1, 2, 1, 48
     generator = seeded(num_states)
-    out = torch.randn(num_states, kv_heads, num_tokens * group, head_dim, generator=generator)
-    lse = torch.randn(out.shape[:3], generator=generator) * 5
-    out[-1, :, 0], lse[-1, :, 0] = (0.0, -math.inf) if num_states > 1 else (out[-1, :, 0], lse[-1, :, 0])
+    acc = torch.randn(num_states, kv_heads, num_tokens * group, head_dim, generator=generator)
+    m = (torch.randn(acc.shape[:3], generator=generator) * 5).ceil()
+    states = States(acc, m, torch.rand(acc.shape[:3], generator=generator) + 0.5)
+    if num_states > 1:
+        for part, value in zip(states, (0.0, -math.inf, 0.0), strict=True):
+            part[-1, :, 0] = value
     heads = kv_heads * group
 
     def result(before: int, keys: list[int]) -> Tensor:
         """Of the states behind `before` others."""
-        states = torch.cat([torch.full((before, *out.shape[1:]), math.nan), out, torch.full_like(out, math.nan)])
-        sums = torch.cat([torch.full((before, *lse.shape[1:]), math.nan), lse, torch.full_like(lse, math.nan)])
+        around = States(
+            *(
+                torch.cat([torch.full((before, *part.shape[1:]), math.nan), part, torch.full_like(part, math.nan)])
+                for part in states
+            )
+        )
         into = torch.full((num_tokens * len(keys), heads + 1, head_dim), math.nan, dtype=dtype)
         splits = [-(-n // split_tokens) for n in keys]
         sequences = torch.tensor([(b * num_tokens, n, 10**9, before, 0, splits[b]) for b, n in enumerate(keys)])
-        cut = {"num_tokens": num_tokens, "split_tokens": split_tokens}
-        merge_splits(states, sums, sequences, into[:, :heads], None, **cut)
+        merge_splits(around, sequences, into[:, :heads], None, num_tokens=num_tokens, split_tokens=split_tokens)
         assert into[:, heads:].isnan().all()
         return into[:, :heads]
 
-    def in_launches() -> Tensor:
+    def in_launches(size: int) -> Tensor:
         """The states of each launch in memory that serves again, as in rounds of a long context."""
         into = torch.full((num_tokens, heads, head_dim), math.nan, dtype=dtype)
-        carry = Carry.like(into)
+        carry = carry_like(into)
         for part in carry:
             part.fill_(math.nan)
-        for first in range(0, num_states, STATES):
-            end = min(first + STATES, num_states)
+        for first in range(0, num_states, size):
+            end = min(first + size, num_states)
             sequences = torch.tensor([(0, num_states * split_tokens, 10**9, -first, first, end)])
             merge_splits(
-                out[first:end].clone(), lse[first:end].clone(), sequences, into, carry, num_tokens=num_tokens,
+                States(*(part[first:end].clone() for part in states)), sequences, into, carry, num_tokens=num_tokens,
                 split_tokens=split_tokens,
             )  # fmt: skip
             assert into.isnan().all() or end == num_states, "the last launch alone writes the result"
         return into
 
     rows = result(0, [num_states * split_tokens])
-    expected = merged(out, lse)[0].unflatten(1, (num_tokens, group)).transpose(0, 1).flatten(1, 2)
+    expected = merged(states)[0].unflatten(1, (num_tokens, group)).transpose(0, 1).flatten(1, 2)
     assert relative_error(rows, expected) < TOLERANCE[dtype]
     among = result(3, [0, (num_states - 1) * split_tokens + 1])
     assert not among[:num_tokens].any()
     assert torch.equal(among[num_tokens:], rows)
-    assert torch.equal(in_launches(), rows)
+    for size in (STATES, 7):
+        assert torch.equal(in_launches(size), rows)
 
 
 @dataclass
@@ -338,6 +357,7 @@ class Prefill:
     counts: list[int]
     cuts: list[list[int]]
     seed: int = 0
+    split_tokens: int | None = None
 
     @cached_property
     def q(self) -> Tensor:
@@ -362,9 +382,7 @@ class Prefill:
         out = torch.full((len(self.q), num_heads + 1, head_dim), math.nan, dtype=self.q.dtype)[:, :num_heads]
         gap = 5 if spread else 0
         rows = len(self.q) + gap * len(cuts)
-        state = PrefillState(
-            *(torch.full(s, math.nan) for s in ((rows, num_heads, head_dim), *[(rows, num_heads)] * 2))
-        )
+        state = States(*(torch.full(s, math.nan) for s in ((rows, num_heads, head_dim), *[(rows, num_heads)] * 2)))
         for launch in range(max(map(len, borders)) - 1):
             chunks, blocks, first_row = [], [], 0
             for c, (prefix, count) in enumerate(zip(self.prefixes, self.counts, strict=True)):
@@ -376,7 +394,10 @@ class Prefill:
                 first_row += count
             if spread:
                 blocks.sort(key=lambda block: (block[1], block[0]))
-            prefill_walk(
+            walk = prefill_walk
+            if self.split_tokens is not None:
+                walk = partial(prefill_splits, split_tokens=self.split_tokens)
+            walk(
                 self.q,
                 pages.layer_pool,
                 pages.buffer_if_needed,
@@ -401,12 +422,15 @@ def prefills(draw: st.DrawFn) -> Prefill:
     page_size, group = draw(page_sizes), draw(st.integers(1, 16))
     prefixes = draw(st.lists(st.one_of(st.just(0), st.integers(1, 400)), min_size=1, max_size=2))
     counts = [draw(st.one_of(st.integers(1, 9), st.integers(1, 280 // group))) for _ in prefixes]
-    unit, cuts = max(SEGMENT_TOKENS, page_size), []
+    split_tokens = draw(st.sampled_from([None, 128, 256]))
+    unit, cuts = max(split_tokens or SEGMENT_TOKENS, page_size), []
     for prefix, count in zip(prefixes, counts, strict=True):
         possible = list(range(unit, prefix + count, unit))
         cuts.append(sorted(draw(st.sets(st.sampled_from(possible)))) if possible else [])
     kv_heads = draw(st.integers(1, 2))
-    return Prefill(draw(dtypes), draw(head_dims), page_size, kv_heads, group, prefixes, counts, cuts, draw(seeds))
+    shape = draw(dtypes), draw(head_dims), page_size, kv_heads, group
+    split_tokens = split_tokens and max(split_tokens, page_size)
+    return Prefill(*shape, prefixes, counts, cuts, draw(seeds), split_tokens)
 
 
 PREFILL_CORNERS = {
@@ -415,6 +439,8 @@ PREFILL_CORNERS = {
     "pages larger than a segment": Prefill(torch.float16, 128, 512, 1, 4, [1000], [40], [[512]]),
     "a chunk of one token on a border": Prefill(torch.float16, 80, 128, 1, 3, [255, 256], [1, 1], [[128], [128, 256]]),
     "fp32": Prefill(torch.float32, 80, 16, 1, 5, [120, 0], [30, 40], [[128], []]),
+    "splits": Prefill(torch.float16, 64, 16, 2, 3, [300, 0], [40, 130], [[256], [128]], split_tokens=128),
+    "splits in fp32": Prefill(torch.float32, 80, 128, 1, 5, [120, 0], [30, 40], [[128], []], split_tokens=128),
 }
 
 
@@ -435,6 +461,34 @@ def test_prefill_is_bitwise_its_own(batch: Prefill) -> None:
         assert torch.equal(alone.out(alone.lay_out(0.5), alone.cuts), rows), "alone"
 
 
+@pytest.mark.parametrize(
+    "dtype, head_dim, group", [(torch.float16, 64, 3), (torch.float32, 16, 1), (torch.float16, 16, 9)]
+)
+def test_decode_and_prefill_agree_in_every_bit(dtype: torch.dtype, head_dim: int, group: int) -> None:
+    """The last rows of a sequence, in chunks of any size: as one of the first kind, as up to eight, and as a prompt."""
+    page_size, split_tokens, length, count = 16, 128, 270, 48
+    tokens = random_tokens([length], 1, head_dim, dtype, 5)
+    q = random_queries(count, 1, group, head_dim, dtype, 6)
+
+    def chunk(first: int, size: int) -> Tensor:
+        """Rows `first .. first + size` of q, with no key behind them."""
+        keys = length - count + first + size
+        if size > 8:
+            walk = Prefill(dtype, head_dim, page_size, 1, group, [keys - size], [size], [[]], 0, split_tokens)
+            walk.q, walk.tokens = q[first : first + size], [tokens[0][:, :keys]]
+            return walk.out(walk.lay_out(0.5, seed=size), [[split_tokens]])
+        batch = Decode(dtype, head_dim, page_size, 8, 1, group, size, [keys], 0, batch_invariant=True)
+        batch.q, batch.tokens = q[first : first + size], [tokens[0][:, :keys]]
+        states, sequences = batch.states(batch.lay_out(0.5, seed=size))
+        result = torch.full_like(batch.q, math.nan)
+        merge_splits(states, sequences, result, None, num_tokens=size, split_tokens=split_tokens)
+        return result
+
+    whole = chunk(0, count)
+    for first, size in ((47, 1), (0, 1), (30, 2), (9, 7), (40, 8), (32, 16), (3, 33)):
+        assert torch.equal(chunk(first, size), whole[first : first + size]), f"{size} from {first}"
+
+
 def test_no_blocks() -> None:
     batch = Prefill(torch.float32, 64, 16, 1, 1, [16], [0], [[]])
     assert batch.out(batch.lay_out(0.0), [[]]).shape[0] == 0
@@ -452,8 +506,7 @@ def test_pages_that_sequences_share() -> None:
 
     decode = Decode(torch.float16, 64, 16, 2, 1, group=2, num_tokens=1, lengths=[52, 41])
     prefill = Prefill(torch.float16, 64, 16, 1, 2, [45, 38], [7, 3], [[], []])
-    for got, wanted in zip(decode.states(pages), decode.states(apart), strict=True):
-        assert torch.equal(got[..., :1], wanted[..., :1])
+    assert_equal(decode.states(pages)[0], decode.states(apart)[0], "shared")
     assert torch.equal(prefill.out(pages, prefill.cuts), prefill.out(apart, prefill.cuts))
 
 
@@ -470,7 +523,7 @@ def test_pools_beyond_two_to_the_31_elements() -> None:
         for cold, last in ((0.0, places), (1.0, len(buffer))):
             far = fill(layer_pool, buffer, batch.tokens, list(range(last - 5, last)), cold, 0)
             if isinstance(batch, Decode):
-                assert torch.equal(batch.states(far)[0], batch.states(near)[0])
+                assert_equal(batch.states(far)[0], batch.states(near)[0], "far")
             else:
                 assert torch.equal(batch.out(far, [[]]), batch.out(near, [[]]))
 

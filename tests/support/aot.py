@@ -49,6 +49,8 @@ class Report:
         local_bytes: of a thread, in local memory: what registers spill, and nothing else in these kernels
         shared_bytes: of a program, what the launch asks for; the system's own 1 KiB from sm_90 on is not counted
         instructions: how often each opcode with its modifiers (`LDG.E.128`) occurs
+        arithmetic: the kinds of products and reductions, each with the layouts of its operands over threads: where they
+            are the same, elements come together in the same order
     """
 
     kernel: str
@@ -56,6 +58,7 @@ class Report:
     local_bytes: int
     shared_bytes: int
     instructions: Counter[str]
+    arithmetic: frozenset[str]
 
     def count(self, *parts: str) -> int:
         """Instructions whose opcode, cut at the dots, holds all of `parts`: `count("LDG", "128")`."""
@@ -144,7 +147,18 @@ def _report(kernel: Any) -> Report:
         local_bytes=fields["STACK"] + fields["LOCAL"],
         shared_bytes=kernel.metadata.shared,
         instructions=Counter(opcodes),
+        arithmetic=_arithmetic(kernel.asm["ttgir"]),
     )
+
+
+def _arithmetic(code: str) -> frozenset[str]:
+    """Of `%x = ttng.warp_group_dot %a, %b : type * type -> type loc(..)` and `"tt.reduce"(%x) ({ .. }) : (type) -> type
+    loc(..)`, the kind and the types, with the layouts that these name."""
+    layouts = dict(re.findall(r"^(#\w+) = (#tt.*)$", code, re.MULTILINE))
+    found = re.findall(r"(tt\.dot|warp_group_dot|tc_gen5_mma) .*?: (.*) loc", code)
+    found += re.findall(r'(tt\.reduce)"\(.*?\}\) : (.*?) loc', code, re.DOTALL)
+    named = (re.sub(r"#\w+\b(?!\.)", lambda m: layouts.get(m[0], m[0]), types) for _, types in found)
+    return frozenset(f"{kind}: {types.replace(', mutable', '')}" for (kind, _), types in zip(found, named, strict=True))
 
 
 def _output(*command: str) -> str:

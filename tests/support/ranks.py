@@ -32,6 +32,7 @@ def load_rank(
         "gpu_memory_utilization": 0.9,
         "num_threads": None,
         "staging_pages": NUM_BUFFERS * PREFILL_SPLIT // page_size,
+        "batch_invariant": None,
         "digest_weights": False,
     }
     rank = Rank(RankConfig(**(fields | options)), ProcessGroup())

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from distkv.kernels.cuda.activation import swiglu
-from distkv.kernels.cuda.cuda_kernels import CUDA_KERNELS
+from distkv.kernels.cuda.cuda_kernels import BATCH_INVARIANT_KERNELS, CUDA_KERNELS
 from distkv.kernels.linear import packed_linear
 from distkv.kernels.token_kernels import gated
 from distkv.workers.backend import KINDS, Backend
@@ -18,12 +18,17 @@ KIND = replace(KINDS["cpu"], module=__name__)
 class TritonOnCpu(CpuBackend):
     """A `Backend`."""
 
-    kernels = replace(CUDA_KERNELS, make_linear=packed_linear, make_gated_linear=gated(packed_linear, swiglu))
     captures = False  # there are no graphs here but those that a test stands in for
 
+    def __init__(self, batch_invariant: bool) -> None:
+        super().__init__()
+        products = {"make_linear": packed_linear, "make_gated_linear": gated(packed_linear, swiglu)}
+        self.kernels = BATCH_INVARIANT_KERNELS if batch_invariant else replace(CUDA_KERNELS, **products)
+        self._batch_invariant = batch_invariant
+
     def make_runner(self, model: LlamaModel, pools: KVPools, max_num_seqs: int) -> CudaRunner:
-        return CudaRunner(model, pools, max_num_seqs, num_programs=1, captures=self.captures)
+        return CudaRunner(model, pools, max_num_seqs, 1, self.captures, self._batch_invariant)
 
 
-def make_backend() -> Backend:
-    return TritonOnCpu()
+def make_backend(batch_invariant: bool | None) -> Backend:
+    return TritonOnCpu(bool(batch_invariant))

@@ -18,6 +18,7 @@ from distkv.storage.paging import NUM_BUFFERS
 from distkv.storage.pools.host_pool import HostPool
 from distkv.storage.tier import Tier, Transfer, encode_location
 from distkv.workers.backend import KINDS, Demand, make_backend
+from distkv.workers.errors import ConfigError
 from distkv.workers.kv_pools import KVPools, PoolSizes
 from distkv.workers.rank import Rank
 from distkv.workers.runners.host_copies import map_arrays, send
@@ -36,6 +37,12 @@ SPEC = Halved(num_layers=3, num_kv_heads=2, page_size=16, head_dim=4, dtype=torc
 def test_every_kind_has_a_module() -> None:
     assert all(find_spec(kind.module) for kind in KINDS.values())
     assert isinstance(make_backend("cpu").device, CpuDevice)
+
+
+def test_a_cpu_cannot_be_told_to_let_batch_mates_change_bits() -> None:
+    assert make_backend("cpu", True).kernels.name == make_backend("cpu").kernels.name
+    with pytest.raises(ConfigError, match="batch_invariant is False and this is a CPU"):
+        make_backend("cpu", False)
 
 
 def test_a_tensor_says_which_device_it_is_on() -> None:

@@ -1,5 +1,7 @@
 """Attention of whole steps by the CUDA kernels: mixed steps over scattered, shared, half-filled and cold pages."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -20,9 +22,9 @@ BUFFER_PAGES = DECODE_SPLIT // 16
 few = settings(max_examples=4, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 
 
-def plan_on_cuda(steps: list[SequenceStep], s: Sequences) -> CudaAttention:
+def plan_on_cuda(steps: list[SequenceStep], s: Sequences, batch_invariant: bool = False) -> CudaAttention:
     heads = s.kv_heads * s.group
-    shape = CudaShape(heads, s.kv_heads, s.head_dim, s.page_size, BUFFER_PAGES, s.dtype, num_programs=2)
+    shape = CudaShape(heads, s.kv_heads, s.head_dim, s.page_size, BUFFER_PAGES, s.dtype, 2, batch_invariant)
     plan = plan_cuda_attention(steps, shape)
     return CudaAttention(plan, shape, send(plan.arrays, CpuDevice()))
 
@@ -55,13 +57,14 @@ def full_pages(sequences: Sequences) -> list[int]:
 def test_any_step_is_right_and_the_same_wherever_its_pages_lie(data: st.DataObject) -> None:
     sequences = data.draw(any_sequences())
     step = place(sequences, data.draw(slots_for(sequences.num_pages)))
-    step.assert_right(plan_on_cuda)
-    resident = step.attend(plan_on_cuda)
+    plan = partial(plan_on_cuda, batch_invariant=data.draw(st.booleans()))
+    step.assert_right(plan)
+    resident = step.attend(plan)
     elsewhere = place(sequences, list(range(sequences.num_pages)), garbage=-6e4)
-    assert torch.equal(elsewhere.attend(plan_on_cuda), resident)
+    assert torch.equal(elsewhere.attend(plan), resident)
     full = full_pages(sequences)
     for cold in (set(full), {page for page in full if data.draw(st.booleans())}):
-        assert torch.equal(step.attend_with_cold(cold, plan_on_cuda), resident)
+        assert torch.equal(step.attend_with_cold(cold, plan), resident)
 
 
 @pytest.mark.parametrize("state_bytes", [1, 2**26], ids=["rounds", "at once"])
@@ -74,7 +77,7 @@ def test_a_long_context_in_rounds(monkeypatch: pytest.MonkeyPatch, state_bytes: 
     step.assert_right(plan_on_cuda)
     monkeypatch.setattr(cuda_attention, "STATE_BYTES", state_bytes)
     rounds = plan_on_cuda(step.steps, sequences).plan.decode[0].rounds
-    assert [one.num_states for one in rounds] == ([64, 10] if state_bytes == 1 else [74])
+    assert [one.num_states for one in rounds] == ([16, 16, 16, 16, 10] if state_bytes == 1 else [74])
     assert torch.equal(step.attend(plan_on_cuda), expected)
     cold = set(full_pages(sequences)[::3])
     assert torch.equal(step.attend_with_cold(cold, plan_on_cuda), expected)

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from distkv.kernels.cuda.decode import decode_splits
-from distkv.kernels.cuda.merge import STATES, Carry, merge_splits
-from distkv.kernels.cuda.prefill import BLOCK_M, SEGMENT_TOKENS, PrefillState, prefill_walk
+from distkv.kernels.cuda.merge import STATES, carry_like, merge_splits
+from distkv.kernels.cuda.prefill import BLOCK_M, SEGMENT_TOKENS, prefill_walk
+from distkv.kernels.cuda.prefill_splits import prefill_splits
+from distkv.kernels.cuda.softmax import States
 from distkv.storage.moving.staging_ring import Load, Stream
 from distkv.workers.attention.decode_plan import DecodePlan, DecodeRound, Member, plan_decode, split_pages_for
 from distkv.workers.attention.prefill_plan import PrefillPlan, plan_prefill
@@ -37,6 +39,7 @@ class CudaShape:
     buffer_pages: int  # of the staging ring
     dtype: torch.dtype
     num_programs: int  # of the decode kernel for each KV head: enough to fill the GPU
+    batch_invariant: bool = False  # whether prefill and decode agree in every bit
 
     @property
     def group_size(self) -> int:
@@ -45,13 +48,18 @@ class CudaShape:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of one split's state for one token: out and lse in fp32."""
-        return self.num_heads * (self.head_dim + 1) * 4
+        """Bytes of one split's state for one token, see `States`."""
+        return self.num_heads * (self.head_dim + 2) * 4
+
+    @property
+    def split_tokens(self) -> int:
+        """Tokens of a split."""
+        return split_pages_for(self.page_size) * self.page_size
 
     def streaming_bytes(self, num_tokens: int) -> int:
         """Device memory that attention takes beside its result, in a step of `num_tokens` that streams."""
         decode = max(STATE_BYTES, STATES * MAX_DECODE_TOKENS * self.state_bytes)
-        return decode + num_tokens * (self.state_bytes + self.num_heads * 4)
+        return decode + num_tokens * self.state_bytes
 
     def max_states(self, num_tokens: int) -> int:
         """States of a round of sequences with `num_tokens` new tokens each."""
@@ -125,7 +133,8 @@ def plan_cuda_attention(steps: list[SequenceStep], shape: CudaShape, num_padding
     ]
     chunks = None
     if prefill:
-        chunks = plan_prefill(prefill, shape.page_size, shape.group_size, shape.buffer_pages, SEGMENT_TOKENS, BLOCK_M)
+        unit = shape.split_tokens if shape.batch_invariant else SEGMENT_TOKENS
+        chunks = plan_prefill(prefill, shape.page_size, shape.group_size, shape.buffer_pages, unit, BLOCK_M)
     return CudaPlan(groups, chunks)
 
 
@@ -151,7 +160,7 @@ class CudaAttention:
         for plan, arrays in zip(self.plan.decode, self.arrays.decode, strict=True):
             self._decode(plan, arrays, q, layer_pool, stream, out)
         if self.plan.prefill is not None and self.arrays.prefill is not None:
-            _prefill(self.plan.prefill, self.arrays.prefill, q, layer_pool, stream, out)
+            self._prefill(self.plan.prefill, self.arrays.prefill, q, layer_pool, stream, out)
         return out.flatten(1)
 
     def _decode(
@@ -160,41 +169,42 @@ class CudaAttention:
     ) -> None:  # fmt: skip
         shape, count = self.shape, plan.num_tokens
         split_pages = split_pages_for(shape.page_size)
-        carry = Carry.like(out) if len(plan.rounds) > 1 else None
+        carry = carry_like(out) if len(plan.rounds) > 1 else None
         for one, read in zip(plan.rounds, arrays.rounds, strict=True):
             rows = one.num_states, shape.num_kv_heads, count * shape.group_size
-            states = q.new_empty((*rows, shape.head_dim), dtype=torch.float32)
-            lse = q.new_empty(rows, dtype=torch.float32)
+            states = _new_states(q, rows, shape.head_dim)
             first = 0
             for launch, size in enumerate(one.num_items):
                 buffer = _next_buffer(stream) if launch else None
                 if size:
                     decode_splits(
                         q, layer_pool, buffer, arrays.table, read.sequences, read.items[first : first + size],
-                        read.num_items[launch], states, lse, num_tokens=count, split_pages=split_pages,
-                        num_programs=min(size, shape.num_programs),
+                        read.num_items[launch], states, num_tokens=count, split_pages=split_pages,
+                        num_programs=min(size, shape.num_programs), batch_invariant=shape.batch_invariant,
                     )  # fmt: skip
                 first += size
-            merge_splits(
-                states, lse, read.sequences, out, carry, num_tokens=count, split_tokens=split_pages * shape.page_size
-            )
+            merge_splits(states, read.sequences, out, carry, num_tokens=count, split_tokens=shape.split_tokens)
+
+    def _prefill(
+        self, plan: PrefillPlan, arrays: PrefillArrays[Tensor], q: Tensor, layer_pool: Tensor, stream: Stream | None,
+        out: Tensor,
+    ) -> None:  # fmt: skip
+        shape = self.shape
+        state = _new_states(q, (plan.num_saved, shape.num_heads), shape.head_dim) if plan.num_saved else None
+        first = 0
+        for load, size in zip(plan.loads, plan.num_blocks, strict=True):
+            buffer = None if load is None else _next_buffer(stream)
+            read = q, layer_pool, buffer, arrays.table, arrays.chunks, arrays.blocks[first : first + size]
+            if shape.batch_invariant:
+                prefill_splits(*read, state, out, split_tokens=shape.split_tokens)
+            else:
+                prefill_walk(*read, state, out)
+            first += size
 
 
-def _prefill(
-    plan: PrefillPlan, arrays: PrefillArrays[Tensor], q: Tensor, layer_pool: Tensor, stream: Stream | None, out: Tensor
-) -> None:
-    state = None
-    if plan.num_saved:
-        acc = plan.num_saved, *q.shape[1:]
-        # each a tensor of its own: kernels are compiled for pointers that are multiples of 16 bytes
-        state = PrefillState(*(q.new_empty(rows, dtype=torch.float32) for rows in (acc, acc[:2], acc[:2])))
-    first = 0
-    for load, size in zip(plan.loads, plan.num_blocks, strict=True):
-        buffer = None if load is None else _next_buffer(stream)
-        prefill_walk(
-            q, layer_pool, buffer, arrays.table, arrays.chunks, arrays.blocks[first : first + size], state, out
-        )
-        first += size
+def _new_states(q: Tensor, rows: tuple[int, ...], head_dim: int) -> States:
+    # each a tensor of its own: kernels are compiled for pointers that are multiples of 16 bytes
+    return States(*(q.new_empty(shape, dtype=torch.float32) for shape in ((*rows, head_dim), rows, rows)))
 
 
 def _next_buffer(stream: Stream | None) -> Tensor:

@@ -11,6 +11,7 @@ from distkv.storage.tier import Tier
 from distkv.workers.attention.cpu import CpuAttention, plan_cpu_attention
 from distkv.workers.attention.native import NativeAttention, plan_native_attention
 from distkv.workers.backend import Backend, Demand, Room
+from distkv.workers.errors import ConfigError
 from distkv.workers.kv_pools import KVPools
 from distkv.workers.model.llama import LlamaModel
 from distkv.workers.page_directory import SequenceStep
@@ -63,11 +64,20 @@ class NativeBackend(CpuBackend):
         return CpuRunner(model, pools, plan)
 
 
-def make_backend() -> Backend:
+def make_backend(batch_invariant: bool | None) -> Backend:
     """See `backend.make_backend`."""
+    if batch_invariant is False:
+        raise ConfigError(
+            "batch_invariant is False and this is a CPU, whose kernels always are, at no cost; leave it out"
+        )
     try:
         library = load_best()
     except BuildError as error:
+        if batch_invariant:
+            raise ConfigError(
+                f"batch_invariant is True and the native CPU kernels, which alone are, cannot be used: {error}; mend "
+                "that, or leave it out and have torch's operators"
+            ) from error
         log.warning(
             "the native CPU kernels cannot be used: %s. torch's operators run instead: slower, and last bits of an "
             "answer may depend on what runs beside it",

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from distkv.kernels.cuda.cuda_kernels import CUDA_KERNELS
+from distkv.kernels.cuda.cuda_kernels import BATCH_INVARIANT_KERNELS, CUDA_KERNELS
 from distkv.kernels.cuda.page_copy import copy_pages
 from distkv.storage.device import CudaDevice, Device
 from distkv.storage.tier import Tier
@@ -19,16 +19,18 @@ from distkv.workers.runners.cuda_runner import CudaRunner, decode_programs
 class CudaBackend:
     """A `Backend`, on the device that is current in the thread that makes it."""
 
-    kernels = CUDA_KERNELS
     captures = True  # graphs, where the group of ranks can be captured
 
-    def __init__(self) -> None:
+    def __init__(self, batch_invariant: bool = False) -> None:
+        self.kernels = BATCH_INVARIANT_KERNELS if batch_invariant else CUDA_KERNELS
+        self._batch_invariant = batch_invariant
         self.device: Device = CudaDevice(torch.device("cuda", torch.cuda.current_device()))
         self._properties = torch.cuda.get_device_properties(self.device.torch_device)
 
     def make_runner(self, model: LlamaModel, pools: KVPools, max_num_seqs: int) -> CudaRunner:
         num_programs = decode_programs(self._properties.multi_processor_count, pools.device.spec.num_kv_heads)
-        return CudaRunner(model, pools, max_num_seqs, num_programs, self.captures and model.group.is_capturable)
+        captures = self.captures and model.group.is_capturable
+        return CudaRunner(model, pools, max_num_seqs, num_programs, captures, self._batch_invariant)
 
     def room(self, model: LlamaModel, demand: Demand) -> Room:
         spec, device = demand.spec, self.device.torch_device
@@ -50,6 +52,6 @@ class CudaBackend:
         choose_copies(pools, copy_pages)
 
 
-def make_backend() -> Backend:
-    """See `backend.make_backend`."""
-    return CudaBackend()
+def make_backend(batch_invariant: bool | None) -> Backend:
+    """See `backend.make_backend`; None is False as long as nobody has measured what it costs."""
+    return CudaBackend(bool(batch_invariant))

@@ -28,17 +28,21 @@ class ProcessGroup:
     gloo, as do CUDA tensors when ranks share a GPU.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None, backend: str = "gloo"):
+    def __init__(
+        self, rank: int = 0, size: int = 1, store: dist.Store | None = None, backend: str = "gloo",
+        in_order: bool = False,
+    ):  # fmt: skip
         """Joins the group, waiting for all ranks to do so.
 
         Args:
             store: where they find each other, see `open_store`; needed by more than one.
             backend: "nccl" or "gloo".
+            in_order: whether sums are taken in the order of the ranks on CUDA too.
         """
         self.rank = rank
         self.size = size
         self.is_capturable = size == 1 or backend == "nccl"  # whether a CUDA graph may hold its collectives
-        self._backend = backend
+        self._backend, self._in_order = backend, in_order
         self._shared: SharedMemory | None = None
         if size > 1:
             assert store is not None
@@ -47,18 +51,19 @@ class ProcessGroup:
                 self._shared = SharedMemory.join(store, rank, size)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of x over the ranks, in place. On a CPU it is taken in fp32 in the order of the ranks, so that an
-        element's bits do not depend on how many elements there are."""
+        """The sum of x over the ranks, in place. On a CPU, and on CUDA where it was asked for, it is taken in fp32 in
+        the order of the ranks, so that an element's bits do not depend on how many elements there are."""
         if self.size == 1 or not x.numel():
             return x
-        if x.is_cuda:
+        if x.is_cuda and not self._in_order:
             dist.all_reduce(x)
             return x
-        if self._shared is not None:
+        if self._shared is not None and not x.is_cuda:
             self._shared.all_reduce(x)
             return x
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x)
+        own = x.cpu() if self._backend == "gloo" else x  # which gathers in CPU memory alone
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(parts, own)
         total = parts[0].float()
         for part in parts[1:]:
             total += part

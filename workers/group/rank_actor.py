@@ -66,7 +66,8 @@ class RankActor:
     def load(self, config: RankConfig, rank: int, size: int, store: tuple[str, int]) -> Loaded:
         """Joins the process group and loads this rank's part of the model; returns what it will run."""
         joined = self._store or open_store(*store)
-        self._loaded = Rank(config, ProcessGroup(rank, size, joined, KINDS[config.device].collectives))
+        collectives, in_order = KINDS[config.device].collectives, bool(config.batch_invariant)
+        self._loaded = Rank(config, ProcessGroup(rank, size, joined, collectives, in_order))
         return self._loaded.loaded
 
     def take_log(self) -> list[LogLine]:

@@ -1,8 +1,8 @@
 """Runs the model by the kernels for CUDA: decode steps whose pages are all resident as captured graphs, all others
 launch by launch.
 
-A step of single tokens is padded to one of a few sizes, whether its graph or its single launches run: matrix products
-of other sizes may round in another order, and an answer must not depend on where its pages lie.
+A step of single tokens is padded to one of a few sizes, whether its graph or its single launches run: cuBLAS may sum
+products of other sizes in another order, and an answer must not depend on where its pages lie.
 """
 
 from collections.abc import Iterator
@@ -72,17 +72,21 @@ def plan_step(steps: list[SequenceStep], shape: CudaShape, sizes: list[int]) -> 
 class CudaRunner:
     """A `Runner`, see `runner.py`."""
 
-    def __init__(self, model: LlamaModel, pools: KVPools, max_num_seqs: int, num_programs: int, captures: bool):
+    def __init__(
+        self, model: LlamaModel, pools: KVPools, max_num_seqs: int, num_programs: int, captures: bool,
+        batch_invariant: bool = False,
+    ):  # fmt: skip
         """
         Args:
             num_programs: see `CudaShape`.
             captures: whether steps are captured as graphs.
+            batch_invariant: whether prefill and decode agree in every bit.
         """
         self._model, self._pools, self._device = model, pools, pools.device.device
         spec = pools.device.spec
         self.shape = CudaShape(
             model.shard.num_query_heads, spec.num_kv_heads, spec.head_dim, spec.page_size, pools.ring.buffer_pages,
-            spec.dtype, num_programs,
+            spec.dtype, num_programs, batch_invariant,
         )  # fmt: skip
         below = [size for size in SIZES if size < max_num_seqs]
         self.sizes = below + list(SIZES[len(below) : len(below) + 1])
