@@ -7,6 +7,7 @@ from distkv.engine.cold_budget import ColdBudget
 from distkv.engine.page_promises import PagePromises, num_held_pages
 from distkv.engine.protocol import EngineInfo, EngineRequest
 from distkv.engine.sequence import Scheduled, Sequence, most_pages
+from distkv.engine.token_rules import TokenRules
 from distkv.errors import CapacityError
 from distkv.storage.ledger.page import Page
 from distkv.storage.ledger.page_table import PageTable
@@ -65,13 +66,18 @@ class Scheduler:
                 f"{self._info.num_pages}. Raise device_kv_bytes, or lower max_num_batched_tokens or n"
             )
 
-    def add(self, request: EngineRequest) -> None:
-        """Queues a request that passed `check`; what is known of its prefix counts as used from now on."""
+    def add(self, request: EngineRequest, rules: TokenRules | None = None) -> None:
+        """Queues a request that passed `check`; what is known of its prefix counts as used from now on.
+
+        Args:
+            rules: of its tokens, see `make_rules`.
+        """
         table = PageTable(self.cache, self._info.page_size)
         root = None
         if self._info.enable_prefix_caching and request.synthetic_kv_seed is None:
             root = root_key(self._info.fingerprint, request.cache_salt)
         sequence = Sequence(request, 0, next(self._numbers), table, list(request.prompt_token_ids), root)
+        sequence.rules = rules
         sequence.is_guessed = request.params.max_tokens is None and self._may_read_again(request)
         sequence.expected = self._find_prefix(sequence)
         self.cache.touch(sequence.expected)

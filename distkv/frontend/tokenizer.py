@@ -99,6 +99,11 @@ class Tokenizer:
         return list(chain.from_iterable(chain(*zip_longest(pieces, sampled, fillvalue=[]))))
 
     @cached_property
+    def with_special_tokens(self) -> "TextOfAllTokens":
+        """The same, with special tokens as parts of text."""
+        return TextOfAllTokens(self)
+
+    @cached_property
     def fingerprint(self) -> str:
         """The same for tokenizers whose token ids mean the same."""
         vocabulary = sorted(self._tokenizer.get_vocab().items())
@@ -130,8 +135,12 @@ class Tokenizer:
         """Text of a single token, special or not."""
         return self._any_text_of_one(token_id)
 
-    def _decode(self, token_ids: list[int]) -> str:
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def decode_all(self, token_ids: list[int]) -> str:
+        """Text of tokens, special ones too."""
+        return self._decode(token_ids, skips=False)
+
+    def _decode(self, token_ids: list[int], skips: bool = True) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=skips, clean_up_tokenization_spaces=False))
 
     @cached_property
     def _end_texts(self) -> tuple[str, ...]:
@@ -141,6 +150,19 @@ class Tokenizer:
         text = self._template.render(messages)
         _check_unicode(text)
         return text
+
+
+class TextOfAllTokens:
+    """Decodes as its tokenizer does, but for special tokens, which are parts of text."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._special_ids = frozenset(tokenizer.special_tokens.values())
+        self._tokenizer = tokenizer
+        self.encode, self.decode, self.is_byte = tokenizer.encode, tokenizer.decode_all, tokenizer.is_byte
+
+    def has_text(self, token_id: int) -> bool:
+        """Whether the token is known."""
+        return token_id in self._special_ids or self._tokenizer.has_text(token_id)
 
 
 def _check_unicode(text: str) -> None:

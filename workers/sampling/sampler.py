@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distkv.storage.device import device_of
 from distkv.workers.runners.host_copies import Array, send
+from distkv.workers.sampling.logit_edits import Edits, edit, edit_arrays
 from distkv.workers.sampling.logprobs import pack_logprobs, unpack_logprobs
 from distkv.workers.sampling.penalties import Penalties, penalise, penalty_arrays
 from distkv.workers.sampling.sample_row import SampleRow
@@ -61,6 +62,7 @@ class Parameters(Generic[Array]):
     """What the device is told of the rows of a step."""
 
     logits_rows: Array | None  # int64 [rows]; None where they are those of the logits, in their order
+    edits: Edits[Array] | None
     penalties: Penalties[Array] | None
     ways: list[Way[Array]]
     with_logprobs: Array | None  # int64, the rows with log-probabilities; None where they are none or all
@@ -69,7 +71,7 @@ class Parameters(Generic[Array]):
 @torch.inference_mode()
 def sample(logits: Tensor, rows: list[SampleRow], sampled: Tensor | None = None) -> SampledTokens:
     """Samples one token per row, on the device; nothing waits for it. Ties in greedy rows go to the lowest token id. A
-    row whose logits, with its penalties, are no numbers to choose by gets NO_TOKEN.
+    row whose logits, with its edits and penalties, are no numbers to choose by gets NO_TOKEN.
 
     Args:
         logits: fp32 `[N, vocab_size]`, left as they are; several rows may be sampled from the same ones.
@@ -78,8 +80,11 @@ def sample(logits: Tensor, rows: list[SampleRow], sampled: Tensor | None = None)
     parameters: Parameters[Tensor] = send(_parameters(rows, *logits.shape), device_of(logits.device))
     logits = _pick(logits, parameters.logits_rows)
     adjusted = logits
-    if parameters.penalties is not None:
+    if parameters.edits is not None or parameters.penalties is not None:
         adjusted = logits.clone(memory_format=torch.contiguous_format)
+    if parameters.edits is not None:
+        edit(adjusted, parameters.edits, sampled)
+    if parameters.penalties is not None:
         penalise(adjusted, parameters.penalties, sampled)
     tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     for way in parameters.ways:
@@ -99,8 +104,10 @@ def _parameters(rows: list[SampleRow], num_logits: int, vocab_size: int) -> Para
     members: dict[SampleWay, list[int]] = {}
     for index, row in enumerate(rows):
         members.setdefault(_way_of(row), []).append(index)
+    edited = [(index, row.edits, row.pending) for index, row in enumerate(rows) if row.edits is not None]
     return Parameters(
         logits_rows=None if logits_rows == list(range(num_logits)) else np.array(logits_rows),
+        edits=edit_arrays(edited, vocab_size),
         penalties=penalty_arrays([(index, row) for index, row in enumerate(rows) if row.penalised], vocab_size),
         ways=[
             Way(way, _some(mine, rows), None if way is _greedy else _columns([rows[index] for index in mine]))
