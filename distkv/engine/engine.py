@@ -30,7 +30,6 @@ from distkv.engine.scheduler import Scheduler
 from distkv.engine.sequence import Scheduled, Sequence
 from distkv.engine.step import Step
 from distkv.engine.step_runner import StepRunner
-from distkv.engine.token_rules import make_rules
 from distkv.errors import CapacityError, DistKVError, RequestError
 from distkv.storage.tier import Tier
 from distkv.workers.group.executor import Executor
@@ -115,11 +114,9 @@ class Engine:
             self._scheduler.check(request)
         for request in requests:
             try:
-                rules = make_rules(request, self.info)
+                self._scheduler.add(request)
             except RequestError as error:
                 self._outputs.append(RequestFailed(request.request_id, type(error).__name__, str(error)))
-                continue
-            self._scheduler.add(request, rules)
 
     def abort(self, answers: Iterable[tuple[str, int | None]]) -> None:
         """Ends answers `(request id, index)` at once, with index None all of a request; ended ones are passed over."""

@@ -7,7 +7,7 @@ from distkv.engine.cold_budget import ColdBudget
 from distkv.engine.page_promises import PagePromises, num_held_pages
 from distkv.engine.protocol import EngineInfo, EngineRequest
 from distkv.engine.sequence import Scheduled, Sequence, most_pages
-from distkv.engine.token_rules import TokenRules
+from distkv.engine.token_rules import make_rules
 from distkv.errors import CapacityError
 from distkv.storage.ledger.page import Page
 from distkv.storage.ledger.page_table import PageTable
@@ -66,12 +66,10 @@ class Scheduler:
                 f"{self._info.num_pages}. Raise device_kv_bytes, or lower max_num_batched_tokens or n"
             )
 
-    def add(self, request: EngineRequest, rules: TokenRules | None = None) -> None:
-        """Queues a request that passed `check`; what is known of its prefix counts as used from now on.
-
-        Args:
-            rules: of its tokens, see `make_rules`.
-        """
+    def add(self, request: EngineRequest) -> None:
+        """Queues a request that passed `check`; what is known of its prefix counts as used from now on. Raises
+        RequestError as `make_rules` does."""
+        rules = make_rules(request, self._info)
         table = PageTable(self.cache, self._info.page_size)
         root = None
         if self._info.enable_prefix_caching and request.synthetic_kv_seed is None:

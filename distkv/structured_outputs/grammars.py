@@ -45,21 +45,24 @@ def _source(params: StructuredOutputsParams) -> str:
     """What the library is given."""
     from llguidance import LLMatcher, grammar_from
 
-    blanks = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    options = blanks if params.disable_any_whitespace else {}
     match params.kind:
-        case "json":
-            return LLMatcher.grammar_from_json_schema(params.json, overrides=options)
-        case "json_object":
-            return LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=options)
+        case "json" | "json_object":
+            schema = '{"type": "object"}' if params.json is None else params.json
+            if not params.disable_any_whitespace:
+                return LLMatcher.grammar_from_json_schema(schema)
+            return LLMatcher.grammar_from_json_schema(
+                schema, overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+            )
         case "choice":
             words = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in params.choice or ())
             return LLMatcher.grammar_from_lark(f"start: {words}")
-        case kind:
+        case "regex":
+            return LLMatcher.grammar_from_regex(params.regex or "")
+        case _:
             try:
-                return grammar_from("regex" if kind == "regex" else "grammar", getattr(params, kind))
-            except Exception as error:  # GBNF is read by Python code of the library's
-                raise RequestError(f"structured_outputs: {kind} cannot be used ({error}); mend it") from error
+                return grammar_from("grammar", params.grammar or "")
+            except Exception as error:  # Python code of the library's reads GBNF
+                raise RequestError(f"structured_outputs cannot be used: {error}; mend its grammar") from error
 
 
 @lru_cache(MAX_COMPILED)
@@ -70,10 +73,8 @@ def _compiled(vocabulary: "LLTokenizer", source: str) -> "LLMatcher":
     matcher = LLMatcher(vocabulary, source, log_level=0)
     matcher.compute_bitmask()  # what is done at the first place is done for all copies
     if matcher.is_error():
-        reason = matcher.get_error().strip().splitlines()
-        raise RequestError(
-            f"structured_outputs cannot be used: {reason[0] if reason else 'it allows nothing'}; mend it"
-        )
+        reason = " ".join(matcher.get_error().split())
+        raise RequestError(f"structured_outputs cannot be used: {reason[:300]}; mend it")
     return matcher
 
 
@@ -91,8 +92,8 @@ def _vocabulary(model: str, vocab_size: int) -> "tuple[LLTokenizer, int]":
         return LLTokenizer(source, n_vocab=vocab_size, eos_token=special[0]), special[0]
     except Exception as error:  # of the library's
         raise RequestError(
-            f"structured_outputs cannot be used with the model's tokenizer ({str(error)[:200]}); leave it out, or use a "
-            "model whose tokenizer is of the byte-level or the SentencePiece kind"
+            f"structured_outputs cannot be used with the model's tokenizer ({str(error)[:200]}); leave it out, or use "
+            "a model whose tokenizer is of the byte-level or the SentencePiece kind"
         ) from error
 
 

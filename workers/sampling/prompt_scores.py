@@ -29,15 +29,17 @@ class PromptScores:
 def score_prompts(
     plans: list[SequencePlan], hidden: Tensor, make_logits: Callable[[Tensor], Tensor | None], block_rows: int
 ) -> tuple[PromptScores | None, Tensor]:
-    """Takes the rows that are scored out of a step's hidden states; returns the scores, on ranks behind rank 0 None, and
-    the other rows. There are never more than `block_rows` rows of logits.
+    """Takes the rows that are scored out of a step's hidden states; returns the scores, on ranks behind rank 0 None,
+    and the other rows. There are never more than `block_rows` rows of logits.
 
     Args:
         plans: some of which have tokens to be scored.
         hidden: `[rows, E]`, of each sequence the rows behind which a scored token follows, then those of `num_logits`.
         make_logits: makes fp32 logits of hidden states, on ranks behind rank 0 None; all ranks call it alike.
     """
-    scored, others, first = [], [], 0
+    scored: list[int] = []
+    others: list[int] = []
+    first = 0
     for one in plans:
         behind = first + len(one.scored)
         scored += range(first, behind)
