@@ -7,28 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.checkpoints import save_llama
 from support.llms import tiered
 from support.prompts import random_prompt
-from support.tokenizers import save_tokenizer
+from support.rules import REGEX, VOCAB_SIZE, rule_requests, save_speaking_llama
 
 from distkv import LLM, DistKVError, RequestError, SamplingParams, StructuredOutputsParams
 from distkv.outputs import RequestOutput
 
-VOCAB_SIZE = 290
-PERSON = {
-    "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 4}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
-    "required": ["name", "age"],
-    "additionalProperties": False,
-}
-REGEX = r"(ab?){3,9}-[0-9]{2,20}"
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, _ = save_llama(tmp_path_factory.mktemp("model"), vocab_size=VOCAB_SIZE, max_position_embeddings=1024)
-    return save_tokenizer(folder, "byte level")
+    return save_speaking_llama(tmp_path_factory.mktemp("model"))
 
 
 def bad_words_of(llm: LLM, prompt: list[int]) -> list[str]:
@@ -38,29 +27,6 @@ def bad_words_of(llm: LLM, prompt: list[int]) -> list[str]:
     pairs = [list(pair) for pair in pairwise(tokens)]
     found = [tokenizer.decode(pair) for pair in pairs if tokenizer.encode(tokenizer.decode(pair) or "a") == pair]
     return [word for word in found if word.strip()]
-
-
-def requests() -> list[tuple[list[int], SamplingParams]]:
-    """One of each kind, sampled and greedy, one answer and several, beside some without rules."""
-    rules: list[dict[str, Any]] = [
-        {"structured_outputs": StructuredOutputsParams(json=PERSON, disable_any_whitespace=True)},
-        {"structured_outputs": StructuredOutputsParams(regex=REGEX), "temperature": 0},
-        {"structured_outputs": StructuredOutputsParams(choice=["Hello", "Hello world", "漢"]), "n": 3},
-        {"structured_outputs": StructuredOutputsParams(json_object=True), "repetition_penalty": 1.2, "n": 2},
-        {"min_tokens": 20, "stop_token_ids": list(range(0, 200)), "temperature": 0.5},
-        {"bad_words": ["a", "b", "Hello world", "ab", "the"], "logit_bias": {65: 40, 66: 40.0, 67: 40}, "n": 2},
-        {"allowed_token_ids": [3, 5, 7, 290 - 1], "prompt_logprobs": 2},
-        {"prompt_logprobs": 0, "logprobs": 1},
-        {},
-        {"temperature": 0},
-    ]
-    return [
-        (
-            random_prompt(5 + 9 * number, number, VOCAB_SIZE),
-            SamplingParams(**({"max_tokens": 40, "seed": number} | one)),
-        )
-        for number, one in enumerate(rules)
-    ]
 
 
 def said(output: RequestOutput) -> list[Any]:
@@ -74,7 +40,7 @@ def said(output: RequestOutput) -> list[Any]:
 def alone(folder: Path) -> list[list[Any]]:
     """What each request says with all pages resident and nothing beside it."""
     with LLM(folder, page_size=16, device_kv_bytes="16MiB", enable_prefix_caching=False) as llm:
-        return [said(llm.generate([prompt], one, use_tqdm=False)[0]) for prompt, one in requests()]
+        return [said(llm.generate([prompt], one, use_tqdm=False)[0]) for prompt, one in rule_requests()]
 
 
 def test_answers_keep_to_their_rules(folder: Path, alone: list[list[Any]]) -> None:
@@ -100,7 +66,7 @@ def test_answers_do_not_depend_on_what_else_happens(
     folder: Path, tmp_path: Path, alone: list[list[Any]], pages: tuple[int, int, int]
 ) -> None:
     """Together, through small windows, in small chunks, and once more with their prefixes cached."""
-    prompts, params = map(list, zip(*requests(), strict=True))
+    prompts, params = map(list, zip(*rule_requests(), strict=True))
     with tiered(folder, pages, tmp_path, max_num_seqs=8) as llm:
         for _ in range(2):
             outputs = llm.generate(prompts, params, use_tqdm=False)
