@@ -115,7 +115,9 @@ class Step:
     def read_scores(self) -> list[tuple[Sequence, list[TokenLogprobs]]]:
         """Waits for the log-probabilities of prompts. Returns those of each sequence's next tokens, see
         `Sequence.num_scored`; raises as `read` does."""
-        scores = iter([] if self._scores is None else self._scores.result())
+        if self._scores is None:
+            return []
+        scores = iter(self._scores.result())
         found = []
         for work in self.work:
             own = [] if work.plan is None else [next(scores) for _ in work.plan.scored]

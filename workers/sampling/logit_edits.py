@@ -67,13 +67,20 @@ def edit(logits: Tensor, edits: Edits[Tensor], sampled: Tensor | None) -> None:
         most = torch.where(sampled.index_select(0, number) == token, -torch.inf, torch.inf)
         flat.scatter_reduce_(0, places, most, "amin")  # a place may come several times
     if len(edits.limited):
-        kept = _members(edits.allowed, logits.shape[1])
-        own = logits.index_select(0, edits.limited).masked_fill_(~kept, -torch.inf)
-        logits.index_copy_(0, edits.limited, own)
+        barred = _members(~edits.allowed, logits.shape[1])
+        if len(edits.limited) == len(logits):
+            logits.masked_fill_(barred, -torch.inf)
+        else:
+            own = logits.index_select(0, edits.limited).masked_fill_(barred, -torch.inf)
+            logits.index_copy_(0, edits.limited, own)
 
 
 def _members(bits: Tensor, vocab_size: int) -> Tensor:
     """Sets of tokens `[L, words]` as bool `[L, vocab_size]`."""
     octets = bits.view(torch.uint8)[:, :, None]
-    members = octets.bitwise_right_shift(torch.arange(8, dtype=torch.uint8, device=bits.device)).bitwise_and_(1)
-    return members.view(len(bits), -1)[:, :vocab_size].bool()
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (
+        octets.bitwise_and(torch.ones_like(places).bitwise_left_shift_(places))
+        .bool()
+        .view(len(bits), -1)[:, :vocab_size]
+    )

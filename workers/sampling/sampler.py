@@ -1,6 +1,6 @@
 """Samples the next tokens from logits, on rank 0. A token depends on its own row alone, never on its batch-mates."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic
 
@@ -53,7 +53,9 @@ class Way(Generic[Array]):
     """Rows that are sampled in the same way."""
 
     sample: SampleWay
-    rows: Array | None  # int64; None where they are all rows, in their order, which needs no index
+    is_adjusted: bool  # whether they have edits or penalties
+    rows: Array | None  # int64, of the step; None where they are all rows, in their order, which needs no index
+    places: Array | None  # int64, the same rows among their source's: the adjusted ones, or all
     columns: Array | None  # float64 [rows, 5], see `_columns`; None where the way needs none
 
 
@@ -62,7 +64,8 @@ class Parameters(Generic[Array]):
     """What the device is told of the rows of a step."""
 
     logits_rows: Array | None  # int64 [rows]; None where they are those of the logits, in their order
-    edits: Edits[Array] | None
+    adjusted: Array | None  # int64, the rows with edits or penalties; None where they are none or all
+    edits: Edits[Array] | None  # their rows are numbered among the adjusted ones, and so are those of the penalties
     penalties: Penalties[Array] | None
     ways: list[Way[Array]]
     with_logprobs: Array | None  # int64, the rows with log-probabilities; None where they are none or all
@@ -81,14 +84,15 @@ def sample(logits: Tensor, rows: list[SampleRow], sampled: Tensor | None = None)
     logits = _pick(logits, parameters.logits_rows)
     adjusted = logits
     if parameters.edits is not None or parameters.penalties is not None:
-        adjusted = logits.clone(memory_format=torch.contiguous_format)
+        whole = parameters.adjusted is None
+        adjusted = logits.clone(memory_format=torch.contiguous_format) if whole else _pick(logits, parameters.adjusted)
     if parameters.edits is not None:
         edit(adjusted, parameters.edits, sampled)
     if parameters.penalties is not None:
         penalise(adjusted, parameters.penalties, sampled)
     tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     for way in parameters.ways:
-        own = way.sample(_pick(adjusted, way.rows), way.columns)
+        own = way.sample(_pick(adjusted if way.is_adjusted else logits, way.places), way.columns)
         tokens = own if way.rows is None else tokens.index_copy_(0, way.rows, own)
     counts = [row.num_logprobs for row in rows]
     packed, most = None, max((count for count in counts if count is not None), default=None)
@@ -101,23 +105,33 @@ def sample(logits: Tensor, rows: list[SampleRow], sampled: Tensor | None = None)
 
 def _parameters(rows: list[SampleRow], num_logits: int, vocab_size: int) -> Parameters[np.ndarray]:
     logits_rows = [row.logits_row for row in rows]
-    members: dict[SampleWay, list[int]] = {}
+    adjusted = [index for index, row in enumerate(rows) if row.edits is not None or row.penalised]
+    place_of = dict(zip(adjusted, range(len(adjusted)), strict=True))
+    edited = [(place_of[index], row.edits, row.pending) for index, row in enumerate(rows) if row.edits is not None]
+    penalised = [(place_of[index], row) for index, row in enumerate(rows) if row.penalised]
+    members: dict[tuple[SampleWay, bool], list[int]] = {}
     for index, row in enumerate(rows):
-        members.setdefault(_way_of(row), []).append(index)
-    edited = [(index, row.edits, row.pending) for index, row in enumerate(rows) if row.edits is not None]
+        members.setdefault((_way_of(row), index in place_of), []).append(index)
     return Parameters(
         logits_rows=None if logits_rows == list(range(num_logits)) else np.array(logits_rows),
+        adjusted=_some(adjusted, rows),
         edits=edit_arrays(edited, vocab_size),
-        penalties=penalty_arrays([(index, row) for index, row in enumerate(rows) if row.penalised], vocab_size),
+        penalties=penalty_arrays(penalised, vocab_size),
         ways=[
-            Way(way, _some(mine, rows), None if way is _greedy else _columns([rows[index] for index in mine]))
-            for way, mine in members.items()
+            Way(
+                way,
+                is_adjusted,
+                rows=_some(mine, rows),
+                places=_some([place_of[index] for index in mine], adjusted) if is_adjusted else _some(mine, rows),
+                columns=None if way is _greedy else _columns([rows[index] for index in mine]),
+            )
+            for (way, is_adjusted), mine in members.items()
         ],
         with_logprobs=_some([index for index, row in enumerate(rows) if row.num_logprobs is not None], rows),
     )
 
 
-def _some(indices: list[int], rows: list[SampleRow]) -> np.ndarray | None:
+def _some(indices: list[int], rows: Sequence[object]) -> np.ndarray | None:
     """Indices of some of the rows; None where they are none or all."""
     return np.array(indices) if 0 < len(indices) < len(rows) else None
 
