@@ -166,11 +166,10 @@ class Sequence:
         return SequencePlan(self.number, token_ids, start, self.prompt_len, num_logits, sent, pages)
 
     def add_scored(self, plan: SequencePlan) -> None:
-        """Has its part of a step score the tokens of the prompt behind those that it runs, where that is wanted."""
-        num_top = self.request.params.prompt_logprobs
-        if num_top is not None:
-            first, end = max(plan.start, self.num_scored), plan.start + len(plan.token_ids)
-            plan.scored, plan.num_top = self.request.prompt_token_ids[first + 1 : end + 1], num_top
+        """Has its part of a step score the tokens of the prompt behind those that it runs, as far as they are not."""
+        first, end = max(plan.start, self.num_scored), plan.start + len(plan.token_ids)
+        plan.scored = self.request.prompt_token_ids[first + 1 : end + 1]
+        plan.num_top = self.request.params.prompt_logprobs or 0
 
     def ending(self, eos_token_ids: tuple[int, ...]) -> tuple[str | None, int | None]:
         """Why the answer ends with its newest token, if it does, and the token that was asked to stop it."""

@@ -106,9 +106,9 @@ def sample(logits: Tensor, rows: list[SampleRow], sampled: Tensor | None = None)
 def _parameters(rows: list[SampleRow], num_logits: int, vocab_size: int) -> Parameters[np.ndarray]:
     logits_rows = [row.logits_row for row in rows]
     adjusted = [index for index, row in enumerate(rows) if row.edits is not None or row.penalised]
-    place_of = dict(zip(adjusted, range(len(adjusted)), strict=True))
-    edited = [(place_of[index], row.edits, row.pending) for index, row in enumerate(rows) if row.edits is not None]
-    penalised = [(place_of[index], row) for index, row in enumerate(rows) if row.penalised]
+    place_of = {index: place for place, index in enumerate(adjusted)}
+    edited = [(place_of[i], edits, rows[i].pending) for i in adjusted if (edits := rows[i].edits) is not None]
+    penalised = [(place_of[i], rows[i]) for i in adjusted if rows[i].penalised]
     members: dict[tuple[SampleWay, bool], list[int]] = {}
     for index, row in enumerate(rows):
         members.setdefault((_way_of(row), index in place_of), []).append(index)
