@@ -117,6 +117,7 @@ class AsyncLLM(Facade):
             session: name of a conversation that is kept, as with `LLM.chat`. Of an answer that is left early, the
                 conversation gets what was yielded, with FINAL_ONLY nothing. The last output has a StoreError as its
                 `error` when the answer cannot be written.
+            tools, chat_template_kwargs: as with `LLM.chat`.
         """
         if session is not None:
             params = SamplingParams() if sampling_params is None else sampling_params

@@ -84,12 +84,14 @@ def _vocabulary(model: str, vocab_size: int) -> "tuple[LLTokenizer, int]":
     from llguidance import LLTokenizer
 
     source = _tokenizer_json(Path(model))
-    added = json.loads(source).get("added_tokens") or []
+    content = json.loads(source)
+    added = content.get("added_tokens") or []
     special = [token["id"] for token in added if token.get("special") and token["id"] < vocab_size]
+    num_known = max(len(content["model"]["vocab"]), *(1 + token["id"] for token in added), vocab_size)
     if not special:
         raise RequestError("structured_outputs needs a tokenizer with special tokens, and the model's has none")
     try:
-        return LLTokenizer(source, n_vocab=vocab_size, eos_token=special[0]), special[0]
+        return LLTokenizer(source, n_vocab=num_known, eos_token=special[0]), special[0]
     except Exception as error:  # of the library's
         raise RequestError(
             f"structured_outputs cannot be used with the model's tokenizer ({str(error)[:200]}); leave it out, or use "

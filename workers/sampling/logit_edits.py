@@ -79,8 +79,5 @@ def _members(bits: Tensor, vocab_size: int) -> Tensor:
     """Sets of tokens `[L, words]` as bool `[L, vocab_size]`."""
     octets = bits.view(torch.uint8)[:, :, None]
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (
-        octets.bitwise_and(torch.ones_like(places).bitwise_left_shift_(places))
-        .bool()
-        .view(len(bits), -1)[:, :vocab_size]
-    )
+    members = octets.bitwise_and(torch.ones_like(places).bitwise_left_shift_(places)).bool()
+    return members.view(len(bits), -1)[:, :vocab_size]

@@ -27,9 +27,7 @@ class RowEdits:
 
     biases: dict[int, float] = field(default_factory=dict)  # are added, by token
     forbidden: list[int] = field(default_factory=list)  # tokens
-    forbidden_after: list[tuple[int, int]] = field(
-        default_factory=list
-    )  # (token, pending token that it may not follow)
+    forbidden_after: list[tuple[int, int]] = field(default_factory=list)  # (token, pending one that it may not follow)
     allowed: TokenBits | None = None  # None: all that is not forbidden
     grammar: Grammar | None = None
     grammar_tokens: list[int] = field(default_factory=list)  # the answer's tokens that the grammar does not know yet
