@@ -1,5 +1,6 @@
 """What a message may hold, what a template may do with it, and that a model's folder runs no code."""
 
+import asyncio
 import io
 import sys
 from collections.abc import Callable
@@ -7,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.scripted_engine import ScriptedEngine
 from support.tokenizers import save_tokenizer
 
-from distkv import ConfigError, RequestError
+import distkv.frontend.front_end
+from distkv import LLM, AsyncLLM, ConfigError, RequestError, SamplingParams
 from distkv.frontend.messages import Message
 from distkv.frontend.session import Session
 from distkv.frontend.tokenizer import Tokenizer
@@ -195,3 +198,26 @@ def test_tools_and_variables_that_come_to_nothing_are_refused(
     tokenizer = Tokenizer(save_tokenizer(tmp_path, chat_template=PLAIN))
     with pytest.raises(RequestError, match=message):
         tokenizer.encode_chat([user("Hello")], tools, variables)
+
+
+def test_chats_give_them_to_the_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of both kinds of LLM, with a session and without one."""
+    folder = save_tokenizer(tmp_path / "model", chat_template=TOOLS)
+    engine = ScriptedEngine([5])
+    monkeypatch.setattr(distkv.frontend.front_end, "launch", lambda config, check: engine)
+    options: dict[str, Any] = {"tools": [NOW], "chat_template_kwargs": {"mood": "glad"}}
+    messages = [user("a"), user("Hello")]
+
+    async def ask(llm: AsyncLLM, **session: str) -> None:
+        async for _ in llm.chat(messages, SamplingParams(max_tokens=1), **options, **session):
+            pass
+
+    with LLM(folder, cache_dir=tmp_path) as llm:
+        expected = llm.tokenizer.encode_chat(messages, **options)
+        llm.chat(messages, SamplingParams(max_tokens=1), **options, use_tqdm=False)
+        llm.chat(messages, SamplingParams(max_tokens=1), **options, session="one", use_tqdm=False)
+    other = AsyncLLM(folder, cache_dir=tmp_path)
+    asyncio.run(ask(other))
+    asyncio.run(ask(other, session="two"))
+    asyncio.run(other.close())
+    assert engine.prompts == [expected] * 4
