@@ -23,12 +23,14 @@ if TYPE_CHECKING:  # the same names, for type checkers
     from distkv.outputs import RequestOutput as RequestOutput
     from distkv.sampling_params import RequestOutputKind as RequestOutputKind
     from distkv.sampling_params import SamplingParams as SamplingParams
+    from distkv.structured_outputs.params import StructuredOutputsParams as StructuredOutputsParams
 
 _HOME = {
     "LLM": "llm",
     "AsyncLLM": "async_llm",
     "EngineConfig": "config",
     "SamplingParams": "sampling_params",
+    "StructuredOutputsParams": "structured_outputs.params",
     "RequestOutputKind": "sampling_params",
     "RequestOutput": "outputs",
     "CompletionOutput": "outputs",

@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Any, Self, Unpack
 
 from distkv.config import EngineConfig, EngineOptions
 from distkv.engine.loop import Delivery
@@ -107,6 +107,8 @@ class AsyncLLM(Facade):
         priority: int = 0,
         cache_salt: str | None = None,
         session: str | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Continues a conversation `[{"role": "user", "content": "..."}, ...]` by the assistant's answer; else as
         `generate`.
@@ -115,12 +117,13 @@ class AsyncLLM(Facade):
             session: name of a conversation that is kept, as with `LLM.chat`. Of an answer that is left early, the
                 conversation gets what was yielded, with FINAL_ONLY nothing. The last output has a StoreError as its
                 `error` when the answer cannot be written.
+            tools, chat_template_kwargs: as with `LLM.chat`.
         """
         if session is not None:
             params = SamplingParams() if sampling_params is None else sampling_params
-            outputs = self._chat_on(session, messages, params, priority, cache_salt)
+            outputs = self._chat_on(session, messages, params, priority, cache_salt, tools, chat_template_kwargs)
         else:
-            prompt = await asyncio.to_thread(self.tokenizer.encode_chat, messages)
+            prompt = await asyncio.to_thread(self.tokenizer.encode_chat, messages, tools, chat_template_kwargs)
             outputs = self.generate(prompt, sampling_params, priority=priority, cache_salt=cache_salt)
         async with aclosing(outputs):
             async for output in outputs:
@@ -147,12 +150,19 @@ class AsyncLLM(Facade):
         await self.close()
 
     async def _chat_on(
-        self, name: str, messages: list[Message], params: SamplingParams, priority: int, cache_salt: str | None
+        self,
+        name: str,
+        messages: list[Message],
+        params: SamplingParams,
+        priority: int,
+        cache_salt: str | None,
+        tools: list[dict[str, Any]] | None,
+        chat_template_kwargs: dict[str, Any] | None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """A turn of a session."""
         # opened here and not in a thread: a task that is cancelled meanwhile would leave it open
         with self._front_end.session(name, params) as session:
-            prompt = await asyncio.to_thread(session.prompt, self.tokenizer, messages)
+            prompt = await asyncio.to_thread(session.prompt, self.tokenizer, messages, tools, chat_template_kwargs)
             outputs = self.generate(prompt, params, priority=priority, cache_salt=cache_salt)
             yielded: list[RequestOutput] = []  # that add up to the answer
             try:

@@ -84,6 +84,8 @@ class LLM(Facade):
         priority: int | list[int] = 0,
         cache_salt: str | list[str | None] | None = None,
         session: str | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Continues one conversation or a list of them by the assistant's answer; else as `generate`.
@@ -94,15 +96,20 @@ class LLM(Facade):
                 out, and others that the chat template does not use are refused.
             session: name of one conversation that is kept in cache_dir, for this process and later ones. `messages` are
                 what is new in it; what was said before comes first, and they are added to it with their answer.
+            tools: functions that the chat template tells the model of, as OpenAI has them. What it answers is text.
+            chat_template_kwargs: variables of the chat template, `{"enable_thinking": False}`, say. These and tools are
+                refused where the template does not use them.
 
         With a session, raises ConfigError without a cache_dir and while another call uses it. An answer that cannot be
         written is returned with a StoreError as its `error`, and the session does not go on from it.
         """
         if session is not None:
-            return self._chat_on(session, messages, sampling_params, priority, cache_salt, use_tqdm)
+            return self._chat_on(
+                session, messages, sampling_params, priority, cache_salt, tools, chat_template_kwargs, use_tqdm
+            )
         several = isinstance(messages, list | tuple) and messages and isinstance(messages[0], list | tuple)
         conversations: list[Any] = list(messages) if several else [messages]
-        prompts = [self.tokenizer.encode_chat(conversation) for conversation in conversations]
+        prompts = [self.tokenizer.encode_chat(one, tools, chat_template_kwargs) for one in conversations]
         return self.generate(prompts, sampling_params, priority=priority, cache_salt=cache_salt, use_tqdm=use_tqdm)
 
     def stream(
@@ -151,12 +158,20 @@ class LLM(Facade):
         return self._front_end.request(self._front_end.next_number(), prompt, params, priority, cache_salt)
 
     def _chat_on(
-        self, name: str, messages: list[Any], params: Any, priority: Any, cache_salt: Any, use_tqdm: bool
+        self,
+        name: str,
+        messages: list[Any],
+        params: Any,
+        priority: Any,
+        cache_salt: Any,
+        tools: Any,
+        chat_template_kwargs: Any,
+        use_tqdm: bool,
     ) -> list[RequestOutput]:
         """A turn of a session."""
         [one] = _one_each("sampling_params", _or_default(params), 1)
         with self._front_end.session(name, one) as session:
-            prompt = session.prompt(self.tokenizer, messages)
+            prompt = session.prompt(self.tokenizer, messages, tools, chat_template_kwargs)
             outputs = self.generate(prompt, one, priority=priority, cache_salt=cache_salt, use_tqdm=use_tqdm)
             return outputs if outputs[0].error else [session.keep(outputs[0])]
 

@@ -40,6 +40,10 @@ class RequestOutput:
 
     `num_cached_tokens_by_tier` says how many tokens of the prompt had their KV taken over from earlier requests, by
     where it was found: "device", "host" and "disk". It is known from the first token on.
+
+    `prompt_logprobs`, when asked for, has a table as `CompletionOutput.logprobs` has for each token of the prompt, and
+    None for the first one, which follows nothing. With DELTA the first output alone has it, and no output of a request
+    that failed before its prompt was read.
     """
 
     request_id: str
@@ -49,6 +53,7 @@ class RequestOutput:
     finished: bool
     error: DistKVError | None = None  # why it could not go on, or with a session why its answer was not kept
     num_cached_tokens_by_tier: dict[str, int] = field(default_factory=dict)
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     @property
     def num_cached_tokens(self) -> int:
@@ -65,7 +70,11 @@ def join_deltas(deltas: Sequence[RequestOutput]) -> RequestOutput:
     for delta in deltas:
         for part in delta.outputs:
             parts.setdefault(part.index, []).append(part)
-    return replace(deltas[-1], outputs=[_join_parts(parts[index]) for index in sorted(parts)])
+    return replace(
+        deltas[-1],
+        outputs=[_join_parts(parts[index]) for index in sorted(parts)],
+        prompt_logprobs=next((one.prompt_logprobs for one in deltas if one.prompt_logprobs is not None), None),
+    )
 
 
 def _join_parts(parts: list[CompletionOutput]) -> CompletionOutput:

@@ -49,6 +49,14 @@ def number(name: str, value: Any, low: float, high: float = sys.float_info.max, 
     return found if isinstance(found, int) else float(found)
 
 
+def flag(name: str, value: Any) -> bool:
+    """A value as True or False. Raises RequestError with the name for another one."""
+    found = plain(value)
+    if not isinstance(found, bool):
+        raise RequestError(f"{name} is {shown(value)}; it must be True or False")
+    return found
+
+
 def text(value: Any) -> str | None:
     """A value as a text of Unicode, without the lone surrogates that stand for bytes of other encodings, else None."""
     found = plain(value)

@@ -21,8 +21,8 @@ PACKAGES = ("distkv", "workers", "storage", "kernels")
 """An arrow may only point to the right."""
 ROOMS = (
     "commands", "bench", "demo", "stress", "async_llm", "llm", "frontend", "launch", "metrics", "engine", "models",
-    "cache_folders", "reporting", "outputs", "config", "sampling_params", "option_help", "option_checks", "values",
-    "errors",
+    "cache_folders", "reporting", "outputs", "config", "sampling_params", "structured_outputs", "option_help",
+    "option_checks", "values", "errors",
 )  # fmt: skip
 """Folders and modules of `distkv`, in the same order."""
 WITHOUT_TENSOR = ("distkv.engine", "distkv.storage.ledger")

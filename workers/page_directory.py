@@ -18,7 +18,7 @@ class SequenceStep:
     # those of the new tokens on the device
     pages: np.ndarray
     prompt_len: int
-    num_logits: int  # of the last new tokens
+    num_logits: int  # of the last new tokens, those whose logits score what follows them among them
 
 
 class PageDirectory:
@@ -45,7 +45,8 @@ class PageDirectory:
                 table = self._tables[one.table] = _grown(table, last)
                 table[one.first_page : last] = one.pages
             pages = table[: pages_for(one.start + len(one.token_ids), self._page_size)]
-            steps.append(SequenceStep(one.token_ids, one.start, self._locations[pages], one.prompt_len, one.num_logits))
+            wanted = len(one.scored) + one.num_logits
+            steps.append(SequenceStep(one.token_ids, one.start, self._locations[pages], one.prompt_len, wanted))
         return steps
 
 

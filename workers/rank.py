@@ -30,7 +30,11 @@ from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import Shard
 from distkv.workers.model.weights import CheckedSource, DummySource, SafetensorsSource
 from distkv.workers.page_directory import PageDirectory, SequenceStep
+from distkv.workers.sampling.prompt_scores import PromptScores, score_prompts
 from distkv.workers.threads import release_threads, use_threads
+
+# Rows of logits that are made at a time to score the tokens of prompts: enough for a product at full speed.
+SCORED_ROWS = 64
 
 # Share of the memory free at start that each KV pool in CPU memory may grow to, unless a size is given.
 CPU_KV_SHARE = 0.25
@@ -97,6 +101,9 @@ class Rank:
         self.pools = KVPools(self.page_spec, PoolSizes(), self.backend.device)
         self._runner = self.backend.make_runner(self._model, self.pools, config.max_num_seqs)
         self._directory = PageDirectory(config.page_size)
+        # a device has been tried with the logits of max_num_seqs rows
+        self._scored_rows = min(SCORED_ROWS, config.max_num_seqs) if self.backend.device.runs_behind else SCORED_ROWS
+        self._scores: PromptScores | None = None
 
     def _load(self, check: Callable[[], None]) -> tuple[LlamaModel, str]:
         """The model, and what was read, see `SafetensorsSource.digest`."""
@@ -179,12 +186,13 @@ class Rank:
     @torch.inference_mode()
     def execute(self, plan: StepPlan, sampled: Tensor | None = None) -> Tensor | None:
         """Runs a step; on rank 0 returns the wanted logits, fp32 `[rows, vocab_size]`, in the plan's order, and None
-        when nothing runs. `take_report` must follow.
+        when nothing runs. `take_scores` and `take_report` must follow.
 
         Args:
             sampled: on rank 0, what the step before sampled, int64 on the device; needed where the plan refers to it.
         """
         pools = self.pools
+        self._scores = None  # of a step that raised
         steps = self._directory.update(plan)
         sampled = self._share_sampled(plan.num_sampled, sampled)
         if plan.adopt is not None:
@@ -198,19 +206,27 @@ class Rank:
         if not steps:
             pools.mover.wait(plan.await_ids)  # such a plan is sent to learn of their end
             return None
-        return self._compute(steps, sampled)
+        return self._compute(plan, steps, sampled)
 
-    def _compute(self, steps: list[SequenceStep], sampled: Tensor | None) -> Tensor | None:
+    def _compute(self, plan: StepPlan, steps: list[SequenceStep], sampled: Tensor | None) -> Tensor | None:
         """Runs the model; a trace shows it on the host and, where that runs behind, on the device."""
         meter, times, start = self.pools.meter, self.pools.times, now()
         begun = times.begin(Lane.COMPUTE) if meter.traces and times is not None else None
-        logits = self._model.logits(self._runner.run(steps, sampled))
+        hidden = self._runner.run(steps, sampled)
+        if any(one.scored for one in plan.sequences):
+            self._scores, hidden = score_prompts(plan.sequences, hidden, self._model.logits, self._scored_rows)
+        logits = self._model.logits(hidden)
         num_tokens = sum(len(one.token_ids) for one in steps) if meter.traces else 0
         if begun is not None:
             assert times is not None
             times.end(Lane.COMPUTE, begun, "compute", tokens=num_tokens, sequences=len(steps))
         meter.trace("compute" if begun is None else "launch", start, tokens=num_tokens, sequences=len(steps))
         return logits
+
+    def take_scores(self) -> PromptScores | None:
+        """On rank 0, the log-probabilities that the last step's plan wanted of prompts; None where it wanted none."""
+        scores, self._scores = self._scores, None
+        return scores
 
     def _share_sampled(self, count: int, sampled: Tensor | None) -> Tensor | None:
         """The `count` tokens that the step before sampled, on all ranks; None when the plan refers to none."""

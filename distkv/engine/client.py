@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Protocol
 
-from distkv.engine.protocol import EngineInfo, EngineRequest, RequestFailed, StepOutput
+from distkv.engine.protocol import EngineInfo, EngineRequest, RequestFailed, StepOutput, TokenOutput
 from distkv.engine.stats import EngineStats
 
 
@@ -83,5 +83,5 @@ class OpenAnswers:
         for output in outputs:
             if isinstance(output, RequestFailed):
                 self.close([(output.request_id, None)])
-            elif output.finish_reason is not None:
+            elif isinstance(output, TokenOutput) and output.finish_reason is not None:
                 self.close([(output.request_id, output.index)])

@@ -25,7 +25,8 @@ def next_tokens(engine: EngineClient) -> list[TokenOutput]:
     for output in engine.step():
         if isinstance(output, RequestFailed):
             raise getattr(errors, output.error)(output.message)
-        tokens.append(output)
+        if isinstance(output, TokenOutput):
+            tokens.append(output)
     return tokens
 
 

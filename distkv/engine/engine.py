@@ -13,10 +13,17 @@ from concurrent.futures import Executor as Thread
 
 from distkv.engine.fault_search import FaultSearch
 from distkv.engine.fork_copies import ForkCopies
-from distkv.engine.not_finite import not_finite
+from distkv.engine.no_token import no_token
 from distkv.engine.observer import StepObserver
 from distkv.engine.preparation import Preparation
-from distkv.engine.protocol import EngineInfo, EngineRequest, RequestFailed, StepOutput, TokenOutput
+from distkv.engine.protocol import (
+    EngineInfo,
+    EngineRequest,
+    PromptLogprobs,
+    RequestFailed,
+    StepOutput,
+    TokenOutput,
+)
 from distkv.engine.repairs import Repairs
 from distkv.engine.request_meter import RequestMeter
 from distkv.engine.scheduler import Scheduler
@@ -24,7 +31,7 @@ from distkv.engine.sequence import Scheduled, Sequence
 from distkv.engine.stats import EngineStats, TierStats
 from distkv.engine.step import Step
 from distkv.engine.step_runner import StepRunner
-from distkv.errors import CapacityError, DistKVError
+from distkv.errors import CapacityError, DistKVError, RequestError
 from distkv.storage.tier import Tier
 from distkv.workers.group.executor import Executor
 from distkv.workers.sampling.sampled_token import NO_TOKEN, SampledToken, TokenLogprobs
@@ -108,7 +115,10 @@ class Engine:
         for request in requests:
             self._scheduler.check(request)
         for request in requests:
-            self._scheduler.add(request)
+            try:
+                self._scheduler.add(request)
+            except RequestError as error:
+                self._outputs.append(RequestFailed(request.request_id, type(error).__name__, str(error)))
 
     def abort(self, answers: Iterable[tuple[str, int | None]], reason: str = "abort") -> None:
         """See `EngineClient.abort`."""
@@ -268,7 +278,7 @@ class Engine:
             step.undo(reported=result.report is not None)
             self._blame(step, result.error)
         else:
-            step.commit(result.sampled, damaged)
+            step.commit(result, damaged)
             self._faults.clear(step.sequences)
             self._unread = step
         self._observer.completed(step)
@@ -279,7 +289,7 @@ class Engine:
         if self._unread is None:
             return
         try:
-            answers = self._unread.read()
+            scores, answers = self._unread.read_scores(), self._unread.read()
         except Exception as error:
             self._failure = error
             if not self._survives:
@@ -291,6 +301,9 @@ class Engine:
             raise self._failure from error
         self._unread = None
         self.meter.tick()
+        for sequence, scored in scores:
+            self._outputs.append(PromptLogprobs(sequence.request.request_id, 1 + sequence.num_scored, scored))
+            sequence.num_scored += len(scored)
         for sequence, tokens in answers:
             self._extend(sequence, tokens)
 
@@ -396,7 +409,7 @@ class Engine:
                 self._end([answer])
             for token_id, logprobs in new:
                 if token_id == NO_TOKEN and not answer.finished:
-                    self._fail(answer.request, not_finite(self.info.model, answer.request.params))
+                    self._fail(answer.request, no_token(self.info.model, answer.request, answer.rules))
                 elif not answer.finished:
                     self.meter.sampled(answer)
                     answer.token_ids.append(token_id)

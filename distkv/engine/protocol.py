@@ -51,6 +51,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
     # That end an answer, beside the engine's own unless params.ignore_eos; a front end names them all, with those that
     # only the tokenizer knows.
     stop_token_ids: frozenset[int] = frozenset()
+    bad_words_token_ids: list[list[int]] = []  # that no answer may have in a row: `params.bad_words` as tokens
 
 
 class TokenOutput(msgspec.Struct, frozen=True, tag=True):
@@ -66,6 +67,15 @@ class TokenOutput(msgspec.Struct, frozen=True, tag=True):
     num_cached_tokens: tuple[int, int, int] = (0, 0, 0)
 
 
+class PromptLogprobs(msgspec.Struct, frozen=True, tag=True):
+    """Log-probabilities of some of a prompt's tokens. They come in order, and all before the first token of an answer;
+    the first token of a prompt has none."""
+
+    request_id: str
+    first: int  # index in the prompt
+    tokens: list[TokenLogprobs]
+
+
 class RequestFailed(msgspec.Struct, frozen=True, tag=True):
     """A request that cannot go on, with all its answers; the others do."""
 
@@ -74,7 +84,7 @@ class RequestFailed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-StepOutput = TokenOutput | RequestFailed
+StepOutput = TokenOutput | PromptLogprobs | RequestFailed
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):

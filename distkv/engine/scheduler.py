@@ -9,6 +9,7 @@ from distkv.engine.page_promises import PagePromises, num_held_pages
 from distkv.engine.protocol import EngineInfo, EngineRequest
 from distkv.engine.request_meter import RequestMeter
 from distkv.engine.sequence import Scheduled, Sequence, most_pages
+from distkv.engine.token_rules import make_rules
 from distkv.errors import CapacityError
 from distkv.storage.ledger.page import Page
 from distkv.storage.ledger.page_table import PageTable
@@ -69,13 +70,16 @@ class Scheduler:
             )
 
     def add(self, request: EngineRequest) -> None:
-        """Queues a request that passed `check`; what is known of its prefix counts as used from now on."""
+        """Queues a request that passed `check`; what is known of its prefix counts as used from now on. Raises
+        RequestError as `make_rules` does."""
+        rules = make_rules(request, self._info)
         table = PageTable(self.cache, self._info.page_size)
         root = None
         if self._info.enable_prefix_caching and request.synthetic_kv_seed is None:
             root = root_key(self._info.fingerprint, request.cache_salt)
         sequence = Sequence(request, 0, next(self._numbers), table, list(request.prompt_token_ids), root)
         sequence.arrived_at = time.perf_counter()
+        sequence.rules = rules
         sequence.is_guessed = request.params.max_tokens is None and self._may_read_again(request)
         sequence.expected = self._find_prefix(sequence)
         self.cache.touch(sequence.expected)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from distkv.engine.protocol import EngineRequest
 from distkv.engine.synthetic_kv import SyntheticKV
+from distkv.engine.token_rules import TokenRules
 from distkv.storage.ledger.page import Page, PageKey
 from distkv.storage.ledger.page_table import PageTable
 from distkv.storage.ledger.prefix_index import page_key
@@ -29,6 +30,8 @@ class Sequence:
     keys: list[PageKey] = field(default_factory=list)  # of its first full pages
     num_pending: int = 0  # tokens that steps under way sample, which are not known yet
     num_sent: int = 0  # pages that the ranks' table holds
+    rules: TokenRules | None = None  # None where its parameters let every token be
+    num_scored: int = 0  # tokens of the prompt behind its first whose log-probabilities are known, if wanted
     cached_tiers: list[Tier | None] = field(default_factory=list)  # where its first pages were found; None: lost since
     expected: list[Page] = field(default_factory=list)  # what was found when it was queued
     found: list[Page] = field(default_factory=list)  # what is known of its prefix, as of `found_at`
@@ -65,8 +68,10 @@ class Sequence:
 
     @property
     def num_prefix_pages(self) -> int:
-        """Full pages of what is to be read without its last token, which must be run for its logits."""
-        return (self.num_to_read - 1) // self.table.page_size
+        """Full pages of what is to be read that may be taken over: without its last token, which must be run for its
+        logits, and without the tokens whose logits score the prompt."""
+        is_scored = self.request.params.prompt_logprobs is None or self.num_scored == self.prompt_len - 1
+        return (self.num_to_read - 1 if is_scored else self.num_scored) // self.table.page_size
 
     @property
     def num_cached(self) -> tuple[int, int, int]:
@@ -166,6 +171,12 @@ class Sequence:
             pages = [page.id for page in self.table.pages[sent : self.num_sent]]
         return SequencePlan(self.number, token_ids, start, self.prompt_len, num_logits, sent, pages)
 
+    def add_scored(self, plan: SequencePlan) -> None:
+        """Has its part of a step score the tokens of the prompt behind those that it runs, as far as they are not."""
+        first, end = max(plan.start, self.num_scored), plan.start + len(plan.token_ids)
+        plan.scored = self.request.prompt_token_ids[first + 1 : end + 1]
+        plan.num_top = self.request.params.prompt_logprobs or 0
+
     def ending(self, eos_token_ids: tuple[int, ...]) -> tuple[str | None, int | None]:
         """Why the answer ends with its newest token, if it does, and the token that was asked to stop it."""
         token = self.token_ids[-1]
@@ -195,6 +206,7 @@ class Sequence:
         fork.arrival, fork.is_guessed = self.arrival, self.is_guessed
         fork.turn, fork.cached_tiers = self.turn, self.cached_tiers
         fork.arrived_at, fork.admitted_at, fork.has_begun = self.arrived_at, self.admitted_at, self.has_begun
+        fork.rules, fork.num_scored = self.rules and self.rules.fresh(), self.num_scored
         return fork, copy
 
     def drop(self, index: int | None) -> bool:

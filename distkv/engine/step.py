@@ -8,10 +8,10 @@ from distkv.engine.sequence import Scheduled, Sequence
 from distkv.engine.step_runner import StepRunner
 from distkv.storage.ledger.page import Page
 from distkv.storage.ledger.tiered_cache import TieredCache
-from distkv.workers.group.executor import PendingTokens, StepResult
+from distkv.workers.group.executor import PendingScores, PendingTokens, StepResult
 from distkv.workers.group.step_plan import SequencePlan, StepPlan
 from distkv.workers.sampling.sample_row import SampleRow, uniform_number
-from distkv.workers.sampling.sampled_token import SampledToken
+from distkv.workers.sampling.sampled_token import SampledToken, TokenLogprobs
 
 
 @dataclass(eq=False, slots=True)
@@ -46,6 +46,7 @@ class Step:
         self._indexes: dict[Sequence, int] = {}  # `SequenceWork.sampled_index`, where there is one
         self._result: Future[StepResult] | None = None  # once it has started
         self._sampled: PendingTokens | None = None  # once it is committed
+        self._scores: PendingScores | None = None
         self._is_open = True  # neither committed nor undone
         self.plan = StepPlan([], [], [])
         for sequence, count in scheduled:
@@ -78,7 +79,7 @@ class Step:
         assert self._result is not None
         return self._result.result()
 
-    def commit(self, sampled: PendingTokens | None, damaged: set[Page]) -> None:
+    def commit(self, result: StepResult, damaged: set[Page]) -> None:
         """Books what it has run, but for the tokens that it sampled. Pages that it fills get their keys: the tokens in
         them are known, since those of the step before are read.
 
@@ -86,7 +87,7 @@ class Step:
             damaged: pages that could not be read. Sequences that hold one have run in vain.
         """
         self._is_open = False
-        self._sampled = sampled
+        self._sampled, self._scores = result.sampled, result.scores
         self._copies.release(self.copies)
         for work in self.work:
             sequence = work.sequence
@@ -109,6 +110,19 @@ class Step:
                 sequence.num_pending -= 1
                 if not sequence.finished and not work.is_damaged:
                     found.append((sequence, tokens[first : first + sequence.num_answers]))
+        return found
+
+    def read_scores(self) -> list[tuple[Sequence, list[TokenLogprobs]]]:
+        """Waits for the log-probabilities of prompts. Returns those of each sequence's next tokens, see
+        `Sequence.num_scored`; raises as `read` does."""
+        if self._scores is None:
+            return []
+        scores = iter(self._scores.result())
+        found = []
+        for work in self.work:
+            own = [] if work.plan is None else [next(scores) for _ in work.plan.scored]
+            if own and not work.sequence.finished and not work.is_damaged:
+                found.append((work.sequence, own))
         return found
 
     def undo(self, reported: bool = False) -> None:
@@ -152,6 +166,8 @@ class Step:
             self.forks |= not sequence.is_alone
             sequence.num_pending += 1
         work.plan = sequence.plan(start, count, int(is_last), work.pending_index)
+        if sequence.request.params.prompt_logprobs is not None:
+            sequence.add_scored(work.plan)
         self.plan.sequences.append(work.plan)
         return work
 
@@ -186,4 +202,6 @@ def _sample_row(sequence: Sequence, index: int, logits_row: int, pending_index: 
     )
     if row.penalised:
         row.output_token_ids.extend(sequence.output_token_ids)
+    if sequence.rules is not None:
+        row.edits = sequence.rules.edits(sequence.token_ids, sequence.prompt_len, pending_index is not None)
     return row

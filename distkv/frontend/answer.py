@@ -17,12 +17,16 @@ class Answer:
     """
 
     def __init__(self, request: EngineRequest, index: int, tokenizer: Tokenizer | None, reasons: StopReasons):
+        params = request.params
         self._index = index
         self._tokenizer = tokenizer
-        self._decoder = IncrementalDecoder(tokenizer, request.prompt_token_ids) if tokenizer else None
+        self._text_of = tokenizer and (tokenizer if params.skip_special_tokens else tokenizer.with_special_tokens)
+        self._decoder = IncrementalDecoder(self._text_of, request.prompt_token_ids) if self._text_of else None
         self._stop_reasons = reasons
-        self._stop_strings = StopStrings(request.params.stop_strings)
-        self._with_logprobs = request.params.logprobs is not None
+        self._keeps_stop = params.include_stop_str_in_output
+        self._stop_strings = StopStrings(params.stop_strings, self._keeps_stop)
+        self._num_unstopped = params.min_tokens  # tokens to come that no stop string may end
+        self._with_logprobs = params.logprobs is not None
         self._cumulative_logprob = 0.0
         self._finish_reason: str | None = None
         self._stop_reason: int | str | None = None
@@ -40,16 +44,18 @@ class Answer:
         self._token_ids.append(output.token_id)
         if output.logprobs is not None:
             self._cumulative_logprob += output.logprobs.logprob
-            self._logprobs.append(self._table(output.token_id, output.logprobs))
+            self._logprobs.append(logprob_table(output.token_id, output.logprobs, self._tokenizer))
         self._finish_reason = output.finish_reason
         self._stop_reason = None if output.stop_reason is None else self._stop_reasons[output.stop_reason]
-        if self._decoder is None:
+        if self._decoder is None or self._text_of is None:
             return
-        # the text of an end token is not part of the answer
-        piece = "" if output.finish_reason == "stop" else self._decoder.add(output.token_id)
+        piece = self._decoder.add(output.token_id) if output.finish_reason != "stop" or self._keeps_stop else ""
         if output.finish_reason is not None:
             piece += self._decoder.finish()
-        self._text_pieces.append(self._stop_strings.add(piece))
+            if self._keeps_stop and isinstance(self._stop_reason, str) and not self._text_of.has_text(output.token_id):
+                piece += self._stop_reason.strip()  # of a special token
+        self._text_pieces.append(self._stop_strings.add(piece, looks=self._num_unstopped <= 0))
+        self._num_unstopped -= 1
         if self._stop_strings.found is not None:
             self._finish_reason, self._stop_reason = "stop", self._stop_strings.found
         if self.finished:
@@ -79,12 +85,13 @@ class Answer:
         self._text_pieces, self._token_ids, self._logprobs = [], [], []
         return part
 
-    def _table(self, token_id: int, logprobs: TokenLogprobs) -> dict[int, Logprob]:
-        table = {
-            token: Logprob(logprob, rank, self._decoded(token)) for rank, (token, logprob) in enumerate(logprobs.top, 1)
-        }
-        table.setdefault(token_id, Logprob(logprobs.logprob, logprobs.rank, self._decoded(token_id)))
-        return table
 
-    def _decoded(self, token_id: int) -> str | None:
-        return self._tokenizer.token_text(token_id) if self._tokenizer else None
+def logprob_table(token_id: int, logprobs: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
+    """The log-probabilities in the place of a token: its own among the likeliest ones."""
+
+    def decoded(token: int) -> str | None:
+        return tokenizer.token_text(token) if tokenizer else None
+
+    table = {token: Logprob(logprob, rank, decoded(token)) for rank, (token, logprob) in enumerate(logprobs.top, 1)}
+    table.setdefault(token_id, Logprob(logprobs.logprob, logprobs.rank, decoded(token_id)))
+    return table

@@ -1,13 +1,13 @@
 """A conversation with the model: its messages, and the tokens of its answers."""
 
 import logging
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
 from distkv.errors import DistKVError, RequestError
 from distkv.frontend.messages import Message, plain_messages
-from distkv.frontend.seen_tokens import seen_tokens
+from distkv.frontend.seen_tokens import decoded_text, seen_tokens
 from distkv.frontend.tokenizer import Tokenizer
 from distkv.outputs import CompletionOutput
 
@@ -69,13 +69,19 @@ class Conversation:
             return new[1:]
         return new
 
-    def prompt(self, tokenizer: Tokenizer, new_messages: list[Message]) -> list[int]:
+    def prompt(
+        self,
+        tokenizer: Tokenizer,
+        new_messages: list[Message],
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[int]:
         """Tokens of the conversation and the new messages, up to where the assistant answers.
 
         They begin with the last prompt, the tokens of its answer and the end token, where the chat template allows. The
         system message may be given again. With another tokenizer than before, earlier answers are encoded from their
         text. The new messages become part of the conversation with their answer; until then another prompt takes the
-        place of this one.
+        place of this one. `tools` and `chat_template_kwargs` are those of `Tokenizer.encode_chat`, and are not kept.
 
         Raises RequestError as `check` does, as `Tokenizer.encode_chat` does, and when nothing is new.
         """
@@ -91,7 +97,8 @@ class Conversation:
             for message in self._messages:
                 message.token_ids = None
             self._tokenizer = tokenizer.fingerprint
-        token_ids = tokenizer.encode_chat([*self.messages, *map(msgspec.to_builtins, asked)])
+        messages = [*self.messages, *map(msgspec.to_builtins, asked)]
+        token_ids = tokenizer.encode_chat(messages, tools, chat_template_kwargs)
         self._turn = Turn(asked, tokenizer, token_ids)
         return token_ids
 
@@ -108,13 +115,21 @@ class Conversation:
         self._messages, self._turn = grown, None
 
     def add_output(self, answer: CompletionOutput) -> None:
-        """Adds an answer as `add_answer` does, finished or not; of its tokens those that its text shows."""
+        """Adds an answer as `add_answer` does, finished or not; of its tokens those that its text shows. The token that
+        ended it is no part of either, whether its text was shown or not; special tokens in it may be, or not."""
         _, tokenizer, prompt = self._open_turn()
-        token_ids, reason = answer.token_ids, answer.stop_reason
-        if answer.finish_reason == "stop":
-            by_token = not isinstance(reason, str) or token_ids[-1] == tokenizer.special_token_id(reason)
-            token_ids = token_ids[:-1] if by_token else token_ids
-        self.add_answer(answer.text, seen_tokens(tokenizer, prompt, token_ids, answer.text))
+        token_ids, text, reason = answer.token_ids, answer.text, answer.stop_reason
+        by_token = answer.finish_reason == "stop" and (
+            not isinstance(reason, str) or token_ids[-1] == tokenizer.special_token_id(reason)
+        )
+        token_ids = token_ids[:-1] if by_token else token_ids
+        for decoder in (tokenizer, tokenizer.with_special_tokens):
+            shown = decoded_text(decoder, prompt, token_ids) if by_token else text
+            seen = seen_tokens(decoder, prompt, token_ids, shown) if text.startswith(shown) else None
+            if seen is not None:
+                text = shown
+                break
+        self.add_answer(text, seen)
 
     def _open_turn(self) -> Turn:
         if self._turn is None:

@@ -30,9 +30,9 @@ def stop_reasons(params: SamplingParams, info: EngineInfo, tokenizer: Tokenizer 
             reasons.setdefault(token_id, stop)
             continue
         for held, token in tokenizer.special_tokens.items():
-            if held and held in stop and not tokenizer.can_spell(held):
+            if params.skip_special_tokens and held and held in stop and not tokenizer.can_spell(held):
                 raise RequestError(
                     f"stop has {stop!r}, and the special token {held!r} in it is no part of an answer's text; use "
-                    f"{held!r} alone, or stop_token_ids=[{token}]"
+                    f"{held!r} alone, or stop_token_ids=[{token}], or skip_special_tokens=False"
                 )
     return reasons

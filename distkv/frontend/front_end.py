@@ -11,6 +11,7 @@ from distkv.config import EngineConfig
 from distkv.engine.protocol import EngineInfo, EngineRequest
 from distkv.engine.thread import EngineThread
 from distkv.errors import ConfigError, RequestError
+from distkv.frontend.bad_words import bad_words_token_ids
 from distkv.frontend.end_tokens import stop_reasons
 from distkv.frontend.request_checks import (
     Prompt,
@@ -25,6 +26,7 @@ from distkv.frontend.session import Session
 from distkv.frontend.tokenizer import Tokenizer
 from distkv.launch.launch import launch
 from distkv.sampling_params import SamplingParams
+from distkv.structured_outputs.grammars import make_grammar
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +82,8 @@ class FrontEnd:
         if self._tokenizer is None and params.stop_strings:
             raise RequestError("stop strings need text, and the model has no tokenizer; use stop_token_ids")
         reasons = stop_reasons(params, self.info, self._tokenizer)
+        if params.structured_outputs is not None:
+            make_grammar(self.info.model, self.info.vocab_size, params.structured_outputs, frozenset(reasons))
         room = self.info.max_model_len - len(token_ids)
         request = EngineRequest(
             request_id=str(number),
@@ -90,6 +94,7 @@ class FrontEnd:
             priority=priority,
             cache_salt=cache_salt,
             stop_token_ids=frozenset(reasons),
+            bad_words_token_ids=bad_words_token_ids(params.bad_words or [], self._tokenizer),
         )
         return RequestState(request, text, self._tokenizer, reasons)
 

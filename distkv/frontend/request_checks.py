@@ -64,9 +64,14 @@ def plain_prompts(prompts: Any) -> list[Any]:
 
 
 def check_params(params: Any, info: EngineInfo) -> None:
-    """Raises RequestError for other than a SamplingParams, CapacityError for more answers than can ever run."""
+    """Raises RequestError for other than a SamplingParams and for tokens that the model does not know, CapacityError
+    for more answers than can ever run."""
     if not isinstance(params, SamplingParams):
         raise RequestError(f"sampling_params is {shown(params)}; it must be a SamplingParams")
+    for name in ("allowed_token_ids", "logit_bias"):
+        most = max(getattr(params, name) or [0])
+        if most >= info.vocab_size:
+            raise RequestError(f"{name} has {most}; ids are integers below {info.vocab_size}")
     if params.n > info.max_num_seqs:
         raise CapacityError(f"n is {params.n} and max_num_seqs {info.max_num_seqs}; lower n or raise max_num_seqs")
 

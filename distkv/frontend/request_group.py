@@ -2,7 +2,7 @@
 
 from distkv import errors
 from distkv.engine.loop import Broken, Delivery, Sink
-from distkv.engine.protocol import RequestFailed
+from distkv.engine.protocol import PromptLogprobs, RequestFailed
 from distkv.engine.thread import EngineThread
 from distkv.frontend.request_state import RequestState
 
@@ -30,6 +30,9 @@ class RequestGroup:
             if isinstance(delivery, Broken):
                 self.error = delivery.error
                 del self.unfinished[request_id]
+                continue
+            if isinstance(delivery, PromptLogprobs):
+                state.add_prompt_logprobs(delivery)
                 continue
             if isinstance(delivery, RequestFailed):
                 state.fail(getattr(errors, delivery.error)(delivery.message))

@@ -1,11 +1,11 @@
 """A request on its way, as the front end sees it."""
 
-from distkv.engine.protocol import EngineRequest, TokenOutput
+from distkv.engine.protocol import EngineRequest, PromptLogprobs, TokenOutput
 from distkv.errors import DistKVError
-from distkv.frontend.answer import Answer
+from distkv.frontend.answer import Answer, logprob_table
 from distkv.frontend.end_tokens import StopReasons
 from distkv.frontend.tokenizer import Tokenizer
-from distkv.outputs import RequestOutput
+from distkv.outputs import Logprob, RequestOutput
 from distkv.sampling_params import RequestOutputKind
 
 TIERS = ("device", "host", "disk")
@@ -27,6 +27,11 @@ class RequestState:
         self._unfinished = set(range(request.params.n))
         self._grown: set[int] = set()  # indexes of answers
         self._num_cached_tokens = (0, 0, 0)  # by tier
+        self._tokenizer = tokenizer
+        # of the first tokens of the prompt; None once they were handed over, or where they are not asked for
+        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+        if request.params.prompt_logprobs is not None:
+            self._prompt_logprobs = [None]
 
     @property
     def finished(self) -> bool:
@@ -51,6 +56,13 @@ class RequestState:
         if answer.finished:
             self._unfinished.remove(output.index)
 
+    def add_prompt_logprobs(self, logprobs: PromptLogprobs) -> None:
+        """Takes those of the next tokens of the prompt."""
+        tables, token_ids = self._prompt_logprobs, self.request.prompt_token_ids
+        assert tables is not None and len(tables) == logprobs.first
+        for token_id, found in zip(token_ids[len(tables) :], logprobs.tokens, strict=False):
+            tables.append(logprob_table(token_id, found, self._tokenizer))
+
     def fail(self, error: DistKVError) -> None:
         """Ends the answers that are not finished, with what they have."""
         self.error = error
@@ -61,8 +73,12 @@ class RequestState:
 
     def emit(self) -> RequestOutput:
         """The next output: all answers as they stand, and with DELTA what is new of those that have grown."""
+        prompt_logprobs = self._prompt_logprobs
+        if prompt_logprobs is not None and len(prompt_logprobs) < len(self.request.prompt_token_ids):
+            prompt_logprobs = None
         if self._kind is RequestOutputKind.DELTA:
             outputs = [self._answers[index].take() for index in sorted(self._grown)]
+            self._prompt_logprobs = None
         else:
             outputs = [answer.output() for answer in self._answers]
         self._grown.clear()
@@ -74,4 +90,5 @@ class RequestState:
             finished=self.finished,
             error=self.error,
             num_cached_tokens_by_tier=dict(zip(TIERS, self._num_cached_tokens, strict=True)),
+            prompt_logprobs=prompt_logprobs,
         )

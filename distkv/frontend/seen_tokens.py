@@ -1,13 +1,21 @@
 """The tokens of an answer as its reader saw it, of which a stop string may have cut the text."""
 
 from distkv.frontend.incremental_decoder import IncrementalDecoder
-from distkv.frontend.tokenizer import Tokenizer
+from distkv.frontend.tokenizer import TextOfAllTokens, Tokenizer
 
 MOST_WAITING = 8  # tokens before the cut that are tried one by one, for text that waited for the token that was cut
 MOST_REPLACED = 16  # places before the cut from which on the text is encoded anew
 
 
-def seen_tokens(tokenizer: Tokenizer, prompt_token_ids: list[int], token_ids: list[int], text: str) -> list[int] | None:
+def decoded_text(tokenizer: Tokenizer | TextOfAllTokens, prompt_token_ids: list[int], token_ids: list[int]) -> str:
+    """The text of tokens behind a prompt."""
+    decoder = IncrementalDecoder(tokenizer, prompt_token_ids)
+    return "".join(map(decoder.add, token_ids)) + decoder.finish()
+
+
+def seen_tokens(
+    tokenizer: Tokenizer | TextOfAllTokens, prompt_token_ids: list[int], token_ids: list[int], text: str
+) -> list[int] | None:
     """Tokens behind the prompt that decode to `text`, the beginning of what `token_ids` decode to: these as far as they
     agree, and then what is seen of a token that was cut, encoded anew. None where no encoding gives that text."""
     decoder, end = IncrementalDecoder(tokenizer, prompt_token_ids), 0
@@ -25,8 +33,7 @@ def seen_tokens(tokenizer: Tokenizer, prompt_token_ids: list[int], token_ids: li
             return list(token_ids)
 
     def decoded(kept: list[int], more: list[int]) -> str:
-        rest = IncrementalDecoder(tokenizer, prompt_token_ids + kept)
-        return "".join(map(rest.add, more)) + rest.finish()
+        return decoded_text(tokenizer, prompt_token_ids + kept, more)
 
     num_agreed, end = agreed[-1]
     for count in range(num_read, max(num_agreed, num_read - MOST_WAITING), -1):

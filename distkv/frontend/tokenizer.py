@@ -6,13 +6,14 @@ import logging
 import re
 import threading
 from collections.abc import Iterable
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import chain, zip_longest
 from pathlib import Path
+from typing import Any
 
 from distkv.errors import ConfigError, RequestError
 from distkv.frontend.chat_pieces import text_around_answers
-from distkv.frontend.chat_template import ChatTemplate
+from distkv.frontend.chat_template import ChatTemplate, TemplateOptions
 from distkv.frontend.messages import Message, plain_messages
 
 log = logging.getLogger(__name__)
@@ -72,20 +73,27 @@ class Tokenizer:
         with self._lock:
             return self._tokenizer.encode(text, add_special_tokens=special)
 
-    def encode_chat(self, messages: list[Message]) -> list[int]:
-        """Tokens of a conversation up to where the assistant answers, by the model's chat template.
+    def encode_chat(
+        self,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[int]:
+        """Tokens of a conversation up to where the assistant answers, by the model's chat template, which is given
+        `tools` and the variables of `chat_template_kwargs`.
 
         Answers that carry `token_ids` come out as these, so that the tokens begin with those of the turn before, whose
         KV pages may be cached. Where the template rewrites earlier answers, their text is encoded instead, and the
         first time a warning is logged.
 
         Raises ConfigError when the model has no template, RequestError when the messages are none that a template could
-        take, or it refuses them.
+        take, or it refuses them, or does nothing with tools or variables that were given.
         """
-        messages = plain_messages(messages)
-        self._template.check(messages)
+        messages, options = plain_messages(messages), TemplateOptions.of(tools, chat_template_kwargs)
+        self._template.check(messages, options)
+        render = partial(self._render, options)
         sampled = [message["token_ids"] for message in messages if message.get("token_ids") is not None]
-        texts = text_around_answers(self._render, self._end_texts, messages) if sampled else None
+        texts = text_around_answers(render, self._end_texts, messages) if sampled else None
         if texts is None:
             if sampled and not self._warned:
                 log.warning(
@@ -93,10 +101,15 @@ class Tokenizer:
                     "KV pages may not be found again"
                 )
                 self._warned = True
-            sampled, texts = [], [self._render(messages)]
+            sampled, texts = [], [render(messages)]
         with self._lock:
             pieces = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
         return list(chain.from_iterable(chain(*zip_longest(pieces, sampled, fillvalue=[]))))
+
+    @cached_property
+    def with_special_tokens(self) -> "TextOfAllTokens":
+        """The same, with special tokens as parts of text."""
+        return TextOfAllTokens(self)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -130,17 +143,34 @@ class Tokenizer:
         """Text of a single token, special or not."""
         return self._any_text_of_one(token_id)
 
-    def _decode(self, token_ids: list[int]) -> str:
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def decode_all(self, token_ids: list[int]) -> str:
+        """Text of tokens, special ones too."""
+        return self._decode(token_ids, skips=False)
+
+    def _decode(self, token_ids: list[int], skips: bool = True) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=skips, clean_up_tokenization_spaces=False))
 
     @cached_property
     def _end_texts(self) -> tuple[str, ...]:
         return tuple(text for token_id in self.end_token_ids if (text := self.token_text(token_id)))
 
-    def _render(self, messages: list[Message]) -> str:
-        text = self._template.render(messages)
+    def _render(self, options: TemplateOptions, messages: list[Message]) -> str:
+        text = self._template.render(messages, options)
         _check_unicode(text)
         return text
+
+
+class TextOfAllTokens:
+    """Decodes as its tokenizer does, but for special tokens, which are parts of text."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._special_ids = frozenset(tokenizer.special_tokens.values())
+        self._tokenizer = tokenizer
+        self.encode, self.decode, self.is_byte = tokenizer.encode, tokenizer.decode_all, tokenizer.is_byte
+
+    def has_text(self, token_id: int) -> bool:
+        """Whether the token is known."""
+        return token_id in self._special_ids or self._tokenizer.has_text(token_id)
 
 
 def _check_unicode(text: str) -> None:

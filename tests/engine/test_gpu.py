@@ -12,6 +12,7 @@ import torch.distributed as dist
 from support.checkpoints import save_llama
 from support.llms import idle_engine
 from support.prompts import random_prompt, random_prompts, seeded
+from support.rules import rule_requests, save_speaking_llama
 from support.runs import run
 from support.sample_rows import GREEDY as GREEDY_ROW
 from support.sample_rows import PLAIN
@@ -40,6 +41,22 @@ def test_greedy_tokens_equal_those_of_transformers(tmp_path: Path, heads: int, k
             torch.tensor([prompt], device="cuda"), max_new_tokens=48, do_sample=False, eos_token_id=None, pad_token_id=0
         )
         assert output.outputs[0].token_ids == generated[0, len(prompt) :].tolist()
+
+
+def test_rules_hold_and_prompts_are_scored_as_on_a_cpu(tmp_path: Path) -> None:
+    """Grammars and bad words know the token that the step before has sampled; scores come a block at a time."""
+    folder = save_speaking_llama(tmp_path)
+    prompts, params = map(list, zip(*rule_requests(), strict=True))
+    options: dict[str, Any] = {"page_size": 16, "max_num_batched_tokens": 64, "device_kv_bytes": "8MiB"}
+    with LLM(folder, device="cpu", **options) as llm:
+        expected = llm.generate(prompts, params, use_tqdm=False)
+    with LLM(folder, device="cuda", **options) as llm:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    for output, other in zip(outputs, expected, strict=True):
+        assert [one.token_ids for one in output.outputs] == [one.token_ids for one in other.outputs]
+        for table, wanted in zip(output.prompt_logprobs or [], other.prompt_logprobs or [], strict=True):
+            for token, entry in (table or {}).items():
+                assert wanted is not None and entry.logprob == pytest.approx(wanted[token].logprob, abs=1e-3)
 
 
 def test_the_device_pool_is_sized_by_gpu_memory_utilization(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_greedy_tokens_equal_those_of_transformers(tmp_path: Path, heads: int, k
         tmp_path, num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=16 * heads, head_dim=16
     )
     prompts = random_prompts(1, 5, 30)
-    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, prompt_logprobs=0)
     with LLM(folder, page_size=16, max_num_batched_tokens=24, max_num_seqs=3, device_kv_bytes="1MiB") as llm:
         outputs = llm.generate(prompts, params, use_tqdm=False)
     for prompt, output in zip(prompts, outputs, strict=True):
@@ -41,6 +41,12 @@ def test_greedy_tokens_equal_those_of_transformers(tmp_path: Path, heads: int, k
             torch.tensor([prompt]), max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0
         )
         assert output.outputs[0].token_ids == generated[0, len(prompt) :].tolist()
+        logprobs = peer(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        for place, table in enumerate((output.prompt_logprobs or [])[1:]):
+            assert table is not None
+            assert table[prompt[place + 1]].logprob == pytest.approx(
+                logprobs[place, prompt[place + 1]].item(), abs=1e-4
+            )
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What a message may hold, what a template may do with it, and that a model's folder runs no code."""
 
+import asyncio
 import io
 import sys
 from collections.abc import Callable
@@ -7,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.scripted_engine import ScriptedEngine
 from support.tokenizers import save_tokenizer
 
-from distkv import ConfigError, RequestError
+import distkv.frontend.front_end
+from distkv import LLM, AsyncLLM, ConfigError, RequestError, SamplingParams
 from distkv.frontend.messages import Message
 from distkv.frontend.session import Session
 from distkv.frontend.tokenizer import Tokenizer
@@ -147,3 +150,74 @@ def test_no_code_of_a_models_folder_is_run_and_nothing_is_asked(
     with pytest.raises(ConfigError, match="it needs code of the folder's own, which is not run"):
         Tokenizer(tmp_path)
     assert not (tmp_path / "ran").exists() and sys.stdin.tell() == 0
+
+
+NOW = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
+TOOLS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for one in messages %}{% if loop.first %}{% continue %}{% endif %}"
+    "{{ one.content }}{% endfor %}"
+    "{% generation %}{% endgeneration %}{{ mood | default('calm') }}"
+)
+
+
+def test_tools_and_variables_reach_the_template(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(save_tokenizer(tmp_path, chat_template=TOOLS))
+    messages = [user("a"), user("Hello")]
+
+    def rendered(*options: Any) -> str:
+        return str(tokenizer._tokenizer.decode(tokenizer.encode_chat(messages, *options)))
+
+    assert rendered() == rendered(None, None) == rendered([], {}) == "Hellocalm"
+    assert rendered([NOW]).startswith('[{"type": "function", "function": {"name": "now"')
+    assert rendered(None, {"mood": "glad"}) == "Helloglad"
+    with Session(tmp_path, "trip") as session:
+        assert session.prompt(tokenizer, messages, [NOW], {"mood": "glad"}) == tokenizer.encode_chat(
+            messages, [NOW], {"mood": "glad"}
+        )
+
+
+@pytest.mark.parametrize(
+    ("tools", "variables", "message"),
+    [
+        ({"now": NOW}, None, "tools is .*; it must be a list of dicts such as {'type': 'function'"),
+        (["now"], None, "tools is .*; it must be a list of dicts"),
+        ([NOW], None, "chat template does nothing with 'tools'; leave it out"),
+        (None, {"mood": 1}, "chat template does nothing with 'mood'; leave it out"),
+        (None, ["mood"], "chat_template_kwargs is .*; it must be a dict of the template's variables"),
+        (
+            None,
+            {"add_generation_prompt": False},
+            "chat_template_kwargs has 'add_generation_prompt', which cannot be set",
+        ),
+        (None, {"messages": []}, "chat_template_kwargs has 'messages', which cannot be set"),
+    ],
+)
+def test_tools_and_variables_that_come_to_nothing_are_refused(
+    tmp_path: Path, tools: Any, variables: Any, message: str
+) -> None:
+    tokenizer = Tokenizer(save_tokenizer(tmp_path, chat_template=PLAIN))
+    with pytest.raises(RequestError, match=message):
+        tokenizer.encode_chat([user("Hello")], tools, variables)
+
+
+def test_chats_give_them_to_the_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of both kinds of LLM, with a session and without one."""
+    folder = save_tokenizer(tmp_path / "model", chat_template=TOOLS)
+    engine = ScriptedEngine([5])
+    monkeypatch.setattr(distkv.frontend.front_end, "launch", lambda config, check: engine)
+    options: dict[str, Any] = {"tools": [NOW], "chat_template_kwargs": {"mood": "glad"}}
+    messages = [user("a"), user("Hello")]
+
+    async def ask(llm: AsyncLLM, **session: str) -> None:
+        async for _ in llm.chat(messages, SamplingParams(max_tokens=1), **options, **session):
+            pass
+
+    with LLM(folder, cache_dir=tmp_path) as llm:
+        expected = llm.tokenizer.encode_chat(messages, **options)
+        llm.chat(messages, SamplingParams(max_tokens=1), **options, use_tqdm=False)
+        llm.chat(messages, SamplingParams(max_tokens=1), **options, session="one", use_tqdm=False)
+    other = AsyncLLM(folder, cache_dir=tmp_path)
+    asyncio.run(ask(other))
+    asyncio.run(ask(other, session="two"))
+    asyncio.run(other.close())
+    assert engine.prompts == [expected] * 4

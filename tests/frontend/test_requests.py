@@ -17,13 +17,16 @@ from support.scripted_engine import ScriptedEngine
 from support.tokenizers import save_tokenizer
 
 import distkv.frontend.front_end
-from distkv import LLM, AsyncLLM, CapacityError, CompletionOutput, RequestError, SamplingParams
+from distkv import LLM, AsyncLLM, CapacityError, CompletionOutput, RequestError, RequestOutputKind, SamplingParams
 from distkv.frontend.end_tokens import stop_reasons
 from distkv.frontend.tokenizer import Tokenizer
 
 PENALTIES = ["repetition_penalty", "presence_penalty", "frequency_penalty"]
 NUMBERS = [*PENALTIES, "n", "temperature", "top_p", "top_k", "min_p", "max_tokens", "seed", "logprobs"]
-OTHERS = ["stop", "stop_token_ids", "ignore_eos", "output_kind"]
+NUMBERS += ["prompt_logprobs", "min_tokens"]
+FLAGS = ["ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens"]
+LISTS = ["stop", "stop_token_ids", "bad_words", "allowed_token_ids", "logit_bias"]
+OTHERS = [*FLAGS, *LISTS, "structured_outputs", "output_kind"]
 
 
 class Unprintable:
@@ -81,7 +84,12 @@ def test_floats_and_lists_of_numpy_and_torch_are_taken() -> None:
         stop=np.array(["a", "b"]),
         stop_token_ids=np.array([3, 4]),
         ignore_eos=np.bool_(True),
+        bad_words=np.array(["a"]),
+        allowed_token_ids=np.array([5, 6]),
+        logit_bias={np.int64(5): np.float32(0.5), "6": 1},
     )
+    assert (params.bad_words, params.allowed_token_ids) == (["a"], [5, 6])
+    assert params.logit_bias == {5: 0.5, 6: 1.0} and {type(token) for token in params.logit_bias} == {int}
     assert (params.temperature, params.top_p, params.stop, params.stop_token_ids) == (0.5, 0.5, ["a", "b"], [3, 4])
     assert params.ignore_eos is True
     assert SamplingParams(stop=("a",), stop_token_ids=(np.int64(3), 4)).stop_token_ids == [3, 4]
@@ -97,6 +105,17 @@ def test_floats_and_lists_of_numpy_and_torch_are_taken() -> None:
         ({"ignore_eos": "no"}, "^ignore_eos is 'no'; it must be True or False$"),
         ({"stop": ["x"] * 10**6}, "^stop has 1000000 strings; it must be 256 at most$"),
         ({"stop": "x" * 10**6}, None),
+        ({"allowed_token_ids": []}, r"^allowed_token_ids is \[\]; it must be a list of one token id at least$"),
+        ({"allowed_token_ids": [-1]}, "^allowed_token_ids is -1; it must be an integer from 0"),
+        ({"bad_words": "ab"}, "^bad_words is 'ab'; it must be a list of strings, none of them blank$"),
+        ({"bad_words": ["a", " "]}, "none of them blank$"),
+        ({"bad_words": ["x"] * 5000}, "^bad_words has 5000 strings; it must be 4096 at most$"),
+        ({"logit_bias": [5]}, r"^logit_bias is \[5\]; it must be a dict from token ids to numbers$"),
+        ({"logit_bias": {5: 101}}, "^logit_bias is 101; it must be a number of at least -100.0 and at most 100.0$"),
+        ({"logit_bias": {"a": 1}}, "^logit_bias is 'a'; it must be an integer from 0"),
+        ({"min_tokens": 17}, "^min_tokens is 17; it must be max_tokens, 16, at most$"),
+        ({"spaces_between_special_tokens": False}, "^spaces_between_special_tokens is False; it must be left out: "),
+        ({"skip_special_tokens": 1}, "^skip_special_tokens is 1; it must be True or False$"),
     ],
 )
 def test_a_refusal_says_what_is_meant_and_is_short(values: dict[str, Any], message: str | None) -> None:
@@ -171,6 +190,45 @@ def test_a_stop_string_that_is_a_special_token_stops_there(
     assert ended(answer(llm, **params)) == expected
     [*_, last] = llm.stream([5], SamplingParams(max_tokens=50, **params))
     assert ended(last.outputs[0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("params", "text"),
+    [
+        ({"stop": " wor", "ignore_eos": True}, " Hello the wor"),
+        ({"stop": "<special>"}, " Hello<special>"),
+        ({"stop": " <special>\n"}, " Hello<special>"),
+        ({"stop_token_ids": [274]}, " Hello"),
+        ({"stop_token_ids": [274], "skip_special_tokens": False}, " Hello<special>"),
+        ({"stop": "<special>", "skip_special_tokens": False}, " Hello<special>"),
+        ({}, " Hello the"),
+        ({"skip_special_tokens": False}, " Hello<special> the</s>"),
+        ({"stop_token_ids": [259]}, " Hello the"),
+    ],
+)
+def test_what_ended_an_answer_may_be_in_its_text(llm: LLM, params: dict[str, Any], text: str) -> None:
+    assert llm.tokenizer._tokenizer.convert_tokens_to_ids("▁the") == 259
+    found = answer(llm, include_stop_str_in_output=True, **params)
+    assert (found.text, found.finish_reason) == (text, "stop")
+    deltas = list(llm.stream([5], SamplingParams(max_tokens=50, include_stop_str_in_output=True,
+                                                 output_kind=RequestOutputKind.DELTA, **params)))  # fmt: skip
+    assert "".join(delta.outputs[0].text for delta in deltas) == text
+
+
+def test_special_tokens_may_be_in_the_text(llm: LLM) -> None:
+    shown = {"skip_special_tokens": False}
+    assert answer(llm, ignore_eos=True, **shown).text == " Hello<special> the</s> world<s>."
+    assert ended(answer(llm, **shown)) == (" Hello<special> the", 4, "stop", None)
+    assert ended(answer(llm, stop="ial> t", **shown)) == (" Hello<spec", 3, "stop", "ial> t")
+    assert ended(answer(llm, stop="<special>", **shown)) == (" Hello", 2, "stop", "<special>")
+    assert ended(answer(llm, stop="Hello<special>", **shown)) == (" ", 2, "stop", "Hello<special>")
+
+
+@pytest.mark.parametrize(("min_tokens", "text", "count"), [(0, " ", 1), (1, " Hello t", 3), (3, " Hello the world", 6)])
+def test_stop_strings_that_come_too_early_are_passed_over(llm: LLM, min_tokens: int, text: str, count: int) -> None:
+    params = {"ignore_eos": True, "min_tokens": min_tokens, "stop": ["Hello", "he", "<s>"]}
+    found = answer(llm, **params)
+    assert (found.text, len(found.token_ids)) == (text, count)
 
 
 def test_stops_that_can_never_come_are_refused(llm: LLM, tmp_path: Path) -> None:

@@ -135,6 +135,33 @@ def test_the_next_prompt_holds_the_text_that_was_seen(
             assert (message["content"], decoded(tokenizer, prompt, message["token_ids"])) == (text, text)
 
 
+@pytest.mark.parametrize(
+    ("script", "params", "text", "kept", "num_repeated"),
+    [
+        (["H", "<special>", "Ġuser", "</s>"], {"skip_special_tokens": False}, "H<special> user", None, 3),
+        (["H", "Ġuser", "</s>"], {"skip_special_tokens": False, "include_stop_str_in_output": True}, "H user</s>",
+         "H user", 2),
+        (["H", "Ġuser", "<special>"], {"include_stop_str_in_output": True, "stop": "<special>"}, "H user<special>",
+         "H user", 2),
+        (["H", "Hello", "Ġuser"], {"include_stop_str_in_output": True, "stop": " user"}, "HHello user", None, 3),
+        (["H", "Hello", "Ġuser"], {"include_stop_str_in_output": True, "stop": "Hel"}, "HHel", None, 1),
+    ],
+)  # fmt: skip
+def test_a_session_goes_on_from_what_was_shown_but_for_the_end(
+    folder: Path, engine: ScriptedEngine, tmp_path: Path, script: list[str], params: dict[str, Any], text: str,
+    kept: str | None, num_repeated: int,
+) -> None:  # fmt: skip
+    engine.script = ids(made["byte level"], *script)
+    first, _ = ask_blocking(folder, tmp_path, SamplingParams(max_tokens=9, **params), SamplingParams(max_tokens=9))
+    assert first.outputs[0].text == text
+    with Session(tmp_path, "trip") as session:
+        answer = session.messages[1]
+        assert answer["content"] == (kept or text)
+        assert answer["token_ids"][:num_repeated] == engine.script[:num_repeated]
+    prompt, following = engine.prompts
+    assert following[: len(prompt) + num_repeated] == prompt + engine.script[:num_repeated]
+
+
 @pytest.mark.parametrize("ask", [ask_blocking, ask_async])
 def test_an_answer_that_cannot_be_kept_reaches_its_reader(
     folder: Path, engine: ScriptedEngine, tmp_path: Path, ask: Ask, caplog: pytest.LogCaptureFixture

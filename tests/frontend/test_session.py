@@ -281,7 +281,7 @@ def test_a_kill_before_the_rename_leaves_the_old_file(tokenizer: Tokenizer, tmp_
     killed = run_session(
         "class Fake:\n"
         f"    fingerprint = {tokenizer.fingerprint!r}\n"
-        "    encode_chat = staticmethod(len)\n"
+        "    encode_chat = staticmethod(lambda *given: [1])\n"
         "os.replace = lambda *paths: os.kill(os.getpid(), 9)\n"
         f"session = Session({str(tmp_path)!r}, 'trip')\n"
         f"session.prompt(Fake, [{QUESTIONS[1]!r}])\n"

@@ -26,6 +26,7 @@ from support.damage import flip_bit
 from support.processes import ROOT, kill, read_line, start_python
 from support.prompts import random_prompt, random_prompts
 from support.ray_cluster import Cluster, await_no_ranks, rank_processes
+from support.rules import rule_requests, save_speaking_llama
 
 from distkv import LLM, AsyncLLM, CapacityError, ConfigError, DistKVError, SamplingParams, WorkerDied
 from distkv.storage.disk.catalogue import Catalogue
@@ -100,6 +101,25 @@ def test_ranks_change_nothing(
                     assert entry.logprob == pytest.approx(wanted[token].logprob, abs=1e-4)
     assert outputs[1].outputs[0].logprobs
     check_nothing_is_left(cluster)
+
+
+def test_rules_hold_with_any_number_of_ranks(cluster: Cluster, tmp_path: Path) -> None:
+    """One request of each kind: what they allow is known where rank 0 samples, and prompts are scored by all ranks."""
+    folder = save_speaking_llama(tmp_path)
+    prompts, params = map(list, zip(*rule_requests(), strict=True))
+    engine = {"page_size": 16, "max_num_batched_tokens": 64, "device_kv_bytes": "4MiB"}
+    with LLM(folder, **engine) as alone:
+        expected = alone.generate(prompts, params, use_tqdm=False)
+    with LLM(folder, tensor_parallel_size=2, ray_address=cluster.address, **engine) as llm:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    for output, single in zip(outputs, expected, strict=True):
+        answers = [[(one.token_ids, one.text, one.finish_reason) for one in two.outputs] for two in (output, single)]
+        assert answers[0] == answers[1]
+        assert (output.prompt_logprobs is None) == (single.prompt_logprobs is None)
+        for table, wanted in zip(output.prompt_logprobs or [], single.prompt_logprobs or [], strict=True):
+            assert (table and table.keys()) == (wanted and wanted.keys())
+            for token, entry in (table or {}).items():
+                assert wanted is not None and entry.logprob == pytest.approx(wanted[token].logprob, abs=1e-4)
 
 
 @pytest.mark.slow

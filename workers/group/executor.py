@@ -6,7 +6,7 @@ from typing import Protocol
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan
 from distkv.workers.sampling.sample_row import SampleRow
-from distkv.workers.sampling.sampled_token import SampledToken
+from distkv.workers.sampling.sampled_token import SampledToken, TokenLogprobs
 
 
 class PendingTokens(Protocol):
@@ -17,6 +17,14 @@ class PendingTokens(Protocol):
         Raises what the device failed with."""
 
 
+class PendingScores(Protocol):
+    """Log-probabilities of tokens of prompts, on their way to the host."""
+
+    def result(self) -> list[TokenLogprobs]:
+        """Waits for those of all `SequencePlan.scored`, in the order of the plan; as `PendingTokens.result`."""
+        ...
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What came of a plan, as far as the host knows without waiting for the device. With an `error` nothing is
@@ -24,6 +32,7 @@ class StepResult:
 
     report: Report | None  # None when the ranks did not come so far
     sampled: PendingTokens | None = None  # None when there were no rows
+    scores: PendingScores | None = None  # None when the plan has no tokens to be scored
     error: Exception | None = None
 
 

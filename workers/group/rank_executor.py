@@ -10,6 +10,7 @@ from distkv.workers.group.executor import StepResult
 from distkv.workers.group.report import Report, ReportCollector
 from distkv.workers.group.step_plan import StepPlan
 from distkv.workers.rank import Rank
+from distkv.workers.sampling.prompt_scores import PromptScores
 from distkv.workers.sampling.sample_row import SampleRow
 from distkv.workers.sampling.sampled_token import SampledToken
 from distkv.workers.sampling.sampler import SampledTokens, sample
@@ -30,10 +31,20 @@ class Followers(Protocol):
 class RankExecutor:
     """An `Executor`. What a step has sampled stays on the device, where the next step finds it."""
 
-    def __init__(self, forward: Forward, warm_up: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        forward: Forward,
+        warm_up: Callable[[], None] = lambda: None,
+        take_scores: Callable[[], PromptScores | None] = lambda: None,
+    ):
+        """
+        Args:
+            take_scores: see `Rank.take_scores`.
+        """
         self.warm_up = warm_up
         self.forward = forward
-        self._sampled: Tensor | None = None  # by the last run with rows, int64
+        self._take_scores = take_scores
+        self._sampled: SampledTokens | None = None  # by the last run with rows
 
     @classmethod
     def on(cls, rank: Rank, followers: Followers | None = None) -> "RankExecutor":
@@ -49,22 +60,34 @@ class RankExecutor:
                 reported += followers.receive()
             return logits, reports.add(reported)
 
-        return cls(forward, rank.warm_up)
+        return cls(forward, rank.warm_up, rank.take_scores)
 
     def run(self, plan: StepPlan, rows: list[SampleRow]) -> StepResult:
         """See `Executor.run`."""
         report = None
         try:
             before = self._sampled if plan.num_sampled else None
-            logits, report = self.forward(plan, before)
+            tokens = None if before is None else before.tokens
+            logits, report = self.forward(plan, tokens)
+            scores = self._take_scores()
             if not rows:
-                return StepResult(report)
+                return StepResult(report, scores=scores)
             assert logits is not None
-            sampled = sample(logits, rows, before)
-            self._sampled = sampled.tokens
-            return StepResult(report, _OneEach(sampled))
+            _resolve_grammars(rows, before)
+            self._sampled = sample(logits, rows, tokens)
+            return StepResult(report, _OneEach(self._sampled), scores)
         except Exception as error:
             return StepResult(report, error=error)
+
+
+def _resolve_grammars(rows: list[SampleRow], before: SampledTokens | None) -> None:
+    """Has the rows with a grammar know what it allows. That takes the tokens which the step before sampled: they are
+    waited for, while the device is at what it has been given of this step."""
+    guided = [row for row in rows if row.edits is not None and row.edits.grammar is not None]
+    known = before.result() if before is not None and any(row.pending is not None for row in guided) else []
+    for row in guided:
+        assert row.edits is not None
+        row.edits.resolve_grammar(None if row.pending is None else known[row.pending][0])
 
 
 @dataclass(frozen=True)

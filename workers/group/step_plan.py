@@ -23,6 +23,10 @@ class SequencePlan(msgspec.Struct, array_like=True):
     # what the table does not hold yet: ids of the pages from `first_page` on, in logical order
     first_page: int = 0
     pages: list[int] = []
+    # tokens of the prompt whose log-probabilities are wanted, each behind one of the new tokens: the last of these, but
+    # for the `num_logits` ones
+    scored: list[int] = []
+    num_top: int = 0  # how many of the likeliest tokens are wanted in the place of each
 
 
 class StepPlan(msgspec.Struct, array_like=True):

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from distkv.workers.sampling.row_edits import RowEdits
+
 
 @dataclass(slots=True)
 class SampleRow:
@@ -23,6 +25,7 @@ class SampleRow:
     output_token_ids: list[int]
     # the output has one token more: the one of this index among those that the step before sampled
     pending: int | None = None
+    edits: RowEdits | None = None  # None where there are none
 
     @property
     def penalised(self) -> bool:

@@ -1,6 +1,6 @@
 """Samples the next tokens from logits, on rank 0. A token depends on its own row alone, never on its batch-mates."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distkv.storage.device import device_of
 from distkv.workers.runners.host_copies import Array, send
+from distkv.workers.sampling.logit_edits import Edits, edit, edit_arrays
 from distkv.workers.sampling.logprobs import pack_logprobs, unpack_logprobs
 from distkv.workers.sampling.penalties import Penalties, penalise, penalty_arrays
 from distkv.workers.sampling.sample_row import SampleRow
@@ -52,7 +53,9 @@ class Way(Generic[Array]):
     """Rows that are sampled in the same way."""
 
     sample: SampleWay
-    rows: Array | None  # int64; None where they are all rows, in their order, which needs no index
+    is_adjusted: bool  # whether they have edits or penalties
+    rows: Array | None  # int64, of the step; None where they are all rows, in their order, which needs no index
+    places: Array | None  # int64, the same rows among their source's: the adjusted ones, or all
     columns: Array | None  # float64 [rows, 5], see `_columns`; None where the way needs none
 
 
@@ -61,6 +64,8 @@ class Parameters(Generic[Array]):
     """What the device is told of the rows of a step."""
 
     logits_rows: Array | None  # int64 [rows]; None where they are those of the logits, in their order
+    adjusted: Array | None  # int64, the rows with edits or penalties; None where they are none or all
+    edits: Edits[Array] | None  # their rows are numbered among the adjusted ones, and so are those of the penalties
     penalties: Penalties[Array] | None
     ways: list[Way[Array]]
     with_logprobs: Array | None  # int64, the rows with log-probabilities; None where they are none or all
@@ -69,7 +74,7 @@ class Parameters(Generic[Array]):
 @torch.inference_mode()
 def sample(logits: Tensor, rows: list[SampleRow], sampled: Tensor | None = None) -> SampledTokens:
     """Samples one token per row, on the device; nothing waits for it. Ties in greedy rows go to the lowest token id. A
-    row whose logits, with its penalties, are no numbers to choose by gets NO_TOKEN.
+    row whose logits, with its edits and penalties, are no numbers to choose by gets NO_TOKEN.
 
     Args:
         logits: fp32 `[N, vocab_size]`, left as they are; several rows may be sampled from the same ones.
@@ -78,12 +83,16 @@ def sample(logits: Tensor, rows: list[SampleRow], sampled: Tensor | None = None)
     parameters: Parameters[Tensor] = send(_parameters(rows, *logits.shape), device_of(logits.device))
     logits = _pick(logits, parameters.logits_rows)
     adjusted = logits
+    if parameters.edits is not None or parameters.penalties is not None:
+        whole = parameters.adjusted is None
+        adjusted = logits.clone(memory_format=torch.contiguous_format) if whole else _pick(logits, parameters.adjusted)
+    if parameters.edits is not None:
+        edit(adjusted, parameters.edits, sampled)
     if parameters.penalties is not None:
-        adjusted = logits.clone(memory_format=torch.contiguous_format)
         penalise(adjusted, parameters.penalties, sampled)
     tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     for way in parameters.ways:
-        own = way.sample(_pick(adjusted, way.rows), way.columns)
+        own = way.sample(_pick(adjusted if way.is_adjusted else logits, way.places), way.columns)
         tokens = own if way.rows is None else tokens.index_copy_(0, way.rows, own)
     counts = [row.num_logprobs for row in rows]
     packed, most = None, max((count for count in counts if count is not None), default=None)
@@ -96,21 +105,33 @@ def sample(logits: Tensor, rows: list[SampleRow], sampled: Tensor | None = None)
 
 def _parameters(rows: list[SampleRow], num_logits: int, vocab_size: int) -> Parameters[np.ndarray]:
     logits_rows = [row.logits_row for row in rows]
-    members: dict[SampleWay, list[int]] = {}
+    adjusted = [index for index, row in enumerate(rows) if row.edits is not None or row.penalised]
+    place_of = {index: place for place, index in enumerate(adjusted)}
+    edited = [(place_of[i], edits, rows[i].pending) for i in adjusted if (edits := rows[i].edits) is not None]
+    penalised = [(place_of[i], rows[i]) for i in adjusted if rows[i].penalised]
+    members: dict[tuple[SampleWay, bool], list[int]] = {}
     for index, row in enumerate(rows):
-        members.setdefault(_way_of(row), []).append(index)
+        members.setdefault((_way_of(row), index in place_of), []).append(index)
     return Parameters(
         logits_rows=None if logits_rows == list(range(num_logits)) else np.array(logits_rows),
-        penalties=penalty_arrays([(index, row) for index, row in enumerate(rows) if row.penalised], vocab_size),
+        adjusted=_some(adjusted, rows),
+        edits=edit_arrays(edited, vocab_size),
+        penalties=penalty_arrays(penalised, vocab_size),
         ways=[
-            Way(way, _some(mine, rows), None if way is _greedy else _columns([rows[index] for index in mine]))
-            for way, mine in members.items()
+            Way(
+                way,
+                is_adjusted,
+                rows=_some(mine, rows),
+                places=_some([place_of[index] for index in mine], adjusted) if is_adjusted else _some(mine, rows),
+                columns=None if way is _greedy else _columns([rows[index] for index in mine]),
+            )
+            for (way, is_adjusted), mine in members.items()
         ],
         with_logprobs=_some([index for index, row in enumerate(rows) if row.num_logprobs is not None], rows),
     )
 
 
-def _some(indices: list[int], rows: list[SampleRow]) -> np.ndarray | None:
+def _some(indices: list[int], rows: Sequence[object]) -> np.ndarray | None:
     """Indices of some of the rows; None where they are none or all."""
     return np.array(indices) if 0 < len(indices) < len(rows) else None
 

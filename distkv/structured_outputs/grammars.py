@@ -1,0 +1,113 @@
+"""Grammars over a model's vocabulary, by llguidance. It is loaded when the first request asks for one."""
+
+import json
+import threading
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distkv.errors import RequestError
+from distkv.structured_outputs.params import StructuredOutputsParams
+from distkv.workers.sampling.grammar import Grammar
+from distkv.workers.sampling.row_edits import token_bits
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+MAX_COMPILED = 64  # grammars that are kept for other requests
+
+_lock = threading.Lock()  # so that nothing is made twice at a time
+
+
+def make_grammar(
+    model: str, vocab_size: int, params: StructuredOutputsParams, end_token_ids: frozenset[int]
+) -> Grammar:
+    """The grammar that `params` ask for, at its beginning.
+
+    Args:
+        model: the folder with the tokenizer.
+        end_token_ids: the tokens that end an answer.
+
+    Raises RequestError for what is no schema, expression or grammar, or is one that the library does not know; without
+    a tokenizer that it can use; and where no token ends an answer.
+    """
+    if not end_token_ids:
+        raise RequestError(
+            "structured_outputs needs a token that ends the answer; leave ignore_eos out, or give stop_token_ids"
+        )
+    with _lock:
+        vocabulary, end = _vocabulary(model, vocab_size)
+        matcher = _compiled(vocabulary, _source(params))
+    return Grammar(matcher.deep_copy, end, token_bits(sorted(end_token_ids), vocab_size))
+
+
+def _source(params: StructuredOutputsParams) -> str:
+    """What the library is given."""
+    from llguidance import LLMatcher, grammar_from
+
+    match params.kind:
+        case "json" | "json_object":
+            schema = '{"type": "object"}' if params.json is None else params.json
+            if not params.disable_any_whitespace:
+                return LLMatcher.grammar_from_json_schema(schema)
+            return LLMatcher.grammar_from_json_schema(
+                schema, overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+            )
+        case "choice":
+            words = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in params.choice or ())
+            return LLMatcher.grammar_from_lark(f"start: {words}")
+        case "regex":
+            return LLMatcher.grammar_from_regex(params.regex or "")
+        case _:
+            try:
+                return grammar_from("grammar", params.grammar or "")
+            except Exception as error:  # Python code of the library's reads GBNF
+                raise RequestError(f"structured_outputs cannot be used: {error}; mend its grammar") from error
+
+
+@lru_cache(MAX_COMPILED)
+def _compiled(vocabulary: "LLTokenizer", source: str) -> "LLMatcher":
+    """A matcher at the beginning of a grammar, to be copied."""
+    from llguidance import LLMatcher
+
+    matcher = LLMatcher(vocabulary, source, log_level=0)
+    matcher.compute_bitmask()  # what is done at the first place is done for all copies
+    if matcher.is_error():
+        reason = " ".join(matcher.get_error().split())
+        raise RequestError(f"structured_outputs cannot be used: {reason[:300]}; mend it")
+    return matcher
+
+
+@lru_cache(4)
+def _vocabulary(model: str, vocab_size: int) -> "tuple[LLTokenizer, int]":
+    """The texts of a model's tokens, and the token that stands for the end: some special one."""
+    from llguidance import LLTokenizer
+
+    source = _tokenizer_json(Path(model))
+    content = json.loads(source)
+    added = content.get("added_tokens") or []
+    special = [token["id"] for token in added if token.get("special") and token["id"] < vocab_size]
+    num_known = max(len(content["model"]["vocab"]), *(1 + token["id"] for token in added), vocab_size)
+    if not special:
+        raise RequestError("structured_outputs needs a tokenizer with special tokens, and the model's has none")
+    try:
+        return LLTokenizer(source, n_vocab=num_known, eos_token=special[0]), special[0]
+    except Exception as error:  # of the library's
+        raise RequestError(
+            f"structured_outputs cannot be used with the model's tokenizer ({str(error)[:200]}); leave it out, or use "
+            "a model whose tokenizer is of the byte-level or the SentencePiece kind"
+        ) from error
+
+
+def _tokenizer_json(folder: Path) -> str:
+    """The tokenizer as the tokenizers library writes it."""
+    path = folder / "tokenizer.json"
+    if path.is_file():  # in a third of a second, and without transformers
+        return path.read_text(encoding="utf-8")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return str(tokenizer.backend_tokenizer.to_str())
+    except Exception as error:
+        raise RequestError(f"structured_outputs needs the tokenizer of {str(folder)!r} ({error})") from error
