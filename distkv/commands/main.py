@@ -14,6 +14,7 @@ from distkv.commands.chat import chat
 from distkv.commands.demo import demo
 from distkv.commands.fetch import fetch
 from distkv.commands.generate import generate
+from distkv.commands.serve import serve
 from distkv.commands.stress import stress
 from distkv.errors import ConfigError, DistKVError
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # whose tables cut long names
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, fetch, demo, stress):
+for command in (generate, chat, serve, fetch, demo, stress):
     app.command()(command)
 app.add_typer(bench, name="bench")
 app.add_typer(cache, name="cache")

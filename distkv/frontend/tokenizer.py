@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from functools import cached_property, lru_cache
 from itertools import chain, zip_longest
 from pathlib import Path
+from typing import Any
 
 from distkv.errors import ConfigError, RequestError
 from distkv.frontend.chat_pieces import text_around_answers
@@ -129,6 +130,21 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """Text of a single token, special or not."""
         return self._any_text_of_one(token_id)
+
+    def decode_all(self, token_ids: list[int]) -> str:
+        """Text of tokens, special ones too."""
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def describe(self) -> dict[str, Any]:
+        """What programs that make prompts want to know: the class, the special tokens by their roles, the chat
+        template."""
+        return {
+            "tokenizer_class": type(self._tokenizer).__name__,
+            **{
+                role: str(token) for role, token in self._tokenizer.special_tokens_map.items() if isinstance(token, str)
+            },
+            "chat_template": self._tokenizer.chat_template,
+        }
 
     def _decode(self, token_ids: list[int]) -> str:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
