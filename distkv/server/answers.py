@@ -4,10 +4,12 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
+from distkv.errors import DistKVError
 from distkv.outputs import RequestOutput
 from distkv.server.service import Service
 
 Outputs = AsyncGenerator[RequestOutput, None]
+"""Of one request: the deltas of its answers, or the finished ones."""
 
 
 async def answer_all(service: Service, num_answers: int, outputs: Sequence[Outputs]) -> AsyncGenerator:
@@ -55,5 +57,6 @@ async def _put(queue: asyncio.Queue, index: int, outputs: Outputs) -> None:
         queue.put_nowait((index, error))
 
 
-def _count(service: Service, output: RequestOutput) -> None:
-    service.num_tokens += sum(len(answer.token_ids) for answer in output.outputs)
+def _count(service: Service, output: RequestOutput | DistKVError) -> None:
+    if isinstance(output, RequestOutput):
+        service.num_tokens += sum(len(answer.token_ids) for answer in output.outputs)

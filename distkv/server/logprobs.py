@@ -24,7 +24,7 @@ def completion_logprobs(answer: CompletionOutput, offset: int) -> dict[str, Any]
     return {
         "tokens": tokens,
         "token_logprobs": [_value(table[one]) for one, table in zip(answer.token_ids, answer.logprobs, strict=True)],
-        "top_logprobs": [{_text(one, table): _value(table[one]) for one in table} for table in answer.logprobs],
+        "top_logprobs": [_by_text(table) for table in answer.logprobs],
         "text_offset": offsets,
     }
 
@@ -38,6 +38,14 @@ def chat_logprobs(answer: CompletionOutput, num_top: int) -> dict[str, Any] | No
         top = [_entry(one, table) for one in table if table[one].rank <= num_top]
         content.append(_entry(token_id, table) | {"top_logprobs": top})
     return {"content": content, "refusal": None}
+
+
+def _by_text(table: Mapping[int, Logprob]) -> dict[str, float]:
+    """Where several tokens have one text, as parts of characters do, the likeliest counts."""
+    found: dict[str, float] = {}
+    for token_id in table:
+        found.setdefault(_text(token_id, table), _value(table[token_id]))
+    return found
 
 
 def _entry(token_id: int, table: Mapping[int, Logprob]) -> dict[str, Any]:

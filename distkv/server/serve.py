@@ -5,7 +5,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
@@ -40,22 +40,24 @@ def serve(
     """
     with closing(_listen(options.host, options.port)) as listener:
         host, port = listener.getsockname()[:2]
-        if options.api_key is None and not _is_loopback(host):
-            log.warning(
-                "distkv listens on %s without an API key: whoever reaches this port can use the model; set %s, or "
-                "listen on 127.0.0.1", host, KEY_VARIABLE,
-            )  # fmt: skip
         service = Service(options.served_model_name or [model], options)
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        asyncio.run(_serve(service, listener, folder, engine, lambda: ready(url)))
+        server = _Server(service)
+        with server.handling_signals():
+            if options.api_key is None and not _is_loopback(host):
+                log.warning(
+                    "distkv listens on %s without an API key: whoever reaches this port can use the model; set %s, or "
+                    "listen on 127.0.0.1", host, KEY_VARIABLE,
+                )  # fmt: skip
+            asyncio.run(_serve(server, service, listener, folder, engine, lambda: ready(url)))
+    if server.is_interrupted:
+        raise KeyboardInterrupt
 
 
 async def _serve(
-    service: Service, listener: socket.socket, folder: Callable[[], Path], engine: EngineOptions,
+    server: "_Server", service: Service, listener: socket.socket, folder: Callable[[], Path], engine: EngineOptions,
     ready: Callable[[], None],
 ) -> None:  # fmt: skip
-    server = _Server(service)
-
     async def load() -> None:
         try:
             path = await asyncio.to_thread(folder)
@@ -77,8 +79,6 @@ async def _serve(
         await asyncio.wait([loading])
     if not loading.cancelled():
         loading.result()
-    if server.is_interrupted:
-        raise KeyboardInterrupt
 
 
 class _Server(uvicorn.Server):
@@ -95,8 +95,12 @@ class _Server(uvicorn.Server):
         self.is_interrupted = False
         self._service = service
 
+    def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
+        """uvicorn's own handling, in whose place there is `handling_signals`."""
+        return nullcontext()
+
     @contextmanager
-    def capture_signals(self) -> Iterator[None]:
+    def handling_signals(self) -> Iterator[None]:
         """Handles signals for as long as this lasts."""
         before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
         try:
