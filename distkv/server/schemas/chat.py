@@ -6,13 +6,13 @@ from pydantic import model_validator
 
 from distkv.sampling_params import SamplingParams
 from distkv.server.schemas.body import ANYTHING
-from distkv.server.schemas.sampling import SamplingBody
+from distkv.server.schemas.sampling import OpenAIBody
 
 
-class ChatBody(SamplingBody):
+class ChatBody(OpenAIBody):
     """A conversation to go on with, or with a `session` what is new in one that the server keeps."""
 
-    without_effect: ClassVar = SamplingBody.without_effect | {
+    without_effect: ClassVar = OpenAIBody.without_effect | {
         "tools": ([],),
         "functions": ([],),
         "tool_choice": ("none", "auto"),

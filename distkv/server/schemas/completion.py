@@ -5,13 +5,13 @@ from typing import Any, ClassVar, Self
 from pydantic import model_validator
 
 from distkv.sampling_params import SamplingParams
-from distkv.server.schemas.sampling import SamplingBody
+from distkv.server.schemas.sampling import OpenAIBody
 
 
-class CompletionBody(SamplingBody):
+class CompletionBody(OpenAIBody):
     """Prompts to go on with: a text, token ids, or a list of either, of which all are answered."""
 
-    without_effect: ClassVar = SamplingBody.without_effect | {"echo": (False,), "suffix": ("",), "best_of": (1,)}
+    without_effect: ClassVar = OpenAIBody.without_effect | {"echo": (False,), "suffix": ("",), "best_of": (1,)}
 
     prompt: str | list[int] | list[str] | list[list[int]]
     logprobs: int | None = None

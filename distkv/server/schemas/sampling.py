@@ -20,39 +20,25 @@ class StreamOptions(Body):
 
 
 class SamplingBody(Body):
-    """A request of OpenAI's for completions. A field that has the name of one of `SamplingParams` becomes that one;
-    limits of values are theirs."""
+    """A request of any API. A field that has the name of one of `SamplingParams` becomes that one, and limits of values
+    are theirs."""
 
     without_effect: ClassVar = {
         "user": (ANYTHING,),
-        "safety_identifier": (ANYTHING,),
-        "prompt_cache_key": (ANYTHING,),  # prefixes are found without it
-        "prompt_cache_retention": (ANYTHING,),
-        "service_tier": ("auto", "default"),
-        "metadata": ({},),
-        "store": (False,),
-        "response_format": ({"type": "text"},),
-        "logit_bias": ({},),
+        "service_tier": ("auto", "default", "standard_only"),
         "min_tokens": (0,),
         "bad_words": ([],),
-        "length_penalty": (1, 1.0),
-        "use_beam_search": (False,),
         "skip_special_tokens": (True,),
         "spaces_between_special_tokens": (True,),
         "include_stop_str_in_output": (False,),
-        "add_special_tokens": (True,),
     }
 
     model: str | None = None
     stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
-    n: int = 1
-    max_tokens: int | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
-    stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
     seed: int | None = None
@@ -68,6 +54,28 @@ class SamplingBody(Body):
         given = {name: getattr(self, name) for name in NAMES & self.model_fields_set}
         kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
         return SamplingParams(**(given | {"output_kind": kind} | more))
+
+
+class OpenAIBody(SamplingBody):
+    """A request of OpenAI's for completions."""
+
+    without_effect: ClassVar = SamplingBody.without_effect | {
+        "safety_identifier": (ANYTHING,),
+        "prompt_cache_key": (ANYTHING,),  # prefixes are found without it
+        "prompt_cache_retention": (ANYTHING,),
+        "metadata": ({},),
+        "store": (False,),
+        "response_format": ({"type": "text"},),
+        "logit_bias": ({},),
+        "length_penalty": (1, 1.0),
+        "use_beam_search": (False,),
+        "add_special_tokens": (True,),
+    }
+
+    stream_options: StreamOptions = StreamOptions()
+    n: int = 1
+    max_tokens: int | None = None
+    stop: str | list[str] | None = None
 
     def check_stream(self) -> None:
         """Raises ValueError for `stream_options` where nothing is streamed."""
