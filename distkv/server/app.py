@@ -11,6 +11,7 @@ from distkv.server.about import about_routes
 from distkv.server.chat import chat_routes
 from distkv.server.completions import completion_routes
 from distkv.server.errors import api_error, error_response
+from distkv.server.live import page_routes
 from distkv.server.messages import message_routes
 from distkv.server.middleware import BodyLimit, KeyGuard, RequestIds
 from distkv.server.own import own_routes
@@ -22,7 +23,9 @@ from distkv.server.validation import validation_error
 def make_app(service: Service) -> FastAPI:
     """The application that serves a model; until that is loaded, most routes answer with status 503."""
     app = FastAPI(title="distkv", version=__version__, docs_url=None, redoc_url=None)  # whose pages are of a CDN
-    for routes in (about_routes, completion_routes, chat_routes, response_routes, message_routes, own_routes):
+    for routes in (
+        about_routes, completion_routes, chat_routes, response_routes, message_routes, own_routes, page_routes,
+    ):  # fmt: skip
         app.include_router(routes(service))
 
     # the last one is the outermost
