@@ -77,15 +77,15 @@ class EventStream(Response):
                         raise
                     await self._send(send, self._failed(error))
                 beat.cancel()
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                await self._send(send, b"", is_last=True)
         finally:
             beat.cancel()
 
-    async def _send(self, send: Send, data: bytes) -> None:
+    async def _send(self, send: Send, data: bytes, is_last: bool = False) -> None:
         is_first, self._last_sent = self._last_sent is None, time.monotonic()
         if is_first:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": data, "more_body": not is_last})
 
     async def _keep_alive(self, send: Send) -> None:
         begun = time.monotonic()

@@ -1,5 +1,6 @@
 """The page in a real browser: a chat that streams, and the live picture beside it."""
 
+import re
 import shutil
 from collections.abc import Iterator
 
@@ -74,5 +75,4 @@ def test_the_tiers_are_alive(page: Page, server: ServerProcess) -> None:
     for tier in ("device", "host", "disk"):
         expect(page.locator(f".tier.{tier} .on").first).to_be_visible(timeout=10_000)
         expect(page.locator(f".tier.{tier} h2")).to_contain_text("pages")
-    held = int(page.locator("#idle").inner_text().replace(",", ""))
-    assert held >= 1500 // 16
+    expect(page.locator("#idle")).to_have_text(re.compile(r"9\d|\d{3,}"))  # at least the 93 pages of the prompt

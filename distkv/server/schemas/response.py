@@ -1,12 +1,16 @@
 """The body of `/v1/responses`."""
 
-from typing import Any, ClassVar
+from itertools import chain
+from typing import Any, ClassVar, Self
+
+from pydantic import model_validator
 
 from distkv.errors import RequestError
 from distkv.frontend.messages import Message
 from distkv.sampling_params import SamplingParams
 from distkv.server.schemas.body import ANYTHING
 from distkv.server.schemas.sampling import SamplingBody
+from distkv.values import text
 
 TEXT_PARTS = ("input_text", "output_text", "text")
 
@@ -36,6 +40,12 @@ class ResponseBody(SamplingBody):
     max_output_tokens: int | None = None
     store: bool = True
     metadata: dict[str, str] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if None in map(text, chain.from_iterable((self.metadata or {}).items())):
+            raise ValueError("metadata has other than Unicode")
+        return self
 
     def params(self) -> SamplingParams:
         """How to sample; raises RequestError as `sampling_params` does."""
