@@ -1,18 +1,21 @@
 """A server as a process: who may come in, how much they may ask for, how it starts and ends."""
 
 import base64
+import contextlib
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+from openai import OpenAI
 from support.servers import ServerProcess
 
 from distkv import CapacityError, Client, ConfigError, SamplingParams, __version__
@@ -133,6 +136,39 @@ def test_what_it_says_of_itself(server: ServerProcess) -> None:
     assert "/v1/chat/completions" in server.get("/openapi.json").json()["paths"]
 
 
+@pytest.mark.slow
+def test_a_second_signal_ends_at_once(talker: Path) -> None:
+    with (
+        ServerProcess(talker, "--device-kv-bytes", "4MiB") as server,
+        httpx2.stream("POST", f"{server.url}/v1/completions", json=LONG, timeout=60) as stream,
+    ):
+        parts = stream.iter_bytes()
+        said = next(parts)
+        for _ in range(2):
+            server.process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+        with contextlib.suppress(httpx2.TransportError):
+            said += b"".join(parts)
+        assert server.process.wait(60) == 130 and b'"finish_reason":"length"' not in said
+        assert "Traceback" not in server.log
+
+
+@pytest.mark.slow
+def test_the_demo_model_knows_paris(demo_model: Path) -> None:
+    with (
+        ServerProcess(demo_model, "--served-model-name", "smollm2", "--device-kv-bytes", "256MiB") as server,
+        OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120) as client,
+    ):
+        question: Any = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+        common: dict[str, Any] = {"model": "smollm2", "messages": question, "temperature": 0, "max_tokens": 20}
+        answer = client.chat.completions.create(**common)
+        assert answer.choices[0].message.content == "The capital of France is Paris."
+        assert answer.choices[0].finish_reason == "stop"
+        chunks = client.chat.completions.create(**common, stream=True)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert text == answer.choices[0].message.content
+
+
 def test_a_page_of_another_site_cannot_ask(server: ServerProcess) -> None:
     """Which may send texts and forms, but not JSON."""
     for path in ("/v1/completions", "/generate", "/reset_prefix_cache"):
@@ -140,7 +176,7 @@ def test_a_page_of_another_site_cannot_ask(server: ServerProcess) -> None:
         assert answer.status_code == 400 and "content-type: application/json" in answer.text
 
 
-def test_sigterm_lets_what_runs_end_and_a_second_one_does_not(guarded: ServerProcess) -> None:
+def test_sigterm_lets_what_runs_end(guarded: ServerProcess) -> None:
     """The last test of this server."""
     body = LONG | {"max_tokens": 300}
     with httpx2.stream("POST", f"{guarded.url}/v1/completions", json=body, headers=BEARER, timeout=60) as stream:
