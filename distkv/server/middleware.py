@@ -1,5 +1,6 @@
 """What every request passes through before a route sees it: its id, the key, the limit of its body."""
 
+import asyncio
 import base64
 import binascii
 import hmac
@@ -13,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from distkv.server.errors import ApiError, error_response
 
 OPEN_PATHS = ("/health",)
+SILENCE_SECONDS = 30.0  # in the middle of a body
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -70,7 +72,8 @@ def _keys(headers: Headers) -> list[str]:
 
 
 class BodyLimit:
-    """Refuses bodies of more bytes than this, before they are read where they say how long they are."""
+    """Refuses bodies of more bytes than this, before they are read where they say how long they are, and gives up those
+    that stop coming."""
 
     def __init__(self, app: ASGIApp, most: int):
         self._app, self._most = app, most
@@ -82,12 +85,19 @@ class BodyLimit:
         length = Headers(scope=scope).get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > self._most:
             return await error_response(scope["path"], self._error())(scope, receive, send)
-        num_read = 0
+        num_read, is_whole = 0, False
 
         async def receive_some() -> Message:
-            nonlocal num_read
-            message = await receive()
+            nonlocal num_read, is_whole
+            if is_whole:  # what comes now is that the client has gone
+                return await receive()
+            try:
+                async with asyncio.timeout(SILENCE_SECONDS):
+                    message = await receive()
+            except TimeoutError:
+                raise ApiError(408, f"the rest of the body has not come for {SILENCE_SECONDS:.0f} s") from None
             num_read += len(message.get("body", b""))
+            is_whole = not message.get("more_body", False)
             if num_read > self._most:
                 raise self._error()
             return message
@@ -96,3 +106,15 @@ class BodyLimit:
 
     def _error(self) -> ApiError:
         return ApiError(413, f"the body has more than {self._most} bytes; send less, or raise --max-body-bytes")
+
+
+class CutOff:
+    """Has requests that are cut off at the end of the server end without a traceback."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles a request, whose task only uvicorn cancels."""
+        with suppress(asyncio.CancelledError):
+            await self._app(scope, receive, send)

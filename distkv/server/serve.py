@@ -89,7 +89,7 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 make_app(service), lifespan="off", log_level=options.uvicorn_log_level, backlog=BACKLOG,
-                timeout_graceful_shutdown=options.shutdown_timeout, server_header=False,
+                timeout_graceful_shutdown=options.shutdown_timeout, server_header=False, ws="none",
             )
         )  # fmt: skip
         self.is_interrupted = False

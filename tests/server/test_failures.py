@@ -1,6 +1,7 @@
 """An engine that dies under its server."""
 
 import asyncio
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,3 +119,14 @@ def test_a_silent_stream_is_kept_alive(here: HereServer, monkeypatch: pytest.Mon
         said += b"".join(parts)
     assert stream.status_code == 200 and said.startswith(b": still at it\n\n: still at it\n\n")
     assert b'"type":"server_error"' in said and said.endswith(b"data: [DONE]\n\n")
+
+
+def test_a_body_that_stops_coming_is_given_up(here: HereServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distkv.server.middleware.SILENCE_SECONDS", 0.1)
+    host, _, port = here.url.removeprefix("http://").partition(":")
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n"
+    )
+    with socket.create_connection((host, int(port)), timeout=60) as half:
+        half.sendall(head + b'{"prompt"')
+        assert half.recv(4096).startswith(b"HTTP/1.1 408 ")
