@@ -10,6 +10,7 @@ from pathlib import Path
 from distkv.frontend.conversation import Conversation
 from distkv.frontend.session import Session
 from distkv.server.errors import ApiError
+from distkv.server.service import Service
 from distkv.storage.disk.cache_folder import SESSIONS
 
 MOST_KEPT = 1024
@@ -19,8 +20,8 @@ RESPONSE_ID = re.compile(r"resp_[0-9a-f]{32}")
 class KeptResponses:
     """The conversations, of which the oldest are dropped beyond `MOST_KEPT`."""
 
-    def __init__(self, cache_dir: Path | None):
-        self._cache_dir = cache_dir
+    def __init__(self, service: Service):
+        self._service = service
         self._held: OrderedDict[str, Conversation] = OrderedDict()  # without a cache folder
 
     def begin(self, previous: str | None) -> Conversation:
@@ -32,27 +33,48 @@ class KeptResponses:
 
     def keep(self, response_id: str, conversation: Conversation) -> None:
         """Keeps a conversation that ends in an answer. Raises StoreError when it cannot be written."""
-        if self._cache_dir is None:
+        cache_dir = self._cache_dir
+        if cache_dir is None:
             self._held[response_id] = conversation
             while len(self._held) > MOST_KEPT:
                 self._held.popitem(last=False)
             return
-        with Session(self._cache_dir, response_id) as session:
+        with Session(cache_dir, response_id) as session:
             session.go_on_from(conversation)
             session.save()
-        kept = sorted((self._cache_dir / SESSIONS).glob("resp_*.json"), key=lambda path: path.stat().st_mtime)
-        for path in kept[:-MOST_KEPT]:
-            path.unlink(missing_ok=True)
-            path.with_suffix(".lock").unlink(missing_ok=True)
+        _drop_oldest(cache_dir / SESSIONS)
 
     def _find(self, response_id: str) -> Conversation:
         if RESPONSE_ID.fullmatch(response_id) is not None:
             if response_id in self._held:
                 return self._held[response_id]
-            if self._cache_dir is not None and (self._cache_dir / SESSIONS / f"{response_id}.json").exists():
-                with Session(self._cache_dir, response_id) as session:
+            cache_dir = self._cache_dir
+            if cache_dir is not None and (cache_dir / SESSIONS / f"{response_id}.json").exists():
+                with Session(cache_dir, response_id) as session:
                     return session
         raise ApiError(
             404, f"there is no response {response_id!r} to go on from; it was not stored, or has been dropped",
             "previous_response_id", "previous_response_not_found",
         )  # fmt: skip
+
+    @property
+    def _cache_dir(self) -> Path | None:
+        found = self._service.llm.config.cache_dir
+        return None if found is None else Path(found)
+
+
+def _drop_oldest(folder: Path) -> None:
+    """Removes the files of the oldest responses; another thread may be at it as well."""
+    found = list(folder.glob("resp_*.json"))
+    if len(found) <= MOST_KEPT:
+        return
+    for path in sorted(found, key=_age, reverse=True)[: len(found) - MOST_KEPT]:
+        path.unlink(missing_ok=True)
+        path.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def _age(path: Path) -> float:
+    try:
+        return -path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

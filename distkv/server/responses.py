@@ -5,7 +5,6 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -24,15 +23,12 @@ from distkv.server.usage import Usage
 def response_routes(service: Service) -> APIRouter:
     """The route."""
     router = APIRouter(tags=["OpenAI"])
-    kept: list[KeptResponses] = []
+    kept = KeptResponses(service)
 
     @router.post("/v1/responses")
     async def responses(request: Request, body: ResponseBody) -> Response:
         """Answers, and keeps the conversation unless `store` is false."""
-        if not kept:
-            cache_dir = service.llm.config.cache_dir
-            kept.append(KeptResponses(None if cache_dir is None else Path(cache_dir)))
-        response = _Response(service, kept[0], body)
+        response = _Response(service, kept, body)
         if body.stream:
             return EventStream(response.stream(), response.failed)
         return await reply(request, response.whole)

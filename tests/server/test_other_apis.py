@@ -1,6 +1,8 @@
 """OpenAI's responses and Anthropic's messages, with their own packages."""
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +10,10 @@ from anthropic import Anthropic, BadRequestError
 from openai import BadRequestError as RefusedError
 from openai import NotFoundError, OpenAI
 from support.servers import ServerProcess, save_talker
+
+from distkv.frontend.conversation import Conversation
+from distkv.server.errors import ApiError
+from distkv.server.kept_responses import KeptResponses
 
 SHORT: dict[str, Any] = {"model": "talker", "temperature": 0, "max_output_tokens": 20}
 FULL: Any = {"extra_body": {"ignore_eos": True}}
@@ -62,6 +68,27 @@ def test_responses_without_a_folder_are_kept_in_memory(tmp_path: Path) -> None:
         second = client.responses.create(input="and?", previous_response_id=first.id, **SHORT)
         assert second.usage is not None and first.usage is not None
         assert second.usage.input_tokens > first.usage.input_tokens
+
+
+@pytest.mark.parametrize("with_folder", [False, True])
+def test_the_oldest_responses_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_folder: bool
+) -> None:  # fmt: skip
+    monkeypatch.setattr("distkv.server.kept_responses.MOST_KEPT", 3)
+    service: Any = SimpleNamespace(
+        llm=SimpleNamespace(config=SimpleNamespace(cache_dir=tmp_path if with_folder else None))
+    )
+    kept = KeptResponses(service)
+    ids = [f"resp_{number:032x}" for number in range(5)]
+    for age, response_id in enumerate(ids):
+        kept.keep(response_id, Conversation())
+        if with_folder:
+            os.utime(tmp_path / "sessions" / f"{response_id}.json", (age, age))
+    for dropped in ids[:2]:
+        with pytest.raises(ApiError, match="there is no response"):
+            kept.begin(dropped)
+    for response_id in ids[2:]:
+        kept.begin(response_id)
 
 
 @pytest.mark.parametrize(
