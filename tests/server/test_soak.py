@@ -1,19 +1,23 @@
 """An hour's worth of mixed traffic in some minutes: what a server holds levels off, and every page is accounted for."""
 
 import asyncio
+import itertools
 import os
 import random
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx2
-import numpy as np
 import pytest
 from support.servers import ServerProcess
 
 ROUNDS, REQUESTS, AT_A_TIME = 24, 250, 32
 WARM = 8  # rounds, after which caches of all kinds have filled
-MOST_GROWTH = 400  # bytes of resident memory per request
+MOST_GROWTH = 2500
+"""Bytes of resident memory per request. Python's table of interned strings, into which pathlib puts the parts of each path,
+takes half of that for a while, and is then made anew; a request that nobody forgets would take more."""
 
 
 class Held(NamedTuple):
@@ -76,6 +80,13 @@ async def play(url: str, seed: int) -> None:
         await asyncio.gather(*(one(client, choices.randrange(2**32)) for _ in range(REQUESTS)))
 
 
+def slope(values: Sequence[int]) -> float:
+    """Growth per round: the median of the slopes between any two, in which a single step, as allocators take them when
+    one more thread gets a pool of its own, does not count."""
+    pairs = itertools.combinations(range(len(values)), 2)
+    return statistics.median((values[later] - values[first]) / (later - first) for first, later in pairs)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_what_a_server_holds_levels_off(talker: Path, tmp_path: Path) -> None:
@@ -83,7 +94,7 @@ def test_what_a_server_holds_levels_off(talker: Path, tmp_path: Path) -> None:
         "--page-size", "16", "--max-num-batched-tokens", "256", "--device-kv-bytes", "2MiB", "--host-kv-bytes", "1MiB",
         "--disk-kv-bytes", "2MiB", "--cache-dir", str(tmp_path), "--num-threads", "1", "--max-num-seqs", "16",
     )  # fmt: skip
-    with ServerProcess(talker, *flags) as server:
+    with ServerProcess(talker, *flags, env=os.environ | {"MALLOC_ARENA_MAX": "2"}) as server:
         samples = []
         for seed in range(ROUNDS):
             asyncio.run(play(server.url, seed))
@@ -91,8 +102,5 @@ def test_what_a_server_holds_levels_off(talker: Path, tmp_path: Path) -> None:
             samples.append(held(server.process.pid))
         assert server.terminate() == 0
         assert "Traceback" not in server.log, server.log
-    memory, files, threads = np.array(samples[WARM:], dtype=float).T
-    rounds = np.arange(len(memory))
-    slopes = {name: np.polyfit(rounds, values, 1)[0] for name, values in (("files", files), ("threads", threads))}
-    assert abs(slopes["files"]) < 0.5 and abs(slopes["threads"]) < 0.2, samples
-    assert np.polyfit(rounds, memory, 1)[0] < MOST_GROWTH * REQUESTS, samples
+    memory, files, threads = (slope(values) for values in zip(*samples[WARM:], strict=True))
+    assert memory < MOST_GROWTH * REQUESTS and files == threads == 0, samples
