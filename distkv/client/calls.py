@@ -47,9 +47,7 @@ def prompt_items(prompts: Any, params: Any, priority: Any, cache_salt: Any, kind
     return items
 
 
-def chat_items(
-    messages: Any, params: Any, priority: Any, cache_salt: Any, session: str | None
-) -> list[wire.Item]:  # fmt: skip
+def chat_items(messages: Any, params: Any, priority: Any, cache_salt: Any, session: str | None) -> list[wire.Item]:
     """The requests of `chat`; raises RequestError for what is no conversation."""
     several = isinstance(messages, list | tuple) and messages and isinstance(messages[0], list | tuple)
     if several and session is not None:
@@ -69,9 +67,7 @@ class Answers:
         self._last: list[RequestOutput | None] = [None] * count
         self._rest = b""  # of an event that is not whole
 
-    def take(
-        self, data: bytes, kind: RequestOutputKind = RequestOutputKind.FINAL_ONLY
-    ) -> Iterator[RequestOutput]:  # fmt: skip
+    def take(self, data: bytes, kind: RequestOutputKind = RequestOutputKind.FINAL_ONLY) -> Iterator[RequestOutput]:
         """Reads a part of the stream, wherever it is cut, and yields the outputs of that kind that it brings. Raises
         the error that ends all of them."""
         # not by the lines of a text, which end at other characters too

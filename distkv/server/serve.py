@@ -110,8 +110,11 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal has what runs end, the second ends it."""
-        self.force_exit = self.should_exit
+        """The first signal has what runs end by itself, the second ends it, a third would end the process."""
+        if self.should_exit:
+            self.force_exit = True
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
         self.should_exit = self._service.is_draining = True
         self.is_interrupted |= sig == signal.SIGINT
 

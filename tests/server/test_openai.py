@@ -197,7 +197,7 @@ REFUSED: list[tuple[dict[str, Any], str, str | None]] = [
 @pytest.mark.parametrize("options, message, param", REFUSED)
 def test_what_cannot_be_done_is_refused(
     openai: OpenAI, options: dict[str, Any], message: str, param: str | None
-) -> None:  # fmt: skip
+) -> None:
     with pytest.raises(BadRequestError) as caught:
         openai.completions.create(**({"model": "talker", "prompt": "Hello"} | options))
     assert message in caught.value.message and caught.value.param == param

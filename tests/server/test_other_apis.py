@@ -71,9 +71,7 @@ def test_responses_without_a_folder_are_kept_in_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("with_folder", [False, True])
-def test_the_oldest_responses_are_dropped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_folder: bool
-) -> None:  # fmt: skip
+def test_the_oldest_responses_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_folder: bool) -> None:
     monkeypatch.setattr("distkv.server.kept_responses.MOST_KEPT", 3)
     service: Any = SimpleNamespace(
         llm=SimpleNamespace(config=SimpleNamespace(cache_dir=tmp_path if with_folder else None))

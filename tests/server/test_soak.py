@@ -16,8 +16,8 @@ from support.servers import ServerProcess
 ROUNDS, REQUESTS, AT_A_TIME = 24, 250, 32
 WARM = 8  # rounds, after which caches of all kinds have filled
 MOST_GROWTH = 2500
-"""Bytes of resident memory per request. Python's table of interned strings, into which pathlib puts the parts of each path,
-takes half of that for a while, and is then made anew; a request that nobody forgets would take more."""
+"""Bytes of resident memory per request. Python's table of interned strings, into which pathlib puts the parts of each
+path, takes half of that for a while, and is then made anew; a request that nobody forgets would take more."""
 
 
 class Held(NamedTuple):
