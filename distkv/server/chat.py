@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from distkv.outputs import CompletionOutput
+from distkv.outputs import CompletionOutput, RequestOutput
 from distkv.server.answers import answer_all
 from distkv.server.connection import DONE, EventStream, event, reply
 from distkv.server.errors import api_error, openai_error
@@ -53,10 +53,11 @@ class _Chat:
         async with aclosing(self._answers()) as answers:
             async for index, output in answers:
                 self._usage.add(index, output)
+                unkept = _unkept(output)
                 for answer in output.outputs:
                     message = {"role": "assistant", "content": answer.text, "refusal": None}
                     choices.append(self._choice(answer) | {"message": message})
-        return self._head | {"choices": choices, "usage": self._usage.openai()}
+        return self._head | {"choices": choices, "usage": self._usage.openai()} | unkept
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """The events of the response."""
@@ -73,7 +74,7 @@ class _Chat:
                         first = {"index": answer.index, "delta": delta, "logprobs": None, "finish_reason": None}
                         yield event(self._head | {"choices": [first]} | usage)
                     choice = self._choice(answer) | {"delta": {"content": answer.text}}
-                    yield event(self._head | {"choices": [choice]} | usage)
+                    yield event(self._head | {"choices": [choice]} | usage | _unkept(output))
         if options.include_usage:
             yield event(self._head | {"choices": [], "usage": self._usage.openai()})
         yield DONE
@@ -92,3 +93,8 @@ class _Chat:
             "finish_reason": answer.finish_reason,
             "stop_reason": answer.stop_reason,
         }
+
+
+def _unkept(output: RequestOutput) -> dict[str, str]:
+    """What is told beside an answer that could not be added to its session."""
+    return {} if output.error is None else {"session_error": str(output.error)}

@@ -15,12 +15,18 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(talker: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The server's folder for pages and sessions."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def server(talker: Path, cache_dir: Path) -> Iterator[ServerProcess]:
     """A server that serves it as "talker", with a folder for sessions."""
     flags = (
         "--served-model-name", "talker", "--served-model-name", "other", "--page-size", "16", "--device-kv-bytes",
         "8MiB", "--host-kv-bytes", "2MiB", "--disk-kv-bytes", "2MiB", "--cache-dir",
-        str(tmp_path_factory.mktemp("cache")), "--max-num-seqs", "64", "--num-threads", "1",
+        str(cache_dir), "--max-num-seqs", "64", "--num-threads", "1",
     )  # fmt: skip
     with ServerProcess(talker, *flags) as server:
         yield server

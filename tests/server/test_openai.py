@@ -1,6 +1,7 @@
 """OpenAI's own package as the client of a server."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -166,6 +167,17 @@ def test_a_session_is_gone_on_with(openai: OpenAI, server: ServerProcess) -> Non
     first, second = say("Hello world" * 4), say("and?")
     assert second.usage.prompt_tokens > first.usage.prompt_tokens + 20
     assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens // 16 * 16
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_is_not_kept_comes_with_the_reason(openai: OpenAI, cache_dir: Path, stream: bool) -> None:
+    name = f"unkept-{stream}"
+    (cache_dir / "sessions" / f"{name}.json.partial").mkdir(parents=True)
+    answer: Any = openai.chat.completions.create(
+        model="talker", messages=ASKED, max_tokens=3, stream=stream, extra_body={"session": name}
+    )
+    last = list(answer)[-1] if stream else answer
+    assert last.choices[0].finish_reason and "cannot be written" in last.session_error
 
 
 REFUSED: list[tuple[dict[str, Any], str, str | None]] = [
