@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # the same names, for type checkers
     from distkv.async_llm import AsyncLLM as AsyncLLM
+    from distkv.client.async_client import AsyncClient as AsyncClient
+    from distkv.client.client import Client as Client
     from distkv.config import EngineConfig as EngineConfig
     from distkv.errors import CapacityError as CapacityError
     from distkv.errors import ConfigError as ConfigError
@@ -28,6 +30,8 @@ if TYPE_CHECKING:  # the same names, for type checkers
 _HOME = {
     "LLM": "llm",
     "AsyncLLM": "async_llm",
+    "Client": "client.client",
+    "AsyncClient": "client.async_client",
     "EngineConfig": "config",
     "SamplingParams": "sampling_params",
     "StructuredOutputsParams": "structured_outputs.params",

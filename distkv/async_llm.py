@@ -129,6 +129,10 @@ class AsyncLLM(Facade):
             async for output in outputs:
                 yield output
 
+    def check_health(self) -> None:
+        """Raises what has ended the engine, if anything has; waits for nothing."""
+        self._front_end.thread.check_alive()
+
     async def stats(self) -> EngineStats:
         """What the engine tells of itself: requests, tiers, what moves, how long things take."""
         return await asyncio.wrap_future(self._front_end.thread.call(lambda engine: engine.stats()))

@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("distkv", "workers", "storage", "kernels")
 """An arrow may only point to the right."""
 ROOMS = (
-    "commands", "bench", "demo", "stress", "async_llm", "llm", "frontend", "launch", "metrics", "engine", "models",
-    "cache_folders", "reporting", "outputs", "config", "sampling_params", "structured_outputs", "option_help",
-    "option_checks", "values", "errors",
+    "commands", "bench", "demo", "stress", "server", "client", "async_llm", "llm", "frontend", "launch", "metrics",
+    "engine", "models", "cache_folders", "reporting", "outputs", "config", "sampling_params", "structured_outputs",
+    "option_help", "option_checks", "values", "errors",
 )  # fmt: skip
 """Folders and modules of `distkv`, in the same order."""
 WITHOUT_TENSOR = ("distkv.engine", "distkv.storage.ledger")
@@ -178,8 +178,9 @@ def test_a_wheel_contains_everything(tmp_path: Path) -> None:
     subprocess.run(command, check=True, capture_output=True)
     [wheel] = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    packed = {name for name in names if name.endswith((".py", ".hpp", ".cpp"))}
-    expected = {f"distkv/{path.relative_to(ROOT / 'distkv')}" for path in (ROOT / "distkv").rglob("*.py")}
+    packed = {name for name in names if name.endswith((".py", ".hpp", ".cpp")) or "/page/" in name}
+    expected = {f"distkv/server/page/{path.name}" for path in (ROOT / "distkv/server/page").iterdir()}
+    expected |= {f"distkv/{path.relative_to(ROOT / 'distkv')}" for path in (ROOT / "distkv").rglob("*.py")}
     for package, ending in itertools.product(PACKAGES[1:], ("py", "hpp", "cpp")):
         expected |= {f"distkv/{path.relative_to(ROOT)}" for path in (ROOT / package).rglob(f"*.{ending}")}
     assert packed == expected

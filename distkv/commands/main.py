@@ -16,6 +16,7 @@ from distkv.commands.demo import demo
 from distkv.commands.fetch import fetch
 from distkv.commands.generate import generate
 from distkv.commands.metrics import metrics, top
+from distkv.commands.serve import serve
 from distkv.commands.stress import stress
 from distkv.errors import ConfigError, DistKVError
 
@@ -29,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # whose tables cut long names
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, fetch, demo, stress, top):
+for command in (generate, chat, serve, fetch, demo, stress, top):
     app.command()(command)
 groups = {"bench": bench, "cache": cache, "metrics": metrics}
 for name, group in groups.items():

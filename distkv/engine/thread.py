@@ -120,6 +120,13 @@ class EngineThread:
             with self._lock:
                 self._loop.ask_to_end()
 
+    def check_alive(self) -> None:
+        """Raises what has ended the engine, DistKVError once closed."""
+        self.check_process()
+        if self._loop.asked_to_end:
+            raise DistKVError("this LLM is closed; make a new one")
+        self._loop.live_engine()
+
     def check_process(self) -> None:
         """Raises DistKVError in a forked process."""
         if os.getpid() != self._pid:

@@ -4,6 +4,7 @@ import logging
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
 from distkv.errors import DistKVError, RequestError
 from distkv.frontend.messages import Message, plain_messages
@@ -48,6 +49,14 @@ class Conversation:
     def messages(self) -> list[Message]:
         """The conversation so far; answers have `token_ids`, as `Tokenizer.encode_chat` takes them."""
         return [msgspec.to_builtins(message) for message in self._messages]
+
+    def go_on_from(self, other: "Conversation") -> None:
+        """Has been what another one has been so far, and goes its own way from there."""
+        self._messages, self._tokenizer = [replace(message) for message in other._messages], other._tokenizer
+
+    def save(self) -> None:
+        """Keeps the conversation as it stands where it is kept; raises StoreError when that fails."""
+        self._save(self._messages)
 
     def check(self, new_messages: list[Message]) -> list[StoredMessage]:
         """What new messages add to the conversation: all but the system message that it began with.

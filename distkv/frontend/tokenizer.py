@@ -147,6 +147,17 @@ class Tokenizer:
         """Text of tokens, special ones too."""
         return self._decode(token_ids, skips=False)
 
+    def describe(self) -> dict[str, Any]:
+        """What programs that make prompts want to know: the class, the special tokens by their roles, the chat
+        template."""
+        return {
+            "tokenizer_class": type(self._tokenizer).__name__,
+            **{
+                role: str(token) for role, token in self._tokenizer.special_tokens_map.items() if isinstance(token, str)
+            },
+            "chat_template": self._tokenizer.chat_template,
+        }
+
     def _decode(self, token_ids: list[int], skips: bool = True) -> str:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=skips, clean_up_tokenization_spaces=False))
 

@@ -1,0 +1,80 @@
+"""Conversations that a later request may go on from, by the id of the response that they end in.
+
+With a cache folder they are sessions there, which outlive the server; without one they are held in memory.
+"""
+
+import re
+from collections import OrderedDict
+from pathlib import Path
+
+from distkv.frontend.conversation import Conversation
+from distkv.frontend.session import Session
+from distkv.server.errors import ApiError
+from distkv.server.service import Service
+from distkv.storage.disk.cache_folder import SESSIONS
+
+MOST_KEPT = 1024
+RESPONSE_ID = re.compile(r"resp_[0-9a-f]{32}")
+
+
+class KeptResponses:
+    """The conversations, of which the oldest are dropped beyond `MOST_KEPT`."""
+
+    def __init__(self, service: Service):
+        self._service = service
+        self._held: OrderedDict[str, Conversation] = OrderedDict()  # without a cache folder
+
+    def begin(self, previous: str | None) -> Conversation:
+        """A conversation that goes on from a response; raises ApiError when there is none of that id."""
+        conversation = Conversation()
+        if previous is not None:
+            conversation.go_on_from(self._find(previous))
+        return conversation
+
+    def keep(self, response_id: str, conversation: Conversation) -> None:
+        """Keeps a conversation that ends in an answer. Raises StoreError when it cannot be written."""
+        cache_dir = self._cache_dir
+        if cache_dir is None:
+            self._held[response_id] = conversation
+            while len(self._held) > MOST_KEPT:
+                self._held.popitem(last=False)
+            return
+        with Session(cache_dir, response_id) as session:
+            session.go_on_from(conversation)
+            session.save()
+        _drop_oldest(cache_dir / SESSIONS)
+
+    def _find(self, response_id: str) -> Conversation:
+        if RESPONSE_ID.fullmatch(response_id) is not None:
+            if response_id in self._held:
+                return self._held[response_id]
+            cache_dir = self._cache_dir
+            if cache_dir is not None and (cache_dir / SESSIONS / f"{response_id}.json").exists():
+                with Session(cache_dir, response_id) as session:
+                    return session
+        raise ApiError(
+            404, f"there is no response {response_id!r} to go on from; it was not stored, or has been dropped",
+            "previous_response_id", "previous_response_not_found",
+        )  # fmt: skip
+
+    @property
+    def _cache_dir(self) -> Path | None:
+        found = self._service.llm.config.cache_dir
+        return None if found is None else Path(found)
+
+
+def _drop_oldest(folder: Path) -> None:
+    """Removes the files of the oldest responses; another thread may be at it as well."""
+    found = list(folder.glob("resp_*.json"))
+    if len(found) <= MOST_KEPT:
+        return
+    for path in sorted(found, key=_age, reverse=True)[: len(found) - MOST_KEPT]:
+        path.unlink(missing_ok=True)
+        path.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def _age(path: Path) -> float:
+    try:
+        return -path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

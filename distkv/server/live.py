@@ -1,0 +1,79 @@
+"""The page for people, and what feeds its live picture."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.responses import FileResponse, Response
+
+from distkv.engine.protocol import EngineStats
+from distkv.server.connection import EventStream, event
+from distkv.server.errors import ApiError, api_error, openai_error
+from distkv.server.service import Service
+
+FOLDER = Path(__file__).parent / "page"
+FILES = {path.name: path for path in FOLDER.iterdir()}
+SECONDS = 0.5  # between two samples
+HEADERS = {
+    "content-security-policy": "default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'",
+    "cache-control": "no-cache",
+}
+
+
+def page_routes(service: Service) -> APIRouter:
+    """The routes."""
+    router = APIRouter(include_in_schema=False)
+
+    @router.get("/")
+    async def page() -> Response:
+        """The page."""
+        return FileResponse(FILES["index.html"], headers=HEADERS)
+
+    @router.get("/page/{name}")
+    async def file(name: str) -> Response:
+        """A file of the page."""
+        if name not in FILES:
+            raise ApiError(404, f"the page has no file {name!r}")
+        return FileResponse(FILES[name], headers=HEADERS)
+
+    @router.get("/live")
+    async def live() -> Response:
+        """Samples of the engine's state as server-sent events, until the server ends."""
+        return EventStream(_samples(service), lambda error: event(openai_error(api_error(error))))
+
+    return router
+
+
+async def _samples(service: Service) -> AsyncGenerator[bytes, None]:
+    before, tokens, since = await service.llm.stats(), service.num_tokens, time.monotonic()
+    yield event(_sample(service, before, before, 0, 1.0))
+    while not service.is_draining:
+        await asyncio.sleep(SECONDS)
+        stats, now = await service.llm.stats(), time.monotonic()
+        yield event(_sample(service, before, stats, service.num_tokens - tokens, now - since))
+        before, tokens, since = stats, service.num_tokens, now
+
+
+def _sample(service: Service, before: EngineStats, stats: EngineStats, tokens: int, seconds: float) -> dict[str, Any]:
+    info = service.llm.info
+    tiers = {
+        "device": (stats.device_pages, info.num_pages),
+        "host": (stats.host_pages, info.num_host_pages),
+        "disk": (stats.disk_pages, info.num_disk_pages),
+    }
+    return {
+        "model": service.names[0],
+        "tokens_per_second": tokens / seconds,
+        "running": stats.num_running,
+        "waiting": stats.num_waiting,
+        "pages_in_use": stats.pages_in_use,
+        "idle_pages": stats.idle_pages,
+        "page_bytes": info.page_bytes,
+        "tiers": {name: {"pages": pages, "capacity": capacity} for name, (pages, capacity) in tiers.items()},
+        "bytes_per_second": {
+            route: (count - before.bytes_moved.get(route, 0)) / seconds for route, count in stats.bytes_moved.items()
+        },
+    }

@@ -1,0 +1,65 @@
+"""What all routes share: the model, once it is loaded, and who is being answered."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from distkv.async_llm import AsyncLLM
+from distkv.server.errors import ApiError
+from distkv.server.options import ServerOptions
+
+RETRY_SECONDS = 1
+LOADING_SECONDS = 5
+
+
+class Service:
+    """A model that is being served. Used by the event loop alone."""
+
+    def __init__(self, names: list[str], options: ServerOptions):
+        """Serves nothing until `loaded`; `names` are what clients call the model by."""
+        self.names, self.options = names, options
+        self.created = int(time.time())
+        self.is_draining = False  # whether what goes on without end is to end
+        self.num_tokens = 0  # sampled for clients since the start
+        self._llm: AsyncLLM | None = None
+        self._num_open = 0  # answers
+
+    @property
+    def llm(self) -> AsyncLLM:
+        """The model; raises ApiError while it is being loaded."""
+        if self._llm is None:
+            raise ApiError(503, "the model is being loaded; try again soon", retry_after=LOADING_SECONDS)
+        return self._llm
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._llm is not None
+
+    def loaded(self, llm: AsyncLLM) -> None:
+        """Begins to serve."""
+        self._llm = llm
+
+    def check_model(self, name: str | None) -> str:
+        """The name that an answer carries; raises ApiError for another model's."""
+        if name is None:
+            return self.names[0]
+        if name not in self.names:
+            raise ApiError(
+                404, f"the model {name!r} is not served here; use {self.names[0]!r}", "model", "model_not_found"
+            )
+        return name
+
+    @contextmanager
+    def answering(self, count: int) -> Iterator[None]:
+        """Lets so many answers in, for as long as this lasts; raises ApiError when the queue is full."""
+        num_queued = self._num_open - self.llm.info.max_num_seqs
+        if num_queued >= self.options.max_queued_requests:
+            raise ApiError(
+                429, f"{num_queued} answers wait for their turn already; try again later, or have the server started "
+                "with a higher --max-queued-requests", retry_after=RETRY_SECONDS,
+            )  # fmt: skip
+        self._num_open += count
+        try:
+            yield
+        finally:
+            self._num_open -= count

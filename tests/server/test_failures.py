@@ -1,0 +1,132 @@
+"""An engine that dies under its server."""
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import uvicorn
+from anthropic import Anthropic
+from anthropic import APIError as AnthropicError
+from openai import APIError, InternalServerError, OpenAI
+
+from distkv import AsyncLLM, Client, DistKVError, SamplingParams, WorkerDied
+from distkv.engine.client import EngineClient
+from distkv.server.app import make_app
+from distkv.server.options import ServerOptions
+from distkv.server.service import Service
+
+LONG: dict[str, Any] = {"model": "talker", "max_tokens": 2000, "stream": True}
+
+
+class HereServer:
+    """A server in a thread of this process, whose engine can be ended."""
+
+    def __init__(self, folder: Path):
+        self.llm = AsyncLLM(folder, page_size=16, device_kv_bytes="4MiB")
+        self.service = Service(["talker"], ServerOptions())
+        self._server = uvicorn.Server(
+            uvicorn.Config(make_app(self.service), port=0, lifespan="off", log_level="error", ws="none")
+        )
+        self._thread = threading.Thread(target=self._server.run)
+        self._thread.start()
+        while not self._server.started:
+            assert self._thread.is_alive()
+        self.url = f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}"
+
+    def die(self) -> None:
+        """Has the engine end as it does when a rank is lost."""
+
+        def lose(engine: EngineClient) -> None:
+            raise WorkerDied(1, "10.0.0.2", "it was killed")
+
+        with pytest.raises(WorkerDied):
+            self.llm._front_end.thread.call(lose).result()
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+        asyncio.run(self.llm.close())
+
+
+@pytest.fixture
+def here(talker: Path) -> Iterator[HereServer]:
+    server = HereServer(talker)
+    yield server
+    server.close()
+
+
+def test_before_and_after(here: HereServer) -> None:
+    """While the model is loaded, and after a rank is dead: most is refused with 503, and so is the health."""
+    loading = httpx2.get(f"{here.url}/health")
+    assert loading.status_code == 503 and int(loading.headers["retry-after"]) > 0 and "being loaded" in loading.text
+    with OpenAI(base_url=f"{here.url}/v1", api_key="none", max_retries=0) as client:
+        with pytest.raises(InternalServerError, match="being loaded"):
+            client.completions.create(model="talker", prompt="Hello")
+        here.service.loaded(here.llm)
+        assert httpx2.get(f"{here.url}/health").status_code == 200
+        chunks = client.completions.create(prompt="Hello", extra_body={"ignore_eos": True}, **LONG)
+        next(iter(chunks))
+        messages: Any = [{"role": "user", "content": "Hello"}]
+        with Anthropic(base_url=here.url, api_key="none", max_retries=0) as anthropic, Client(here.url) as own:
+            events = anthropic.messages.create(messages=messages, extra_body={"ignore_eos": True}, **LONG)
+            outputs = own.stream("Hello", SamplingParams(max_tokens=2000, ignore_eos=True))
+            next(iter(events)), next(outputs)
+            here.die()
+            with pytest.raises(APIError, match=r"rank 1 on node 10\.0\.0\.2 died"):
+                list(chunks)
+            with pytest.raises(AnthropicError, match=r"rank 1 on node 10\.0\.0\.2 died"):
+                list(events)
+            with pytest.raises(DistKVError, match=r"rank 1 on node 10\.0\.0\.2 died"):
+                list(outputs)
+        dead = httpx2.get(f"{here.url}/health")
+        assert dead.status_code == 503 and "it was killed" in dead.json()["error"]["message"]
+        with pytest.raises(InternalServerError, match="it was killed"):
+            client.completions.create(model="talker", prompt="Hello")
+    assert httpx2.get(f"{here.url}/version").status_code == 200
+
+
+def test_what_goes_wrong_in_a_route_is_told_as_json(here: HereServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    here.service.loaded(here.llm)
+    monkeypatch.setattr("distkv.frontend.tokenizer.Tokenizer.encode", fail)
+    failed = httpx2.post(f"{here.url}/v1/completions", json={"prompt": "Hello"})
+    assert failed.status_code == 500 and "ZeroDivisionError" in failed.json()["error"]["message"]
+
+
+def test_a_silent_stream_is_kept_alive(here: HereServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And an error that comes after the first comment is an event."""
+    monkeypatch.setattr("distkv.server.connection.KEEP_ALIVE_SECONDS", 0.05)
+    waiting = threading.Event()
+
+    def wait(*_: object) -> list[int]:
+        waiting.wait(60)
+        raise ZeroDivisionError
+
+    here.service.loaded(here.llm)
+    monkeypatch.setattr("distkv.frontend.tokenizer.Tokenizer.encode", wait)
+    body = {"prompt": "Hello", "stream": True}
+    with httpx2.stream("POST", f"{here.url}/v1/completions", json=body) as stream:
+        parts = stream.iter_bytes()
+        said = next(parts) + next(parts)
+        waiting.set()
+        said += b"".join(parts)
+    assert stream.status_code == 200 and said.startswith(b": still at it\n\n: still at it\n\n")
+    assert b'"type":"server_error"' in said and said.endswith(b"data: [DONE]\n\n")
+
+
+def test_a_body_that_stops_coming_is_given_up(here: HereServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distkv.server.middleware.SILENCE_SECONDS", 0.1)
+    host, _, port = here.url.removeprefix("http://").partition(":")
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n"
+    )
+    with socket.create_connection((host, int(port)), timeout=60) as half:
+        half.sendall(head + b'{"prompt"')
+        assert half.recv(4096).startswith(b"HTTP/1.1 408 ")

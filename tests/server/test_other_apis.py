@@ -1,0 +1,147 @@
+"""OpenAI's responses and Anthropic's messages, with their own packages."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from anthropic import Anthropic, BadRequestError
+from openai import BadRequestError as RefusedError
+from openai import NotFoundError, OpenAI
+from support.servers import ServerProcess, save_talker
+
+from distkv.frontend.conversation import Conversation
+from distkv.server.errors import ApiError
+from distkv.server.kept_responses import KeptResponses
+
+SHORT: dict[str, Any] = {"model": "talker", "temperature": 0, "max_output_tokens": 20}
+FULL: Any = {"extra_body": {"ignore_eos": True}}
+ASKED: Any = [{"role": "user", "content": "Hello world"}]
+
+
+def test_a_response_streams_what_it_would_say(openai: OpenAI) -> None:
+    whole = openai.responses.create(input="Hello world", instructions="Be brief.", **SHORT, **FULL)
+    chat = openai.chat.completions.create(
+        model="talker", temperature=0, max_tokens=20,
+        messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello world"}], **FULL,
+    )  # fmt: skip
+    assert whole.output_text == chat.choices[0].message.content and whole.status == "incomplete"
+    assert whole.usage is not None and whole.usage.output_tokens == 20
+    events = list(openai.responses.create(input="Hello world", instructions="Be brief.", stream=True, **SHORT, **FULL))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    last = events[-1]
+    assert last.type == "response.incomplete" and last.response.output_text == text == whole.output_text
+
+
+def test_a_response_is_gone_on_from(openai: OpenAI) -> None:
+    first = openai.responses.create(input="Hello world", **SHORT, **FULL)
+    assert first.usage is not None
+    forks = [
+        openai.responses.create(input=question, previous_response_id=first.id, **SHORT, **FULL)
+        for question in ("and?", "and?", "but why?")
+    ]
+    for fork in forks:
+        assert fork.previous_response_id == first.id and fork.usage is not None
+        assert fork.usage.input_tokens > first.usage.input_tokens + 20
+        assert fork.usage.input_tokens_details.cached_tokens >= (first.usage.input_tokens + 20) // 16 * 16
+    assert forks[0].output_text == forks[1].output_text
+    third = openai.responses.create(input="so?", previous_response_id=forks[2].id, **SHORT, **FULL)
+    assert third.usage is not None and third.usage.input_tokens > forks[2].usage.input_tokens + 20
+
+
+def test_what_was_not_kept_cannot_be_gone_on_from(openai: OpenAI) -> None:
+    passing = openai.responses.create(input="Hello", store=False, **SHORT)
+    for response_id in (passing.id, "resp_" + "0" * 32, "trip", "../trip"):
+        with pytest.raises(NotFoundError, match="there is no response"):
+            openai.responses.create(input="and?", previous_response_id=response_id, **SHORT)
+
+
+def test_responses_without_a_folder_are_kept_in_memory(tmp_path: Path) -> None:
+    model = save_talker(tmp_path / "model")
+    with (
+        ServerProcess(model, "--served-model-name", "talker", "--device-kv-bytes", "4MiB") as server,
+        OpenAI(base_url=f"{server.url}/v1", api_key="none") as client,
+    ):
+        first = client.responses.create(input="Hello", **SHORT)
+        second = client.responses.create(input="and?", previous_response_id=first.id, **SHORT)
+        assert second.usage is not None and first.usage is not None
+        assert second.usage.input_tokens > first.usage.input_tokens
+
+
+@pytest.mark.parametrize("with_folder", [False, True])
+def test_the_oldest_responses_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_folder: bool) -> None:
+    monkeypatch.setattr("distkv.server.kept_responses.MOST_KEPT", 3)
+    service: Any = SimpleNamespace(
+        llm=SimpleNamespace(config=SimpleNamespace(cache_dir=tmp_path if with_folder else None))
+    )
+    kept = KeptResponses(service)
+    ids = [f"resp_{number:032x}" for number in range(5)]
+    for age, response_id in enumerate(ids):
+        kept.keep(response_id, Conversation())
+        if with_folder:
+            os.utime(tmp_path / "sessions" / f"{response_id}.json", (age, age))
+    for dropped in ids[:2]:
+        with pytest.raises(ApiError, match="there is no response"):
+            kept.begin(dropped)
+    for response_id in ids[2:]:
+        kept.begin(response_id)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tools": [{"type": "web_search"}]}, "tools: this server does not"),
+        ({"input": [{"type": "function_call_output", "call_id": "a", "output": "b"}]}, "function_call_output"),
+        ({"input": []}, "nothing that is new"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "a"}]}]}, "input_image"),
+        ({"text": {"format": {"type": "json_object"}}}, "text: this server does not"),
+    ],
+)
+def test_what_a_response_cannot_do_is_refused(openai: OpenAI, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RefusedError) as caught:
+        openai.responses.create(**({"input": "Hello"} | SHORT | options))
+    assert message in caught.value.message
+
+
+@pytest.fixture
+def anthropic(server: ServerProcess) -> Anthropic:
+    return Anthropic(base_url=server.url, api_key="none", max_retries=0)
+
+
+def test_a_message_streams_what_it_would_say(anthropic: Anthropic, openai: OpenAI) -> None:
+    options: Any = {"model": "talker", "messages": ASKED, "max_tokens": 20, "system": "Be brief.", **FULL}
+    options |= {"extra_body": {"ignore_eos": True, "temperature": 0}}
+    whole = anthropic.messages.create(**options)
+    chat = openai.chat.completions.create(
+        model="talker", temperature=0, max_tokens=20, messages=[{"role": "system", "content": "Be brief."}, *ASKED],
+        **FULL,
+    )  # fmt: skip
+    [block] = whole.content
+    assert block.type == "text" and block.text == chat.choices[0].message.content
+    assert whole.stop_reason == "max_tokens" and whole.usage.output_tokens == 20
+    assert chat.usage is not None
+    assert whole.usage.input_tokens + (whole.usage.cache_read_input_tokens or 0) == chat.usage.prompt_tokens
+    with anthropic.messages.stream(**options) as stream:
+        assert "".join(stream.text_stream) == block.text
+        final = stream.get_final_message()
+    assert final.stop_reason == "max_tokens" and final.usage.output_tokens == 20
+    counted = anthropic.messages.count_tokens(model="talker", messages=ASKED, system="Be brief.")
+    assert counted.input_tokens == chat.usage.prompt_tokens
+    stop = block.text[4:6]
+    stopped = anthropic.messages.create(**options, stop_sequences=[stop])
+    assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", stop)
+
+
+def test_what_a_message_cannot_do_is_refused(anthropic: Anthropic) -> None:
+    for options, message in (
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"tools": [{"name": "f", "input_schema": {"type": "object"}}]}, "tools: this server does not"),
+        ({"messages": [*ASKED, {"role": "assistant", "content": "It"}]}, "begun answer"),
+    ):
+        with pytest.raises(BadRequestError) as caught:
+            anthropic.messages.create(**({"model": "talker", "messages": ASKED, "max_tokens": 2} | options))
+        body: Any = caught.value.body
+        assert body["type"] == "error" and body["error"]["type"] == "invalid_request_error"
+        assert message in body["error"]["message"]
