@@ -3,12 +3,13 @@
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from types import TracebackType
+from typing import Any
 
 import httpx2
 import msgspec
 
 from distkv.client import calls, wire
-from distkv.engine.protocol import EngineStats
+from distkv.engine.stats import EngineStats
 from distkv.frontend.messages import Message
 from distkv.frontend.request_checks import Prompt
 from distkv.outputs import RequestOutput
@@ -49,9 +50,15 @@ class AsyncClient:
         priority: int | list[int] = 0,
         cache_salt: str | list[str | None] | None = None,
         session: str | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """As `Client.chat`."""
-        return await self._finish(calls.chat_items(messages, sampling_params, priority, cache_salt, session))
+        items = calls.chat_items(
+            messages, sampling_params, priority, cache_salt, session, tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+        )  # fmt: skip
+        return await self._finish(items)
 
     async def stream(
         self,

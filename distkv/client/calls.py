@@ -47,15 +47,17 @@ def prompt_items(prompts: Any, params: Any, priority: Any, cache_salt: Any, kind
     return items
 
 
-def chat_items(messages: Any, params: Any, priority: Any, cache_salt: Any, session: str | None) -> list[wire.Item]:
-    """The requests of `chat`; raises RequestError for what is no conversation."""
+def chat_items(
+    messages: Any, params: Any, priority: Any, cache_salt: Any, session: str | None, **template: Any
+) -> list[wire.Item]:
+    """The requests of `chat`, with what is for the chat template; raises RequestError for what is no conversation."""
     several = isinstance(messages, list | tuple) and messages and isinstance(messages[0], list | tuple)
     if several and session is not None:
         raise RequestError("a session is one conversation, and messages are several; give one")
     conversations: list[list[Message]] = [plain_messages(one) for one in (messages if several else [messages])]
     shared = _shared(len(conversations), params, priority, cache_salt, RequestOutputKind.FINAL_ONLY)
     return [
-        wire.Item(sampling, messages=one, priority=rank, cache_salt=salt, session=session)
+        wire.Item(sampling, messages=one, priority=rank, cache_salt=salt, session=session, **template)
         for one, (sampling, rank, salt) in zip(conversations, shared, strict=True)
     ]
 

@@ -3,12 +3,13 @@
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 import httpx2
 import msgspec
 
 from distkv.client import calls, wire
-from distkv.engine.protocol import EngineStats
+from distkv.engine.stats import EngineStats
 from distkv.frontend.messages import Message
 from distkv.frontend.request_checks import Prompt
 from distkv.outputs import RequestOutput
@@ -55,11 +56,17 @@ class Client:
         priority: int | list[int] = 0,
         cache_salt: str | list[str | None] | None = None,
         session: str | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Continues one conversation or a list of them by the assistant's answer, as `LLM.chat` does; a `session` is
         kept by the server. Else as `generate`."""
-        return self._finish(calls.chat_items(messages, sampling_params, priority, cache_salt, session), use_tqdm)
+        items = calls.chat_items(
+            messages, sampling_params, priority, cache_salt, session, tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+        )  # fmt: skip
+        return self._finish(items, use_tqdm)
 
     def stream(
         self,

@@ -26,6 +26,8 @@ class Item(msgspec.Struct, forbid_unknown_fields=True):
     priority: int = 0
     cache_salt: str | None = None
     session: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class Call(msgspec.Struct, forbid_unknown_fields=True):

@@ -7,6 +7,7 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from distkv import __version__
+from distkv.metrics.exposition import CONTENT_TYPE, exposition
 from distkv.server.errors import ApiError, api_error
 from distkv.server.schemas.tokens import DetokenizeBody, TokenizeBody
 from distkv.server.service import Service
@@ -26,6 +27,13 @@ def about_routes(service: Service) -> APIRouter:
         except Exception as error:
             raise ApiError(503, str(error), code=api_error(error).code) from error
         return Response()
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus's text of the engine's counts."""
+        llm = service.llm
+        text = exposition(await llm.stats(), llm.info, service.names[0])
+        return Response(text, headers={"content-type": CONTENT_TYPE})
 
     @router.get("/version")
     async def version() -> dict[str, str]:
@@ -48,7 +56,9 @@ def about_routes(service: Service) -> APIRouter:
         service.check_model(body.model)
         tokenizer = service.llm.tokenizer
         if body.messages is not None:
-            token_ids = await asyncio.to_thread(tokenizer.encode_chat, body.messages)
+            token_ids = await asyncio.to_thread(
+                tokenizer.encode_chat, body.messages, body.tools, body.chat_template_kwargs
+            )
         else:
             special = body.add_special_tokens is not False
             token_ids = await asyncio.to_thread(tokenizer.encode, body.prompt or "", special)

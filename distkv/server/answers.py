@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from distkv.errors import DistKVError
 from distkv.outputs import RequestOutput
 from distkv.server.service import Service
 
@@ -25,7 +24,6 @@ async def answer_all(service: Service, num_answers: int, outputs: Sequence[Outpu
         if len(outputs) == 1:
             async with aclosing(outputs[0]) as only:
                 async for output in only:
-                    _count(service, output)
                     yield 0, output
             return
         queue: asyncio.Queue[tuple[int, RequestOutput | BaseException | None]] = asyncio.Queue()
@@ -39,7 +37,6 @@ async def answer_all(service: Service, num_answers: int, outputs: Sequence[Outpu
                 if item is None:
                     left -= 1
                 else:
-                    _count(service, item)
                     yield index, item
         finally:
             for task in tasks:
@@ -55,8 +52,3 @@ async def _put(queue: asyncio.Queue, index: int, outputs: Outputs) -> None:
         queue.put_nowait((index, None))
     except Exception as error:
         queue.put_nowait((index, error))
-
-
-def _count(service: Service, output: RequestOutput | DistKVError) -> None:
-    if isinstance(output, RequestOutput):
-        service.num_tokens += sum(len(answer.token_ids) for answer in output.outputs)

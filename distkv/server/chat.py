@@ -82,8 +82,9 @@ class _Chat:
     def _answers(self) -> AsyncGenerator:
         body = self._body
         outputs = self._service.llm.chat(
-            body.messages, self._params, priority=body.priority, cache_salt=body.cache_salt, session=body.session
-        )
+            body.messages, self._params, priority=body.priority, cache_salt=body.cache_salt, session=body.session,
+            tools=body.tools, chat_template_kwargs=body.chat_template_kwargs,
+        )  # fmt: skip
         return answer_all(self._service, self._params.n, [outputs])
 
     def _choice(self, answer: CompletionOutput) -> dict[str, Any]:

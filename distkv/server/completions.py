@@ -8,11 +8,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from distkv.outputs import CompletionOutput
+from distkv.outputs import CompletionOutput, RequestOutput
 from distkv.server.answers import Outputs, answer_all
 from distkv.server.connection import DONE, EventStream, event, reply
 from distkv.server.errors import api_error, openai_error
-from distkv.server.logprobs import completion_logprobs
+from distkv.server.logprobs import Echo, completion_logprobs
 from distkv.server.schemas.completion import CompletionBody
 from distkv.server.service import Service
 from distkv.server.usage import Usage
@@ -53,7 +53,7 @@ class _Completion:
         async with aclosing(self._answers()) as answers:
             async for index, output in answers:
                 self._usage.add(index, output)
-                choices += [self._choice(index, answer, 0) for answer in output.outputs]
+                choices += [self._choice(index, answer, 0, self._echo(index, output)) for answer in output.outputs]
         choices.sort(key=lambda choice: choice["index"])
         return self._head | {"choices": choices, "usage": self._usage.openai()}
 
@@ -83,11 +83,20 @@ class _Completion:
         ]
         return answer_all(self._service, len(outputs) * self._params.n, outputs)
 
-    def _choice(self, index: int, answer: CompletionOutput, offset: int) -> dict[str, Any]:
+    def _echo(self, index: int, output: RequestOutput) -> Echo | None:
+        """The prompt of a request, where answers are to begin with it."""
+        if not self._body.echo:
+            return None
+        prompt, tokenizer = self._body.prompts[index], self._service.llm.tokenizer
+        text = prompt if isinstance(prompt, str) else tokenizer.decode_all(prompt)
+        first = tokenizer.token_text(output.prompt_token_ids[0])
+        return Echo(text, output.prompt_token_ids, output.prompt_logprobs or [], first)
+
+    def _choice(self, index: int, answer: CompletionOutput, offset: int, echo: Echo | None = None) -> dict[str, Any]:
         return {
             "index": index * self._params.n + answer.index,
-            "text": answer.text,
-            "logprobs": completion_logprobs(answer, offset),
+            "text": answer.text if echo is None else echo.text + answer.text,
+            "logprobs": completion_logprobs(answer, offset, echo),
             "finish_reason": answer.finish_reason,
             "stop_reason": answer.stop_reason,
         }

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import FileResponse, Response
 
-from distkv.engine.protocol import EngineStats
+from distkv.engine.stats import EngineStats
 from distkv.server.connection import EventStream, event
 from distkv.server.errors import ApiError, api_error, openai_error
 from distkv.server.service import Service
@@ -48,16 +48,16 @@ def page_routes(service: Service) -> APIRouter:
 
 
 async def _samples(service: Service) -> AsyncGenerator[bytes, None]:
-    before, tokens, since = await service.llm.stats(), service.num_tokens, time.monotonic()
-    yield event(_sample(service, before, before, 0, 1.0))
+    before, since = await service.llm.stats(), time.monotonic()
+    yield event(_sample(service, before, before, 1.0))
     while not service.is_draining:
         await asyncio.sleep(SECONDS)
         stats, now = await service.llm.stats(), time.monotonic()
-        yield event(_sample(service, before, stats, service.num_tokens - tokens, now - since))
-        before, tokens, since = stats, service.num_tokens, now
+        yield event(_sample(service, before, stats, now - since))
+        before, since = stats, now
 
 
-def _sample(service: Service, before: EngineStats, stats: EngineStats, tokens: int, seconds: float) -> dict[str, Any]:
+def _sample(service: Service, before: EngineStats, stats: EngineStats, seconds: float) -> dict[str, Any]:
     info = service.llm.info
     tiers = {
         "device": (stats.device_pages, info.num_pages),
@@ -66,7 +66,7 @@ def _sample(service: Service, before: EngineStats, stats: EngineStats, tokens: i
     }
     return {
         "model": service.names[0],
-        "tokens_per_second": tokens / seconds,
+        "tokens_per_second": (stats.requests.generation_tokens - before.requests.generation_tokens) / seconds,
         "running": stats.num_running,
         "waiting": stats.num_waiting,
         "pages_in_use": stats.pages_in_use,

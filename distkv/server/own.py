@@ -74,13 +74,15 @@ def _outputs(service: Service, item: wire.Item) -> Outputs:
     if (item.prompt is None) == (item.messages is None):
         raise RequestError("a request has both prompt and messages, or neither; give one of them")
     if item.messages is None:
-        if item.session is not None:
-            raise RequestError("a session is for messages; leave it out beside a prompt")
+        for name in ("session", "tools", "chat_template_kwargs"):
+            if getattr(item, name) is not None:
+                raise RequestError(f"{name} is for messages; leave it out beside a prompt")
         assert item.prompt is not None
         return service.llm.generate(item.prompt, params, priority=item.priority, cache_salt=item.cache_salt)
     return service.llm.chat(
-        item.messages, params, priority=item.priority, cache_salt=item.cache_salt, session=item.session
-    )
+        item.messages, params, priority=item.priority, cache_salt=item.cache_salt, session=item.session,
+        tools=item.tools, chat_template_kwargs=item.chat_template_kwargs,
+    )  # fmt: skip
 
 
 async def _until_failure(outputs: Outputs) -> AsyncGenerator[Any, None]:

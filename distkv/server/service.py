@@ -20,7 +20,6 @@ class Service:
         self.names, self.options = names, options
         self.created = int(time.time())
         self.is_draining = False  # whether what goes on without end is to end
-        self.num_tokens = 0  # sampled for clients since the start
         self._llm: AsyncLLM | None = None
         self._num_open = 0  # answers
 

@@ -30,6 +30,8 @@ class ChatBody(OpenAIBody):
     logprobs: bool = False
     top_logprobs: int | None = None
     session: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -6,6 +6,7 @@ import msgspec
 
 from distkv.sampling_params import RequestOutputKind, SamplingParams
 from distkv.server.schemas.body import ANYTHING, Body
+from distkv.server.schemas.structured import structured_outputs
 
 NAMES = frozenset(msgspec.structs.asdict(SamplingParams()))
 
@@ -26,11 +27,7 @@ class SamplingBody(Body):
     without_effect: ClassVar = {
         "user": (ANYTHING,),
         "service_tier": ("auto", "default", "standard_only"),
-        "min_tokens": (0,),
-        "bad_words": ([],),
-        "skip_special_tokens": (True,),
         "spaces_between_special_tokens": (True,),
-        "include_stop_str_in_output": (False,),
     }
 
     model: str | None = None
@@ -39,8 +36,13 @@ class SamplingBody(Body):
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    min_tokens: int = 0
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
     seed: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -65,8 +67,6 @@ class OpenAIBody(SamplingBody):
         "prompt_cache_retention": (ANYTHING,),
         "metadata": ({},),
         "store": (False,),
-        "response_format": ({"type": "text"},),
-        "logit_bias": ({},),
         "length_penalty": (1, 1.0),
         "use_beam_search": (False,),
         "add_special_tokens": (True,),
@@ -76,6 +76,17 @@ class OpenAIBody(SamplingBody):
     n: int = 1
     max_tokens: int | None = None
     stop: str | list[str] | None = None
+    logit_bias: dict[str, float] | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+
+    def sampling_params(self, **more: Any) -> SamplingParams:
+        """See `SamplingBody.sampling_params`."""
+        return super().sampling_params(structured_outputs=structured_outputs(self), **more)
 
     def check_stream(self) -> None:
         """Raises ValueError for `stream_options` where nothing is streamed."""
