@@ -1,7 +1,9 @@
 """The law of `docs/invariance.md`: what a request answers depends on the request alone, bit for bit."""
 
 import itertools
+import json
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from support.checkpoints import save_llama
 from support.damage import all_damages
 from support.invariance import WHOLE, random_requests, said
 from support.llms import idle_engine
+from support.processes import run_code
 from support.prompts import random_prompt
 from support.runs import GREEDY, run
 
@@ -89,6 +92,40 @@ def test_a_repair_leaves_no_trace(model: tuple[Path, str], tmp_path: Path, damag
         damage(file)
     with LLM(folder, **options) as llm:
         assert said(llm.generate([prompt], params, use_tqdm=False)[0]) == expected
+
+
+KILLED = """
+import json, sys
+from distkv import LLM, SamplingParams
+from support.kill_points import kill_at
+from support.prompts import random_prompt
+folder, options, number = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+llm = LLM(folder, **options)
+kill_at("os.rename", number)  # as a page's file gets its name
+llm.generate([random_prompt(500, 2)], SamplingParams(temperature=1, seed=7, max_tokens=40, ignore_eos=True))
+llm.close()
+"""
+
+
+@pytest.mark.parametrize("model", ["bfloat16"], indirect=True)
+@pytest.mark.parametrize("number", [2, 30])
+def test_a_killed_process_leaves_no_trace(model: tuple[Path, str], tmp_path: Path, number: int) -> None:
+    """The next one goes on from the pages that it has left."""
+    folder, dtype = model
+    prompt, page = random_prompt(500, 2), 2 * 2 * 3 * 24 * 16 * 2
+    params = SamplingParams(temperature=1, seed=7, max_tokens=40, logprobs=5, ignore_eos=True)
+    with LLM(folder, dtype=dtype, page_size=16, **WHOLE) as alone:
+        expected = said(alone.generate([prompt], params, use_tqdm=False)[0])
+    options: dict[str, Any] = {
+        "dtype": dtype, "page_size": 16, "max_num_batched_tokens": 32, "max_num_seqs": 4, "device_kv_bytes": 4 * page,
+        "host_kv_bytes": 6 * page, "disk_kv_bytes": 60 * page, "cache_dir": str(tmp_path),
+    }  # fmt: skip
+    ended = run_code(KILLED, folder, json.dumps(options), number)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    with LLM(folder, **options) as llm:
+        [output] = llm.generate([prompt], params, use_tqdm=False)
+        assert said(output) == expected
+        assert number < 30 or output.num_cached_tokens > 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
