@@ -192,7 +192,13 @@ def test_lists_of_commands_cut_no_text(names: tuple[str, ...]) -> None:
     assert "..." not in text.replace("[ARGS]...", "")
 
 
-REQUIRED = {"model": "--model=m", "name": "smollm2", "cache_dir": "--cache-dir=kv", "max_bytes": "--max-bytes=1"}
+REQUIRED = {"model": "m", "name": "smollm2", "cache_dir": "kv", "max_bytes": "1"}
+
+
+def _given(required: Any) -> str:
+    """A required option or argument on a command line."""
+    value = REQUIRED[required.name]
+    return f"{required.opts[0]}={value}" if required.opts[0].startswith("-") else value
 
 
 def test_every_option_that_takes_a_path_settles_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -202,7 +208,7 @@ def test_every_option_that_takes_a_path_settles_it(monkeypatch: pytest.MonkeyPat
     for names, command in COMMANDS:
         for option in command.params:
             if option.name.endswith(("dir", "file")):
-                others = [REQUIRED[other.name] for other in command.params if other.required and other is not option]
+                others = [_given(other) for other in command.params if other.required and other is not option]
                 for given, expected in (("~/f", tmp_path / "home/f"), ("f", tmp_path / "f"), ("/f", Path("/f"))):
                     context = command.make_context("x", [*others, f"{option.opts[0]}={given}"])
                     assert context.params[option.name] == expected, names

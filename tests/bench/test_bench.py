@@ -350,6 +350,10 @@ KERNEL_ROWS: dict[str, list[dict[str, Any]]] = {
         {"tokens": 8192, "ms": 1.5, "flops_per_s": 3e14, "torch_flops_per_s": 4e14, "matmul_flops_per_s": 6e14,
          "share": 0.5},
     ],
+    "products": [
+        {"weight": "qkv 6144 x 4096", "rows": 1, "ms": 0.03, "bytes_per_s": 1.7e12, "flops_per_s": 1.7e12,
+         "cublas_ms": 0.026, "share": 0.88},
+    ],
     "elementwise": [
         {"kernel": "swiglu", "tokens": 8192, "ms": 0.1, "bytes_per_s": 2e12, "copy_bytes_per_s": 2.5e12, "share": 0.8}
     ],
@@ -382,7 +386,7 @@ GPU_ROWS: dict[str, list[dict[str, Any]]] = {
             kernels,
             KERNEL_ROWS,
             (
-                "2500.0", "700", "0.013", "2100", "84 %", "does not fit", "50 %", "64",
+                "2500.0", "700", "0.013", "2100", "84 %", "does not fit", "50 %", "88 %", "64",
                 "decode, of 256 MiB and more, at 80% of a large read: 84% at the least, met",
                 "prefill at 55% of the matrix product's rate: 50% at the least, MISSED",
             ),
@@ -454,7 +458,14 @@ def test_what_fails_on_a_gpu_costs_no_other_row(tmp_path: Path, monkeypatch: pyt
     assert str(result.exception) == "\n".join(["2 of the measurements failed:", *lines])
     assert all(f"FAILED {line}" in result.output for line in lines)
     written = json.loads(figures.read_text())
-    assert [row["part"] for row in written["rows"]] == ["ceilings", "decode", "decode", "elementwise", "pages"]
+    assert [row["part"] for row in written["rows"]] == [
+        "ceilings",
+        "decode",
+        "decode",
+        "products",
+        "elementwise",
+        "pages",
+    ]
     assert written["failures"] == lines
 
 
