@@ -24,7 +24,7 @@ class CopyCeiling:
         """`num_bytes` is the most that will be copied. Raises CapacityError when the host has no such memory."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._streams = CudaStreams(device) if device.type == "cuda" else None
-        self._source = HostBuffer((num_bytes,), torch.uint8, pinned=self._streams is not None)
+        self._source = HostBuffer((1, num_bytes), torch.uint8, pinned=self._streams is not None)  # one piece
         self._source.data.fill_(1)  # has the system map it
         self._target = torch.ones(num_bytes, dtype=torch.uint8, device=device)
 
@@ -45,7 +45,7 @@ class CopyCeiling:
 
     def _copy(self, num_bytes: int, count: int) -> None:
         for _ in range(count):
-            self._target[:num_bytes].copy_(self._source.data[:num_bytes], non_blocking=True)
+            self._target[:num_bytes].copy_(self._source.data[0, :num_bytes], non_blocking=True)
 
 
 class ReadCeiling:

@@ -21,6 +21,7 @@ from distkv.kernels.linear import Linear
 HALF = 64
 """Outputs of a product, of which a program has two: neighbours, or a gate and what it lets through."""
 PROGRAMS = 192
+WORKSPACE_BYTES = 2**25  # at most: what a step of another size needs is not tried at the start
 """So many programs read a weight at least, if it has K enough: three for two multiprocessors of an H100."""
 SEGMENT_TILES = 4
 """Tiles of K that a segment has at least."""
@@ -222,7 +223,8 @@ def multiply(
     tile = linear_tile(num_tokens, size, segments.number > 1)
     grid = triton.cdiv(num_tokens, tile.tokens), triton.cdiv(width, HALF if gated else 2 * HALF)
     if side_by_side is None:
-        side_by_side = grid[0] * grid[1] < PROGRAMS * 2 // 3
+        workspace = segments.number * num_tokens * outputs * 4
+        side_by_side = grid[0] * grid[1] < PROGRAMS * 2 // 3 and workspace <= WORKSPACE_BYTES
     side_by_side = side_by_side and segments.number > 1
     target = out
     if side_by_side:

@@ -237,8 +237,9 @@ class PageAttention {
             multiply<E>(Rows<E>::plain(queries + first * depth_, depth_), count, keys_, panel_size<E>(shape_.dim),
                         panels, depth_, slot.scores, stride_);
             weigh(slot, count, depth, [&](int64_t r) { return visible(first + r); }, [] {});
-            multiply<E>(Rows<E>::plain(slot.weights, weight_stride_), count, values_, values_depth_ * LANES,
-                        dim_ / LANES, depth, slot.states.out, dim_);
+            if (depth)
+                multiply<E>(Rows<E>::plain(slot.weights, weight_stride_), count, values_, values_depth_ * LANES,
+                            dim_ / LANES, depth, slot.states.out, dim_);
             use(first, count, slot.states);
         }
     }

@@ -108,15 +108,17 @@ void attention(int dtype, const void* q, int64_t q_stride, int64_t heads, int64_
 // `shared` is memory of `shared_size` bytes, zeros at first, that all ranks of a group see.
 int64_t shared_size(int64_t capacity, int size) { return size <= MOST_RANKS ? SLOTS + 2 * size * capacity : 0; }
 
-void all_reduce(int dtype, void* shared, int64_t capacity, int rank, int size, void* x, int64_t count,
-                int num_threads) {
+// Both give MET, SIZES_DIFFER, or the number of a rank whose process is gone.
+int all_reduce(int dtype, void* shared, int64_t capacity, int rank, int size, void* x, int64_t count, int num_threads) {
     Ranks ranks{static_cast<Meeting*>(shared), capacity, rank, size};
-    by_dtype(dtype, [&](auto one) { all_reduce(ranks, static_cast<decltype(one)*>(x), count, num_threads); });
+    int end = MET;
+    by_dtype(dtype, [&](auto one) { end = all_reduce(ranks, static_cast<decltype(one)*>(x), count, num_threads); });
+    return end;
 }
 
-void gather(void* shared, int64_t capacity, int rank, int size, const void* x, int64_t bytes, void* parts) {
-    gather({static_cast<Meeting*>(shared), capacity, rank, size}, static_cast<const char*>(x), bytes,
-           static_cast<char*>(parts));
+int gather(void* shared, int64_t capacity, int rank, int size, const void* x, int64_t bytes, void* parts) {
+    return gather({static_cast<Meeting*>(shared), capacity, rank, size}, static_cast<const char*>(x), bytes,
+                  static_cast<char*>(parts));
 }
 }
 #pragma GCC visibility pop

@@ -34,6 +34,8 @@ _ARGUMENTS = {
     "gather": [_ADDRESS, _SIZE, _INT, _INT, _ADDRESS, _SIZE, _ADDRESS],
 }  # fmt: skip
 
+_TELLING = ("start", "all_reduce", "gather")  # which return how they have ended
+
 
 @dataclass(frozen=True)
 class Library:
@@ -47,8 +49,8 @@ class Library:
     rope_and_write: Callable[..., None]
     attention: Callable[..., None]
     shared_size: Callable[..., int]
-    all_reduce: Callable[..., None]
-    gather: Callable[..., None]
+    all_reduce: Callable[..., int]
+    gather: Callable[..., int]
 
 
 @cache
@@ -64,7 +66,7 @@ def load(instruction_set: InstructionSet) -> Library:
     for name, arguments in _ARGUMENTS.items():
         function = functions[name] = getattr(loaded, name)
         function.argtypes = arguments
-        function.restype = _SIZE if name.endswith("_size") else _INT if name == "start" else None
+        function.restype = _SIZE if name.endswith("_size") else _INT if name in _TELLING else None
     if functions.pop("start")():
         raise BuildError(f"the system does not let this process use {instruction_set.name}")
     return Library(instruction_set.name, **functions)

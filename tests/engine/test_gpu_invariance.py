@@ -25,13 +25,14 @@ def small_model(folder: Path) -> Path:
 
 
 @dtypes
-@pytest.mark.parametrize("seed", range(6))
-def test_answers_do_not_depend_on_what_else_happens(tmp_path: Path, dtype: str, seed: int) -> None:
+@pytest.mark.parametrize("page_size", [16, 64, 256])
+@pytest.mark.parametrize("seed", range(2))
+def test_answers_do_not_depend_on_what_else_happens(tmp_path: Path, dtype: str, page_size: int, seed: int) -> None:
     """Neighbours in the batch, borders of chunks, graphs and single launches, hits of any length, tiers, restarts."""
+    pytest.importorskip("zarr", reason="what restarts find lies on disk")
     folder = small_model(tmp_path / "model")
     rng = random.Random(seed)
     prompts, params = random_requests(rng, (16, 300, 1500))
-    page_size = rng.choice([16, 64, 256])
     common = {"dtype": dtype, "page_size": page_size, "device": "cuda", "batch_invariant": True}
     with LLM(folder, device_kv_bytes="512MiB", enable_prefix_caching=False, **common, **WHOLE) as alone:
         expected = [
@@ -41,7 +42,7 @@ def test_answers_do_not_depend_on_what_else_happens(tmp_path: Path, dtype: str, 
     for round in range(2):  # the second finds what the first has left
         budget = rng.choice([16, 17, 64, 100, 333, 4096])
         options: dict[str, Any] = {
-            "max_num_batched_tokens": budget, "max_num_seqs": min(8, budget), "host_kv_bytes": 200 * page,
+            "max_num_batched_tokens": budget, "max_num_seqs": min(8, budget), "host_kv_bytes": 600 * page,
             "device_kv_bytes": page * (12 + -(-budget // page_size)), "cache_dir": str(tmp_path / "cache"),
         }  # fmt: skip
         with LLM(folder, **common, **options) as llm:

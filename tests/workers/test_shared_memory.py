@@ -1,13 +1,17 @@
 """Collectives in memory that ranks share; the ranks are threads here, and processes in `tests/launch`."""
 
+import gc
 import logging
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.processes import run_code
 from torch import Tensor
 
 from distkv.workers.group import shared_memory
@@ -100,4 +104,47 @@ def test_another_file_in_its_place_is_not_taken(tmp_path: Any, monkeypatch: pyte
     (tmp_path / "link").symlink_to("/etc/hostname")
     store.set("shared memory", f"{tmp_path / 'link'} 00")
     with pytest.raises(ValueError, match="another file"):
-        shared_memory._attach(store, shared_memory.load_best(), 2)
+        shared_memory._attach(store, 4096)
+
+
+def test_ranks_that_do_not_agree_are_told(ranks: list[SharedMemory]) -> None:
+    def run(rank: int) -> str:
+        try:
+            ranks[rank].all_reduce(torch.zeros(8 if rank else 16))
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+    assert all("different numbers of bytes" in said for said in on_ranks(3, run))
+
+
+def test_a_rank_whose_process_is_gone_is_not_waited_for() -> None:
+    ended = run_code(
+        "import os, sys, torch\n"
+        "from distkv.workers.group.process_group import open_store\n"
+        "from distkv.workers.group.shared_memory import SharedMemory\n"
+        "store = open_store('127.0.0.1')\n"
+        "child = os.fork()\n"
+        "other = open_store('127.0.0.1', store.port)\n"
+        "memory = SharedMemory.join(other, 0 if child else 1, 2)\n"
+        "x = torch.ones(4)\n"
+        "memory.all_reduce(x)\n"
+        "if not child: os._exit(0)\n"
+        "os.waitpid(child, 0)\n"
+        "try: memory.all_reduce(x)\n"
+        "except RuntimeError as error: print(x.tolist(), error)\n"
+    )
+    assert ended.stdout.strip() == "[2.0, 2.0, 2.0, 2.0] the process of rank 1 is gone", ended.stderr
+
+
+def test_no_descriptor_is_left() -> None:
+    def descriptors() -> int:
+        links = [Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
+        return sum("distkv-ranks" in os.readlink(link) for link in links if link.is_symlink())
+
+    before = descriptors()
+    joined = join_all(2)
+    assert all(joined) and descriptors() > before
+    del joined
+    gc.collect()
+    assert descriptors() == before

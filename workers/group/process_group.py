@@ -106,5 +106,6 @@ class ProcessGroup:
 
     def close(self) -> None:
         """Leaves the group."""
+        self._shared = None
         if self.size > 1:
             dist.destroy_process_group()

@@ -94,14 +94,14 @@ def _choose(address: str | None) -> tuple[str | None, bool, str]:
     if given not in (None, "auto"):
         return given, False, f"{name} says so"
     note = _note()
-    running = _running_cluster(note)
+    running, owner = _running_cluster(note)
     if given == "auto":
         if running is None:
             raise ConfigError("no Ray cluster runs on this machine; start one with `ray start --head`")
         return running, True, f"{name} is 'auto', and {note} names it"
     if running is None:
         return None, False, f"{name} is not set, and {note} names none that answers"
-    if note.stat().st_uid != os.geteuid():
+    if owner != os.geteuid():
         log.warning(
             "the Ray cluster at %s, which %s names, is another user's and is not joined; ray_address='auto' joins it",
             running, note,
@@ -115,15 +115,15 @@ def _note() -> Path:
     return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray", "ray_current_cluster")
 
 
-def _running_cluster(note: Path) -> str | None:
-    """The cluster that is noted, if it still answers: the note outlives a killed one, and Ray itself would try its
-    address for minutes."""
+def _running_cluster(note: Path) -> tuple[str | None, int]:
+    """The cluster that is noted, if it still answers, and whose note it is. The note outlives a killed cluster, and Ray
+    itself would try its address for minutes."""
     try:
-        address = note.read_text().strip()
+        address, owner = note.read_text().strip(), note.stat().st_uid
         _check_reachable(address)
     except (OSError, ConfigError):
-        return None
-    return address
+        return None, -1
+    return address, owner
 
 
 def _check_is_connected_to(address: str | None) -> None:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.distributed import Store
 
-from distkv.kernels.native.build import BuildError
 from distkv.kernels.native.library import DTYPES, Library, load_best
 
 log = logging.getLogger(__name__)
 
 CAPACITY = 256 << 10  # bytes that a rank can lay down at a time
 _NAME = "distkv-ranks"
+_PLACE = "shared memory"  # in the store
+_SIZES_DIFFER = -2
 _TOKEN_AT, _TOKEN_BYTES = 4096, 16  # where the memory says which it is; see `collectives.hpp` for the rest
 
 
@@ -28,8 +29,8 @@ class SharedMemory:
 
     def __init__(self, library: Library, memory: mmap.mmap, rank: int, size: int):
         self._library = library
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory))  # keeps the memory mapped
-        self._memory = memory
+        self._start = ctypes.c_char.from_buffer(memory)  # which keeps the memory mapped
+        self._address = ctypes.addressof(self._start)
         self._rank, self._size = rank, size
 
     @classmethod
@@ -39,68 +40,81 @@ class SharedMemory:
         The memory has no name in a file system: it ends with the last rank, however that ends. On one machine a rank
         that cannot see it is warned of.
         """
-        mine, memory, library = "", None, None
+        descriptor, memory, library, trouble = -1, None, None, ""
         try:
             library = load_best()
-            memory = _create(store, library, size) if rank == 0 else _attach(store, library, size)
-        except (BuildError, OSError, ValueError) as error:
-            mine = str(error) or type(error).__name__
+            num_bytes = library.shared_size(CAPACITY, size)
+            if not num_bytes:
+                raise ValueError(f"{size} ranks are too many")
             if rank == 0:
-                store.set("shared memory", "")
-        store.set(f"shared memory of {rank}", f"{socket.gethostname()}\n{mine}")
-        host, _, trouble = _answer(store, 0)
-        for other in range(1, size):
-            its_host, _, its_trouble = _answer(store, other)
-            if its_host == host:
-                trouble = trouble or its_trouble
-            elif not trouble:
-                trouble = f"rank {other} is on {its_host}, rank 0 on {host}"
-                log.info("the ranks exchange over sockets: %s", trouble)
-                return None
-        if trouble:
-            log.warning("the ranks of this machine exchange over sockets, which is slow: %s", trouble)
+                descriptor = os.memfd_create(_NAME)  # stays open until the others have found it
+                memory = _create(store, descriptor, num_bytes)
+            else:
+                memory = _attach(store, num_bytes)
+        except Exception as error:  # whatever it is, the others wait for an answer
+            trouble = str(error) or type(error).__name__
+            if rank == 0:
+                store.set(_PLACE, "")
+        try:
+            store.set(f"{_PLACE} of {rank}", f"{socket.gethostname()}\n{trouble}")
+            reason, is_expected = _verdict([_answer(store, other) for other in range(size)])
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+        if reason:
+            log.log(logging.INFO if is_expected else logging.WARNING, "%s", reason)
             return None
         assert library is not None and memory is not None
         return cls(library, memory, rank, size)
 
     def all_reduce(self, x: Tensor) -> None:
-        """The sum of x over the ranks, in place, in fp32 and in the order of the ranks; x is contiguous."""
+        """The sum of x over the ranks, in place, in fp32 and in the order of the ranks; x is contiguous. Raises
+        RuntimeError, as `gather` does, when a rank is gone or has given another number of bytes."""
         assert x.is_contiguous()
-        self._library.all_reduce(
+        end = self._library.all_reduce(
             DTYPES[x.dtype], self._address, CAPACITY, self._rank, self._size, x.data_ptr(), x.numel(),
             torch.get_num_threads(),
         )  # fmt: skip
+        _check(end)
 
     def gather(self, x: Tensor, wanted: bool) -> Tensor | None:
         """What each rank has given as x, `[ranks, *x.shape]`, where it is wanted; shapes and dtypes are alike."""
         x = x.contiguous()
         parts = x.new_empty(self._size, *x.shape) if wanted else None
-        self._library.gather(
+        end = self._library.gather(
             self._address, CAPACITY, self._rank, self._size, x.data_ptr(), x.nbytes,
             None if parts is None else parts.data_ptr(),
         )  # fmt: skip
+        _check(end)
         return parts
 
 
-def _create(store: Store, library: Library, size: int) -> mmap.mmap:
+def _check(end: int) -> None:
+    """Raises RuntimeError for what a function of `collectives.hpp` tells."""
+    if end >= 0:
+        raise RuntimeError(f"the process of rank {end} is gone")
+    if end == _SIZES_DIFFER:
+        raise RuntimeError("ranks gave different numbers of bytes to one collective")
+
+
+def _create(store: Store, descriptor: int, num_bytes: int) -> mmap.mmap:
     """On rank 0: new memory, and where it is found."""
-    descriptor = os.memfd_create(_NAME)  # stays open, for the others to find
-    os.ftruncate(descriptor, _size_of(library, size))
-    memory = mmap.mmap(descriptor, 0)
+    os.ftruncate(descriptor, num_bytes)
+    memory = mmap.mmap(descriptor, num_bytes)
     token = secrets.token_bytes(_TOKEN_BYTES)
     memory[_TOKEN_AT : _TOKEN_AT + _TOKEN_BYTES] = token
-    store.set("shared memory", f"/proc/{os.getpid()}/fd/{descriptor} {token.hex()}")
+    store.set(_PLACE, f"/proc/{os.getpid()}/fd/{descriptor} {token.hex()}")
     return memory
 
 
-def _attach(store: Store, library: Library, size: int) -> mmap.mmap:
+def _attach(store: Store, num_bytes: int) -> mmap.mmap:
     """On the others: that of rank 0. Raises OSError or ValueError where it is not to be seen."""
-    path, _, token = store.get("shared memory").decode().partition(" ")
+    path, _, token = store.get(_PLACE).decode().partition(" ")
     if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
         raise ValueError(f"{path} is another file")
     descriptor = os.open(path, os.O_RDWR)
     try:
-        memory = mmap.mmap(descriptor, _size_of(library, size))
+        memory = mmap.mmap(descriptor, num_bytes)
     finally:
         os.close(descriptor)
     if memory[_TOKEN_AT : _TOKEN_AT + _TOKEN_BYTES].hex() != token:
@@ -108,11 +122,18 @@ def _attach(store: Store, library: Library, size: int) -> mmap.mmap:
     return memory
 
 
-def _size_of(library: Library, size: int) -> int:
-    if total := library.shared_size(CAPACITY, size):
-        return total
-    raise ValueError(f"{size} ranks are too many")
+def _answer(store: Store, rank: int) -> tuple[str, str]:
+    """A rank's host, and its trouble with the memory if it has any."""
+    host, _, trouble = store.get(f"{_PLACE} of {rank}").decode().partition("\n")
+    return host, trouble
 
 
-def _answer(store: Store, rank: int) -> tuple[str, str, str]:
-    return store.get(f"shared memory of {rank}").decode().partition("\n")
+def _verdict(answers: list[tuple[str, str]]) -> tuple[str, bool]:
+    """Why ranks cannot share memory, and whether that is to be expected; an empty text where they can."""
+    hosts = dict.fromkeys(host for host, _ in answers)
+    troubles = [trouble for _, trouble in answers if trouble]
+    if not troubles:
+        return "", True
+    if len(hosts) > 1:
+        return f"the ranks exchange over sockets: they lie on {', '.join(hosts)}", True
+    return f"the ranks of this machine exchange over sockets, which is slow: {troubles[0]}", False
