@@ -21,8 +21,9 @@ from distkv.kernels.linear import Linear
 HALF = 64
 """Outputs of a product, of which a program has two: neighbours, or a gate and what it lets through."""
 PROGRAMS = 192
-WORKSPACE_BYTES = 2**25  # at most: what a step of another size needs is not tried at the start
 """So many programs read a weight at least, if it has K enough: three for two multiprocessors of an H100."""
+WORKSPACE_BYTES = 2**25
+"""For segments side by side, at most: what steps of other sizes take is not tried at the start."""
 SEGMENT_TILES = 4
 """Tiles of K that a segment has at least."""
 FINISH_COLUMNS = 256
