@@ -9,6 +9,8 @@ from distkv.errors import ConfigError, RequestError
 from distkv.frontend.messages import Message, extra_fields
 from distkv.values import shown
 
+MOST_EXTRA_FIELDS = 16
+
 
 @dataclass(frozen=True)
 class TemplateOptions:
@@ -48,7 +50,13 @@ class ChatTemplate:
             raise ConfigError("the model's tokenizer has no chat template; use generate() with a plain prompt")
         self._check_options(options)
         extra = dict.fromkeys(field for message in messages for field in extra_fields(message))
-        unused = [field for field in extra if self._passes_over(field, messages, options)]
+        if len(extra) > MOST_EXTRA_FIELDS:  # each of which takes a rendering
+            raise RequestError(
+                f"messages have {len(extra)} fields beside role and content; chat templates know a handful, and at most "
+                f"{MOST_EXTRA_FIELDS} are taken: leave the others out"
+            )
+        text = self.render(messages, options) if extra else ""
+        unused = [field for field in extra if self._passes_over(field, text, messages, options)]
         if unused:
             raise RequestError(
                 f"a message has {', '.join(map(shown, unused))}, which the model's chat template leaves out; put it "
@@ -113,8 +121,8 @@ class ChatTemplate:
                 "model whose template knows it"
             )
 
-    def _passes_over(self, field: str, messages: list[Message], options: TemplateOptions) -> bool:
-        text = self.render(messages, options)
+    def _passes_over(self, field: str, text: str, messages: list[Message], options: TemplateOptions) -> bool:
+        """Whether the messages make the same text without a field."""
         try:
             return text == self.render([{key: one[key] for key in one if key != field} for one in messages], options)
         except RequestError:  # it needs the field

@@ -90,6 +90,13 @@ def test_what_a_template_would_pass_over_is_refused(render: Render, message: Mes
         render(PLAIN, message)
 
 
+def test_many_fields_are_refused_before_any_is_tried(render: Render) -> None:
+    """Each takes a rendering of all messages; thousands would hold a server up."""
+    message: Any = {"role": "user", "content": "a"} | {f"field_{index}": 1 for index in range(30000)}
+    with pytest.raises(RequestError, match="30000 fields beside role and content"):
+        render("{{ messages[0].content }}", message)
+
+
 def test_the_template_that_is_rendered_says_whether_it_uses_a_field(render: Render) -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"id": "abc"}]}
     never = "{# tool_calls #}" + PLAIN  # which has the word
