@@ -52,8 +52,8 @@ class ChatTemplate:
         extra = dict.fromkeys(field for message in messages for field in extra_fields(message))
         if len(extra) > MOST_EXTRA_FIELDS:  # each of which takes a rendering
             raise RequestError(
-                f"messages have {len(extra)} fields beside role and content; chat templates know a handful, and at most "
-                f"{MOST_EXTRA_FIELDS} are taken: leave the others out"
+                f"messages have {len(extra)} fields beside role and content; chat templates know a handful, and at "
+                f"most {MOST_EXTRA_FIELDS} are taken: leave the others out"
             )
         text = self.render(messages, options) if extra else ""
         unused = [field for field in extra if self._passes_over(field, text, messages, options)]
