@@ -42,7 +42,15 @@ def make_grammar(
 
 
 def _source(params: StructuredOutputsParams) -> str:
-    """What the library is given."""
+    """What the library is given; raises RequestError for what it cannot read."""
+    try:
+        return _written(params)
+    except Exception as error:  # of the library's: it reads some kinds at once, GBNF by Python code
+        reason = " ".join(str(error).split())[:300]
+        raise RequestError(f"structured_outputs cannot be used: {reason}; mend its {params.kind}") from error
+
+
+def _written(params: StructuredOutputsParams) -> str:
     from llguidance import LLMatcher, grammar_from
 
     match params.kind:
@@ -55,14 +63,11 @@ def _source(params: StructuredOutputsParams) -> str:
             )
         case "choice":
             words = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in params.choice or ())
-            return LLMatcher.grammar_from_lark(f"start: {words}")
+            return LLMatcher.grammar_from_lark("start: " + words.replace("\x7f", r"\u007f"))
         case "regex":
             return LLMatcher.grammar_from_regex(params.regex or "")
         case _:
-            try:
-                return grammar_from("grammar", params.grammar or "")
-            except Exception as error:  # Python code of the library's reads GBNF
-                raise RequestError(f"structured_outputs cannot be used: {error}; mend its grammar") from error
+            return grammar_from("grammar", params.grammar or "")
 
 
 @lru_cache(MAX_COMPILED)

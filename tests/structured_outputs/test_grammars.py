@@ -28,7 +28,7 @@ SCHEMA = {
     "required": ["name", "age", "kind"],
     "additionalProperties": False,
 }
-CHOICES = ["yes", "no", "yes, no", 'a "b" \\ {c}', "漢🙂\n\x01é"]
+CHOICES = ["yes", "no", "yes, no", 'a "b" \\ {c}', "漢🙂\n\x01é\x7f"]
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +164,11 @@ def test_values_that_are_none_are_refused(values: dict[str, Any], message: str) 
         ({"json": {"type": "arr"}}, "structured_outputs cannot be used: .*arr; mend it"),
         ({"json": {"type": "array", "uniqueItems": True}}, 'Unimplemented keys: .*"uniqueItems".*; mend it'),
         ({"json": {"type": "string", "minLength": 3, "maxLength": 2}}, "Unsatisfiable schema"),
+        ({"json": '{"const": NaN}', "disable_any_whitespace": True}, "expected value at .*; mend its json"),
+        ({"json": '{"a":' * 200 + "1" + "}" * 200, "disable_any_whitespace": True}, "recursion limit.*; mend its json"),
+        ({"json": {"const": 10**400}, "disable_any_whitespace": True}, "cannot be used: .*; mend its json"),
+        ({"json": '{"const": "\\ud800"}', "disable_any_whitespace": True}, "cannot be used: .*; mend its json"),
+        ({"json": '{"const": NaN}'}, "cannot be used: .*; mend"),
         ({"grammar": "root ::= (("}, "structured_outputs cannot be used: .*; mend"),
         ({"grammar": "start: nothing"}, "structured_outputs cannot be used: .*; mend it"),
     ],
