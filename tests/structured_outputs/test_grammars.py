@@ -3,6 +3,8 @@
 import json
 import random
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from support.tokenizers import save_tokenizer
 
 from distkv import RequestError, SamplingParams, StructuredOutputsParams
 from distkv.frontend.tokenizer import Tokenizer
+from distkv.structured_outputs import grammars
 from distkv.structured_outputs.grammars import make_grammar
 from distkv.workers.sampling.grammar import Grammar
 
@@ -134,6 +137,33 @@ def test_every_end_token_may_end_it_and_no_other_special_token_comes(folder: Pat
     assert set(members(grammar.allowed([]))) == ends | {a}
     assert set(members(grammar.allowed([a]))) == ends
     assert grammar.allowed([5]) is None
+
+
+def test_nobody_waits_for_the_grammar_of_another(
+    folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's thread looks grammars up, too."""
+    grammar_of(folder, tokenizer, choice=["known"])
+    begun, goes_on = threading.Event(), threading.Event()
+    read = grammars._source
+
+    def slow(kind: str, value: Any, compact: bool) -> str:
+        if value == "slow":
+            begun.set()
+            assert goes_on.wait(60)
+        return read(kind, value, compact)
+
+    monkeypatch.setattr(grammars, "_source", slow)
+    with ThreadPoolExecutor() as threads:
+        first, second = (threads.submit(grammar_of, folder, tokenizer, regex="slow") for _ in range(2))
+        assert begun.wait(60)
+        try:
+            for others in ({"choice": ["known"]}, {"regex": "new"}):
+                assert threads.submit(grammar_of, folder, tokenizer, **others).result(60)
+            assert not first.done() and not second.done()
+        finally:
+            goes_on.set()
+        assert members(first.result().allowed([])) == members(second.result().allowed([]))
 
 
 @pytest.mark.parametrize(
