@@ -78,8 +78,9 @@ class AsyncLLM(Facade):
             priority: lower goes first; requests of one priority go in order of arrival.
             cache_salt: the prompt's pages are shared with requests of the same salt only; None is a salt too.
 
-        Raises RequestError or CapacityError for a prompt that cannot be answered, StoreError or CapacityError when the
-        request cannot go on, WorkerDied when a rank is lost, and DistKVError when the LLM is closed.
+        Raises RequestError or CapacityError for a prompt that cannot be answered, WorkerDied when a rank is lost,
+        DistKVError when the LLM is closed, and when the request cannot go on an error whose `output` has what there is
+        of it.
         """
         number = self._front_end.next_number()
         params = SamplingParams() if sampling_params is None else sampling_params
@@ -92,9 +93,12 @@ class AsyncLLM(Facade):
             while group.unfinished or due.is_set():
                 await due.wait()
                 due.clear()
-                if error := group.error or state.error:
-                    raise error
-                yield state.emit()
+                if group.error is not None:
+                    raise group.error
+                output = state.emit()
+                if output.error is not None:
+                    raise output.error
+                yield output
         finally:
             group.end()
             del mailbox.groups[state.request.request_id]

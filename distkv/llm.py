@@ -124,7 +124,7 @@ class LLM(Facade):
         answer: the answer so far, or what is new of it, or the finished one alone. The last output is finished.
 
         The engine does not wait for a slow reader. Leaving the iterator early ends the request. Raises as `generate`
-        does, and StoreError or CapacityError when the request cannot go on.
+        does, and when the request cannot go on the error that `generate` has in the output, with that as its `output`.
         """
         return self._outputs(self._request(prompt, _or_default(sampling_params), priority, cache_salt))
 
@@ -186,9 +186,10 @@ class LLM(Facade):
     def _outputs(self, state: RequestState) -> Generator[RequestOutput, None, None]:
         with closing(self._drive([state])) as steps:  # so that closing this generator aborts at once
             for _ in steps:
-                if state.error is not None:
-                    raise state.error
-                yield state.emit()
+                output = state.emit()
+                if output.error is not None:
+                    raise output.error
+                yield output
 
     def _drive(self, states: list[RequestState]) -> Generator[list[RequestState], None, None]:
         """Runs requests to their end, yielding those that are to emit an output after a step; what is unfinished at

@@ -1,8 +1,17 @@
 """The errors that the cache raises on purpose. Every message says what is wrong and what to do about it."""
 
+from typing import Any
+
 
 class DistKVError(Exception):
-    """Base of all errors below; catching it catches every error distkv raises on purpose."""
+    """Base of all errors below; catching it catches every error distkv raises on purpose.
+
+    Attributes:
+        output: the `RequestOutput` of a request that had begun and could not go on, with what there is of it; None
+            with all other errors.
+    """
+
+    output: Any = None
 
 
 class ConfigError(DistKVError, ValueError):

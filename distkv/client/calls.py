@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import httpx2
@@ -86,17 +85,14 @@ class Answers:
         return found
 
     def _output(self, event: wire.Event, kind: RequestOutputKind) -> RequestOutput:
-        if event.index is None:
-            assert event.error is not None
+        if event.error is not None:
             raise event.error.error()
-        before = self._last[event.index]
-        if event.output is None:
-            assert event.error is not None
-            output = _failed(before, event.error.error())
-        elif kind is RequestOutputKind.CUMULATIVE and before is not None:
-            output = join_deltas([before, event.output])
-        else:
-            output = event.output
+        assert event.index is not None and event.output is not None
+        output, before = event.output, self._last[event.index]
+        if kind is RequestOutputKind.CUMULATIVE and before is not None:
+            output = join_deltas([before, output])
+        if output.error is not None:
+            output.error.output = output
         self._last[event.index] = output
         return output
 
@@ -141,10 +137,3 @@ def _one_each(name: str, value: Any, count: int) -> list[Any]:
     if len(values) != count:
         raise RequestError(f"{count} prompts came with {len(values)} {name}; give one each, or one for all")
     return values
-
-
-def _failed(before: RequestOutput | None, error: DistKVError) -> RequestOutput:
-    """The output of a request that could not go on."""
-    if before is None:
-        return RequestOutput("", None, [], [], True, error)
-    return replace(before, finished=True, error=error)

@@ -53,7 +53,7 @@ class Failure(msgspec.Struct):
 
 
 class Event(msgspec.Struct):
-    """An output of the request with this index, or why the request, or without an index all of them, cannot go on."""
+    """An output of the request with this index, which may end it with an error; or why none of them can go on."""
 
     index: int | None = None
     output: RequestOutput | None = None

@@ -47,7 +47,7 @@ class FrontEnd:
         try:
             info = self.thread.wait()
             try:
-                self._tokenizer = Tokenizer(Path(self.config.model), info.eos_token_ids)
+                self._tokenizer = Tokenizer(Path(self.config.model), info.eos_token_ids, info.max_model_len)
                 info = replace(info, eos_token_ids=tuple(sorted(self._tokenizer.end_token_ids)))
             except ConfigError as error:
                 self._no_tokenizer = str(error)

@@ -82,7 +82,7 @@ class RequestState:
         else:
             outputs = [answer.output() for answer in self._answers]
         self._grown.clear()
-        return RequestOutput(
+        output = RequestOutput(
             request_id=self.request.request_id,
             prompt=self._prompt,
             prompt_token_ids=self.request.prompt_token_ids,
@@ -92,3 +92,6 @@ class RequestState:
             num_cached_tokens_by_tier=dict(zip(TIERS, self._num_cached_tokens, strict=True)),
             prompt_logprobs=prompt_logprobs,
         )
+        if self.error is not None:
+            self.error.output = output
+        return output

@@ -26,11 +26,12 @@ BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 class Tokenizer:
     """The tokenizer and chat template of a model folder, through transformers. For use by several threads."""
 
-    def __init__(self, folder: Path, eos_token_ids: Iterable[int] = ()):
+    def __init__(self, folder: Path, eos_token_ids: Iterable[int] = (), max_model_len: int | None = None):
         """Loads it, and runs no code that the folder may hold.
 
         Args:
             eos_token_ids: tokens that end an answer by what else the folder says.
+            max_model_len: how many tokens the model takes; texts that are too long for it are not encoded.
 
         Raises ConfigError when the folder has no tokenizer that can be loaded.
         """
@@ -54,6 +55,8 @@ class Tokenizer:
         self.special_tokens = {token.content: index for index, token in added if token.special}
         """The tokens that `decode` leaves out, by their text."""
         self._text_ids = frozenset(vocabulary.values()).difference(self.special_tokens.values())
+        self._max_model_len = max_model_len
+        self._longest_token = max(map(len, vocabulary), default=1)  # characters, or more than it has
         self._byte_ids = frozenset(index for token, index in vocabulary.items() if BYTE_TOKEN.fullmatch(token))
         own = self._tokenizer.eos_token_id
         self.end_token_ids = frozenset(eos_token_ids) | (frozenset() if own is None else {own})
@@ -66,9 +69,10 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Tokens of a plain prompt, with the tokens that the model puts before any text unless `special` is False;
-        raises RequestError when it is empty or not Unicode."""
+        raises RequestError when it is empty, not Unicode, or longer than any that the model could take."""
         if not text:
             raise RequestError("the prompt is empty; give some text")
+        self._check_length([text])
         _check_unicode(text)
         with self._lock:
             return self._tokenizer.encode(text, add_special_tokens=special)
@@ -87,7 +91,8 @@ class Tokenizer:
         first time a warning is logged.
 
         Raises ConfigError when the model has no template, RequestError when the messages are none that a template could
-        take, or it refuses them, or does nothing with tools or variables that were given.
+        take, or it refuses them, or does nothing with tools or variables that were given, or their text is longer than
+        any that the model could take.
         """
         messages, options = plain_messages(messages), TemplateOptions.of(tools, chat_template_kwargs)
         self._template.check(messages, options)
@@ -102,6 +107,7 @@ class Tokenizer:
                 )
                 self._warned = True
             sampled, texts = [], [render(messages)]
+        self._check_length(texts)
         with self._lock:
             pieces = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
         return list(chain.from_iterable(chain(*zip_longest(pieces, sampled, fillvalue=[]))))
@@ -164,6 +170,17 @@ class Tokenizer:
     @cached_property
     def _end_texts(self) -> tuple[str, ...]:
         return tuple(text for token_id in self.end_token_ids if (text := self.token_text(token_id)))
+
+    def _check_length(self, texts: list[str]) -> None:
+        """Refuses what cannot fit however it is encoded: encoding takes seconds for megabytes, and others wait."""
+        if self._max_model_len is None:
+            return
+        length, most = sum(map(len, texts)), self._max_model_len * self._longest_token
+        if length > most:
+            raise RequestError(
+                f"the prompt has {length} characters, and max_model_len is {self._max_model_len} tokens of at most "
+                f"{self._longest_token}; shorten the prompt or raise max_model_len"
+            )
 
     def _render(self, options: TemplateOptions, messages: list[Message]) -> str:
         text = self._template.render(messages, options)

@@ -43,6 +43,8 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError(error.status_code, str(error.detail))
     if isinstance(error, RequestError | ConfigError | CapacityError):
         return ApiError(400, str(error), code=type(error).__name__)
+    if type(error) is DistKVError and error.output is not None:  # it would fail again, of NaN in the weights, say
+        return ApiError(500, str(error), code=type(error).__name__)
     if isinstance(error, DistKVError):  # the engine has ended, or what it had stored cannot be read
         return ApiError(503, str(error), code=type(error).__name__)
     log.error("a request failed", exc_info=error)

@@ -10,9 +10,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from distkv.client import wire
-from distkv.errors import CapacityError, RequestError, StoreError
+from distkv.errors import DistKVError, RequestError
 from distkv.frontend.request_checks import check_params
-from distkv.outputs import RequestOutput
 from distkv.sampling_params import RequestOutputKind
 from distkv.server.answers import Outputs, answer_all
 from distkv.server.connection import EventStream
@@ -63,8 +62,7 @@ async def _events(service: Service, items: list[wire.Item]) -> AsyncGenerator[by
     num_answers = sum(item.sampling_params.n for item in items)
     async with aclosing(answer_all(service, num_answers, outputs)) as answers:
         async for index, output in answers:
-            failure = None if isinstance(output, RequestOutput) else _failure(output)
-            yield _event(wire.Event(index, None if failure else output, failure))
+            yield _event(wire.Event(index, output))
 
 
 def _outputs(service: Service, item: wire.Item) -> Outputs:
@@ -85,14 +83,16 @@ def _outputs(service: Service, item: wire.Item) -> Outputs:
     )  # fmt: skip
 
 
-async def _until_failure(outputs: Outputs) -> AsyncGenerator[Any, None]:
-    """The outputs of a request, and at their end the error of one that could not go on beside others that can."""
+async def _until_failure(outputs: Outputs) -> Outputs:
+    """The outputs of a request; one that could not go on, beside others that can, ends in an output with its error."""
     async with aclosing(outputs):
         try:
             async for output in outputs:
                 yield output
-        except (StoreError, CapacityError) as error:
-            yield error
+        except DistKVError as error:
+            if error.output is None:  # the engine has ended, or the call is none
+                raise
+            yield error.output
 
 
 def _failure(error: Exception) -> wire.Failure:

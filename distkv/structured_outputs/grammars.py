@@ -2,9 +2,10 @@
 
 import json
 import threading
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distkv.errors import RequestError
 from distkv.structured_outputs.params import StructuredOutputsParams
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 MAX_COMPILED = 64  # grammars that are kept for other requests
 
-_lock = threading.Lock()  # so that nothing is made twice at a time
+_lock = threading.Lock()  # so that nothing is made twice; the engine takes it too, and nothing is compiled under it
 
 
 def make_grammar(
@@ -35,47 +36,69 @@ def make_grammar(
         raise RequestError(
             "structured_outputs needs a token that ends the answer; leave ignore_eos out, or give stop_token_ids"
         )
+    value = getattr(params, params.kind)
     with _lock:
         vocabulary, end = _vocabulary(model, vocab_size)
-        matcher = _compiled(vocabulary, _source(params))
-    return Grammar(matcher.deep_copy, end, token_bits(sorted(end_token_ids), vocab_size))
+        compilation = _compilation(
+            vocabulary, params.kind, tuple(value) if isinstance(value, list) else value, params.disable_any_whitespace
+        )
+    return Grammar(compilation.matcher().deep_copy, end, token_bits(sorted(end_token_ids), vocab_size))
 
 
-def _source(params: StructuredOutputsParams) -> str:
+class _Compilation:
+    """A grammar that the first one to need it compiles; who needs another does not wait for it."""
+
+    def __init__(self, vocabulary: "LLTokenizer", source: Callable[[], str], kind: str):
+        self._vocabulary, self._source, self._kind = vocabulary, source, kind
+        self._lock = threading.Lock()
+        self._matcher: LLMatcher | None = None
+
+    def matcher(self) -> "LLMatcher":
+        """A matcher at the beginning of the grammar, to be copied. Raises RequestError for what the library cannot
+        use."""
+        from llguidance import LLMatcher
+
+        with self._lock:
+            if self._matcher is not None:
+                return self._matcher
+            try:
+                matcher = LLMatcher(self._vocabulary, self._source(), log_level=0)
+            except Exception as error:  # of the library's: it reads some kinds at once, GBNF by Python code
+                reason = " ".join(str(error).split())[:300]
+                raise RequestError(f"structured_outputs cannot be used: {reason}; mend its {self._kind}") from error
+            matcher.compute_bitmask()  # what is done at the first place is done for all copies
+            if matcher.is_error():
+                reason = " ".join(matcher.get_error().split())
+                raise RequestError(f"structured_outputs cannot be used: {reason[:300]}; mend it")
+            self._matcher = matcher
+            return matcher
+
+
+@lru_cache(MAX_COMPILED)
+def _compilation(vocabulary: "LLTokenizer", kind: str, value: Any, compact: bool) -> _Compilation:
+    """What the grammar is compiled by; `kind`, `value` and `compact` are of the params."""
+    return _Compilation(vocabulary, partial(_source, kind, value, compact), kind)
+
+
+def _source(kind: str, value: Any, compact: bool) -> str:
     """What the library is given."""
     from llguidance import LLMatcher, grammar_from
 
-    match params.kind:
+    match kind:
         case "json" | "json_object":
-            schema = '{"type": "object"}' if params.json is None else params.json
-            if not params.disable_any_whitespace:
+            schema = value if kind == "json" else '{"type": "object"}'
+            if not compact:
                 return LLMatcher.grammar_from_json_schema(schema)
             return LLMatcher.grammar_from_json_schema(
                 schema, overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
             )
         case "choice":
-            words = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in params.choice or ())
-            return LLMatcher.grammar_from_lark(f"start: {words}")
+            words = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in value)
+            return LLMatcher.grammar_from_lark("start: " + words.replace("\x7f", r"\u007f"))
         case "regex":
-            return LLMatcher.grammar_from_regex(params.regex or "")
+            return LLMatcher.grammar_from_regex(value)
         case _:
-            try:
-                return grammar_from("grammar", params.grammar or "")
-            except Exception as error:  # Python code of the library's reads GBNF
-                raise RequestError(f"structured_outputs cannot be used: {error}; mend its grammar") from error
-
-
-@lru_cache(MAX_COMPILED)
-def _compiled(vocabulary: "LLTokenizer", source: str) -> "LLMatcher":
-    """A matcher at the beginning of a grammar, to be copied."""
-    from llguidance import LLMatcher
-
-    matcher = LLMatcher(vocabulary, source, log_level=0)
-    matcher.compute_bitmask()  # what is done at the first place is done for all copies
-    if matcher.is_error():
-        reason = " ".join(matcher.get_error().split())
-        raise RequestError(f"structured_outputs cannot be used: {reason[:300]}; mend it")
-    return matcher
+            return grammar_from("grammar", value)
 
 
 @lru_cache(4)

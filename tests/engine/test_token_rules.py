@@ -11,7 +11,7 @@ from support.llms import tiered
 from support.prompts import random_prompt
 from support.rules import REGEX, VOCAB_SIZE, rule_requests, save_speaking_llama
 
-from distkv import LLM, DistKVError, RequestError, SamplingParams, StructuredOutputsParams
+from distkv import LLM, RequestError, SamplingParams, StructuredOutputsParams
 from distkv.outputs import RequestOutput
 
 
@@ -105,7 +105,7 @@ def test_rules_that_leave_no_token_end_their_request_alone(folder: Path) -> None
         first, other = llm.generate(
             [[5], [6]], [contrary, SamplingParams(max_tokens=3, ignore_eos=True)], use_tqdm=False
         )
-        assert isinstance(first.error, DistKVError) and first.outputs[0].finish_reason == "error"
+        assert isinstance(first.error, RequestError) and first.outputs[0].finish_reason == "error"
         assert "bad_words and structured_outputs leave no token that may come next" in str(first.error)
         assert other.error is None and len(other.outputs[0].token_ids) == 3
 

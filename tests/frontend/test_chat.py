@@ -228,3 +228,15 @@ def test_chats_give_them_to_the_template(tmp_path: Path, monkeypatch: pytest.Mon
     asyncio.run(ask(other, session="two"))
     asyncio.run(other.close())
     assert engine.prompts == [expected] * 4
+
+
+def test_what_cannot_fit_is_not_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoding megabytes takes long, and others wait for it."""
+    tokenizer = Tokenizer(save_tokenizer(tmp_path, chat_template=PLAIN), max_model_len=20)
+    most = 20 * max(map(len, tokenizer._tokenizer.get_vocab()))
+    assert tokenizer.encode("a" * most)
+    monkeypatch.setattr(tokenizer._tokenizer, "encode", None)
+    with pytest.raises(RequestError, match=rf"the prompt has {most + 1} characters, and max_model_len is 20 tokens"):
+        tokenizer.encode("a" * (most + 1))
+    with pytest.raises(RequestError, match="shorten the prompt or raise max_model_len"):
+        tokenizer.encode_chat([user("a" * most)])

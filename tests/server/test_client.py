@@ -20,6 +20,7 @@ from distkv import (
     RequestOutput,
     RequestOutputKind,
     SamplingParams,
+    StructuredOutputsParams,
 )
 
 PARAMS = SamplingParams(max_tokens=12, n=2, seed=4, logprobs=2, ignore_eos=True)
@@ -97,6 +98,24 @@ def test_errors_are_those_of_the_llm(client: Client) -> None:
     with Client("http://127.0.0.1:9") as nobody, pytest.raises(DistKVError, match="cannot be reached"):
         nobody.stats()
     client.reset_prefix_cache()
+
+
+def test_a_request_that_cannot_go_on_ends_alone(client: Client, llm: LLM) -> None:
+    """With what it had, as with the LLM."""
+    limits = SamplingParams(structured_outputs=StructuredOutputsParams(choice=["Hello"]), min_tokens=12, n=2, seed=4)
+    params = [limits, PARAMS, limits]
+    prompts = ["Hello", "Hello world", [40, 41]]
+    outputs, expected = (one.generate(prompts, params, use_tqdm=False) for one in (client, llm))
+    assert same(outputs[1], expected[1])
+    for output, other in ((outputs[0], expected[0]), (outputs[2], expected[2])):
+        assert isinstance(output.error, RequestError) and str(output.error) == str(other.error)
+        assert output.outputs == other.outputs and output.outputs[0].finish_reason == "error"
+        assert output.outputs[0].text == "Hello" and output.prompt_token_ids == other.prompt_token_ids
+    for kind in RequestOutputKind:
+        for one in (client, llm):
+            with pytest.raises(RequestError, match="leave no token") as failed:
+                list(one.stream("Hello", changed(limits, output_kind=kind)))
+            assert failed.value.output.outputs[0].finish_reason == "error"
 
 
 def test_a_session_is_kept_by_the_server(client: Client) -> None:

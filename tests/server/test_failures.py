@@ -130,3 +130,20 @@ def test_a_body_that_stops_coming_is_given_up(here: HereServer, monkeypatch: pyt
     with socket.create_connection((host, int(port)), timeout=60) as half:
         half.sendall(head + b'{"prompt"')
         assert half.recv(4096).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_request_that_would_fail_again_is_no_503(here: HereServer) -> None:
+    here.service.loaded(here.llm)
+    harsh = {"prompt": [5, 6, 7] * 9, "repetition_penalty": 1e-50, "temperature": 0}
+    failed = httpx2.post(f"{here.url}/v1/completions", json=harsh)
+    assert failed.status_code == 500 and "repetition_penalty 1e-50" in failed.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("body", [{"prompt": "ab"}, {"prompt": ["ab", "b"], "n": 2}])
+def test_limits_that_leave_no_token_are_the_clients_mistake(here: HereServer, body: dict[str, Any]) -> None:
+    """A 503 would have clients send the same again."""
+    here.service.loaded(here.llm)
+    limits = {"structured_outputs": {"choice": ["a"]}, "min_tokens": 12}
+    refused = httpx2.post(f"{here.url}/v1/completions", json=body | limits)
+    assert refused.status_code == 400 and refused.json()["error"]["code"] == "RequestError"
+    assert "min_tokens and structured_outputs leave no token" in refused.json()["error"]["message"]

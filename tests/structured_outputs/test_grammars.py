@@ -3,6 +3,8 @@
 import json
 import random
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from support.tokenizers import save_tokenizer
 
 from distkv import RequestError, SamplingParams, StructuredOutputsParams
 from distkv.frontend.tokenizer import Tokenizer
+from distkv.structured_outputs import grammars
 from distkv.structured_outputs.grammars import make_grammar
 from distkv.workers.sampling.grammar import Grammar
 
@@ -28,7 +31,7 @@ SCHEMA = {
     "required": ["name", "age", "kind"],
     "additionalProperties": False,
 }
-CHOICES = ["yes", "no", "yes, no", 'a "b" \\ {c}', "漢🙂\n\x01é"]
+CHOICES = ["yes", "no", "yes, no", 'a "b" \\ {c}', "漢🙂\n\x01é\x7f"]
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +139,33 @@ def test_every_end_token_may_end_it_and_no_other_special_token_comes(folder: Pat
     assert grammar.allowed([5]) is None
 
 
+def test_nobody_waits_for_the_grammar_of_another(
+    folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's thread looks grammars up, too."""
+    grammar_of(folder, tokenizer, choice=["known"])
+    begun, goes_on = threading.Event(), threading.Event()
+    read = grammars._source
+
+    def slow(kind: str, value: Any, compact: bool) -> str:
+        if value == "slow":
+            begun.set()
+            assert goes_on.wait(60)
+        return read(kind, value, compact)
+
+    monkeypatch.setattr(grammars, "_source", slow)
+    with ThreadPoolExecutor() as threads:
+        first, second = (threads.submit(grammar_of, folder, tokenizer, regex="slow") for _ in range(2))
+        assert begun.wait(60)
+        try:
+            for others in ({"choice": ["known"]}, {"regex": "new"}):
+                assert threads.submit(grammar_of, folder, tokenizer, **others).result(60)
+            assert not first.done() and not second.done()
+        finally:
+            goes_on.set()
+        assert members(first.result().allowed([])) == members(second.result().allowed([]))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -164,6 +194,11 @@ def test_values_that_are_none_are_refused(values: dict[str, Any], message: str) 
         ({"json": {"type": "arr"}}, "structured_outputs cannot be used: .*arr; mend it"),
         ({"json": {"type": "array", "uniqueItems": True}}, 'Unimplemented keys: .*"uniqueItems".*; mend it'),
         ({"json": {"type": "string", "minLength": 3, "maxLength": 2}}, "Unsatisfiable schema"),
+        ({"json": '{"const": NaN}', "disable_any_whitespace": True}, "expected value at .*; mend its json"),
+        ({"json": '{"a":' * 200 + "1" + "}" * 200, "disable_any_whitespace": True}, "recursion limit.*; mend its json"),
+        ({"json": {"const": 10**400}, "disable_any_whitespace": True}, "cannot be used: .*; mend its json"),
+        ({"json": '{"const": "\\ud800"}', "disable_any_whitespace": True}, "cannot be used: .*; mend its json"),
+        ({"json": '{"const": NaN}'}, "cannot be used: .*; mend"),
         ({"grammar": "root ::= (("}, "structured_outputs cannot be used: .*; mend"),
         ({"grammar": "start: nothing"}, "structured_outputs cannot be used: .*; mend it"),
     ],
