@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import binascii
 import hmac
 import re
 import uuid
@@ -66,7 +65,7 @@ def _keys(headers: Headers) -> list[str]:
     if kind.lower() == "bearer":
         found.append(value.strip())
     elif kind.lower() == "basic":
-        with suppress(binascii.Error, UnicodeDecodeError):
+        with suppress(ValueError):  # of base64, of UTF-8, of what is no ASCII
             found.append(base64.b64decode(value.strip(), validate=True).decode().partition(":")[2])
     return found
 

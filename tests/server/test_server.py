@@ -22,6 +22,7 @@ from distkv import CapacityError, Client, ConfigError, SamplingParams, __version
 from distkv.server.options import ServerOptions
 
 KEY = "a-secret key"
+NO_ASCII: dict[Any, Any] = {"authorization": b"Basic \xe9"}
 BEARER = {"authorization": f"Bearer {KEY}"}
 LONG: dict[str, Any] = {"prompt": "Hello", "max_tokens": 2000, "ignore_eos": True, "stream": True}
 
@@ -40,7 +41,13 @@ def guarded(talker: Path) -> Iterator[ServerProcess]:
 
 @pytest.mark.parametrize("path", ["/v1/models", "/version", "/stats", "/openapi.json", "/", "/nowhere"])
 def test_a_key_guards_every_route_but_the_health(guarded: ServerProcess, path: str) -> None:
-    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {KEY}"}, {"x-api-key": ""}):
+    for headers in (
+        {},
+        {"authorization": "Bearer wrong"},
+        {"authorization": f"Basic {KEY}"},
+        {"x-api-key": ""},
+        NO_ASCII,
+    ):
         refused = guarded.get(path, headers=headers)
         assert refused.status_code == 401
         assert refused.json()["error"]["code"] == "invalid_api_key" and "www-authenticate" in refused.headers
