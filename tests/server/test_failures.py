@@ -130,3 +130,15 @@ def test_a_body_that_stops_coming_is_given_up(here: HereServer, monkeypatch: pyt
     with socket.create_connection((host, int(port)), timeout=60) as half:
         half.sendall(head + b'{"prompt"')
         assert half.recv(4096).startswith(b"HTTP/1.1 408 ")
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_more_answers_than_can_run_take_no_place(here: HereServer, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """Or all others would be told that the queue is full."""
+    here.service.loaded(here.llm)
+    asked: list[int] = []
+    monkeypatch.setattr(here.service, "answering", asked.append)
+    body = {"n": 10**6, "max_tokens": 1, "stream": True}
+    body |= {"prompt": "a"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "a"}]}
+    refused = httpx2.post(here.url + path, json=body)
+    assert refused.status_code == 400 and "max_num_seqs" in refused.text and not asked
