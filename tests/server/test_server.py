@@ -143,6 +143,14 @@ def test_what_it_says_of_itself(server: ServerProcess) -> None:
     assert "/v1/chat/completions" in server.get("/openapi.json").json()["paths"]
 
 
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/messages/count_tokens", "/v1/chat/completions"])
+@pytest.mark.parametrize("token_ids", [["a"], [-5], [10**30], [[1]], [True]])
+def test_tokens_of_messages_are_checked(server: ServerProcess, path: str, token_ids: list[Any]) -> None:
+    answer = {"role": "assistant", "content": "Hello", "token_ids": token_ids}
+    refused = server.post(path, {"messages": [answer, {"role": "user", "content": "and?"}]})
+    assert refused.status_code == 400 and "integer" in refused.text
+
+
 @pytest.mark.slow
 def test_a_second_signal_ends_at_once(talker: Path) -> None:
     with (
