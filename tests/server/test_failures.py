@@ -142,3 +142,17 @@ def test_more_answers_than_can_run_take_no_place(here: HereServer, monkeypatch: 
     body |= {"prompt": "a"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "a"}]}
     refused = httpx2.post(here.url + path, json=body)
     assert refused.status_code == 400 and "max_num_seqs" in refused.text and not asked
+
+
+def test_a_stream_ends_whose_body_stops_coming(here: HereServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For nobody can tell whether its client is still there."""
+    here.service.loaded(here.llm)
+    monkeypatch.setattr("distkv.server.middleware.SILENCE_SECONDS", 0.1)
+    host, _, port = here.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as half:
+        half.sendall(b"GET /live HTTP/1.1\r\nhost: here\r\ncontent-length: 5\r\n\r\n")
+        half.settimeout(3)
+        said = b""
+        while part := half.recv(65536):
+            said += part
+    assert said.startswith(b"HTTP/1.1 200 ") and b"tokens_per_second" in said
