@@ -90,7 +90,9 @@ def test_before_and_after(here: HereServer) -> None:
     assert httpx2.get(f"{here.url}/version").status_code == 200
 
 
-def test_what_goes_wrong_in_a_route_is_told_as_json(here: HereServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_goes_wrong_in_a_route_is_told_as_json(
+    here: HereServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
@@ -98,6 +100,8 @@ def test_what_goes_wrong_in_a_route_is_told_as_json(here: HereServer, monkeypatc
     monkeypatch.setattr("distkv.frontend.tokenizer.Tokenizer.encode", fail)
     failed = httpx2.post(f"{here.url}/v1/completions", json={"prompt": "Hello"})
     assert failed.status_code == 500 and "ZeroDivisionError" in failed.json()["error"]["message"]
+    assert failed.headers["x-request-id"] and "connection" not in failed.headers
+    assert len(caplog.records) == 1, "the log has it once"
 
 
 def test_a_silent_stream_is_kept_alive(here: HereServer, monkeypatch: pytest.MonkeyPatch) -> None:
