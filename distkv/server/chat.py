@@ -85,7 +85,7 @@ class _Chat:
         body = self._body
         outputs = self._service.llm.chat(
             body.messages, self._params, priority=body.priority, cache_salt=body.cache_salt, session=body.session,
-            tools=body.tools, chat_template_kwargs=body.chat_template_kwargs,
+            tools=body.shown_tools, chat_template_kwargs=body.chat_template_kwargs,
         )  # fmt: skip
         return answer_all(self._service, self._params.n, [outputs])
 
