@@ -3,7 +3,7 @@
 from typing import Any
 
 from distkv.errors import RequestError
-from distkv.values import shown
+from distkv.values import integer, shown
 
 Message = dict[str, Any]
 """One message of a conversation: `{"role": "user", "content": "..."}`. An answer may carry `token_ids` besides its
@@ -32,6 +32,8 @@ def _plain(message: Message) -> Message:
     answer = message.get("token_ids")
     if answer is not None and not (isinstance(answer, list) and isinstance(message.get("content"), str)):
         raise RequestError("a message with token_ids needs them as a list of integers, and its text as content")
+    if answer is not None:
+        message = message | {"token_ids": [integer("one of a message's token_ids", one, 0) for one in answer]}
     if "content" not in message and not message.get("tool_calls"):
         raise RequestError(f"a message of the {message['role']} has no content; give its text as 'content'")
     more = {key: value for key, value in extra_fields(message).items() if value is not None and not _is_empty(value)}

@@ -59,6 +59,7 @@ def about_routes(service: Service) -> APIRouter:
             token_ids = await asyncio.to_thread(
                 tokenizer.encode_chat, body.messages, body.tools, body.chat_template_kwargs
             )
+            service.check_vocab("messages", token_ids)
         else:
             special = body.add_special_tokens is not False
             token_ids = await asyncio.to_thread(tokenizer.encode, body.prompt or "", special)
@@ -74,11 +75,8 @@ def about_routes(service: Service) -> APIRouter:
     async def detokenize(body: DetokenizeBody) -> dict[str, str]:
         """The text of tokens, special ones too."""
         service.check_model(body.model)
-        vocab_size = service.llm.info.vocab_size
-        unknown = [one for one in body.tokens if not 0 <= one < vocab_size]
-        if unknown:
-            raise ApiError(400, f"tokens has {unknown[0]}; ids are integers below {vocab_size}", "tokens")
-        return {"prompt": await asyncio.to_thread(service.llm.tokenizer.decode_all, body.tokens)}
+        token_ids = service.check_vocab("tokens", body.tokens)
+        return {"prompt": await asyncio.to_thread(service.llm.tokenizer.decode_all, token_ids)}
 
     @router.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from distkv.server.completions import completion_routes
 from distkv.server.errors import api_error, error_response
 from distkv.server.live import page_routes
 from distkv.server.messages import message_routes
-from distkv.server.middleware import BodyLimit, CutOff, KeyGuard, RequestIds
+from distkv.server.middleware import BodyLimit, CutOff, Failures, KeyGuard, RequestIds
 from distkv.server.own import own_routes
 from distkv.server.responses import response_routes
 from distkv.server.service import Service
@@ -31,6 +31,7 @@ def make_app(service: Service) -> FastAPI:
     # the last one is the outermost
     app.add_middleware(BodyLimit, most=int(service.options.max_body_bytes))
     app.add_middleware(KeyGuard, key=service.options.api_key)
+    app.add_middleware(Failures)
     app.add_middleware(RequestIds)
     app.add_middleware(CutOff)
 
@@ -39,6 +40,6 @@ def make_app(service: Service) -> FastAPI:
             error = validation_error(error)
         return error_response(request.url.path, api_error(error))
 
-    for kind in (RequestValidationError, HTTPException, DistKVError, Exception):
+    for kind in (RequestValidationError, HTTPException, DistKVError):
         app.add_exception_handler(kind, refuse)
     return app

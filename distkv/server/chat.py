@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from distkv.frontend.request_checks import check_params
 from distkv.outputs import CompletionOutput, RequestOutput
 from distkv.server.answers import answer_all
 from distkv.server.connection import DONE, EventStream, event, reply
@@ -46,6 +47,7 @@ class _Chat:
             "model": service.check_model(body.model),
         }
         self._usage = Usage()
+        check_params(self._params, service.llm.info)  # before so many answers have a place in the queue
 
     async def whole(self) -> dict[str, Any]:
         """The body of the response."""
@@ -83,7 +85,7 @@ class _Chat:
         body = self._body
         outputs = self._service.llm.chat(
             body.messages, self._params, priority=body.priority, cache_salt=body.cache_salt, session=body.session,
-            tools=body.tools, chat_template_kwargs=body.chat_template_kwargs,
+            tools=body.shown_tools, chat_template_kwargs=body.chat_template_kwargs,
         )  # fmt: skip
         return answer_all(self._service, self._params.n, [outputs])
 

@@ -3,13 +3,14 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from distkv.server.errors import ApiError
 from distkv.server.json import encode
 
 KEEP_ALIVE_SECONDS = 15.0
@@ -27,8 +28,9 @@ async def while_connected(receive: Receive) -> AsyncIterator[None]:
     """Cancels what it holds when the client goes away, and ends without an error then."""
 
     async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            """What is left of the body."""
+        with suppress(ApiError):  # a body that stops coming hides whether the client is still there
+            while (await receive())["type"] != "http.disconnect":
+                """What is left of the body."""
         gone.reschedule(asyncio.get_running_loop().time())
 
     gone = asyncio.timeout(None)

@@ -34,7 +34,7 @@ def message_routes(service: Service) -> APIRouter:
         """How many tokens a conversation has."""
         service.check_model(body.model)
         token_ids = await asyncio.to_thread(service.llm.tokenizer.encode_chat, body.conversation())
-        return {"input_tokens": len(token_ids)}
+        return {"input_tokens": len(service.check_vocab("messages", token_ids))}
 
     return router
 

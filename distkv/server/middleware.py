@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import binascii
 import hmac
 import re
 import uuid
@@ -11,7 +10,7 @@ from contextlib import suppress
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from distkv.server.errors import ApiError, error_response
+from distkv.server.errors import ApiError, api_error, error_response
 
 OPEN_PATHS = ("/health",)
 SILENCE_SECONDS = 30.0  # in the middle of a body
@@ -40,6 +39,29 @@ class RequestIds:
         await self._app(scope, receive, send_with_id)
 
 
+class Failures:
+    """Tells the client of an exception that no route has an answer for, which is a mistake of the server's."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles a request."""
+        has_begun = False
+
+        async def send_on(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_on)
+        except Exception as error:
+            if has_begun or scope["type"] != "http":  # too late for another status: uvicorn logs it and hangs up
+                raise
+            await error_response(scope["path"], api_error(error))(scope, receive, send)
+
+
 class KeyGuard:
     """Lets only those pass who send the key; anybody may ask for the health."""
 
@@ -66,7 +88,7 @@ def _keys(headers: Headers) -> list[str]:
     if kind.lower() == "bearer":
         found.append(value.strip())
     elif kind.lower() == "basic":
-        with suppress(binascii.Error, UnicodeDecodeError):
+        with suppress(ValueError):  # of base64, of UTF-8, of what is no ASCII
             found.append(base64.b64decode(value.strip(), validate=True).decode().partition(":")[2])
     return found
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from distkv.async_llm import AsyncLLM
 from distkv.server.errors import ApiError
 from distkv.server.options import ServerOptions
+from distkv.values import shown
 
 RETRY_SECONDS = 1
 LOADING_SECONDS = 5
@@ -47,6 +48,14 @@ class Service:
                 404, f"the model {name!r} is not served here; use {self.names[0]!r}", "model", "model_not_found"
             )
         return name
+
+    def check_vocab(self, name: str, token_ids: list[int]) -> list[int]:
+        """The tokens of this field; raises ApiError for one that the model does not know."""
+        vocab_size = self.llm.info.vocab_size
+        unknown = next((one for one in token_ids if not 0 <= one < vocab_size), None)
+        if unknown is not None:
+            raise ApiError(400, f"{name} has {shown(unknown)}; ids are integers below {vocab_size}", name)
+        return token_ids
 
     @contextmanager
     def answering(self, count: int) -> Iterator[None]:

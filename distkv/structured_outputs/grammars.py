@@ -94,7 +94,7 @@ def _source(kind: str, value: Any, compact: bool) -> str:
             )
         case "choice":
             words = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in value)
-            return LLMatcher.grammar_from_lark("start: " + words.replace("\x7f", r"\u007f"))
+            return "start: CHOICE\nCHOICE: " + words.replace("\x7f", r"\u007f")  # one terminal, which may be large
         case "regex":
             return LLMatcher.grammar_from_regex(value)
         case _:

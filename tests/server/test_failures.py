@@ -90,7 +90,9 @@ def test_before_and_after(here: HereServer) -> None:
     assert httpx2.get(f"{here.url}/version").status_code == 200
 
 
-def test_what_goes_wrong_in_a_route_is_told_as_json(here: HereServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_goes_wrong_in_a_route_is_told_as_json(
+    here: HereServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
@@ -98,6 +100,8 @@ def test_what_goes_wrong_in_a_route_is_told_as_json(here: HereServer, monkeypatc
     monkeypatch.setattr("distkv.frontend.tokenizer.Tokenizer.encode", fail)
     failed = httpx2.post(f"{here.url}/v1/completions", json={"prompt": "Hello"})
     assert failed.status_code == 500 and "ZeroDivisionError" in failed.json()["error"]["message"]
+    assert failed.headers["x-request-id"] and "connection" not in failed.headers
+    assert len(caplog.records) == 1, "the log has it once"
 
 
 def test_a_silent_stream_is_kept_alive(here: HereServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,3 +151,29 @@ def test_limits_that_leave_no_token_are_the_clients_mistake(here: HereServer, bo
     refused = httpx2.post(f"{here.url}/v1/completions", json=body | limits)
     assert refused.status_code == 400 and refused.json()["error"]["code"] == "RequestError"
     assert "min_tokens and structured_outputs leave no token" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_more_answers_than_can_run_take_no_place(here: HereServer, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """Or all others would be told that the queue is full."""
+    here.service.loaded(here.llm)
+    asked: list[int] = []
+    monkeypatch.setattr(here.service, "answering", asked.append)
+    body = {"n": 10**6, "max_tokens": 1, "stream": True}
+    body |= {"prompt": "a"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "a"}]}
+    refused = httpx2.post(here.url + path, json=body)
+    assert refused.status_code == 400 and "max_num_seqs" in refused.text and not asked
+
+
+def test_a_stream_ends_whose_body_stops_coming(here: HereServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For nobody can tell whether its client is still there."""
+    here.service.loaded(here.llm)
+    monkeypatch.setattr("distkv.server.middleware.SILENCE_SECONDS", 0.1)
+    host, _, port = here.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as half:
+        half.sendall(b"GET /live HTTP/1.1\r\nhost: here\r\ncontent-length: 5\r\n\r\n")
+        half.settimeout(3)
+        said = b""
+        while part := half.recv(65536):
+            said += part
+    assert said.startswith(b"HTTP/1.1 200 ") and b"tokens_per_second" in said

@@ -220,6 +220,7 @@ def test_what_cannot_be_done_is_refused(
     "options, message",
     [
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),  # nothing for this template
+        ({"tools": [{"type": "function"}], "parallel_tool_calls": False}, "parallel_tool_calls is false"),
         ({"extra_body": {"chat_template_kwargs": {"thinks": True}}}, "thinks"),
         ({"messages": []}, "a conversation is []"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}]}, "image_url"),
@@ -240,6 +241,10 @@ def test_what_clients_send_without_meaning_it_is_taken(openai: OpenAI) -> None:
     openai.chat.completions.create(
         model="talker", messages=ASKED, max_tokens=1, user="me", response_format={"type": "text"}, logit_bias={},
         store=False, tool_choice="auto", tools=[], stop=None, parallel_tool_calls=True,
+    )  # fmt: skip
+    openai.chat.completions.create(  # the template would refuse to show them
+        model="talker", messages=ASKED, max_tokens=1, tool_choice="none",
+        tools=[{"type": "function", "function": {"name": "f"}}],
     )  # fmt: skip
     with pytest.raises(NotFoundError):
         openai.chat.completions.create(model="gpt-4", messages=ASKED)

@@ -22,6 +22,7 @@ from distkv import CapacityError, Client, ConfigError, SamplingParams, __version
 from distkv.server.options import ServerOptions
 
 KEY = "a-secret key"
+NO_ASCII: dict[Any, Any] = {"authorization": b"Basic \xe9"}
 BEARER = {"authorization": f"Bearer {KEY}"}
 LONG: dict[str, Any] = {"prompt": "Hello", "max_tokens": 2000, "ignore_eos": True, "stream": True}
 
@@ -40,7 +41,13 @@ def guarded(talker: Path) -> Iterator[ServerProcess]:
 
 @pytest.mark.parametrize("path", ["/v1/models", "/version", "/stats", "/openapi.json", "/", "/nowhere"])
 def test_a_key_guards_every_route_but_the_health(guarded: ServerProcess, path: str) -> None:
-    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {KEY}"}, {"x-api-key": ""}):
+    for headers in (
+        {},
+        {"authorization": "Bearer wrong"},
+        {"authorization": f"Basic {KEY}"},
+        {"x-api-key": ""},
+        NO_ASCII,
+    ):
         refused = guarded.get(path, headers=headers)
         assert refused.status_code == 401
         assert refused.json()["error"]["code"] == "invalid_api_key" and "www-authenticate" in refused.headers
@@ -134,6 +141,14 @@ def test_what_it_says_of_itself(server: ServerProcess) -> None:
     info = server.get("/tokenizer_info").json()
     assert info["eos_token"] == "</s>" and "message['role']" in info["chat_template"]
     assert "/v1/chat/completions" in server.get("/openapi.json").json()["paths"]
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/messages/count_tokens", "/v1/chat/completions"])
+@pytest.mark.parametrize("token_ids", [["a"], [-5], [10**30], [[1]], [True]])
+def test_tokens_of_messages_are_checked(server: ServerProcess, path: str, token_ids: list[Any]) -> None:
+    answer = {"role": "assistant", "content": "Hello", "token_ids": token_ids}
+    refused = server.post(path, {"messages": [answer, {"role": "user", "content": "and?"}]})
+    assert refused.status_code == 400 and "integer" in refused.text
 
 
 @pytest.mark.slow

@@ -224,3 +224,35 @@ def test_a_model_that_cannot_have_one_is_told_why(tmp_path: Path) -> None:
         SamplingParams(structured_outputs=params, ignore_eos=True)
     with pytest.raises(RequestError, match=r"structured_outputs is .*; it must be a StructuredOutputsParams"):
         SamplingParams(structured_outputs={"regex": "a"})  # type: ignore[arg-type]
+
+
+def test_choices_may_be_many(folder: Path, tokenizer: Tokenizer) -> None:
+    choices = [f"w{index}" for index in range(10000)]
+    grammar = grammar_of(folder, tokenizer, choice=choices)
+    tokens, ended = walk(grammar, tokenizer, random.Random(0), 8)
+    assert ended and tokenizer.decode_all(tokens) in choices
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"choice": ["<|im_start|>x"]},
+        {"regex": r"<\|im_start\|>/x"},
+        {"json": {"const": "<|im_start|>"}},
+        {"json": {"const": "<|im_start|>"}, "disable_any_whitespace": True},
+        {"grammar": 'start: "<|im_start|>x"'},
+        {"grammar": 'root ::= "<|im_start|>x"'},
+    ],
+)
+def test_a_text_that_names_a_special_token_is_written_out(demo_model: Path, params: dict[str, Any]) -> None:
+    """The token of that name would end the answer, or tell the model of another turn."""
+    tokenizer = Tokenizer(demo_model)
+    grammar = make_grammar(str(demo_model), 49152, StructuredOutputsParams(**params), frozenset([2]))
+    rng, tokens = random.Random(1), list[int]()
+    for _ in range(30):
+        allowed = members(grammar.allowed(tokens[-1:]))
+        assert allowed and 1 not in allowed
+        if 2 in allowed:
+            break
+        tokens.append(rng.choice(allowed))
+    assert "<|im_start|>" in tokenizer.decode_all(tokens)

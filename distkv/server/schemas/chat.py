@@ -1,11 +1,10 @@
 """The body of `/v1/chat/completions`."""
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
 from distkv.sampling_params import SamplingParams
-from distkv.server.schemas.body import ANYTHING
 from distkv.server.schemas.sampling import OpenAIBody
 
 
@@ -15,9 +14,7 @@ class ChatBody(OpenAIBody):
     without_effect: ClassVar = OpenAIBody.without_effect | {
         "tools": ([],),
         "functions": ([],),
-        "tool_choice": ("none", "auto"),
         "function_call": ("none", "auto"),
-        "parallel_tool_calls": (ANYTHING,),  # of tools that there are none of
         "modalities": (["text"],),
         "add_generation_prompt": (True,),
         "continue_final_message": (False,),
@@ -31,6 +28,8 @@ class ChatBody(OpenAIBody):
     top_logprobs: int | None = None
     session: str | None = None
     tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["none", "auto"] = "auto"
+    parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
@@ -38,10 +37,17 @@ class ChatBody(OpenAIBody):
         self.check_stream()
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs is given and logprobs is not true; set it, or leave top_logprobs out")
+        if self.tools and not self.parallel_tool_calls:
+            raise ValueError("parallel_tool_calls is false, and nothing here keeps a model to one call; leave it out")
         given = self.model_fields_set
         if {"max_tokens", "max_completion_tokens"} <= given and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
         return self
+
+    @property
+    def shown_tools(self) -> list[dict[str, Any]] | None:
+        """The tools that the model is told of."""
+        return None if self.tool_choice == "none" else self.tools
 
     def params(self) -> SamplingParams:
         """How to sample, up to the model's limit unless told otherwise; raises RequestError as `sampling_params`."""
