@@ -118,6 +118,7 @@ class Engine:
             try:
                 self._scheduler.add(request)
             except RequestError as error:
+                self.meter.refused(request)
                 self._outputs.append(RequestFailed(request.request_id, type(error).__name__, str(error)))
 
     def abort(self, answers: Iterable[tuple[str, int | None]], reason: str = "abort") -> None:

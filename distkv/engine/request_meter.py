@@ -5,6 +5,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
 
+from distkv.engine.protocol import EngineRequest
 from distkv.engine.sequence import Sequence
 from distkv.engine.stats import Histogram, RequestStats
 from distkv.storage.tier import Tier
@@ -76,6 +77,10 @@ class RequestMeter:
             self._prefix_queries += sequence.prompt_len
             for tier, count in zip(TIERS, sequence.num_cached, strict=True):
                 self._prefix_hits[tier] += count
+
+    def refused(self, request: EngineRequest) -> None:
+        """A request cannot run, which was found when it came."""
+        self._finished["error"] += request.params.n
 
     def began(self, sequence: Sequence) -> None:
         """The first tokens of all answers of a request are there, which are not forked yet."""

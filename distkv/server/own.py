@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from distkv.client import wire
@@ -37,6 +38,8 @@ def own_routes(service: Service) -> APIRouter:
             raise RequestError("the body must be JSON, sent with 'content-type: application/json'")
         try:
             call = wire.decode_call(await request.body())
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads it
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise RequestError(str(error)) from error
         return EventStream(_events(service, call.items), lambda error: _event(wire.Event(error=_failure(error))))

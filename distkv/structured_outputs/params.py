@@ -11,6 +11,7 @@ from distkv.values import flag, listed, plain, shown, text
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
 MAX_CHOICES = 10_000
+MAX_CHARACTERS = 2**17  # which the library compiles in a second at worst
 
 
 @explained
@@ -49,8 +50,18 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, repr_om
             self._set("json", _schema(self.json))
         if self.choice is not None:
             self._set("choice", _choice(self.choice))
+        self._check_size(given[0])
         if self.disable_any_whitespace and given[0] not in ("json", "json_object"):
             raise RequestError(f"disable_any_whitespace must be left out beside {given[0]}; it is about JSON")
+
+    def _check_size(self, name: str) -> None:
+        value = getattr(self, name)
+        length = sum(map(len, value)) if isinstance(value, list) else len(value) if isinstance(value, str) else 0
+        if length > MAX_CHARACTERS:
+            raise RequestError(
+                f"{name} has {length} characters; it must be of at most {MAX_CHARACTERS}, for it takes long to be "
+                "compiled"
+            )
 
     @property
     def kind(self) -> str:

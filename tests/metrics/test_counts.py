@@ -12,7 +12,8 @@ from support.memory import drain
 from support.prompts import random_prompt
 from support.speaker import make, requests
 
-from distkv import LLM, SamplingParams
+from distkv import LLM, SamplingParams, StructuredOutputsParams
+from distkv.engine.protocol import RequestFailed
 from distkv.engine.stats import EngineStats, Histogram
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
@@ -65,6 +66,15 @@ def test_times_add_up() -> None:
     assert found.inter_token_latency.total == pytest.approx(found.decode_time.total)
     assert found.answer_length.total == found.generation_tokens == 6 * 9
     assert found.prompt_length.total == found.prompt_tokens
+
+
+def test_a_request_that_is_refused_when_it_comes_is_an_error() -> None:
+    """Its grammar cannot be made here, which has no tokenizer."""
+    engine, _ = make()
+    engine.add(requests(1, SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"), n=2), 9))
+    [failed] = engine.step()
+    assert isinstance(failed, RequestFailed) and failed.error == "RequestError"
+    assert engine.stats().requests.finished == {"stop": 0, "length": 0, "abort": 0, "error": 2}
 
 
 def test_a_request_that_fails_is_an_error() -> None:

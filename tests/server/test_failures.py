@@ -136,6 +136,29 @@ def test_a_body_that_stops_coming_is_given_up(here: HereServer, monkeypatch: pyt
         assert half.recv(4096).startswith(b"HTTP/1.1 408 ")
 
 
+def test_a_client_that_leaves_while_it_sends_is_no_mistake(here: HereServer, caplog: pytest.LogCaptureFixture) -> None:
+    here.service.loaded(here.llm)
+    coming: list[dict[str, Any]] = [
+        {"type": "http.request", "body": b'{"items"', "more_body": True}, {"type": "http.disconnect"}
+    ]  # fmt: skip
+    said: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return coming.pop(0)
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    headers = [(b"content-type", b"application/json"), (b"host", b"127.0.0.1")]
+    scope = {
+        "type": "http", "method": "POST", "path": "/generate", "query_string": b"", "headers": headers,
+        "http_version": "1.1", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 8000), "scheme": "http",
+    }  # fmt: skip
+    app: Any = make_app(here.service)
+    asyncio.run(app(scope, receive, send))
+    assert said[0]["status"] == 499 and not caplog.records
+
+
 def test_a_request_that_would_fail_again_is_no_503(here: HereServer) -> None:
     here.service.loaded(here.llm)
     harsh = {"prompt": [5, 6, 7] * 9, "repetition_penalty": 1e-50, "temperature": 0}
