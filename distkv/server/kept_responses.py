@@ -3,18 +3,17 @@
 With a cache folder they are sessions there, which outlive the server; without one they are held in memory.
 """
 
-import re
 from collections import OrderedDict
 from pathlib import Path
 
 from distkv.frontend.conversation import Conversation
 from distkv.frontend.session import Session
 from distkv.server.errors import ApiError
+from distkv.server.schemas.response import RESPONSE_ID
 from distkv.server.service import Service
 from distkv.storage.disk.cache_folder import SESSIONS
 
 MOST_KEPT = 1024
-RESPONSE_ID = re.compile(r"resp_[0-9a-f]{32}")
 
 
 class KeptResponses:
@@ -65,7 +64,7 @@ class KeptResponses:
 
 def _drop_oldest(folder: Path) -> None:
     """Removes the files of the oldest responses; another thread may be at it as well."""
-    found = list(folder.glob("resp_*.json"))
+    found = [path for path in folder.glob("resp_*.json") if RESPONSE_ID.fullmatch(path.stem)]
     if len(found) <= MOST_KEPT:
         return
     for path in sorted(found, key=_age, reverse=True)[: len(found) - MOST_KEPT]:

@@ -77,11 +77,16 @@ def test_the_oldest_responses_are_dropped(tmp_path: Path, monkeypatch: pytest.Mo
         llm=SimpleNamespace(config=SimpleNamespace(cache_dir=tmp_path if with_folder else None))
     )
     kept = KeptResponses(service)
+    (tmp_path / "sessions").mkdir()
+    users = tmp_path / "sessions" / "resp_trip.json"
+    users.write_text("a session of that name")
+    os.utime(users, (0, 0))
     ids = [f"resp_{number:032x}" for number in range(5)]
     for age, response_id in enumerate(ids):
         kept.keep(response_id, Conversation())
         if with_folder:
             os.utime(tmp_path / "sessions" / f"{response_id}.json", (age, age))
+    assert users.exists()
     for dropped in ids[:2]:
         with pytest.raises(ApiError, match="there is no response"):
             kept.begin(dropped)
