@@ -3,18 +3,19 @@
 With a cache folder they are sessions there, which outlive the server; without one they are held in memory.
 """
 
-import re
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 
 from distkv.frontend.conversation import Conversation
 from distkv.frontend.session import Session
 from distkv.server.errors import ApiError
+from distkv.server.schemas.response import RESPONSE_ID
 from distkv.server.service import Service
 from distkv.storage.disk.cache_folder import SESSIONS
+from distkv.storage.disk.file_lock import FileLock, HeldError
 
 MOST_KEPT = 1024
-RESPONSE_ID = re.compile(r"resp_[0-9a-f]{32}")
 
 
 class KeptResponses:
@@ -46,12 +47,13 @@ class KeptResponses:
 
     def _find(self, response_id: str) -> Conversation:
         if RESPONSE_ID.fullmatch(response_id) is not None:
-            if response_id in self._held:
-                return self._held[response_id]
             cache_dir = self._cache_dir
+            found = self._held.get(response_id)
             if cache_dir is not None and (cache_dir / SESSIONS / f"{response_id}.json").exists():
                 with Session(cache_dir, response_id) as session:
-                    return session
+                    found = session
+            if found is not None and found.messages:  # there are none where the file was dropped in between
+                return found
         raise ApiError(
             404, f"there is no response {response_id!r} to go on from; it was not stored, or has been dropped",
             "previous_response_id", "previous_response_not_found",
@@ -65,12 +67,16 @@ class KeptResponses:
 
 def _drop_oldest(folder: Path) -> None:
     """Removes the files of the oldest responses; another thread may be at it as well."""
-    found = list(folder.glob("resp_*.json"))
+    found = [path for path in folder.glob("resp_*.json") if RESPONSE_ID.fullmatch(path.stem)]
     if len(found) <= MOST_KEPT:
         return
     for path in sorted(found, key=_age, reverse=True)[: len(found) - MOST_KEPT]:
-        path.unlink(missing_ok=True)
-        path.with_suffix(".lock").unlink(missing_ok=True)
+        lock = path.with_suffix(".lock")
+        with suppress(HeldError):  # somebody reads it or drops it
+            held = FileLock(lock)
+            path.unlink(missing_ok=True)
+            lock.unlink(missing_ok=True)
+            held.release()
 
 
 def _age(path: Path) -> float:

@@ -227,6 +227,7 @@ def test_what_cannot_be_done_is_refused(
         ({"top_logprobs": 2}, "logprobs is not true"),
         ({"max_tokens": 2, "max_completion_tokens": 3}, "give one of them"),
         ({"extra_body": {"session": "../trip"}}, "session is '../trip'"),
+        ({"extra_body": {"session": "resp_" + "0" * 32}}, "of a stored response"),
         ({"extra_body": {"session": "a"}, "n": 2}, "leave n out"),
         ({"messages": [{"role": "user", "content": "a", "colour": "red"}]}, "'colour'"),
     ],

@@ -11,7 +11,8 @@ from openai import BadRequestError as RefusedError
 from openai import NotFoundError, OpenAI
 from support.servers import ServerProcess, save_talker
 
-from distkv.frontend.conversation import Conversation
+from distkv.frontend.conversation import Conversation, StoredMessage
+from distkv.frontend.session import Session
 from distkv.server.errors import ApiError
 from distkv.server.kept_responses import KeptResponses
 
@@ -70,18 +71,54 @@ def test_responses_without_a_folder_are_kept_in_memory(tmp_path: Path) -> None:
         assert second.usage.input_tokens > first.usage.input_tokens
 
 
+def _conversation() -> Conversation:
+    conversation = Conversation()
+    conversation._messages = [StoredMessage("user", "Hello")]
+    return conversation
+
+
+def test_a_response_that_goes_while_it_is_opened_is_not_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = KeptResponses(_service(tmp_path))
+    response_id = "resp_" + "0" * 32
+    path = tmp_path / "sessions" / f"{response_id}.json"
+    kept.keep(response_id, _conversation())
+    monkeypatch.setattr(Path, "exists", lambda path: path.unlink() is None)
+    with pytest.raises(ApiError, match="there is no response"):
+        kept.begin(response_id)
+    assert not path.is_file()
+
+
+def test_a_response_that_is_being_read_is_not_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distkv.server.kept_responses.MOST_KEPT", 0)
+    kept = KeptResponses(_service(tmp_path))
+    first, second = (f"resp_{number:032x}" for number in range(2))
+    with Session(tmp_path, first) as session:
+        session.go_on_from(_conversation())
+        session.save()
+        kept.keep(second, _conversation())
+    kept.begin(first)
+
+
+def _service(cache_dir: Path | None) -> Any:
+    return SimpleNamespace(llm=SimpleNamespace(config=SimpleNamespace(cache_dir=cache_dir)))
+
+
 @pytest.mark.parametrize("with_folder", [False, True])
 def test_the_oldest_responses_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_folder: bool) -> None:
     monkeypatch.setattr("distkv.server.kept_responses.MOST_KEPT", 3)
-    service: Any = SimpleNamespace(
-        llm=SimpleNamespace(config=SimpleNamespace(cache_dir=tmp_path if with_folder else None))
-    )
-    kept = KeptResponses(service)
+    kept = KeptResponses(_service(tmp_path if with_folder else None))
+    (tmp_path / "sessions").mkdir()
+    users = tmp_path / "sessions" / "resp_trip.json"
+    users.write_text("a session of that name")
+    os.utime(users, (0, 0))
     ids = [f"resp_{number:032x}" for number in range(5)]
     for age, response_id in enumerate(ids):
-        kept.keep(response_id, Conversation())
+        kept.keep(response_id, _conversation())
         if with_folder:
             os.utime(tmp_path / "sessions" / f"{response_id}.json", (age, age))
+    assert users.exists()
     for dropped in ids[:2]:
         with pytest.raises(ApiError, match="there is no response"):
             kept.begin(dropped)

@@ -82,6 +82,12 @@ def test_large_bodies_are_refused(guarded: ServerProcess) -> None:
     assert refused.status_code == 413
 
 
+def test_more_prompts_than_have_a_place_are_refused(guarded: ServerProcess) -> None:
+    for prompt in (["a", "b"], [[40], [41]]):
+        refused = guarded.post("/v1/completions", {"prompt": prompt, "max_tokens": 1}, headers=BEARER)
+        assert refused.status_code == 400 and "several requests" in refused.json()["error"]["message"]
+
+
 def test_a_full_queue_is_told(guarded: ServerProcess) -> None:
     with httpx2.stream("POST", f"{guarded.url}/v1/completions", json=LONG, headers=BEARER, timeout=60) as first:
         parts = first.iter_raw()

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import model_validator
 
 from distkv.sampling_params import SamplingParams
+from distkv.server.schemas.response import RESPONSE_ID
 from distkv.server.schemas.sampling import OpenAIBody
 
 
@@ -39,6 +40,8 @@ class ChatBody(OpenAIBody):
             raise ValueError("top_logprobs is given and logprobs is not true; set it, or leave top_logprobs out")
         if self.tools and not self.parallel_tool_calls:
             raise ValueError("parallel_tool_calls is false, and nothing here keeps a model to one call; leave it out")
+        if self.session is not None and RESPONSE_ID.fullmatch(self.session):
+            raise ValueError(f"session is {self.session!r}, which is the name of a stored response; choose another")
         given = self.model_fields_set
         if {"max_tokens", "max_completion_tokens"} <= given and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ; give one of them")

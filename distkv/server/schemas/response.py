@@ -1,5 +1,6 @@
 """The body of `/v1/responses`."""
 
+import re
 from itertools import chain
 from typing import Any, ClassVar, Self
 
@@ -12,6 +13,7 @@ from distkv.server.schemas.body import ANYTHING
 from distkv.server.schemas.sampling import SamplingBody
 from distkv.values import text
 
+RESPONSE_ID = re.compile(r"resp_[0-9a-f]{32}")
 TEXT_PARTS = ("input_text", "output_text", "text")
 
 
