@@ -3,7 +3,7 @@
 import json
 import threading
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,7 @@ class _Compilation:
             matcher.compute_bitmask()  # what is done at the first place is done for all copies
             if matcher.is_error():
                 reason = " ".join(matcher.get_error().split())
+                reason = reason.partition(" <state>")[0].partition(" 1 | %llguidance")[0]  # its own, and our first line
                 raise RequestError(f"structured_outputs cannot be used: {reason[:300]}; mend it")
             self._matcher = matcher
             return matcher
@@ -77,7 +78,7 @@ class _Compilation:
 @lru_cache(MAX_COMPILED)
 def _compilation(vocabulary: "LLTokenizer", kind: str, value: Any, compact: bool) -> _Compilation:
     """What the grammar is compiled by; `kind`, `value` and `compact` are of the params."""
-    return _Compilation(vocabulary, partial(_source, kind, value, compact), kind)
+    return _Compilation(vocabulary, lambda: _unforced(_source(kind, value, compact)), kind)
 
 
 def _source(kind: str, value: Any, compact: bool) -> str:
@@ -99,6 +100,16 @@ def _source(kind: str, value: Any, compact: bool) -> str:
             return LLMatcher.grammar_from_regex(value)
         case _:
             return grammar_from("grammar", value)
+
+
+def _unforced(source: str) -> str:
+    """A grammar in Lark's syntax that leaves each token to the model. The library would otherwise write texts that have
+    no alternative by itself, and a text that is also the name of a special token as that token."""
+    if source.startswith("{"):  # how the library writes expressions and schemas
+        [one] = json.loads(source)["grammars"]
+        source = one.get("lark_grammar") or f"start: %json {json.dumps(one['json_schema'])}"
+    body = source.removeprefix("%llguidance {}").lstrip()
+    return body if body.startswith("%llguidance") else '%llguidance {"no_forcing": true}\n' + body
 
 
 @lru_cache(4)
