@@ -11,7 +11,7 @@ from starlette.responses import Response
 from distkv.frontend.request_checks import check_params
 from distkv.outputs import CompletionOutput, RequestOutput
 from distkv.server.answers import answer_all
-from distkv.server.connection import DONE, EventStream, event, reply
+from distkv.server.connection import DONE, EventStream, error_event, event, reply
 from distkv.server.errors import api_error, openai_error
 from distkv.server.logprobs import chat_logprobs
 from distkv.server.schemas.chat import ChatBody
@@ -28,7 +28,7 @@ def chat_routes(service: Service) -> APIRouter:
         """Goes on with a conversation."""
         chat = _Chat(service, request.scope["request_id"], body)
         if body.stream:
-            return EventStream(chat.stream(), lambda error: event(openai_error(api_error(error))) + DONE)
+            return EventStream(chat.stream(), lambda error: error_event(openai_error(api_error(error))) + DONE)
         return await reply(request, chat.whole)
 
     return router

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from distkv.server.errors import ApiError
-from distkv.server.json import encode
+from distkv.server.json import encode, encode_ascii
 
 KEEP_ALIVE_SECONDS = 15.0
 """After which a silent stream sends a comment, so that nobody in between takes it for dead."""
@@ -20,7 +20,16 @@ DONE = b"data: [DONE]\n\n"
 
 def event(data: Any, name: str | None = None) -> bytes:
     """A server-sent event."""
-    return (b"" if name is None else b"event: %s\n" % name.encode()) + b"data: %s\n\n" % encode(data)
+    return _event(encode(data), name)
+
+
+def error_event(data: Any, name: str | None = None) -> bytes:
+    """The same for an error, which may repeat a client's words."""
+    return _event(encode_ascii(data), name)
+
+
+def _event(data: bytes, name: str | None) -> bytes:
+    return (b"" if name is None else b"event: %s\n" % name.encode()) + b"data: %s\n\n" % data
 
 
 @asynccontextmanager

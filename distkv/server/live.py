@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from starlette.responses import FileResponse, Response
 
 from distkv.engine.stats import EngineStats
-from distkv.server.connection import EventStream, event
+from distkv.server.connection import EventStream, error_event, event
 from distkv.server.errors import ApiError, api_error, openai_error
 from distkv.server.service import Service
 
@@ -42,7 +42,7 @@ def page_routes(service: Service) -> APIRouter:
     @router.get("/live")
     async def live() -> Response:
         """Samples of the engine's state as server-sent events, until the server ends."""
-        return EventStream(_samples(service), lambda error: event(openai_error(api_error(error))))
+        return EventStream(_samples(service), lambda error: error_event(openai_error(api_error(error))))
 
     return router
 

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from distkv.outputs import RequestOutput, join_deltas
 from distkv.server.answers import answer_all
-from distkv.server.connection import EventStream, event, reply
+from distkv.server.connection import EventStream, error_event, event, reply
 from distkv.server.errors import api_error, openai_error
 from distkv.server.kept_responses import KeptResponses
 from distkv.server.schemas.response import ResponseBody
@@ -81,7 +81,8 @@ class _Response:
         """The last event of a stream that cannot go on."""
         told = openai_error(api_error(error))["error"]
         failure = {"code": told["code"] or "server_error", "message": told["message"]}
-        return self._event("response.failed", response=self._object("failed") | {"error": failure})
+        response = self._object("failed") | {"error": failure}
+        return error_event(self._numbered("response.failed", response=response), "response.failed")
 
     async def _outputs(self) -> AsyncGenerator[RequestOutput, None]:
         body, llm = self._body, self._service.llm
@@ -128,8 +129,11 @@ class _Response:
         return {"type": "message", "id": self._item_id, "status": status, "role": "assistant", "content": []}
 
     def _event(self, kind: str, **fields: Any) -> bytes:
+        return event(self._numbered(kind, **fields), kind)
+
+    def _numbered(self, kind: str, **fields: Any) -> dict[str, Any]:
         number, self._num_events = self._num_events, self._num_events + 1
-        return event({"type": kind, "sequence_number": number} | fields, kind)
+        return {"type": kind, "sequence_number": number} | fields
 
 
 def _part(text: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from openai import APIError, InternalServerError, OpenAI
 from distkv import AsyncLLM, Client, DistKVError, SamplingParams, WorkerDied
 from distkv.engine.client import EngineClient
 from distkv.server.app import make_app
+from distkv.server.errors import ApiError
 from distkv.server.options import ServerOptions
 from distkv.server.service import Service
 
@@ -111,7 +112,7 @@ def test_a_silent_stream_is_kept_alive(here: HereServer, monkeypatch: pytest.Mon
 
     def wait(*_: object) -> list[int]:
         waiting.wait(60)
-        raise ZeroDivisionError
+        raise ApiError(500, "of words that are no Unicode: \ud800")
 
     here.service.loaded(here.llm)
     monkeypatch.setattr("distkv.frontend.tokenizer.Tokenizer.encode", wait)
@@ -122,7 +123,7 @@ def test_a_silent_stream_is_kept_alive(here: HereServer, monkeypatch: pytest.Mon
         waiting.set()
         said += b"".join(parts)
     assert stream.status_code == 200 and said.startswith(b": still at it\n\n: still at it\n\n")
-    assert b'"type":"server_error"' in said and said.endswith(b"data: [DONE]\n\n")
+    assert rb'Unicode: \ud800", "type": "server_error"' in said and said.endswith(b"data: [DONE]\n\n")
 
 
 def test_a_body_that_stops_coming_is_given_up(here: HereServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -222,6 +222,8 @@ def test_what_cannot_be_done_is_refused(
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),  # nothing for this template
         ({"tools": [{"type": "function"}], "parallel_tool_calls": False}, "parallel_tool_calls is false"),
         ({"extra_body": {"chat_template_kwargs": {"thinks": True}}}, "thinks"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "colour": 1}}}, "'colour'"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}, "colour": 1}}, "it must be"),
         ({"messages": []}, "a conversation is []"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}]}, "image_url"),
         ({"top_logprobs": 2}, "logprobs is not true"),

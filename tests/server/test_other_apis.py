@@ -129,6 +129,8 @@ def test_the_oldest_responses_are_dropped(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     "options, message",
     [
+        ({"input": [{"role": "user", "content": "a", "colour": "red"}]}, "'colour'"),
+        ({"input": [{"role": "user", "content": [{"type": "input_text", "text": "a", "x": 1}]}]}, "'x'"),
         ({"tools": [{"type": "web_search"}]}, "tools: this server does not"),
         ({"input": [{"type": "function_call_output", "call_id": "a", "output": "b"}]}, "function_call_output"),
         ({"input": []}, "nothing that is new"),
@@ -164,6 +166,9 @@ def test_a_message_streams_what_it_would_say(anthropic: Anthropic, openai: OpenA
         assert "".join(stream.text_stream) == block.text
         final = stream.get_final_message()
     assert final.stop_reason == "max_tokens" and final.usage.output_tokens == 20
+    for option in ({"temperature": 1.0}, {"stream": False}, {"max_tokens": 3}):
+        with pytest.raises(BadRequestError, match="does not support"):
+            anthropic.messages.count_tokens(model="talker", messages=ASKED, extra_body=option)
     counted = anthropic.messages.count_tokens(model="talker", messages=ASKED, system="Be brief.")
     assert counted.input_tokens == chat.usage.prompt_tokens
     stop = block.text[4:6]

@@ -6,21 +6,21 @@ from pydantic import model_validator
 
 from distkv.frontend.messages import Message
 from distkv.sampling_params import SamplingParams
-from distkv.server.schemas.body import ANYTHING
+from distkv.server.schemas.body import ANYTHING, Body
 from distkv.server.schemas.sampling import SamplingBody
 
 
-class CountBody(SamplingBody):
+class CountBody(Body):
     """A conversation to count the tokens of."""
 
-    without_effect: ClassVar = SamplingBody.without_effect | {
-        "metadata": (ANYTHING,),  # of who asks
+    without_effect: ClassVar = {
         "tools": ([],),
         "tool_choice": ({"type": "auto"}, {"type": "none"}),
         "thinking": ({"type": "disabled"},),
         "output_config": ({},),
     }
 
+    model: str | None = None
     messages: list[dict[str, Any]]
     system: str | list[dict[str, Any]] | None = None
 
@@ -35,8 +35,10 @@ class CountBody(SamplingBody):
         return ([] if self.system is None else [{"role": "system", "content": self.system}]) + self.messages
 
 
-class MessageBody(CountBody):
+class MessageBody(CountBody, SamplingBody):
     """A conversation to go on with."""
+
+    without_effect: ClassVar = SamplingBody.without_effect | CountBody.without_effect | {"metadata": (ANYTHING,)}
 
     max_tokens: int
     stop_sequences: list[str] | None = None

@@ -11,9 +11,11 @@ from distkv.frontend.messages import Message
 from distkv.sampling_params import SamplingParams
 from distkv.server.schemas.body import ANYTHING
 from distkv.server.schemas.sampling import SamplingBody
-from distkv.values import text
+from distkv.values import shown, text
 
 RESPONSE_ID = re.compile(r"resp_[0-9a-f]{32}")
+MESSAGE_FIELDS = {"type", "role", "content", "id", "status"}  # an answer's own too, which clients send back
+PART_FIELDS = {"type", "text", "annotations", "logprobs"}
 TEXT_PARTS = ("input_text", "output_text", "text")
 
 
@@ -63,6 +65,7 @@ class ResponseBody(SamplingBody):
 def _message(item: dict[str, Any]) -> Message:
     if item.get("type", "message") != "message":
         raise RequestError(f"input has an item of type {item['type']!r}; this server reads messages of text alone")
+    _check_fields("a message of input", item, MESSAGE_FIELDS)
     content = item.get("content")
     if isinstance(content, list):
         content = [_part(part) for part in content]
@@ -72,5 +75,12 @@ def _message(item: dict[str, Any]) -> Message:
 
 def _part(part: Any) -> Any:
     if isinstance(part, dict) and part.get("type") in TEXT_PARTS:
+        _check_fields("a part of content", part, PART_FIELDS)
         return {"type": "text", "text": part.get("text")}
     return part
+
+
+def _check_fields(what: str, given: dict[str, Any], known: set[str]) -> None:
+    unknown = [name for name, value in given.items() if name not in known and value is not None]
+    if unknown:
+        raise RequestError(f"{what} has {shown(unknown[0])}, which this server does not support; leave it out")

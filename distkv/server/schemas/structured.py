@@ -8,6 +8,8 @@ from distkv.values import shown
 
 GUIDED = ("json", "regex", "choice", "grammar")
 """Fields `guided_json` and so on, as vLLM once called those of `structured_outputs`."""
+SCHEMA_FIELDS = {"schema", "name", "description", "strict"}
+"""Of which all but the first change nothing: answers always keep to the schema."""
 FORMATS = "{'type': 'text'}, {'type': 'json_object'} or {'type': 'json_schema', 'json_schema': {'schema': {...}}}"
 
 
@@ -40,12 +42,16 @@ def structured_outputs(body: Structured) -> StructuredOutputsParams | None:
 
 def _of_format(given: dict[str, Any]) -> dict[str, Any]:
     """The fields that OpenAI's `response_format` stands for."""
+    given = {name: value for name, value in given.items() if value is not None}
     kind, schema = given.get("type"), given.get("json_schema")
     if kind == "text" and len(given) == 1:
         return {}
     if kind == "json_object" and len(given) == 1:
         return {"json_object": True}
-    # beside the schema there are a name and a description, which change nothing, and whether to be strict, which we are
-    if kind == "json_schema" and isinstance(schema, dict) and isinstance(schema.get("schema"), dict):
+    has_schema = isinstance(schema, dict) and isinstance(schema.get("schema"), dict)
+    if kind == "json_schema" and len(given) == 2 and schema is not None and has_schema:
+        unknown = [name for name, value in schema.items() if name not in SCHEMA_FIELDS and value is not None]
+        if unknown:
+            raise RequestError(f"json_schema has {shown(unknown[0])}, which this server does not support; leave it out")
         return {"json": schema["schema"]}
     raise RequestError(f"response_format is {shown(given)}; it must be {FORMATS}")
