@@ -194,7 +194,7 @@ def test_values_that_are_none_are_refused(values: dict[str, Any], message: str) 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"regex": "(a"}, "structured_outputs cannot be used: .*unclosed group .*; mend it"),
+        ({"regex": "(a"}, "structured_outputs cannot be used: .*unclosed group.*; mend it"),
         ({"json": {"type": "arr"}}, "structured_outputs cannot be used: .*arr; mend it"),
         ({"json": {"type": "array", "uniqueItems": True}}, 'Unimplemented keys: .*"uniqueItems".*; mend it'),
         ({"json": {"type": "string", "minLength": 3, "maxLength": 2}}, "Unsatisfiable schema"),
