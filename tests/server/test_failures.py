@@ -16,6 +16,7 @@ from openai import APIError, InternalServerError, OpenAI
 
 from distkv import AsyncLLM, Client, DistKVError, SamplingParams, WorkerDied
 from distkv.engine.client import EngineClient
+from distkv.errors import StoreError
 from distkv.server.app import make_app
 from distkv.server.errors import ApiError
 from distkv.server.options import ServerOptions
@@ -135,6 +136,20 @@ def test_a_body_that_stops_coming_is_given_up(here: HereServer, monkeypatch: pyt
     with socket.create_connection((host, int(port)), timeout=60) as half:
         half.sendall(head + b'{"prompt"')
         assert half.recv(4096).startswith(b"HTTP/1.1 408 ")
+
+
+def test_an_answer_that_cannot_be_stored_is_told(here: HereServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise StoreError("no room")
+
+    here.service.loaded(here.llm)
+    monkeypatch.setattr("distkv.server.kept_responses.KeptResponses.keep", fail)
+    body = {"input": "Hello", "max_output_tokens": 4, "ignore_eos": True}
+    told = httpx2.post(f"{here.url}/v1/responses", json=body)
+    assert told.status_code == 200 and told.json()["usage"]["output_tokens"] == 4
+    assert told.json()["store"] is False and told.json()["session_error"] == "no room"
+    events = httpx2.post(f"{here.url}/v1/responses", json=body | {"stream": True}).text
+    assert "response.incomplete" in events and '"session_error":"no room"' in events
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
