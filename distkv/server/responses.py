@@ -1,6 +1,7 @@
 """`/v1/responses`: one answer at a time, each of which a later request may go on from."""
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -10,7 +11,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from distkv.outputs import RequestOutput, join_deltas
+from distkv.errors import ConfigError, StoreError
+from distkv.outputs import CompletionOutput, RequestOutput, join_deltas
 from distkv.server.answers import answer_all
 from distkv.server.connection import EventStream, error_event, event, reply
 from distkv.server.errors import api_error, openai_error
@@ -18,6 +20,8 @@ from distkv.server.kept_responses import KeptResponses
 from distkv.server.schemas.response import ResponseBody
 from distkv.server.service import Service
 from distkv.server.usage import Usage
+
+log = logging.getLogger(__name__)
 
 
 def response_routes(service: Service) -> APIRouter:
@@ -96,23 +100,35 @@ class _Response:
     def _final(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         """The response when its answer is finished, which is kept now."""
         answer = join_deltas(outputs).outputs[0]
-        if self._body.store:
-            self._conversation.add_output(answer)
-            self._kept.keep(self._id, self._conversation)
+        unkept = self._keep(answer) if self._body.store else {}
         is_cut = answer.finish_reason == "length"
         status = "incomplete" if is_cut else "completed"
         prompt, completion = self._usage.num_prompt_tokens, self._usage.num_completion_tokens
-        return self._object(status) | {
-            "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
-            "output": [self._item(status) | {"content": [_part(answer.text)]}],
-            "usage": {
-                "input_tokens": prompt,
-                "input_tokens_details": {"cached_tokens": self._usage.num_cached_tokens},
-                "output_tokens": completion,
-                "output_tokens_details": {"reasoning_tokens": 0},
-                "total_tokens": prompt + completion,
-            },
-        }
+        return (
+            self._object(status)
+            | unkept
+            | {
+                "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+                "output": [self._item(status) | {"content": [_part(answer.text)]}],
+                "usage": {
+                    "input_tokens": prompt,
+                    "input_tokens_details": {"cached_tokens": self._usage.num_cached_tokens},
+                    "output_tokens": completion,
+                    "output_tokens_details": {"reasoning_tokens": 0},
+                    "total_tokens": prompt + completion,
+                },
+            }
+        )
+
+    def _keep(self, answer: CompletionOutput) -> dict[str, Any]:
+        """Keeps the conversation. Returns what is told beside an answer that could not be kept, as chats tell it."""
+        self._conversation.add_output(answer)
+        try:
+            self._kept.keep(self._id, self._conversation)
+        except (StoreError, ConfigError) as error:
+            log.warning("a response is not kept: %s", error)
+            return {"store": False, "session_error": str(error)}
+        return {}
 
     def _object(self, status: str) -> dict[str, Any]:
         body = self._body

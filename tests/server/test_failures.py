@@ -16,6 +16,7 @@ from openai import APIError, InternalServerError, OpenAI
 
 from distkv import AsyncLLM, Client, DistKVError, SamplingParams, WorkerDied
 from distkv.engine.client import EngineClient
+from distkv.errors import StoreError
 from distkv.server.app import make_app
 from distkv.server.errors import ApiError
 from distkv.server.options import ServerOptions
@@ -175,6 +176,20 @@ def test_limits_that_leave_no_token_are_the_clients_mistake(here: HereServer, bo
     refused = httpx2.post(f"{here.url}/v1/completions", json=body | limits)
     assert refused.status_code == 400 and refused.json()["error"]["code"] == "RequestError"
     assert "min_tokens and structured_outputs leave no token" in refused.json()["error"]["message"]
+
+
+def test_an_answer_that_cannot_be_stored_is_told(here: HereServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise StoreError("no room")
+
+    here.service.loaded(here.llm)
+    monkeypatch.setattr("distkv.server.kept_responses.KeptResponses.keep", fail)
+    body = {"input": "Hello", "max_output_tokens": 4, "ignore_eos": True}
+    told = httpx2.post(f"{here.url}/v1/responses", json=body)
+    assert told.status_code == 200 and told.json()["usage"]["output_tokens"] == 4
+    assert told.json()["store"] is False and told.json()["session_error"] == "no room"
+    events = httpx2.post(f"{here.url}/v1/responses", json=body | {"stream": True}).text
+    assert "response.incomplete" in events and '"session_error":"no room"' in events
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
