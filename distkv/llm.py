@@ -11,15 +11,13 @@ from distkv.config import EngineConfig, EngineOptions
 from distkv.engine.client import EngineClient
 from distkv.engine.loop import Delivery
 from distkv.engine.stats import EngineStats
-from distkv.errors import RequestError
 from distkv.frontend.front_end import Facade, FrontEnd
 from distkv.frontend.messages import Message
-from distkv.frontend.request_checks import Prompt, plain_prompts
+from distkv.frontend.request_checks import Prompt, one_each, plain_prompts
 from distkv.frontend.request_group import RequestGroup
 from distkv.frontend.request_state import RequestState
 from distkv.outputs import RequestOutput
 from distkv.sampling_params import SamplingParams
-from distkv.values import listed
 from distkv.workers.threads import release_threads
 
 
@@ -70,9 +68,9 @@ class LLM(Facade):
         DistKVError when the LLM is closed meanwhile.
         """
         prompts = plain_prompts(prompts)
-        params = _one_each("sampling_params", _or_default(sampling_params), len(prompts))
-        priorities = _one_each("priority", priority, len(prompts))
-        salts = _one_each("cache_salt", cache_salt, len(prompts))
+        params = one_each("sampling_params", _or_default(sampling_params), len(prompts))
+        priorities = one_each("priority", priority, len(prompts))
+        salts = one_each("cache_salt", cache_salt, len(prompts))
         states = [self._request(*one) for one in zip(prompts, params, priorities, salts, strict=True)]
         return self._finish_all(states, use_tqdm)
 
@@ -169,7 +167,7 @@ class LLM(Facade):
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         """A turn of a session."""
-        [one] = _one_each("sampling_params", _or_default(params), 1)
+        [one] = one_each("sampling_params", _or_default(params), 1)
         with self._front_end.session(name, one) as session:
             prompt = session.prompt(self.tokenizer, messages, tools, chat_template_kwargs)
             outputs = self.generate(prompt, one, priority=priority, cache_salt=cache_salt, use_tqdm=use_tqdm)
@@ -211,13 +209,3 @@ class LLM(Facade):
 
 def _or_default(params: Any) -> Any:
     return SamplingParams() if params is None else params
-
-
-def _one_each(name: str, value: Any, count: int) -> list[Any]:
-    """A value for each of `count` prompts, which all may share one."""
-    values = listed(value)
-    if values is None:
-        return [value] * count
-    if len(values) != count:
-        raise RequestError(f"{count} prompts came with {len(values)} {name}; give one each, or one for all")
-    return values

@@ -31,7 +31,8 @@ from distkv import (
     WorkerDied,
 )
 from distkv.config import EngineOptions
-from distkv.engine.protocol import EngineInfo, EngineRequest, EngineStats, RequestFailed, StepOutput, TokenOutput
+from distkv.engine.protocol import EngineInfo, EngineRequest, RequestFailed, StepOutput, TokenOutput
+from distkv.engine.stats import EngineStats
 from distkv.frontend.front_end import FrontEnd
 from distkv.frontend.session import Session
 from distkv.outputs import join_deltas

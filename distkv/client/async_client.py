@@ -6,7 +6,6 @@ from types import TracebackType
 from typing import Any
 
 import httpx2
-import msgspec
 
 from distkv.client import calls, wire
 from distkv.engine.stats import EngineStats
@@ -69,9 +68,7 @@ class AsyncClient:
         cache_salt: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """As `Client.stream`."""
-        wanted = (sampling_params or SamplingParams()).output_kind
-        on_wire = wanted if wanted is RequestOutputKind.FINAL_ONLY else RequestOutputKind.DELTA
-        items = calls.prompt_items([prompt], sampling_params, priority, cache_salt, on_wire)
+        items, wanted = calls.stream_items(prompt, sampling_params, priority, cache_salt)
         answers = calls.Answers(1)
         async with aclosing(self._parts(items)) as parts:
             async for part in parts:
@@ -85,8 +82,7 @@ class AsyncClient:
         """State of the KV cache."""
         with self._reaching():
             response = await self._http.get(wire.STATS)
-        calls.check(response, response.content)
-        return msgspec.json.decode(response.content, type=EngineStats)
+        return calls.engine_stats(response)
 
     async def reset_prefix_cache(self) -> None:
         """Forgets the pages of ended requests that are kept for later ones."""

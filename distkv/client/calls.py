@@ -8,12 +8,13 @@ import httpx2
 import msgspec
 
 from distkv.client import wire
+from distkv.engine.stats import EngineStats
 from distkv.errors import ConfigError, DistKVError, RequestError
 from distkv.frontend.messages import Message, plain_messages
-from distkv.frontend.request_checks import plain_priority, plain_prompt, plain_prompts, plain_salt
+from distkv.frontend.request_checks import one_each, plain_priority, plain_prompt, plain_prompts, plain_salt
 from distkv.outputs import RequestOutput, join_deltas
 from distkv.sampling_params import RequestOutputKind, SamplingParams
-from distkv.values import listed, shown
+from distkv.values import shown
 
 KEY_VARIABLE = "DISTKV_API_KEY"
 CONNECT_SECONDS = 10.0
@@ -59,6 +60,20 @@ def chat_items(
         wire.Item(sampling, messages=one, priority=rank, cache_salt=salt, session=session, **template)
         for one, (sampling, rank, salt) in zip(conversations, shared, strict=True)
     ]
+
+
+def stream_items(prompt: Any, params: Any, priority: Any, cache_salt: Any) -> tuple[list[wire.Item], RequestOutputKind]:
+    """The request of `stream`, and the kind of the outputs that its caller wants: what has been said so far is put
+    together here."""
+    wanted = (params or SamplingParams()).output_kind
+    on_wire = wanted if wanted is RequestOutputKind.FINAL_ONLY else RequestOutputKind.DELTA
+    return prompt_items([prompt], params, priority, cache_salt, on_wire), wanted
+
+
+def engine_stats(response: httpx2.Response) -> EngineStats:
+    """What the server tells of its engine."""
+    check(response, response.content)
+    return msgspec.json.decode(response.content, type=EngineStats)
 
 
 class Answers:
@@ -120,20 +135,11 @@ def _shared(
     count: int, params: Any, priority: Any, cache_salt: Any, kind: RequestOutputKind
 ) -> Sequence[tuple[wire.Params, int, str | None]]:
     """What each of so many requests has of arguments that they may share."""
-    given = _one_each("sampling_params", SamplingParams() if params is None else params, count)
+    given = one_each("sampling_params", SamplingParams() if params is None else params, count)
     for one in given:
         if not isinstance(one, SamplingParams):
             raise RequestError(f"sampling_params is {shown(one)}; it must be a SamplingParams")
     made = [wire.Params(**(msgspec.structs.asdict(one) | {"output_kind": kind})) for one in given]
-    ranks = [plain_priority(one) for one in _one_each("priority", priority, count)]
-    salts = [plain_salt(one) for one in _one_each("cache_salt", cache_salt, count)]
+    ranks = [plain_priority(one) for one in one_each("priority", priority, count)]
+    salts = [plain_salt(one) for one in one_each("cache_salt", cache_salt, count)]
     return list(zip(made, ranks, salts, strict=True))
-
-
-def _one_each(name: str, value: Any, count: int) -> list[Any]:
-    values = listed(value)
-    if values is None:
-        return [value] * count
-    if len(values) != count:
-        raise RequestError(f"{count} prompts came with {len(values)} {name}; give one each, or one for all")
-    return values

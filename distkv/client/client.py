@@ -6,7 +6,6 @@ from types import TracebackType
 from typing import Any
 
 import httpx2
-import msgspec
 
 from distkv.client import calls, wire
 from distkv.engine.stats import EngineStats
@@ -78,17 +77,14 @@ class Client:
     ) -> Generator[RequestOutput, None, None]:
         """Answers one prompt and yields its outputs as `LLM.stream` does. Leaving the iterator early ends the request.
         Raises as `generate` does, and the `error` of a request that cannot go on."""
-        wanted = (sampling_params or SamplingParams()).output_kind
-        on_wire = wanted if wanted is RequestOutputKind.FINAL_ONLY else RequestOutputKind.DELTA
-        items = calls.prompt_items([prompt], sampling_params, priority, cache_salt, on_wire)
+        items, wanted = calls.stream_items(prompt, sampling_params, priority, cache_salt)
         return self._outputs(items, wanted)
 
     def stats(self) -> EngineStats:
         """State of the KV cache."""
         with self._reaching():
             response = self._http.get(wire.STATS)
-        calls.check(response, response.content)
-        return msgspec.json.decode(response.content, type=EngineStats)
+        return calls.engine_stats(response)
 
     def reset_prefix_cache(self) -> None:
         """Forgets the pages of ended requests that are kept for later ones."""

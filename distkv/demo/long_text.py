@@ -17,7 +17,8 @@ from rich.text import Text
 
 from distkv.config import EngineConfig
 from distkv.engine.drive import drive
-from distkv.engine.protocol import EngineInfo, EngineRequest, EngineStats
+from distkv.engine.protocol import EngineInfo, EngineRequest
+from distkv.engine.stats import EngineStats
 from distkv.errors import DistKVError
 from distkv.frontend.tokenizer import Tokenizer
 from distkv.launch.launch import launch

@@ -63,6 +63,16 @@ def plain_prompts(prompts: Any) -> list[Any]:
     return [found] if found and all(isinstance(token, int) for token in found) else found
 
 
+def one_each(name: str, value: Any, count: int) -> list[Any]:
+    """A value for each of `count` prompts, which all may share one; raises RequestError for any other number."""
+    values = listed(value)
+    if values is None:
+        return [value] * count
+    if len(values) != count:
+        raise RequestError(f"{count} prompts came with {len(values)} {name}; give one each, or one for all")
+    return values
+
+
 def check_params(params: Any, info: EngineInfo) -> None:
     """Raises RequestError for other than a SamplingParams and for tokens that the model does not know, CapacityError
     for more answers than can ever run."""

@@ -11,8 +11,7 @@ from starlette.responses import Response
 from distkv.frontend.request_checks import check_params
 from distkv.outputs import CompletionOutput, RequestOutput
 from distkv.server.answers import answer_all
-from distkv.server.connection import DONE, EventStream, error_event, event, reply
-from distkv.server.errors import api_error, openai_error
+from distkv.server.connection import DONE, event, openai_failed, respond
 from distkv.server.logprobs import chat_logprobs
 from distkv.server.schemas.chat import ChatBody
 from distkv.server.service import Service
@@ -26,10 +25,7 @@ def chat_routes(service: Service) -> APIRouter:
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: ChatBody) -> Response:
         """Goes on with a conversation."""
-        chat = _Chat(service, request.scope["request_id"], body)
-        if body.stream:
-            return EventStream(chat.stream(), lambda error: error_event(openai_error(api_error(error))) + DONE)
-        return await reply(request, chat.whole)
+        return await respond(request, _Chat(service, request.scope["request_id"], body), body.stream, openai_failed)
 
     return router
 

@@ -12,8 +12,7 @@ from distkv.errors import RequestError
 from distkv.frontend.request_checks import check_params
 from distkv.outputs import CompletionOutput, RequestOutput
 from distkv.server.answers import Outputs, answer_all
-from distkv.server.connection import DONE, EventStream, error_event, event, reply
-from distkv.server.errors import api_error, openai_error
+from distkv.server.connection import DONE, event, openai_failed, respond
 from distkv.server.logprobs import Echo, completion_logprobs
 from distkv.server.schemas.completion import CompletionBody
 from distkv.server.service import Service
@@ -28,9 +27,7 @@ def completion_routes(service: Service) -> APIRouter:
     async def completions(request: Request, body: CompletionBody) -> Response:
         """Goes on with prompts."""
         completion = _Completion(service, request.scope["request_id"], body)
-        if body.stream:
-            return EventStream(completion.stream(), lambda error: error_event(openai_error(api_error(error))) + DONE)
-        return await reply(request, completion.whole)
+        return await respond(request, completion, body.stream, openai_failed)
 
     return router
 

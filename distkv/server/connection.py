@@ -4,13 +4,13 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from distkv.server.errors import ApiError
+from distkv.server.errors import ApiError, api_error, openai_error
 from distkv.server.json import encode, encode_ascii
 
 KEEP_ALIVE_SECONDS = 15.0
@@ -61,6 +61,31 @@ async def reply(request: Request, work: Callable[[], Awaitable[Any]]) -> Respons
     async with while_connected(request.receive):
         return Response(encode(await work()), media_type="application/json")
     return Response(status_code=499)  # nobody reads it
+
+
+class Answering(Protocol):
+    """The answer to a request, which it gives in one of two ways."""
+
+    async def whole(self) -> Any:
+        """The body of the response."""
+
+    def stream(self) -> AsyncGenerator[bytes, None]:
+        """The events of the response."""
+        ...
+
+
+async def respond(
+    request: Request, answering: Answering, is_stream: bool, failed: Callable[[Exception], bytes]
+) -> Response:
+    """Gives it as it was asked for; `failed` as in `EventStream`."""
+    if is_stream:
+        return EventStream(answering.stream(), failed)
+    return await reply(request, answering.whole)
+
+
+def openai_failed(error: Exception) -> bytes:
+    """The last events of a stream of OpenAI's that cannot go on."""
+    return error_event(openai_error(api_error(error))) + DONE
 
 
 class EventStream(Response):

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from distkv.outputs import CompletionOutput, RequestOutput
 from distkv.server.answers import answer_all
-from distkv.server.connection import EventStream, error_event, event, reply
+from distkv.server.connection import error_event, event, respond
 from distkv.server.errors import anthropic_error, api_error
 from distkv.server.schemas.message import CountBody, MessageBody
 from distkv.server.service import Service
@@ -25,9 +25,9 @@ def message_routes(service: Service) -> APIRouter:
     async def messages(request: Request, body: MessageBody) -> Response:
         """Goes on with a conversation."""
         message = _Message(service, request.scope["request_id"], body)
-        if body.stream:
-            return EventStream(message.stream(), lambda error: error_event(anthropic_error(api_error(error)), "error"))
-        return await reply(request, message.whole)
+        return await respond(
+            request, message, body.stream, lambda error: error_event(anthropic_error(api_error(error)), "error")
+        )
 
     @router.post("/v1/messages/count_tokens")
     async def count_tokens(body: CountBody) -> dict[str, int]:

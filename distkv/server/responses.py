@@ -14,7 +14,7 @@ from starlette.responses import Response
 from distkv.errors import ConfigError, StoreError
 from distkv.outputs import CompletionOutput, RequestOutput, join_deltas
 from distkv.server.answers import answer_all
-from distkv.server.connection import EventStream, error_event, event, reply
+from distkv.server.connection import error_event, event, respond
 from distkv.server.errors import api_error, openai_error
 from distkv.server.kept_responses import KeptResponses
 from distkv.server.schemas.response import ResponseBody
@@ -33,9 +33,7 @@ def response_routes(service: Service) -> APIRouter:
     async def responses(request: Request, body: ResponseBody) -> Response:
         """Answers, and keeps the conversation unless `store` is false."""
         response = _Response(service, kept, body)
-        if body.stream:
-            return EventStream(response.stream(), response.failed)
-        return await reply(request, response.whole)
+        return await respond(request, response, body.stream, response.failed)
 
     return router
 

@@ -10,7 +10,8 @@ from itertools import pairwise
 from distkv.engine.client import EngineClient
 from distkv.engine.drive import next_tokens
 from distkv.engine.engine import Engine
-from distkv.engine.protocol import EngineRequest, EngineStats, TokenOutput
+from distkv.engine.protocol import EngineRequest, TokenOutput
+from distkv.engine.stats import EngineStats
 
 TIERS = ("device", "host", "disk")
 POLL_SECONDS = 0.1  # between questions to an engine that runs by itself

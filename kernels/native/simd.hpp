@@ -75,7 +75,6 @@ inline void store(fp16* p, Vec x) {
 
 inline __m256 high_half(Vec x) { return _mm512_extractf32x8_ps(x.v, 1); }
 inline __m256 low_half(Vec x) { return _mm512_castps512_ps256(x.v); }
-inline float first_lane(Vec x) { return _mm512_cvtss_f32(x.v); }
 
 // x less the next whole number below, and x times 2 to the power of the whole number below n
 inline Vec fraction(Vec x) { return {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
@@ -155,7 +154,6 @@ inline void store(fp16* p, Vec x) {
 
 inline __m256 high_half(Vec x) { return x.high; }
 inline __m256 low_half(Vec x) { return x.low; }
-inline float first_lane(Vec x) { return _mm256_cvtss_f32(x.low); }
 
 inline Vec whole(Vec x) { return {_mm256_floor_ps(x.low), _mm256_floor_ps(x.high)}; }
 inline Vec fraction(Vec x) { return x - whole(x); }

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import save_llama
-from support.invariance import WHOLE, random_requests, said
+from support.invariance import WHOLE, answers_alone, assert_answers, random_requests
 from support.prompts import random_prompt, seeded
 from support.runs import GREEDY, run
 
@@ -35,9 +35,7 @@ def test_answers_do_not_depend_on_what_else_happens(tmp_path: Path, dtype: str, 
     prompts, params = random_requests(rng, (16, 300, 1500))
     common = {"dtype": dtype, "page_size": page_size, "device": "cuda", "batch_invariant": True}
     with LLM(folder, device_kv_bytes="512MiB", enable_prefix_caching=False, **common, **WHOLE) as alone:
-        expected = [
-            said(alone.generate([prompt], one, use_tqdm=False)[0]) for prompt, one in zip(prompts, params, strict=True)
-        ]
+        expected = answers_alone(alone, prompts, params)
     page = 2 * 2 * 3 * 128 * page_size * 4  # bytes at most
     for round in range(2):  # the second finds what the first has left
         budget = rng.choice([16, 17, 64, 100, 333, 4096])
@@ -46,11 +44,7 @@ def test_answers_do_not_depend_on_what_else_happens(tmp_path: Path, dtype: str, 
             "device_kv_bytes": page * (12 + -(-budget // page_size)), "cache_dir": str(tmp_path / "cache"),
         }  # fmt: skip
         with LLM(folder, **common, **options) as llm:
-            order = rng.sample(range(len(prompts)), len(prompts))
-            outputs = llm.generate([prompts[i] for i in order], [params[i] for i in order], use_tqdm=False)
-            for index, output in zip(order, outputs, strict=True):
-                assert output.error is None
-                assert said(output) == expected[index], f"request {index}, round {round}"
+            assert_answers(llm, rng, prompts, params, expected, round)
 
 
 @dtypes

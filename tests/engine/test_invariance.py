@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.checkpoints import save_llama
 from support.damage import all_damages
-from support.invariance import WHOLE, random_requests, said
+from support.invariance import WHOLE, answers_alone, assert_answers, random_requests, said
 from support.llms import idle_engine
 from support.processes import run_code
 from support.prompts import random_prompt
@@ -43,9 +43,7 @@ def test_answers_do_not_depend_on_what_else_happens(model: tuple[Path, str], tmp
     page_size = rng.choice([16, 32, 64, 256])
     common = {"dtype": dtype, "page_size": page_size}
     with LLM(folder, device_kv_bytes="64MiB", enable_prefix_caching=False, **common, **WHOLE) as alone:
-        expected = [
-            said(alone.generate([prompt], one, use_tqdm=False)[0]) for prompt, one in zip(prompts, params, strict=True)
-        ]
+        expected = answers_alone(alone, prompts, params)
     page = 2 * 2 * 3 * 24 * page_size * 4  # bytes at most
     for round in range(2):  # the second finds what the first has left
         budget = rng.choice([16, 17, 64, 100, 333, 4096] if round == 0 else [16, 256])
@@ -55,11 +53,18 @@ def test_answers_do_not_depend_on_what_else_happens(model: tuple[Path, str], tmp
             "device_kv_bytes": page * (12 + -(-budget // page_size)), "cache_dir": str(tmp_path),
         }  # fmt: skip
         with LLM(folder, **common, **options) as llm:
-            order = rng.sample(range(len(prompts)), len(prompts))
-            outputs = llm.generate([prompts[i] for i in order], [params[i] for i in order], use_tqdm=False)
-            for index, output in zip(order, outputs, strict=True):
-                assert output.error is None
-                assert said(output) == expected[index], f"request {index}, round {round}"
+            assert_answers(llm, rng, prompts, params, expected, round)
+
+
+def cold_request(dtype: str, cache_dir: Path) -> tuple[list[int], SamplingParams, dict[str, Any]]:
+    """A request, and options with which nearly all of its pages lie on disk while it runs."""
+    page = 2 * 2 * 3 * 24 * 16 * 2
+    options = {
+        "dtype": dtype, "page_size": 16, "max_num_batched_tokens": 32, "max_num_seqs": 4, "device_kv_bytes": 4 * page,
+        "host_kv_bytes": 6 * page, "disk_kv_bytes": 60 * page, "cache_dir": str(cache_dir),
+    }  # fmt: skip
+    params = SamplingParams(temperature=1, seed=7, max_tokens=40, logprobs=5, ignore_eos=True)
+    return random_prompt(500, 2), params, options
 
 
 @all_damages
@@ -67,14 +72,9 @@ def test_answers_do_not_depend_on_what_else_happens(model: tuple[Path, str], tmp
 def test_a_repair_leaves_no_trace(model: tuple[Path, str], tmp_path: Path, damage: Callable[[Path], None]) -> None:
     """Files of pages are damaged while a request decodes, and before the next process reads them."""
     folder, dtype = model
-    prompt, page = random_prompt(500, 2), 2 * 2 * 3 * 24 * 16 * 2
-    params = SamplingParams(temperature=1, seed=7, max_tokens=40, logprobs=5, ignore_eos=True)
+    prompt, params, options = cold_request(dtype, tmp_path)
     with LLM(folder, dtype=dtype, page_size=16, **WHOLE) as alone:
         expected = said(alone.generate([prompt], params, use_tqdm=False)[0])
-    options: dict[str, Any] = {
-        "dtype": dtype, "page_size": 16, "max_num_batched_tokens": 32, "max_num_seqs": 4, "device_kv_bytes": 4 * page,
-        "host_kv_bytes": 6 * page, "disk_kv_bytes": 60 * page, "cache_dir": str(tmp_path),
-    }  # fmt: skip
     with LLM(folder, **options) as llm:
         engine = idle_engine(llm)
         forward, steps = engine._runner.executor.forward, itertools.count()
@@ -112,14 +112,9 @@ llm.close()
 def test_a_killed_process_leaves_no_trace(model: tuple[Path, str], tmp_path: Path, number: int) -> None:
     """The next one goes on from the pages that it has left."""
     folder, dtype = model
-    prompt, page = random_prompt(500, 2), 2 * 2 * 3 * 24 * 16 * 2
-    params = SamplingParams(temperature=1, seed=7, max_tokens=40, logprobs=5, ignore_eos=True)
+    prompt, params, options = cold_request(dtype, tmp_path)
     with LLM(folder, dtype=dtype, page_size=16, **WHOLE) as alone:
         expected = said(alone.generate([prompt], params, use_tqdm=False)[0])
-    options: dict[str, Any] = {
-        "dtype": dtype, "page_size": 16, "max_num_batched_tokens": 32, "max_num_seqs": 4, "device_kv_bytes": 4 * page,
-        "host_kv_bytes": 6 * page, "disk_kv_bytes": 60 * page, "cache_dir": str(tmp_path),
-    }  # fmt: skip
     ended = run_code(KILLED, folder, json.dumps(options), number)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     with LLM(folder, **options) as llm:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import zmq
 
-from distkv.engine.protocol import EngineInfo, EngineStats, Logged, Saving, Tokens, encode
+from distkv.engine.protocol import EngineInfo, Logged, Saving, Tokens, encode
+from distkv.engine.stats import EngineStats
 from distkv.errors import StoreError, WorkerDied
 from distkv.launch import ray_engine
 from distkv.launch.ray_engine import RayEngine

@@ -17,7 +17,8 @@ import distkv.stress.stress
 from distkv.commands import main as cli
 from distkv.config import EngineConfig
 from distkv.engine.engine import Engine
-from distkv.engine.protocol import EngineRequest, EngineStats, RequestFailed, StepOutput
+from distkv.engine.protocol import EngineRequest, RequestFailed, StepOutput
+from distkv.engine.stats import EngineStats
 from distkv.errors import StoreError
 from distkv.launch.launch import launch
 from distkv.models.shapes import SHAPES, shape_folder

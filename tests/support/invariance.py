@@ -5,7 +5,7 @@ from typing import Any
 
 from support.prompts import random_prompt
 
-from distkv import SamplingParams
+from distkv import LLM, SamplingParams
 from distkv.outputs import RequestOutput
 
 WHOLE = {"max_num_batched_tokens": 4096, "max_num_seqs": 3}  # one request at a time, in one chunk
@@ -20,6 +20,23 @@ def said(output: RequestOutput) -> list[Any]:
         )
         for answer in output.outputs
     ]
+
+
+def answers_alone(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[Any]]:
+    """What each request answers by itself."""
+    return [said(llm.generate([prompt], one, use_tqdm=False)[0]) for prompt, one in zip(prompts, params, strict=True)]
+
+
+def assert_answers(
+    llm: LLM, rng: random.Random, prompts: list[list[int]], params: list[SamplingParams], expected: list[list[Any]],
+    round: int,
+) -> None:  # fmt: skip
+    """Together, in any order, requests answer what they are expected to."""
+    order = rng.sample(range(len(prompts)), len(prompts))
+    outputs = llm.generate([prompts[i] for i in order], [params[i] for i in order], use_tqdm=False)
+    for index, output in zip(order, outputs, strict=True):
+        assert output.error is None
+        assert said(output) == expected[index], f"request {index}, round {round}"
 
 
 def random_requests(

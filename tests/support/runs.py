@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distkv import LLM, SamplingParams
 from distkv.engine.engine import Engine
-from distkv.engine.protocol import EngineStats
+from distkv.engine.stats import EngineStats
 from distkv.outputs import RequestOutput
 from distkv.storage.page_spec import PageSpec
 from distkv.workers.model.model_config import ModelConfig

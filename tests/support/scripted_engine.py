@@ -1,6 +1,7 @@
 """An engine without a model: every answer is the same tokens."""
 
-from distkv.engine.protocol import EngineInfo, EngineRequest, EngineStats, StepOutput, TokenOutput
+from distkv.engine.protocol import EngineInfo, EngineRequest, StepOutput, TokenOutput
+from distkv.engine.stats import EngineStats
 
 
 class ScriptedEngine:

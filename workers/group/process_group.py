@@ -58,10 +58,10 @@ class ProcessGroup:
         if x.is_cuda and not self._in_order:
             dist.all_reduce(x)
             return x
-        if self._shared is not None and not x.is_cuda:
-            self._shared.all_reduce(x)
-            return x
-        own = x.cpu() if self._backend == "gloo" else x  # which gathers in CPU memory alone
+        own = x.cpu() if self._backend == "gloo" else x  # which gathers in CPU memory alone; there it is x itself
+        if self._shared is not None:
+            self._shared.all_reduce(own)
+            return x if own is x else x.copy_(own)
         parts = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(parts, own)
         total = parts[0].float()
@@ -97,7 +97,7 @@ class ProcessGroup:
 
     def _gather(self, x: Tensor) -> Sequence[Tensor] | None:
         """What each rank has given as x; None on ranks but the first."""
-        if self._shared is not None and not x.is_cuda:
+        if self._shared is not None:
             gathered = self._shared.gather(x, wanted=self.rank == 0)
             return None if gathered is None else gathered.unbind()
         parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
