@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 START_TIMEOUT = 120.0  # seconds
+_sessions = {os.getsid(0)}  # of processes that belong to clusters of these tests, and not to somebody else's
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def start(folder: Path, num_cpus: int) -> tuple[Cluster, subprocess.Popen[bytes]
     ]  # fmt: skip
     with open(folder / "ray.log", "wb") as log:
         head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=folder)
+    _sessions.add(head.pid)
     deadline = time.monotonic() + START_TIMEOUT
     while cluster.ray("job", "list", "--address", cluster.dashboard).returncode or not _is_noted(gcs):
         if head.poll() is not None or time.monotonic() > deadline:
@@ -64,9 +66,11 @@ def join(cluster: Cluster, folder: Path, num_cpus: int) -> subprocess.Popen[byte
         "--object-store-memory=100000000",
     ]  # fmt: skip
     with open(folder / "node.log", "wb") as log:
-        return subprocess.Popen(
+        node = subprocess.Popen(
             command, env=cluster.environment, stdout=log, stderr=log, start_new_session=True, cwd=folder
         )
+    _sessions.add(node.pid)
+    return node
 
 
 def stop(head: subprocess.Popen[bytes]) -> None:
@@ -80,16 +84,17 @@ def stop(head: subprocess.Popen[bytes]) -> None:
 
 
 def rank_processes() -> dict[str, list[int]]:
-    """Process ids of rank actors on this machine by what they run: "lead", "follow", or "" between calls."""
+    """Process ids of rank actors of these tests by what they run: "lead", "follow", or "" between calls."""
     found: dict[str, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
             title = (entry / "cmdline").read_bytes().split(b"\0")[0].decode()
+            is_ours = os.getsid(int(entry.name)) in _sessions
         except OSError:
             continue  # it has just ended
-        if title.startswith("ray::RankActor"):
+        if is_ours and title.startswith("ray::RankActor"):
             found.setdefault(title.partition(".")[2].strip(), []).append(int(entry.name))
     return found
 

@@ -169,13 +169,18 @@ class RayGroup:
                 disconnect()
 
     def _blame(self) -> NoReturn:
-        """Raises WorkerDied for the rank whose end explains that of the others."""
-        ended, _ = ray.wait(self._mains, num_returns=self.size, timeout=DEATHS_SETTLE)
-        failures = [(self._mains.index(ref), failure_of(ref)) for ref in ended]
-        # one that left its loop in peace explains nothing, and a process that is gone explains the broken connections
-        # of the others, not the other way round
-        failures.sort(key=lambda failure: (failure[1] is None, not isinstance(failure[1], RayActorError), failure[0]))
-        raise self._died(*failures[0])
+        """Raises WorkerDied for the rank whose end explains that of the others: a process that is gone explains the
+        broken connections of the rest, and one that left its loop in peace explains nothing."""
+        deadline = time.monotonic() + DEATHS_SETTLE
+        for num_ended in range(1, self.size + 1):
+            ended, _ = ray.wait(self._mains, num_returns=num_ended, timeout=max(0.0, deadline - time.monotonic()))
+            failures = {self._mains.index(ref): failure_of(ref) for ref in ended}
+            if len(ended) < num_ended or any(isinstance(failure, RayActorError) for failure in failures.values()):
+                break
+        first = min(
+            failures, key=lambda rank: (failures[rank] is None, not isinstance(failures[rank], RayActorError), rank)
+        )
+        raise self._died(first, failures[first])
 
     def _relay_logs(self) -> None:
         for rank, lines in enumerate(self._call("take_log")):
