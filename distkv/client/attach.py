@@ -2,7 +2,7 @@
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import msgspec
@@ -61,7 +61,7 @@ def _find(name: str, ray_address: str | None) -> Found:
 def _card(name: str) -> Card | None:
     """What the server of this name has registered; None where there is none."""
     try:
-        actor = ray.get_actor(name, NAMESPACE)
+        actor: Any = ray.get_actor(name, NAMESPACE)
         return msgspec.json.decode(ray.get(actor.card.remote(), timeout=ANSWER_SECONDS), type=Card)
     except ValueError:
         return None

@@ -1,5 +1,6 @@
 """Where an application of Ray Serve answers, for `Client.attach`."""
 
+from importlib import import_module
 from typing import Any
 
 import ray
@@ -24,7 +25,7 @@ def serve_details() -> dict[str, Any]:
     except ValueError:
         return {"applications": {}}
     try:
-        import ray.serve.schema
+        import_module("ray.serve.schema")  # of which the answer is made
 
         return ray.get(controller.get_serve_instance_details.remote(), timeout=ANSWER_SECONDS)
     except ImportError as error:

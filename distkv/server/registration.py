@@ -22,41 +22,36 @@ from distkv.errors import ConfigError, DistKVError
 
 log = logging.getLogger(__name__)
 
-REGISTER_SECONDS = 90.0
+REGISTER_SECONDS = 60.0
+START_SECONDS = 60.0  # more, for the process to start and to join the cluster
 END_SECONDS = 5.0
 
 
 class Registration:
     """A name, kept until `close`."""
 
-    def __init__(self, name: str, ray_address: str | None, host: str, port: int, api_key: str | None):
-        """Registers what listens there; returns when it can be found.
+    def __init__(self, name: str, *place: Any):
+        """Registers a server; returns when it can be found.
 
-        Raises ConfigError when no cluster can be joined (none is started), and when the name is taken.
+        Args:
+            place: the other arguments of `_register`.
+
+        Raises ConfigError when no cluster can be joined (none is started), and when the name is taken; DistKVError when
+        the cluster does not do as it is asked.
         """
         self._name = name
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        arguments = theirs, name, ray_address, host, port, api_key
-        self._process = context.Process(target=_keep, args=arguments, name="distkv name", daemon=True)
+        self._process = context.Process(target=_keep, args=(theirs, name, *place), name="distkv name", daemon=True)
         try:
             with closing(theirs):
                 self._process.start()
-            if not self._pipe.poll(REGISTER_SECONDS):
-                raise DistKVError(
-                    f"the Ray cluster did not register {name!r} within {REGISTER_SECONDS:.0f} s; is it well?"
-                )
-            answer = self._pipe.recv()
-        except EOFError:
-            self.close()
-            raise DistKVError(f"the process that was to register {name!r} has ended; what it wrote says why") from None
+            log.info(
+                "%r is the name of this server at the Ray cluster at %s, and %s its URL there", name, *self._answer()
+            )
         except BaseException:
             self.close()
             raise
-        if isinstance(answer, DistKVError):
-            self.close()
-            raise answer
-        log.info("%r is the name of this server at the Ray cluster at %s, and its address there %s", name, *answer)
 
     def watch(self) -> None:
         """Has the running event loop warn when the name is lost."""
@@ -65,18 +60,17 @@ class Registration:
         def lost() -> None:
             loop.remove_reader(self._pipe)
             log.warning(
-                "the Ray cluster is gone, and the name %r with it: the server goes on; start it anew to have the name again",
-                self._name,
+                "the name %r is lost, since the process that keeps it has ended, as Ray has it when the head of the cluster "
+                "is gone: the server goes on; start it anew to have the name again", self._name,
             )  # fmt: skip
 
         loop.add_reader(self._pipe, lost)
 
     def release(self) -> None:
-        """Gives the name up, without waiting until it is free."""
-        if not self._pipe.closed:
-            with suppress(RuntimeError):  # no loop runs any more
-                asyncio.get_running_loop().remove_reader(self._pipe)
-            self._pipe.close()
+        """Gives the name up, without waiting until it is free. In the event loop of `watch`, if that has been called."""
+        with suppress(RuntimeError, OSError):  # nobody watches, or it has been given up
+            asyncio.get_running_loop().remove_reader(self._pipe)
+        self._pipe.close()
 
     def close(self) -> None:
         """Gives the name up, and waits for the process that has kept it."""
@@ -86,28 +80,43 @@ class Registration:
             self._process.kill()
             self._process.join()
 
+    def _answer(self) -> tuple[str, str]:
+        """What the process says, once it has registered the name."""
+        seconds = START_SECONDS + REGISTER_SECONDS
+        if not self._pipe.poll(seconds):
+            raise DistKVError(
+                f"the Ray cluster did not register {self._name!r} within {seconds:.0f} s; see if it is well"
+            )
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            raise DistKVError(
+                f"the process that was to register {self._name!r} has ended; what it wrote says why"
+            ) from None
+        if isinstance(answer, DistKVError):
+            raise answer
+        return answer
+
 
 @contextmanager
-def registered(
-    name: str | None, ray_address: str | None, host: str, port: int, api_key: str | None
-) -> Iterator[Registration | None]:
-    """Keeps a name for as long as this lasts, if there is to be one; else as `Registration`."""
+def registered(name: str | None, *place: Any) -> Iterator[Registration | None]:
+    """Keeps a name for as long as this lasts, if there is to be one; arguments and errors are those of
+    `Registration`."""
     if name is None:
         yield None
         return
-    with closing(Registration(name, ray_address, host, port, api_key)) as registration:
+    with closing(Registration(name, *place)) as registration:
         yield registration
 
 
-def _keep(pipe: Connection, name: str, *arguments: Any) -> None:
+def _keep(pipe: Connection, *arguments: Any) -> None:
     """What the process does: registers, says how that went, and waits for the end of the server or of its use."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server gets it too, and lets what runs end
     try:
-        answer, release = _register(name, *arguments)
+        answer, release = _register(*arguments)
     except DistKVError as error:
         pipe.send(error)
         return
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which Ray has taken over
     with suppress(EOFError, OSError):
         pipe.send(answer)
         pipe.recv()
@@ -117,7 +126,10 @@ def _keep(pipe: Connection, name: str, *arguments: Any) -> None:
 def _register(
     name: str, ray_address: str | None, host: str, port: int, api_key: str | None
 ) -> tuple[tuple[str, str], Callable[[], None]]:
-    """Registers the name; returns the addresses of the cluster and of the server, and what gives the name up."""
+    """Registers a server that listens at `host`, an IP address, for those that have the key, if it is not None.
+
+    Returns the addresses of the cluster and of the server, and what gives the name up.
+    """
     import ray
     from ray.exceptions import GetTimeoutError, RayActorError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -135,7 +147,8 @@ def _register(
             return self._card
 
     connect(ray_address, None)
-    here = ray.get_runtime_context().get_node_id()
+    context = ray.get_runtime_context()
+    here = context.get_node_id()
     if ip_address(host.partition("%")[0]).is_unspecified:
         host = next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == here)
     url = http_url(host, port)
@@ -144,26 +157,26 @@ def _register(
         "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False),
     }  # fmt: skip
     try:
-        actor = (
-            ray.remote(NamedServer)
-            .options(**options)
-            .remote(msgspec.json.encode(Card(url, here, __version__, api_key)))
-        )
+        card = msgspec.json.encode(Card(url, here, __version__, api_key))
+        actor: Any = ray.remote(NamedServer).options(**options).remote(card)
         ray.get(actor.card.remote(), timeout=REGISTER_SECONDS)
     except ValueError as error:
         raise ConfigError(
-            f"the name {name!r} is taken at this Ray cluster; give another --name, or end the server that has it"
+            f"the name {name!r} is taken at the Ray cluster at {context.gcs_address}; give another --name, or end the "
+            "server that has it"
         ) from error
     except RayActorError as error:
         raise ConfigError(
             TOKENS_DIFFER if tokens_differ(error) else f"the Ray cluster cannot keep a name: {cause_of(error)}"
         ) from error
     except GetTimeoutError as error:
-        raise DistKVError(f"the Ray cluster did not register {name!r}; see whether it has room for an actor") from error
+        raise DistKVError(
+            f"the Ray cluster did not register {name!r} within {REGISTER_SECONDS:.0f} s; see if it is well"
+        ) from error
 
     def release() -> None:
         with suppress(Exception):  # it ends with this process all the same
             ray.kill(actor)
         disconnect()
 
-    return (ray.get_runtime_context().gcs_address, url), release
+    return (context.gcs_address, url), release
