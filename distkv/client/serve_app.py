@@ -21,13 +21,14 @@ def serve_details() -> dict[str, Any]:
     Raises ConfigError where its part of Ray is not installed, DistKVError when it does not answer.
     """
     try:
-        controller = ray.get_actor(CONTROLLER, NAMESPACE)
+        controller: Any = ray.get_actor(CONTROLLER, NAMESPACE)
     except ValueError:
         return {"applications": {}}
     try:
         import_module("ray.serve.schema")  # of which the answer is made
 
-        return ray.get(controller.get_serve_instance_details.remote(), timeout=ANSWER_SECONDS)
+        details: dict[str, Any] = ray.get(controller.get_serve_instance_details.remote(), timeout=ANSWER_SECONDS)
+        return details
     except ImportError as error:
         raise ConfigError(
             f"the cluster runs Ray Serve, whose part of Ray is not installed here ({error}); pip install 'ray[serve]'"

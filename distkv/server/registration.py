@@ -60,14 +60,14 @@ class Registration:
         def lost() -> None:
             loop.remove_reader(self._pipe)
             log.warning(
-                "the name %r is lost, since the process that keeps it has ended, as Ray has it when the head of the cluster "
-                "is gone: the server goes on; start it anew to have the name again", self._name,
+                "the name %r is lost: the process that keeps it has ended, as it does when the cluster's head is gone; "
+                "the server goes on, and has the name again when it is started anew", self._name,
             )  # fmt: skip
 
         loop.add_reader(self._pipe, lost)
 
     def release(self) -> None:
-        """Gives the name up, without waiting until it is free. In the event loop of `watch`, if that has been called."""
+        """Gives the name up, without waiting until it is free; in the event loop of `watch`, if there is one."""
         with suppress(RuntimeError, OSError):  # nobody watches, or it has been given up
             asyncio.get_running_loop().remove_reader(self._pipe)
         self._pipe.close()

@@ -8,8 +8,8 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 TOKENS_DIFFER = (
     "the cluster has been started without tokens and this process uses one (RAY_AUTH_MODE is 'token'; Ray sets that "
-    "for a process that has had a cluster of its own, or that found a token in ~/.ray); start the cluster again, or run "
-    "this with RAY_AUTH_MODE=disabled"
+    "for a process that has had a cluster of its own, or that found a token in ~/.ray); start the cluster again, or "
+    "run this with RAY_AUTH_MODE=disabled"
 )
 
 
