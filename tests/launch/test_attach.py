@@ -22,8 +22,8 @@ from support.servers import ServerProcess, save_talker
 from distkv import AsyncClient, Client, ConfigError, DistKVError, SamplingParams
 from distkv.client.card import NAMESPACE
 from distkv.client.serve_app import application_url
-from distkv.server.registration import Registration
 from distkv.server.options import ServerOptions
+from distkv.server.registration import Registration
 
 ENGINE = ("--page-size", "16", "--device-kv-bytes", "4MiB", "--num-threads", "1")
 LONG = SamplingParams(max_tokens=1500, ignore_eos=True)
@@ -132,12 +132,11 @@ def test_a_process_that_is_connected_stays_so(cluster: Cluster, server: ServerPr
     try:
         Client.attach("first").close()
         assert ray.is_initialized()
+
         @ray.remote(num_cpus=0)
         class Holder:
             def card(self) -> bytes:
                 return json.dumps({"url": "http://127.0.0.1:1", "node_id": "", "version": "0", "later": 1}).encode()
-                    {"url": elsewhere.url, "node_id": elsewhere.node_id, "version": "0", "later": 1}
-                ).encode()
 
         held = Holder.options(name="far", namespace=NAMESPACE).remote()  # type: ignore[attr-defined]
         with pytest.raises(ConfigError, match=r"on another node .* start it with --host 0\.0\.0\.0"):
