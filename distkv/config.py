@@ -5,7 +5,15 @@ from pathlib import Path
 from typing import TypedDict
 
 from distkv.errors import ConfigError
-from distkv.option_checks import check_choice, check_flag, check_share, check_whole, parse_bytes, settle_path
+from distkv.option_checks import (
+    check_choice,
+    check_flag,
+    check_ray_address,
+    check_share,
+    check_whole,
+    parse_bytes,
+    settle_path,
+)
 from distkv.option_help import explained
 from distkv.storage.paging import NUM_BUFFERS, PREFILL_SPLIT, check_page_size
 
@@ -192,8 +200,7 @@ class EngineConfig:
         if self.batch_invariant is not None:
             self._set("batch_invariant", check_flag("batch_invariant", self.batch_invariant))
         self._set("gpu_memory_utilization", check_share("gpu_memory_utilization", self.gpu_memory_utilization))
-        if self.ray_address is not None and not (isinstance(self.ray_address, str) and self.ray_address.strip()):
-            raise ConfigError(f"ray_address is {self.ray_address!r}; give a text such as 'auto'")
+        check_ray_address(self.ray_address)
         check_page_size(self.page_size)
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(

@@ -1,5 +1,6 @@
 """`AsyncClient`: the methods of `LLM` over HTTP, for event loops."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from types import TracebackType
@@ -28,6 +29,14 @@ class AsyncClient:
     def __init__(self, url: str = "http://127.0.0.1:8000", *, api_key: str | None = None):
         """As `Client`."""
         self._http = httpx2.AsyncClient(**calls.settings(url, api_key))
+
+    @classmethod
+    async def attach(cls, name: str, *, ray_address: str | None = None, api_key: str | None = None) -> "AsyncClient":
+        """As `Client.attach`; the event loop goes on meanwhile."""
+        from distkv.client.attach import find  # imports ray
+
+        found = await asyncio.to_thread(find, name, ray_address)
+        return cls(found.url, api_key=found.api_key if api_key is None else api_key)
 
     async def generate(
         self,

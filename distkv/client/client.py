@@ -29,6 +29,23 @@ class Client:
         ConfigError for what is no URL."""
         self._http = httpx2.Client(**calls.settings(url, api_key))
 
+    @classmethod
+    def attach(cls, name: str, *, ray_address: str | None = None, api_key: str | None = None) -> "Client":
+        """A client of the server that `distkv serve --name` has registered at a Ray cluster by this name, or else of
+        the Ray Serve application of this name. Afterwards it needs Ray no more.
+
+        Args:
+            ray_address: the cluster, as for `LLM`; none is started. This machine must be one of its nodes.
+            api_key: in place of the key that the server has registered; without either as for `Client`.
+
+        Raises ConfigError when the cluster cannot be joined, when nobody has the name, and when the server cannot be
+        reached from here; DistKVError when the cluster does not answer.
+        """
+        from distkv.client.attach import find  # imports ray
+
+        found = find(name, ray_address)
+        return cls(found.url, api_key=found.api_key if api_key is None else api_key)
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],

@@ -8,7 +8,6 @@ Nobody but their owner may read them.
 
 import logging
 import os
-import re
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ import msgspec
 
 from distkv.errors import ConfigError, DistKVError, StoreError
 from distkv.frontend.conversation import Conversation, StoredMessage
+from distkv.option_checks import check_name
 from distkv.outputs import RequestOutput
 from distkv.storage.disk.cache_folder import SESSIONS
 from distkv.storage.disk.file_lock import FileLock, HeldError
@@ -25,7 +25,6 @@ from distkv.storage.disk.file_lock import FileLock, HeldError
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")
 
 
 class FileVersion(msgspec.Struct):
@@ -59,10 +58,7 @@ class Session(Conversation):
         Raises ConfigError when the name cannot be one, when another process has the session open, and when its file is
         damaged or cannot be read.
         """
-        if not isinstance(name, str) or NAME.fullmatch(name) is None:
-            raise ConfigError(
-                f"session is {name!r}; use up to 64 letters, digits and '-', '_' or '.', with no dot at the beginning"
-            )
+        check_name("session", name)
         super().__init__()
         folder = Path(cache_dir) / SESSIONS
         self.name = name

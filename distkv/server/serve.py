@@ -6,17 +6,18 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
 from distkv.async_llm import AsyncLLM
+from distkv.client.card import http_url, is_loopback
 from distkv.config import EngineOptions
 from distkv.errors import ConfigError
 from distkv.server.app import make_app
 from distkv.server.options import KEY_VARIABLE, ServerOptions
+from distkv.server.registration import Registration, registered
 from distkv.server.service import Service
 
 log = logging.getLogger(__name__)
@@ -35,21 +36,22 @@ def serve(
         folder: finds the model's folder; it may take its time.
         ready: called with the server's URL as soon as requests are answered.
 
-    Raises ConfigError for an address that cannot be listened on, KeyboardInterrupt after SIGINT, and what `AsyncLLM`
-    raises.
+    Raises ConfigError for an address that cannot be listened on, and for a name that cannot be had, before the model is
+    looked for; KeyboardInterrupt after SIGINT, and what `AsyncLLM` raises.
     """
     with closing(_listen(options.host, options.port)) as listener:
         host, port = listener.getsockname()[:2]
-        service = Service(options.served_model_name or [model], options)
-        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        server = _Server(service)
-        with server.handling_signals():
-            if options.api_key is None and not _is_loopback(host):
-                log.warning(
-                    "distkv listens on %s without an API key: whoever reaches this port can use the model; set %s, or "
-                    "listen on 127.0.0.1", host, KEY_VARIABLE,
-                )  # fmt: skip
-            asyncio.run(_serve(server, service, listener, folder, engine, lambda: ready(url)))
+        if options.api_key is None and not is_loopback(host):
+            log.warning(
+                "distkv listens on %s without an API key: whoever reaches this port can use the model; set %s, or "
+                "listen on 127.0.0.1", host, KEY_VARIABLE,
+            )  # fmt: skip
+        with registered(options.name, engine.get("ray_address"), host, port, options.api_key) as registration:
+            service = Service(options.served_model_name or [model], options)
+            server = _Server(service, registration)
+            with server.handling_signals():
+                url = http_url(host, port)
+                asyncio.run(_serve(server, service, listener, folder, engine, lambda: ready(url)))
     if server.is_interrupted:
         raise KeyboardInterrupt
 
@@ -84,7 +86,7 @@ async def _serve(
 class _Server(uvicorn.Server):
     """uvicorn's, which leaves it to `serve` what comes after a signal."""
 
-    def __init__(self, service: Service):
+    def __init__(self, service: Service, registration: Registration | None):
         options = service.options
         super().__init__(
             uvicorn.Config(
@@ -93,7 +95,19 @@ class _Server(uvicorn.Server):
             )
         )  # fmt: skip
         self.is_interrupted = False
-        self._service = service
+        self._service, self._registration = service, registration
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's, after which the name is looked after, if the server has one."""
+        await super().startup(sockets)
+        if self._registration is not None:
+            self._registration.watch()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's, before which the name is given up: nobody is to attach any more."""
+        if self._registration is not None:
+            self._registration.release()
+        await super().shutdown(sockets)
 
     def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
         """uvicorn's own handling, in whose place there is `handling_signals`."""
@@ -135,7 +149,3 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ConfigError(
             f"{host!r}, port {port}, cannot be listened on ({error}); give another --host or --port"
         ) from error
-
-
-def _is_loopback(host: str) -> bool:
-    return ip_address(host.partition("%")[0]).is_loopback

@@ -27,15 +27,16 @@ class _Connection:
 
     made_here = False
     users = 0
-    lock = threading.Lock()  # held while that changes, and while it is being made
+    lock = threading.RLock()  # held while it is made or ended; garbage collection may end one meanwhile
 
 
-def connect(address: str | None, size: int) -> None:
+def connect(address: str | None, size: int | None) -> None:
     """Joins a cluster, or starts one with a core for each of `size` ranks, unless this process has a connection.
 
     Args:
         address: "host:port"; "auto" for RAY_ADDRESS or the cluster that `ray start` began last on this machine; "local"
             for one of our own; None as "auto", but for a cluster of another user, or else one of our own.
+        size: None for whoever has no ranks to start, and so no use for a cluster of our own.
 
     Raises ConfigError when it cannot be joined, or this process is connected to another.
     """
@@ -60,6 +61,7 @@ def disconnect() -> None:
 def _disown() -> None:
     """In a forked process: Ray's own end of the interpreter would wait for threads that are not there, and end the
     cluster of the parent."""
+    _Connection.lock = threading.RLock()  # another thread of the parent may hold that
     if _Connection.users:
         atexit.unregister(ray.shutdown)
 
@@ -67,10 +69,15 @@ def _disown() -> None:
 os.register_at_fork(after_in_child=_disown)
 
 
-def _init(address: str | None, size: int) -> None:
+def _init(address: str | None, size: int | None) -> None:
     found, is_noted, reason = _choose(address)
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     if found is None:
+        if size is None:
+            raise ConfigError(
+                f"no Ray cluster to look at: {reason}; give the address of one, such as 'auto', or begin it with `ray "
+                "start --head`"
+            )
         log.info("starting a Ray cluster on this machine for this process: %s", reason)
         with _without_remark_on_signals():
             ray.init(address="local", num_cpus=max(size, usable_cores()), include_dashboard=False, **quiet)

@@ -6,6 +6,12 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
+TOKENS_DIFFER = (
+    "the cluster has been started without tokens and this process uses one (RAY_AUTH_MODE is 'token'; Ray sets that "
+    "for a process that has had a cluster of its own, or that found a token in ~/.ray); start the cluster again, or "
+    "run this with RAY_AUTH_MODE=disabled"
+)
+
 
 def failure_of(ref: Any) -> Exception | None:
     """What a finished call ended with, or None when it returned."""

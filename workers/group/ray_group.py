@@ -25,7 +25,7 @@ from distkv.workers.errors import CapacityError, ConfigError, DistKVError, Worke
 from distkv.workers.group.log_lines import relay
 from distkv.workers.group.rank_actor import LeaderMain, RankActor
 from distkv.workers.group.ray_cluster import connect, disconnect
-from distkv.workers.group.ray_errors import cause_of, failure_of, tokens_differ
+from distkv.workers.group.ray_errors import TOKENS_DIFFER, cause_of, failure_of, tokens_differ
 from distkv.workers.kv_pools import PoolSizes
 from distkv.workers.rank import Capacity, Loaded, RankConfig
 
@@ -256,11 +256,7 @@ class RayGroup:
                 "submit with `ray job submit --working-dir` from a checkout"
             )
         if not self.nodes and error is not None and tokens_differ(error):
-            return ConfigError(
-                "the cluster has been started without tokens and this process uses one (RAY_AUTH_MODE is 'token'; Ray "
-                "sets that for a process that has had a cluster of its own, or that found a token in ~/.ray); start "
-                "the cluster again, or run this with RAY_AUTH_MODE=disabled"
-            )
+            return ConfigError(TOKENS_DIFFER)
         host = self.nodes[rank].host if rank < len(self.nodes) else "unknown"
         return WorkerDied(rank, host, known)
 
