@@ -11,7 +11,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+NUM_CPUS = 4  # of the cluster that tests share
 START_TIMEOUT = 120.0  # seconds
+
+_sessions = {os.getsid(0)}
+"""The sessions of processes in which clusters of these tests run: a private one in that of the tests, others in their
+own."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ def start(folder: Path, num_cpus: int) -> tuple[Cluster, subprocess.Popen[bytes]
     ]  # fmt: skip
     with open(folder / "ray.log", "wb") as log:
         head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=folder)
+    _sessions.add(head.pid)
     deadline = time.monotonic() + START_TIMEOUT
     while cluster.ray("job", "list", "--address", cluster.dashboard).returncode or not _is_noted(gcs):
         if head.poll() is not None or time.monotonic() > deadline:
@@ -80,12 +86,14 @@ def stop(head: subprocess.Popen[bytes]) -> None:
 
 
 def rank_processes() -> dict[str, list[int]]:
-    """Process ids of rank actors on this machine by what they run: "lead", "follow", or "" between calls."""
+    """Process ids of rank actors of these tests by what they run: "lead", "follow", or "" between calls."""
     found: dict[str, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
+            if os.getsid(int(entry.name)) not in _sessions:
+                continue
             title = (entry / "cmdline").read_bytes().split(b"\0")[0].decode()
         except OSError:
             continue  # it has just ended
