@@ -2,8 +2,8 @@
 
 Two are the kernel tests without a GPU. Triton reads TRITON_INTERPRET when it is imported and when a kernel is defined,
 so one process either interprets kernels (ring `interpreter`) or compiles them (ring `aot`). `pytest -m <ring>` runs a
-ring, with its slow tests; `-m slow` has those of the ring `aot` alone, since its process compiles. The third, `ray`, are
-the tests with a Ray cluster, which wait most of the time; they are ordinary tests too, and run where they are selected
+ring, with its slow tests; `-m slow` has those of the ring `aot` alone, since its process compiles. The third, `ray`, is
+of tests with a Ray cluster, which wait most of the time; they are ordinary tests too, and run where they are selected
 unless their ring runs.
 
 The default run starts all three beside the other tests, at a low priority, and `test_rings.py` collects them at its
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ RINGS = (*KERNEL_RINGS, "ray")
 MODULES = KERNEL_RINGS | {"gpu": "test_gpu*.py"}
 """The markers whose tests lie apart: `-m` of one of them imports nothing else, which the machine may not be able to."""
 OTHER_KINDS = ("unmarked", "slow")
+PATIENCE = 40  # seconds for a ring that is interrupted to end what it has started
 
 ALONE = pytest.StashKey[str | None]()
 INTERPRETS = pytest.StashKey[bool]()
@@ -55,8 +57,13 @@ class RingRun:
         return status, self._output.read()
 
     def stop(self) -> None:
+        """Interrupts it, so that it ends what has a process group of its own, as Ray has; kills what is left."""
         if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(PATIENCE)
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._output.close()
 
@@ -98,7 +105,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     rings are collected last."""
     for item in items:
         if "cluster" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("ray"):
-            raise pytest.UsageError(f"{item.nodeid}: a test with a Ray cluster is marked ray")
+            raise pytest.UsageError(f"{item.nodeid}: it uses a Ray cluster; mark it ray (pytestmark = pytest.mark.ray)")
         for kind, pattern in MODULES.items():
             if (item.get_closest_marker(kind) is not None) != fnmatch.fnmatch(item.path.name, pattern):
                 raise pytest.UsageError(f"{item.nodeid}: tests marked {kind}, and no others, live in {pattern}")
