@@ -13,10 +13,7 @@ from pathlib import Path
 
 NUM_CPUS = 4  # of the cluster that tests share
 START_TIMEOUT = 120.0  # seconds
-
-_sessions = {os.getsid(0)}
-"""The sessions of processes in which clusters of these tests run: a private one in that of the tests, others in their
-own."""
+_sessions = {os.getsid(0)}  # of processes that belong to clusters of these tests, and not to somebody else's
 
 
 @dataclass(frozen=True)
@@ -70,9 +67,11 @@ def join(cluster: Cluster, folder: Path, num_cpus: int) -> subprocess.Popen[byte
         "--object-store-memory=100000000",
     ]  # fmt: skip
     with open(folder / "node.log", "wb") as log:
-        return subprocess.Popen(
+        node = subprocess.Popen(
             command, env=cluster.environment, stdout=log, stderr=log, start_new_session=True, cwd=folder
         )
+    _sessions.add(node.pid)
+    return node
 
 
 def stop(head: subprocess.Popen[bytes]) -> None:
@@ -92,12 +91,11 @@ def rank_processes() -> dict[str, list[int]]:
         if not entry.name.isdigit():
             continue
         try:
-            if os.getsid(int(entry.name)) not in _sessions:
-                continue
             title = (entry / "cmdline").read_bytes().split(b"\0")[0].decode()
+            is_ours = os.getsid(int(entry.name)) in _sessions
         except OSError:
             continue  # it has just ended
-        if title.startswith("ray::RankActor"):
+        if is_ours and title.startswith("ray::RankActor"):
             found.setdefault(title.partition(".")[2].strip(), []).append(int(entry.name))
     return found
 
