@@ -18,6 +18,7 @@ from distkv.models.fetch import fetch_model
 
 if TYPE_CHECKING:
     from support.aot import Case, Compiler, Report
+    from support.ray_cluster import Cluster
 
 pytest_plugins = ["support.rings"]
 
@@ -50,6 +51,36 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from support.checkpoints import save_llama
 
     return save_llama(tmp_path_factory.mktemp("tiny"))[0]
+
+
+@pytest.fixture(scope="session")
+def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Cluster"]:
+    """A Ray cluster on this machine, for all tests that want one; see `cluster`."""
+    from support import ray_cluster
+
+    cluster, head = ray_cluster.start(tmp_path_factory.mktemp("ray"), ray_cluster.NUM_CPUS)
+    try:
+        yield cluster
+    finally:
+        ray_cluster.stop(head)
+
+
+@pytest.fixture(scope="module")
+def cluster(shared_cluster: "Cluster", demo_model: Path) -> Iterator["Cluster"]:
+    """The Ray cluster that tests share, and a process that may connect to it until the module ends.
+
+    The demo model lies below the HOME that the process had before.
+    """
+    import ray
+    from support.processes import ROOT
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", shared_cluster.environment["HOME"])  # the token to connect with lies there
+        patch.chdir(ROOT)  # Ray puts the driver's folder on the workers' path
+        try:
+            yield shared_cluster
+        finally:
+            ray.shutdown()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import ast
 import itertools
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,6 @@ from pathlib import Path
 import pytest
 from support.processes import run_python
 
-from distkv.kernels.native.build import library_name
 from distkv.kernels.native.instruction_sets import INSTRUCTION_SETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -174,6 +174,8 @@ def test_every_public_name_can_be_had() -> None:
 def test_a_wheel_contains_everything(tmp_path: Path) -> None:
     tree = tmp_path / "tree"  # a build leaves folders behind
     shutil.copytree(ROOT, tree, symlinks=True, ignore=shutil.ignore_patterns(".git", "build", "*.egg-info", ".*_cache"))
+    build = tree / "kernels" / "native" / "build.py"  # every kernel is compiled, and in a fifth of the time
+    build.write_text(build.read_text().replace('"-O3"', '"-O0"'))
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(tree)]
     subprocess.run(command, check=True, capture_output=True)
     [wheel] = tmp_path.glob("*.whl")
@@ -186,4 +188,5 @@ def test_a_wheel_contains_everything(tmp_path: Path) -> None:
     assert packed == expected
     assert "distkv/metrics/grafana.json" in names
     libraries = {name.split("/")[-1] for name in names if name.endswith(".so")}
-    assert libraries == {library_name(one.name, one.flags) for one in INSTRUCTION_SETS}
+    name_library = runpy.run_path(str(build))["library_name"]  # names tell flags apart
+    assert libraries == {name_library(one.name, one.flags) for one in INSTRUCTION_SETS}

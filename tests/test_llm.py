@@ -11,6 +11,7 @@ import torch
 from support.checkpoints import save_llama
 from support.llms import idle_engine
 from support.prompts import random_prompts
+from support.servers import save_talker
 
 from distkv import (
     LLM,
@@ -49,6 +50,14 @@ def demo(demo_model: Path) -> Iterator[LLM]:
         check_idle(llm)
 
 
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    """A small random model that answers with any bytes, so that characters begin in one token and end in another."""
+    with LLM(save_talker(tmp_path_factory.mktemp("talker")), device_kv_bytes="16MiB") as llm:
+        yield llm
+        check_idle(llm)
+
+
 def check_idle(llm: LLM) -> None:
     """All pages are free again."""
     idle_engine(llm).integrity_check()
@@ -78,9 +87,10 @@ def test_demo_model_continues_real_text_as_transformers_does(demo: LLM, demo_mod
     from transformers import AutoModelForCausalLM
 
     prompt = demo.tokenizer.encode(LICENCE.read_text(encoding="utf-8"))[:600]  # 3 pages
-    output = demo.generate(prompt, GREEDY, use_tqdm=False)[0]
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    output = demo.generate(prompt, params, use_tqdm=False)[0]
     peer = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
-    expected = peer.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=None)
+    expected = peer.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None)
     assert output.outputs[0].token_ids == expected[0, len(prompt) :].tolist()
 
 
@@ -194,11 +204,11 @@ def test_streamed_text_never_shrinks_and_never_shows_a_stop_string(demo: LLM) ->
     assert len(set(texts)) > 3
 
 
-def test_streamed_text_equals_generated_text(demo: LLM) -> None:
+def test_streamed_text_equals_generated_text(talker: LLM) -> None:
     params = SamplingParams(temperature=0.9, seed=4, max_tokens=60)
     prompt = "Some text with umlauts and signs: äöü — 漢字 🙂🙃 and"
-    *_, last = demo.stream(prompt, params)
-    generated = demo.generate(prompt, params, use_tqdm=False)[0]
+    *_, last = talker.stream(prompt, params)
+    generated = talker.generate(prompt, params, use_tqdm=False)[0]
     assert last.finished
     assert last.outputs == generated.outputs
 
@@ -206,30 +216,35 @@ def test_streamed_text_equals_generated_text(demo: LLM) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"temperature": 0, "max_tokens": 30, "stop": " 8, 9"},
+        {"temperature": 1.2, "max_tokens": 30, "stop": "the answer's own"},
         {"temperature": 1.2, "max_tokens": 20, "n": 3},
         {"temperature": 0.9, "max_tokens": 20, "logprobs": 3},
     ],
     ids=["stop string", "three answers", "logprobs"],
 )
-def test_every_kind_of_output_brings_the_same_answer(demo: LLM, options: dict[str, Any]) -> None:
+def test_every_kind_of_output_brings_the_same_answer(talker: LLM, options: dict[str, Any]) -> None:
     prompt = "Count: 1, 2, 3, 4, 漢字 🙂, 1, 2, 3, 4,"
+    if "stop" in options:
+        free = SamplingParams(seed=8, ignore_eos=True, **options | {"stop": None})
+        text = talker.generate(prompt, free, use_tqdm=False)[0].outputs[0].text
+        options = options | {"stop": text[8:11]}
     params = SamplingParams(seed=8, ignore_eos=True, **options)
-    *_, whole = demo.stream(prompt, params)
+    *_, whole = talker.stream(prompt, params)
+    assert (whole.outputs[0].finish_reason == "stop") == ("stop" in options)
     delta, final_only = (
         msgspec.structs.replace(params, output_kind=kind)
         for kind in (RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY)
     )
-    deltas = list(demo.stream(prompt, delta))
+    deltas = list(talker.stream(prompt, delta))
     assert join_deltas(deltas).outputs == whole.outputs
     assert [one.finished for one in deltas] == [False] * (len(deltas) - 1) + [True]
     assert {len(one.token_ids) for output in deltas for one in output.outputs} == {1}
-    [last] = demo.stream(prompt, final_only)
+    [last] = talker.stream(prompt, final_only)
     assert last.finished and last.outputs == whole.outputs
     for each in (delta, final_only):
-        [output] = demo.generate(prompt, each, use_tqdm=False)
+        [output] = talker.generate(prompt, each, use_tqdm=False)
         assert output.finished and output.outputs == whole.outputs
-    check_idle(demo)
+    check_idle(talker)
 
 
 def test_leaving_a_stream_ends_the_request(llm: LLM) -> None:

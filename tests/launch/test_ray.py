@@ -9,7 +9,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -31,23 +30,10 @@ from support.rules import rule_requests, save_speaking_llama
 from distkv import LLM, AsyncLLM, CapacityError, ConfigError, DistKVError, SamplingParams, WorkerDied
 from distkv.storage.disk.catalogue import Catalogue
 
+pytestmark = pytest.mark.ray
+
 GREEDY = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
-NUM_CPUS = 4
 UNEVEN = {"tie_word_embeddings": True, "vocab_size": 130, "intermediate_size": 113}
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = tmp_path_factory.mktemp("ray")
-    cluster, head = ray_cluster.start(folder, NUM_CPUS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOME", str(folder))  # the token to connect with lies there
-        patch.chdir(ROOT)  # Ray puts the driver's folder on the workers' path
-        try:
-            yield cluster
-        finally:
-            ray.shutdown()
-            ray_cluster.stop(head)
 
 
 def check_nothing_is_left(cluster: Cluster) -> None:
@@ -57,9 +43,9 @@ def check_nothing_is_left(cluster: Cluster) -> None:
         states = {group["state"] for group in ray.util.placement_group_table().values()}
         assert states <= {"REMOVED"}
         deadline = time.monotonic() + 30  # Ray tells the resources of dead actors a moment later
-        while ray.available_resources().get("CPU") != NUM_CPUS and time.monotonic() < deadline:
+        while ray.available_resources().get("CPU") != ray_cluster.NUM_CPUS and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert ray.available_resources()["CPU"] == NUM_CPUS
+        assert ray.available_resources()["CPU"] == ray_cluster.NUM_CPUS
     finally:
         ray.shutdown()
 

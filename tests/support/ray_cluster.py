@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+NUM_CPUS = 4  # of the cluster that tests share
 START_TIMEOUT = 120.0  # seconds
 _sessions = {os.getsid(0)}  # of processes that belong to clusters of these tests, and not to somebody else's
 

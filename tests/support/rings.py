@@ -1,9 +1,13 @@
-"""The kernel tests without a GPU: two rings, each in a process of its own.
+"""Rings: tests that run in a process of their own, beside the others.
 
-Triton reads TRITON_INTERPRET when it is imported and when a kernel is defined, so one process either interprets kernels
-(ring `interpreter`) or compiles them (ring `aot`). `pytest -m <ring>` runs a ring, with its slow tests; `-m slow` has
-those of the ring `aot` alone, since its process compiles. The default run starts both beside the other tests, at a low
-priority, and `test_rings.py` collects them at its end; a run that selects none of `test_rings.py` starts nothing.
+Two are the kernel tests without a GPU. Triton reads TRITON_INTERPRET when it is imported and when a kernel is defined,
+so one process either interprets kernels (ring `interpreter`) or compiles them (ring `aot`). `pytest -m <ring>` runs a
+ring, with its slow tests; `-m slow` has those of the ring `aot` alone, since its process compiles. The third, `ray`, is
+of tests with a Ray cluster, which wait most of the time; they are ordinary tests too, and run where they are selected
+unless their ring runs.
+
+The default run starts all three beside the other tests, at a low priority, and `test_rings.py` collects them at its
+end; a run that selects none of `test_rings.py` starts nothing.
 """
 
 import fnmatch
@@ -12,31 +16,39 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from _pytest.mark.expression import Expression
 
-RINGS = {"interpreter": "test_triton_*.py", "aot": "test_aot*.py"}
-"""The markers of the rings, and where their tests lie: a ring imports no other module."""
-MODULES = RINGS | {"gpu": "test_gpu*.py"}
+KERNEL_RINGS = {"interpreter": "test_triton_*.py", "aot": "test_aot*.py"}
+"""The markers of these rings, and where their tests lie: such a ring imports no other module."""
+RINGS = (*KERNEL_RINGS, "ray")
+MODULES = KERNEL_RINGS | {"gpu": "test_gpu*.py"}
 """The markers whose tests lie apart: `-m` of one of them imports nothing else, which the machine may not be able to."""
 OTHER_KINDS = ("unmarked", "slow")
+PATIENCE = 40  # seconds for a ring that is interrupted to end what it has started
 
 ALONE = pytest.StashKey[str | None]()
 INTERPRETS = pytest.StashKey[bool]()
 RUNS = pytest.StashKey[dict[str, "RingRun"]]()
+ASIDE = pytest.StashKey[list[pytest.Item]]()
+"""The selected tests that the ring `ray` runs instead."""
 
 
 class RingRun:
     """A ring's own pytest, on its way, and the processes that it starts: a process group, so that `stop` ends all."""
 
-    def __init__(self, ring: str, root: Path):
+    def __init__(self, ring: str, root: Path, modules: list[str]):
+        """Starts it; without modules it looks for its tests everywhere."""
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        command = ["nice", "-n", "10", sys.executable, "-m", "pytest", "-m", f"{ring} and not slow", "--color=no"]
+        pytest_ring = [sys.executable, "-m", "pytest", "-m", f"{ring} and not slow", "--color=no", *modules]
         self._process = subprocess.Popen(
-            command, cwd=root, stdout=self._output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+            ["nice", "-n", "10", *pytest_ring], cwd=root, stdout=self._output, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
 
     def finish(self) -> tuple[int, str]:
         """Waits for the end; returns exit status and output."""
@@ -45,8 +57,13 @@ class RingRun:
         return status, self._output.read()
 
     def stop(self) -> None:
+        """Interrupts it, so that it ends what has a process group of its own, as Ray has; kills what is left."""
         if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(PATIENCE)
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._output.close()
 
@@ -57,7 +74,7 @@ def pytest_configure(config: pytest.Config) -> None:
     kinds = [*MODULES, *OTHER_KINDS]
     if expression:
         kinds = [kind for kind in kinds if _selects(expression, kind)]
-    selected = [kind for kind in kinds if kind in RINGS]
+    selected = [kind for kind in kinds if kind in KERNEL_RINGS]
     if selected and len(kinds) > 1:
         raise pytest.UsageError(
             f"-m '{expression}' selects {', '.join(kinds)} tests in one process, and Triton either interprets or "
@@ -82,18 +99,22 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     """Checks that no test lies where its marker does not look, and leaves out those that want another process; the
     rings are collected last."""
     for item in items:
+        if "cluster" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("ray"):
+            raise pytest.UsageError(f"{item.nodeid}: it uses a Ray cluster; mark it ray (pytestmark = pytest.mark.ray)")
         for kind, pattern in MODULES.items():
             if (item.get_closest_marker(kind) is not None) != fnmatch.fnmatch(item.path.name, pattern):
                 raise pytest.UsageError(f"{item.nodeid}: tests marked {kind}, and no others, live in {pattern}")
     if not config.stash[INTERPRETS]:
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("interpreter")])
-        items[:] = [item for item in items if not item.get_closest_marker("interpreter")]
-    items.sort(key=_collects_a_ring)
+        _leave_out(config, items, lambda item: item.get_closest_marker("interpreter") is not None)
+    items.sort(key=lambda item: _ring_of(item) is not None)
+    yield  # others select
+    if "ray" in map(_ring_of, items):
+        config.stash[ASIDE] = _leave_out(config, items, _belongs_to_the_ring_of_ray)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -101,9 +122,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     runs = session.config.stash.setdefault(RUNS, {})
     if session.config.option.collectonly or sys.platform != "linux":
         return
-    for item in filter(_collects_a_ring, session.items):
-        ring = item.callspec.params["ring"]
-        runs[ring] = RingRun(ring, session.config.rootpath)
+    for ring in filter(None, map(_ring_of, session.items)):
+        aside = session.config.stash.get(ASIDE, []) if ring == "ray" else []
+        runs[ring] = RingRun(ring, session.config.rootpath, sorted({str(item.path) for item in aside}))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -112,8 +133,23 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         run.stop()
 
 
-def _collects_a_ring(item: pytest.Item) -> bool:
-    return item.path.name == "test_rings.py" and hasattr(item, "callspec")
+def _ring_of(item: pytest.Item) -> str | None:
+    """The ring that a test collects, if it is one that does."""
+    return item.callspec.params["ring"] if item.path.name == "test_rings.py" and hasattr(item, "callspec") else None
+
+
+def _belongs_to_the_ring_of_ray(item: pytest.Item) -> bool:
+    return item.get_closest_marker("ray") is not None and item.get_closest_marker("slow") is None
+
+
+def _leave_out(
+    config: pytest.Config, items: list[pytest.Item], is_left_out: Callable[[pytest.Item], bool]
+) -> list[pytest.Item]:
+    """Takes some of the selected tests out of the run; returns them."""
+    left_out = [item for item in items if is_left_out(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not is_left_out(item)]
+    return left_out
 
 
 def _selects(expression: str, kind: str) -> bool:
