@@ -25,24 +25,11 @@ from distkv.client.serve_app import application_url
 from distkv.server.options import ServerOptions
 from distkv.server.registration import Registration
 
+pytestmark = pytest.mark.ray
+
 ENGINE = ("--page-size", "16", "--device-kv-bytes", "4MiB", "--num-threads", "1")
 LONG = SamplingParams(max_tokens=1500, ignore_eos=True)
 SHORT = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = tmp_path_factory.mktemp("ray")
-    kernels = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cluster, head = ray_cluster.start(folder, 2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOME", str(folder))  # the token to connect with lies there
-        patch.setenv("XDG_CACHE_HOME", str(kernels))
-        try:
-            yield cluster
-        finally:
-            ray.shutdown()
-            ray_cluster.stop(head)
 
 
 @pytest.fixture(scope="module")
