@@ -17,6 +17,7 @@ UNITS |= {letter + end: 1000**power for power, letter in enumerate("KMGT", 1) fo
 UNITS |= {letter + end: 1024**power for power, letter in enumerate("KMGT", 1) for end in ("I", "IB")}
 MOST_BYTES = 2**63 - 1
 MOST = 2**31 - 1  # of tokens, sequences and the like
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")
 
 
 def check_whole(name: str, value: Any, least: int = 1, most: int = MOST) -> int:
@@ -25,6 +26,15 @@ def check_whole(name: str, value: Any, least: int = 1, most: int = MOST) -> int:
     if number is None or not least <= number <= most:
         raise ConfigError(f"{name} is {shown(value)}; it must be an integer from {least} to {most}")
     return number
+
+
+def check_name(name: str, value: Any) -> str:
+    """A name that may be a file's too."""
+    if not isinstance(value, str) or NAME.fullmatch(value) is None:
+        raise ConfigError(
+            f"{name} is {shown(value)}; use up to 64 letters, digits and '-', '_' or '.', with no dot at the beginning"
+        )
+    return value
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:

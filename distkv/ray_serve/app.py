@@ -25,6 +25,9 @@ NO_LIMIT = 10**6  # requests at a time: the server itself refuses what is too mu
 WITHOUT_END = 10.0 * 365 * 86400  # seconds
 # Serve's code and ours in one event loop: each hop of a token between threads costs more than what it protects from
 ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
+ELSEWHERE_GIVEN = dict.fromkeys(("host", "port", "uvicorn_log_level"), "HTTP is Serve's; see its http_options") | {
+    "name": "it is that of the application"
+}
 OWN_OPTIONS = ("name", "request_router_config", "user_config", "placement_group_bundles")
 ROUTER = f"{__package__}.routing.PrefixRequestRouter"
 
@@ -106,15 +109,20 @@ def _engine_options(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_engine(config: EngineConfig) -> None:
-    if config.trace is not None:
-        raise ConfigError("trace would be written by several engines at once; leave it out")
+    for name, is_refused, why in (
+        ("trace", config.trace is not None, "several engines would write it at once"),
+        ("data_parallel_size", config.data_parallel_size > 1, "the number of engines is that of the replicas"),
+        ("max_rank_failures", config.max_rank_failures > 0, "Serve replaces a replica that has lost a rank"),
+    ):
+        if is_refused:
+            raise ConfigError(f"{name} cannot be used with replicas: {why}; leave it out")
     check_config(config)
 
 
 def _server_options(given: dict[str, Any]) -> ServerOptions:
-    for name in ("host", "port", "uvicorn_log_level"):
+    for name in ELSEWHERE_GIVEN:
         if name in given:
-            raise ConfigError(f"server_kwargs.{name} would have no effect: HTTP is Serve's; see its http_options")
+            raise ConfigError(f"server_kwargs.{name} would have no effect: {ELSEWHERE_GIVEN[name]}")
     check_names("server_kwargs", given, (one.name for one in fields(ServerOptions)))
     return ServerOptions(**given)
 

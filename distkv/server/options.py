@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 
 from distkv.errors import ConfigError
-from distkv.option_checks import check_choice, check_whole, parse_bytes
+from distkv.option_checks import check_choice, check_name, check_whole, parse_bytes
 from distkv.option_help import explained
 
 KEY_VARIABLE = "DISTKV_API_KEY"
@@ -24,6 +24,12 @@ class ServerOptions:
     """Name that clients call the model by; may be given several times.
 
     Answers carry the first one. None takes the model as it was given.
+    """
+    name: str | None = None
+    """Name by which `Client.attach` finds the server on a Ray cluster.
+
+    The cluster is the one that ray_address names, or else RAY_ADDRESS, or the one of this machine; the engine need not
+    run there. One server at a time has a name.
     """
     api_key: str | None = field(default=None, repr=False)
     """Key that clients must send; better given as DISTKV_API_KEY.
@@ -54,6 +60,8 @@ class ServerOptions:
         if names is not None and not all(isinstance(name, str) and name.strip() for name in names):
             raise ConfigError(f"served_model_name is {names!r}; give names that are not empty")
         self._set("served_model_name", names)
+        if self.name is not None:
+            check_name("name", self.name)
         key = os.environ.get(KEY_VARIABLE) if self.api_key is None else self.api_key
         if key is not None and (not key.strip() or not key.isascii() or not key.isprintable()):
             raise ConfigError(
