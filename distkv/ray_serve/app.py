@@ -103,7 +103,9 @@ def find_model(model: str) -> Path:
 
 def _engine_options(given: dict[str, Any]) -> dict[str, Any]:
     if "ray_address" in given:
-        raise ConfigError("engine_kwargs.ray_address would have no effect: engines run on Serve's cluster; leave it out")
+        raise ConfigError(
+            "engine_kwargs.ray_address would have no effect: engines run on Serve's cluster; leave it out"
+        )
     check_names("engine_kwargs", given, EngineOptions.__annotations__)
     return {**given, "ray_address": "auto"}
 

@@ -192,4 +192,6 @@ def _lock(cache_dir: Path, number: int) -> tuple[Path, FileLock]:
     try:
         return folder, FileLock(folder / "replica.lock")
     except OSError as error:
-        raise ConfigError(f"cache_dir {cache_dir} cannot be used ({error}); name a folder that can be written") from error
+        raise ConfigError(
+            f"cache_dir {cache_dir} cannot be used ({error}); name a folder that can be written"
+        ) from error

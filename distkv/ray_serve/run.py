@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 DEFAULT_NAME = "distkv"  # of the application
 POLL_SECONDS = 0.3
 LOOK_SECONDS = 2.0  # between two looks at an application that runs
+PROXY_ENVIRONMENT = {"RAY_SERVE_PROXY_USE_GRPC": "1"}  # an object of Ray for each piece of a stream costs more
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SERVER_FIELDS = ("api_key", "max_queued_requests", "max_body_bytes", "shutdown_timeout", "served_model_name")
 OWN_ERROR = re.compile(r"\bdistkv(?:\.[\w.]+)?\.(\w+): (.+)")
@@ -58,6 +59,7 @@ def serve_replicas(
         address = engine.get("ray_address")
         config = EngineConfig(folder(), **{**engine, "ray_address": address or "auto"})
         connect(address, how.replicas * config.tensor_parallel_size)
+        signals.handle()
         try:
             _check_room(how.replicas, config)
             _serve(model, options, config, how, ready, signals)
@@ -103,14 +105,20 @@ class _Signals:
     @contextmanager
     def handled(self) -> Iterator[None]:
         """Handles signals for as long as this lasts."""
-        before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        before = self.handle()
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def handle(self) -> dict[int, Any]:
+        """Begins to handle them, or begins again when Ray has put a handler of its own in place, which aborts the process
+        three seconds after SIGTERM."""
+        return {number: signal.signal(number, self._handle) for number in SIGNALS}
+
     def _handle(self, number: int, _: FrameType | None) -> None:
+        signal.alarm(0)  # which Ray's handler sets, if it was there
         self.num_come += 1
         self.is_interrupted |= number == signal.SIGINT
 
@@ -143,7 +151,10 @@ def _check_room(replicas: int, config: EngineConfig) -> None:
 def _start_http(options: ServerOptions, is_own: bool) -> str:
     """Has Serve listen, unless it does already; returns where."""
     if is_own:
-        serve.start(http_options={"host": options.host, "port": options.port or _free_port(options.host)})
+        serve.start(
+            http_options={"host": options.host, "port": options.port or _free_port(options.host)},
+            controller_options={"runtime_env": {"env_vars": PROXY_ENVIRONMENT}},
+        )
     client = _get_global_client()
     assert client is not None
     http = client.http_config
@@ -169,7 +180,9 @@ def _check_free(name: str, route_prefix: str) -> None:
     details = client.get_serve_details()["applications"]
     taken = [other for other, one in details.items() if one.get("route_prefix") == route_prefix]
     if taken:
-        raise ConfigError(f"the application {taken[0]!r} answers at {route_prefix} already; give another --route-prefix")
+        raise ConfigError(
+            f"the application {taken[0]!r} answers at {route_prefix} already; give another --route-prefix"
+        )
 
 
 def _await_running(name: str, url: str, signals: _Signals) -> bool:
@@ -232,4 +245,5 @@ def _failure(found: ApplicationStatusOverview) -> DistKVError:
             kind, message = own[-1]
             known: Any = {"ConfigError": ConfigError, "CapacityError": CapacityError}.get(kind, DistKVError)
             return known(message)
-    return DistKVError(f"the application failed to start: {texts[0].strip().splitlines()[-1] if texts[0] else 'no reason is known'}")
+    last = (texts[0].strip().splitlines() or ["no reason is known"])[-1]
+    return DistKVError(f"the application failed to start: {last}; `serve status` has more")
