@@ -62,7 +62,7 @@ class AsyncLLM(Facade):
 
     @classmethod
     async def over(cls, config: EngineConfig, engine: RunningEngine) -> Self:
-        """One whose engine runs already, or will; its model's tokenizer is here all the same. Closes that in the end."""
+        """One whose engine runs elsewhere, which it closes in the end; the tokenizer is here all the same."""
         llm = cls.__new__(cls)
         llm._front_end, llm._mailbox = FrontEnd(config, engine), None
         await asyncio.to_thread(llm._front_end.wait)

@@ -35,7 +35,7 @@ _collection = _Collection()
 
 
 class RunningEngine(Protocol):
-    """An engine that runs by itself, as those see it who ask it for something. `EngineThread` has one in this process."""
+    """An engine that runs by itself, as those see it who ask it for something. `EngineThread` is one."""
 
     def wait(self) -> EngineInfo:
         """Waits until the engine has started; raises what that has failed with. To be called once."""

@@ -73,20 +73,22 @@ def build_app(config: EngineConfig, server: dict[str, Any], names: list[str], de
         "health_check_period_s": HEALTH_CHECK_SECONDS, "graceful_shutdown_wait_loop_s": 0.2,
         "max_constructor_retry_count": 3,
     }  # fmt: skip
-    router = RequestRouterConfig(
-        request_router_class=ROUTER,
-        request_router_kwargs={"page_size": config.page_size, "max_num_seqs": config.max_num_seqs},
+    routing: dict[str, Any] = {
+        "request_router_class": ROUTER,
+        "request_router_kwargs": {"page_size": config.page_size, "max_num_seqs": config.max_num_seqs},
     )
-    engines = serve.deployment(EngineReplica).options(
+    of_engines: Any = serve.deployment(EngineReplica)
+    engines = of_engines.options(
         **common
         | {
             "max_ongoing_requests": config.max_num_seqs + options.max_queued_requests,
             "graceful_shutdown_timeout_s": to_end + SAVE_SECONDS,
         }
         | engine_options
-        | {"name": ENGINES, "request_router_config": router}
+        | {"name": ENGINES, "request_router_config": RequestRouterConfig(**routing)}
     )
-    ingress = serve.deployment(Ingress).options(
+    of_ingress: Any = serve.deployment(Ingress)
+    ingress = of_ingress.options(
         **common
         | {"max_ongoing_requests": NO_LIMIT, "graceful_shutdown_timeout_s": to_end}
         | ingress_options

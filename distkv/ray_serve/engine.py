@@ -152,7 +152,7 @@ class ServeEngine:
         self._num_runs += 1
         sent.run_id, sent.replica = f"{self._name}-{self._num_runs}", None
         request = encode(replace(replay.request, request_id=sent.run_id))
-        pieces = self._stream.remote(request, closed, avoid=sent.avoid)
+        pieces: Any = self._stream.remote(request, closed, avoid=sent.avoid)
         try:
             async for data in pieces:
                 piece = decode_piece(data)

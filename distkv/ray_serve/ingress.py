@@ -22,7 +22,7 @@ END_SECONDS = 6.0  # without such a look, after which this replica is to end: Se
 class Ingress:
     """A Serve deployment. Text is made tokens here, and tokens text."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, engines: DeploymentHandle, config: EngineConfig, options: dict[str, Any], names: list[str],
         num_engines: int,
     ):  # fmt: skip

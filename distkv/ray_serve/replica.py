@@ -29,16 +29,16 @@ PREDECESSOR_SECONDS = 30.0  # in which a replica that this one takes the place o
 class EngineReplica:
     """A Serve deployment. What it takes and gives is encoded, see `pieces.py`."""
 
-    async def __init__(self, config: EngineConfig):
+    async def __init__(self, config: EngineConfig):  # type: ignore[misc]  # Serve awaits it
         """Loads the model; raises as `LLM` does, having freed everything."""
         context = serve.get_replica_context()
         self._name = context.replica_tag
         self._loop = asyncio.get_running_loop()
         self._streams: dict[str, _Stream] = {}  # by request
-        self._cache = None
+        self._lock: FileLock | None = None
         if config.cache_dir is not None:
-            self._cache = await _take_cache(Path(config.cache_dir), context.rank.rank)
-            config = replace(config, cache_dir=self._cache[0])
+            folder, self._lock = await _take_cache(Path(config.cache_dir), context.rank.rank)
+            config = replace(config, cache_dir=folder)
         self._thread = EngineThread(partial(launch, config))
         try:
             self._info = await asyncio.to_thread(self._thread.wait)
@@ -98,8 +98,8 @@ class EngineReplica:
         """Serve calls it when the last request has ended: what is to be saved is saved."""
         if hasattr(self, "_thread"):
             self._thread.close()
-        if getattr(self, "_cache", None) is not None:
-            self._cache[1].release()
+        if (lock := getattr(self, "_lock", None)) is not None:
+            lock.release()
 
     def _take(self, deliveries: list[Delivery]) -> None:
         """A `Sink` for all requests: one call per step reaches the event loop."""

@@ -13,7 +13,7 @@ class PrefixRequestRouter(RequestRouter):
     """Serve's end of a `PrefixRouter`, one in each ingress. It counts the requests that it has sent itself, and for
     those of others takes what Serve knows of how many a replica has."""
 
-    def initialize_state(self, page_size: int, max_num_seqs: int) -> None:
+    def initialize_state(self, *, page_size: int, max_num_seqs: int) -> None:  # type: ignore[override]
         """Serve's second constructor.
 
         Args:

@@ -57,7 +57,8 @@ def serve_replicas(
     signals = _Signals()
     with signals.handled():
         address = engine.get("ray_address")
-        config = EngineConfig(folder(), **{**engine, "ray_address": address or "auto"})
+        on_ray: EngineOptions = {**engine, "ray_address": "auto"}
+        config = EngineConfig(folder(), **on_ray)
         connect(address, how.replicas * config.tensor_parallel_size)
         signals.handle()
         try:
@@ -113,8 +114,8 @@ class _Signals:
                 signal.signal(number, handler)
 
     def handle(self) -> dict[int, Any]:
-        """Begins to handle them, or begins again when Ray has put a handler of its own in place, which aborts the process
-        three seconds after SIGTERM."""
+        """Begins to handle them, or begins again when Ray has put a handler of its own in place, which aborts the
+        process three seconds after SIGTERM."""
         return {number: signal.signal(number, self._handle) for number in SIGNALS}
 
     def _handle(self, number: int, _: FrameType | None) -> None:

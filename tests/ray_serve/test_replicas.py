@@ -172,7 +172,7 @@ def test_a_config_file_is_deployed_beside_it(
             "llm_configs": [
                 {
                     "model_loading_config": {"model_id": "second", "model_source": str(model)},
-                    "engine_kwargs": {"page_size": 16, "device_kv_bytes": "4MiB", "host_kv_bytes": 0, "load_format": "no"},
+                    "engine_kwargs": {"page_size": 16, "device_kv_bytes": "4MiB", "load_format": "no"},
                 }
             ]
         },
