@@ -12,6 +12,7 @@ from typing import Any, Self, Unpack
 from distkv.config import EngineConfig, EngineOptions
 from distkv.engine.loop import Delivery
 from distkv.engine.stats import EngineStats
+from distkv.engine.thread import RunningEngine
 from distkv.errors import DistKVError
 from distkv.frontend.front_end import Facade, FrontEnd
 from distkv.frontend.messages import Message
@@ -57,6 +58,14 @@ class AsyncLLM(Facade):
         except BaseException:
             llm._front_end.thread.give_up()
             raise
+        return llm
+
+    @classmethod
+    async def over(cls, config: EngineConfig, engine: RunningEngine) -> Self:
+        """One whose engine runs elsewhere, which it closes in the end; the tokenizer is here all the same."""
+        llm = cls.__new__(cls)
+        llm._front_end, llm._mailbox = FrontEnd(config, engine), None
+        await asyncio.to_thread(llm._front_end.wait)
         return llm
 
     async def generate(
@@ -139,11 +148,11 @@ class AsyncLLM(Facade):
 
     async def stats(self) -> EngineStats:
         """What the engine tells of itself: requests, tiers, what moves, how long things take."""
-        return await asyncio.wrap_future(self._front_end.thread.call(lambda engine: engine.stats()))
+        return await asyncio.wrap_future(self._front_end.thread.stats())
 
     async def reset_prefix_cache(self) -> None:
         """Forgets the pages of ended requests that are kept for later ones."""
-        await asyncio.wrap_future(self._front_end.thread.call(lambda engine: engine.reset_prefix_cache()))
+        await asyncio.wrap_future(self._front_end.thread.reset_prefix_cache())
 
     async def close(self) -> None:
         """Ends what runs with a DistKVError, and frees everything as `LLM.close` does."""

@@ -11,6 +11,7 @@ from distkv.config import EngineConfig, EngineOptions
 from distkv.engine.client import EngineClient
 from distkv.engine.loop import Delivery
 from distkv.engine.stats import EngineStats
+from distkv.engine.thread import EngineThread
 from distkv.frontend.front_end import Facade, FrontEnd
 from distkv.frontend.messages import Message
 from distkv.frontend.request_checks import Prompt, one_each, plain_prompts
@@ -128,11 +129,11 @@ class LLM(Facade):
 
     def stats(self) -> EngineStats:
         """What the engine tells of itself: requests, tiers, what moves, how long things take."""
-        return self._front_end.thread.call(lambda engine: engine.stats()).result()
+        return self._front_end.thread.stats().result()
 
     def reset_prefix_cache(self) -> None:
         """Forgets the pages of ended requests that are kept for later ones."""
-        self._front_end.thread.call(lambda engine: engine.reset_prefix_cache()).result()
+        self._front_end.thread.reset_prefix_cache().result()
 
     def close(self) -> None:
         """Frees the model and, with Ray, every process and resource that was taken. What other threads still wait for
@@ -150,7 +151,9 @@ class LLM(Facade):
     @property
     def _engine(self) -> EngineClient:
         """For tests; see `EngineThread.engine`."""
-        return self._front_end.thread.engine
+        thread = self._front_end.thread
+        assert isinstance(thread, EngineThread)
+        return thread.engine
 
     def _request(self, prompt: Prompt, params: SamplingParams, priority: int, cache_salt: str | None) -> RequestState:
         return self._front_end.request(self._front_end.next_number(), prompt, params, priority, cache_salt)

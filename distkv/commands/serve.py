@@ -7,12 +7,16 @@ import typer
 
 from distkv.commands.options import Fields, engine, model_folder, spread
 from distkv.config import EngineConfig, EngineOptions
+from distkv.ray_serve.options import ReplicaOptions
 from distkv.server.options import ServerOptions
 
+RANK_FAILURES = 10
+
+ReplicaFlags = Annotated[ReplicaOptions, Fields(ReplicaOptions, ("replicas", "route_prefix"), {})]
 ServerFlags = Annotated[ServerOptions, Fields(ServerOptions, tuple(field.name for field in fields(ServerOptions)), {})]
 EngineFlags = Annotated[
     EngineOptions,
-    engine(*(field.name for field in fields(EngineConfig) if field.name != "model"), max_rank_failures=10),
+    engine(*(field.name for field in fields(EngineConfig) if field.name != "model"), max_rank_failures=RANK_FAILURES),
 ]
 
 
@@ -20,10 +24,18 @@ EngineFlags = Annotated[
 def serve(
     model: Annotated[str, typer.Argument(help="Hugging Face model folder, or smollm2, which is fetched if need be.")],
     *,
+    replicas: ReplicaFlags,
     server: ServerFlags,
     options: EngineFlags,
 ) -> None:
     """Serve a model over HTTP, with OpenAI's API and a page to look at."""
+    if replicas.replicas is not None:
+        from distkv.ray_serve.run import serve_replicas
+
+        if options["max_rank_failures"] == RANK_FAILURES:  # which nobody has asked for
+            options["max_rank_failures"] = 0
+        serve_replicas(model, lambda: model_folder(model), server, options, replicas, lambda url: _tell(model, url))
+        return
     from distkv.server.serve import serve as run
 
     run(model, lambda: model_folder(model), server, options, lambda url: _tell(model, url))

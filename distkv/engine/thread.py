@@ -7,11 +7,12 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait  # noqa: F401  the second so that it ends after ours
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from distkv.engine.client import EngineClient
 from distkv.engine.loop import EngineLoop, Sink, Start
 from distkv.engine.protocol import EngineInfo, EngineRequest
+from distkv.engine.stats import EngineStats
 from distkv.errors import DistKVError, WorkerDied
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,40 @@ class _Collection(threading.local):
 
 
 _collection = _Collection()
+
+
+class RunningEngine(Protocol):
+    """An engine that runs by itself, as those see it who ask it for something. `EngineThread` is one."""
+
+    def wait(self) -> EngineInfo:
+        """Waits until the engine has started; raises what that has failed with. To be called once."""
+        ...
+
+    def add(self, requests: list[EngineRequest], sink: Sink) -> None:
+        """Queues requests; all that becomes of them goes to `sink`, a refusal too. Raises DistKVError once closed."""
+
+    def abort(self, answers: list[tuple[str, int | None]], reason: str = "abort") -> None:
+        """Ends answers as `EngineClient.abort` does; nothing to do once closed."""
+
+    def stats(self) -> Future[EngineStats]:
+        """What the engine tells of itself. Raises DistKVError once closed."""
+        ...
+
+    def reset_prefix_cache(self) -> Future[None]:
+        """Has the engine forget the pages that are kept for later requests. Raises DistKVError once closed."""
+        ...
+
+    def check_alive(self) -> None:
+        """Raises what has ended the engine, DistKVError once closed."""
+
+    def check_process(self) -> None:
+        """Raises DistKVError in a process that was forked from the one that made it."""
+
+    def close(self) -> None:
+        """Breaks what is in flight and frees everything. A second call does nothing."""
+
+    def give_up(self) -> None:
+        """As `close`, and waits for nothing at all."""
 
 
 class EngineThread:
@@ -98,6 +133,14 @@ class EngineThread:
 
         self._post(command)
         return future
+
+    def stats(self) -> Future[EngineStats]:
+        """What the engine tells of itself. Raises DistKVError once closed."""
+        return self.call(lambda engine: engine.stats())
+
+    def reset_prefix_cache(self) -> Future[None]:
+        """Has the engine forget the pages that are kept for later requests. Raises DistKVError once closed."""
+        return self.call(lambda engine: engine.reset_prefix_cache())
 
     def close(self) -> None:
         """Breaks what is in flight, closes and drops the engine, and waits for that. A second call does nothing, nor

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from distkv.config import EngineConfig
 from distkv.engine.protocol import EngineInfo, EngineRequest
-from distkv.engine.thread import EngineThread
+from distkv.engine.thread import EngineThread, RunningEngine
 from distkv.errors import ConfigError, RequestError
 from distkv.frontend.bad_words import bad_words_token_ids
 from distkv.frontend.end_tokens import stop_reasons
@@ -34,10 +34,10 @@ log = logging.getLogger(__name__)
 class FrontEnd:
     """An engine and the tokenizer of its model. All methods may be called by any thread."""
 
-    def __init__(self, config: EngineConfig):
-        """Begins to load the model; `wait` must come before all else."""
+    def __init__(self, config: EngineConfig, engine: RunningEngine | None = None):
+        """Begins to load the model, unless `engine` has it; `wait` must come before all else."""
         self.config = config
-        self.thread = EngineThread(partial(launch, config))
+        self.thread: RunningEngine = EngineThread(partial(launch, config)) if engine is None else engine
         self.info: EngineInfo
         self._numbers = itertools.count()
         self._tokenizer: Tokenizer | None = None

@@ -3,14 +3,14 @@
 from distkv import errors
 from distkv.engine.loop import Broken, Delivery, Sink
 from distkv.engine.protocol import PromptLogprobs, RequestFailed
-from distkv.engine.thread import EngineThread
+from distkv.engine.thread import RunningEngine
 from distkv.frontend.request_state import RequestState
 
 
 class RequestGroup:
     """Requests that are sent together, until they are finished. Use by one thread at a time."""
 
-    def __init__(self, thread: EngineThread, states: list[RequestState]):
+    def __init__(self, thread: RunningEngine, states: list[RequestState]):
         self._thread = thread
         self.unfinished = {state.request.request_id: state for state in states}
         self.error: BaseException | None = None  # that ended it

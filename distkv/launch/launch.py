@@ -40,10 +40,7 @@ def launch(
         check: called every now and then; what it raises ends the launch, and nothing of it is left.
         observer: is told how steps go; of an engine in this process alone.
     """
-    model = ModelConfig.load(Path(config.model))
-    max_model_len = _max_model_len(config, model)
-    for rank in range(config.tensor_parallel_size):
-        Shard.of(model, rank, config.tensor_parallel_size)  # refuses too many ranks before anything starts
+    model, max_model_len = check_config(config)
     trace = None if config.trace is None else TraceFile(Path(config.trace))
     assert observer is None or trace is None
     try:
@@ -64,6 +61,16 @@ def launch(
         if trace is not None:
             trace.close()
         raise
+
+
+def check_config(config: EngineConfig) -> tuple[ModelConfig, int]:
+    """The model's config and the most positions a request may use. Raises ConfigError when the model's folder has none
+    that can be used, or does not go with the options; nothing has started then."""
+    model = ModelConfig.load(Path(config.model))
+    max_model_len = _max_model_len(config, model)
+    for rank in range(config.tensor_parallel_size):
+        Shard.of(model, rank, config.tensor_parallel_size)  # refuses too many ranks
+    return model, max_model_len
 
 
 def _launch_on_ray(

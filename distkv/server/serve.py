@@ -129,6 +129,7 @@ class _Server(uvicorn.Server):
             self.force_exit = True
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
+        signal.alarm(0)  # by which Ray's own handler aborts the process three seconds after SIGTERM
         self.should_exit = self._service.is_draining = True
         self.is_interrupted |= sig == signal.SIGINT
 

@@ -1,0 +1,202 @@
+"""Two replicas of two ranks on a real Ray cluster: routing, deaths, what is left behind."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx2
+import pytest
+import ray
+from openai import OpenAI
+from ray import serve
+from support import ray_cluster
+from support.processes import ROOT
+from support.ray_cluster import Cluster, rank_processes
+from support.servers import ServerProcess, save_talker
+
+from distkv import Client
+
+FLAGS = (
+    "--served-model-name", "talker", "--replicas", "2", "--tensor-parallel-size", "2", "--page-size", "16",
+    "--device-kv-bytes", "8MiB", "--host-kv-bytes", "0", "--num-threads", "1",
+)  # fmt: skip
+PAGE = 16
+LETTERS = "abcdefghijklmnop "
+
+
+class Served:
+    """A server of replicas, and the cluster that they run on."""
+
+    def __init__(self, server: ServerProcess, cluster: Cluster, head: int):
+        self.server, self.cluster, self._head = server, cluster, head
+        self.openai = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+    def ranks(self, kind: str) -> list[int]:
+        """Processes of this cluster's ranks, which others' clusters on this machine have as well."""
+        return [pid for pid in rank_processes().get(kind, []) if _descends(pid, self._head)]
+
+    def answer(self, prompt: str, num_tokens: int, seed: int = 0) -> tuple[str, int]:
+        """The text of an answer as it streams, and how many tokens of the prompt were found."""
+        stream = self.openai.completions.create(
+            model="talker", prompt=prompt, max_tokens=num_tokens, temperature=0.8, seed=seed, stream=True,
+            stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        text, found = "", 0
+        for event in stream:
+            text += "".join(choice.text for choice in event.choices)
+            if event.usage is not None:
+                assert event.usage.completion_tokens == num_tokens
+                assert event.usage.prompt_tokens_details is not None
+                found = event.usage.prompt_tokens_details.cached_tokens or 0
+        return text, found
+
+
+def _descends(pid: int, ancestor: int) -> bool:
+    while pid > 1:
+        if pid == ancestor:
+            return True
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            return False
+    return False
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, int]]:
+    folder = tmp_path_factory.mktemp("ray")
+    cluster, head = ray_cluster.start(folder, 4)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HOME", str(folder))  # the token to connect with lies there
+            yield cluster, head.pid
+    finally:
+        ray_cluster.stop(head)
+
+
+@pytest.fixture(scope="module")
+def served(cluster: tuple[Cluster, int], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Ends with SIGTERM, after which nothing is left on the cluster."""
+    found, head = cluster
+    model = save_talker(tmp_path_factory.mktemp("talker"))
+    with ServerProcess(model, *FLAGS, "--ray-address", found.address) as server:
+        served = Served(server, found, head)
+        yield served
+        assert server.terminate() == 0, server.log
+        assert served.ranks("lead") == served.ranks("follow") == []
+        code = (
+            "import json, sys, ray; from ray import serve\n"
+            "ray.init(address=sys.argv[1], logging_level='ERROR', log_to_driver=False)\n"
+            "states = [one['state'] for one in ray.util.placement_group_table().values()]\n"
+            "print(json.dumps([list(serve.status().applications), sorted(set(states))]))"
+        )
+        told = subprocess.run([sys.executable, "-c", code, found.address], capture_output=True, text=True, timeout=120)
+        assert json.loads(told.stdout.splitlines()[-1]) == [[], ["REMOVED"]], told.stderr
+
+
+def prompts(count: int, seed: int, length: int) -> list[str]:
+    """Texts of which each letter is a token."""
+    chosen = random.Random(seed)
+    return ["".join(chosen.choice(LETTERS) for _ in range(length)) for _ in range(count)]
+
+
+def test_a_request_goes_where_its_beginning_is_known(served: Served) -> None:
+    """By what the replicas have found, of all that they could have: each prefix is computed once."""
+    prefixes = prompts(8, seed=1, length=10 * PAGE)
+    mix = [prefix for prefix in prefixes for _ in range(6)]
+    random.Random(2).shuffle(mix)
+    ends = prompts(len(mix), seed=3, length=8)
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(lambda pair: served.answer(pair[0] + pair[1], 4)[1], zip(mix, ends, strict=True)))
+    ideal = (len(mix) - len(prefixes)) * 10 * PAGE
+    assert sum(results) >= 0.9 * ideal, (sum(results), ideal)
+    with Client(served.server.url) as client:
+        stats = client.stats()
+    assert stats.requests.finished["length"] >= len(mix), "the figures are those of both replicas together"
+
+
+def test_a_client_that_leaves_frees_its_request(served: Served) -> None:
+    with httpx2.stream(
+        "POST", f"{served.server.url}/v1/completions", timeout=60,
+        json={"model": "talker", "prompt": "leave", "max_tokens": 2000, "ignore_eos": True, "stream": True},
+    ) as response:  # fmt: skip
+        next(response.iter_bytes())
+    served.server.await_idle()
+
+
+def test_a_request_that_can_never_run_is_refused(served: Served) -> None:
+    told = served.server.post("/v1/completions", {"model": "talker", "prompt": "x", "n": 65, "max_tokens": 2000})
+    assert told.status_code == 400, told.text
+
+
+def test_a_killed_rank_changes_no_answer(served: Served) -> None:
+    """Answers of the other replica go on, those of the killed one go on elsewhere, and the replica is replaced."""
+    texts = prompts(8, seed=4, length=40)
+
+    def ask(index: int) -> str:
+        return served.answer(texts[index], 400, seed=index)[0]
+
+    with ThreadPoolExecutor(8) as pool:
+        undisturbed = list(pool.map(ask, range(8)))
+        begun = threading.Timer(0.8, lambda: os.kill(served.ranks("follow")[0], signal.SIGKILL))
+        begun.start()
+        disturbed = list(pool.map(ask, range(8)))
+        begun.join()
+    assert disturbed == undisturbed
+    assert served.server.process.poll() is None
+    deadline = time.monotonic() + 120
+    while len(served.ranks("follow")) < 2 or len(served.ranks("lead")) < 2:
+        assert time.monotonic() < deadline, "the replica was not replaced"
+        time.sleep(0.2)
+    served.answer("and on it goes", 4)
+
+
+@pytest.mark.slow
+def test_a_config_file_is_deployed_beside_it(
+    served: Served, cluster: tuple[Cluster, int], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """By Serve's own command, in an environment that finds distkv by its path alone."""
+    model = save_talker(tmp_path)
+    app = {
+        "name": "second", "route_prefix": "/second", "import_path": "distkv.ray_serve:build_openai_app",
+        "runtime_env": {"env_vars": {"PYTHONPATH": str(ROOT)}},
+        "args": {
+            "llm_configs": [
+                {
+                    "model_loading_config": {"model_id": "second", "model_source": str(model)},
+                    "engine_kwargs": {"page_size": 16, "device_kv_bytes": "4MiB", "load_format": "no"},
+                }
+            ]
+        },
+    }  # fmt: skip
+    file = tmp_path / "serve.yaml"
+    file.write_text(json.dumps({"applications": [app]}))
+    deploy = [
+        str(served.cluster.python),
+        "-m",
+        "ray.serve.scripts",
+        "deploy",
+        str(file),
+        "-a",
+        served.cluster.dashboard,
+    ]
+    result = subprocess.run(deploy, env=served.cluster.environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    ray.init(address=served.cluster.address, logging_level="ERROR", log_to_driver=False)
+    try:
+        deadline = time.monotonic() + 120
+        while serve.status().applications["second"].status != "DEPLOY_FAILED":
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        assert "load_format" in serve.status().applications["second"].message
+        serve.delete("second")
+    finally:
+        ray.shutdown()
