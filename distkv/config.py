@@ -17,6 +17,8 @@ class EngineOptions(TypedDict, total=False):
     """
 
     tensor_parallel_size: int
+    data_parallel_size: int
+    max_rank_failures: int
     dtype: str
     max_model_len: int | None
     max_num_seqs: int
@@ -51,6 +53,19 @@ class EngineConfig:
     """Ranks that share the model; more than one run as Ray actors.
 
     A single one runs in this process.
+    """
+    data_parallel_size: int = 1
+    """Engines of this model on a Ray cluster, each of its own ranks.
+
+    They share the requests: one goes where its beginning is known, as long as that has room. All other options are of
+    one engine; with cache_dir each has a sub-folder of it. Work begins with the first that runs, and those that find no
+    room are started later.
+    """
+    max_rank_failures: int = 0
+    """Lost ranks within ten minutes that are made good.
+
+    An engine on Ray that has lost a rank is started anew, and its requests are run again, so that their answers pause
+    and then go on with the same tokens. One failure more raises WorkerDied.
     """
     dtype: str = "auto"
     """auto (the checkpoint's), float32, float16 or bfloat16.
@@ -158,12 +173,14 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         self._set("model", settle_path("model", self.model))
-        for name in ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens", "page_size"):
+        sizes = ("tensor_parallel_size", "data_parallel_size", "max_num_seqs", "max_num_batched_tokens", "page_size")
+        for name in sizes:
             self._set(name, check_whole(name, getattr(self, name)))
         for name in ("max_model_len", "num_threads", "staging_pages"):
             if getattr(self, name) is not None:
                 self._set(name, check_whole(name, getattr(self, name)))
-        self._set("seed", check_whole("seed", self.seed, 0))
+        for name in ("seed", "max_rank_failures"):
+            self._set(name, check_whole(name, getattr(self, name), 0))
         for name, choices in (
             ("dtype", ("auto", "float32", "float16", "bfloat16")),
             ("device", ("auto", "cuda", "cpu")),
@@ -188,6 +205,11 @@ class EngineConfig:
                 self._set(name, parse_bytes(name, getattr(self, name), least=0 if name == "host_kv_bytes" else 1))
         self._check_tiers()
         self._check_effects()
+
+    @property
+    def is_on_ray(self) -> bool:
+        """Whether the ranks are Ray actors."""
+        return self.tensor_parallel_size > 1 or self.data_parallel_size > 1 or self.ray_address is not None
 
     @property
     def min_staging_pages(self) -> int:
@@ -219,6 +241,7 @@ class EngineConfig:
         policy = self.disk_write_policy
         no_pages = "host_kv_bytes is 0, so that no page leaves the device"
         for name, is_idle, why, cure in (
+            ("trace", self.data_parallel_size > 1, "data_parallel_size is more than 1", "trace a single engine"),
             ("disk_kv_bytes", no_disk, "cache_dir is not", "name the folder in cache_dir"),
             ("disk_write_policy", no_disk and policy == "idle", "cache_dir is not", "name the folder in cache_dir"),
             (

@@ -10,7 +10,10 @@ from distkv.config import EngineConfig, EngineOptions
 from distkv.server.options import ServerOptions
 
 ServerFlags = Annotated[ServerOptions, Fields(ServerOptions, tuple(field.name for field in fields(ServerOptions)), {})]
-EngineFlags = Annotated[EngineOptions, engine(*(field.name for field in fields(EngineConfig) if field.name != "model"))]
+EngineFlags = Annotated[
+    EngineOptions,
+    engine(*(field.name for field in fields(EngineConfig) if field.name != "model"), max_rank_failures=10),
+]
 
 
 @spread

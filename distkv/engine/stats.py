@@ -1,5 +1,8 @@
 """What an engine tells of itself: figures of this moment, sums since its start, and how times are distributed."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import msgspec
 
 
@@ -67,3 +70,30 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     disk_write_seconds: float = 0.0
     checksum_failures: int = 0  # parts of pages that came back from disk with another content
     requests: RequestStats = RequestStats()
+
+
+def total(stats: Sequence[EngineStats]) -> EngineStats:
+    """What several engines tell together, at least one: the sum of each figure. The peak of all is at most the sum of
+    their peaks."""
+    summed: EngineStats = _total(stats)
+    return summed
+
+
+def _total(figures: Sequence[Any]) -> Any:
+    first = figures[0]
+    if isinstance(first, Histogram):
+        return _all_values(figures)
+    if isinstance(first, msgspec.Struct):
+        names = first.__struct_fields__
+        return type(first)(**{name: _total([getattr(one, name) for one in figures]) for name in names})
+    if isinstance(first, dict):
+        names = tuple(dict.fromkeys(name for one in figures for name in one))
+        return {name: _total([one[name] for one in figures if name in one]) for name in names}
+    return sum(figures)
+
+
+def _all_values(histograms: Sequence[Histogram]) -> Histogram:
+    """All of them have the same bounds, but for those of engines that have counted nothing."""
+    counted = [one for one in histograms if one.bounds] or [Histogram()]
+    counts = tuple(map(sum, zip(*(one.counts for one in counted), strict=True)))
+    return Histogram(counted[0].bounds, counts, sum(one.total for one in counted))

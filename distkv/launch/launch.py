@@ -2,7 +2,9 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distkv.config import EngineConfig
 from distkv.engine.client import EngineClient
@@ -23,6 +25,9 @@ from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import Shard
 from distkv.workers.rank import Budget, Loaded, RankConfig
 
+if TYPE_CHECKING:  # it imports ray
+    from distkv.launch.ray_engine import RayEngine
+
 log = logging.getLogger(__name__)
 
 
@@ -42,9 +47,10 @@ def launch(
     trace = None if config.trace is None else TraceFile(Path(config.trace))
     assert observer is None or trace is None
     try:
-        if config.tensor_parallel_size > 1 or config.ray_address is not None:
+        if config.is_on_ray:
             assert observer is None
-            return _launch_on_ray(config, model, max_model_len, check, trace)
+            start = _launch_pool if config.data_parallel_size > 1 or config.max_rank_failures else _launch_on_ray
+            return start(config, model, max_model_len, check, trace)
         group = LocalGroup(config.device, check)
         try:
             info = set_up(group, config, model, max_model_len)
@@ -66,16 +72,46 @@ def _launch_on_ray(
     max_model_len: int,
     check: Callable[[], None],
     trace: TraceFile | None,
-) -> EngineClient:
-    from distkv.launch.ray_engine import RayEngine  # imports ray
+) -> "RayEngine":
+    from distkv.launch.ray_engine import RayEngine
     from distkv.workers.group.ray_group import RayGroup
 
-    group = RayGroup(config.tensor_parallel_size, config.ray_address, config.device, check)
+    group = RayGroup(config.tensor_parallel_size, config.ray_address, config.device, check, config.data_parallel_size)
     try:
         return RayEngine(group, set_up(group, config, model, max_model_len), trace)
     except BaseException:
         group.close()
         raise
+
+
+def _launch_pool(
+    config: EngineConfig,
+    model: ModelConfig,
+    max_model_len: int,
+    check: Callable[[], None],
+    trace: TraceFile | None,
+) -> EngineClient:
+    from distkv.launch.pool import EnginePool
+    from distkv.workers.group.ray_cluster import connect, disconnect
+
+    traces = [] if trace is None else [trace]
+
+    def start(number: int, check: Callable[[], None]) -> "RayEngine":
+        own = replace(config, cache_dir=engine_folder(config, number))
+        if trace is not None and not traces:
+            log.warning("the trace ends with the engine that was lost")
+        return _launch_on_ray(own, model, max_model_len, check, traces.pop() if traces else None)
+
+    # for longer than its engines, which come and go
+    connect(config.ray_address, config.data_parallel_size * config.tensor_parallel_size)
+    return EnginePool(start, config.data_parallel_size, config.max_rank_failures, check, disconnect)
+
+
+def engine_folder(config: EngineConfig, number: int) -> str | Path | None:
+    """The cache folder of one of several engines, which cannot share one."""
+    if config.cache_dir is None or config.data_parallel_size == 1:
+        return config.cache_dir
+    return Path(config.cache_dir) / f"engine-{number}"
 
 
 def set_up(group: RankGroup, config: EngineConfig, model: ModelConfig, max_model_len: int) -> EngineInfo:

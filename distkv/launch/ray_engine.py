@@ -84,10 +84,11 @@ class RayEngine:
             self._send(Abort(answers, reason))
             self._open.close(answers)
 
-    def step(self) -> list[StepOutput]:
-        """See `EngineClient.step`: the group runs by itself, and this waits a moment for what it samples."""
+    def step(self, wait: int = STEP_WAIT) -> list[StepOutput]:
+        """See `EngineClient.step`: the group runs by itself, and this waits a moment, of so many milliseconds, for what
+        it samples."""
         if not self._unread:
-            reply = self._receive(STEP_WAIT)
+            reply = self._receive(wait)
             if reply is None:
                 return []
             assert isinstance(reply, Tokens)
@@ -95,6 +96,16 @@ class RayEngine:
         outputs = self._unread.popleft()
         self._open.take(outputs)
         return outputs
+
+    @property
+    def socket(self) -> zmq.Socket:
+        """Readable when `step` would not wait, unless `has_unread`."""
+        return self._socket
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether outputs have come that `step` has not returned yet."""
+        return bool(self._unread)
 
     @property
     def has_work(self) -> bool:

@@ -78,7 +78,8 @@ class _Completion:
 
     def _check_count(self) -> None:
         """Raises RequestError for more prompts than a server with nothing else to do has places for."""
-        most = self._service.llm.info.max_num_seqs + self._service.options.max_queued_requests
+        info = self._service.llm.info
+        most = info.max_num_seqs * info.num_engines + self._service.options.max_queued_requests
         if len(self._body.prompts) > most:
             raise RequestError(
                 f"prompt has {len(self._body.prompts)} prompts, and {most} answers can run and wait; send them in "

@@ -59,11 +59,6 @@ async def _samples(service: Service) -> AsyncGenerator[bytes, None]:
 
 def _sample(service: Service, before: EngineStats, stats: EngineStats, seconds: float) -> dict[str, Any]:
     info = service.llm.info
-    tiers = {
-        "device": (stats.device_pages, info.num_pages),
-        "host": (stats.host_pages, info.num_host_pages),
-        "disk": (stats.disk_pages, info.num_disk_pages),
-    }
     return {
         "model": service.names[0],
         "tokens_per_second": (stats.requests.generation_tokens - before.requests.generation_tokens) / seconds,
@@ -72,7 +67,7 @@ def _sample(service: Service, before: EngineStats, stats: EngineStats, seconds: 
         "pages_in_use": stats.pages_in_use,
         "idle_pages": stats.idle_pages,
         "page_bytes": info.page_bytes,
-        "tiers": {name: {"pages": pages, "capacity": capacity} for name, (pages, capacity) in tiers.items()},
+        "tiers": {name: {"pages": tier.used_pages, "capacity": tier.num_pages} for name, tier in stats.tiers.items()},
         "bytes_per_second": {
             route: (count - before.bytes_moved.get(route, 0)) / seconds for route, count in stats.bytes_moved.items()
         },

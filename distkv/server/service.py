@@ -60,7 +60,8 @@ class Service:
     @contextmanager
     def answering(self, count: int) -> Iterator[None]:
         """Lets so many answers in, for as long as this lasts; raises ApiError when the queue is full."""
-        num_queued = self._num_open - self.llm.info.max_num_seqs
+        info = self.llm.info
+        num_queued = self._num_open - info.max_num_seqs * info.num_engines
         if num_queued >= self.options.max_queued_requests:
             raise ApiError(
                 429, f"{num_queued} answers wait for their turn already; try again later, or have the server started "

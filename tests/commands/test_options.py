@@ -17,6 +17,8 @@ from distkv.option_help import option_help
 DELTA = RequestOutputKind.DELTA  # an answer is shown as it comes
 GIVEN: dict[str, tuple[str, Any]] = {
     "tensor_parallel_size": ("3", 3),
+    "data_parallel_size": ("3", 3),
+    "max_rank_failures": ("4", 4),
     "dtype": ("float16", "float16"),
     "max_model_len": ("100", 100),
     "max_num_seqs": ("5", 5),
@@ -33,11 +35,11 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "max_cold_bytes_per_step": ("123", 123),
     "load_format": ("dummy", "dummy"),
     "num_threads": ("2", 2),
-    "trace": ("steps.json", Path("steps.json")),
 }
 """What the command line is given for a field, and what the field is then."""
 OTHERS: dict[str, tuple[str, Any]] = {
     "enable_prefix_caching": ("no", False),
+    "trace": ("steps.json", Path("steps.json")),
     "gpu_memory_utilization": ("0.5", 0.5),
     "batch_invariant": ("no", False),
 }

@@ -370,6 +370,31 @@ def test_a_killed_rank_is_named_and_nothing_hangs(cluster: Cluster, tiny_model: 
     check_nothing_is_left(cluster)
 
 
+def test_requests_outlive_their_engine(cluster: Cluster, tiny_model: Path) -> None:
+    """Two engines of two ranks each, one of which is killed under load: all answers are as without that."""
+    sampled = SamplingParams(temperature=1, seed=3, max_tokens=300, ignore_eos=True, logprobs=1, n=2)
+    prompts = random_prompts(*range(20, 60, 5))
+    options: dict[str, Any] = {"tensor_parallel_size": 2, "ray_address": cluster.address, "device_kv_bytes": "4MiB"}
+    with LLM(tiny_model, **options, data_parallel_size=2, max_rank_failures=1) as llm:
+        while len(rank_processes().get("lead", [])) < 2:
+            time.sleep(0.1)
+        expected = llm.generate(prompts, sampled, use_tqdm=False)
+        streams = [llm.stream(prompt, sampled) for prompt in prompts]
+        for stream in streams:
+            next(stream)
+        killed, other = rank_processes()["lead"]
+        os.kill(killed, signal.SIGKILL)
+        for stream, whole in zip(streams, expected, strict=True):
+            assert list(stream)[-1].outputs == whole.outputs
+        assert [one.outputs for one in llm.generate(prompts, sampled, use_tqdm=False)] == [
+            one.outputs for one in expected
+        ]
+        while len(leads := rank_processes().get("lead", [])) < 2:
+            time.sleep(0.1)
+        assert other in leads and killed not in leads
+    check_nothing_is_left(cluster)
+
+
 def test_what_ranks_log_and_a_death_while_idle_reach_the_owner(
     cluster: Cluster, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

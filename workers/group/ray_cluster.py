@@ -4,6 +4,7 @@ import atexit
 import logging
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +27,7 @@ class _Connection:
 
     made_here = False
     users = 0
+    lock = threading.Lock()  # held while that changes, and while it is being made
 
 
 def connect(address: str | None, size: int) -> None:
@@ -37,20 +39,22 @@ def connect(address: str | None, size: int) -> None:
 
     Raises ConfigError when it cannot be joined, or this process is connected to another.
     """
-    if ray.is_initialized():
-        _check_is_connected_to(address)
-    else:
-        _init(address, size)
-        _Connection.made_here = True
-    _Connection.users += 1
+    with _Connection.lock:
+        if ray.is_initialized():
+            _check_is_connected_to(address)
+        else:
+            _init(address, size)
+            _Connection.made_here = True
+        _Connection.users += 1
 
 
 def disconnect() -> None:
     """Ends the connection with its last user, unless it was there before."""
-    _Connection.users -= 1
-    if not _Connection.users and _Connection.made_here:
-        _Connection.made_here = False
-        ray.shutdown()
+    with _Connection.lock:
+        _Connection.users -= 1
+        if not _Connection.users and _Connection.made_here:
+            _Connection.made_here = False
+            ray.shutdown()
 
 
 def _disown() -> None:

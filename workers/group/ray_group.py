@@ -51,7 +51,9 @@ class Node:
 class RayGroup:
     """A `RankGroup` as the owner of its engine sees it; the engine itself runs beside rank 0, see `start`."""
 
-    def __init__(self, size: int, address: str | None, device: str, check: Callable[[], None] = lambda: None):
+    def __init__(
+        self, size: int, address: str | None, device: str, check: Callable[[], None] = lambda: None, num_groups: int = 1
+    ):
         """Takes `size` bundles of the cluster and starts an actor on each.
 
         Args:
@@ -59,10 +61,11 @@ class RayGroup:
             device: "cuda", "cpu", or "auto" for CUDA when the cluster has a GPU.
             check: called every now and then while this waits, here and in what comes before `start`; what it raises
                 ends the wait.
+            num_groups: of this size that are to share the cluster's cores.
 
         Raises CapacityError when the cluster lacks the resources, ConfigError when it cannot be reached.
         """
-        self.size = size
+        self.size, self._num_groups = size, num_groups
         self._check_wanted = check
         self._connected = False
         self._placement: Any = None
@@ -213,7 +216,9 @@ class RayGroup:
     def _for_node(self, config: RankConfig, rank: int) -> RankConfig:
         """The config of a rank with its number of threads: Ray itself gives an actor one."""
         node = self.nodes[rank]
-        shared = max(1, node.num_cpus // self._ranks_per_node()[node.node_id])
+        num_nodes = sum(node["Alive"] for node in ray.nodes())
+        num_ranks = self._ranks_per_node()[node.node_id] * -(-self._num_groups // num_nodes)
+        shared = max(1, node.num_cpus // num_ranks)
         return replace(config, num_threads=config.num_threads or shared)
 
     def _ranks_per_node(self) -> Counter[str]:

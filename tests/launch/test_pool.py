@@ -1,0 +1,324 @@
+"""Several engines as one, with engines that are made up: who gets what, and what becomes of it when one is lost."""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from support.scripted_engine import ScriptedEngine
+
+from distkv.engine.protocol import EngineRequest, RequestFailed, StepOutput, TokenOutput
+from distkv.engine.stats import EngineStats
+from distkv.errors import CapacityError, ConfigError, DistKVError, WorkerDied
+from distkv.launch import pool as pool_module
+from distkv.launch.pool import EnginePool
+from distkv.sampling_params import SamplingParams
+
+SCRIPT = [5, 6, 7, 8, 9]
+DEATH = WorkerDied(0, "node", "it was killed")
+
+
+class Engine(ScriptedEngine):
+    """One that says at once what it has to say, until it is told to die or to refuse."""
+
+    def __init__(self, script: list[int] = SCRIPT) -> None:
+        super().__init__(script)
+        self.death: Exception | None = None
+        self.refusal: Exception | None = None
+        self.closed = False
+
+    @property
+    def has_unread(self) -> bool:
+        return self.has_work
+
+    def _live(self) -> None:
+        if self.death is not None:
+            raise self.death
+
+    def add(self, requests: list[EngineRequest]) -> None:
+        self._live()
+        if self.refusal is not None:
+            raise self.refusal
+        super().add(requests)
+
+    def step(self, wait: int = 0) -> list[StepOutput]:
+        self._live()
+        return super().step()
+
+    def rest(self) -> None:
+        self._live()
+
+    def stats(self) -> EngineStats:
+        self._live()
+        return super().stats()
+
+    def close(self) -> None:
+        assert not self.closed
+        self.closed = True
+
+
+class Cluster:
+    """Where engines start: each in turn is what `next_ones` says, or a new one."""
+
+    def __init__(self) -> None:
+        self.engines: list[Engine] = []
+        self.next_ones: list[Any] = []
+        self.num_starts = Counter[int]()
+        self.num_releases = 0
+
+    def start(self, number: int, check: Callable[[], None]) -> Engine:
+        self.num_starts[number] += 1
+        what = self.next_ones.pop(0) if self.next_ones else Engine()
+        while what == "slow":
+            check()
+            time.sleep(0.001)
+        if isinstance(what, Exception):
+            raise what
+        self.engines.append(what)
+        return what
+
+    def release(self) -> None:
+        self.num_releases += 1
+
+    def pool(self, size: int, max_rank_failures: int = 5) -> EnginePool:
+        made = EnginePool(self.start, size, max_rank_failures, lambda: None, self.release)  # type: ignore[arg-type]
+        while sum(member.starting is not None for member in made._members):
+            made.rest()
+        return made
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    yield Cluster()
+
+
+def request(number: int, prompt: list[int] | None = None) -> EngineRequest:
+    return EngineRequest(str(number), prompt or [number], SamplingParams(), 10, 0)
+
+
+def finish(pool: EnginePool, answers: dict[str, list[int]] | None = None) -> dict[str, list[int]]:
+    """Steps until nothing is left to do; the tokens of each request."""
+    answers = {} if answers is None else answers
+    deadline = time.monotonic() + 20
+    while pool.has_work:
+        assert time.monotonic() < deadline
+        take(pool, answers)
+    return answers
+
+
+def take(pool: EnginePool, answers: dict[str, list[int]]) -> None:
+    for output in pool.step():
+        assert isinstance(output, TokenOutput), output
+        answers.setdefault(output.request_id, []).append(output.token_id)
+
+
+def test_requests_are_spread_and_go_where_their_beginning_is_known(cluster: Cluster) -> None:
+    pool = cluster.pool(2)
+    assert pool.info.num_engines == 2
+    beginnings = [[number] * 32 for number in range(4)]
+    pool.add([request(number, one) for number, one in enumerate(beginnings)])
+    assert sorted(len(engine.prompts) for engine in cluster.engines) == [2, 2]
+    assert pool.stats().num_running == 4
+    assert finish(pool) == {str(number): SCRIPT for number in range(4)}
+    before = [list(engine.prompts) for engine in cluster.engines]
+    pool.add([request(10 + number, [*one, 9]) for number, one in enumerate(beginnings)])
+    for engine, prompts in zip(cluster.engines, before, strict=True):
+        assert engine.prompts == [*prompts, *([*one, 9] for one in prompts)]
+    pool.close()
+    pool.close()
+    assert all(engine.closed for engine in cluster.engines) and cluster.num_releases == 1
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("num_steps", range(5))
+def test_callers_of_a_lost_engine_miss_nothing(cluster: Cluster, size: int, num_steps: int) -> None:
+    pool = cluster.pool(size)
+    pool.add([request(number) for number in range(4)])
+    answers: dict[str, list[int]] = {}
+    for _ in range(num_steps):
+        take(pool, answers)
+    lost = cluster.engines[0]
+    lost.death = DEATH
+    assert finish(pool, answers) == {str(number): SCRIPT for number in range(4)}
+    while len(cluster.engines) == size:
+        pool.rest()
+    pool.add([request(number) for number in range(5, 9)])
+    assert finish(pool) == {str(number): SCRIPT for number in range(5, 9)}
+    pool.close()
+    assert [engine.closed for engine in cluster.engines] == [engine is not lost for engine in cluster.engines]
+
+
+@pytest.mark.parametrize(
+    "ask", [lambda pool: pool.rest(), lambda pool: pool.stats(), lambda pool: pool.add([request(1)])]
+)
+def test_a_death_is_noticed_whoever_meets_it(
+    cluster: Cluster, ask: Callable[[EnginePool], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "REST", 0.0)
+    pool = cluster.pool(1)
+    cluster.engines[0].death = DEATH
+    ask(pool)
+    pool.add([request(2)])
+    assert finish(pool)["2"] == SCRIPT
+    pool.close()
+
+
+def test_too_many_deaths_are_told(cluster: Cluster) -> None:
+    pool = cluster.pool(1, max_rank_failures=2)
+    for _ in range(2):
+        cluster.engines[-1].death = DEATH
+        pool.add([request(1)])
+        finish(pool)
+    cluster.engines[-1].death = DEATH
+    with pytest.raises(WorkerDied, match="it was killed"):
+        pool.add([request(1)])
+    pool.close()
+
+
+def test_old_deaths_do_not_count(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "FAILURE_WINDOW", 0.0)
+    pool = cluster.pool(1, max_rank_failures=1)
+    for _ in range(4):
+        cluster.engines[-1].death = DEATH
+        pool.add([request(1)])
+        assert finish(pool) == {"1": SCRIPT}
+    pool.close()
+
+
+def test_a_request_that_engines_die_of_is_given_up(cluster: Cluster) -> None:
+    class Dying(Engine):
+        def step(self, wait: int = 0) -> list[StepOutput]:
+            raise DEATH
+
+    cluster.next_ones = [Dying() for _ in range(3)]
+    pool = cluster.pool(1)
+    pool.add([request(7)])
+    outputs: list[StepOutput] = []
+    while pool.has_work:
+        outputs += pool.step()
+    [failed] = outputs
+    assert isinstance(failed, RequestFailed) and "lost 3 times" in failed.message and failed.error == "DistKVError"
+    pool.add([request(8)])
+    assert finish(pool) == {"8": SCRIPT}
+    pool.close()
+
+
+def test_work_begins_with_the_first_and_others_come_later(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pool_module, "RETRY_SECONDS", 0.0)
+    cluster.next_ones = [Engine(), CapacityError("no room"), CapacityError("no room"), CapacityError("no room")]
+    pool = cluster.pool(2)
+    pool.add([request(1)])
+    assert finish(pool) == {"1": SCRIPT}
+    while len(cluster.engines) < 2:
+        pool.rest()
+    assert caplog.text.count("no room") == 1
+    pool.close()
+
+
+def test_what_waits_for_room_runs_when_there_is_some(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "RETRY_SECONDS", 0.0)
+    pool = cluster.pool(1)
+    answers: dict[str, list[int]] = {}
+    pool.add([request(1), request(2)])
+    take(pool, answers)
+    cluster.next_ones = [CapacityError("no room")] * 3
+    cluster.engines[0].death = DEATH
+    take(pool, answers)
+    pool.add([request(3)])
+    assert pool.stats().num_waiting == 3
+    pool.abort([("2", None)])
+    assert finish(pool, answers) == {"1": SCRIPT, "2": SCRIPT[:1], "3": SCRIPT}
+    pool.close()
+
+
+def test_what_waits_for_too_long_is_told_so(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = cluster.pool(1)
+    pool.add([request(1)])
+    cluster.next_ones = [CapacityError("no room")]
+    cluster.engines[0].death = DEATH
+    pool.step()
+    monkeypatch.setattr(pool_module, "ROOM_SECONDS", 0.0)
+    outputs: list[StepOutput] = []
+    while pool.has_work:
+        outputs += pool.step()
+    [failed] = outputs
+    assert isinstance(failed, RequestFailed) and "no engine could be started" in failed.message
+    pool.close()
+
+
+def test_a_request_that_one_engine_refuses_takes_the_others_along(cluster: Cluster) -> None:
+    pool = cluster.pool(2)
+    cluster.engines[1].refusal = CapacityError("it could never run")
+    with pytest.raises(CapacityError, match="never run"):
+        pool.add([request(number) for number in range(4)])
+    assert not pool.has_work and not any(engine.has_work for engine in cluster.engines)
+    pool.close()
+
+
+def test_one_that_is_refused_after_it_has_waited_fails_alone(cluster: Cluster) -> None:
+    pool = cluster.pool(1)
+    refusing = Engine()
+    refusing.refusal = CapacityError("it could never run")
+    cluster.next_ones = [refusing]
+    cluster.engines[0].death = DEATH
+    pool.add([request(1)])
+    outputs: list[StepOutput] = []
+    while pool.has_work:
+        outputs += pool.step()
+    assert [(output.error, output.message) for output in outputs] == [("CapacityError", "it could never run")]  # type: ignore[union-attr]
+    pool.close()
+
+
+def test_another_answer_is_no_answer(cluster: Cluster) -> None:
+    pool = cluster.pool(1)
+    pool.add([request(1)])
+    pool.step()
+    cluster.next_ones = [Engine([50, 60])]
+    cluster.engines[0].death = DEATH
+    outputs: list[StepOutput] = []
+    while pool.has_work:
+        outputs += pool.step()
+    [failed] = outputs
+    assert isinstance(failed, RequestFailed) and "token 50 in place of 5" in failed.message
+    pool.close()
+
+
+def test_a_start_that_fails_everywhere_is_told(cluster: Cluster) -> None:
+    cluster.next_ones = [ConfigError("no such model")] * 2
+    with pytest.raises(ConfigError, match="no such model"):
+        cluster.pool(2)
+    assert cluster.num_releases == 1
+
+
+def test_closing_gives_up_what_starts(cluster: Cluster) -> None:
+    cluster.next_ones = [Engine(), "slow"]
+    pool = EnginePool(cluster.start, 2, 0, lambda: None, cluster.release)  # type: ignore[arg-type]
+    pool.close()
+    assert [engine.closed for engine in cluster.engines] == [True] and cluster.num_releases == 1
+
+
+def test_a_start_that_is_not_wanted_any_more_ends(cluster: Cluster) -> None:
+    def check() -> None:
+        raise DistKVError("given up")
+
+    cluster.next_ones = ["slow", "slow"]
+    with pytest.raises(DistKVError, match="given up"):
+        EnginePool(cluster.start, 2, 0, check, cluster.release)  # type: ignore[arg-type]
+    assert cluster.engines == [] and cluster.num_releases == 1
+
+
+def test_all_close_though_one_fails(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(Engine):
+        def close(self) -> None:
+            super().close()
+            raise DEATH
+
+    cluster.next_ones = [Failing(), Engine()]
+    pool = cluster.pool(2)
+    with caplog.at_level(logging.ERROR), pytest.raises(WorkerDied):
+        pool.close()
+    assert all(engine.closed for engine in cluster.engines) and cluster.num_releases == 1
