@@ -8,7 +8,7 @@ from msgspec import Raw
 OK = 200
 HEAD = b'{"id":"batch_req_'
 """What every line begins with."""
-UNAVAILABLE = 503  # an engine that was lost, pages that could not be read: it may be gone by now
+SERVER_ERROR = 500
 
 
 class Response(msgspec.Struct):
@@ -45,8 +45,8 @@ class Record(msgspec.Struct):
 
     @property
     def may_pass(self) -> bool:
-        """Whether the line may well be answered at another time."""
-        return self.response is not None and self.response.status_code == UNAVAILABLE
+        """Whether the line itself is in order, and may well be answered at another time: an engine was lost, say."""
+        return self.response is not None and self.response.status_code >= SERVER_ERROR
 
 
 class _Details(msgspec.Struct, frozen=True):
@@ -87,9 +87,8 @@ def answered(custom_id: str, response: Response) -> Record:
 
 def refused(number: int, custom_id: str | None, message: str) -> Record:
     """A line that says what is wrong with line `number` of the input."""
-    return Record(
-        f"batch_req_{uuid.uuid4().hex}", custom_id, None, LineFault("invalid_line", f"line {number}: {message}")
-    )
+    fault = LineFault("invalid_line", f"line {number}: {message}")
+    return Record(f"batch_req_{uuid.uuid4().hex}", custom_id, None, fault)
 
 
 def read_record(line: bytes) -> Record:

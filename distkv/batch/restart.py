@@ -77,9 +77,8 @@ def _records(path: Path, contents: Contents, is_output: bool) -> Iterator[tuple[
     cut at the end is left out, and taken off the output."""
     try:
         with open(path, "rb") as file:
-            start = number = 0
-            for line in file:
-                number += 1
+            start = 0
+            for number, line in enumerate(file, 1):
                 record = _record(line)
                 if record is None and _is_cut(line) and not file.read(1):
                     break

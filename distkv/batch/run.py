@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -25,6 +26,7 @@ from distkv.errors import RequestError
 
 SYNC_SECONDS = 1.0
 GRACE_SECONDS = 10.0  # that what runs has to end after a signal
+STATS_SECONDS = 2.0  # between looks at how many engines run
 FILL = 2  # times as many lines are on their way as can run, so that engines find the next ones ready
 
 
@@ -86,9 +88,7 @@ def _check_models(contents: Contents, names: list[str]) -> None:
 class _Batch:
     """A run with lines to answer."""
 
-    def __init__(
-        self, files: BatchFiles, options: BatchOptions, engine: EngineOptions, before: Before, report: "Report"
-    ):
+    def __init__(self, files: BatchFiles, options: BatchOptions, engine: EngineOptions, before: Before, report: Report):
         self._options, self._engine, self._report = options, engine, report
         self._tally = report.tally
         self._num_left = len(before.left)
@@ -122,22 +122,24 @@ class _Batch:
                     await self._answer_all()
 
     async def _answer_all(self) -> None:
-        num_workers = min(FILL * self._llm.info.max_num_seqs, self._num_left)
+        info = self._llm.info
+        num_workers = min(FILL * info.max_num_seqs * info.num_engines, self._num_left)
         workers = [asyncio.create_task(self._answer_some()) for _ in range(num_workers)]
         others = [asyncio.create_task(one) for one in (self._sync_often(), self._show_often())]
-        work, asked = asyncio.gather(*workers), asyncio.create_task(self._stop.asked.wait())
+        asked = asyncio.create_task(self._stop.asked.wait())
+        ends: list[asyncio.Future[Any]] = [asyncio.gather(*workers), *others]
         try:
-            await asyncio.wait([work, asked, *others], return_when=asyncio.FIRST_COMPLETED)
-            if asked.done() and not work.done():
+            await asyncio.wait([*ends, asked], return_when=asyncio.FIRST_COMPLETED)
+            if asked.done() and not ends[0].done():
                 self._report.say(f"stopping; what runs has {GRACE_SECONDS:.0f} s to end")
-                await asyncio.wait([work, *others], timeout=GRACE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            for each in (work, *others):
-                if each.done():
-                    each.result()
+                await asyncio.wait(ends, timeout=GRACE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            for end in ends:
+                if end.done():
+                    end.result()
         finally:
             for task in (*workers, *others, asked):
                 task.cancel()
-            await asyncio.gather(work, *others, asked, return_exceptions=True)
+            await asyncio.gather(*ends, asked, return_exceptions=True)
 
     async def _answer_some(self) -> None:
         """Answers one line after the other, until there are no more."""
@@ -171,6 +173,10 @@ class _Batch:
         self._errors.sync()
 
     async def _show_often(self) -> None:
+        num_engines, state = self._llm.info.num_engines, ""
         while True:
-            self._report.show()
-            await asyncio.sleep(SHOW_SECONDS)
+            if num_engines > 1:
+                state = f"{(await self._llm.stats()).num_engines} of {num_engines} engines"
+            for _ in range(round(STATS_SECONDS / SHOW_SECONDS)):
+                self._report.show(state)
+                await asyncio.sleep(SHOW_SECONDS)

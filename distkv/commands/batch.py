@@ -9,7 +9,10 @@ import typer
 from distkv.commands.options import Model, engine, model_folder, path_option, spread
 from distkv.config import EngineConfig, EngineOptions
 
-BatchFlags = Annotated[EngineOptions, engine(*(field.name for field in fields(EngineConfig) if field.name != "model"))]
+BatchFlags = Annotated[
+    EngineOptions,
+    engine(*(field.name for field in fields(EngineConfig) if field.name != "model"), max_rank_failures=20),
+]
 
 
 @spread
