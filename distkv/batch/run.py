@@ -173,10 +173,10 @@ class _Batch:
         self._errors.sync()
 
     async def _show_often(self) -> None:
-        num_engines, state = self._llm.info.num_engines, ""
+        num_engines = self._llm.info.num_engines
         while True:
             if num_engines > 1:
-                state = f"{(await self._llm.stats()).num_engines} of {num_engines} engines"
+                self._report.note(f"{(await self._llm.stats()).num_engines} of {num_engines} engines")
             for _ in range(round(STATS_SECONDS / SHOW_SECONDS)):
-                self._report.show(state)
+                self._report.show()
                 await asyncio.sleep(SHOW_SECONDS)

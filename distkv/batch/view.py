@@ -25,6 +25,7 @@ class Report:
         self.tally = tally
         self._console, self._files = console, files
         self._view: BatchView | None = None
+        self._state = ""
 
     def say(self, text: str) -> None:
         """Prints a line."""
@@ -43,15 +44,15 @@ class Report:
                 self.show(now=True)
                 self._view = None
 
-    def show(self, state: str = "", now: bool = False) -> None:
-        """Shows how far it is, if it is time for that, or `now`.
+    def note(self, state: str) -> None:
+        """What is told beside the figures from now on, such as how many engines run."""
+        self._state = state
 
-        Args:
-            state: what is told beside the figures, such as how many engines run.
-        """
+    def show(self, now: bool = False) -> None:
+        """Shows how far it is, if it is time for that, or `now`."""
         if self._view is not None:
             with suppress(OSError):
-                self._view.show(state, now)
+                self._view.show(self._state, now)
 
     def close(self) -> None:
         """Says what has come of it."""
@@ -76,7 +77,7 @@ class BatchView(LiveView):
         self._shown = -math.inf  # monotonic seconds
 
     def show(self, state: str, now: bool = False) -> None:
-        """As `Report.show`."""
+        """As `Report.show`, with what is told beside the figures."""
         seconds = time.monotonic()
         if not now and seconds - self._shown < (LINE_SECONDS if self._live is None else SHOW_SECONDS):
             return
