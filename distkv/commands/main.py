@@ -9,6 +9,7 @@ import typer
 
 from distkv import __version__
 from distkv.commands import streams
+from distkv.commands.batch import batch
 from distkv.commands.bench import bench
 from distkv.commands.cache import cache
 from distkv.commands.chat import chat
@@ -30,7 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # whose tables cut long names
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, serve, fetch, demo, stress, top):
+for command in (generate, chat, serve, batch, fetch, demo, stress, top):
     app.command()(command)
 groups = {"bench": bench, "cache": cache, "metrics": metrics}
 for name, group in groups.items():

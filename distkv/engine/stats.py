@@ -69,6 +69,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     disk_written_bytes: int = 0
     disk_write_seconds: float = 0.0
     checksum_failures: int = 0  # parts of pages that came back from disk with another content
+    num_engines: int = 1  # that run
     requests: RequestStats = RequestStats()
 
 

@@ -141,7 +141,7 @@ class EnginePool:
 
     def stats(self) -> EngineStats:
         """The sum over the engines that run."""
-        found = [EngineStats(0, 0, 0, len(self._waiting))]
+        found = [EngineStats(0, 0, 0, len(self._waiting), num_engines=0)]
         for member in self._members:
             try:
                 if member.engine is not None:

@@ -21,4 +21,5 @@ def test_all_figures_are_summed() -> None:
             prompt_tokens=88, finished={"stop": 2, "length": 2},
             e2e_latency=Histogram((1.0, 2.0), (6, 8, 10), 12.0), queue_time=times,
         ),
+        num_engines=2,
     )  # fmt: skip

@@ -1,0 +1,62 @@
+"""A file that grows by whole lines, whatever ends the process or fills the disk."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from distkv.errors import StoreError
+
+
+class LineFile:
+    """Appends lines to a file, which is made with the first of them."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._fd: int | None = None
+        self._size = 0
+        self._is_synced = True
+
+    def append(self, line: bytes) -> None:
+        """Writes a line; the system has it when this returns, so that it outlives the process. Raises StoreError when
+        it cannot be written as a whole, and then nothing of it is there."""
+        try:
+            if self._fd is None:
+                self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+                self._size = os.fstat(self._fd).st_size
+            num_written = 0
+            while num_written < len(line):
+                num_written += os.write(self._fd, line[num_written:])
+        except OSError as error:
+            self._cut()
+            raise StoreError(unwritten(self.path, error)) from error
+        self._size += len(line)
+        self._is_synced = False
+
+    def sync(self) -> None:
+        """Has the disk have what was written, so that it outlives the machine's end. Raises StoreError."""
+        if self._fd is None or self._is_synced:
+            return
+        self._is_synced = True
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise StoreError(unwritten(self.path, error)) from error
+
+    def close(self) -> None:
+        """Closes the file. A second call does nothing."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
+
+    def _cut(self) -> None:
+        if self._fd is not None:
+            with suppress(OSError):  # else the next start cuts it
+                os.ftruncate(self._fd, self._size)
+
+
+def unwritten(path: Path, error: OSError) -> str:
+    """What a user is told of a file that cannot be written in the middle of a run."""
+    return (
+        f"{str(path)!r} cannot be written: {error.strerror}; all lines before are there. See to that, and run the same "
+        "command again to go on"
+    )

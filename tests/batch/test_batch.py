@@ -1,0 +1,206 @@
+"""`distkv batch` from file to file, in this process, with a small random model."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.batches import answers, line, read_lines, start_batch, write_lines
+
+from distkv.batch import run as run_module
+from distkv.batch.files import BatchFiles
+from distkv.batch.line_file import LineFile
+from distkv.batch.run import BatchOptions, run
+from distkv.errors import RequestError, StoreError
+
+ENGINE: Any = {"num_threads": 1, "device_kv_bytes": "16MiB", "page_size": 16, "dtype": "auto", "seed": 0}
+LINES = [
+    *(line(f"chat {number}", max_tokens=12) for number in range(40)),
+    line("text", "/v1/completions", prompt=["Once", "upon"], max_tokens=5, n=2, logprobs=1),
+    line("response", "/v1/responses", input="Hello", max_output_tokens=5),
+    line("greedy", temperature=0, max_tokens=5),
+]
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def batch(talker: Path, tmp_path: Path) -> Run:
+    """Runs a batch from `in.jsonl` to `out.jsonl`."""
+
+    def start(names: list[str] | None = None, retries: bool = False, **engine: Any) -> int:
+        files = BatchFiles(tmp_path / "in.jsonl", tmp_path / "out.jsonl", None)
+        return run(lambda: talker, files, BatchOptions(names or ["talker"], retries), ENGINE | engine)
+
+    return start
+
+
+def test_a_cut_run_goes_on_to_the_same_answers(batch: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Whatever was written of the last line; lines have seeds of their own."""
+    source, output = write_lines(tmp_path / "in.jsonl", LINES), tmp_path / "out.jsonl"
+    assert batch(max_num_seqs=4) == 0
+    expected = answers(output)
+    assert expected.keys() == {one["custom_id"] for one in LINES}
+    assert len({one[0]["message"]["content"] for name, one in expected.items() if name.startswith("chat")}) > 35
+    assert not (tmp_path / "out.errors.jsonl").exists() and not (tmp_path / "out.jsonl.lock").exists()
+    whole = output.read_bytes().splitlines(keepends=True)
+    output.write_bytes(b"".join(whole[:20]) + whole[20][:30])
+    capfd.readouterr()
+    assert batch(max_num_seqs=64) == 0
+    told = capfd.readouterr().err
+    assert "23 of 43 lines are to be answered" in told
+    assert "20/43 lines (46 %)" in told and "43/43 lines (100 %)" in told
+    assert answers(output) == expected
+    assert output.read_bytes().startswith(b"".join(whole[:20]))
+
+    with source.open("ab") as file:  # more lines may come later
+        file.write(b"\r\n" + json.dumps(line("new", max_tokens=2)).encode())
+    assert batch() == 0
+    assert answers(output).keys() == {*expected, "new"}
+
+
+def test_lines_that_fail_are_told_of_and_tried_again_when_asked(batch: Run, tmp_path: Path) -> None:
+    errors = tmp_path / "out.errors.jsonl"
+    lines = [
+        line("good", max_tokens=2),
+        line("cold", temperature=-1),
+        line("streamed", stream=True),
+        line("other", model="gpt-4o-mini", max_tokens=2),
+        line("got", method="GET"),
+        line("embedded", "/v1/embeddings", input="x"),
+        {"custom_id": 5},
+    ]
+    source = write_lines(tmp_path / "in.jsonl", lines)
+    source.write_bytes(b"\xef\xbb\xbf" + source.read_bytes() + b"\n\0\xff\n")
+    assert batch() == 1
+    assert answers(tmp_path / "out.jsonl").keys() == {"good"}
+    told = {one["custom_id"]: one for one in read_lines(errors)}
+    assert told.keys() == {None, "cold", "streamed", "other", "got", "embedded"}
+    assert told["cold"]["response"]["status_code"] == 400 and told["cold"]["error"] is None
+    assert "temperature" in told["cold"]["response"]["body"]["error"]["message"]
+    assert told["other"]["response"]["status_code"] == 404
+    assert told["streamed"]["response"] is None and "line 3: stream" in told["streamed"]["error"]["message"]
+    assert len(read_lines(errors)) == 7
+
+    before = sorted(map(str, read_lines(errors)))
+    record = told["cold"]["response"] | {"status_code": 503}
+    with errors.open("a") as file:  # a failure that may have passed
+        file.write(json.dumps(told["cold"] | {"custom_id": "good", "response": record}) + "\n")
+    (tmp_path / "out.jsonl").unlink()
+    assert batch() == 1
+    assert answers(tmp_path / "out.jsonl").keys() == {"good"}
+    known = [one for one in before if "'custom_id': None" not in one]
+    assert sorted(str(one) for one in read_lines(errors) if one["custom_id"]) == known
+    assert batch(["talker", "gpt-4o-mini"], retries=True) == 1
+    assert answers(tmp_path / "out.jsonl").keys() == {"good", "other"}
+    assert len(read_lines(errors)) == 6
+
+
+def test_a_file_for_another_model_is_refused_before_any_work(batch: Run, tmp_path: Path) -> None:
+    write_lines(tmp_path / "in.jsonl", [line("a", model="gpt-4o-mini"), line("b", model="gpt-4o")])
+    with pytest.raises(RequestError, match=r"no line asks for 'talker': .* --served-model-name 'gpt-4o'"):
+        batch()
+    assert not (tmp_path / "out.jsonl.run").exists()
+
+
+def test_a_signal_ends_in_good_order(batch: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "GRACE_SECONDS", 60.0)
+    write_lines(tmp_path / "in.jsonl", [line(str(number), max_tokens=100) for number in range(200)])
+    output = tmp_path / "out.jsonl"
+
+    def interrupt() -> None:
+        while not output.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert batch(max_num_seqs=4) == 128 + signal.SIGTERM
+    thread.join()
+    assert 0 < len(answers(output)) < 200
+
+
+def test_a_full_disk_ends_it_with_nothing_half_written(
+    batch: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(tmp_path / "in.jsonl", LINES)
+    write, room = os.write, 5000
+
+    def write_some(fd: int, data: bytes) -> int:
+        nonlocal room
+        if b"batch_req_" not in data[:20] and room > 0:
+            return write(fd, data)
+        if room <= 0:
+            raise OSError(28, "No space left on device")
+        count = write(fd, data[:room])
+        room -= count
+        return count
+
+    monkeypatch.setattr("distkv.batch.line_file.os.write", write_some)
+    with pytest.raises(StoreError, match=r"out.jsonl' cannot be written: No space left on device.* same command"):
+        batch()
+    monkeypatch.undo()
+    output = tmp_path / "out.jsonl"
+    assert 0 < len(answers(output)) < len(LINES) and output.read_bytes().endswith(b"\n")
+    assert batch() == 0
+    assert len(answers(output)) == len(LINES)
+
+
+def test_a_lost_engine_ends_it_and_fails_no_line(batch: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What can be gone on with is not called failed."""
+    from distkv.engine.engine import Engine
+    from distkv.errors import WorkerDied
+
+    step, count = Engine.step, 0
+
+    def die(engine: Engine) -> Any:
+        nonlocal count
+        count += 1
+        if count > 30:
+            raise WorkerDied(0, "here", "it was shot")
+        return step(engine)
+
+    write_lines(tmp_path / "in.jsonl", LINES)
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", die)
+        with pytest.raises(WorkerDied, match="it was shot"):
+            batch(max_num_seqs=4)
+    assert not (tmp_path / "out.errors.jsonl").exists()
+    assert len(answers(tmp_path / "out.jsonl")) < len(LINES)
+    assert batch() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_no_line_is_lost_or_doubled_by_kills_at_any_moment(talker: Path, tmp_path: Path, batch: Run) -> None:
+    import random
+
+    lines = [line(f"line {number}", max_tokens=12) for number in range(3000)]
+    source, output = write_lines(tmp_path / "in.jsonl", lines), tmp_path / "killed.jsonl"
+    assert batch() == 0
+    chance, num_kills = random.Random(0), 0
+    for _ in range(50):
+        with start_batch(talker, source, output, "--max-num-seqs", "8") as process:
+            size = output.stat().st_size if output.exists() else 0
+            while process.poll() is None and (not output.exists() or output.stat().st_size == size):
+                time.sleep(0.01)
+            time.sleep(chance.random() * 0.5)
+            process.kill()
+            num_kills += process.wait() == -signal.SIGKILL
+    with start_batch(talker, source, output) as process:
+        assert process.wait() == 0
+    assert num_kills > 20
+    assert answers(output) == answers(tmp_path / "out.jsonl")
+
+
+def test_line_files_are_made_with_their_first_line(tmp_path: Path) -> None:
+    file = LineFile(tmp_path / "none" / "out.jsonl")
+    file.sync()
+    file.close()
+    with pytest.raises(StoreError, match="cannot be written"):
+        file.append(b"x\n")
