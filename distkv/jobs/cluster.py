@@ -37,10 +37,9 @@ class Cluster:
         self.address = (given or DEFAULT_ADDRESS).rstrip("/")
         for name in ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", "ray"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        os.environ[ADDRESS_VARIABLES[0]] = self.address  # else the environment would win
         if "://" in self.address and not self.address.startswith("ray://"):
             self._knock()
-        with self._explained():
+        with self._explained(), _variable(ADDRESS_VARIABLES[0], self.address):  # else another one there would win
             self._client = JobSubmissionClient(self.address)
             self.address = self._client.get_address()
 
@@ -120,6 +119,19 @@ class Cluster:
             raise self._away() from error
         except RuntimeError as error:
             raise ConfigError(f"Ray refuses: {_last_line(str(error))}") from error
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _last_line(text: str) -> str:
