@@ -136,5 +136,5 @@ def _variable(name: str, value: str) -> Iterator[None]:
 
 def _last_line(text: str) -> str:
     """What a traceback ends with, or the text itself."""
-    lines = [line.strip() for line in text.strip().rstrip(".").splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines() if line.strip(" .")]
     return lines[-1] if lines else "it does not say why"
