@@ -44,7 +44,7 @@ def start(cluster: Cluster, folder: Path, *arguments: str, source: Path = ROOT) 
     """`distkv submit` as a user of `source` has it."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"PYTHONPATH": str(source), "HOME": cluster.environment["HOME"]}
-    command = [sys.executable, "-m", "distkv", "submit", "--address", cluster.dashboard, *arguments]
+    command = [sys.executable, "-P", "-m", "distkv", "submit", "--address", cluster.dashboard, *arguments]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
 
