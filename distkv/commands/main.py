@@ -19,6 +19,7 @@ from distkv.commands.generate import generate
 from distkv.commands.metrics import metrics, top
 from distkv.commands.serve import serve
 from distkv.commands.stress import stress
+from distkv.commands.submit import submit
 from distkv.errors import ConfigError, DistKVError
 
 # click's, which newer releases of typer carry under a name of their own
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 for command in (generate, chat, serve, batch, fetch, demo, stress, top):
     app.command()(command)
+app.command(context_settings={"allow_interspersed_args": False})(submit)  # what follows is a command of its own
 groups = {"bench": bench, "cache": cache, "metrics": metrics}
 for name, group in groups.items():
     app.add_typer(group, name=name)

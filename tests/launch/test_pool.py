@@ -59,11 +59,11 @@ class Engine(ScriptedEngine):
         self.closed = True
 
 
-class Cluster:
+class Engines:
     """Where engines start: each in turn is what `next_ones` says, or a new one."""
 
     def __init__(self) -> None:
-        self.engines: list[Engine] = []
+        self.made: list[Engine] = []
         self.next_ones: list[Any] = []
         self.num_starts = Counter[int]()
         self.num_releases = 0
@@ -76,7 +76,7 @@ class Cluster:
             time.sleep(0.001)
         if isinstance(what, Exception):
             raise what
-        self.engines.append(what)
+        self.made.append(what)
         return what
 
     def release(self) -> None:
@@ -90,8 +90,8 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    yield Cluster()
+def engines() -> Iterator[Engines]:
+    yield Engines()
 
 
 def request(number: int, prompt: list[int] | None = None) -> EngineRequest:
@@ -114,86 +114,86 @@ def take(pool: EnginePool, answers: dict[str, list[int]]) -> None:
         answers.setdefault(output.request_id, []).append(output.token_id)
 
 
-def test_requests_are_spread_and_go_where_their_beginning_is_known(cluster: Cluster) -> None:
-    pool = cluster.pool(2)
+def test_requests_are_spread_and_go_where_their_beginning_is_known(engines: Engines) -> None:
+    pool = engines.pool(2)
     assert pool.info.num_engines == 2
     beginnings = [[number] * 32 for number in range(4)]
     pool.add([request(number, one) for number, one in enumerate(beginnings)])
-    assert sorted(len(engine.prompts) for engine in cluster.engines) == [2, 2]
+    assert sorted(len(engine.prompts) for engine in engines.made) == [2, 2]
     assert pool.stats().num_running == 4
     assert finish(pool) == {str(number): SCRIPT for number in range(4)}
-    before = [list(engine.prompts) for engine in cluster.engines]
+    before = [list(engine.prompts) for engine in engines.made]
     pool.add([request(10 + number, [*one, 9]) for number, one in enumerate(beginnings)])
-    for engine, prompts in zip(cluster.engines, before, strict=True):
+    for engine, prompts in zip(engines.made, before, strict=True):
         assert engine.prompts == [*prompts, *([*one, 9] for one in prompts)]
     pool.close()
     pool.close()
-    assert all(engine.closed for engine in cluster.engines) and cluster.num_releases == 1
+    assert all(engine.closed for engine in engines.made) and engines.num_releases == 1
 
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("num_steps", range(5))
-def test_callers_of_a_lost_engine_miss_nothing(cluster: Cluster, size: int, num_steps: int) -> None:
-    pool = cluster.pool(size)
+def test_callers_of_a_lost_engine_miss_nothing(engines: Engines, size: int, num_steps: int) -> None:
+    pool = engines.pool(size)
     pool.add([request(number) for number in range(4)])
     answers: dict[str, list[int]] = {}
     for _ in range(num_steps):
         take(pool, answers)
-    lost = cluster.engines[0]
+    lost = engines.made[0]
     lost.death = DEATH
     assert finish(pool, answers) == {str(number): SCRIPT for number in range(4)}
-    while len(cluster.engines) == size:
+    while len(engines.made) == size:
         pool.rest()
     pool.add([request(number) for number in range(5, 9)])
     assert finish(pool) == {str(number): SCRIPT for number in range(5, 9)}
     pool.close()
-    assert [engine.closed for engine in cluster.engines] == [engine is not lost for engine in cluster.engines]
+    assert [engine.closed for engine in engines.made] == [engine is not lost for engine in engines.made]
 
 
 @pytest.mark.parametrize(
     "ask", [lambda pool: pool.rest(), lambda pool: pool.stats(), lambda pool: pool.add([request(1)])]
 )
 def test_a_death_is_noticed_whoever_meets_it(
-    cluster: Cluster, ask: Callable[[EnginePool], Any], monkeypatch: pytest.MonkeyPatch
+    engines: Engines, ask: Callable[[EnginePool], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool_module, "REST", 0.0)
-    pool = cluster.pool(1)
-    cluster.engines[0].death = DEATH
+    pool = engines.pool(1)
+    engines.made[0].death = DEATH
     ask(pool)
     pool.add([request(2)])
     assert finish(pool)["2"] == SCRIPT
     pool.close()
 
 
-def test_too_many_deaths_are_told(cluster: Cluster) -> None:
-    pool = cluster.pool(1, max_rank_failures=2)
+def test_too_many_deaths_are_told(engines: Engines) -> None:
+    pool = engines.pool(1, max_rank_failures=2)
     for _ in range(2):
-        cluster.engines[-1].death = DEATH
+        engines.made[-1].death = DEATH
         pool.add([request(1)])
         finish(pool)
-    cluster.engines[-1].death = DEATH
+    engines.made[-1].death = DEATH
     with pytest.raises(WorkerDied, match="it was killed"):
         pool.add([request(1)])
     pool.close()
 
 
-def test_old_deaths_do_not_count(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_deaths_do_not_count(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "FAILURE_WINDOW", 0.0)
-    pool = cluster.pool(1, max_rank_failures=1)
+    pool = engines.pool(1, max_rank_failures=1)
     for _ in range(4):
-        cluster.engines[-1].death = DEATH
+        engines.made[-1].death = DEATH
         pool.add([request(1)])
         assert finish(pool) == {"1": SCRIPT}
     pool.close()
 
 
-def test_a_request_that_engines_die_of_is_given_up(cluster: Cluster) -> None:
+def test_a_request_that_engines_die_of_is_given_up(engines: Engines) -> None:
     class Dying(Engine):
         def step(self, wait: int = 0) -> list[StepOutput]:
             raise DEATH
 
-    cluster.next_ones = [Dying() for _ in range(3)]
-    pool = cluster.pool(1)
+    engines.next_ones = [Dying() for _ in range(3)]
+    pool = engines.pool(1)
     pool.add([request(7)])
     outputs: list[StepOutput] = []
     while pool.has_work:
@@ -206,27 +206,27 @@ def test_a_request_that_engines_die_of_is_given_up(cluster: Cluster) -> None:
 
 
 def test_work_begins_with_the_first_and_others_come_later(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    engines: Engines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(pool_module, "RETRY_SECONDS", 0.0)
-    cluster.next_ones = [Engine(), CapacityError("no room"), CapacityError("no room"), CapacityError("no room")]
-    pool = cluster.pool(2)
+    engines.next_ones = [Engine(), CapacityError("no room"), CapacityError("no room"), CapacityError("no room")]
+    pool = engines.pool(2)
     pool.add([request(1)])
     assert finish(pool) == {"1": SCRIPT}
-    while len(cluster.engines) < 2:
+    while len(engines.made) < 2:
         pool.rest()
     assert caplog.text.count("no room") == 1
     pool.close()
 
 
-def test_what_waits_for_room_runs_when_there_is_some(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_waits_for_room_runs_when_there_is_some(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "RETRY_SECONDS", 0.0)
-    pool = cluster.pool(1)
+    pool = engines.pool(1)
     answers: dict[str, list[int]] = {}
     pool.add([request(1), request(2)])
     take(pool, answers)
-    cluster.next_ones = [CapacityError("no room")] * 3
-    cluster.engines[0].death = DEATH
+    engines.next_ones = [CapacityError("no room")] * 3
+    engines.made[0].death = DEATH
     take(pool, answers)
     pool.add([request(3)])
     assert pool.stats().num_waiting == 3
@@ -235,11 +235,11 @@ def test_what_waits_for_room_runs_when_there_is_some(cluster: Cluster, monkeypat
     pool.close()
 
 
-def test_what_waits_for_too_long_is_told_so(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = cluster.pool(1)
+def test_what_waits_for_too_long_is_told_so(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = engines.pool(1)
     pool.add([request(1)])
-    cluster.next_ones = [CapacityError("no room")]
-    cluster.engines[0].death = DEATH
+    engines.next_ones = [CapacityError("no room")]
+    engines.made[0].death = DEATH
     pool.step()
     monkeypatch.setattr(pool_module, "ROOM_SECONDS", 0.0)
     outputs: list[StepOutput] = []
@@ -250,21 +250,21 @@ def test_what_waits_for_too_long_is_told_so(cluster: Cluster, monkeypatch: pytes
     pool.close()
 
 
-def test_a_request_that_one_engine_refuses_takes_the_others_along(cluster: Cluster) -> None:
-    pool = cluster.pool(2)
-    cluster.engines[1].refusal = CapacityError("it could never run")
+def test_a_request_that_one_engine_refuses_takes_the_others_along(engines: Engines) -> None:
+    pool = engines.pool(2)
+    engines.made[1].refusal = CapacityError("it could never run")
     with pytest.raises(CapacityError, match="never run"):
         pool.add([request(number) for number in range(4)])
-    assert not pool.has_work and not any(engine.has_work for engine in cluster.engines)
+    assert not pool.has_work and not any(engine.has_work for engine in engines.made)
     pool.close()
 
 
-def test_one_that_is_refused_after_it_has_waited_fails_alone(cluster: Cluster) -> None:
-    pool = cluster.pool(1)
+def test_one_that_is_refused_after_it_has_waited_fails_alone(engines: Engines) -> None:
+    pool = engines.pool(1)
     refusing = Engine()
     refusing.refusal = CapacityError("it could never run")
-    cluster.next_ones = [refusing]
-    cluster.engines[0].death = DEATH
+    engines.next_ones = [refusing]
+    engines.made[0].death = DEATH
     pool.add([request(1)])
     outputs: list[StepOutput] = []
     while pool.has_work:
@@ -273,12 +273,12 @@ def test_one_that_is_refused_after_it_has_waited_fails_alone(cluster: Cluster) -
     pool.close()
 
 
-def test_another_answer_is_no_answer(cluster: Cluster) -> None:
-    pool = cluster.pool(1)
+def test_another_answer_is_no_answer(engines: Engines) -> None:
+    pool = engines.pool(1)
     pool.add([request(1)])
     pool.step()
-    cluster.next_ones = [Engine([50, 60])]
-    cluster.engines[0].death = DEATH
+    engines.next_ones = [Engine([50, 60])]
+    engines.made[0].death = DEATH
     outputs: list[StepOutput] = []
     while pool.has_work:
         outputs += pool.step()
@@ -287,38 +287,38 @@ def test_another_answer_is_no_answer(cluster: Cluster) -> None:
     pool.close()
 
 
-def test_a_start_that_fails_everywhere_is_told(cluster: Cluster) -> None:
-    cluster.next_ones = [ConfigError("no such model")] * 2
+def test_a_start_that_fails_everywhere_is_told(engines: Engines) -> None:
+    engines.next_ones = [ConfigError("no such model")] * 2
     with pytest.raises(ConfigError, match="no such model"):
-        cluster.pool(2)
-    assert cluster.num_releases == 1
+        engines.pool(2)
+    assert engines.num_releases == 1
 
 
-def test_closing_gives_up_what_starts(cluster: Cluster) -> None:
-    cluster.next_ones = [Engine(), "slow"]
-    pool = EnginePool(cluster.start, 2, 0, lambda: None, cluster.release)  # type: ignore[arg-type]
+def test_closing_gives_up_what_starts(engines: Engines) -> None:
+    engines.next_ones = [Engine(), "slow"]
+    pool = EnginePool(engines.start, 2, 0, lambda: None, engines.release)  # type: ignore[arg-type]
     pool.close()
-    assert [engine.closed for engine in cluster.engines] == [True] and cluster.num_releases == 1
+    assert [engine.closed for engine in engines.made] == [True] and engines.num_releases == 1
 
 
-def test_a_start_that_is_not_wanted_any_more_ends(cluster: Cluster) -> None:
+def test_a_start_that_is_not_wanted_any_more_ends(engines: Engines) -> None:
     def check() -> None:
         raise DistKVError("given up")
 
-    cluster.next_ones = ["slow", "slow"]
+    engines.next_ones = ["slow", "slow"]
     with pytest.raises(DistKVError, match="given up"):
-        EnginePool(cluster.start, 2, 0, check, cluster.release)  # type: ignore[arg-type]
-    assert cluster.engines == [] and cluster.num_releases == 1
+        EnginePool(engines.start, 2, 0, check, engines.release)  # type: ignore[arg-type]
+    assert engines.made == [] and engines.num_releases == 1
 
 
-def test_all_close_though_one_fails(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
+def test_all_close_though_one_fails(engines: Engines, caplog: pytest.LogCaptureFixture) -> None:
     class Failing(Engine):
         def close(self) -> None:
             super().close()
             raise DEATH
 
-    cluster.next_ones = [Failing(), Engine()]
-    pool = cluster.pool(2)
+    engines.next_ones = [Failing(), Engine()]
+    pool = engines.pool(2)
     with caplog.at_level(logging.ERROR), pytest.raises(WorkerDied):
         pool.close()
-    assert all(engine.closed for engine in cluster.engines) and cluster.num_releases == 1
+    assert all(engine.closed for engine in engines.made) and engines.num_releases == 1

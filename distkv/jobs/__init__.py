@@ -1,0 +1,1 @@
+"""Commands as jobs on a Ray cluster: what is shipped, what is followed, and what comes back."""

@@ -1,0 +1,99 @@
+"""In the job: runs a command, then puts the files that it wrote where the dashboard serves them.
+
+That is the folder of the Ray session's logs on this node, the one place whose files can be had over a job's HTTP
+address. They stay there as long as the session.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+
+
+def folder_name(job: str) -> str:
+    """The folder of a job's files, in that of the logs."""
+    return f"distkv-{job}"
+
+
+def wrapped(job: str, patterns: list[str], command: list[str]) -> list[str]:
+    """The command line, behind `python -m`, of a job whose files come back."""
+    flags = [part for pattern in patterns for part in ("--bring", pattern)]
+    return ["distkv.jobs.outbox", "--job", job, *flags, "--", *command]
+
+
+def main() -> int:
+    """Runs the command behind `--` and returns its exit code, 128 and the signal's number when that was its end."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--job", required=True)
+    parser.add_argument("--bring", action="append", required=True)
+    parser.add_argument("command", nargs="+")
+    options = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGINT):  # who stops the job tells the command too; its files are brought
+        signal.signal(number, lambda *_: None)
+    before = {path: _stamp(path) for pattern in options.bring for path in _found(pattern)}
+    code = subprocess.call([sys.executable, "-m", "distkv", *options.command])
+    _put_out(options.job, options.bring, before)
+    return code if code >= 0 else 128 - code
+
+
+def _put_out(job: str, patterns: list[str], before: dict[Path, tuple[int, int]]) -> None:
+    """Copies what is new since `before`, and writes what there is; patterns without a new file are `missing`."""
+    logs = _log_folder()
+    if logs is None:
+        print("distkv: the job's log is no file here, so no file can be brought back", file=sys.stderr)
+        return
+    folder = logs / folder_name(job)
+    try:
+        folder.mkdir(exist_ok=True)
+        files: dict[Path, dict] = {}
+        missing = []
+        for pattern in patterns:
+            new = [path for path in _found(pattern) if before.get(path) != _stamp(path)]
+            if not new:
+                missing.append(pattern)
+            for path in new:
+                if path not in files:
+                    target = folder / str(len(files))
+                    shutil.copyfile(path, target)
+                    files[path] = {"path": path.as_posix(), "name": target.name, **_measured(target)}
+        staged = folder / f"{MANIFEST}.new"
+        staged.write_text(json.dumps({"files": list(files.values()), "missing": missing}))
+        staged.rename(folder / MANIFEST)
+    except OSError as error:
+        print(f"distkv: files cannot be brought back: {error}", file=sys.stderr)
+
+
+def _log_folder() -> Path | None:
+    """Where this job's log lies, which is its stdout; None when that is something else."""
+    log = Path(os.path.realpath("/proc/self/fd/1"))
+    return log.parent if log.is_file() and log.name.startswith("job-driver-") else None
+
+
+def _found(pattern: str) -> Iterator[Path]:
+    """Files by their path in the current folder; of a folder all that are in it."""
+    here = Path()
+    for path in sorted(here.glob(pattern)):
+        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+        yield from (one for one in inside if one.is_file())
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+def _measured(path: Path) -> dict[str, str | int]:
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

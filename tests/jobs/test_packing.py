@@ -1,0 +1,197 @@
+"""What is uploaded for a job, and what is refused before anything is."""
+
+import http.server
+import io
+import json
+import sys
+import threading
+import zipfile
+from contextlib import redirect_stdout
+from hashlib import sha256
+from pathlib import Path
+from subprocess import run as run_process
+from typing import Any
+
+import pytest
+from support.processes import ROOT
+
+from distkv import ConfigError, StoreError
+from distkv.commands.main import app
+from distkv.jobs import packing
+from distkv.jobs.inbox import bring
+from distkv.jobs.packing import files_of, stage_distkv, write_zip
+
+
+def fill(folder: Path, *paths: str) -> None:
+    for path in paths:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(path)
+
+
+def paths_of(folder: Path) -> list[str]:
+    return [str(one.path) for one in files_of(folder)]
+
+
+def test_a_folder_is_packed_without_what_no_job_needs(tmp_path: Path) -> None:
+    fill(tmp_path, "a.txt", "sub/b.txt", "sub/c.log", "sub/keep.log", "data/d.bin", ".git/HEAD", "x/__pycache__/y.pyc")
+    fill(tmp_path, "distkv/__init__.py", "x/distkv/e.txt", "node_modules/f.js")
+    (tmp_path / ".gitignore").write_text("/data/\n")
+    (tmp_path / "sub" / ".rayignore").write_text("*.log\n!keep.log\n")
+    (tmp_path / "x" / "back").symlink_to(tmp_path)
+    (tmp_path / "nowhere").symlink_to("gone")
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    assert paths_of(tmp_path) == [
+        ".gitignore", "a.txt", "link.txt", "sub/.rayignore", "sub/b.txt", "sub/keep.log", "x/distkv/e.txt",
+    ]  # fmt: skip
+
+
+def test_equal_files_make_equal_packages(tmp_path: Path) -> None:
+    fill(tmp_path, "in/a.txt", "in/b.txt")
+    write_zip(files_of(tmp_path / "in"), tmp_path / "1.zip")
+    (tmp_path / "in" / "a.txt").touch()
+    write_zip(files_of(tmp_path / "in"), tmp_path / "2.zip")
+    assert (tmp_path / "1.zip").read_bytes() == (tmp_path / "2.zip").read_bytes()
+    assert zipfile.ZipFile(tmp_path / "1.zip").read("a.txt") == b"in/a.txt"
+
+
+def test_too_much_is_refused_by_the_names_of_the_biggest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "MOST_BYTES", 1000)
+    (tmp_path / "model.safetensors").write_bytes(bytes(2000))
+    fill(tmp_path, "small.txt")
+    with pytest.raises(ConfigError, match=r"biggest files are model.safetensors \(0.0 MB\), small.txt.*rayignore"):
+        files_of(tmp_path)
+    (tmp_path / ".rayignore").write_text("*.safetensors\n")
+    assert paths_of(tmp_path) == [".rayignore", "small.txt"]
+
+
+def test_distkv_is_shipped_whole_and_small(tmp_path: Path) -> None:
+    package = stage_distkv(tmp_path)
+    files = [file for file in package.rglob("*") if file.is_file()]
+    assert not [file for file in files if file.is_symlink() or "__pycache__" in file.parts]
+    assert sum(file.stat().st_size for file in files) < 4e6
+    code = "import distkv.commands.main, distkv.storage.page_spec, distkv.workers, sys; print(distkv.__file__)"
+    shown = run_process(
+        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert shown.stdout.strip() == str(package / "__init__.py"), shown.stderr
+
+
+def test_ray_itself_uploads_only_distkv_of_a_checkout(tmp_path: Path) -> None:
+    """`ray job submit --working-dir .` follows .rayignore."""
+    packaging = pytest.importorskip("ray._private.runtime_env.packaging")
+    target = tmp_path / "package.zip"
+    packaging.create_package(str(ROOT), target, include_gitignore=True, excludes=[".git", ".venv", "__pycache__"])
+    names = zipfile.ZipFile(target).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert "distkv/workers/rank.py" in names and "distkv/kernels/native/attention.hpp" in names
+    assert not tops & {"tests", "docs", "workers", "storage", "kernels", ".git", "dist"}
+    assert target.stat().st_size < 4e6
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("", "there is no command"),
+        ("-- nonsense", "No such command"),
+        ("-- stress --contxt 5", "No such option"),
+        ("-- bench", "needs a command of its own"),
+        ("-- chat", "cannot be a job"),
+        ("--bring ../x -- stress", "not a path inside"),
+        ("--bring /etc/passwd -- stress", "not a path inside"),
+        ("--env NOT_SET_HERE -- stress", "NOT_SET_HERE: the variable is not set"),
+        ("--env 1=2 -- stress", "neither NAME nor NAME=VALUE"),
+        ("--submission-id a/b -- stress", "submission id"),
+        ("--working-dir no_such_folder -- stress", "not a folder"),
+        ("--follow x -- stress", "leave out all but --address"),
+        (
+            "--address http://127.0.0.1:1 --working-dir EMPTY -- stress",
+            "no Ray dashboard answers at http://127.0.0.1:1",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    arguments: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Exception, match=message) as caught:
+        app(["submit", *arguments.replace("EMPTY", str(tmp_path)).split()], standalone_mode=False)
+    assert message in getattr(caught.value, "message", str(caught.value))
+
+
+def test_a_server_that_is_no_dashboard_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>")
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(ConfigError, match="is not a Ray dashboard"):
+            app(["submit", "--address", address, "--", "stress", "--shape", "tiny"], standalone_mode=False)
+        server.shutdown()
+
+
+def test_help_of_a_command_is_shown_here() -> None:
+    with redirect_stdout(io.StringIO()) as shown:
+        app(["submit", "--", "stress", "--help"], standalone_mode=False)
+    assert "--context" in shown.getvalue()
+
+
+def test_a_file_that_the_job_did_not_write_is_not_put_out(tmp_path: Path) -> None:
+    """It has been uploaded with the folder, and says nothing of the job."""
+    fill(tmp_path, "work/old.txt")
+    command = [sys.executable, "-m", "distkv.jobs.outbox", "--job", "j", "--bring", "old.txt", "--bring", "new/*"]
+    with (tmp_path / "job-driver-j.log").open("w") as log:
+        ended = run_process(
+            [*command, "--", "nonsense"], cwd=tmp_path / "work", stdout=log, stderr=log, env={"PYTHONPATH": str(ROOT)}
+        )
+    assert ended.returncode == 2
+    manifest = json.loads((tmp_path / "distkv-j" / "manifest.json").read_text())
+    assert manifest == {"files": [], "missing": ["old.txt", "new/*"]}
+
+
+class Logs:
+    """In the place of a cluster: files of logs, as the dashboard would give them."""
+
+    def __init__(self, **files: bytes):
+        self.entries = [
+            {"path": path.replace("__", "/"), "name": str(number), "size": len(content), "sha256": _digest(content)}
+            for number, (path, content) in enumerate(files.items())
+        ]
+        self.contents = {str(number): content for number, content in enumerate(files.values())}
+
+    def log_file(self, node: str, name: str) -> bytes:
+        kept = json.dumps({"files": self.entries, "missing": []}).encode()
+        return kept if name.endswith("manifest.json") else self.contents[name.split("/")[-1]]
+
+
+def _digest(content: bytes) -> str:
+    return sha256(content).hexdigest()
+
+
+def test_files_that_come_back_spare_what_is_newer(tmp_path: Path) -> None:
+    said: list[str] = []
+    fill(tmp_path, "same", "newer")
+    (tmp_path / "older").write_text("of before")
+    cluster: Any = Logs(same=b"same", newer=b"the job's", older=b"the job's too", sub__deep=b"\0\xff" * 100)
+    past, now = 0.0, 1e12
+    assert bring(cluster, "j", "node", past, tmp_path, said.append)
+    assert (tmp_path / "newer").read_text() == "newer" and (tmp_path / "newer.j").read_text() == "the job's"
+    assert (tmp_path / "sub" / "deep").read_bytes() == b"\0\xff" * 100
+    assert [line for line in said if "newer is" in line or "newer here is newer" in line]
+    assert bring(cluster, "j", "node", now, tmp_path, said.append)
+    assert (tmp_path / "older").read_text() == "the job's too"
+    cluster.contents["1"] = b"cut"
+    with pytest.raises(StoreError, match="did not arrive"):
+        bring(cluster, "j", "node", now, tmp_path, said.append)
+    cluster.entries[0]["path"] = "../evil"
+    with pytest.raises(ConfigError, match="not a path inside"):
+        bring(cluster, "j", "node", now, tmp_path, said.append)
