@@ -34,7 +34,7 @@ class Cluster:
 def start(folder: Path, num_cpus: int) -> tuple[Cluster, subprocess.Popen[bytes]]:
     """Starts a head node in a process group of its own; `folder` becomes its HOME (Ray writes a token there)."""
     python = _bare_python(folder / "venv")
-    gcs, dashboard, client = _free_ports(3)
+    gcs, dashboard, client, agent = _free_ports(4)
     hidden = ("RAY_", "PYTHONPATH", "HOME", "PATH", "VIRTUAL_ENV")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     environment |= {"HOME": str(folder), "PATH": f"{python.parent}:{os.environ['PATH']}"}
@@ -45,7 +45,8 @@ def start(folder: Path, num_cpus: int) -> tuple[Cluster, subprocess.Popen[bytes]
     command = [
         str(python), "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--num-cpus={num_cpus}",
         "--node-ip-address=127.0.0.1", f"--port={gcs}", f"--dashboard-port={dashboard}",
-        f"--ray-client-server-port={client}", "--disable-usage-stats", "--object-store-memory=100000000",
+        f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}", "--disable-usage-stats",
+        "--object-store-memory=100000000",
     ]  # fmt: skip
     with open(folder / "ray.log", "wb") as log:
         head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=folder)
@@ -64,6 +65,7 @@ def join(cluster: Cluster, folder: Path, num_cpus: int) -> subprocess.Popen[byte
     command = [
         str(cluster.python), "-m", "ray.scripts.scripts", "start", f"--address={cluster.address}", "--block",
         f"--num-cpus={num_cpus}", '--resources={"second": 1}', "--disable-usage-stats",
+        f"--dashboard-agent-listen-port={_free_ports(1)[0]}",  # that of jobs, which would be one for all clusters
         "--object-store-memory=100000000",
     ]  # fmt: skip
     with open(folder / "node.log", "wb") as log:
