@@ -258,7 +258,7 @@ def test_a_folder_in_use_is_refused(llm: LLM, folder: Path) -> None:
         tiered(folder, SMALL, Path(llm.info.cache_dir).parent)
 
 
-@pytest.mark.parametrize("rounds", [3, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [5, pytest.param(50, marks=pytest.mark.slow)])
 def test_kills_at_any_moment(folder: Path, tmp_path: Path, prompt: list[int], expected: list[int], rounds: int) -> None:
     """After each kill -9 every page that the catalogue lists is whole, and the next process goes on from them; also
     where the disk is so small that pages give way all the time."""

@@ -17,7 +17,7 @@ from support import ray_cluster
 from support.processes import ROOT
 from support.ray_cluster import Cluster, await_no_ranks
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 STRESS = ["stress", "--shape", "tiny", "--context", "512", "--tensor-parallel-size", "2", "--json", "s.json"]
 
 

@@ -17,12 +17,13 @@ import pytest
 import ray
 from openai import OpenAI
 from ray import serve
-from support import ray_cluster
 from support.processes import ROOT
-from support.ray_cluster import Cluster, rank_processes
+from support.ray_cluster import Cluster, await_no_ranks, rank_processes
 from support.servers import ServerProcess, save_talker
 
 from distkv import Client
+
+pytestmark = pytest.mark.ray
 
 FLAGS = (
     "--served-model-name", "talker", "--replicas", "2", "--tensor-parallel-size", "2", "--page-size", "16",
@@ -35,13 +36,9 @@ LETTERS = "abcdefghijklmnop "
 class Served:
     """A server of replicas, and the cluster that they run on."""
 
-    def __init__(self, server: ServerProcess, cluster: Cluster, head: int):
-        self.server, self.cluster, self._head = server, cluster, head
+    def __init__(self, server: ServerProcess, cluster: Cluster):
+        self.server, self.cluster = server, cluster
         self.openai = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
-
-    def ranks(self, kind: str) -> list[int]:
-        """Processes of this cluster's ranks, which others' clusters on this machine have as well."""
-        return [pid for pid in rank_processes().get(kind, []) if _descends(pid, self._head)]
 
     def answer(self, prompt: str, num_tokens: int, seed: int = 0) -> tuple[str, int]:
         """The text of an answer as it streams, and how many tokens of the prompt were found."""
@@ -59,46 +56,24 @@ class Served:
         return text, found
 
 
-def _descends(pid: int, ancestor: int) -> bool:
-    while pid > 1:
-        if pid == ancestor:
-            return True
-        try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            return False
-    return False
-
-
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, int]]:
-    folder = tmp_path_factory.mktemp("ray")
-    cluster, head = ray_cluster.start(folder, 4)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("HOME", str(folder))  # the token to connect with lies there
-            yield cluster, head.pid
-    finally:
-        ray_cluster.stop(head)
-
-
-@pytest.fixture(scope="module")
-def served(cluster: tuple[Cluster, int], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Ends with SIGTERM, after which nothing is left on the cluster."""
-    found, head = cluster
     model = save_talker(tmp_path_factory.mktemp("talker"))
-    with ServerProcess(model, *FLAGS, "--ray-address", found.address) as server:
-        served = Served(server, found, head)
+    with ServerProcess(model, *FLAGS, "--ray-address", cluster.address) as server:
+        served = Served(server, cluster)
         yield served
         assert server.terminate() == 0, server.log
-        assert served.ranks("lead") == served.ranks("follow") == []
+        assert await_no_ranks() == {}
         code = (
             "import json, sys, ray; from ray import serve\n"
             "ray.init(address=sys.argv[1], logging_level='ERROR', log_to_driver=False)\n"
             "states = [one['state'] for one in ray.util.placement_group_table().values()]\n"
             "print(json.dumps([list(serve.status().applications), sorted(set(states))]))"
         )
-        told = subprocess.run([sys.executable, "-c", code, found.address], capture_output=True, text=True, timeout=120)
+        told = subprocess.run(
+            [sys.executable, "-c", code, cluster.address], capture_output=True, text=True, timeout=120
+        )
         assert json.loads(told.stdout.splitlines()[-1]) == [[], ["REMOVED"]], told.stderr
 
 
@@ -146,14 +121,14 @@ def test_a_killed_rank_changes_no_answer(served: Served) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         undisturbed = list(pool.map(ask, range(8)))
-        begun = threading.Timer(0.8, lambda: os.kill(served.ranks("follow")[0], signal.SIGKILL))
+        begun = threading.Timer(0.8, lambda: os.kill(rank_processes()["follow"][0], signal.SIGKILL))
         begun.start()
         disturbed = list(pool.map(ask, range(8)))
         begun.join()
     assert disturbed == undisturbed
     assert served.server.process.poll() is None
     deadline = time.monotonic() + 120
-    while len(served.ranks("follow")) < 2 or len(served.ranks("lead")) < 2:
+    while any(len(rank_processes().get(role, [])) < 2 for role in ("lead", "follow")):
         assert time.monotonic() < deadline, "the replica was not replaced"
         time.sleep(0.2)
     served.answer("and on it goes", 4)
@@ -161,7 +136,7 @@ def test_a_killed_rank_changes_no_answer(served: Served) -> None:
 
 @pytest.mark.slow
 def test_a_config_file_is_deployed_beside_it(
-    served: Served, cluster: tuple[Cluster, int], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    served: Served, cluster: Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """By Serve's own command, in an environment that finds distkv by its path alone."""
     model = save_talker(tmp_path)
@@ -179,15 +154,8 @@ def test_a_config_file_is_deployed_beside_it(
     }  # fmt: skip
     file = tmp_path / "serve.yaml"
     file.write_text(json.dumps({"applications": [app]}))
-    deploy = [
-        str(served.cluster.python),
-        "-m",
-        "ray.serve.scripts",
-        "deploy",
-        str(file),
-        "-a",
-        served.cluster.dashboard,
-    ]
+    python, dashboard = str(served.cluster.python), served.cluster.dashboard
+    deploy = [python, "-m", "ray.serve.scripts", "deploy", str(file), "-a", dashboard]
     result = subprocess.run(deploy, env=served.cluster.environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     ray.init(address=served.cluster.address, logging_level="ERROR", log_to_driver=False)

@@ -377,7 +377,7 @@ def test_a_full_disk(small_disk: Path) -> None:
 # --- disk: the folder ---
 
 
-def start(code: str, folder: Path) -> "subprocess.Popen[str]":
+def start(code: str, folder: Path, *arguments: str) -> "subprocess.Popen[str]":
     """Runs code in another process, which has `folder`, SPEC's pools and `kill_at` at hand."""
     prelude = """
 import os, signal, sys
@@ -390,7 +390,7 @@ from distkv.storage.disk.catalogue import Catalogue
 from distkv.storage.disk.disk_array import remove_array
 folder = Path(sys.argv[1])
 """
-    return start_python(prelude + code, folder)
+    return start_python(prelude + code, folder, *arguments)
 
 
 def test_a_folder_is_used_by_one_process(tmp_path: Path) -> None:
@@ -425,28 +425,45 @@ KILLS = {
         "pool = disk_pool(folder); pool.store(0, random_page(SPEC, 0)); Catalogue(folder).update([], [entry(0)]);"
         "os.kill(os.getpid(), signal.SIGKILL)"
     ),
-    "while it removes them": (
-        "pool = disk_pool(folder); [pool.store(slot, random_page(SPEC, slot)) for slot in range(4)];"
-        "kill_at('os.remove', {}); remove_array(folder)"
-    ),
+    **{
+        f"before it removes file {number}": (
+            "pool = disk_pool(folder); [pool.store(slot, random_page(SPEC, slot)) for slot in range(4)];"
+            f"kill_at('os.remove', {number}); remove_array(folder)"
+        )
+        for number in (1, 3, 5)
+    },
 }
 
 
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, int]]:
+    """For each of `KILLS` the folder as a process has left it, and that one's exit code. They are forked from one that
+    has imported what all need, which takes longer than what they do."""
+    folders = {when: tmp_path_factory.mktemp("killed") for when in KILLS}
+    code = (
+        "import json\n"
+        "for code, name in json.loads(sys.argv[2]):\n"
+        "    if (child := os.fork()) == 0: folder = Path(name); exec(code); os._exit(0)\n"
+        "    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    parent = start(code, Path(), json.dumps([(KILLS[when], str(folder)) for when, folder in folders.items()]))
+    codes = map(int, parent.communicate()[0].split())
+    return {when: (folder, code) for (when, folder), code in zip(folders.items(), codes, strict=True)}
+
+
 @pytest.mark.parametrize("when", KILLS)
-def test_what_a_killed_process_left_is_swept_away(tmp_path: Path, when: str) -> None:
-    for number in (1, 3, 5) if "{}" in KILLS[when] else [1]:
-        killed = start(KILLS[when].replace("{}", str(number)), tmp_path)
-        killed.communicate()
-        assert killed.returncode == -signal.SIGKILL
-        assert (tmp_path / ARRAY).exists()
-        # the files of a page are written side by side, so that a kill may find each of them half written
-        is_partial = when in ("while it makes the array", "while it writes a page")
-        assert bool(partial_files(tmp_path)) == is_partial
-        pool = disk_pool(tmp_path)
-        assert [path.name for path in tmp_path.rglob("*")] == [ARRAY, "zarr.json"]
-        page = random_page(SPEC, 9)
-        pool.store(0, page)
-        assert same(load(pool, 0), page)
+def test_what_a_killed_process_left_is_swept_away(killed: dict[str, tuple[Path, int]], when: str) -> None:
+    folder, code = killed[when]
+    assert code == -signal.SIGKILL
+    assert (folder / ARRAY).exists()
+    # the files of a page are written side by side, so that a kill may find each of them half written
+    is_partial = when in ("while it makes the array", "while it writes a page")
+    assert bool(partial_files(folder)) == is_partial
+    pool = disk_pool(folder)
+    assert [path.name for path in folder.rglob("*")] == [ARRAY, "zarr.json"]
+    page = random_page(SPEC, 9)
+    pool.store(0, page)
+    assert same(load(pool, 0), page)
 
 
 def foreign_array(path: Path) -> None:

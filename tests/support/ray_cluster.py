@@ -62,11 +62,11 @@ def start(folder: Path, num_cpus: int) -> tuple[Cluster, subprocess.Popen[bytes]
 
 def join(cluster: Cluster, folder: Path, num_cpus: int) -> subprocess.Popen[bytes]:
     """Starts one more node, in a process group of its own; `stop` ends it. It has a resource "second"."""
-    [agent] = _free_ports(1)
     command = [
         str(cluster.python), "-m", "ray.scripts.scripts", "start", f"--address={cluster.address}", "--block",
         f"--num-cpus={num_cpus}", '--resources={"second": 1}', "--disable-usage-stats",
-        f"--dashboard-agent-listen-port={agent}", "--object-store-memory=100000000",
+        f"--dashboard-agent-listen-port={_free_ports(1)[0]}",  # that of jobs, which would be one for all clusters
+        "--object-store-memory=100000000",
     ]  # fmt: skip
     with open(folder / "node.log", "wb") as log:
         node = subprocess.Popen(
