@@ -5,6 +5,7 @@ import logging
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from grpc.aio import AioRpcError
@@ -106,7 +107,8 @@ class ServeEngine:
     def _begin(self, requests: Sequence[EngineRequest], sink: Sink) -> None:
         for request in requests:
             sent = self._in_flight[request.request_id] = _InFlight(Replay(request), sink)
-            self._tasks[request.request_id] = self._loop.create_task(self._answer(sent))
+            task = self._tasks[request.request_id] = self._loop.create_task(self._answer(sent))
+            task.add_done_callback(partial(self._forget, request.request_id))  # also of one that never began
 
     def _end(self, answers: list[tuple[str, int | None]], reason: str) -> None:
         for request_id, index in answers:
@@ -142,8 +144,9 @@ class ServeEngine:
         except Exception as error:
             log.exception("request %s failed", request_id)
             self._fail(sent, f"the request failed: {type(error).__name__}; the server's log has more")
-        finally:
-            del self._in_flight[request_id], self._tasks[request_id]
+
+    def _forget(self, request_id: str, _: "asyncio.Task[None]") -> None:
+        del self._in_flight[request_id], self._tasks[request_id]
 
     async def _run(self, sent: _InFlight) -> str | None:
         """Has a replica answer a request. Returns why that is to be done again, None when it is over."""
