@@ -1,17 +1,19 @@
 """`distkv submit`: a command as a job on a Ray cluster."""
 
 import os
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from distkv.errors import ConfigError
+from distkv.option_checks import settle_path
 
 LOCAL_ONLY = {"chat": "it talks to a terminal", "submit": "a job submits no other", "top": "it draws on a terminal"}
 
 Command = Annotated[
     list[str] | None,
-    typer.Argument(metavar="-- COMMAND...", help="What would stand behind distkv."),
+    typer.Argument(metavar="-- COMMAND", help="What would stand behind distkv."),
 ]
 Env = Annotated[
     list[str] | None,
@@ -27,6 +29,16 @@ Bring = Annotated[
 ]
 
 
+def _settled(option: typer.CallbackParam, value: str) -> str | Path:
+    return value if "://" in value else settle_path(option.opts[0], value)
+
+
+WorkingDir = Annotated[
+    str,
+    typer.Option(parser=str, callback=_settled, metavar="<path>", help="Folder, .zip or URI that the job runs in."),
+]
+
+
 def submit(
     context: typer.Context,
     command: Command = None,
@@ -34,7 +46,7 @@ def submit(
         str | None,
         typer.Option(help="The dashboard's; else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, http://127.0.0.1:8265."),
     ] = None,
-    working_dir: Annotated[str, typer.Option(help="Folder, .zip or URI that the job runs in.")] = ".",
+    working_dir: WorkingDir = ".",
     env: Env = None,
     bring: Bring = None,
     submission_id: Annotated[str | None, typer.Option(help="The job's name; else one is made.")] = None,
@@ -42,7 +54,7 @@ def submit(
     follow: Annotated[str | None, typer.Option(metavar="JOB", help="A job that was submitted before.")] = None,
 ) -> None:
     """Run a distkv command as a job on a Ray cluster; follow it and end with its exit code."""
-    if follow is not None and (command or env or bring or submission_id or no_wait or working_dir != "."):
+    if follow is not None and (command or env or bring or submission_id or no_wait or Path(working_dir) != Path.cwd()):
         raise ConfigError("--follow takes a job as it is; leave out all but --address")
     if follow is None:
         _check(context, command or [])
@@ -53,7 +65,7 @@ def submit(
     if follow is not None:
         raise typer.Exit(attend(Cluster(address), follow, print_notice))
     variables = named_variables(env or [], os.environ)
-    job = Job(command or [], working_dir, variables, bring or [], submission_id)
+    job = Job(command or [], str(working_dir), variables, bring or [], submission_id)
     cluster, name = run(address, job, print_notice)
     if no_wait:
         print(name)

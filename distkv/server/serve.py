@@ -41,15 +41,15 @@ def serve(
     """
     with closing(_listen(options.host, options.port)) as listener:
         host, port = listener.getsockname()[:2]
-        if options.api_key is None and not is_loopback(host):
-            log.warning(
-                "distkv listens on %s without an API key: whoever reaches this port can use the model; set %s, or "
-                "listen on 127.0.0.1", host, KEY_VARIABLE,
-            )  # fmt: skip
         with registered(options.name, engine.get("ray_address"), host, port, options.api_key) as registration:
             service = Service(options.served_model_name or [model], options)
             server = _Server(service, registration)
             with server.handling_signals():
+                if options.api_key is None and not is_loopback(host):
+                    log.warning(
+                        "distkv listens on %s without an API key: whoever reaches this port can use the model; "
+                        "set %s, or listen on 127.0.0.1", host, KEY_VARIABLE,
+                    )  # fmt: skip
                 url = http_url(host, port)
                 asyncio.run(_serve(server, service, listener, folder, engine, lambda: ready(url)))
     if server.is_interrupted:
