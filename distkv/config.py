@@ -26,7 +26,7 @@ class EngineOptions(TypedDict, total=False):
 
     tensor_parallel_size: int
     data_parallel_size: int
-    max_rank_failures: int
+    max_rank_failures: int | None
     dtype: str
     max_model_len: int | None
     max_num_seqs: int
@@ -69,11 +69,11 @@ class EngineConfig:
     one engine; with cache_dir each has a sub-folder of it. Work begins with the first that runs, and those that find no
     room are started later.
     """
-    max_rank_failures: int = 0
+    max_rank_failures: int | None = None
     """Lost ranks within ten minutes that are made good.
 
     An engine on Ray that has lost a rank is started anew, and its requests are run again, so that their answers pause
-    and then go on with the same tokens. One failure more raises WorkerDied.
+    and then go on with the same tokens. One failure more raises WorkerDied. None makes none good.
     """
     dtype: str = "auto"
     """auto (the checkpoint's), float32, float16 or bfloat16.
@@ -187,8 +187,9 @@ class EngineConfig:
         for name in ("max_model_len", "num_threads", "staging_pages"):
             if getattr(self, name) is not None:
                 self._set(name, check_whole(name, getattr(self, name)))
-        for name in ("seed", "max_rank_failures"):
-            self._set(name, check_whole(name, getattr(self, name), 0))
+        self._set("seed", check_whole("seed", self.seed, 0))
+        if self.max_rank_failures is not None:
+            self._set("max_rank_failures", check_whole("max_rank_failures", self.max_rank_failures, 0))
         for name, choices in (
             ("dtype", ("auto", "float32", "float16", "bfloat16")),
             ("device", ("auto", "cuda", "cpu")),
@@ -248,6 +249,7 @@ class EngineConfig:
         policy = self.disk_write_policy
         no_pages = "host_kv_bytes is 0, so that no page leaves the device"
         for name, is_idle, why, cure in (
+            ("max_rank_failures", not self.is_on_ray, "the ranks are not on Ray", "set ray_address, or leave it out"),
             ("trace", self.data_parallel_size > 1, "data_parallel_size is more than 1", "trace a single engine"),
             ("disk_kv_bytes", no_disk, "cache_dir is not", "name the folder in cache_dir"),
             ("disk_write_policy", no_disk and policy == "idle", "cache_dir is not", "name the folder in cache_dir"),

@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 
-from distkv.commands.options import Model, engine, model_folder, path_option, spread
+from distkv.commands.options import Model, engine, model_folder, path_option, spread, surviving
 from distkv.config import EngineConfig, EngineOptions
 
+RANK_FAILURES = 20  # that are made good unless the user says otherwise
 BatchFlags = Annotated[
     EngineOptions,
-    engine(*(field.name for field in fields(EngineConfig) if field.name != "model"), max_rank_failures=20),
+    engine(*(field.name for field in fields(EngineConfig) if field.name != "model")),
 ]
 
 
@@ -42,6 +43,11 @@ def batch(
     from distkv.batch.run import BatchOptions, run
 
     files = BatchFiles(input_file, output, errors)
-    code = run(lambda: model_folder(model), files, BatchOptions(served_model_name or [model], retry_errors), options)
+    code = run(
+        lambda: model_folder(model),
+        files,
+        BatchOptions(served_model_name or [model], retry_errors),
+        surviving(options, RANK_FAILURES),
+    )
     if code:
         raise typer.Exit(code)

@@ -98,6 +98,12 @@ EngineFlags = Annotated[
 """All options of the engine but the model, for which there is `Model`, and the seed: --seed is that of sampling."""
 
 
+def surviving(options: EngineOptions, max_rank_failures: int) -> EngineOptions:
+    """The same for what is to go on when ranks are lost, if they can be, unless the user has said how often."""
+    is_told = options["max_rank_failures"] is not None or not EngineConfig("/", **options).is_on_ray
+    return options if is_told else {**options, "max_rank_failures": max_rank_failures}
+
+
 def piecemeal(params: SamplingParams) -> SamplingParams:
     """The same for a reader who shows an answer as it comes."""
     return replace(params, output_kind=RequestOutputKind.DELTA)

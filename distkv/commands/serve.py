@@ -5,18 +5,18 @@ from typing import Annotated
 
 import typer
 
-from distkv.commands.options import Fields, engine, model_folder, spread
+from distkv.commands.options import Fields, engine, model_folder, spread, surviving
 from distkv.config import EngineConfig, EngineOptions
 from distkv.ray_serve.options import ReplicaOptions
 from distkv.server.options import ServerOptions
 
-RANK_FAILURES = 10
+RANK_FAILURES = 10  # that are made good unless the user says otherwise
 
 ReplicaFlags = Annotated[ReplicaOptions, Fields(ReplicaOptions, ("replicas", "route_prefix"), {})]
 ServerFlags = Annotated[ServerOptions, Fields(ServerOptions, tuple(field.name for field in fields(ServerOptions)), {})]
 EngineFlags = Annotated[
     EngineOptions,
-    engine(*(field.name for field in fields(EngineConfig) if field.name != "model"), max_rank_failures=RANK_FAILURES),
+    engine(*(field.name for field in fields(EngineConfig) if field.name != "model")),
 ]
 
 
@@ -32,13 +32,11 @@ def serve(
     if replicas.replicas is not None:
         from distkv.ray_serve.run import serve_replicas
 
-        if options["max_rank_failures"] == RANK_FAILURES:  # which nobody has asked for
-            options["max_rank_failures"] = 0
         serve_replicas(model, lambda: model_folder(model), server, options, replicas, lambda url: _tell(model, url))
         return
     from distkv.server.serve import serve as run
 
-    run(model, lambda: model_folder(model), server, options, lambda url: _tell(model, url))
+    run(model, lambda: model_folder(model), server, surviving(options, RANK_FAILURES), lambda url: _tell(model, url))
 
 
 def _tell(model: str, url: str) -> None:

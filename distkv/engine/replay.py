@@ -32,12 +32,17 @@ class Replay:
         """Answers that are still to be finished."""
         return len(self._open)
 
+    @property
+    def closed(self) -> list[int]:
+        """The other ones."""
+        return [index for index in range(len(self._given)) if index not in self._open]
+
     def run(self) -> list[tuple[str, int | None]]:
         """Begins a run. Returns the answers that are to be ended as soon as the engine has the request, since they are
         finished, or not wanted any more."""
         self.num_runs += 1
         self._num_again = [0] * len(self._given)
-        return [(self.request.request_id, index) for index in range(len(self._given)) if index not in self._open]
+        return [(self.request.request_id, index) for index in self.closed]
 
     def close(self, index: int | None) -> None:
         """Ends an answer, with None all of them: nothing of it is passed on any more."""

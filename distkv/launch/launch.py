@@ -111,7 +111,7 @@ def _launch_pool(
 
     # for longer than its engines, which come and go
     connect(config.ray_address, config.data_parallel_size * config.tensor_parallel_size)
-    return EnginePool(start, config.data_parallel_size, config.max_rank_failures, check, disconnect)
+    return EnginePool(start, config.data_parallel_size, config.max_rank_failures or 0, check, disconnect)
 
 
 def engine_folder(config: EngineConfig, number: int) -> str | Path | None:

@@ -221,7 +221,6 @@ class EnginePool:
 
     def _place_again(self, replays: Iterable[Replay]) -> None:
         for replay in replays:
-            request_id = replay.request.request_id
             if replay.num_runs >= MOST_RUNS:
                 self._fail(
                     replay, f"the engine was lost {replay.num_runs} times while this request ran; send it again, and "
@@ -232,7 +231,6 @@ class EnginePool:
                 self._place(replay)
             except CapacityError as error:
                 self._fail(replay, str(error), CapacityError)
-                self._waiting.pop(request_id, None)
 
     def _fail(self, replay: Replay, message: str, kind: type[DistKVError]) -> None:
         replay.close(None)
@@ -293,16 +291,15 @@ class EnginePool:
             self._count_failure(error)
             member.start_at = time.monotonic() + 1.0
             log.warning("engine %d is started again, since %s", member.number + 1, _what_happened(error))
-        elif isinstance(error, DistKVError):
+        else:
             member.start_at = time.monotonic() + RETRY_SECONDS
             if not member.told:
                 member.told = True
                 log.warning(
                     "engine %d of %d cannot be started now, and this is tried again every %.0f s: %s",
                     member.number + 1, len(self._members), RETRY_SECONDS, error,
+                    exc_info=None if isinstance(error, DistKVError) else error,
                 )  # fmt: skip
-        else:
-            raise error
 
     def _lose(self, member: _Member, death: WorkerDied) -> None:
         """Sees to an engine that has ended by the death of a rank."""

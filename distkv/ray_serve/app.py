@@ -66,7 +66,8 @@ def build_app(config: EngineConfig, server: dict[str, Any], names: list[str], de
     _check_engine(config)
     engine_options = _checked("deployment_config", deployments.engines)
     ingress_options = _checked("ingress_deployment_config", deployments.ingress)
-    most = _most_replicas(engine_options)
+    if "health_check_period_s" in ingress_options:
+        raise ConfigError("ingress_deployment_config.health_check_period_s is distkv's own to give; leave it out")
     to_end = WITHOUT_END if options.shutdown_timeout is None else float(options.shutdown_timeout)
     common = {
         "ray_actor_options": {"num_cpus": 0, "runtime_env": _runtime_env()},
@@ -94,6 +95,8 @@ def build_app(config: EngineConfig, server: dict[str, Any], names: list[str], de
         | ingress_options
         | {"name": INGRESS}
     )
+    scaling = engines._deployment_config.autoscaling_config  # as Serve has understood it
+    most = scaling.max_replicas if scaling is not None else engines.num_replicas
     return ingress.bind(engines.bind(config), config, server, options.served_model_name or names, most)
 
 
@@ -116,7 +119,7 @@ def _check_engine(config: EngineConfig) -> None:
     for name, is_refused, why in (
         ("trace", config.trace is not None, "several engines would write it at once"),
         ("data_parallel_size", config.data_parallel_size > 1, "the number of engines is that of the replicas"),
-        ("max_rank_failures", config.max_rank_failures > 0, "Serve replaces a replica that has lost a rank"),
+        ("max_rank_failures", config.max_rank_failures is not None, "Serve replaces a replica that has lost a rank"),
     ):
         if is_refused:
             raise ConfigError(f"{name} cannot be used with replicas: {why}; leave it out")
@@ -149,13 +152,6 @@ def _checked(place: str, given: dict[str, Any]) -> dict[str, Any]:
     if given.get("num_replicas") not in (None, "auto") and given.get("autoscaling_config") is not None:
         raise ConfigError(f"{place} has num_replicas and autoscaling_config; leave one of them out")
     return given
-
-
-def _most_replicas(given: dict[str, Any]) -> int:
-    scaling = given.get("autoscaling_config")
-    if scaling is None:
-        return int(given.get("num_replicas") or 1)
-    return int(scaling["max_replicas"] if isinstance(scaling, dict) else scaling.max_replicas)
 
 
 def _runtime_env() -> dict[str, Any]:

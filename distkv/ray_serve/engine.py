@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 MOST_RUNS = 3  # of a request whose replicas are lost under it
 STATS_SECONDS = 10.0  # in which each replica is to tell its state
+LOOK_SECONDS = 1.0  # between two looks whether there are replicas, when this server ends
 
 
 @dataclass
@@ -58,6 +60,7 @@ class ServeEngine:
         self._name, self._num_engines, self._num_runs = name, num_engines, 0
         self._in_flight: dict[str, _InFlight] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._told: set[asyncio.Task[None]] = set()  # what replicas are being told
         self._is_closed = False
         self._started = self._call(self._ask_info())
 
@@ -118,14 +121,26 @@ class ServeEngine:
             if not sent.replay.is_open and (reason == "abort" or sent.replica is None):
                 self._tasks[request_id].cancel()  # which ends it there
             elif sent.replica is not None:
-                told = self._engines.abort.remote([(sent.run_id, index)], reason, replica=sent.replica)
-                self._loop.create_task(_ignore_loss(told))
+                self._tell([(sent.run_id, index)], reason, sent)
 
     def _break_all(self) -> None:
         error = DistKVError("the server has ended while this request ran; send it again")
         for request_id, sent in list(self._in_flight.items()):
             self._tasks[request_id].cancel()
             sent.sink([Broken(request_id, error)])
+
+    async def end_with_engines(self) -> None:
+        """Ends what still waits for a replica once Serve has ended all of them: it tells that to new calls alone."""
+        while True:
+            with suppress(TimeoutError, RayError):
+                try:
+                    await asyncio.wait_for(self._ask_once(), LOOK_SECONDS)
+                except DeploymentUnavailableError:
+                    return self.give_up()
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def _ask_once(self) -> None:
+        await self._engines.info.remote()
 
     async def _answer(self, sent: _InFlight) -> None:
         """Runs a request, again and again if need be."""
@@ -159,7 +174,9 @@ class ServeEngine:
         try:
             async for data in pieces:
                 piece = decode_piece(data)
-                sent.replica = piece.replica
+                if sent.replica is None:
+                    sent.replica = piece.replica
+                    self._close_late(sent, closed)
                 if self._pass_on(sent, piece):
                     return None
                 if piece.lost is not None:
@@ -174,6 +191,19 @@ class ServeEngine:
         finally:
             pieces.cancel()
         return "its replica has ended the answer early" if replay.is_open else None
+
+    def _close_late(self, sent: _InFlight, closed: Sequence[int | None]) -> None:
+        """Ends the answers at a replica that were ended since it was sent the request."""
+        late: list[tuple[str, int | None]] = []
+        late += [(sent.run_id, index) for index in sent.replay.closed if index not in closed]
+        if late:
+            self._tell(late, "stop", sent)
+
+    def _tell(self, answers: list[tuple[str, int | None]], reason: str, sent: _InFlight) -> None:
+        told = self._engines.abort.remote(answers, reason, replica=sent.replica)
+        task = self._loop.create_task(_ignore_loss(told))
+        self._told.add(task)
+        task.add_done_callback(self._told.discard)
 
     def _pass_on(self, sent: _InFlight, piece: Piece) -> bool:
         """Gives the caller what is new to it; whether that ends the request with an error."""
@@ -212,7 +242,10 @@ class ServeEngine:
         return total(stats)
 
     async def _ask_reset(self) -> None:
-        await self._engines.broadcast("reset_prefix_cache").results_async()
+        told = await self._engines.broadcast("reset_prefix_cache").results_async(return_exceptions=True)
+        lost = [one for one in told if isinstance(one, BaseException)]
+        if lost:
+            raise DistKVError(f"{len(lost)} of {len(told)} engines were lost before they could forget their pages")
 
     def _call(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -222,5 +255,5 @@ async def _ignore_loss(told: Any) -> None:
     """Waits for what a replica is told that may have ended."""
     try:
         await told
-    except (RayError, AioRpcError) as error:
+    except (RayError, AioRpcError, DeploymentUnavailableError) as error:
         log.debug("a replica was not told: %s", error)

@@ -37,6 +37,7 @@ class Ingress:
         self._engine = ServeEngine(engines, serve.get_replica_context().replica_tag, num_engines)
         self._loop = asyncio.get_running_loop()
         self._checked = self._loop.call_later(END_SECONDS, self._drain)
+        self._ending: asyncio.Task[None] | None = None
         self._loading = self._loop.create_task(self._load(config))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -46,6 +47,8 @@ class Ingress:
     async def check_health(self) -> None:
         """Raises what has kept the server from starting."""
         self._checked.cancel()
+        if self._ending is not None:
+            self._ending.cancel()
         self._checked = self._loop.call_later(END_SECONDS, self._drain)
         self._service.is_draining = False
         if self._loading.done():
@@ -56,3 +59,4 @@ class Ingress:
 
     def _drain(self) -> None:
         self._service.is_draining = True
+        self._ending = self._loop.create_task(self._engine.end_with_engines())

@@ -182,8 +182,10 @@ async def _take_cache(cache_dir: Path, rank: int) -> tuple[Path, FileLock]:
         await asyncio.sleep(0.2)
     for number in itertools.count():
         with suppress(HeldError):
-            log.warning("the pages of replica %d are in use by another process; this one begins anew", rank)
-            return _lock(cache_dir, number)
+            taken = _lock(cache_dir, number)
+            if number != rank:
+                log.warning("another process uses the pages of replica %d; this one has those of %d", rank, number)
+            return taken
     raise AssertionError
 
 

@@ -1,5 +1,7 @@
 """Which replica gets a request: the one that has its beginning, as long as that has room."""
 
+import math
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -7,6 +9,8 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from distkv.engine.prefix_router import PrefixRouter, prefix_keys
 from distkv.ray_serve import pieces  # as a whole: Serve pickles what this module has, not where it got it from
+
+LOST_SECONDS = 30.0  # in which Serve replaces a replica that has ended
 
 
 class PrefixRequestRouter(RequestRouter):
@@ -23,7 +27,8 @@ class PrefixRequestRouter(RequestRouter):
         self._policy = PrefixRouter()
         self._page_size, self._num_slots = page_size, max_num_seqs
         self._sent: dict[str, str] = {}  # from requests in flight to the replicas that have them, by name
-        self._lost: set[str] = set()  # replicas whose engine has ended; Serve has still to replace them
+        # monotonic time when a request was lost at a replica, whose engine has ended or whose connection has failed
+        self._lost: dict[str, float] = {}
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -34,8 +39,14 @@ class PrefixRequestRouter(RequestRouter):
         replicas = {one.replica_id.unique_id: one for one in candidate_replicas}
         if (wanted := pending_request.kwargs.get("replica")) in replicas:
             return [[replicas[wanted]]]
-        self._lost |= set(pending_request.kwargs.get("avoid", ()))
-        loads = {name: self._load(one) for name, one in replicas.items() if name not in self._lost}
+        now = time.monotonic()
+        for name in pending_request.kwargs.get("avoid", ()):  # the same ones whenever it asks again
+            self._lost.setdefault(name, now)
+        loads = {
+            name: self._load(one)
+            for name, one in replicas.items()
+            if now - self._lost.get(name, -math.inf) >= LOST_SECONDS
+        }
         if not loads:
             return []
         if pending_request.metadata.call_method == "stream":
@@ -63,7 +74,7 @@ class PrefixRequestRouter(RequestRouter):
         gone = {one.unique_id for one in self.curr_replicas} - {one.replica_id.unique_id for one in replicas}
         for name in gone:
             self._policy.forget(name)
-        self._lost -= gone
+            self._lost.pop(name, None)
         super().update_replicas(replicas)
 
     def _choose(self, request: bytes, loads: dict[str, float]) -> str:

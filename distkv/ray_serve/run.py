@@ -18,11 +18,14 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
+from distkv.client.card import http_url
+from distkv.client.serve_app import application_url, serve_details
 from distkv.config import EngineConfig, EngineOptions
 from distkv.errors import CapacityError, ConfigError, DistKVError
 from distkv.ray_serve.app import Deployments, build_app
 from distkv.ray_serve.options import ReplicaOptions
 from distkv.server.options import ServerOptions
+from distkv.server.serve import warn_if_open
 from distkv.workers.backend import KINDS
 from distkv.workers.group.ray_cluster import connect, disconnect
 
@@ -30,6 +33,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_NAME = "distkv"  # of the application
 POLL_SECONDS = 0.3
+SILENCE_SECONDS = 30.0  # in which an application that runs is to answer
 LOOK_SECONDS = 2.0  # between two looks at an application that runs
 PROXY_ENVIRONMENT = {"RAY_SERVE_PROXY_USE_GRPC": "1"}  # an object of Ray for each piece of a stream costs more
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -54,11 +58,11 @@ def serve_replicas(
     """
     assert how.replicas is not None
     _check_effects(options)
+    address = engine.get("ray_address")
+    on_ray: EngineOptions = {**engine, "ray_address": "auto"}
+    config = EngineConfig(folder(), **on_ray)
     signals = _Signals()
     with signals.handled():
-        address = engine.get("ray_address")
-        on_ray: EngineOptions = {**engine, "ray_address": "auto"}
-        config = EngineConfig(folder(), **on_ray)
         connect(address, how.replicas * config.tensor_parallel_size)
         signals.handle()
         try:
@@ -81,6 +85,8 @@ def _serve(
     try:
         url = _start_http(options, is_own) + how.route_prefix.rstrip("/")
         _check_free(name, how.route_prefix)
+        if signals.num_come:
+            return
         serve.run_many(
             [serve.RunTarget(application, name, how.route_prefix)], wait_for_ingress_deployment_creation=False,
             wait_for_applications_running=False,
@@ -164,7 +170,8 @@ def _start_http(options: ServerOptions, is_own: bool) -> str:
             "Ray Serve runs on this cluster already and listens on %s, port %d; host %s and port %d are not used",
             http.host, http.port, options.host, options.port,
         )  # fmt: skip
-    return f"http://[{http.host}]:{http.port}" if ":" in http.host else f"http://{http.host}:{http.port}"
+    warn_if_open(http.host, options.api_key)
+    return http_url(http.host, http.port)
 
 
 def _free_port(host: str) -> int:
@@ -188,14 +195,19 @@ def _check_free(name: str, route_prefix: str) -> None:
 
 def _await_running(name: str, url: str, signals: _Signals) -> bool:
     """Waits until requests are answered; whether they are, and nobody has sent a signal. Raises as `serve_replicas`."""
+    runs_since = 0.0  # monotonic time
     while not signals.num_come:
         found = serve.status().applications.get(name)
         if found is None:
             raise DistKVError(f"the application {name!r} was deleted while it started")
         if found.status == ApplicationStatus.DEPLOY_FAILED:
             raise _failure(found)
-        if found.status == ApplicationStatus.RUNNING and _answers(url):
-            return True
+        if found.status == ApplicationStatus.RUNNING:
+            if _answers(url):
+                return True
+            runs_since = runs_since or time.monotonic()
+            if time.monotonic() - runs_since > SILENCE_SECONDS:  # it may be that no proxy listens on this node
+                application_url(name, serve_details(), ray.get_runtime_context().get_node_id())
         signals.sleep(POLL_SECONDS)
     return False
 

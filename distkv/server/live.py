@@ -61,7 +61,7 @@ def _sample(service: Service, before: EngineStats, stats: EngineStats, seconds: 
     info = service.llm.info
     return {
         "model": service.names[0],
-        "tokens_per_second": (stats.requests.generation_tokens - before.requests.generation_tokens) / seconds,
+        "tokens_per_second": _growth(before.requests.generation_tokens, stats.requests.generation_tokens) / seconds,
         "running": stats.num_running,
         "waiting": stats.num_waiting,
         "pages_in_use": stats.pages_in_use,
@@ -69,6 +69,12 @@ def _sample(service: Service, before: EngineStats, stats: EngineStats, seconds: 
         "page_bytes": info.page_bytes,
         "tiers": {name: {"pages": tier.used_pages, "capacity": tier.num_pages} for name, tier in stats.tiers.items()},
         "bytes_per_second": {
-            route: (count - before.bytes_moved.get(route, 0)) / seconds for route, count in stats.bytes_moved.items()
+            route: _growth(before.bytes_moved.get(route, 0), count) / seconds
+            for route, count in stats.bytes_moved.items()
         },
     }
+
+
+def _growth(before: int, now: int) -> int:
+    """Of a sum over engines, which is less when one of them has been lost."""
+    return max(0, now - before)

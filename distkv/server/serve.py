@@ -45,15 +45,20 @@ def serve(
             service = Service(options.served_model_name or [model], options)
             server = _Server(service, registration)
             with server.handling_signals():
-                if options.api_key is None and not is_loopback(host):
-                    log.warning(
-                        "distkv listens on %s without an API key: whoever reaches this port can use the model; "
-                        "set %s, or listen on 127.0.0.1", host, KEY_VARIABLE,
-                    )  # fmt: skip
+                warn_if_open(host, options.api_key)
                 url = http_url(host, port)
                 asyncio.run(_serve(server, service, listener, folder, engine, lambda: ready(url)))
     if server.is_interrupted:
         raise KeyboardInterrupt
+
+
+def warn_if_open(host: str, api_key: str | None) -> None:
+    """Warns of a server that anybody can use who reaches its machine."""
+    if api_key is None and not is_loopback(host):
+        log.warning(
+            "distkv listens on %s without an API key: whoever reaches this port can use the model; set %s, or listen "
+            "on 127.0.0.1", host, KEY_VARIABLE,
+        )  # fmt: skip
 
 
 async def _serve(
@@ -135,13 +140,14 @@ class _Server(uvicorn.Server):
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound to the first address of a host."""
+    """A socket that listens at the first address of a host."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, proto)
         try:
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             found.bind(address)
+            found.listen(BACKLOG)  # whoever finds the server by its name may come before it answers
             return found
         except BaseException:
             found.close()

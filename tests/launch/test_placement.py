@@ -10,7 +10,7 @@ from support.processes import ROOT
 
 PLACE = """
 import ray
-ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, logging_level="ERROR")
+ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, logging_level="ERROR")
 from distkv.workers.group.ray_group import RayGroup
 group = RayGroup(2, ray.get_runtime_context().gcs_address, "auto")
 bundles = [one["bundles"] for one in ray.util.placement_group_table().values() if one["state"] == "CREATED"]

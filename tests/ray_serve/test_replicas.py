@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -121,14 +120,17 @@ def test_a_killed_rank_changes_no_answer(served: Served) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         undisturbed = list(pool.map(ask, range(8)))
-        begun = threading.Timer(0.8, lambda: os.kill(rank_processes()["follow"][0], signal.SIGKILL))
-        begun.start()
-        disturbed = list(pool.map(ask, range(8)))
-        begun.join()
-    assert disturbed == undisturbed
+        asked = [pool.submit(ask, index) for index in range(8)]
+        time.sleep(0.8)
+        assert not any(one.done() for one in asked), "nobody is asked for anything any more"
+        killed = rank_processes()["follow"][0]
+        os.kill(killed, signal.SIGKILL)
+        assert [one.result() for one in asked] == undisturbed
     assert served.server.process.poll() is None
     deadline = time.monotonic() + 120
-    while any(len(rank_processes().get(role, [])) < 2 for role in ("lead", "follow")):
+    while killed in rank_processes()["follow"] or any(
+        len(rank_processes().get(role, [])) < 2 for role in ("lead", "follow")
+    ):
         assert time.monotonic() < deadline, "the replica was not replaced"
         time.sleep(0.2)
     served.answer("and on it goes", 4)
