@@ -40,33 +40,40 @@ class BatchFiles:
 
 
 class Claim:
-    """The right to write the output, which one process at a time has."""
+    """The right to write the output and the error file, which one process at a time has."""
 
-    def __init__(self, output: Path, made_with: dict[str, Any]):
+    def __init__(self, files: BatchFiles, made_with: dict[str, Any]):
         """Takes it. Raises ConfigError when somebody else has it, and when the answers that are there were made with
         something else, StoreError when the files beside the output cannot be written."""
-        self._lock_path = output.with_name(f"{output.name}.lock")
+        self._locks: list[tuple[Path, FileLock]] = []
+        output = files.output
         note = output.with_name(f"{output.name}.run")
         try:
-            self._lock = FileLock(self._lock_path)
-        except HeldError as error:
-            raise ConfigError(f"{error} is writing {str(output)!r}; wait for it, or name another output") from error
-        except OSError as error:
-            raise StoreError(unwritten(self._lock_path, error)) from error
-        try:
+            for path in (output, files.errors):
+                self._take(path)
             if output.exists() and output.stat().st_size and note.exists():
                 _compare(output, note, made_with)
             else:
                 _write(note, made_with)
         except BaseException:
-            self._lock.release()
+            self.release(is_complete=False)
             raise
 
     def release(self, is_complete: bool) -> None:
-        """Lets others have it; of a batch that has nothing left to do the lock is removed as well."""
-        if is_complete:
-            self._lock_path.unlink(missing_ok=True)  # who still waits for this one finds nothing to do
-        self._lock.release()
+        """Lets others have it; of a batch that has nothing left to do the lock files are removed."""
+        for path, lock in self._locks:
+            if is_complete:
+                path.unlink(missing_ok=True)  # who takes this one meanwhile finds nothing to do
+            lock.release()
+
+    def _take(self, path: Path) -> None:
+        lock_path = path.with_name(f"{path.name}.lock")
+        try:
+            self._locks.append((lock_path, FileLock(lock_path)))
+        except HeldError as error:
+            raise ConfigError(f"{error} is writing {str(path)!r}; wait for it, or name another file") from error
+        except OSError as error:
+            raise StoreError(unwritten(lock_path, error)) from error
 
 
 def _is_one(one: Path, other: Path) -> bool:

@@ -1,7 +1,6 @@
 """The input file: read once before any work, to know what it has, and once more to answer it."""
 
 import stat
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ class Contents:
 
     ids: set[str] = field(default_factory=set)
     faults: list[tuple[int, str]] = field(default_factory=list)
-    models: Counter[str | None] = field(default_factory=Counter)  # how many lines name which, a thousand at most
+    models: set[str | None] = field(default_factory=set)  # those that lines name, None for none, a thousand at most
 
     @property
     def num_lines(self) -> int:
@@ -49,8 +48,12 @@ def lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
         raise RequestError(f"the input {str(path)!r} cannot be read: {error.strerror}") from error
 
 
-def scan(path: Path) -> Contents:
-    """What the file has. Raises RequestError for a file without a request, and for an id that two lines have."""
+def scan(path: Path, names: list[str]) -> Contents:
+    """What the file has. Raises RequestError for a file without a request, and for an id that two lines have.
+
+    Args:
+        names: those that the model is served by, which are found however many others there are.
+    """
     contents = Contents()
     for number, line in lines(path):
         try:
@@ -66,8 +69,8 @@ def scan(path: Path) -> Contents:
                 f"{shown(custom_id)}; give each line one of its own"
             )
         contents.ids.add(custom_id)
-        if model in contents.models or len(contents.models) < MOST_NAMES:
-            contents.models[model] += 1
+        if len(contents.models) < MOST_NAMES or model in names:
+            contents.models.add(model)
     if not contents.ids:
         why = "line {}: {}".format(*contents.faults[0]) if contents.faults else "it is empty"
         raise RequestError(f"the input {str(path)!r} has no line of a batch file ({why})")

@@ -36,10 +36,11 @@ class LineFile:
         """Has the disk have what was written, so that it outlives the machine's end. Raises StoreError."""
         if self._fd is None or self._is_synced:
             return
-        self._is_synced = True
+        self._is_synced = True  # what is appended meanwhile, by another thread, may not be
         try:
             os.fsync(self._fd)
         except OSError as error:
+            self._is_synced = False
             raise StoreError(unwritten(self.path, error)) from error
 
     def close(self) -> None:

@@ -22,8 +22,10 @@ from distkv.batch.signals import Stop
 from distkv.batch.tally import Tally
 from distkv.batch.view import SHOW_SECONDS, Report
 from distkv.config import EngineOptions
-from distkv.errors import RequestError
+from distkv.errors import DistKVError, RequestError
 
+MADE_WITH = ("dtype", "seed", "device", "load_format", "tensor_parallel_size", "page_size", "batch_invariant")
+"""Options that answers depend on; the rest changes no bit."""
 SYNC_SECONDS = 1.0
 GRACE_SECONDS = 10.0  # that what runs has to end after a signal
 STATS_SECONDS = 2.0  # between looks at how many engines run
@@ -53,15 +55,14 @@ def run(folder: Callable[[], Path], files: BatchFiles, options: BatchOptions, en
     Raises RequestError or ConfigError before any work for files that cannot be used, StoreError when they cannot be
     written any more, and what `AsyncLLM` raises when it cannot be made or has ended.
     """
-    contents = scan(files.input)
+    contents = scan(files.input, options.names)
     _check_models(contents, options.names)
     model = folder()
-    claim = Claim(files.output, {"model": str(model), "dtype": engine["dtype"], "seed": engine["seed"]})
+    claim = Claim(files, {"model": str(model), **{name: engine.get(name) for name in MADE_WITH}})
     is_complete = False
     try:
         before = restore(contents, files.output, files.errors, options.retries)
         tally = Tally(contents.num_lines, before.num_answered, before.num_failed)
-        is_complete = not before.left
         with closing(Report(Console(stderr=True, highlight=False), tally, files)) as report:
             stopped = None
             if before.left:
@@ -77,7 +78,7 @@ def run(folder: Callable[[], Path], files: BatchFiles, options: BatchOptions, en
 def _check_models(contents: Contents, names: list[str]) -> None:
     """Raises RequestError when no line can be answered since all ask for other models."""
     asked = {model for model in contents.models if model is not None}
-    if contents.models.keys() == asked and not asked & set(names):
+    if contents.models == asked and not asked & set(names):
         some = ", ".join(repr(name) for name in sorted(asked)[:3])
         raise RequestError(
             f"no line asks for {names[0]!r}: they name {some}; give --served-model-name {min(asked)!r} to have them "
@@ -161,6 +162,8 @@ class _Batch:
         record = answered(custom_id, await self._routes.post(request.url, request.sent(self._engine["seed"])))
         if record.may_pass:
             self._llm.check_health()
+            if not (await self._llm.stats()).num_engines:
+                raise DistKVError("no engine runs, and none could be started anew; run the same command again to go on")
         return record
 
     async def _sync_often(self) -> None:

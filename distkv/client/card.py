@@ -24,4 +24,7 @@ def http_url(host: str, port: int) -> str:
 
 def is_loopback(host: str) -> bool:
     """Whether an address, or the name localhost, is reached from its own machine alone."""
-    return host == "localhost" or ip_address(host.partition("%")[0]).is_loopback
+    try:
+        return ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,11 +1,13 @@
 """The job server of a Ray cluster, by the address of its dashboard, with errors that name their cure."""
 
+import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+from functools import partial
+from typing import Any, cast
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
@@ -22,14 +24,24 @@ ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 CONNECT_TIMEOUT = 10.0  # seconds until a dashboard says anything at all
 AGENT_TIMEOUT = 60.0  # seconds for the part of a new cluster that starts jobs, which comes up last
 FETCH_TIMEOUT = 3600  # seconds for one file
+SILENT_TIMEOUT = 120.0  # seconds that a request may bring nothing
+LOG_SECONDS = 60.0  # without anything of a log, after which it is asked whether the job still runs
 TOKEN_HELP = (
     "set RAY_AUTH_MODE=token, and have the cluster's token in RAY_AUTH_TOKEN, in the file that RAY_AUTH_TOKEN_PATH "
     "names, or in ~/.ray/auth_token"
 )
 
 
+class ClusterAway(ConfigError):
+    """Nothing answers, now."""
+
+
+class LogLost(Exception):
+    """The connection that brings a log."""
+
+
 class Cluster:
-    """A connection to the job server. All methods raise ConfigError when it is away or refuses."""
+    """A connection to the job server. All methods raise ConfigError when it refuses, ClusterAway when it is away."""
 
     def __init__(self, address: str | None):
         """Connects to `address`, else to what the environment names, else to a dashboard on this machine."""
@@ -42,6 +54,8 @@ class Cluster:
         with self._explained(), _variable(ADDRESS_VARIABLES[0], self.address):  # else another one there would win
             self._client = JobSubmissionClient(self.address)
             self.address = self._client.get_address()
+        # Ray's own requests would wait for ever
+        self._client._do_request = partial(self._client._do_request, timeout=SILENT_TIMEOUT)  # type: ignore[method-assign]
 
     def submit(self, job: str, entrypoint: str, runtime_env: dict[str, Any]) -> None:
         """Uploads what the job needs and has it started."""
@@ -68,13 +82,26 @@ class Cluster:
             return self._client.get_job_info(job)
 
     async def log(self, job: str) -> AsyncIterator[str]:
-        """What the job prints, from its beginning, as it comes; ends with the job. Raises OSError or RuntimeError when
-        the connection is lost."""
+        """What the job prints, from its beginning, as it comes; ends with the job. Raises LogLost when the connection
+        is lost, or has brought nothing for a while although the job has ended."""
+        coming = None
         try:
-            async for text in self._client.tail_job_logs(job):
-                yield text
-        except ClientError as error:
-            raise ConnectionError(str(error)) from error
+            async with aclosing(cast(AsyncGenerator[str], self._client.tail_job_logs(job))) as texts:
+                while True:
+                    coming = coming or asyncio.create_task(_next(texts))
+                    if not (await asyncio.wait([coming], timeout=LOG_SECONDS))[0]:
+                        if (await asyncio.to_thread(self.details, job)).status.is_terminal():
+                            raise LogLost("the log of a job that has ended does not end")
+                        continue
+                    text, coming = coming.result(), None
+                    if text is None:
+                        return
+                    yield text
+        except (ClientError, OSError, RuntimeError, ClusterAway) as error:
+            raise LogLost(str(error)) from error
+        finally:
+            if coming is not None:
+                coming.cancel()
 
     def log_file(self, node: str, name: str) -> bytes:
         """A file of a node's folder of logs. Raises FileNotFoundError when there is none of that name."""
@@ -96,8 +123,8 @@ class Cluster:
         except (URLError, OSError, ValueError) as error:
             raise self._away() from error
 
-    def _away(self) -> ConfigError:
-        return ConfigError(
+    def _away(self) -> ClusterAway:
+        return ClusterAway(
             f"no Ray dashboard answers at {self.address}; give its address with --address or in RAY_API_SERVER_ADDRESS "
             "(`ray start --head` and `ray status` print it; on Kubernetes, kubectl port-forward service/NAME-head-svc "
             "8265)"
@@ -117,8 +144,13 @@ class Cluster:
             ) from error
         except (requests.RequestException, OSError) as error:
             raise self._away() from error
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise ConfigError(f"Ray refuses: {_last_line(str(error))}") from error
+
+
+async def _next(texts: AsyncIterator[str]) -> str | None:
+    """None at the end."""
+    return await anext(texts, None)
 
 
 @contextmanager

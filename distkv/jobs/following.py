@@ -8,10 +8,12 @@ from typing import Any
 
 from ray.job_submission import JobStatus
 
-from distkv.jobs.cluster import Cluster
+from distkv.errors import ConfigError
+from distkv.jobs.cluster import Cluster, ClusterAway, LogLost
 
 STATUS_SECONDS = 0.5  # between two looks whether a job has ended
 RECONNECTS = 5  # one after the other, without anything that is new
+AWAY_SECONDS = 60.0  # that a dashboard may be away: one that is started anew, say
 STOPPED = 143  # as after SIGTERM, which is what a job gets that is stopped
 FAILED = 2  # of a job that ended without an exit code
 
@@ -19,7 +21,9 @@ FAILED = 2  # of a job that ended without an exit code
 def follow(cluster: Cluster, job: str, tell: Callable[[str], None]) -> Any:
     """Prints the job's log as it comes; returns Ray's `JobDetails` when it has ended.
 
-    A connection that is lost is made anew; ConfigError when that does not help, and the job may be going on then."""
+    A connection that is lost is made anew. Raises ConfigError for a job that there is not, and when the cluster stays
+    away, where the job may be going on."""
+    cluster.details(job)
     printed, tries = 0, 0
     while True:
         try:
@@ -32,11 +36,11 @@ def follow(cluster: Cluster, job: str, tell: Callable[[str], None]) -> Any:
                 break
             time.sleep(STATUS_SECONDS)
             continue
-        if (details := cluster.details(job)).status.is_terminal():
+        if (details := _details(cluster, job)).status.is_terminal():
             return details
         if printed == before:
             time.sleep(STATUS_SECONDS)
-    while not (details := cluster.details(job)).status.is_terminal():
+    while not (details := _details(cluster, job)).status.is_terminal():
         time.sleep(STATUS_SECONDS)
     return details
 
@@ -54,6 +58,20 @@ def exit_code(details: Any, tell: Callable[[str], None]) -> int:
     lines = [line.strip() for line in (details.message or "Ray does not say why").splitlines() if line.strip()]
     tell(f"the job {details.submission_id} failed before it could end: {lines[-1]}")
     return FAILED
+
+
+def _details(cluster: Cluster, job: str) -> Any:
+    deadline = time.monotonic() + AWAY_SECONDS
+    while True:
+        try:
+            return cluster.details(job)
+        except ClusterAway as error:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"no Ray dashboard answers at {cluster.address} any more, and the job may be going on; later: "
+                    f"distkv submit --address {cluster.address} --follow {job}"
+                ) from error
+        time.sleep(STATUS_SECONDS)
 
 
 class _Lost(Exception):
@@ -74,6 +92,6 @@ async def _print_log(cluster: Cluster, job: str, printed: int) -> int:
                 sys.stdout.write(new)
                 sys.stdout.flush()
                 printed = passed
-    except (ConnectionError, RuntimeError) as error:
+    except LogLost as error:
         raise _Lost(max(printed, passed)) from error
     return max(printed, passed)

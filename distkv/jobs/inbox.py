@@ -12,18 +12,26 @@ from distkv.jobs.outbox import MANIFEST, folder_name
 
 
 def check_pattern(pattern: str) -> str:
-    """The pattern. Raises ConfigError for one that could lead out of the job's folder, or names no file."""
-    path = PurePosixPath(pattern)
-    if path.is_absolute() or ".." in path.parts or not path.parts or pattern.startswith("~"):
+    """The pattern. Raises ConfigError for one that could lead out of the job's folder, or that Python does not take."""
+    if any("**" in part and part != "**" for part in _check_path(pattern).parts):
         raise ConfigError(
-            f"--bring {pattern!r} is not a path inside the job's working dir; have the command write there, and name "
-            "the file relative to it"
+            f"--bring {pattern!r} has ** beside other letters; it stands for folders, alone between slashes"
         )
     return pattern
 
 
-def bring(cluster: Cluster, job: str, node: str, since: float, target: Path, tell: Callable[[str], None]) -> bool:
-    """Writes the files of a job that has ended below `target`, and tells of each; returns whether all were there.
+def _check_path(given: str) -> PurePosixPath:
+    path = PurePosixPath(given)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise ConfigError(
+            f"--bring {given!r} is not a path inside the job's working dir; have the command write there, and name "
+            "the file relative to it"
+        )
+    return path
+
+
+def bring(cluster: Cluster, job: str, node: str, since: float, target: Path, tell: Callable[[str], None]) -> None:
+    """Writes the files of a job that has ended below `target`, and tells of each, and of those that are not there.
 
     A file there that has changed after `since` (seconds since the epoch) is left as it is, and the job's is put beside
     it. `node` is where the job's command ran. Raises StoreError for what does not arrive whole or cannot be written.
@@ -33,11 +41,11 @@ def bring(cluster: Cluster, job: str, node: str, since: float, target: Path, tel
         manifest = json.loads(cluster.log_file(node, f"{folder}/{MANIFEST}"))
     except FileNotFoundError:
         tell("the job has put no files out, so none are brought")
-        return False
+        return
     for pattern in manifest["missing"]:
         tell(f"the job did not write {pattern}")
     for entry in manifest["files"]:
-        path = target / check_pattern(entry["path"])
+        path = target / _check_path(entry["path"])
         content = cluster.log_file(node, f"{folder}/{entry['name']}")
         if len(content) != entry["size"] or hashlib.sha256(content).hexdigest() != entry["sha256"]:
             raise StoreError(
@@ -45,7 +53,6 @@ def bring(cluster: Cluster, job: str, node: str, since: float, target: Path, tel
                 f"fetch it again with distkv submit --follow {job}"
             )
         tell(_write(path, content, since, job))
-    return not manifest["missing"]
 
 
 def _write(path: Path, content: bytes, since: float, job: str) -> str:
@@ -59,8 +66,11 @@ def _write(path: Path, content: bytes, since: float, job: str) -> str:
             path = path.with_name(f"{path.name}.{job}")
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = path.with_name(f".{path.name}.{os.getpid()}")
-        staged.write_bytes(content)
-        staged.replace(path)
+        try:
+            staged.write_bytes(content)
+            staged.replace(path)
+        finally:
+            staged.unlink(missing_ok=True)
     except OSError as error:
         raise StoreError(
             f"{str(path)!r} cannot be written: {error.strerror}; fetch it again with distkv submit --follow {job}"

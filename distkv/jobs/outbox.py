@@ -25,7 +25,7 @@ def folder_name(job: str) -> str:
 
 def wrapped(job: str, patterns: list[str], command: list[str]) -> list[str]:
     """The command line, behind `python -m`, of a job whose files come back."""
-    flags = [part for pattern in patterns for part in ("--bring", pattern)]
+    flags = [f"--bring={pattern}" for pattern in patterns]
     return ["distkv.jobs.outbox", "--job", job, *flags, "--", *command]
 
 
@@ -39,9 +39,17 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):  # who stops the job tells the command too; its files are brought
         signal.signal(number, lambda *_: None)
     before = {path: _stamp(path) for pattern in options.bring for path in _found(pattern)}
+    _clear(options.job)
     code = subprocess.call([sys.executable, "-m", "distkv", *options.command])
     _put_out(options.job, options.bring, before)
     return code if code >= 0 else 128 - code
+
+
+def _clear(job: str) -> None:
+    """Takes away what an earlier job of this name has put out."""
+    logs = _log_folder()
+    if logs is not None:
+        shutil.rmtree(logs / folder_name(job), ignore_errors=True)
 
 
 def _put_out(job: str, patterns: list[str], before: dict[Path, tuple[int, int]]) -> None:

@@ -38,9 +38,10 @@ def files_of(folder: Path) -> list[Packed]:
     """
     if not folder.is_dir():
         raise ConfigError(f"the working dir {str(folder)!r} is not a folder; give one with --working-dir, or a .zip")
-    own = ("/distkv/",) if (folder / "distkv" / "__init__.py").is_file() else ()
-    rules = [(PurePosixPath(), GitIgnoreSpec.from_lines((*NEVER, *own)))]
+    rules = [(PurePosixPath(), GitIgnoreSpec.from_lines(NEVER))]
     files = sorted(_walk(folder, PurePosixPath(), rules, ()), key=lambda one: one.path)
+    if (folder / "distkv" / "__init__.py").is_file():
+        files = [one for one in files if one.path.parts[0] != "distkv"]
     total = sum(one.size for one in files)
     if total > MOST_BYTES:
         biggest = sorted(files, key=lambda one: -one.size)[:MOST_NAMED]
@@ -94,13 +95,22 @@ def _walk(
         raise _unreadable(inside, error) from error
     for entry in entries:
         path = inside / entry.name
+        if not _is_text(entry.name):
+            raise ConfigError(
+                f"{os.fsencode(path)!r} in the working dir has a name that is not UTF-8; rename it, or give another "
+                "--working-dir"
+            )
         is_folder = entry.is_dir()
-        if any(_ignores(rule, path.relative_to(base), is_folder) for base, rule in rules):
+        if _is_ignored(path, is_folder, rules):
             continue
         if is_folder:
             yield from _walk(Path(entry.path), path, rules, (*above, real))
         elif entry.is_file():  # and not a socket, a pipe or a link that leads nowhere
             yield Packed(Path(entry.path), path, entry.stat().st_size)
+
+
+def _is_text(name: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def _rules_of(folder: Path, inside: PurePosixPath) -> Iterator[tuple[PurePosixPath, GitIgnoreSpec]]:
@@ -113,8 +123,15 @@ def _rules_of(folder: Path, inside: PurePosixPath) -> Iterator[tuple[PurePosixPa
                 raise ConfigError(f"{str(inside / name)!r} cannot be read: {error}; mend it") from error
 
 
-def _ignores(rule: GitIgnoreSpec, path: PurePosixPath, is_folder: bool) -> bool:
-    return rule.match_file(f"{path}/" if is_folder else str(path))
+def _is_ignored(path: PurePosixPath, is_folder: bool, rules: list[tuple[PurePosixPath, GitIgnoreSpec]]) -> bool:
+    """What the last rule says that says anything: deeper folders go before their parents, .rayignore before .gitignore,
+    and so can take back what those ignore."""
+    for base, rule in reversed(rules):
+        inside = path.relative_to(base)
+        found = rule.check_file(f"{inside}/" if is_folder else inside).include
+        if found is not None:
+            return found
+    return False
 
 
 def _unreadable(path: PurePosixPath, error: OSError) -> ConfigError:

@@ -13,7 +13,7 @@ from distkv.server.completions import completion_routes
 from distkv.server.errors import api_error, error_response
 from distkv.server.live import page_routes
 from distkv.server.messages import message_routes
-from distkv.server.middleware import BodyLimit, CutOff, Failures, KeyGuard, RequestIds
+from distkv.server.middleware import BodyLimit, Failures, KeyGuard, RequestIds
 from distkv.server.own import own_routes
 from distkv.server.responses import response_routes
 from distkv.server.service import Service
@@ -33,7 +33,6 @@ def make_app(service: Service) -> FastAPI:
     app.add_middleware(KeyGuard, key=service.options.api_key)
     app.add_middleware(Failures)
     app.add_middleware(RequestIds)
-    app.add_middleware(CutOff)
 
     async def refuse(request: Request, error: Exception) -> Response:
         if isinstance(error, RequestValidationError):

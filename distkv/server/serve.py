@@ -16,6 +16,7 @@ from distkv.client.card import http_url, is_loopback
 from distkv.config import EngineOptions
 from distkv.errors import ConfigError
 from distkv.server.app import make_app
+from distkv.server.middleware import CutOff
 from distkv.server.options import KEY_VARIABLE, ServerOptions
 from distkv.server.registration import Registration, registered
 from distkv.server.service import Service
@@ -95,7 +96,7 @@ class _Server(uvicorn.Server):
         options = service.options
         super().__init__(
             uvicorn.Config(
-                make_app(service), lifespan="off", log_level=options.uvicorn_log_level, backlog=BACKLOG,
+                CutOff(make_app(service)), lifespan="off", log_level=options.uvicorn_log_level, backlog=BACKLOG,
                 timeout_graceful_shutdown=options.shutdown_timeout, server_header=False, ws="none",
             )
         )  # fmt: skip

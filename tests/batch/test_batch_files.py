@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import Raw
 from support.batches import answers, line, read_lines, start_batch, write_lines
 
 from distkv.batch import run as run_module
-from distkv.batch.files import BatchFiles
+from distkv.batch.files import BatchFiles, Claim
+from distkv.batch.input_file import scan
 from distkv.batch.line_file import LineFile
 from distkv.batch.run import BatchOptions, run
-from distkv.errors import RequestError, StoreError
+from distkv.errors import ConfigError, DistKVError, RequestError, StoreError
 
 ENGINE: Any = {"num_threads": 1, "device_kv_bytes": "16MiB", "page_size": 16, "dtype": "auto", "seed": 0}
 LINES = [
@@ -173,6 +175,46 @@ def test_a_lost_engine_ends_it_and_fails_no_line(batch: Run, tmp_path: Path, mon
     assert not (tmp_path / "out.errors.jsonl").exists()
     assert len(answers(tmp_path / "out.jsonl")) < len(LINES)
     assert batch() == 0
+
+
+def test_a_pool_that_has_no_engine_left_fails_no_line(
+    batch: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its requests end with errors after a while, though it has not ended itself."""
+    from distkv.async_llm import AsyncLLM
+    from distkv.batch.records import Response
+    from distkv.batch.routes import Routes
+    from distkv.engine.stats import EngineStats
+
+    async def refuse(routes: Routes, url: str, body: bytes) -> Response:
+        return Response(503, "x", Raw(b"{}"))
+
+    async def stats(llm: AsyncLLM) -> EngineStats:
+        return EngineStats(0, 0, 0, 0, num_engines=0)
+
+    write_lines(tmp_path / "in.jsonl", LINES)
+    monkeypatch.setattr(Routes, "post", refuse)
+    monkeypatch.setattr(AsyncLLM, "stats", stats)
+    with pytest.raises(DistKVError, match="no engine runs"):
+        batch()
+    assert not (tmp_path / "out.errors.jsonl").exists()
+
+
+def test_two_batches_do_not_share_an_error_file(tmp_path: Path) -> None:
+    def claim(output: str) -> Claim:
+        return Claim(BatchFiles(tmp_path / "in", tmp_path / output, tmp_path / "errors"), {})
+
+    first = claim("one")
+    with pytest.raises(ConfigError, match=f"process {os.getpid()} .* is writing '.*errors'; .*name another"):
+        claim("two")
+    first.release(is_complete=True)
+    claim("two").release(is_complete=True)
+    assert not list(tmp_path.glob("*.lock"))
+
+
+def test_the_served_name_is_found_behind_a_thousand_others(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", [line(str(number), model=f"m{number}") for number in range(1500)])
+    assert "m1400" in scan(source, ["m1400"]).models and "m1400" not in scan(source, ["m1"]).models
 
 
 @pytest.mark.slow

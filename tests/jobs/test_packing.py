@@ -3,6 +3,7 @@
 import http.server
 import io
 import json
+import os
 import sys
 import threading
 import zipfile
@@ -43,6 +44,23 @@ def test_a_folder_is_packed_without_what_no_job_needs(tmp_path: Path) -> None:
     assert paths_of(tmp_path) == [
         ".gitignore", "a.txt", "link.txt", "sub/.rayignore", "sub/b.txt", "sub/keep.log", "x/distkv/e.txt",
     ]  # fmt: skip
+
+
+def test_what_is_deeper_or_for_ray_takes_back_what_is_ignored(tmp_path: Path) -> None:
+    fill(tmp_path, "out/a.json", "sub/b.log", "venv/c.py", "d.log", "distkv/__init__.py")
+    (tmp_path / ".gitignore").write_text("*.json\n*.log\n")
+    (tmp_path / ".rayignore").write_text("!*.json\n!venv\n!distkv\n")
+    (tmp_path / "sub" / ".gitignore").write_text("!*.log\n")
+    assert paths_of(tmp_path) == [
+        ".gitignore", ".rayignore", "out/a.json", "sub/.gitignore", "sub/b.log", "venv/c.py",
+    ]  # fmt: skip
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / os.fsdecode(b"caf\xe9.txt")).touch()
+    with pytest.raises(ConfigError, match=r"caf.*is not UTF-8; rename it"):
+        files_of(tmp_path / "work")
 
 
 def test_equal_files_make_equal_packages(tmp_path: Path) -> None:
@@ -98,6 +116,8 @@ def test_ray_itself_uploads_only_distkv_of_a_checkout(tmp_path: Path) -> None:
         ("-- chat", "cannot be a job"),
         ("--bring ../x -- stress", "not a path inside"),
         ("--bring /etc/passwd -- stress", "not a path inside"),
+        ("--bring a**b -- stress", "alone between slashes"),
+        ("--address nonsense:// -- stress", "nonsense"),
         ("--env NOT_SET_HERE -- stress", "NOT_SET_HERE: the variable is not set"),
         ("--env 1=2 -- stress", "neither NAME nor NAME=VALUE"),
         ("--submission-id a/b -- stress", "submission id"),
@@ -148,14 +168,17 @@ def test_help_of_a_command_is_shown_here() -> None:
 def test_a_file_that_the_job_did_not_write_is_not_put_out(tmp_path: Path) -> None:
     """It has been uploaded with the folder, and says nothing of the job."""
     fill(tmp_path, "work/old.txt")
-    command = [sys.executable, "-m", "distkv.jobs.outbox", "--job", "j", "--bring", "old.txt", "--bring", "new/*"]
+    fill(tmp_path, "distkv-j/of_an_earlier_job_of_that_name")
+    brought = [f"--bring={pattern}" for pattern in ("old.txt", "-x", "new/*")]
+    command = [sys.executable, "-m", "distkv.jobs.outbox", "--job", "j", *brought]
     with (tmp_path / "job-driver-j.log").open("w") as log:
         ended = run_process(
             [*command, "--", "nonsense"], cwd=tmp_path / "work", stdout=log, stderr=log, env={"PYTHONPATH": str(ROOT)}
         )
     assert ended.returncode == 2
     manifest = json.loads((tmp_path / "distkv-j" / "manifest.json").read_text())
-    assert manifest == {"files": [], "missing": ["old.txt", "new/*"]}
+    assert manifest == {"files": [], "missing": ["old.txt", "-x", "new/*"]}
+    assert [path.name for path in (tmp_path / "distkv-j").iterdir()] == ["manifest.json"]
 
 
 class Logs:
@@ -183,11 +206,11 @@ def test_files_that_come_back_spare_what_is_newer(tmp_path: Path) -> None:
     (tmp_path / "older").write_text("of before")
     cluster: Any = Logs(same=b"same", newer=b"the job's", older=b"the job's too", sub__deep=b"\0\xff" * 100)
     past, now = 0.0, 1e12
-    assert bring(cluster, "j", "node", past, tmp_path, said.append)
+    bring(cluster, "j", "node", past, tmp_path, said.append)
     assert (tmp_path / "newer").read_text() == "newer" and (tmp_path / "newer.j").read_text() == "the job's"
     assert (tmp_path / "sub" / "deep").read_bytes() == b"\0\xff" * 100
     assert [line for line in said if "newer is" in line or "newer here is newer" in line]
-    assert bring(cluster, "j", "node", now, tmp_path, said.append)
+    bring(cluster, "j", "node", now, tmp_path, said.append)
     assert (tmp_path / "older").read_text() == "the job's too"
     cluster.contents["1"] = b"cut"
     with pytest.raises(StoreError, match="did not arrive"):
