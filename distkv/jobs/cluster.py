@@ -84,24 +84,24 @@ class Cluster:
     async def log(self, job: str) -> AsyncIterator[str]:
         """What the job prints, from its beginning, as it comes; ends with the job. Raises LogLost when the connection
         is lost, or has brought nothing for a while although the job has ended."""
-        coming = None
         try:
             async with aclosing(cast(AsyncGenerator[str], self._client.tail_job_logs(job))) as texts:
-                while True:
-                    coming = coming or asyncio.create_task(_next(texts))
-                    if not (await asyncio.wait([coming], timeout=LOG_SECONDS))[0]:
-                        if (await asyncio.to_thread(self.details, job)).status.is_terminal():
-                            raise LogLost("the log of a job that has ended does not end")
-                        continue
-                    text, coming = coming.result(), None
-                    if text is None:
-                        return
+                while (text := await self._next(texts, job)) is not None:
                     yield text
         except (ClientError, OSError, RuntimeError, ClusterAway) as error:
             raise LogLost(str(error)) from error
+
+    async def _next(self, texts: AsyncIterator[str], job: str) -> str | None:
+        """What a log brings next; None at its end."""
+        coming = asyncio.create_task(_first(texts))
+        try:
+            while not (await asyncio.wait([coming], timeout=LOG_SECONDS))[0]:
+                if (await asyncio.to_thread(self.details, job)).status.is_terminal():
+                    raise LogLost("the log of a job that has ended does not end")
+            return coming.result()
         finally:
-            if coming is not None:
-                coming.cancel()
+            coming.cancel()
+            await asyncio.wait([coming])  # `texts` cannot be closed by two
 
     def log_file(self, node: str, name: str) -> bytes:
         """A file of a node's folder of logs. Raises FileNotFoundError when there is none of that name."""
@@ -148,8 +148,7 @@ class Cluster:
             raise ConfigError(f"Ray refuses: {_last_line(str(error))}") from error
 
 
-async def _next(texts: AsyncIterator[str]) -> str | None:
-    """None at the end."""
+async def _first(texts: AsyncIterator[str]) -> str | None:
     return await anext(texts, None)
 
 

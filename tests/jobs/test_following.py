@@ -1,6 +1,7 @@
 """A job's log over connections that break, in the ways in which networks break them."""
 
 import asyncio
+import signal
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +40,9 @@ class Client:
         if isinstance(cut, Exception):
             self.num_away = 2
             raise cut
+        if cut == "interrupt":
+            asyncio.get_running_loop().call_later(0.05, signal.raise_signal, signal.SIGINT)
+            await asyncio.Event().wait()
         self.is_ended = True
         if cut == "silent":
             await asyncio.Event().wait()
@@ -64,6 +68,11 @@ def cluster_of(client: Client) -> Cluster:
 def test_each_character_of_a_log_is_printed_once(cuts: Any, capsys: pytest.CaptureFixture[str]) -> None:
     details = follow(cluster_of(Client(*cuts)), "mine", print)
     assert details.status == JobStatus.SUCCEEDED and capsys.readouterr().out == "".join(LOG)
+
+
+def test_ctrl_c_ends_it() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        follow(cluster_of(Client("interrupt")), "mine", print)
 
 
 def test_a_dashboard_that_stays_away_is_told_with_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
