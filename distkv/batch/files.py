@@ -63,7 +63,7 @@ class Claim:
         """Lets others have it; of a batch that has nothing left to do the lock files are removed."""
         for path, lock in self._locks:
             if is_complete:
-                path.unlink(missing_ok=True)  # who takes this one meanwhile finds nothing to do
+                path.unlink(missing_ok=True)  # who takes this one just now finds nothing to do, with this output
             lock.release()
 
     def _take(self, path: Path) -> None:
@@ -83,8 +83,8 @@ def _is_one(one: Path, other: Path) -> bool:
 def _compare(output: Path, note: Path, made_with: dict[str, Any]) -> None:
     try:
         before = json.loads(note.read_bytes())
-        changed = [name for name, value in made_with.items() if before[name] != value]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        changed = [name for name, value in made_with.items() if before.get(name, value) != value]
+    except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{str(note)!r} cannot be read; remove it if its answers may go on") from error
     if changed:
         name = changed[0]

@@ -69,7 +69,7 @@ def scan(path: Path, names: list[str]) -> Contents:
                 f"{shown(custom_id)}; give each line one of its own"
             )
         contents.ids.add(custom_id)
-        if len(contents.models) < MOST_NAMES or model in names:
+        if len(contents.models) < MOST_NAMES or model is None or model in names:
             contents.models.add(model)
     if not contents.ids:
         why = "line {}: {}".format(*contents.faults[0]) if contents.faults else "it is empty"

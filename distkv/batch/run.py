@@ -24,10 +24,20 @@ from distkv.batch.view import SHOW_SECONDS, Report
 from distkv.config import EngineOptions
 from distkv.errors import DistKVError, RequestError
 
-MADE_WITH = ("dtype", "seed", "device", "load_format", "tensor_parallel_size", "page_size", "batch_invariant")
-"""Options that answers depend on; the rest changes no bit."""
+MADE_WITH = (
+    "dtype",
+    "seed",
+    "device",
+    "load_format",
+    "max_model_len",
+    "tensor_parallel_size",
+    "page_size",
+    "batch_invariant",
+)
+"""Options that answers depend on. On CUDA others change last bits too, without `batch_invariant`."""
 SYNC_SECONDS = 1.0
 GRACE_SECONDS = 10.0  # that what runs has to end after a signal
+LOST_SECONDS = 300.0  # without any engine, after which a line that fails is left; a pool has them wait for twice that
 STATS_SECONDS = 2.0  # between looks at how many engines run
 FILL = 2  # times as many lines are on their way as can run, so that engines find the next ones ready
 
@@ -162,8 +172,10 @@ class _Batch:
         record = answered(custom_id, await self._routes.post(request.url, request.sent(self._engine["seed"])))
         if record.may_pass:
             self._llm.check_health()
-            if not (await self._llm.stats()).num_engines:
-                raise DistKVError("no engine runs, and none could be started anew; run the same command again to go on")
+            if (seconds := (await self._llm.stats()).seconds_without_engine) > LOST_SECONDS:
+                raise DistKVError(
+                    f"no engine could be started anew for {seconds:.0f} s; run the same command again to go on"
+                )
         return record
 
     async def _sync_often(self) -> None:

@@ -55,8 +55,8 @@ def application_url(name: str, details: dict[str, Any], node_id: str) -> str:
     host = options.get("host", HOST)
     if is_loopback(host) and node_id not in healthy:
         raise ConfigError(
-            f"Ray Serve listens on {host} alone, and has no proxy on this node; start it with the http option "
-            "'host: 0.0.0.0'"
+            f"Ray Serve listens on {host} alone, and has no proxy on this node; start it with --host 0.0.0.0, in a "
+            "config file with the http option 'host: 0.0.0.0'"
         )
     if host in ANY:
         host = healthy.get(node_id) or next(iter(healthy.values()))

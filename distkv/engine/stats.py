@@ -70,6 +70,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     disk_write_seconds: float = 0.0
     checksum_failures: int = 0  # parts of pages that came back from disk with another content
     num_engines: int = 1  # that run
+    seconds_without_engine: float = 0.0  # since the last one of a pool was lost
     requests: RequestStats = RequestStats()
 
 

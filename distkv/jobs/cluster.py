@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from functools import partial
 from typing import Any, cast
@@ -24,7 +24,7 @@ ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 CONNECT_TIMEOUT = 10.0  # seconds until a dashboard says anything at all
 AGENT_TIMEOUT = 60.0  # seconds for the part of a new cluster that starts jobs, which comes up last
 FETCH_TIMEOUT = 3600  # seconds for one file
-SILENT_TIMEOUT = 120.0  # seconds that a request may bring nothing
+TIMEOUTS = {"GET": 20.0, "POST": 120.0}  # seconds that a request may bring nothing; an upload takes what it takes
 LOG_SECONDS = 60.0  # without anything of a log, after which it is asked whether the job still runs
 TOKEN_HELP = (
     "set RAY_AUTH_MODE=token, and have the cluster's token in RAY_AUTH_TOKEN, in the file that RAY_AUTH_TOKEN_PATH "
@@ -54,8 +54,7 @@ class Cluster:
         with self._explained(), _variable(ADDRESS_VARIABLES[0], self.address):  # else another one there would win
             self._client = JobSubmissionClient(self.address)
             self.address = self._client.get_address()
-        # Ray's own requests would wait for ever
-        self._client._do_request = partial(self._client._do_request, timeout=SILENT_TIMEOUT)  # type: ignore[method-assign]
+        self._client._do_request = partial(_request, self._client._do_request)  # type: ignore[method-assign]
 
     def submit(self, job: str, entrypoint: str, runtime_env: dict[str, Any]) -> None:
         """Uploads what the job needs and has it started."""
@@ -79,7 +78,12 @@ class Cluster:
     def details(self, job: str) -> Any:
         """Ray's `JobDetails` of a job."""
         with self._explained():
-            return self._client.get_job_info(job)
+            try:
+                return self._client.get_job_info(job)
+            except RuntimeError as error:
+                if "status code 5" in str(error):  # of a proxy in between, or of a dashboard that is starting
+                    raise self._away() from error
+                raise
 
     async def log(self, job: str) -> AsyncIterator[str]:
         """What the job prints, from its beginning, as it comes; ends with the job. Raises LogLost when the connection
@@ -108,7 +112,7 @@ class Cluster:
         # Ray's `get_log` takes the cluster's own address only, which a job's client need not reach
         wanted = {"node_id": node, "filename": name, "lines": -1, "timeout": FETCH_TIMEOUT}
         with self._explained():
-            answer = self._client._do_request("GET", "/api/v0/logs/file", params=wanted)
+            answer = self._client._do_request("GET", "/api/v0/logs/file", params=wanted, timeout=FETCH_TIMEOUT)
             if answer.status_code != 200 and "not found" in answer.text:
                 raise FileNotFoundError(name)
             answer.raise_for_status()
@@ -136,7 +140,7 @@ class Cluster:
             yield
         except AuthenticationError as error:
             raise ConfigError(f"the Ray cluster at {self.address} asks for a token; {TOKEN_HELP}") from error
-        except FileNotFoundError:
+        except (FileNotFoundError, ConfigError):
             raise
         except (requests.JSONDecodeError, requests.HTTPError, KeyError) as error:
             raise ConfigError(
@@ -146,6 +150,11 @@ class Cluster:
             raise self._away() from error
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"Ray refuses: {_last_line(str(error))}") from error
+
+
+def _request(do: Callable[..., Any], method: str, *path: str, **how: Any) -> Any:
+    """One of the client's requests, which would wait for ever."""
+    return do(method, *path, **{"timeout": TIMEOUTS.get(method), **how})
 
 
 async def _first(texts: AsyncIterator[str]) -> str | None:

@@ -35,6 +35,7 @@ def follow(cluster: Cluster, job: str, tell: Callable[[str], None]) -> Any:
                 tell("the job's log cannot be followed any more; waiting for its end")
                 break
             time.sleep(STATUS_SECONDS)
+            _details(cluster, job)  # waits for the dashboard
             continue
         if (details := _details(cluster, job)).status.is_terminal():
             return details

@@ -12,6 +12,7 @@ from pathspec import GitIgnoreSpec
 from distkv.errors import ConfigError
 
 MOST_BYTES = 256 << 20  # of a folder; Ray takes twice that, and every node unpacks it
+OWN = PurePosixPath("distkv")  # the package that a job gets from here
 MOST_NAMED = 5  # files that are named when there are too many bytes
 IGNORE_FILES = (".gitignore", ".rayignore")
 NEVER = (
@@ -40,8 +41,6 @@ def files_of(folder: Path) -> list[Packed]:
         raise ConfigError(f"the working dir {str(folder)!r} is not a folder; give one with --working-dir, or a .zip")
     rules = [(PurePosixPath(), GitIgnoreSpec.from_lines(NEVER))]
     files = sorted(_walk(folder, PurePosixPath(), rules, ()), key=lambda one: one.path)
-    if (folder / "distkv" / "__init__.py").is_file():
-        files = [one for one in files if one.path.parts[0] != "distkv"]
     total = sum(one.size for one in files)
     if total > MOST_BYTES:
         biggest = sorted(files, key=lambda one: -one.size)[:MOST_NAMED]
@@ -95,14 +94,14 @@ def _walk(
         raise _unreadable(inside, error) from error
     for entry in entries:
         path = inside / entry.name
+        is_folder = entry.is_dir()
+        if _is_ignored(path, is_folder, rules) or (path == OWN and (folder / OWN / "__init__.py").is_file()):
+            continue
         if not _is_text(entry.name):
             raise ConfigError(
                 f"{os.fsencode(path)!r} in the working dir has a name that is not UTF-8; rename it, or give another "
                 "--working-dir"
             )
-        is_folder = entry.is_dir()
-        if _is_ignored(path, is_folder, rules):
-            continue
         if is_folder:
             yield from _walk(Path(entry.path), path, rules, (*above, real))
         elif entry.is_file():  # and not a socket, a pipe or a link that leads nowhere

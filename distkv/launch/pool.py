@@ -141,7 +141,8 @@ class EnginePool:
 
     def stats(self) -> EngineStats:
         """The sum over the engines that run."""
-        found = [EngineStats(0, 0, 0, len(self._waiting), num_engines=0)]
+        alone = 0.0 if self._without_engine is None else time.monotonic() - self._without_engine
+        found = [EngineStats(0, 0, 0, len(self._waiting), num_engines=0, seconds_without_engine=alone)]
         for member in self._members:
             try:
                 if member.engine is not None:

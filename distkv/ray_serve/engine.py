@@ -2,9 +2,9 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -37,7 +37,7 @@ class _InFlight:
     sink: Sink
     run_id: str = ""  # the request's name at the replica
     replica: str | None = None  # that has begun to answer
-    avoid: list[str] = field(default_factory=list)  # replicas that it was lost at
+    avoid: dict[str, float] = field(default_factory=dict)  # replicas that it was lost at, and monotonic times of that
 
 
 class ServeEngine:
@@ -132,11 +132,12 @@ class ServeEngine:
     async def end_with_engines(self) -> None:
         """Ends what still waits for a replica once Serve has ended all of them: it tells that to new calls alone."""
         while True:
-            with suppress(TimeoutError, RayError):
-                try:
-                    await asyncio.wait_for(self._ask_once(), LOOK_SECONDS)
-                except DeploymentUnavailableError:
-                    return self.give_up()
+            try:
+                await asyncio.wait_for(self._ask_once(), LOOK_SECONDS)
+            except DeploymentUnavailableError:
+                return self.give_up()
+            except Exception as error:
+                log.debug("engines do not answer: %s", error)
             await asyncio.sleep(LOOK_SECONDS)
 
     async def _ask_once(self) -> None:
@@ -180,13 +181,13 @@ class ServeEngine:
                 if self._pass_on(sent, piece):
                     return None
                 if piece.lost is not None:
-                    sent.avoid.append(piece.replica)
+                    sent.avoid[piece.replica] = time.monotonic()
                     return piece.lost
         except RayTaskError:
             raise
         except (RayError, AioRpcError) as error:
             if sent.replica is not None:
-                sent.avoid.append(sent.replica)
+                sent.avoid[sent.replica] = time.monotonic()
             return f"its replica has ended ({type(error).__name__})"
         finally:
             pieces.cancel()
@@ -242,10 +243,15 @@ class ServeEngine:
         return total(stats)
 
     async def _ask_reset(self) -> None:
-        told = await self._engines.broadcast("reset_prefix_cache").results_async(return_exceptions=True)
-        lost = [one for one in told if isinstance(one, BaseException)]
-        if lost:
-            raise DistKVError(f"{len(lost)} of {len(told)} engines were lost before they could forget their pages")
+        try:
+            told = await self._engines.broadcast("reset_prefix_cache").results_async(return_exceptions=True)
+        except DeploymentUnavailableError:
+            return  # engines that are to come have no pages
+        failed = [one for one in told if isinstance(one, BaseException)]
+        if failed:
+            raise DistKVError(
+                f"{len(failed)} of {len(told)} engines have not forgotten their pages ({failed[0]}); ask again"
+            ) from failed[0]
 
     def _call(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)

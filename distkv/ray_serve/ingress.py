@@ -45,7 +45,8 @@ class Ingress:
         return make_app(self._service)
 
     async def check_health(self) -> None:
-        """Raises what has kept the server from starting."""
+        """Raises what has kept the server from starting or keeps it from answering, so that Serve replaces it."""
+        self._engine.check_alive()
         self._checked.cancel()
         if self._ending is not None:
             self._ending.cancel()

@@ -46,7 +46,7 @@ class EngineReplica:
             self._thread.give_up()
             raise
 
-    async def stream(self, request: bytes, closed: list[int], avoid: list[str]) -> AsyncIterator[bytes]:
+    async def stream(self, request: bytes, closed: list[int], avoid: dict[str, float]) -> AsyncIterator[bytes]:
         """Answers an `EngineRequest` with `Piece`s. Closing it ends the request.
 
         Args:

@@ -40,8 +40,8 @@ class PrefixRequestRouter(RequestRouter):
         if (wanted := pending_request.kwargs.get("replica")) in replicas:
             return [[replicas[wanted]]]
         now = time.monotonic()
-        for name in pending_request.kwargs.get("avoid", ()):  # the same ones whenever it asks again
-            self._lost.setdefault(name, now)
+        for name, since in pending_request.kwargs.get("avoid", {}).items():
+            self._lost[name] = max(self._lost.get(name, -math.inf), since)
         loads = {
             name: self._load(one)
             for name, one in replicas.items()

@@ -92,8 +92,9 @@ def _serve(
             wait_for_applications_running=False,
         )  # fmt: skip
         try:
-            if _await_running(name, url, signals):
-                ready(url)
+            found = _await_running(name, url, signals)
+            if found is not None:
+                ready(found)
                 _stay(name, signals)
         finally:
             _delete(name, signals)
@@ -193,8 +194,9 @@ def _check_free(name: str, route_prefix: str) -> None:
         )
 
 
-def _await_running(name: str, url: str, signals: _Signals) -> bool:
-    """Waits until requests are answered; whether they are, and nobody has sent a signal. Raises as `serve_replicas`."""
+def _await_running(name: str, url: str, signals: _Signals) -> str | None:
+    """Waits until requests are answered; returns where they are, at this node's proxy or at another one, or None when
+    somebody has sent a signal. Raises as `serve_replicas`."""
     runs_since = 0.0  # monotonic time
     while not signals.num_come:
         found = serve.status().applications.get(name)
@@ -204,12 +206,14 @@ def _await_running(name: str, url: str, signals: _Signals) -> bool:
             raise _failure(found)
         if found.status == ApplicationStatus.RUNNING:
             if _answers(url):
-                return True
+                return url
             runs_since = runs_since or time.monotonic()
             if time.monotonic() - runs_since > SILENCE_SECONDS:  # it may be that no proxy listens on this node
-                application_url(name, serve_details(), ray.get_runtime_context().get_node_id())
+                details = serve_details()
+                if name in details["applications"]:
+                    url = application_url(name, details, ray.get_runtime_context().get_node_id())
         signals.sleep(POLL_SECONDS)
-    return False
+    return None
 
 
 def _answers(url: str) -> bool:

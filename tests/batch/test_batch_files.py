@@ -190,14 +190,18 @@ def test_a_pool_that_has_no_engine_left_fails_no_line(
         return Response(503, "x", Raw(b"{}"))
 
     async def stats(llm: AsyncLLM) -> EngineStats:
-        return EngineStats(0, 0, 0, 0, num_engines=0)
+        return EngineStats(0, 0, 0, 0, num_engines=0, seconds_without_engine=seconds)
 
     write_lines(tmp_path / "in.jsonl", LINES)
     monkeypatch.setattr(Routes, "post", refuse)
     monkeypatch.setattr(AsyncLLM, "stats", stats)
-    with pytest.raises(DistKVError, match="no engine runs"):
+    seconds = 600.0
+    with pytest.raises(DistKVError, match="no engine could be started anew for 600 s"):
         batch()
     assert not (tmp_path / "out.errors.jsonl").exists()
+    seconds = 20.0  # these may be what engines die of
+    assert batch() == 1
+    assert len(read_lines(tmp_path / "out.errors.jsonl")) == len(LINES)
 
 
 def test_two_batches_do_not_share_an_error_file(tmp_path: Path) -> None:

@@ -21,24 +21,30 @@ LOG = ["one\n", "two\n", "three\n"]
 class Client:
     """In the place of Ray's: a log that takes as many connections as there are `cuts`, and one more."""
 
-    def __init__(self, *cuts: Any):
-        self.cuts, self.num_away, self.num_asked = list(cuts), 0, 0
+    def __init__(self, *cuts: Any, away_for: int = 0, error: Exception | None = None):
+        """`away_for` requests after a cut fail with `error`."""
+        self.cuts, self.away_for, self.num_away, self.num_asked = list(cuts), away_for, 0, 0
+        self.error = error or ConnectionError("away")
         self.is_ended = False
+
+    def _answer(self) -> None:
+        if self.num_away:
+            self.num_away -= 1
+            raise self.error
 
     def get_job_info(self, job: str) -> Any:
         self.num_asked += 1
-        if self.num_away:
-            self.num_away -= 1
-            raise ConnectionError("away")
+        self._answer()
         if job != "mine":
             raise RuntimeError(f"Job {job} does not exist")
         return SimpleNamespace(status=JobStatus.SUCCEEDED if self.is_ended else JobStatus.RUNNING)
 
     async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        self._answer()
         yield LOG[0]
         cut = self.cuts.pop(0) if self.cuts else None
         if isinstance(cut, Exception):
-            self.num_away = 2
+            self.num_away = self.away_for
             raise cut
         if cut == "interrupt":
             asyncio.get_running_loop().call_later(0.05, signal.raise_signal, signal.SIGINT)
@@ -70,6 +76,14 @@ def test_each_character_of_a_log_is_printed_once(cuts: Any, capsys: pytest.Captu
     assert details.status == JobStatus.SUCCEEDED and capsys.readouterr().out == "".join(LOG)
 
 
+@pytest.mark.parametrize("error", [None, RuntimeError("Request failed with status code 503: soon")])
+def test_a_dashboard_that_is_started_anew_is_waited_for(
+    error: Exception | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    follow(cluster_of(Client(RuntimeError("closed"), away_for=30, error=error)), "mine", print)
+    assert capsys.readouterr().out == "".join(LOG)
+
+
 def test_ctrl_c_ends_it() -> None:
     with pytest.raises(KeyboardInterrupt):
         follow(cluster_of(Client("interrupt")), "mine", print)
@@ -77,8 +91,7 @@ def test_ctrl_c_ends_it() -> None:
 
 def test_a_dashboard_that_stays_away_is_told_with_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(following, "AWAY_SECONDS", 0.0)
-    client = Client(*[RuntimeError()] * 9)
-    client.is_ended = False
+    client = Client(RuntimeError(), away_for=10**6)
     with pytest.raises(ConfigError, match="submit --address http://there --follow mine"):
         follow(cluster_of(client), "mine", print)
 

@@ -61,6 +61,9 @@ def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "work" / os.fsdecode(b"caf\xe9.txt")).touch()
     with pytest.raises(ConfigError, match=r"caf.*is not UTF-8; rename it"):
         files_of(tmp_path / "work")
+    fill(tmp_path, "work/.gitignore")
+    (tmp_path / "work" / ".gitignore").write_text("*.txt")
+    assert paths_of(tmp_path / "work") == [".gitignore"]
 
 
 def test_equal_files_make_equal_packages(tmp_path: Path) -> None:
