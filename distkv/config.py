@@ -70,10 +70,10 @@ class EngineConfig:
     room are started later.
     """
     max_rank_failures: int | None = None
-    """Lost ranks within ten minutes that are made good; else none, but on Ray 10 in distkv serve and 20 in batch.
+    """Lost ranks within ten minutes that are made good; on Ray serve has 10, batch 20.
 
     An engine on Ray that has lost a rank is started anew, and its requests are run again, so that their answers pause
-    and then go on with the same tokens. One failure more raises WorkerDied.
+    and then go on with the same tokens. One failure more raises WorkerDied. None makes none good.
     """
     dtype: str = "auto"
     """auto (the checkpoint's), float32, float16 or bfloat16.

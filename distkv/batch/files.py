@@ -4,6 +4,7 @@ import json
 import os
 import stat
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from distkv.batch.line_file import unwritten
 from distkv.errors import ConfigError, StoreError
 from distkv.reporting.out_file import check_out_file
 from distkv.storage.disk.file_lock import FileLock, HeldError
+
+SAMPLE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,18 @@ class BatchFiles:
 class Claim:
     """The right to write the output and the error file, which one process at a time has."""
 
-    def __init__(self, files: BatchFiles, made_with: dict[str, Any]):
-        """Takes it. Raises ConfigError when somebody else has it, and when the answers that are there were made with
+    def __init__(self, files: BatchFiles, model: Path, made_with: dict[str, Any]):
+        """Takes it.
+
+        Args:
+            model: file or folder, which is known again by what it holds wherever it lies.
+            made_with: what else answers depend on.
+
+        Raises ConfigError when somebody else has it, and when the answers that are there were made with
         something else, StoreError when the files beside the output cannot be written."""
         self._locks: list[tuple[Path, FileLock]] = []
         output = files.output
+        made_with = {"model": str(model), "model_digest": _digest(model), **made_with}
         note = output.with_name(f"{output.name}.run")
         try:
             for path in (output, files.errors):
@@ -83,15 +93,33 @@ def _is_one(one: Path, other: Path) -> bool:
 def _compare(output: Path, note: Path, made_with: dict[str, Any]) -> None:
     try:
         before = json.loads(note.read_bytes())
-        changed = [name for name, value in made_with.items() if before.get(name, value) != value]
+        changed = [
+            name for name in made_with if name != "model" and before.get(name, made_with[name]) != made_with[name]
+        ]
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{str(note)!r} cannot be read; remove it if its answers may go on") from error
     if changed:
-        name = changed[0]
+        name = changed[0].removesuffix("_digest")
         raise ConfigError(
             f"the answers in {str(output)!r} were made with {name} {before[name]!r}, and now it is "
             f"{made_with[name]!r}; give what was given then, name another output, or remove {str(note)!r} to mix them"
         )
+
+
+def _digest(model: Path) -> str:
+    """64 hex digits of a model: small files as a whole, of the others size, beginning, middle and end."""
+    digest = sha256()
+    try:
+        for path in [model] if model.is_file() else sorted(one for one in model.iterdir() if one.is_file()):
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                digest.update(f"{path.name if path != model else ''} {size} ".encode(errors="surrogateescape"))
+                for start in (0, size // 2, size - SAMPLE_BYTES) if size > 3 * SAMPLE_BYTES else (0,):
+                    file.seek(start)
+                    digest.update(file.read(SAMPLE_BYTES if size > 3 * SAMPLE_BYTES else -1))
+    except OSError as error:
+        raise ConfigError(f"the model {str(model)!r} cannot be read: {error.strerror}; name another one") from error
+    return digest.hexdigest()
 
 
 def _write(note: Path, made_with: dict[str, Any]) -> None:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from distkv.async_llm import AsyncLLM
 from distkv.batch.files import BatchFiles, Claim
 from distkv.batch.input_file import Contents, lines_left, scan
@@ -68,12 +66,12 @@ def run(folder: Callable[[], Path], files: BatchFiles, options: BatchOptions, en
     contents = scan(files.input, options.names)
     _check_models(contents, options.names)
     model = folder()
-    claim = Claim(files, {"model": str(model), **{name: engine.get(name) for name in MADE_WITH}})
+    claim = Claim(files, model, {name: engine.get(name) for name in MADE_WITH})
     is_complete = False
     try:
         before = restore(contents, files.output, files.errors, options.retries)
         tally = Tally(contents.num_lines, before.num_answered, before.num_failed)
-        with closing(Report(Console(stderr=True, highlight=False), tally, files)) as report:
+        with closing(Report(tally, files)) as report:
             stopped = None
             if before.left:
                 stopped = _Batch(files, options, engine, before, report).run(model)

@@ -23,6 +23,7 @@ class Stop:
         assert task is not None
 
         def handle(number: signal.Signals) -> None:
+            signal.alarm(0)  # by which Ray's own handler aborts the process three seconds after SIGTERM
             is_first, self.signal = self.signal is None, self.signal or number
             self.asked.set()
             if not (is_first and self.is_gentle):

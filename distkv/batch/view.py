@@ -18,12 +18,18 @@ LINE_SECONDS = 10.0
 SHOW_SECONDS = 0.2  # between pictures on a terminal
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Rich's own ends the process."""
+        raise  # the OSError that is being handled
+
+
 class Report:
     """Tells on stderr how it goes. That nobody can be told ends no batch."""
 
-    def __init__(self, console: Console, tally: Tally, files: BatchFiles):
+    def __init__(self, tally: Tally, files: BatchFiles):
         self.tally = tally
-        self._console, self._files = console, files
+        self._console, self._files = _Console(stderr=True, highlight=False), files
         self._view: BatchView | None = None
         self._state = ""
 
@@ -59,7 +65,7 @@ class Report:
         tally, files = self.tally, self._files
         told = f"{tally.num_answered} of {tally.num_lines} lines are answered in {files.output}"
         if tally.num_failed:
-            told += f", {tally.num_failed} are in {files.errors}"
+            told += f", {tally.num_failed} are in {files.errors} (--retry-errors tries them again)"
         if tally.num_done < tally.num_lines:
             told += f", {tally.num_lines - tally.num_done} are left: run the same command again to go on"
         if tally.num_run:

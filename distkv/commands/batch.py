@@ -8,6 +8,7 @@ import typer
 
 from distkv.commands.options import Model, engine, model_folder, path_option, spread, surviving
 from distkv.config import EngineConfig, EngineOptions
+from distkv.errors import ConfigError
 
 RANK_FAILURES = 20  # that are made good unless the user says otherwise
 BatchFlags = Annotated[
@@ -42,11 +43,14 @@ def batch(
     from distkv.batch.files import BatchFiles
     from distkv.batch.run import BatchOptions, run
 
+    names = served_model_name or [model]
+    if not all(names):
+        raise ConfigError(f"served_model_name is {names!r}; give names that are not empty")
     files = BatchFiles(input_file, output, errors)
     code = run(
         lambda: model_folder(model),
         files,
-        BatchOptions(served_model_name or [model], retry_errors),
+        BatchOptions(names, retry_errors),
         surviving(options, RANK_FAILURES),
     )
     if code:

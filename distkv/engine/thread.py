@@ -87,6 +87,8 @@ class EngineThread:
         self._thread = threading.Thread(target=_run, args=(self._loop,), name="distkv-engine", daemon=True)
         weakref.finalize(self, self._loop.ask_to_end).atexit = False
         _alive[self._loop] = self._thread
+        if _note_collection not in gc.callbacks:  # not before: Python drops an interrupt that meets it in there
+            gc.callbacks.append(_note_collection)
         self._thread.start()
 
     def wait(self) -> EngineInfo:
@@ -217,4 +219,3 @@ def _note_collection(phase: str, _: dict[str, int]) -> None:
 # been shut down, and non-daemon threads are joined after that too.
 threading._register_atexit(_close_all)  # type: ignore[attr-defined]
 os.register_at_fork(after_in_child=_disown)
-gc.callbacks.append(_note_collection)

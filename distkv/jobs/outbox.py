@@ -12,10 +12,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+LOOK_SECONDS = 0.5
+STOPPING_SECONDS = 1.5  # of a command, after which its files are put out as they are: three seconds later it is killed
 
 
 def folder_name(job: str) -> str:
@@ -36,13 +39,27 @@ def main() -> int:
     parser.add_argument("--bring", action="append", required=True)
     parser.add_argument("command", nargs="+")
     options = parser.parse_args()
+    stop_times: list[float] = []  # monotonic
     for number in (signal.SIGTERM, signal.SIGINT):  # who stops the job tells the command too; its files are brought
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, lambda *_: stop_times.append(time.monotonic()))
     before = {path: _stamp(path) for pattern in options.bring for path in _found(pattern)}
     _clear(options.job)
-    code = subprocess.call([sys.executable, "-m", "distkv", *options.command])
+    command = subprocess.Popen([sys.executable, "-m", "distkv", *options.command])
+    is_out = False
+    while (code := _ended(command)) is None:
+        if not is_out and stop_times and time.monotonic() - stop_times[0] > STOPPING_SECONDS:
+            _put_out(options.job, options.bring, before)
+            is_out = True
     _put_out(options.job, options.bring, before)
     return code if code >= 0 else 128 - code
+
+
+def _ended(command: "subprocess.Popen[bytes]") -> int | None:
+    """Waits a moment; the exit code, or None."""
+    try:
+        return command.wait(LOOK_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _clear(job: str) -> None:
@@ -61,6 +78,7 @@ def _put_out(job: str, patterns: list[str], before: dict[Path, tuple[int, int]])
     folder = logs / folder_name(job)
     try:
         folder.mkdir(exist_ok=True)
+        first = sum(1 for _ in folder.iterdir())  # what was put out before is left until the new manifest is there
         files: dict[Path, dict] = {}
         missing = []
         for pattern in patterns:
@@ -69,7 +87,7 @@ def _put_out(job: str, patterns: list[str], before: dict[Path, tuple[int, int]])
                 missing.append(pattern)
             for path in new:
                 if path not in files:
-                    target = folder / str(len(files))
+                    target = folder / str(first + len(files))
                     shutil.copyfile(path, target)
                     files[path] = {"path": path.as_posix(), "name": target.name, **_measured(target)}
         staged = folder / f"{MANIFEST}.new"

@@ -12,6 +12,7 @@ from pathspec import GitIgnoreSpec
 from distkv.errors import ConfigError
 
 MOST_BYTES = 256 << 20  # of a folder; Ray takes twice that, and every node unpacks it
+JOB_FILE = ".distkv-job"
 OWN = PurePosixPath("distkv")  # the package that a job gets from here
 MOST_NAMED = 5  # files that are named when there are too many bytes
 IGNORE_FILES = (".gitignore", ".rayignore")
@@ -24,7 +25,7 @@ NEVER = (
 
 @dataclass(frozen=True)
 class Packed:
-    """A file to ship: where it lies, and its path in the folder."""
+    """A file to ship, or a folder that has none: where it lies, and its path in the working dir."""
 
     source: Path
     path: PurePosixPath
@@ -53,12 +54,17 @@ def files_of(folder: Path) -> list[Packed]:
     return files
 
 
-def write_zip(files: list[Packed], target: Path) -> None:
-    """Packs files so that equal ones make equal bytes, whatever their dates: Ray sends no package twice.
+def write_zip(files: list[Packed], job: str, target: Path) -> None:
+    """Packs what a job gets, and a file with its name: Ray keeps one folder for all equal packages, and a job that
+    writes needs one of its own.
 
     Raises ConfigError for a file that cannot be read."""
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(JOB_FILE, job)
         for one in files:
+            if one.source.is_dir():
+                archive.mkdir(str(one.path))
+                continue
             info = zipfile.ZipInfo(str(one.path))
             info.compress_type = zipfile.ZIP_DEFLATED
             try:
@@ -85,8 +91,6 @@ def _walk(
     folder: Path, inside: PurePosixPath, rules: list[tuple[PurePosixPath, GitIgnoreSpec]], above: tuple[str, ...]
 ) -> Iterator[Packed]:
     real = os.path.realpath(folder)
-    if real in above:  # a link that leads back
-        return
     rules = [*rules, *_rules_of(folder, inside)]
     try:
         entries = list(os.scandir(folder))
@@ -103,7 +107,9 @@ def _walk(
                 "--working-dir"
             )
         if is_folder:
-            yield from _walk(Path(entry.path), path, rules, (*above, real))
+            if os.path.realpath(entry.path) not in (*above, real):  # a link that leads back
+                inner = list(_walk(Path(entry.path), path, rules, (*above, real)))
+                yield from inner or [Packed(Path(entry.path), path, 0)]
         elif entry.is_file():  # and not a socket, a pipe or a link that leads nowhere
             yield Packed(Path(entry.path), path, entry.stat().st_size)
 

@@ -46,7 +46,7 @@ def submit(address: str | None, job: Job, tell: Callable[[str], None]) -> tuple[
     patterns = [check_pattern(pattern) for pattern in job.bring]
     module = wrapped(name, patterns, job.command) if patterns else ["distkv", *job.command]
     with TemporaryDirectory(prefix="distkv-") as folder:
-        working_dir, size = _working_dir(job.working_dir, Path(folder))
+        working_dir, size = _working_dir(job.working_dir, name, Path(folder))
         package = stage_distkv(Path(folder, "modules"))
         size += sum(file.stat().st_size for file in package.rglob("*") if file.is_file())
         cluster = Cluster(address)
@@ -95,7 +95,7 @@ def print_notice(text: str) -> None:
     print(f"distkv: {text}", file=sys.stderr, flush=True)
 
 
-def _working_dir(given: str, folder: Path) -> tuple[str, int]:
+def _working_dir(given: str, job: str, folder: Path) -> tuple[str, int]:
     """What Ray is to take as the working dir, and the bytes that are sent of it at most."""
     if "://" in given:
         return given, 0
@@ -107,5 +107,5 @@ def _working_dir(given: str, folder: Path) -> tuple[str, int]:
             )
         return given, size
     target = folder / "working_dir.zip"
-    write_zip(files_of(Path(given)), target)
+    write_zip(files_of(Path(given)), job, target)
     return str(target), target.stat().st_size

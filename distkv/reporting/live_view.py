@@ -1,5 +1,6 @@
 """What a command shows while it runs."""
 
+from contextlib import suppress
 from typing import Self
 
 from rich.console import Console
@@ -16,9 +17,11 @@ class LiveView:
 
     def __enter__(self) -> Self:
         if self._live is not None:
-            self._live.start()
+            with suppress(OSError):
+                self._live.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._live is not None:
-            self._live.stop()
+            with suppress(OSError):  # a terminal that is gone
+                self._live.stop()

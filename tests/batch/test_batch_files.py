@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -204,9 +205,9 @@ def test_a_pool_that_has_no_engine_left_fails_no_line(
     assert len(read_lines(tmp_path / "out.errors.jsonl")) == len(LINES)
 
 
-def test_two_batches_do_not_share_an_error_file(tmp_path: Path) -> None:
+def test_two_batches_do_not_share_an_error_file(talker: Path, tmp_path: Path) -> None:
     def claim(output: str) -> Claim:
-        return Claim(BatchFiles(tmp_path / "in", tmp_path / output, tmp_path / "errors"), {})
+        return Claim(BatchFiles(tmp_path / "in", tmp_path / output, tmp_path / "errors"), talker, {})
 
     first = claim("one")
     with pytest.raises(ConfigError, match=f"process {os.getpid()} .* is writing '.*errors'; .*name another"):
@@ -214,6 +215,31 @@ def test_two_batches_do_not_share_an_error_file(tmp_path: Path) -> None:
     first.release(is_complete=True)
     claim("two").release(is_complete=True)
     assert not list(tmp_path.glob("*.lock"))
+
+
+def test_a_model_is_known_again_by_what_it_holds(talker: Path, tmp_path: Path) -> None:
+    def claim(model: Path) -> None:
+        Claim(BatchFiles(tmp_path / "in", tmp_path / "out", None), model, {}).release(is_complete=False)
+
+    claim(talker)
+    (tmp_path / "out").write_text("{}\n")
+    moved = shutil.copytree(talker, tmp_path / "moved")
+    claim(moved)
+    [weights] = moved.glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"made with model '{talker}', and now it is '{moved}'"):
+        claim(moved)
+
+
+def test_a_reader_of_stderr_who_has_left_ends_nothing(talker: Path, tmp_path: Path) -> None:
+    source, output = write_lines(tmp_path / "in.jsonl", LINES[:3]), tmp_path / "out.jsonl"
+    with start_batch(talker, source, output) as process:
+        assert process.stderr is not None
+        process.stderr.close()
+        assert process.wait() == 0
+    assert len(answers(output)) == 3
 
 
 def test_the_served_name_is_found_behind_a_thousand_others(tmp_path: Path) -> None:

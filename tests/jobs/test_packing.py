@@ -4,12 +4,15 @@ import http.server
 import io
 import json
 import os
+import signal
 import sys
 import threading
+import time
 import zipfile
 from contextlib import redirect_stdout
 from hashlib import sha256
 from pathlib import Path
+from subprocess import Popen
 from subprocess import run as run_process
 from typing import Any
 
@@ -66,13 +69,17 @@ def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
     assert paths_of(tmp_path / "work") == [".gitignore"]
 
 
-def test_equal_files_make_equal_packages(tmp_path: Path) -> None:
-    fill(tmp_path, "in/a.txt", "in/b.txt")
-    write_zip(files_of(tmp_path / "in"), tmp_path / "1.zip")
-    (tmp_path / "in" / "a.txt").touch()
-    write_zip(files_of(tmp_path / "in"), tmp_path / "2.zip")
-    assert (tmp_path / "1.zip").read_bytes() == (tmp_path / "2.zip").read_bytes()
-    assert zipfile.ZipFile(tmp_path / "1.zip").read("a.txt") == b"in/a.txt"
+def test_each_job_has_a_package_of_its_own(tmp_path: Path) -> None:
+    """Ray would have jobs of equal packages write in one folder. Empty folders are there to be written to."""
+    fill(tmp_path, "in/a.txt")
+    (tmp_path / "in" / "out").mkdir()
+    for job in ("first", "second"):
+        write_zip(files_of(tmp_path / "in"), job, tmp_path / job)
+        with zipfile.ZipFile(tmp_path / job) as archive:
+            archive.extractall(tmp_path / f"of {job}")
+        assert (tmp_path / f"of {job}" / "a.txt").read_bytes() == b"in/a.txt"
+        assert (tmp_path / f"of {job}" / "out").is_dir()
+    assert (tmp_path / "first").read_bytes() != (tmp_path / "second").read_bytes()
 
 
 def test_too_much_is_refused_by_the_names_of_the_biggest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +189,35 @@ def test_a_file_that_the_job_did_not_write_is_not_put_out(tmp_path: Path) -> Non
     manifest = json.loads((tmp_path / "distkv-j" / "manifest.json").read_text())
     assert manifest == {"files": [], "missing": ["old.txt", "-x", "new/*"]}
     assert [path.name for path in (tmp_path / "distkv-j").iterdir()] == ["manifest.json"]
+
+
+def test_what_a_command_has_written_is_put_out_before_it_is_killed(tmp_path: Path) -> None:
+    """Ray gives a job that is stopped three seconds, and a command may take longer to end."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "distkv.py").write_text(
+        "import signal, time\n"
+        "def end(*_):\n"
+        "    open('out.txt', 'a').write('more ')\n"
+        "    time.sleep(60)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "open('out.txt', 'w').write('some ')\n"
+        "time.sleep(60)\n"
+    )
+    (tmp_path / "outbox.py").write_text((ROOT / "distkv" / "jobs" / "outbox.py").read_text())
+    command = [sys.executable, str(tmp_path / "outbox.py"), "--job", "j", "--bring=out.txt", "--", "stress"]
+    with (
+        (tmp_path / "job-driver-j.log").open("w") as log,
+        Popen(command, cwd=tmp_path / "work", stdout=log, stderr=log, start_new_session=True) as job,
+    ):
+        written = tmp_path / "work" / "out.txt"
+        while not written.exists() or written.read_text() != "some ":
+            time.sleep(0.01)
+        os.killpg(job.pid, signal.SIGTERM)
+        while not (tmp_path / "distkv-j" / "manifest.json").exists():
+            time.sleep(0.01)
+        os.killpg(job.pid, signal.SIGKILL)
+    [entry] = json.loads((tmp_path / "distkv-j" / "manifest.json").read_text())["files"]
+    assert (tmp_path / "distkv-j" / entry["name"]).read_text() == "some more "
 
 
 class Logs:
