@@ -123,7 +123,7 @@ def test_a_killed_process_leaves_no_trace(model: tuple[Path, str], tmp_path: Pat
         assert number < 30 or output.num_cached_tokens > 0
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_the_demo_model_in_chunks_of_any_size(demo_model: Path, dtype: str) -> None:
     """Logits of real shapes: of a prompt in one chunk, in many, and after it one token at a time."""
     prompt = random_prompt(300, 5, 40_000)

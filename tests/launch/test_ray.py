@@ -508,6 +508,7 @@ def test_addresses_of_other_forms_are_refused(tiny_model: Path, address: str) ->
         LLM(tiny_model, ray_address=address)
 
 
+@pytest.mark.slow
 def test_a_job_needs_nothing_of_ours_installed(cluster: Cluster, demo_model: Path) -> None:
     command = [
         "python", "-m", "distkv", "generate", "--model", str(demo_model), "--prompt", "The capital of France is",
