@@ -153,7 +153,11 @@ def _start_http(options: ServerOptions, is_own: bool) -> str:
 def _check_free(name: str, route_prefix: str) -> None:
     """Raises ConfigError when the name or the path is another application's."""
     if name in serve.status().applications:
-        raise ConfigError(f"an application {name!r} runs on this cluster already; give another --name")
+        address = ray.get_runtime_context().gcs_address
+        raise ConfigError(
+            f"an application {name!r} runs on this cluster already; give another --name, or end that one, if nobody "
+            f"else does: python -c \"import ray, ray.serve; ray.init('{address}'); ray.serve.delete({name!r})\""
+        )
     client = _get_global_client()
     assert client is not None
     details = client.get_serve_details()["applications"]

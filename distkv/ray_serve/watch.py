@@ -24,7 +24,7 @@ ANSWER_SECONDS = 5.0
 NUM_SILENCES = 2  # looks in a row that find no answer, after which that is said
 OWN_ERROR = re.compile(r"\bdistkv(?:\.[\w.]+)?\.(\w+): (.+)")
 NO_MODULE = "No module named 'distkv"
-SLOW = "slow __init__"  # Serve's remark on a start that takes more than 30 s, as that of a large model does
+SLOW = "have taken more than"  # 30 s to start, says Serve, as a large model does
 
 
 class Watch:
@@ -123,10 +123,10 @@ class Missing:
 
     def _text(self, found: ApplicationStatusOverview, name: str, running: int, reason: str) -> str:
         deployment = found.deployments.get(name)
-        states = {} if deployment is None else deployment.replica_states
-        others = {state.value.lower(): num for state, num in states.items() if state != ReplicaState.RUNNING and num}
         text = f"{running} of {self.wanted[name]} {name} run"
-        text += "".join(f", {num} {state}" for state, num in others.items())
+        for state, num in ({} if deployment is None else deployment.replica_states).items():
+            if num and state != ReplicaState.RUNNING:
+                text += f", {num} {ReplicaState(state).value.lower()}"
         return f"{text} ({reason})" if reason else text
 
 
@@ -186,5 +186,4 @@ def reason_of(message: str) -> str:
     """What Serve's message about a deployment gives as the reason, in a line; nothing where it has none."""
     if own := OWN_ERROR.findall(message):
         return str(own[-1][1])
-    last = (message.strip().splitlines() or [""])[-1]
-    return "" if SLOW in last else last
+    return "" if SLOW in message else (message.strip().splitlines() or [""])[-1]
