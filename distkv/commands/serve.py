@@ -1,7 +1,10 @@
 """`distkv serve`: a model for whoever speaks OpenAI's API."""
 
+import sys
+from contextlib import redirect_stdout
 from dataclasses import fields
-from typing import Annotated
+from functools import partial
+from typing import Annotated, TextIO
 
 import typer
 
@@ -29,15 +32,17 @@ def serve(
     options: EngineFlags,
 ) -> None:
     """Serve a model over HTTP, with OpenAI's API and a page to look at."""
-    if replicas.replicas is not None:
-        from distkv.ray_serve.run import serve_replicas
+    tell = partial(_tell, model, sys.stdout)
+    with redirect_stdout(sys.stderr):  # Ray prints what it says of any worker's death
+        if replicas.replicas is not None:
+            from distkv.ray_serve.run import serve_replicas
 
-        serve_replicas(model, lambda: model_folder(model), server, options, replicas, lambda url: _tell(model, url))
-        return
-    from distkv.server.serve import serve as run
+            serve_replicas(model, lambda: model_folder(model), server, options, replicas, tell)
+            return
+        from distkv.server.serve import serve as run
 
-    run(model, lambda: model_folder(model), server, surviving(options, RANK_FAILURES), lambda url: _tell(model, url))
+        run(model, lambda: model_folder(model), server, surviving(options, RANK_FAILURES), tell)
 
 
-def _tell(model: str, url: str) -> None:
-    print(f"distkv serves {model} at {url}", flush=True)
+def _tell(model: str, stdout: TextIO, url: str) -> None:
+    print(f"distkv serves {model} at {url}", file=stdout, flush=True)

@@ -1,45 +1,37 @@
 """`distkv serve --replicas`: deploys an application, stays with it, and takes it down in the end."""
 
 import logging
-import re
-import signal
-import socket
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
-import httpx2
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.context import _get_global_client
-from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from distkv.client.card import http_url
-from distkv.client.serve_app import application_url, serve_details
 from distkv.config import EngineConfig, EngineOptions
 from distkv.errors import CapacityError, ConfigError, DistKVError
-from distkv.ray_serve.app import Deployments, build_app
+from distkv.ray_serve.app import ENGINES, INGRESS, Deployments, build_app
 from distkv.ray_serve.options import ReplicaOptions
+from distkv.ray_serve.signals import Signals
+from distkv.ray_serve.watch import POLL_SECONDS, Watch
 from distkv.server.options import ServerOptions
-from distkv.server.serve import warn_if_open
+from distkv.server.serve import cannot_listen, listen, warn_if_open
 from distkv.workers.backend import KINDS
 from distkv.workers.group.ray_cluster import connect, disconnect
+from distkv.workers.group.ray_errors import cause_of
 
 log = logging.getLogger(__name__)
 
 DEFAULT_NAME = "distkv"  # of the application
-POLL_SECONDS = 0.3
-SILENCE_SECONDS = 30.0  # in which an application that runs is to answer
-LOOK_SECONDS = 2.0  # between two looks at an application that runs
-PROXY_ENVIRONMENT = {"RAY_SERVE_PROXY_USE_GRPC": "1"}  # an object of Ray for each piece of a stream costs more
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+PROXY_ENVIRONMENT = {
+    "RAY_SERVE_PROXY_USE_GRPC": "1",  # an object of Ray for each piece of a stream costs more
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # a proxy is dead after three; by default that takes half a minute
+}
 SERVER_FIELDS = ("api_key", "max_queued_requests", "max_body_bytes", "shutdown_timeout", "served_model_name")
-OWN_ERROR = re.compile(r"\bdistkv(?:\.[\w.]+)?\.(\w+): (.+)")
-NO_MODULE = "No module named 'distkv"
 
 
 def serve_replicas(
@@ -61,7 +53,7 @@ def serve_replicas(
     address = engine.get("ray_address")
     on_ray: EngineOptions = {**engine, "ray_address": "auto"}
     config = EngineConfig(folder(), **on_ray)
-    signals = _Signals()
+    signals = Signals()
     with signals.handled():
         connect(address, how.replicas * config.tensor_parallel_size)
         signals.handle()
@@ -76,7 +68,7 @@ def serve_replicas(
 
 def _serve(
     model: str, options: ServerOptions, config: EngineConfig, how: ReplicaOptions, ready: Callable[[str], None],
-    signals: "_Signals",
+    signals: Signals,
 ) -> None:  # fmt: skip
     name = options.name or DEFAULT_NAME
     server = {one: getattr(options, one) for one in SERVER_FIELDS}
@@ -92,49 +84,16 @@ def _serve(
             wait_for_applications_running=False,
         )  # fmt: skip
         try:
-            found = _await_running(name, url, signals)
+            watch = Watch(name, url, {ENGINES: how.replicas or 1, INGRESS: 1}, signals)
+            found = watch.await_answer()
             if found is not None:
                 ready(found)
-                _stay(name, signals)
+                watch.stay()
         finally:
             _delete(name, signals)
     finally:
         if is_own and not serve.status().applications:
             serve.shutdown()
-
-
-class _Signals:
-    """The first SIGTERM or SIGINT has what runs end by itself, the second leaves that to Serve."""
-
-    def __init__(self) -> None:
-        self.num_come = 0
-        self.is_interrupted = False
-
-    @contextmanager
-    def handled(self) -> Iterator[None]:
-        """Handles signals for as long as this lasts."""
-        before = self.handle()
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def handle(self) -> dict[int, Any]:
-        """Begins to handle them, or begins again when Ray has put a handler of its own in place, which aborts the
-        process three seconds after SIGTERM."""
-        return {number: signal.signal(number, self._handle) for number in SIGNALS}
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        signal.alarm(0)  # which Ray's handler sets, if it was there
-        self.num_come += 1
-        self.is_interrupted |= number == signal.SIGINT
-
-    def sleep(self, seconds: float) -> None:
-        """Sleeps, but no longer than until the next signal."""
-        num_before, end = self.num_come, time.monotonic() + seconds
-        while self.num_come == num_before and (left := end - time.monotonic()) > 0:
-            time.sleep(min(left, 0.1))
 
 
 def _check_effects(options: ServerOptions) -> None:
@@ -144,7 +103,7 @@ def _check_effects(options: ServerOptions) -> None:
 
 
 def _check_room(replicas: int, config: EngineConfig) -> None:
-    """Raises CapacityError where the cluster never has room for all ranks."""
+    """Raises CapacityError where the cluster never has room for all ranks; says so where it has none at the moment."""
     total = ray.cluster_resources()
     device = ("cuda" if total.get("GPU", 0) >= 1 else "cpu") if config.device == "auto" else config.device
     kind, wanted = KINDS[device].resource, replicas * config.tensor_parallel_size
@@ -154,36 +113,51 @@ def _check_room(replicas: int, config: EngineConfig) -> None:
             f"cluster has {int(total.get(kind, 0))}; use fewer, or add nodes (`ray start --num-{kind.lower()}s=N` says "
             "how many a node offers)"
         )
+    free = ray.available_resources().get(kind, 0)
+    if wanted > free:
+        log.warning(
+            "replicas %d of tensor_parallel_size %d need %d %ss, and %d are free at the moment; those without room "
+            "wait for it", replicas, config.tensor_parallel_size, wanted, kind, free,
+        )  # fmt: skip
 
 
 def _start_http(options: ServerOptions, is_own: bool) -> str:
-    """Has Serve listen, unless it does already; returns where."""
+    """Has Serve listen, unless it does already; returns where. Raises ConfigError where nothing can listen."""
+    host, port = options.host, options.port
     if is_own:
-        serve.start(
-            http_options={"host": options.host, "port": options.port or _free_port(options.host)},
-            controller_options={"runtime_env": {"env_vars": PROXY_ENVIRONMENT}},
-        )
+        if not port:
+            with closing(listen(host, 0)) as found:
+                port = found.getsockname()[1]
+        try:
+            serve.start(
+                http_options={"host": host, "port": port},
+                controller_options={"runtime_env": {"env_vars": PROXY_ENVIRONMENT}},
+            )
+        except RayError as error:
+            if "Failed to bind" not in str(error):
+                raise DistKVError(f"Ray Serve does not start ({cause_of(error)}); its logs may have more") from error
+            with closing(listen(host, port)):  # which knows why, where it cannot either
+                raise cannot_listen(host, port, f"on a node of the cluster: {cause_of(error)}") from error
     client = _get_global_client()
     assert client is not None
     http = client.http_config
-    if not is_own and (http.host, http.port) != (options.host, options.port):
+    if not is_own and (http.host, http.port) != (host, port or http.port):
         log.warning(
             "Ray Serve runs on this cluster already and listens on %s, port %d; host %s and port %d are not used",
-            http.host, http.port, options.host, options.port,
+            http.host, http.port, host, port,
         )  # fmt: skip
     warn_if_open(http.host, options.api_key)
     return http_url(http.host, http.port)
 
 
-def _free_port(host: str) -> int:
-    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as found:
-        return int(found.getsockname()[1])
-
-
 def _check_free(name: str, route_prefix: str) -> None:
     """Raises ConfigError when the name or the path is another application's."""
     if name in serve.status().applications:
-        raise ConfigError(f"an application {name!r} runs on this cluster already; give another --name")
+        address = ray.get_runtime_context().gcs_address
+        raise ConfigError(
+            f"an application {name!r} runs on this cluster already; give another --name, or end that one, if nobody "
+            f"else does: python -c \"import ray, ray.serve; ray.init('{address}'); ray.serve.delete({name!r})\""
+        )
     client = _get_global_client()
     assert client is not None
     details = client.get_serve_details()["applications"]
@@ -194,51 +168,7 @@ def _check_free(name: str, route_prefix: str) -> None:
         )
 
 
-def _await_running(name: str, url: str, signals: _Signals) -> str | None:
-    """Waits until requests are answered; returns where they are, at this node's proxy or at another one, or None when
-    somebody has sent a signal. Raises as `serve_replicas`."""
-    runs_since = 0.0  # monotonic time
-    while not signals.num_come:
-        found = serve.status().applications.get(name)
-        if found is None:
-            raise DistKVError(f"the application {name!r} was deleted while it started")
-        if found.status == ApplicationStatus.DEPLOY_FAILED:
-            raise _failure(found)
-        if found.status == ApplicationStatus.RUNNING:
-            if _answers(url):
-                return url
-            runs_since = runs_since or time.monotonic()
-            if time.monotonic() - runs_since > SILENCE_SECONDS:  # it may be that no proxy listens on this node
-                details = serve_details()
-                if name in details["applications"]:
-                    url = application_url(name, details, ray.get_runtime_context().get_node_id())
-        signals.sleep(POLL_SECONDS)
-    return None
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx2.get(f"{url}/health", timeout=5).status_code == 200
-    except httpx2.HTTPError:
-        return False
-
-
-def _stay(name: str, signals: _Signals) -> None:
-    """Waits for a signal; raises DistKVError when the application is gone or cannot go on."""
-    before = ApplicationStatus.RUNNING
-    while not signals.num_come:
-        signals.sleep(LOOK_SECONDS)
-        found = serve.status().applications.get(name)
-        if found is None:
-            raise DistKVError(f"the application {name!r} was deleted; serve it anew to go on")
-        if found.status == ApplicationStatus.DEPLOY_FAILED:
-            raise _failure(found)
-        if found.status != before:
-            log.warning("the application %r is %s now", name, found.status.value.lower())
-            before = found.status
-
-
-def _delete(name: str, signals: _Signals) -> None:
+def _delete(name: str, signals: Signals) -> None:
     """Takes the application down and waits until nothing of it is left, or for one more signal."""
     num_before = max(1, signals.num_come)
     serve.delete(name, _blocking=False)
@@ -247,20 +177,3 @@ def _delete(name: str, signals: _Signals) -> None:
             log.warning("the application %r is being deleted; what runs there ends as Serve has it", name)
             return
         signals.sleep(POLL_SECONDS)
-
-
-def _failure(found: ApplicationStatusOverview) -> DistKVError:
-    """Why an application cannot run, as one line where distkv has said it."""
-    texts = [one.message for one in found.deployments.values() if one.message] + [found.message]
-    for text in texts:
-        if NO_MODULE in text:
-            return ConfigError(
-                "Serve's replicas cannot import distkv; install it on every node, or submit with `ray job submit "
-                "--working-dir` from a checkout"
-            )
-        if own := OWN_ERROR.findall(text):
-            kind, message = own[-1]
-            known: Any = {"ConfigError": ConfigError, "CapacityError": CapacityError}.get(kind, DistKVError)
-            return known(message)
-    last = (texts[0].strip().splitlines() or ["no reason is known"])[-1]
-    return DistKVError(f"the application failed to start: {last}; `serve status` has more")

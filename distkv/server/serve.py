@@ -40,7 +40,7 @@ def serve(
     Raises ConfigError for an address that cannot be listened on, and for a name that cannot be had, before the model is
     looked for; KeyboardInterrupt after SIGINT, and what `AsyncLLM` raises.
     """
-    with closing(_listen(options.host, options.port)) as listener:
+    with closing(listen(options.host, options.port)) as listener:
         host, port = listener.getsockname()[:2]
         with registered(options.name, engine.get("ray_address"), host, port, options.api_key) as registration:
             service = Service(options.served_model_name or [model], options)
@@ -140,8 +140,8 @@ class _Server(uvicorn.Server):
         self.is_interrupted |= sig == signal.SIGINT
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens at the first address of a host."""
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens at the first address of a host; raises ConfigError where none can."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, proto)
@@ -154,6 +154,9 @@ def _listen(host: str, port: int) -> socket.socket:
             found.close()
             raise
     except (OSError, UnicodeError) as error:
-        raise ConfigError(
-            f"{host!r}, port {port}, cannot be listened on ({error}); give another --host or --port"
-        ) from error
+        raise cannot_listen(host, port, str(error)) from error
+
+
+def cannot_listen(host: str, port: int, why: str) -> ConfigError:
+    """The error to raise for an address."""
+    return ConfigError(f"{host!r}, port {port}, cannot be listened on ({why}); give another --host or --port")

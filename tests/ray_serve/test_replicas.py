@@ -76,6 +76,36 @@ def served(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         assert json.loads(told.stdout.splitlines()[-1]) == [[], ["REMOVED"]], told.stderr
 
 
+@pytest.mark.slow
+def test_one_replica_with_room_answers_and_the_other_one_is_said_to_be_missing(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """First of all, since `served` leaves no room."""
+    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+    try:
+        held = ray.util.placement_group([{"CPU": 1}] * 2)
+        ray.get(held.ready(), timeout=60)
+        with ServerProcess(save_talker(tmp_path), *FLAGS, "--ray-address", cluster.address) as server:
+            assert "need 4 CPUs, and 2 are free" in server.log
+            body = {"model": "talker", "prompt": "x", "max_tokens": 4}
+            assert server.post("/v1/completions", body).status_code == 200
+            await_log(server, "1 of 2 engines run, 1 starting")
+            ray.util.remove_placement_group(held)
+            await_log(server, "has all its replicas now")
+            assert server.terminate() == 0, server.log
+            assert server.process.stdout is not None and server.process.stdout.read() == ""
+    finally:
+        ray.shutdown()
+
+
+def await_log(server: ServerProcess, text: str) -> None:
+    """Returns when a server has logged a text; fails when that does not come."""
+    deadline = time.monotonic() + 180
+    while text not in server.log:
+        assert time.monotonic() < deadline and server.process.poll() is None, server.log
+        time.sleep(0.5)
+
+
 def prompts(count: int, seed: int, length: int) -> list[str]:
     """Texts of which each letter is a token."""
     chosen = random.Random(seed)

@@ -32,6 +32,7 @@ from distkv.workers.rank import Capacity, Loaded, RankConfig
 log = logging.getLogger(__name__)
 
 PLACEMENT_TIMEOUT = 60.0  # seconds to wait for resources that others hold
+PLACEMENT_REMARK = 10.0  # after which it is said that they are waited for
 CHECK_SECONDS = 1.0  # after which a wait looks whether it is still wanted
 DEATHS_SETTLE = 1.0  # seconds in which the first of several deaths is told from those that follow from it
 # Variables of the caller's environment that reach the ranks.
@@ -196,16 +197,7 @@ class RayGroup:
             )
         bundle = {kind: 1}
         self._placement = placement_group([bundle] * self.size, strategy="PACK")  # one node, where one has the room
-        deadline = time.monotonic() + PLACEMENT_TIMEOUT
-        while not self._placement.wait(CHECK_SECONDS):
-            self._check_wanted()
-            if time.monotonic() < deadline:
-                continue
-            free = ray.available_resources().get(kind, 0)
-            raise CapacityError(
-                f"{self.size} {kind}s were not free within {PLACEMENT_TIMEOUT:.0f} s, {int(free)} are now; "
-                "end what holds them or use fewer ranks"
-            )
+        self._await_placement(kind)
         actor_class = ray.remote(RankActor)
         for index in range(self.size):
             strategy_of_rank = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=index)
@@ -217,6 +209,26 @@ class RayGroup:
                 "runtime_env": {"env_vars": _passed_environment()},
             }
             self._actors.append(actor_class.options(**options).remote())
+
+    def _await_placement(self, kind: str) -> None:
+        """Waits until others have freed what the group needs; raises CapacityError when that takes too long."""
+        start, is_told = time.monotonic(), False
+        while not self._placement.wait(CHECK_SECONDS):
+            self._check_wanted()
+            waited = time.monotonic() - start
+            if waited >= PLACEMENT_TIMEOUT:
+                free = ray.available_resources().get(kind, 0)
+                raise CapacityError(
+                    f"{self.size} {kind}s were not free within {PLACEMENT_TIMEOUT:.0f} s, {int(free)} are now; "
+                    "end what holds them or use fewer ranks"
+                )
+            if waited >= PLACEMENT_REMARK and not is_told:
+                is_told = True
+                free = ray.available_resources().get(kind, 0)
+                log.warning(
+                    "waiting for %d free %ss of the cluster, %d are free now; this gives up after %.0f s",
+                    self.size, kind, free, PLACEMENT_TIMEOUT,
+                )  # fmt: skip
 
     def _for_node(self, config: RankConfig, rank: int) -> RankConfig:
         """The config of a rank with its number of threads: Ray itself gives an actor one."""
