@@ -38,9 +38,9 @@ class Stdout(io.TextIOWrapper):
 
 @contextmanager
 def guarded() -> Iterator[Stdout | None]:
-    """Makes the three streams usable, and yields stdout; what is left to be written is written at the end, or dropped
-    when that fails. Yields None where stdout is something without bytes below it, such as StringIO, which stays as it
-    is. Raises ConfigError when stdout is closed.
+    """Makes the three streams usable, and yields stdout; what is left to be written to it or to stderr is written at
+    the end, or dropped when that fails. Yields None where stdout is something without bytes below it, such as StringIO,
+    which stays as it is. Raises ConfigError when stdout is closed.
 
     In the place of a closed descriptor there is /dev/null: else a file that is opened later would get its number, and
     what a library prints would go into that file.
@@ -64,10 +64,11 @@ def guarded() -> Iterator[Stdout | None]:
         yield stdout
     finally:
         sys.stdout = before
-        try:
-            stdout.flush()
-        except OSError:
-            _drop(stdout)
+        for stream in (stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                _drop(stream)
         stdout.detach()
 
 
