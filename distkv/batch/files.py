@@ -114,9 +114,12 @@ def _digest(model: Path) -> str:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 digest.update(f"{path.name if path != model else ''} {size} ".encode(errors="surrogateescape"))
-                for start in (0, size // 2, size - SAMPLE_BYTES) if size > 3 * SAMPLE_BYTES else (0,):
+                if size <= 3 * SAMPLE_BYTES:
+                    digest.update(file.read())
+                    continue
+                for start in (0, size // 2, size - SAMPLE_BYTES):
                     file.seek(start)
-                    digest.update(file.read(SAMPLE_BYTES if size > 3 * SAMPLE_BYTES else -1))
+                    digest.update(file.read(SAMPLE_BYTES))
     except OSError as error:
         raise ConfigError(f"the model {str(model)!r} cannot be read: {error.strerror}; name another one") from error
     return digest.hexdigest()

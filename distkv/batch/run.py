@@ -23,15 +23,8 @@ from distkv.config import EngineOptions
 from distkv.errors import DistKVError, RequestError
 
 MADE_WITH = (
-    "dtype",
-    "seed",
-    "device",
-    "load_format",
-    "max_model_len",
-    "tensor_parallel_size",
-    "page_size",
-    "batch_invariant",
-)
+    "dtype", "seed", "device", "load_format", "max_model_len", "tensor_parallel_size", "page_size", "batch_invariant",
+)  # fmt: skip
 """Options that answers depend on. On CUDA others change last bits too, without `batch_invariant`."""
 SYNC_SECONDS = 1.0
 GRACE_SECONDS = 10.0  # that what runs has to end after a signal

@@ -8,7 +8,7 @@ import typer
 
 from distkv.commands.options import Model, engine, model_folder, path_option, spread, surviving
 from distkv.config import EngineConfig, EngineOptions
-from distkv.errors import ConfigError
+from distkv.server.options import ServerOptions
 
 RANK_FAILURES = 20  # that are made good unless the user says otherwise
 BatchFlags = Annotated[
@@ -43,9 +43,7 @@ def batch(
     from distkv.batch.files import BatchFiles
     from distkv.batch.run import BatchOptions, run
 
-    names = served_model_name or [model]
-    if not all(names):
-        raise ConfigError(f"served_model_name is {names!r}; give names that are not empty")
+    names = ServerOptions(served_model_name=served_model_name).served_model_name or [model]
     files = BatchFiles(input_file, output, errors)
     code = run(
         lambda: model_folder(model),

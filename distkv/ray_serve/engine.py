@@ -195,8 +195,9 @@ class ServeEngine:
 
     def _close_late(self, sent: _InFlight, closed: Sequence[int | None]) -> None:
         """Ends the answers at a replica that were ended since it was sent the request."""
-        late: list[tuple[str, int | None]] = []
-        late += [(sent.run_id, index) for index in sent.replay.closed if index not in closed]
+        late: list[tuple[str, int | None]] = [
+            (sent.run_id, index) for index in sent.replay.closed if index not in closed
+        ]
         if late:
             self._tell(late, "stop", sent)
 
