@@ -20,6 +20,7 @@ from torch import Tensor
 
 from distkv import LLM, SamplingParams
 from distkv.storage.synthetic_pages import synthetic_slice
+from distkv.workers.group.executor import StepResult
 from distkv.workers.group.process_group import ProcessGroup
 from distkv.workers.group.step_plan import StepPlan
 from distkv.workers.sampling.sample_row import SampleRow
@@ -93,7 +94,7 @@ def test_tiers_change_no_bit_and_memory_stays_flat(
     )
     options = {"page_size": 64, "max_num_batched_tokens": 512, "max_num_seqs": 1}
     peaks = []
-    for length in (4000, 16000):
+    for length in (4000, 4000, 16000):  # the first takes what libraries keep, on a stream or for a thread
         prompt = random_prompt(length, length)
         resident = run(folder, [prompt], pages=(length // 64 + 2, 0, 0), **options)
         gc.collect()
@@ -103,7 +104,7 @@ def test_tiers_change_no_bit_and_memory_stays_flat(
         peaks.append(torch.cuda.max_memory_allocated())
         tiered.assert_same(resident)
         assert tiered.moved("host_streamed") > 20 * (length // 64 - 12) * tiered.page_bytes
-    assert peaks[1] - peaks[0] < 4 * 2**20, peaks
+    assert peaks[2] - peaks[1] < 4 * 2**20, peaks
 
 
 def test_few_new_tokens_are_compiled_beside_the_engine(tmp_path: Path) -> None:
@@ -165,7 +166,7 @@ def test_drawing_waits_for_nothing() -> None:
             assert own_table.logprob == pytest.approx(table.logprob, abs=1e-5)
 
 
-def test_no_step_of_a_decode_waits_for_the_device(tmp_path: Path) -> None:
+def test_no_step_of_a_decode_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Resident sequences, with all that a row may ask for: what the step's thread does raises where it would wait. A
     failed step would show as an error of its request, or as one more step."""
     folder, _ = save_llama(tmp_path, num_attention_heads=8, num_key_value_heads=2, hidden_size=512)
@@ -178,25 +179,25 @@ def test_no_step_of_a_decode_waits_for_the_device(tmp_path: Path) -> None:
     ]
     with LLM(folder, device="cuda", page_size=16, device_kv_bytes="8MiB", enable_prefix_caching=False) as llm:
         expected = llm.generate(prompts, params, use_tqdm=False)  # warms up what is made on first use
-        runner = idle_engine(llm)._runner
-        fly = runner._fly
+        executor = idle_engine(llm)._runner.executor
+        execute = executor.run
         errors: list[Exception] = []
         num_strict = 0
 
-        def strict(plan: StepPlan, rows: list[SampleRow]) -> Any:
+        def strict(plan: StepPlan, rows: list[SampleRow]) -> StepResult:
             nonlocal num_strict
             is_decode = bool(plan.sequences) and all(len(part.token_ids) == 1 for part in plan.sequences)
             is_decode = is_decode and all(part.start >= part.prompt_len for part in plan.sequences)
             num_strict += is_decode
             torch.cuda.set_sync_debug_mode("error" if is_decode else "default")
             try:
-                landing = fly(plan, rows)
+                result = execute(plan, rows)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-            errors.extend([landing.error] if landing.error is not None else [])
-            return landing
+            errors.extend([result.error] if result.error is not None else [])
+            return result
 
-        runner._fly = strict
+        monkeypatch.setattr(executor, "run", strict)
         outputs = llm.generate(prompts, params, use_tqdm=False)
     assert not errors, errors
     assert num_strict >= 59

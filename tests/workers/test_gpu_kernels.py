@@ -70,17 +70,18 @@ def test_decode_over_many_states(dtype: torch.dtype) -> None:
 @dtypes
 @pytest.mark.parametrize("hidden", [576, 4096, 8192])
 def test_rms_norm_and_swiglu(dtype: torch.dtype, hidden: int) -> None:
-    from distkv.kernels.cuda.cuda_kernels import CUDA_KERNELS as kernels  # imports triton
+    from distkv.kernels.cuda.activation import swiglu  # imports triton
+    from distkv.kernels.cuda.norm import rms_norm
 
     generator = seeded(hidden)
     x, delta = torch.randn(2, 37, hidden, generator=generator).to(CUDA, dtype)
     weight = torch.randn(hidden, generator=generator).to(CUDA, dtype)
     total = x + delta
-    normed = kernels.rms_norm(x, weight, 1e-5, delta)
+    normed = rms_norm(x, weight, 1e-5, delta)
     assert torch.equal(x, total)
     assert relative_error(normed, reference.rms_norm(total, weight, 1e-5)) < TOLERANCE[dtype]
     gate_up = torch.randn(37, 2 * hidden, generator=generator).to(CUDA, dtype)
-    assert relative_error(kernels.swiglu(gate_up), reference.swiglu(gate_up)) < TOLERANCE[dtype]
+    assert relative_error(swiglu(gate_up), reference.swiglu(gate_up)) < TOLERANCE[dtype]
 
 
 @dtypes
