@@ -3,41 +3,28 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter
-from starlette.responses import FileResponse, Response
+from starlette.responses import Response
 
 from distkv.engine.stats import EngineStats
 from distkv.server.connection import EventStream, error_event, event
-from distkv.server.errors import ApiError, api_error, openai_error
+from distkv.server.errors import api_error, openai_error
+from distkv.server.page_files import page_file
 from distkv.server.service import Service
 
-FOLDER = Path(__file__).parent / "page"
-FILES = {path.name: path for path in FOLDER.iterdir()}
 SECONDS = 0.5  # between two samples
-HEADERS = {
-    "content-security-policy": "default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'",
-    "cache-control": "no-cache",
-}
 
 
-def page_routes(service: Service) -> APIRouter:
+def live_routes(service: Service) -> APIRouter:
     """The routes."""
     router = APIRouter(include_in_schema=False)
 
     @router.get("/")
     async def page() -> Response:
         """The page."""
-        return FileResponse(FILES["index.html"], headers=HEADERS)
-
-    @router.get("/page/{name}")
-    async def file(name: str) -> Response:
-        """A file of the page."""
-        if name not in FILES:
-            raise ApiError(404, f"the page has no file {name!r}")
-        return FileResponse(FILES[name], headers=HEADERS)
+        return page_file("index.html")
 
     @router.get("/live")
     async def live() -> Response:

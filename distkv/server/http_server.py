@@ -1,0 +1,52 @@
+"""uvicorn's server with our way to end."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from distkv.server.listening import BACKLOG
+from distkv.server.middleware import CutOff
+from distkv.server.options import ServerOptions
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn's, which leaves it to its caller what comes after a signal."""
+
+    def __init__(self, app: ASGIApp, options: ServerOptions):
+        super().__init__(
+            uvicorn.Config(
+                CutOff(app), lifespan="off", log_level=options.uvicorn_log_level, backlog=BACKLOG,
+                timeout_graceful_shutdown=options.shutdown_timeout, server_header=False, ws="none",
+            )
+        )  # fmt: skip
+        self.is_interrupted = False
+
+    def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
+        """uvicorn's own handling, in whose place there is `handling_signals`."""
+        return nullcontext()
+
+    @contextmanager
+    def handling_signals(self) -> Iterator[None]:
+        """Handles signals for as long as this lasts."""
+        before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal has what runs end by itself, the second ends it, a third would end the process."""
+        if self.should_exit:
+            self.force_exit = True
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+        signal.alarm(0)  # by which Ray's own handler aborts the process three seconds after SIGTERM
+        self.should_exit = True
+        self.is_interrupted |= sig == signal.SIGINT
