@@ -1,42 +1,49 @@
 """`distkv bench decode`: prefill rate and decode latency of one request, alone or beside a peer engine, in turns."""
 
 import random
-import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from distkv.bench.harness import Bench, Figure, Row
+from distkv.bench.options import BenchOptions
 from distkv.errors import ConfigError, DistKVError
 from distkv.llm import LLM
 from distkv.outputs import RequestOutput
-from distkv.reporting.machine import machine_facts, write_json
-from distkv.reporting.out_file import check_out_file
+from distkv.reporting.tables import Column
 from distkv.sampling_params import SamplingParams
-from distkv.workers.threads import use_threads
 
 Runner = Callable[[list[int], int], tuple[float, float]]
 """`(prompt, new tokens) -> (seconds to the first token, seconds per further token)`."""
+COLUMNS = [
+    Column("context", "context"),
+    Column("engine", "engine"),
+    Column("prefill tokens/s", "prefill_tokens_per_s", form=".0f"),
+    Column("decode ms/token", "decode_ms_per_token", form=".2f"),
+    Column("prefill vs peer", "prefill_vs_peer", form=".2f", ending="x"),
+    Column("decode vs peer", "decode_vs_peer", form=".2f", ending="x"),
+]
 
 
 def run(
-    model: Path, peer: str | None, contexts: list[int], new_tokens: int, repeats: int, dtype: str,
-    num_threads: int | None, json_file: Path | None, trace: str | Path | None,
+    model: Path, peer: str | None, contexts: list[int], new_tokens: int, dtype: str, num_threads: int | None,
+    trace: str | Path | None, options: BenchOptions,
 ) -> None:  # fmt: skip
     """Measures and prints a table; see `distkv bench decode --help`."""
     if peer not in (None, "hf"):
         raise ConfigError(f"peer {peer!r} is not known; use hf")
-    check_out_file(json_file)
-    if num_threads is not None:
-        use_threads(num_threads)
+    bench = Bench(
+        "decode", options, num_threads, model=model.name, dtype=dtype, new_tokens=new_tokens,
+        transformers=version("transformers"),
+    )  # fmt: skip
     # every turn has the same prompt, so pages that are kept would spare all but the first one their prefill
     with LLM(
         model,
@@ -49,20 +56,14 @@ def run(
     ) as llm:
         _check_contexts(contexts, new_tokens, llm.info.max_model_len)
         runners: dict[str, Runner] = {"distkv": distkv_runner(llm)}
-        with _Peer(model, dtype, torch.get_num_threads()) if peer == "hf" else nullcontext() as transformers:
+        with _Peer(model, dtype, torch.get_num_threads()) if peer == "hf" else nullcontext() as transformers, bench:
             if transformers is not None:
                 runners["transformers"] = transformers
-            rows = []
             for context in dict.fromkeys(contexts):
                 rng = random.Random(context)
                 prompt = [rng.randrange(10, llm.info.vocab_size) for _ in range(context)]
-                rows += _in_turns(runners, prompt, new_tokens, repeats)
-    facts = {
-        "benchmark": "decode", "model": model.name, "dtype": dtype, "new_tokens": new_tokens, "repeats": repeats,
-        **machine_facts(), "transformers": version("transformers"),
-    }  # fmt: skip
-    _print(facts, rows)
-    write_json(json_file, facts, rows)
+                _measure(bench, runners, prompt, new_tokens)
+            bench.table(COLUMNS)
 
 
 def _check_contexts(contexts: list[int], new_tokens: int, positions: int) -> None:
@@ -74,24 +75,25 @@ def _check_contexts(contexts: list[int], new_tokens: int, positions: int) -> Non
             )
 
 
-def _in_turns(runners: dict[str, Runner], prompt: list[int], new_tokens: int, repeats: int) -> list[dict[str, Any]]:
-    """Medians per engine; the engines alternate, so that what else happens on the machine meets both. A turn of each
-    comes before those that count, since the first products of a size take longer."""
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
-    for turn in range(1 + repeats):
-        for name, runner in runners.items():
-            seconds = runner(prompt, new_tokens)
-            if turn:
-                taken[name].append(seconds)
-    return [
-        {
-            "engine": name,
-            "context": len(prompt),
-            "prefill_tokens_per_s": len(prompt) / statistics.median(first for first, _ in pairs),
-            "decode_ms_per_token": 1e3 * statistics.median(rest for _, rest in pairs),
-        }
-        for name, pairs in taken.items()
-    ]
+def _measure(bench: Bench, runners: dict[str, Runner], prompt: list[int], new_tokens: int) -> None:
+    """Adds a row for each engine, and what distkv's figures are beside those of its peer."""
+    works = {name: partial(runner, prompt, new_tokens) for name, runner in runners.items()}
+    rows: list[Row] = []
+    for name, pairs in bench.in_turns(works, f"context {len(prompt)}").items():
+        prefill, decode = (Figure.of(times) for times in zip(*pairs, strict=True))
+        rows.append(
+            {
+                "engine": name,
+                "context": len(prompt),
+                "prefill_tokens_per_s": prefill.rate(len(prompt)),
+                "decode_ms_per_token": decode.scaled(1e3),
+            }
+        )
+    for peer in rows[1:]:
+        rows[0]["prefill_vs_peer"] = rows[0]["prefill_tokens_per_s"].median / peer["prefill_tokens_per_s"].median
+        rows[0]["decode_vs_peer"] = peer["decode_ms_per_token"].median / rows[0]["decode_ms_per_token"].median
+    for row in rows:
+        bench.add(row)
 
 
 def distkv_runner(llm: LLM) -> Runner:
@@ -171,20 +173,3 @@ def transformers_runner(network: Any, new_cache: Callable[[], Any] = lambda: Non
         return first - start, (time.perf_counter() - first) / new_tokens
 
     return runner
-
-
-def _print(facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    console = Console()
-    console.print(", ".join(f"{name} {value}" for name, value in facts.items()), highlight=False, soft_wrap=True)
-    table = Table("context", "engine", "prefill tokens/s", "decode ms/token", "prefill vs peer", "decode vs peer")
-    for row in rows:
-        peer = next((other for other in rows if other["context"] == row["context"] and other is not row), None)
-        ratios = ["", ""]
-        if peer is not None and row["engine"] == "distkv":
-            ratios = [
-                f"{row['prefill_tokens_per_s'] / peer['prefill_tokens_per_s']:.2f}x",
-                f"{peer['decode_ms_per_token'] / row['decode_ms_per_token']:.2f}x",
-            ]
-        figures = f"{row['prefill_tokens_per_s']:.0f}", f"{row['decode_ms_per_token']:.2f}"
-        table.add_row(str(row["context"]), row["engine"], *figures, *ratios)
-    console.print(table)

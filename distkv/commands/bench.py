@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from distkv.commands.options import JsonFile, Model, engine, model_folder, path_option, spread
+from distkv.bench.options import BenchOptions
+from distkv.commands.options import JsonFile, Model, engine, measuring, model_folder, path_option, sized, spread
 from distkv.config import EngineOptions
 
 bench = typer.Typer(help="Measure on this machine.")
@@ -17,18 +18,19 @@ def bench_decode(
     *,
     model: Model = "smollm2",
     peer: Annotated[str | None, typer.Option(help="Engine to compare with, in turns: hf (transformers).")] = None,
-    context: Annotated[list[int] | None, typer.Option(help="Context in tokens; may be given again.")] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to decode at each context.", min=1)] = 32,
-    repeats: Annotated[int, typer.Option(help="Turns of each engine; the median counts.", min=1)] = 3,
+    context: Annotated[list[int], typer.Option(help="Context in tokens; may be given again.")] = sized(
+        [128, 1024, 4096], [128, 1024]
+    ),
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode at each context.", min=1)] = sized(32, 16),
     options: Annotated[EngineOptions, engine("dtype", "num_threads", "trace", dtype="bfloat16")],
-    json_file: JsonFile = None,
+    measured: Annotated[BenchOptions, measuring()],
 ) -> None:
     """Prefill tokens/s and decode ms/token of one request at several contexts."""
     from distkv.bench.decode import run
 
     run(
-        model_folder(model), peer, context or [128, 1024, 4096], new_tokens, repeats, options["dtype"],
-        options["num_threads"], json_file, options["trace"],
+        model_folder(model), peer, context, new_tokens, options["dtype"], options["num_threads"], options["trace"],
+        measured,
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """What commands have in common: options that come from the fields of a class, and what a model may be given as."""
 
+import copy
 import re
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, fields
@@ -7,15 +8,18 @@ from functools import wraps
 from inspect import Parameter, signature
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
 from msgspec.structs import replace
 
+from distkv.bench.options import BenchOptions
 from distkv.config import EngineConfig, EngineOptions
 from distkv.option_checks import settle_path
 from distkv.option_help import option_help
 from distkv.sampling_params import RequestOutputKind, SamplingParams
+
+Value = TypeVar("Value")
 
 
 def path_option(*names: str, **how: Any) -> Any:
@@ -29,6 +33,28 @@ def _settled(param: typer.CallbackParam, value: str | Path | None) -> Path | Non
 
 Model = Annotated[str, typer.Option(help="Hugging Face model folder, or smollm2, which is fetched if need be.")]
 JsonFile = Annotated[Path | None, path_option("--json", help="Also write the figures here.")]
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A default that is another one with --quick; see `sized`."""
+
+    full: Any
+    quick: Any
+
+    def parameter(self, parameter: Parameter) -> Parameter:
+        """The parameter as typer understands it: None unless the option is given, and a help that has both values."""
+        kind, option = get_args(parameter.annotation)
+        option = copy.copy(option)
+        option.show_default = f"{_listed(self.full)}; {_listed(self.quick)} with --quick"
+        return parameter.replace(default=None, annotation=Annotated[kind | None, option])
+
+
+def sized(full: Value, quick: Value) -> Value:
+    """The default of an option of a benchmark: `quick` where --quick is given and this option is not. For commands that
+    are `spread`."""
+    default: Any = Sized(full, quick)
+    return default
 
 
 @dataclass(frozen=True)
@@ -46,8 +72,9 @@ class Fields:
         for name in self.names:
             kind = _typed(kinds[name])
             make_option = path_option if Path in (kind, *get_args(kind)) else typer.Option
-            option = make_option(help=_with_flags(texts.get(name, "").partition("\n")[0], given))
             default = self.defaults.get(name, given[name].default)
+            only = [f"--{name.replace('_', '-')}"] if kind is bool and default is False else []  # no use for --no-...
+            option = make_option(*only, help=_with_flags(texts.get(name, "").partition("\n")[0], given))
             yield Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
     def check(self, values: dict[str, Any]) -> None:
@@ -59,7 +86,7 @@ class Fields:
 def spread(command: Callable[..., None]) -> Callable[..., None]:
     """The command with options in place of its parameters that are annotated `Annotated[Kind, Fields(...)]`; each of
     these gets one `Kind` that is made of them, once they are checked. Parameters are keyword-only, so that any of them
-    may have a default."""
+    may have a default, which may be `sized`."""
     parameters: list[Parameter] = []
     groups: dict[str, tuple[type, Fields]] = {}
     for parameter in signature(command).parameters.values():
@@ -69,9 +96,14 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
                 parameters += group.parameters()
             case _:
                 parameters.append(parameter)
+    sizes = {one.name: one.default for one in parameters if isinstance(one.default, Sized)}
+    parameters = [sizes[one.name].parameter(one) if one.name in sizes else one for one in parameters]
 
     @wraps(command)
     def gathered(**given: Any) -> None:
+        for name, size in sizes.items():
+            if given[name] is None or given[name] == []:
+                given[name] = size.quick if given["quick"] else size.full
         for name, (kind, group) in groups.items():
             values = {field: given.pop(field) for field in group.names}
             group.check(values)
@@ -90,6 +122,11 @@ def engine(*names: str, **defaults: Any) -> Fields:
 def sampling(**defaults: Any) -> Fields:
     """The options of sampling that a reader of one answer may want."""
     return Fields(SamplingParams, ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop"), defaults)
+
+
+def measuring(**defaults: Any) -> Fields:
+    """The options that every benchmark has."""
+    return Fields(BenchOptions, ("repeats", "quick", "json"), defaults)
 
 
 EngineFlags = Annotated[
@@ -121,6 +158,10 @@ def _with_flags(text: str, names: Container[str]) -> str:
     """A help text in which other options are called as the command line has them."""
     flag = lambda match: f"--{match[0].replace('_', '-')}" if match[0] in names else match[0]  # noqa: E731
     return re.sub(r"[a-z]+(?:_[a-z]+)+", flag, text)
+
+
+def _listed(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _typed(kind: Any) -> Any:

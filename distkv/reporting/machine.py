@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from distkv import __version__
+from distkv.reporting.figure import Figure
 from distkv.reporting.out_file import writing
 
 
@@ -30,10 +31,11 @@ def machine_facts() -> dict[str, Any]:
 
 
 def write_json(json_file: Path | None, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Writes the figures where a file was asked for. Raises StoreError."""
+    """Writes the figures where a file was asked for; a `Figure` as its median, min and max. Raises StoreError."""
     if json_file is not None:
+        text = json.dumps({**facts, "rows": rows}, indent=1, default=Figure.to_json)
         with writing(json_file):
-            json_file.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+            json_file.write_text(text + "\n", encoding="utf-8")
 
 
 def percentile(values: Iterable[float], share: float) -> float:

@@ -4,12 +4,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.table import Column as TableColumn
 from rich.table import Table
+
+from distkv.reporting.figure import Figure
 
 
 @dataclass(frozen=True)
 class Column:
-    """One figure of each row; a field that is missing or None stays empty."""
+    """One figure of each row; a field that is missing or None stays empty, and a `Figure` is shown with its spread."""
 
     title: str
     field: str
@@ -21,12 +24,14 @@ class Column:
         value = row.get(self.field)
         if value is None:
             return ""
+        if isinstance(value, Figure):
+            return value.scaled(self.unit).show(self.form) + self.ending
         return format(value * self.unit if self.form else value, self.form) + self.ending
 
 
 def print_rows(console: Console, columns: list[Column], rows: list[dict[str, Any]]) -> None:
     """A line per row."""
-    table = Table(*(column.title for column in columns))
+    table = Table(*(TableColumn(column.title, overflow="fold") for column in columns))
     for row in rows:
         table.add_row(*(column.show(row) for column in columns))
     console.print(table)
