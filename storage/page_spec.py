@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-import torch
-
+from distkv.storage.dtypes import ITEM_BYTES
 from distkv.storage.paging import check_page_size, pages_for
 from distkv.storage.tier import Tier
 
@@ -19,7 +18,7 @@ class PageSpec:
     num_kv_heads: int
     page_size: int  # tokens
     head_dim: int
-    dtype: torch.dtype
+    dtype: str  # a key of `ITEM_BYTES`
 
     def __post_init__(self) -> None:
         check_page_size(self.page_size)
@@ -27,12 +26,12 @@ class PageSpec:
     @property
     def bytes_per_token(self) -> int:
         """KV bytes of one token over all layers: `2 * layers * kv_heads * head_dim * bytes`."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * ITEM_BYTES[self.dtype]
 
     @property
     def layer_slice_bytes(self) -> int:
         """Bytes of one page's part for one layer as attention reads it."""
-        return 2 * self.num_kv_heads * self.page_size * self.head_dim * self.dtype.itemsize
+        return 2 * self.num_kv_heads * self.page_size * self.head_dim * ITEM_BYTES[self.dtype]
 
     @property
     def page_bytes(self) -> int:

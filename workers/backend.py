@@ -3,7 +3,8 @@ was chosen.
 
 Three things describe it, each by what needs it:
 
-- `Kind`: what is known of it by name alone, where there is no such machine: for sizing pools and placing ranks.
+- `Kind` (`kinds.py`): what is known of it by name alone, where there is no such machine: for sizing pools and placing
+  ranks.
 - `Device` (`storage/device.py`): where tensors lie, how pages and small arrays cross, what a thread has to do.
 - `Backend`: by which kernels a rank runs its steps on a device, and how much of its memory is left for pages.
 
@@ -17,27 +18,10 @@ from typing import Protocol
 from distkv.kernels.token_kernels import TokenKernels
 from distkv.storage.device import Device
 from distkv.storage.page_spec import PageSpec
+from distkv.workers.kinds import KINDS
 from distkv.workers.kv_pools import KVPools
 from distkv.workers.model.llama import LlamaModel
 from distkv.workers.runners.runner import Runner
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What is known of a kind of machine by the name that `EngineConfig.device` has for it."""
-
-    module: str  # it has `make_backend`, and is imported where such a machine is used
-    resource: str  # as Ray counts it
-    collectives: str  # what carries tensors between ranks, see `ProcessGroup`
-    reads_ahead: bool  # whether pages that stream from disk pass through host memory, see `ReadAhead`
-    load_pieces: int  # pieces of a prefix in a buffer of the staging ring, unless an option says how large that is
-
-
-KINDS = {
-    "cpu": Kind("distkv.workers.backends.cpu", "CPU", "gloo", reads_ahead=False, load_pieces=1),
-    # enqueuing a load takes the host a tenth of a millisecond, for which the link brings more than one piece
-    "cuda": Kind("distkv.workers.backends.cuda", "GPU", "nccl", reads_ahead=True, load_pieces=4),
-}
 
 
 @dataclass(frozen=True)

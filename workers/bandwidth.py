@@ -9,12 +9,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import msgspec
 from torch import Tensor
 
 from distkv.storage.moving.page_copies import Gather, PageCopies
 from distkv.storage.moving.streams import Lane
 from distkv.workers.kv_pools import KVPools
+from distkv.workers.sizes import Bandwidth
 
 log = logging.getLogger(__name__)
 
@@ -27,13 +27,6 @@ PROBE_BYTES = 2**25  # written to disk at most, and read back
 READ_BYTES = 2**23  # at a time, of which the fastest counts
 PROBE_SHARE = 1 / 32  # of a rank's disk tier; where that is less than READ_BYTES, all of it is read in about a second
 FREE_PROBES = 8  # times what is written must be free, since others need room too
-
-
-class Bandwidth(msgspec.Struct, array_like=True, frozen=True):
-    """Bytes per second of one rank; 0 for a tier that is off, or a disk that is not measured."""
-
-    host: float = 0.0
-    disk: float = 0.0
 
 
 def measure_bandwidth(pools: KVPools) -> Bandwidth:

@@ -12,12 +12,13 @@ import torch
 from distkv.storage.device import Device
 from distkv.storage.page_spec import PageSpec
 from distkv.workers.errors import CapacityError
-from distkv.workers.kv_pools import KVPools, PoolSizes
+from distkv.workers.kv_pools import KVPools
 from distkv.workers.model.llama import LlamaModel
 from distkv.workers.page_directory import SequenceStep
 from distkv.workers.runners.cuda_runner import CudaRunner
 from distkv.workers.runners.step_graphs import graph_splits
 from distkv.workers.sampling.trial_sampling import sample_in_all_ways
+from distkv.workers.sizes import PoolSizes
 
 MakeRunner = Callable[[KVPools, int], CudaRunner]
 """Makes the runner that is tried, over pools and for so many sequences."""

@@ -5,8 +5,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from distkv.storage.device import Device
 from distkv.storage.disk.cache_folder import Description, DiskHeads
 from distkv.storage.meter import Meter
@@ -20,19 +18,10 @@ from distkv.storage.pools.host_pool import HostPool
 from distkv.storage.tier import Tier, route_name
 from distkv.workers.cache_place import CachePlace, join_folder
 from distkv.workers.group.report import Report
+from distkv.workers.sizes import PoolSizes
 
 if TYPE_CHECKING:
     from distkv.storage.pools.disk_pool import DiskPool
-
-
-class PoolSizes(msgspec.Struct, array_like=True, frozen=True):
-    """Pages of each tier, the same on all ranks."""
-
-    device: int = 0
-    host: int = 0
-    disk: int = 0
-    staging: int = 0  # pages of the staging ring, of which it holds one layer
-    read_ahead: int = 0  # layer slices of host memory for reads from disk; 0 where `Kind.reads_ahead` says no
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """One tensor-parallel rank: its part of the model and of the KV cache, and the execution of step plans on them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import msgspec
 import torch
@@ -10,69 +9,32 @@ from torch import Tensor
 from tqdm import tqdm
 
 from distkv.storage.disk.cache_folder import Description, DiskHeads
+from distkv.storage.dtypes import torch_dtype
 from distkv.storage.meter import Meter, now
 from distkv.storage.moving.streams import Lane
-from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import NUM_BUFFERS
 from distkv.storage.process_limits import available_bytes
 from distkv.storage.synthetic_pages import synthetic_slice
 from distkv.storage.tier import Tier
 from distkv.workers.backend import Demand, make_backend
-from distkv.workers.bandwidth import Bandwidth, measure_bandwidth
+from distkv.workers.bandwidth import measure_bandwidth
 from distkv.workers.cache_place import CachePlace
 from distkv.workers.errors import CapacityError
 from distkv.workers.group.process_group import ProcessGroup
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan
-from distkv.workers.kv_pools import DiskTier, KVPools, PoolSizes
+from distkv.workers.kv_pools import DiskTier, KVPools
 from distkv.workers.model.llama import LlamaModel, load_llama
-from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import Shard
 from distkv.workers.model.weights import CheckedSource, DummySource, SafetensorsSource
 from distkv.workers.page_directory import PageDirectory, SequenceStep
+from distkv.workers.rank_config import RankConfig, rank_page_spec
 from distkv.workers.sampling.prompt_scores import PromptScores, score_prompts
+from distkv.workers.sizes import Bandwidth, Capacity, PoolSizes, host_kv_bytes
 from distkv.workers.threads import release_threads, use_threads
 
 # Rows of logits that are made at a time to score the tokens of prompts: enough for a product at full speed.
 SCORED_ROWS = 64
-
-# Share of the memory free at start that each KV pool in CPU memory may grow to, unless a size is given.
-CPU_KV_SHARE = 0.25
-# And what all ranks of a machine pin of it at most: it is taken at once, and of a large one that would last minutes.
-PINNED_KV_BYTES = 2**35
-
-
-@dataclass(frozen=True)
-class RankConfig:
-    """What every rank has to know; the same for all of them."""
-
-    folder: Path
-    model: ModelConfig
-    load_format: str  # "auto" for safetensors, or "dummy"
-    seed: int  # of dummy weights
-    dtype: torch.dtype
-    device: str  # a key of `KINDS`
-    page_size: int  # tokens
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    gpu_memory_utilization: float  # share of the GPU's memory that weights, workspace and KV may take together
-    num_threads: int | None  # torch's CPU threads; None leaves them as they are, as far as there are cores for them
-    staging_pages: int  # see `StagingRing`
-    batch_invariant: bool | None  # see `EngineConfig`
-    digest_weights: bool  # whether pages may be kept, so that the whole content of the weights must be known
-    traces: bool = False  # whether reports tell of each piece of work by itself
-
-
-Budget = list[tuple[str, int]]
-"""What takes how many bytes, for people to read."""
-
-
-class Capacity(msgspec.Struct, array_like=True, frozen=True):
-    """Pages that fit into a rank's memory when nobody says how many bytes they may take."""
-
-    device: int
-    host: int
-    budget: Budget = []  # what the memory of the device is for, where that was found out
 
 
 class Loaded(msgspec.Struct, array_like=True, frozen=True):
@@ -108,13 +70,14 @@ class Rank:
     def _load(self, check: Callable[[], None]) -> tuple[LlamaModel, str]:
         """The model, and what was read, see `SafetensorsSource.digest`."""
         config, backend, device = self.config, self.backend, self.backend.device.torch_device
+        dtype = torch_dtype(config.dtype)
         if config.load_format == "dummy":
-            source: DummySource | SafetensorsSource = DummySource(config.seed, config.dtype, device)
+            source: DummySource | SafetensorsSource = DummySource(config.seed, dtype, device)
         else:
             source = SafetensorsSource(config.folder, warns=self.shard.rank == 0)
         with source as weights, torch.inference_mode():
             model = load_llama(
-                CheckedSource(weights, check), config.model, self.shard, self.group, config.dtype, device,
+                CheckedSource(weights, check), config.model, self.shard, self.group, dtype, device,
                 backend.kernels,
             )  # fmt: skip
             weights.check_all_read()
@@ -124,10 +87,7 @@ class Rank:
         """Room for KV pages beside the weights, the workspace and the staging ring; that on the device only if it is
         asked for, else 0. Raises CapacityError when not even one fits there."""
         config, spec = self.config, self.page_spec
-        host_room = int(available_bytes() * CPU_KV_SHARE)
-        if self.backend.device.pinned:
-            host_room = min(host_room, PINNED_KV_BYTES)
-        host_room //= ranks_on_node
+        host_room = host_kv_bytes(available_bytes(), self.backend.device.pinned, ranks_on_node)
         host_pages = host_room // spec.page_bytes_in(Tier.HOST)
         if not of_device:
             return Capacity(0, host_pages)
@@ -266,7 +226,7 @@ class Rank:
             fingerprint=place.fingerprint,
             kernels=place.kernels,
             model=str(config.folder),
-            dtype=str(config.dtype).removeprefix("torch."),
+            dtype=config.dtype,
             page_size=config.page_size,
             num_layers=model.num_hidden_layers,
             num_kv_heads=model.num_key_value_heads,
@@ -279,10 +239,4 @@ class Rank:
         spec, heads, device = self.page_spec, range(*self.shard.kv_heads), self.backend.device.torch_device
         for layer in range(spec.num_layers):
             values = synthetic_slice(seed, layer, heads, spec.page_size, spec.head_dim, device)
-            self.pools.device.data[layer, :, slot] = values.to(spec.dtype)
-
-
-def rank_page_spec(config: RankConfig, shard: Shard) -> PageSpec:
-    """The pages of one rank: all layers, that rank's KV heads."""
-    model = config.model
-    return PageSpec(model.num_hidden_layers, shard.num_kv_heads, config.page_size, model.head_dim, config.dtype)
+            self.pools.device.data[layer, :, slot] = values.to(torch_dtype(spec.dtype))

@@ -18,9 +18,10 @@ from distkv.engine.protocol import EngineRequest
 from distkv.errors import DistKVError
 from distkv.launch.launch import launch
 from distkv.sampling_params import MAX_LOGPROBS, SamplingParams
+from distkv.storage.dtypes import ITEM_BYTES, torch_dtype
 from distkv.storage.page_spec import PageSpec
 from distkv.stress.stage import Stage, run_stage
-from distkv.workers.model.model_config import ModelConfig, parse_dtype
+from distkv.workers.model.model_config import ModelConfig
 
 SEED = 1
 WARM_UP = 32  # tokens
@@ -42,8 +43,8 @@ class Shape:
 
     @cached_property
     def spec(self) -> PageSpec:
-        model, dtype = self.model, parse_dtype(self.dtype)
-        return PageSpec(model.num_hidden_layers, model.num_key_value_heads, self.page_size, model.head_dim, dtype)
+        model = self.model
+        return PageSpec(model.num_hidden_layers, model.num_key_value_heads, self.page_size, model.head_dim, self.dtype)
 
     def engine(self, longest: int, device_pages: int) -> EngineClient:
         """The same as `start`, with nothing on its way any more that is compiled beside an engine's first steps."""
@@ -114,7 +115,9 @@ def model_rows(
     model, spec = shape.model, shape.spec
     with turns.device:
         config = AutoConfig.from_pretrained(shape.folder, trust_remote_code=False)
-        network = AutoModelForCausalLM.from_config(config, dtype=spec.dtype, trust_remote_code=False).eval()
+        network = AutoModelForCausalLM.from_config(
+            config, dtype=torch_dtype(spec.dtype), trust_remote_code=False
+        ).eval()
     in_memory = transformers_runner(network)
     on_cuda = turns.device.type == "cuda"  # it knows no other device to take a cache out of
     offloaded = transformers_runner(network, lambda: DynamicCache(config=network.config, offloading=on_cuda))
@@ -135,7 +138,7 @@ def model_rows(
                     taken.setdefault((name, context), []).append(one)
             reads.append(turns.meter.seconds(memory.read))
             copies.append(turns.meter.seconds(link.to_device))
-    num_bytes = weight_bytes(model, spec.dtype.itemsize)
+    num_bytes = weight_bytes(model, ITEM_BYTES[spec.dtype])
     read_seconds, copy_seconds = statistics.median(reads[1:]), statistics.median(copies[1:])
     weights_ms = 1e3 * num_bytes / memory.read_bytes * read_seconds
     rows = []

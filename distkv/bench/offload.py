@@ -21,9 +21,10 @@ from distkv.config import EngineConfig
 from distkv.errors import ConfigError, DistKVError
 from distkv.reporting.machine import machine_facts, write_json
 from distkv.reporting.out_file import check_out_file, temporary_folder
+from distkv.storage.dtypes import ITEM_BYTES
 from distkv.storage.ledger.write_back import MAX_DISK_WRITES
 from distkv.storage.paging import NUM_BUFFERS, check_page_size
-from distkv.workers.backend import KINDS
+from distkv.workers.kinds import KINDS
 from distkv.workers.model.model_config import ModelConfig
 
 LEAST_DEVICE_PAGES = 2  # the page that is being written, and the context's first, which is the last to leave
@@ -40,9 +41,9 @@ def run(
     check_out_file(json_file)
     config = ModelConfig.load(model)
     _check_sizes(context, page_size, least_tokens(new_tokens), config.max_position_embeddings)
-    torch_dtype = config.run_dtype(dtype)
+    item_bytes = ITEM_BYTES[config.run_dtype(dtype)]
     layers, heads, dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-    token_bytes = 2 * layers * heads * dim * torch_dtype.itemsize
+    token_bytes = 2 * layers * heads * dim * item_bytes
     rng = random.Random(context)
     prompt = [rng.randrange(10, config.vocab_size) for _ in range(context + 1)]
     with ExitStack() as stack:
@@ -65,7 +66,7 @@ def run(
         "benchmark": "offload", "model": model.name, "dtype": dtype, "context": context, "page_size": page_size,
         "bytes_per_token": token_bytes, "new_tokens": new_tokens, "repeats": repeats, **machine_facts(),
     }  # fmt: skip
-    _print(facts, rows, f"2 * {layers} layers * {heads} KV heads * {dim} head_dim * {torch_dtype.itemsize} bytes")
+    _print(facts, rows, f"2 * {layers} layers * {heads} KV heads * {dim} head_dim * {item_bytes} bytes")
     write_json(json_file, facts, rows)
 
 

@@ -32,6 +32,7 @@ from distkv.reporting.machine import machine_facts, write_json
 from distkv.reporting.out_file import check_out_file, temporary_folder
 from distkv.sampling_params import SamplingParams
 from distkv.storage.disk.cache_folder import ARRAY
+from distkv.storage.dtypes import ITEM_BYTES
 from distkv.storage.ledger.write_back import MAX_DISK_WRITES
 from distkv.storage.paging import check_page_size
 from distkv.workers.model.model_config import ModelConfig
@@ -185,7 +186,7 @@ def _configs(model: Path, dtype: str, sizes: Sizes, folder: Path) -> dict[str, E
     """An engine that has room for three requests on the device and none elsewhere, one that has room for one there, and
     one with a disk."""
     config = ModelConfig.load(model)
-    itemsize = config.run_dtype(dtype).itemsize
+    itemsize = ITEM_BYTES[config.run_dtype(dtype)]
     token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
     one = sizes.request_pages * sizes.page_size * token_bytes
     spare = MAX_DISK_WRITES * sizes.page_size * token_bytes  # for pages on their way to disk

@@ -13,6 +13,7 @@ from distkv.demo import long_text, restart
 from distkv.errors import DistKVError
 from distkv.llm import LLM
 from distkv.sampling_params import RequestOutputKind, SamplingParams
+from distkv.storage.dtypes import ITEM_BYTES
 from distkv.workers.model.model_config import ModelConfig
 
 QUESTIONS = (
@@ -86,14 +87,14 @@ def _answers_table(measured: list[Measured]) -> Table:
 def _show_cache(console: Console, llm: LLM, model: ModelConfig) -> None:
     info = llm.info
     layers, heads, dim = model.num_hidden_layers, model.num_key_value_heads, model.head_dim
-    formula = 2 * layers * heads * dim * model.dtype.itemsize
+    formula = 2 * layers * heads * dim * ITEM_BYTES[model.dtype]
     measured = info.pool_bytes / (info.num_pages * info.page_size)
     copies = (
         "" if info.kv_bytes_per_token == formula else f" (KV heads are replicated: {info.kv_bytes_per_token} in all)"
     )
     table = Table("KV bytes per token", "", show_header=True)
     table.add_row(
-        f"2 * {layers} layers * {heads} KV heads * {dim} head_dim * {model.dtype.itemsize} bytes", str(formula)
+        f"2 * {layers} layers * {heads} KV heads * {dim} head_dim * {ITEM_BYTES[model.dtype]} bytes", str(formula)
     )
     table.add_row(f"measured: {info.pool_bytes} bytes / {info.num_pages} pages of {info.page_size} tokens{copies}",
                   f"{measured:g}")  # fmt: skip

@@ -12,8 +12,6 @@ from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
-import torch
-
 from distkv.errors import ConfigError
 from distkv.storage.disk.cache_folder import FORMAT
 from distkv.workers.model.model_config import ModelConfig
@@ -23,7 +21,7 @@ FOLDER_DIGITS = 16  # of a fingerprint, that name a folder
 OTHER_FIELDS = ("dtype", "eos_token_ids", "max_position_embeddings", "tie_word_embeddings")
 
 
-def make_fingerprint(weights: str, kernels: str, model: ModelConfig, dtype: torch.dtype, page_size: int) -> str:
+def make_fingerprint(weights: str, kernels: str, model: ModelConfig, dtype: str, page_size: int) -> str:
     """64 hex digits of the weights' digest, the kernels' name, the model's shape, the dtype and the layout of pages.
     The number of ranks has no part in it, since the layout of pages on disk does not depend on it."""
     shape = {name: value for name, value in asdict(model).items() if name not in OTHER_FIELDS}
@@ -31,7 +29,7 @@ def make_fingerprint(weights: str, kernels: str, model: ModelConfig, dtype: torc
         "weights": weights,
         "kernels": kernels,
         "model": shape,
-        "dtype": str(dtype),
+        "dtype": f"torch.{dtype}",  # as in the names of folders that are there already
         "page_size": page_size,
         "format": FORMAT,
     }

@@ -12,18 +12,27 @@ from distkv.engine.engine import Engine
 from distkv.engine.observer import StepObserver
 from distkv.engine.protocol import EngineInfo
 from distkv.errors import ConfigError
+from distkv.launch.engine_info import engine_info
 from distkv.launch.fingerprint import FOLDER_DIGITS, common_digest, common_kernels, make_fingerprint
-from distkv.launch.sizing import cold_budget, engine_info, keeps_cache, needs_bandwidth, needs_capacity, pool_sizes
 from distkv.metrics.step_trace import StepTrace
 from distkv.metrics.trace_file import TraceFile
+from distkv.planner.sizing import (
+    cold_budget,
+    keeps_cache,
+    needs_bandwidth,
+    needs_capacity,
+    pool_sizes,
+    staging_pages,
+)
 from distkv.storage.disk.cache_folder import SCRATCH
-from distkv.workers.backend import KINDS
 from distkv.workers.cache_place import CachePlace
 from distkv.workers.group.local_group import LocalGroup
 from distkv.workers.group.rank_group import RankGroup
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import Shard
-from distkv.workers.rank import Budget, Loaded, RankConfig
+from distkv.workers.rank import Loaded
+from distkv.workers.rank_config import RankConfig
+from distkv.workers.sizes import Budget
 
 if TYPE_CHECKING:  # it imports ray
     from distkv.launch.ray_engine import RayEngine
@@ -152,9 +161,6 @@ def set_up(group: RankGroup, config: EngineConfig, model: ModelConfig, max_model
 
 def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> RankConfig:
     """What the ranks have to know, for a device that has been chosen."""
-    staging_pages = config.staging_pages
-    if staging_pages is None:
-        staging_pages = config.min_staging_pages * KINDS[device].load_pieces
     return RankConfig(
         folder=Path(config.model).absolute(),
         model=model,
@@ -167,7 +173,7 @@ def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> R
         max_num_batched_tokens=config.max_num_batched_tokens,
         gpu_memory_utilization=config.gpu_memory_utilization,
         num_threads=config.num_threads,
-        staging_pages=staging_pages,
+        staging_pages=staging_pages(config, device),
         batch_invariant=config.batch_invariant,
         digest_weights=keeps_cache(config, model),
         traces=config.trace is not None,

@@ -20,9 +20,9 @@ from distkv.ray_serve.signals import Signals
 from distkv.ray_serve.watch import POLL_SECONDS, Watch
 from distkv.server.listening import cannot_listen, listen, warn_if_open
 from distkv.server.options import ServerOptions
-from distkv.workers.backend import KINDS
 from distkv.workers.group.ray_cluster import connect, disconnect
 from distkv.workers.group.ray_errors import cause_of
+from distkv.workers.kinds import KINDS
 
 log = logging.getLogger(__name__)
 

@@ -24,6 +24,7 @@ from distkv.models.shapes import shape_folder
 from distkv.reporting.machine import machine_facts
 from distkv.reporting.out_file import check_out_file
 from distkv.sampling_params import MAX_LOGPROBS, SamplingParams
+from distkv.storage.dtypes import ITEM_BYTES, torch_dtype
 from distkv.storage.paging import pages_for
 from distkv.storage.process_limits import available_bytes
 from distkv.stress.reference import Reference
@@ -244,7 +245,7 @@ def _verify(
                 raise
     console.print("verifying by a float64 reference ...")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = model.run_dtype(config.dtype)
+    dtype = torch_dtype(model.run_dtype(config.dtype))
     dummy = config.load_format == "dummy"
     with DummySource(config.seed, dtype, device) if dummy else SafetensorsSource(Path(config.model)) as source:
         return compare_with_reference(stages, Reference(source, model, dtype, device, config.page_size))
@@ -267,7 +268,7 @@ def _facts(options: StressOptions, config: EngineConfig, model: ModelConfig, syn
             "query_heads": model.num_attention_heads,
             "kv_heads": model.num_key_value_heads,
             "head_dim": model.head_dim,
-            "dtype": str(model.run_dtype(config.dtype)).removeprefix("torch."),
+            "dtype": model.run_dtype(config.dtype),
         },
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
@@ -283,7 +284,7 @@ def _title(facts: dict[str, Any]) -> str:
 
 def _formula(model: ModelConfig, config: EngineConfig, info: EngineInfo) -> str:
     """The KV bytes per token, written out."""
-    layers, dim, size = model.num_hidden_layers, model.head_dim, model.run_dtype(config.dtype).itemsize
+    layers, dim, size = model.num_hidden_layers, model.head_dim, ITEM_BYTES[model.run_dtype(config.dtype)]
     heads = info.kv_bytes_per_token // (2 * layers * dim * size)
     copies = "" if heads == model.num_key_value_heads else " (with those that several ranks hold)"
     return f"2 * {layers} layers * {heads} KV heads{copies} * {dim} head_dim * {size} bytes"

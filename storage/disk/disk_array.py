@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 import zarr
 from zarr.abc.store import Store
 from zarr.storage import LocalStore, MemoryStore
@@ -31,7 +30,7 @@ from distkv.storage.page_spec import PageSpec
 log = logging.getLogger(__name__)
 
 METADATA = "zarr.json"  # in the array's folder
-STORED_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "uint16"}
+STORED_DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
 
 
 class OtherPagesError(DamagedError):
@@ -65,9 +64,9 @@ def find_slots(folder: Path, spec: PageSpec) -> int:
         expected = _make(MemoryStore(), spec, *array.shape[:1]).metadata
     except Exception as error:  # zarr has no common base of what it raises
         raise DamagedError(f"the metadata of {str(path)!r} cannot be read ({error})") from error
-    if found != (FORMAT, dtype_name(spec.dtype), spec.page_shape, expected.chunks):
+    if found != (FORMAT, spec.dtype, spec.page_shape, expected.chunks):
         raise OtherPagesError(
-            f"{str(path)!r} does not hold {dtype_name(spec.dtype)} pages of shape {list(spec.page_shape)} in format "
+            f"{str(path)!r} does not hold {spec.dtype} pages of shape {list(spec.page_shape)} in format "
             f"{FORMAT}, and what it holds is given up"
         )
     if array.metadata.to_dict() != expected.to_dict():
@@ -132,11 +131,6 @@ def remove_array(folder: Path) -> None:
     remove_catalogue(folder)
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """As options spell it: "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
-
-
 def _write_metadata(folder: Path, spec: PageSpec, num_pages: int) -> None:
     try:
         _make(LocalStore(folder / ARRAY), spec, num_pages)
@@ -155,7 +149,7 @@ def _make(store: Store, spec: PageSpec, num_pages: int) -> Any:
         fill_value=0,
         chunk_key_encoding={"name": "default", "separator": "."},  # one flat folder
         dimension_names=("slot", "layer", "kv", "kv_head", "token", "head_dim"),
-        attributes={"distkv": FORMAT, "dtype": dtype_name(spec.dtype)},
+        attributes={"distkv": FORMAT, "dtype": spec.dtype},
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from distkv.storage.dtypes import torch_dtype
 from distkv.storage.errors import StoreError
 from distkv.storage.moving.streams import Event
 from distkv.storage.page_spec import PageSpec
@@ -31,7 +32,7 @@ class ReadAhead:
 
     def __init__(self, spec: PageSpec, num_slices: int, disk: "DiskPool", pinned: bool):
         self.spec, self.num_slices = spec, num_slices
-        self.buffer = HostBuffer((num_slices, *spec.slice_shape), spec.dtype, pinned)
+        self.buffer = HostBuffer((num_slices, *spec.slice_shape), torch_dtype(spec.dtype), pinned)
         self.parts = [disk.parts(layer_slice) for layer_slice in self.buffer.data]
         self.threads = ThreadPoolExecutor(READ_THREADS, "kv-read")
         self.freed = 0  # slices below may be overwritten once they are copied

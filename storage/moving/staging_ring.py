@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from distkv.storage.device import Device
+from distkv.storage.dtypes import torch_dtype
 from distkv.storage.errors import StoreError
 from distkv.storage.meter import Meter, now
 from distkv.storage.moving.lane_times import LaneTimes
@@ -85,7 +86,11 @@ class StagingRing:
         self.buffer_pages = num_pages // NUM_BUFFERS
         self.num_buffers = device.num_buffers
         self.buffers = torch.zeros(
-            self.num_buffers, self.buffer_pages, *spec.slice_shape, dtype=spec.dtype, device=device.torch_device
+            self.num_buffers,
+            self.buffer_pages,
+            *spec.slice_shape,
+            dtype=torch_dtype(spec.dtype),
+            device=device.torch_device,
         )
         # both sides of the copies of a load as `PageCopies` takes them, by layer and by buffer
         self.sources = [] if copies is None else [host.layer_rows(layer) for layer in range(spec.num_layers)]

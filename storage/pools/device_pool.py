@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from distkv.storage.device import Device
+from distkv.storage.dtypes import torch_dtype
 from distkv.storage.errors import CapacityError
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools.page_pool import check_slot
@@ -27,7 +28,7 @@ class DevicePool:
         self.num_pages = num_pages
         self.device = device
         try:
-            self.data = device.zeros(spec.device_shape(num_pages), spec.dtype)
+            self.data = device.zeros(spec.device_shape(num_pages), torch_dtype(spec.dtype))
         except (MemoryError, torch.OutOfMemoryError):
             size, free = num_pages * spec.page_bytes_in(Tier.DEVICE), device.free_bytes()
             raise CapacityError(

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from distkv.storage.dtypes import torch_dtype
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools.host_memory import HostBuffer
 from distkv.storage.pools.page_pool import check_slot
@@ -16,7 +17,7 @@ class HostPool:
 
     def __init__(self, spec: PageSpec, num_pages: int, pinned: bool):
         self.num_pages = num_pages
-        self._buffer = HostBuffer((num_pages, *spec.page_shape), spec.dtype, pinned)
+        self._buffer = HostBuffer((num_pages, *spec.page_shape), torch_dtype(spec.dtype), pinned)
         self.piece_pages = self._buffer.piece_rows  # no copy may reach over a multiple of it
 
     def page(self, slot: int) -> Tensor:

@@ -14,7 +14,8 @@ from distkv.storage.disk.cache_folder import ARRAY, CATALOGUE, DAMAGED, DESCRIPT
 from distkv.storage.disk.catalogue import Catalogue
 from distkv.storage.errors import ConfigError, StoreError
 from distkv.workers.cache_place import CachePlace
-from distkv.workers.kv_pools import DiskTier, KVPools, PoolSizes
+from distkv.workers.kv_pools import DiskTier, KVPools
+from distkv.workers.sizes import PoolSizes
 
 NAME = "0123456789abcdef"
 

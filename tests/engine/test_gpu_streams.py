@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distkv.errors import CapacityError
 from distkv.storage.device import CudaDevice
+from distkv.storage.dtypes import torch_dtype
 from distkv.storage.moving.mover import Mover
 from distkv.storage.moving.page_copies import PageCopies
 from distkv.storage.moving.staging_ring import StagingRing
@@ -25,7 +26,7 @@ from distkv.storage.tier import Tier, Transfer, encode_location
 
 pytestmark = pytest.mark.gpu
 
-SPEC = PageSpec(num_layers=4, num_kv_heads=2, page_size=64, head_dim=64, dtype=torch.bfloat16)
+SPEC = PageSpec(num_layers=4, num_kv_heads=2, page_size=64, head_dim=64, dtype="bfloat16")
 CUDA = CudaDevice(torch.device("cuda"))
 SLEEP = 20_000_000  # cycles, some 10 ms: what is enqueued behind them has not begun when the host goes on
 
@@ -81,7 +82,7 @@ def test_neighbours_cross_together(copies: PageCopies, pinned: HostPool, piece: 
     device = DevicePool(SPEC, 8, CUDA)
     torch.cuda.synchronize()
     copies.start(Lane.FETCH, pinned.rows(), device.rows(), copies.prepare(Lane.FETCH, [(1, 3), (2, 4), (3, 5)], piece))
-    buffer = torch.zeros(6, *SPEC.slice_shape, dtype=SPEC.dtype, device="cuda")
+    buffer = torch.zeros(6, *SPEC.slice_shape, dtype=torch_dtype(SPEC.dtype), device="cuda")
     torch.cuda.synchronize()
     loads = copies.prepare(Lane.LOAD, [(2, 0), (3, 1), (4, 2), (7, 5)], piece)
     copies.start(Lane.LOAD, pinned.layer_rows(2), buffer.flatten(1)[:, None], loads)

@@ -39,7 +39,7 @@ from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan
 from distkv.workers.page_directory import PageDirectory, SequenceStep
 
-SPEC = PageSpec(num_layers=2, num_kv_heads=1, page_size=PAGE_SIZE, head_dim=4, dtype=torch.float32)
+SPEC = PageSpec(num_layers=2, num_kv_heads=1, page_size=PAGE_SIZE, head_dim=4, dtype="float32")
 MARKS = 1000 * (1 + torch.arange(SPEC.num_layers * 2).view(SPEC.num_layers, 2, 1, 1, 1))  # each layer's K and V differ
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distkv import LLM, SamplingParams
 from distkv.workers.attention.cuda import CudaAttention
-from distkv.workers.backend import KINDS
+from distkv.workers.kinds import KINDS
 from distkv.workers.runners.batch import Batch
 from distkv.workers.runners.host_copies import map_arrays
 from distkv.workers.runners.step_graphs import StepGraphs

@@ -47,6 +47,7 @@ from distkv.storage.disk.cache_folder import (
 from distkv.storage.disk.catalogue import Catalogue, Entry
 from distkv.storage.disk.disk_array import find_slots, make_array
 from distkv.storage.disk.reopen import reopen
+from distkv.storage.dtypes import torch_dtype
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools.disk_pool import DiskPool
 from distkv.storage.tier import Tier, Transfer
@@ -54,16 +55,17 @@ from distkv.workers.cache_place import CachePlace, free_bytes
 from distkv.workers.group.process_group import ProcessGroup
 from distkv.workers.group.report import Report, ReportCollector
 from distkv.workers.group.step_plan import StepPlan, decode, encode
-from distkv.workers.kv_pools import DiskTier, KVPools, PoolSizes
+from distkv.workers.kv_pools import DiskTier, KVPools
 from distkv.workers.model.llama import load_llama
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import Shard
 from distkv.workers.model.weight_files import DIGESTS, WeightFile
 from distkv.workers.model.weights import DummySource, SafetensorsSource
 from distkv.workers.rank import Loaded
+from distkv.workers.sizes import PoolSizes
 
 CPU = torch.device("cpu")
-SPEC = PageSpec(num_layers=3, num_kv_heads=3, page_size=16, head_dim=4, dtype=torch.bfloat16)
+SPEC = PageSpec(num_layers=3, num_kv_heads=3, page_size=16, head_dim=4, dtype="bfloat16")
 NUM_PAGES = 6
 FINGERPRINT = "0123456789abcdef" * 4
 
@@ -117,7 +119,7 @@ def chunks(*slots: int) -> set[str]:
 
 
 def load(pool: DiskPool, slot: int, held: range) -> Tensor:
-    page = torch.empty((SPEC.num_layers, 2, len(held), SPEC.page_size, SPEC.head_dim), dtype=SPEC.dtype)
+    page = torch.empty((SPEC.num_layers, 2, len(held), SPEC.page_size, SPEC.head_dim), dtype=torch_dtype(SPEC.dtype))
     pool.load(slot, page)
     return page
 
@@ -515,7 +517,7 @@ def test_what_was_killed_while_it_was_made(tmp_path: Path) -> None:
     "other",
     [
         replace(SPEC, page_size=32), replace(SPEC, num_layers=2), replace(SPEC, num_kv_heads=2),
-        replace(SPEC, dtype=torch.float16), replace(SPEC, dtype=torch.float32),
+        replace(SPEC, dtype="float16"), replace(SPEC, dtype="float32"),
     ],
 )  # fmt: skip
 def test_an_array_of_other_pages_is_given_up(tmp_path: Path, other: PageSpec, caplog: pytest.LogCaptureFixture) -> None:
@@ -601,22 +603,22 @@ def test_the_digest_is_cached_until_a_file_changes(
 
 
 def test_what_a_fingerprint_is_of() -> None:
-    base = make_fingerprint("weights", "native amx", model(), torch.bfloat16, 256)
-    assert len(base) == 64 and base == make_fingerprint("weights", "native amx", model(), torch.bfloat16, 256)
+    base = make_fingerprint("weights", "native amx", model(), "bfloat16", 256)
+    assert len(base) == 64 and base == make_fingerprint("weights", "native amx", model(), "bfloat16", 256)
     for same_pages in (model(eos_token_id=5), model(max_position_embeddings=77), model(torch_dtype="float32")):
-        assert make_fingerprint("weights", "native amx", same_pages, torch.bfloat16, 256) == base
+        assert make_fingerprint("weights", "native amx", same_pages, "bfloat16", 256) == base
     others = [
-        make_fingerprint("weights", "native avx2", model(), torch.bfloat16, 256),
-        make_fingerprint("other", "native amx", model(), torch.bfloat16, 256),
-        make_fingerprint("weights", "native amx", model(), torch.float16, 256),
-        make_fingerprint("weights", "native amx", model(), torch.bfloat16, 128),
+        make_fingerprint("weights", "native avx2", model(), "bfloat16", 256),
+        make_fingerprint("other", "native amx", model(), "bfloat16", 256),
+        make_fingerprint("weights", "native amx", model(), "float16", 256),
+        make_fingerprint("weights", "native amx", model(), "bfloat16", 128),
         *(
-            make_fingerprint("weights", "native amx", changed, torch.bfloat16, 256)
+            make_fingerprint("weights", "native amx", changed, "bfloat16", 256)
             for changed in (model(rope_theta=5e5), model(rms_norm_eps=1e-5), model(num_hidden_layers=2))
         ),
         *(
             make_fingerprint(
-                DummySource(seed, torch.bfloat16, CPU).digest(whole=True), "native amx", model(), torch.bfloat16, 256
+                DummySource(seed, torch.bfloat16, CPU).digest(whole=True), "native amx", model(), "bfloat16", 256
             )
             for seed in (0, 1)
         ),
@@ -646,7 +648,7 @@ def test_the_folder_is_named_after_the_fingerprint(tiny_model: Path, tmp_path: P
             assert scratch.info.cache_dir == str(cache / SCRATCH)
             assert (cache / SCRATCH / ARRAY).exists()
     assert [path.name for path in (cache / SCRATCH).iterdir()] == ["lock"]
-    assert find_slots(Path(info.cache_dir), PageSpec(2, 2, 16, 16, torch.float32)) == info.num_disk_pages
+    assert find_slots(Path(info.cache_dir), PageSpec(2, 2, 16, 16, "float32")) == info.num_disk_pages
     described = json.loads((Path(info.cache_dir) / DESCRIPTION).read_text())
     assert described["fingerprint"] == info.fingerprint and described["model"] == str(tiny_model)
     assert described["page_bytes"] == info.page_bytes
@@ -661,7 +663,7 @@ def test_ranks_have_no_part_in_the_folder(tiny_model: Path, tmp_path: Path) -> N
         return ranks.digest_weights, cache_place(engine, ranks, [Loaded(digest, "torch")] * engine.tensor_parallel_size)
 
     places = [place("weights", tensor_parallel_size=size, **options(tmp_path)) for size in (1, 4)]
-    fingerprint = make_fingerprint("weights", "torch", config, torch.float32, 16)
+    fingerprint = make_fingerprint("weights", "torch", config, "float32", 16)
     for digests, found in places:
         assert digests and found is not None
         assert (found.fingerprint, found.folder) == (fingerprint, tmp_path / fingerprint[:16])

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support.disks import NUM_PAGES, description, file_size_limit, kept_pages, listed
 from typer.testing import CliRunner
 
@@ -28,10 +27,11 @@ from distkv.storage.page_spec import PageSpec
 from distkv.workers.cache_place import CachePlace
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan
-from distkv.workers.kv_pools import DiskTier, KVPools, PoolSizes
+from distkv.workers.kv_pools import DiskTier, KVPools
+from distkv.workers.sizes import PoolSizes
 
 NAME = "0123456789abcdef"
-SPEC = PageSpec(num_layers=4, num_kv_heads=2, page_size=128, head_dim=16, dtype=torch.float32)  # 128 KiB a page
+SPEC = PageSpec(num_layers=4, num_kv_heads=2, page_size=128, head_dim=16, dtype="float32")  # 128 KiB a page
 Fill = Callable[[Path], AbstractContextManager[None]]
 
 

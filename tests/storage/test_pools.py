@@ -27,6 +27,7 @@ from distkv.storage.device import CpuDevice
 from distkv.storage.disk.cache_folder import ARRAY, DiskHeads, FolderLock
 from distkv.storage.disk.catalogue import Catalogue
 from distkv.storage.disk.disk_array import make_array, remove_array
+from distkv.storage.dtypes import DTYPES, torch_dtype
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools.device_pool import DevicePool
 from distkv.storage.pools.disk_pool import DiskPool
@@ -36,13 +37,11 @@ from distkv.storage.process_limits import available_bytes
 
 AnyPool = PagePool | HostPool
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
 
 # --- what all pools do ---
 
 
-@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.fixture(params=DTYPES)
 def spec(request: pytest.FixtureRequest) -> PageSpec:
     return PageSpec(3, 2, 16, 4, request.param)
 
@@ -75,7 +74,7 @@ def test_pages_come_back_bit_for_bit(pool: AnyPool, spec: PageSpec) -> None:
 @pytest.mark.parametrize("value", [0.0, -0.0, float("nan"), float("inf"), 1e-45])
 def test_pages_of_one_value(pool: AnyPool, spec: PageSpec, value: float) -> None:
     """All-zero pages are no holes, and a negative zero stays one."""
-    page = torch.full(spec.page_shape, value, dtype=spec.dtype)
+    page = torch.full(spec.page_shape, value, dtype=torch_dtype(spec.dtype))
     store(pool, 2, page)
     assert same(load(pool, 2, spec), page)
 
@@ -203,8 +202,8 @@ def test_the_array_is_plain_zarr_over_the_heads_of_all_ranks(spec: PageSpec, tmp
     array = zarr.open(tmp_path / ARRAY, mode="r")
     assert isinstance(array, zarr.Array)
     assert array.shape == (4, 3, 2, 3, 16, 4)
-    assert array.dtype == {4: "float32", 2: "float16" if spec.dtype is torch.float16 else "uint16"}[spec.dtype.itemsize]
-    assert array.attrs["dtype"] == str(spec.dtype).removeprefix("torch.")
+    assert array.dtype == {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}[spec.dtype]
+    assert array.attrs["dtype"] == spec.dtype
     for slot, page in pages.items():
         assert np.asarray(array[slot]).tobytes() == bits(page).tobytes()
         assert same(load(ranks[0], slot, ranks[0]._spec), page[:, :, :2])
@@ -313,7 +312,7 @@ def test_open_pages_are_read_from_threads(
 
 # --- disk: no room ---
 
-LARGE = PageSpec(num_layers=4, num_kv_heads=2, page_size=64, head_dim=16, dtype=torch.float32)
+LARGE = PageSpec(num_layers=4, num_kv_heads=2, page_size=64, head_dim=16, dtype="float32")
 
 
 def check_refused(pool: DiskPool, folder: Path, slot: int, page: Tensor, message: str) -> None:

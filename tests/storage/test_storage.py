@@ -10,6 +10,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from distkv.errors import CapacityError, ConfigError
 from distkv.storage.device import CpuDevice
+from distkv.storage.dtypes import DTYPES, torch_dtype
 from distkv.storage.ledger.page_table import PageTable
 from distkv.storage.ledger.slot_allocator import SlotAllocator
 from distkv.storage.ledger.tiered_cache import TieredCache
@@ -309,28 +310,28 @@ def test_a_location_is_an_integer(tier: Tier, slot: int) -> None:
     kv_heads=st.integers(1, 4),
     page_size=st.sampled_from([16, 32, 256, 4096]),
     head_dim=st.integers(1, 128),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    dtype=st.sampled_from(DTYPES),
     num_pages=st.integers(0, 3),
 )
 def test_page_spec_counts_the_bytes_of_a_pool(
-    layers: int, kv_heads: int, page_size: int, head_dim: int, dtype: torch.dtype, num_pages: int
+    layers: int, kv_heads: int, page_size: int, head_dim: int, dtype: str, num_pages: int
 ) -> None:
     spec = PageSpec(layers, kv_heads, page_size, head_dim, dtype)
     shape = spec.device_shape(num_pages)
     assert shape == (layers, 2, num_pages, kv_heads, page_size, head_dim)
-    pool = torch.empty(shape, dtype=dtype, device="meta")
+    pool = torch.empty(shape, dtype=torch_dtype(dtype), device="meta")
     assert spec.page_bytes * num_pages == pool.nbytes
     assert spec.page_bytes == spec.bytes_per_token * page_size == spec.layer_slice_bytes * layers
 
 
 def test_page_spec_of_llama_3_8b() -> None:
-    spec = PageSpec(32, 8, 256, 128, torch.bfloat16)
+    spec = PageSpec(32, 8, 256, 128, "bfloat16")
     assert (spec.bytes_per_token, spec.layer_slice_bytes, spec.page_bytes) == (128 << 10, 1 << 20, 32 << 20)
 
 
 @given(st.integers(0, 10_000), st.sampled_from([16, 64, 512]))
 def test_pages_for(num_tokens: int, page_size: int) -> None:
-    pages = PageSpec(1, 1, page_size, 2, torch.float32).pages_for(num_tokens)
+    pages = PageSpec(1, 1, page_size, 2, "float32").pages_for(num_tokens)
     assert (pages - 1) * page_size < num_tokens <= pages * page_size
 
 
@@ -338,25 +339,25 @@ def test_pages_for(num_tokens: int, page_size: int) -> None:
 def test_page_size_is_refused_with_a_cure(page_size: int) -> None:
     valid = page_size in {1 << power for power in range(4, 64)}
     if valid:
-        assert PageSpec(1, 1, page_size, 2, torch.float32).page_size == page_size
+        assert PageSpec(1, 1, page_size, 2, "float32").page_size == page_size
         return
     with pytest.raises(ConfigError, match=f"page_size {page_size} is not a power of two >= {MIN_PAGE_SIZE}") as error:
-        PageSpec(1, 1, page_size, 2, torch.float32)
+        PageSpec(1, 1, page_size, 2, "float32")
     cure = int(str(error.value).rsplit(" ", 1)[1])
-    assert PageSpec(1, 1, cure, 2, torch.float32).page_size == cure
+    assert PageSpec(1, 1, cure, 2, "float32").page_size == cure
     assert cure == MIN_PAGE_SIZE or cure < page_size < 2 * cure
 
 
 @pytest.mark.parametrize(("page_size", "cure"), [(100, 64), (17, 16), (15, 16), (1, 16), (0, 16), (-1, 16), (257, 256)])
 def test_cure_of_a_page_size(page_size: int, cure: int) -> None:
     with pytest.raises(ConfigError, match=f"; try {cure}$"):
-        PageSpec(1, 1, page_size, 2, torch.float32)
+        PageSpec(1, 1, page_size, 2, "float32")
 
 
 @pytest.fixture
 def pool() -> DevicePool:
     """A pool in which every number is different."""
-    pool = DevicePool(PageSpec(3, 2, 16, 4, torch.float32), 5, CpuDevice())
+    pool = DevicePool(PageSpec(3, 2, 16, 4, "float32"), 5, CpuDevice())
     assert not pool.data.any()
     pool.data.copy_(torch.arange(1, pool.data.numel() + 1).view_as(pool.data))
     return pool

@@ -92,7 +92,7 @@ class Step:
     def attend_with_cold(self, cold: set[int], plan: PlanAttention = plan_on_cpu) -> Tensor:
         """The same with the given page numbers in a host pool; their device slots hold large numbers."""
         s = self.sequences
-        spec = PageSpec(1, s.kv_heads, s.page_size, s.head_dim, s.dtype)
+        spec = PageSpec(1, s.kv_heads, s.page_size, s.head_dim, str(s.dtype).removeprefix("torch."))
         host = HostPool(spec, 2 * s.num_pages, pinned=False)
         pool, places = self.pool.clone(), {}
         shuffled = torch.randperm(2 * s.num_pages, generator=seeded(s.seed)).tolist()

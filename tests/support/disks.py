@@ -14,7 +14,7 @@ from support.pages import SPEC, random_page
 
 from distkv.storage.disk.cache_folder import Description, DiskHeads
 from distkv.storage.disk.catalogue import Catalogue, Entry
-from distkv.storage.disk.disk_array import dtype_name, make_array
+from distkv.storage.disk.disk_array import make_array
 from distkv.storage.disk.reopen import reopen
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools import disk_pool as disk_module
@@ -37,7 +37,7 @@ def entry(slot: int, crc32c: bytes = b"") -> Entry:
 def description(spec: PageSpec = SPEC) -> Description:
     """Of the pages of a model whose folder is to be named "0123456789abcdef"."""
     return Description(
-        "0123456789abcdef" * 4, "/models/one", dtype_name(spec.dtype), spec.page_size, spec.num_layers,
+        "0123456789abcdef" * 4, "/models/one", spec.dtype, spec.page_size, spec.num_layers,
         spec.num_kv_heads, spec.head_dim, spec.page_bytes,
     )  # fmt: skip
 

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from distkv.storage.paging import NUM_BUFFERS, PREFILL_SPLIT
 from distkv.workers.group.process_group import ProcessGroup
-from distkv.workers.kv_pools import PoolSizes
 from distkv.workers.model.model_config import ModelConfig
-from distkv.workers.rank import Rank, RankConfig
+from distkv.workers.rank import Rank
+from distkv.workers.rank_config import RankConfig
+from distkv.workers.sizes import PoolSizes
 
 
 def load_rank(
-    folder: Path, *, page_size: int = 16, num_pages: int = 32, dtype: torch.dtype = torch.float32, **options: Any
+    folder: Path, *, page_size: int = 16, num_pages: int = 32, dtype: str = "float32", **options: Any
 ) -> Rank:
     """A group of one rank on the CPU with its pool; `options` are fields of RankConfig."""
     fields: dict[str, Any] = {

@@ -6,8 +6,9 @@ from distkv.kernels.cuda.activation import swiglu
 from distkv.kernels.cuda.cuda_kernels import BATCH_INVARIANT_KERNELS, CUDA_KERNELS
 from distkv.kernels.linear import packed_linear
 from distkv.kernels.token_kernels import gated
-from distkv.workers.backend import KINDS, Backend
+from distkv.workers.backend import Backend
 from distkv.workers.backends.cpu import CpuBackend
+from distkv.workers.kinds import KINDS
 from distkv.workers.kv_pools import KVPools
 from distkv.workers.model.llama import LlamaModel
 from distkv.workers.runners.cuda_runner import CudaRunner

@@ -17,11 +17,13 @@ from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import NUM_BUFFERS
 from distkv.storage.pools.host_pool import HostPool
 from distkv.storage.tier import Tier, Transfer, encode_location
-from distkv.workers.backend import KINDS, Demand, make_backend
+from distkv.workers.backend import Demand, make_backend
 from distkv.workers.errors import ConfigError
-from distkv.workers.kv_pools import KVPools, PoolSizes
+from distkv.workers.kinds import KINDS
+from distkv.workers.kv_pools import KVPools
 from distkv.workers.rank import Rank
 from distkv.workers.runners.host_copies import map_arrays, send
+from distkv.workers.sizes import PoolSizes
 
 
 class Halved(PageSpec):
@@ -31,7 +33,7 @@ class Halved(PageSpec):
         return self.layer_slice_bytes >> tier
 
 
-SPEC = Halved(num_layers=3, num_kv_heads=2, page_size=16, head_dim=4, dtype=torch.float32)
+SPEC = Halved(num_layers=3, num_kv_heads=2, page_size=16, head_dim=4, dtype="float32")
 
 
 def test_every_kind_has_a_module() -> None:

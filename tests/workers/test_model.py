@@ -17,7 +17,7 @@ from support.ranks import load_rank, run_chunks
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from distkv.workers.kv_pools import PoolSizes
+from distkv.workers.sizes import PoolSizes
 
 TOLERANCE = 1e-4  # of the largest logit
 TEXT = Path(argparse.__file__)  # long real text that every Python has
@@ -284,8 +284,8 @@ def test_copies_come_before_clears_and_both_before_the_sequences(tiny_model: Pat
     assert not rank.pools.device.data[:, :, [1, 6]].any()
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 0.06), (torch.float16, 0.01)], ids=["bf16", "fp16"])
-def test_half_precision(tiny_model: Path, dtype: torch.dtype, limit: float) -> None:
+@pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 0.06), ("float16", 0.01)], ids=["bf16", "fp16"])
+def test_half_precision(tiny_model: Path, dtype: str, limit: float) -> None:
     rank = load_rank(tiny_model, dtype=dtype)
     tokens = token_ids(90)
     for chunks in ([90], [30, 1, 1, 58]):

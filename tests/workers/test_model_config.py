@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support.checkpoints import TINY
 from transformers import LlamaConfig
 
@@ -36,7 +35,7 @@ def test_fields_are_read() -> None:
         tie_word_embeddings=False,
         attention_bias=False,
         mlp_bias=False,
-        dtype=torch.bfloat16,
+        dtype="bfloat16",
         eos_token_ids=(2,),
     )
 
@@ -45,7 +44,7 @@ def test_fields_may_be_left_out() -> None:
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     config = ModelConfig.from_dict({name: VALID[name] for name in sizes})
     assert (config.num_key_value_heads, config.head_dim, config.group_size) == (4, 16, 1)
-    assert (config.max_position_embeddings, config.rms_norm_eps, config.dtype) == (2048, 1e-6, torch.float32)
+    assert (config.max_position_embeddings, config.rms_norm_eps, config.dtype) == (2048, 1e-6, "float32")
     assert config.eos_token_ids == ()
     assert not (config.tie_word_embeddings or config.attention_bias or config.mlp_bias)
 
@@ -60,9 +59,9 @@ def test_fields_may_be_left_out() -> None:
         ({"tie_word_embeddings": True}, "tie_word_embeddings", True),
         ({"attention_bias": True}, "attention_bias", True),
         ({"mlp_bias": True}, "mlp_bias", True),
-        ({"dtype": None, "torch_dtype": None}, "dtype", torch.float32),
-        ({"dtype": "float16", "torch_dtype": "bfloat16"}, "dtype", torch.float16),
-        ({"dtype": None, "torch_dtype": "float16"}, "dtype", torch.float16),
+        ({"dtype": None, "torch_dtype": None}, "dtype", "float32"),
+        ({"dtype": "float16", "torch_dtype": "bfloat16"}, "dtype", "float16"),
+        ({"dtype": None, "torch_dtype": "float16"}, "dtype", "float16"),
         ({"eos_token_id": [5, 7]}, "eos_token_ids", (5, 7)),
         ({"eos_token_id": None}, "eos_token_ids", ()),
         ({"hidden_act": "swish"}, "hidden_size", 64),
@@ -218,8 +217,8 @@ def test_fields_that_nobody_knows_are_told_of_once(caplog: pytest.LogCaptureFixt
 def test_the_dtype_to_run_in() -> None:
     """A checkpoint in float64 has none unless one is given."""
     half, double = ModelConfig.from_dict(VALID), ModelConfig.from_dict(VALID | {"dtype": "float64"})
-    assert half.run_dtype("auto") == torch.bfloat16 and half.run_dtype("float32") == torch.float32
-    assert double.run_dtype("float32") == torch.float32
+    assert half.run_dtype("auto") == "bfloat16" and half.run_dtype("float32") == "float32"
+    assert double.run_dtype("float32") == "float32"
     with pytest.raises(ConfigError, match="use one of float32, float16, bfloat16"):
         double.run_dtype("auto")
 

@@ -7,6 +7,7 @@ from distkv.kernels.native.build import BuildError
 from distkv.kernels.native.library import Library, load_best
 from distkv.kernels.native.token_kernels import native_token_kernels
 from distkv.storage.device import CpuDevice, Device
+from distkv.storage.dtypes import torch_dtype
 from distkv.storage.tier import Tier
 from distkv.workers.attention.cpu import CpuAttention, plan_cpu_attention
 from distkv.workers.attention.native import NativeAttention, plan_native_attention
@@ -34,7 +35,7 @@ class CpuBackend:
 
         def plan(steps: list[SequenceStep]) -> CpuAttention:
             spec = pools.device.spec
-            return plan_cpu_attention(steps, spec.page_size, group, pools.ring.buffer_pages, spec.dtype)
+            return plan_cpu_attention(steps, spec.page_size, group, pools.ring.buffer_pages, torch_dtype(spec.dtype))
 
         return CpuRunner(model, pools, plan)
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 
-from distkv.workers.bandwidth import Bandwidth
 from distkv.workers.cache_place import CachePlace, free_bytes
 from distkv.workers.errors import ConfigError
 from distkv.workers.group.process_group import ProcessGroup
 from distkv.workers.group.rank_executor import RankExecutor
-from distkv.workers.kv_pools import PoolSizes
-from distkv.workers.rank import Capacity, Loaded, Rank, RankConfig
+from distkv.workers.rank import Loaded, Rank
+from distkv.workers.rank_config import RankConfig
+from distkv.workers.sizes import Bandwidth, Capacity, PoolSizes
 
 
 class LocalGroup:

@@ -10,16 +10,16 @@ import zmq
 from torch.distributed import TCPStore
 
 from distkv.storage.process_limits import usable_cores
-from distkv.workers.backend import KINDS
-from distkv.workers.bandwidth import Bandwidth
 from distkv.workers.cache_place import CachePlace, free_bytes
 from distkv.workers.group.channel import FollowerChannel, LeaderChannel
 from distkv.workers.group.log_lines import LogCollector, LogLine
 from distkv.workers.group.process_group import ProcessGroup, open_store
 from distkv.workers.group.rank_executor import RankExecutor
 from distkv.workers.group.report import Report
-from distkv.workers.kv_pools import PoolSizes
-from distkv.workers.rank import Capacity, Loaded, Rank, RankConfig
+from distkv.workers.kinds import KINDS
+from distkv.workers.rank import Loaded, Rank
+from distkv.workers.rank_config import RankConfig
+from distkv.workers.sizes import Bandwidth, Capacity, PoolSizes
 
 LeaderMain = Callable[..., None]
 """What rank 0 runs: `main(executor, request_socket, take_log, *arguments)`, where `take_log` returns what the ranks

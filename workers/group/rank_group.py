@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Protocol
 
-from distkv.workers.bandwidth import Bandwidth
 from distkv.workers.cache_place import CachePlace
-from distkv.workers.kv_pools import PoolSizes
-from distkv.workers.rank import Capacity, Loaded, RankConfig
+from distkv.workers.rank import Loaded
+from distkv.workers.rank_config import RankConfig
+from distkv.workers.sizes import Bandwidth, Capacity, PoolSizes
 
 
 class RankGroup(Protocol):

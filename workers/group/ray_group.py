@@ -18,16 +18,16 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from distkv.workers.backend import KINDS
-from distkv.workers.bandwidth import Bandwidth
 from distkv.workers.cache_place import CachePlace
 from distkv.workers.errors import CapacityError, ConfigError, DistKVError, WorkerDied
 from distkv.workers.group.log_lines import relay
 from distkv.workers.group.rank_actor import LeaderMain, RankActor
 from distkv.workers.group.ray_cluster import connect, disconnect
 from distkv.workers.group.ray_errors import TOKENS_DIFFER, cause_of, failure_of, tokens_differ
-from distkv.workers.kv_pools import PoolSizes
-from distkv.workers.rank import Capacity, Loaded, RankConfig
+from distkv.workers.kinds import KINDS
+from distkv.workers.rank import Loaded
+from distkv.workers.rank_config import RankConfig
+from distkv.workers.sizes import Bandwidth, Capacity, PoolSizes
 
 log = logging.getLogger(__name__)
 

@@ -6,14 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from distkv.storage.dtypes import DTYPES, ITEM_BYTES
 from distkv.workers.errors import ConfigError
 from distkv.workers.model.config_fields import check_fields, check_rope_fields
 from distkv.workers.model.files import cannot_read
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-STORED_DTYPES = DTYPES | {"float64": torch.float64}
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
 ORIGINAL_LENGTH = "original_max_position_embeddings"
 
@@ -47,7 +44,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
-    dtype: torch.dtype  # of the checkpoint, float64 too
+    dtype: str  # of the checkpoint, a key of `ITEM_BYTES`
     eos_token_ids: tuple[int, ...]
 
     @property
@@ -55,9 +52,9 @@ class ModelConfig:
         """Query heads per KV head."""
         return self.num_attention_heads // self.num_key_value_heads
 
-    def run_dtype(self, option: str) -> torch.dtype:
+    def run_dtype(self, option: str) -> str:
         """What the option `dtype` means for this model; raises ConfigError where that is not supported."""
-        return parse_dtype(str(self.dtype).removeprefix("torch.") if option == "auto" else option)
+        return check_dtype(self.dtype if option == "auto" else option)
 
     @classmethod
     def load(cls, folder: Path) -> "ModelConfig":
@@ -115,16 +112,16 @@ class ModelConfig:
             tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
             attention_bias=_flag(raw, "attention_bias"),
             mlp_bias=_flag(raw, "mlp_bias"),
-            dtype=parse_dtype(raw.get("dtype") or raw.get("torch_dtype") or "float32", STORED_DTYPES),
+            dtype=check_dtype(raw.get("dtype") or raw.get("torch_dtype") or "float32", tuple(ITEM_BYTES)),
             eos_token_ids=_token_ids(raw.get("eos_token_id"), "eos_token_id"),
         )
 
 
-def parse_dtype(name: str, supported: dict[str, torch.dtype] = DTYPES) -> torch.dtype:
-    """The torch dtype of a name such as "bfloat16"; raises ConfigError for one that is not supported."""
+def check_dtype(name: Any, supported: tuple[str, ...] = DTYPES) -> str:
+    """The name of a dtype, such as "bfloat16"; raises ConfigError for one that is not supported."""
     if not isinstance(name, str) or name not in supported:
         raise ConfigError(f"dtype {name!r} is not supported; use one of {', '.join(supported)}")
-    return supported[name]
+    return name
 
 
 def _rope_config(raw: dict[str, Any], positions: int) -> RopeConfig:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distkv.storage.dtypes import torch_dtype
 from distkv.storage.paging import pages_for
 from distkv.workers.attention.cuda import AttentionArrays, CudaAttention, CudaPlan, CudaShape, plan_cuda_attention
 from distkv.workers.kv_pools import KVPools
@@ -86,7 +87,7 @@ class CudaRunner:
         spec = pools.device.spec
         self.shape = CudaShape(
             model.shard.num_query_heads, spec.num_kv_heads, spec.head_dim, spec.page_size, pools.ring.buffer_pages,
-            spec.dtype, num_programs, batch_invariant,
+            torch_dtype(spec.dtype), num_programs, batch_invariant,
         )  # fmt: skip
         below = [size for size in SIZES if size < max_num_seqs]
         self.sizes = below + list(SIZES[len(below) : len(below) + 1])

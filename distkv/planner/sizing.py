@@ -4,18 +4,15 @@ launch and a planner reckon alike."""
 from dataclasses import replace
 
 from distkv.config import EngineConfig
-from distkv.engine.protocol import EngineInfo
 from distkv.errors import CapacityError
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import NUM_BUFFERS, pages_for
 from distkv.storage.tier import Tier
-from distkv.workers.backend import KINDS
-from distkv.workers.bandwidth import Bandwidth
-from distkv.workers.cache_place import CachePlace
-from distkv.workers.kv_pools import PoolSizes
+from distkv.workers.kinds import KINDS
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import Shard
-from distkv.workers.rank import Capacity, RankConfig, rank_page_spec
+from distkv.workers.rank_config import RankConfig, rank_page_spec
+from distkv.workers.sizes import Bandwidth, Capacity, PoolSizes
 
 KEPT_PAGES = 2**18  # most pages of a disk tier that outlives the engine, unless a size is given: each takes memory here
 STREAM_SECONDS = 1.0  # what a step may spend on cold pages, unless a number of bytes is given
@@ -39,6 +36,13 @@ def shares_prefixes(config: EngineConfig, model: ModelConfig) -> bool:
 def keeps_cache(config: EngineConfig, model: ModelConfig) -> bool:
     """Whether pages on disk outlive the engine."""
     return config.cache_dir is not None and shares_prefixes(config, model)
+
+
+def staging_pages(config: EngineConfig, device: str) -> int:
+    """Pages of the staging ring, as given or what a kind of machine (a key of `KINDS`) needs; each holds one layer."""
+    if config.staging_pages is not None:
+        return config.staging_pages
+    return config.min_staging_pages * KINDS[device].load_pieces
 
 
 def page_specs(config: EngineConfig, ranks: RankConfig) -> list[PageSpec]:
@@ -150,47 +154,3 @@ def cold_budget(config: EngineConfig, sizes: PoolSizes, rates: list[Bandwidth]) 
         return int(config.max_cold_bytes_per_step), 1.0
     host, disk = min(rate.host for rate in rates), min(rate.disk for rate in rates)
     return int(host * STREAM_SECONDS) * len(rates), max(1.0, host / disk) if disk else 1.0
-
-
-def engine_info(
-    config: EngineConfig,
-    ranks: RankConfig,
-    place: CachePlace | None,
-    max_model_len: int,
-    sizes: PoolSizes,
-    pool_bytes: list[tuple[int, int, int]],
-    budget: tuple[int, float],
-) -> EngineInfo:
-    """What the engine is told.
-
-    Args:
-        place: of the disk tier; needed where that has pages.
-        pool_bytes: of device, host and disk, for each rank, as allocated.
-        budget: see `cold_budget`.
-    """
-    specs = page_specs(config, ranks)
-    max_cold_bytes, disk_cost = budget
-    on_device, on_host, on_disk = (sum(tier) for tier in zip(*pool_bytes, strict=True))
-    return EngineInfo(
-        max_model_len=max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        page_size=config.page_size,
-        num_pages=sizes.device,
-        num_host_pages=sizes.host,
-        num_disk_pages=sizes.disk,
-        page_bytes=sum(spec.page_bytes for spec in specs),
-        pool_bytes=on_device,
-        kv_bytes_per_token=sum(spec.bytes_per_token for spec in specs),
-        vocab_size=ranks.model.vocab_size,
-        eos_token_ids=ranks.model.eos_token_ids,
-        seed=config.seed,
-        cache_dir=str(place.folder) if place is not None and sizes.disk else None,
-        fingerprint=place.fingerprint if place is not None and sizes.disk else "",
-        enable_prefix_caching=shares_prefixes(config, ranks.model),
-        write_through=config.disk_write_policy == "write_through",
-        max_cold_bytes_per_step=max_cold_bytes,
-        disk_cost=disk_cost,
-        model=str(ranks.folder),
-        tier_bytes=(on_device, on_host, on_disk),
-    )

@@ -1,0 +1,52 @@
+"""What an engine is told of what the launch has fixed."""
+
+from distkv.config import EngineConfig
+from distkv.engine.protocol import EngineInfo
+from distkv.planner.sizing import page_specs, shares_prefixes
+from distkv.workers.cache_place import CachePlace
+from distkv.workers.rank_config import RankConfig
+from distkv.workers.sizes import PoolSizes
+
+
+def engine_info(
+    config: EngineConfig,
+    ranks: RankConfig,
+    place: CachePlace | None,
+    max_model_len: int,
+    sizes: PoolSizes,
+    pool_bytes: list[tuple[int, int, int]],
+    budget: tuple[int, float],
+) -> EngineInfo:
+    """What the engine is told.
+
+    Args:
+        place: of the disk tier; needed where that has pages.
+        pool_bytes: of device, host and disk, for each rank, as allocated.
+        budget: see `cold_budget`.
+    """
+    specs = page_specs(config, ranks)
+    max_cold_bytes, disk_cost = budget
+    on_device, on_host, on_disk = (sum(tier) for tier in zip(*pool_bytes, strict=True))
+    return EngineInfo(
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        page_size=config.page_size,
+        num_pages=sizes.device,
+        num_host_pages=sizes.host,
+        num_disk_pages=sizes.disk,
+        page_bytes=sum(spec.page_bytes for spec in specs),
+        pool_bytes=on_device,
+        kv_bytes_per_token=sum(spec.bytes_per_token for spec in specs),
+        vocab_size=ranks.model.vocab_size,
+        eos_token_ids=ranks.model.eos_token_ids,
+        seed=config.seed,
+        cache_dir=str(place.folder) if place is not None and sizes.disk else None,
+        fingerprint=place.fingerprint if place is not None and sizes.disk else "",
+        enable_prefix_caching=shares_prefixes(config, ranks.model),
+        write_through=config.disk_write_policy == "write_through",
+        max_cold_bytes_per_step=max_cold_bytes,
+        disk_cost=disk_cost,
+        model=str(ranks.folder),
+        tier_bytes=(on_device, on_host, on_disk),
+    )

@@ -1,0 +1,35 @@
+"""What every rank of a group has to know."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from distkv.storage.page_spec import PageSpec
+from distkv.workers.model.model_config import ModelConfig
+from distkv.workers.model.shard import Shard
+
+
+@dataclass(frozen=True)
+class RankConfig:
+    """What every rank has to know; the same for all of them."""
+
+    folder: Path
+    model: ModelConfig
+    load_format: str  # "auto" for safetensors, or "dummy"
+    seed: int  # of dummy weights
+    dtype: str  # one of `DTYPES`
+    device: str  # a key of `KINDS`
+    page_size: int  # tokens
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    gpu_memory_utilization: float  # share of the GPU's memory that weights, workspace and KV may take together
+    num_threads: int | None  # torch's CPU threads; None leaves them as they are, as far as there are cores for them
+    staging_pages: int  # see `StagingRing`
+    batch_invariant: bool | None  # see `EngineConfig`
+    digest_weights: bool  # whether pages may be kept, so that the whole content of the weights must be known
+    traces: bool = False  # whether reports tell of each piece of work by itself
+
+
+def rank_page_spec(config: RankConfig, shard: Shard) -> PageSpec:
+    """The pages of one rank: all layers, that rank's KV heads."""
+    model = config.model
+    return PageSpec(model.num_hidden_layers, shard.num_kv_heads, config.page_size, model.head_dim, config.dtype)
