@@ -9,12 +9,15 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "float16", "bfloat16")
 """What an engine runs in."""
 
-ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-"""Bytes of a number, of whatever a checkpoint may be stored in too."""
+STORED_DTYPES = ("float64", *DTYPES)
+"""What a checkpoint may be stored in."""
+
+ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1, "int8": 1}
+"""Bytes of a number. Nothing runs in the last two: plans tell what KV in them would take."""
 
 
 def torch_dtype(name: str) -> "torch.dtype":
-    """The dtype of tensors for a key of `ITEM_BYTES`."""
+    """The dtype of tensors for one of `STORED_DTYPES`."""
     import torch
 
     found = getattr(torch, name)

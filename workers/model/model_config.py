@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from distkv.storage.dtypes import DTYPES, ITEM_BYTES
+from distkv.storage.dtypes import DTYPES, STORED_DTYPES
 from distkv.workers.errors import ConfigError
 from distkv.workers.model.config_fields import check_fields, check_rope_fields
 from distkv.workers.model.files import cannot_read
@@ -44,7 +44,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
-    dtype: str  # of the checkpoint, a key of `ITEM_BYTES`
+    dtype: str  # of the checkpoint, one of `STORED_DTYPES`
     eos_token_ids: tuple[int, ...]
 
     @property
@@ -112,7 +112,7 @@ class ModelConfig:
             tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
             attention_bias=_flag(raw, "attention_bias"),
             mlp_bias=_flag(raw, "mlp_bias"),
-            dtype=check_dtype(raw.get("dtype") or raw.get("torch_dtype") or "float32", tuple(ITEM_BYTES)),
+            dtype=check_dtype(raw.get("dtype") or raw.get("torch_dtype") or "float32", STORED_DTYPES),
             eos_token_ids=_token_ids(raw.get("eos_token_id"), "eos_token_id"),
         )
 

@@ -1,0 +1,182 @@
+"""What fits where: the memory of each rank, and how many tokens and requests each tier holds.
+
+Pages and pools are those of the engine (`sizing.py`): every rank holds the same number of pages, each with that rank's
+KV heads, so the rank with the least room decides.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from distkv.config import EngineConfig
+from distkv.errors import CapacityError
+from distkv.planner.request import PlanRequest
+from distkv.planner.sizing import page_specs, pool_sizes, staging_pages
+from distkv.storage.page_spec import PageSpec
+from distkv.storage.paging import CPU_BUFFERS, NUM_BUFFERS
+from distkv.storage.tier import Tier
+from distkv.workers.model.shard import Shard
+from distkv.workers.rank_config import RankConfig
+from distkv.workers.sizes import Capacity, PoolSizes, host_kv_bytes
+
+CONTEXT_BYTES = 2**29  # assumed: CUDA's own, its libraries' and the captured graphs'
+GROUP_BYTES = 2**29  # assumed: of what carries tensors between ranks
+LOGIT_COPIES = 4  # of fp32 logits while tokens are drawn: as they are, edited, sorted and summed up
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank's device, and what its pages take."""
+
+    rank: int
+    num_kv_heads: int
+    memory: int  # that may be used; of a CPU, for KV
+    weights: int
+    workspace: int  # of the largest step; on CUDA the engine finds it by trial, here it is estimated
+    context: int  # assumed
+    staging: int
+    left: int  # for pages; below 0 where even the rest does not fit
+    kv_bytes_per_token: int  # of this rank's heads
+    page_bytes: int
+
+
+@dataclass(frozen=True)
+class TierRoom:
+    """Room of one tier, over all ranks."""
+
+    name: str  # device, host or disk
+    num_bytes: int  # of its pages
+    pages: int
+    tokens: int
+    requests: int  # whole ones of the context that is planned, if all of each lay here
+    used_pages: int  # by the requests that run
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What fits where. Requests that find no room wait for others to end."""
+
+    ranks: list[RankMemory]
+    tiers: list[TierRoom]
+    kv_bytes_per_token: int  # of all ranks: KV heads that several ranks hold count for each
+    kv_bytes_per_request: int  # in whole pages
+    pages_per_request: int
+    most_requests: int  # that all tiers hold
+    running: int  # of those that are asked for
+    usual_requests: int | None  # by the usual arithmetic, (memory of the data sheet - weights) / KV
+    refusal: str | None  # what the engine would say to these sizes, where it would not start
+
+    @property
+    def tokens(self) -> int:
+        """The longest context that one request can have."""
+        return sum(tier.tokens for tier in self.tiers)
+
+
+def find_fit(request: PlanRequest) -> Fit:
+    """What of a request fits where."""
+    config, ranks = _configs(request)
+    specs = page_specs(config, ranks)
+    memories = [_rank_memory(request, config, rank, spec) for rank, spec in enumerate(specs)]
+    room = min(max(0, one.left) // one.page_bytes for one in memories)
+    sizes, refusal = PoolSizes(), None
+    try:
+        free_disk = 2 * request.disk_kv_bytes if request.disk_kv_bytes else None  # the engine takes half
+        sizes = pool_sizes(config, ranks, request.context, Capacity(room, 0), free_disk)
+    except CapacityError as error:
+        refusal = str(error)
+    whole = replace(specs[0], num_kv_heads=request.model.config.num_key_value_heads)
+    each = specs[0].pages_for(request.context)
+    device = 0 if refusal else room if request.device_kv_bytes is None else _given(request, sizes.device, room)
+    pages = device, sizes.host, sizes.disk
+    most = sum(pages) // each if device else 0  # a page that is being filled lies on the device
+    running = min(request.concurrency, most, request.num_seqs)
+    page_bytes = [sum(spec.page_bytes_in(tier) for spec in specs) for tier in (Tier.DEVICE, Tier.HOST)]
+    page_bytes.append(whole.page_bytes_in(Tier.DISK))
+    tiers, left = [], running * each
+    for tier, count, size in zip(Tier, pages, page_bytes, strict=True):
+        used = min(left, count)
+        left -= used
+        name = tier.name.lower()
+        tiers.append(TierRoom(name, count * size, count, count * request.page_size, count // each, used))
+    return Fit(
+        ranks=memories,
+        tiers=tiers,
+        kv_bytes_per_token=sum(one.kv_bytes_per_token for one in memories),
+        kv_bytes_per_request=each * page_bytes[0],
+        pages_per_request=each,
+        most_requests=most,
+        running=running,
+        usual_requests=_usual_requests(request, memories),
+        refusal=refusal,
+    )
+
+
+def _configs(request: PlanRequest) -> tuple[EngineConfig, RankConfig]:
+    """The options of the engine and of its ranks, for a folder that nobody reads."""
+    cache_dir = "/" if request.disk_kv_bytes else None
+    config = EngineConfig("/", **request.engine_options, cache_dir=cache_dir)
+    device = "cpu" if request.hardware.is_cpu else "cuda"
+    ranks = RankConfig(
+        folder=Path("/"),
+        model=request.model.config,
+        load_format="dummy",
+        seed=0,
+        dtype=request.stored_dtype,
+        device=device,
+        page_size=request.page_size,
+        max_num_seqs=request.num_seqs,
+        max_num_batched_tokens=request.max_num_batched_tokens,
+        gpu_memory_utilization=request.gpu_memory_utilization,
+        num_threads=None,
+        staging_pages=staging_pages(config, device),
+        batch_invariant=None,
+        digest_weights=False,
+    )
+    return config, ranks
+
+
+def _rank_memory(request: PlanRequest, config: EngineConfig, rank: int, spec: PageSpec) -> RankMemory:
+    """What one rank's device holds."""
+    size, hardware = request.tensor_parallel_size, request.hardware
+    weights = request.model.rank_parameters(rank, size).total * request.item_bytes
+    staging = 0
+    if request.host_kv_bytes:
+        pages = staging_pages(config, "cpu" if hardware.is_cpu else "cuda")
+        staging = pages * spec.layer_slice_bytes * (CPU_BUFFERS if hardware.is_cpu else NUM_BUFFERS) // NUM_BUFFERS
+    if hardware.is_cpu:  # all is one memory, of which KV takes a share
+        memory = host_kv_bytes(hardware.memory_bytes, pinned=False, ranks_on_node=size)
+        workspace = context = 0
+        left = memory - staging
+    else:
+        memory = int(hardware.memory_bytes * request.gpu_memory_utilization)
+        workspace = _workspace_bytes(request, Shard.of(request.model.config, rank, size))
+        context = CONTEXT_BYTES + (GROUP_BYTES if size > 1 else 0)
+        left = memory - weights - workspace - context - staging
+    return RankMemory(
+        rank, spec.num_kv_heads, memory, weights, workspace, context, staging, left, spec.bytes_per_token,
+        spec.page_bytes_in(Tier.DEVICE),
+    )  # fmt: skip
+
+
+def _workspace_bytes(request: PlanRequest, shard: Shard) -> int:
+    """An estimate of what the largest step needs beside the weights: the hidden states, what attention or the MLP makes
+    of them, whichever is more, and the logits."""
+    config, item = request.model.config, request.item_bytes
+    heads, columns = shard.num_query_heads, shard.mlp[1] - shard.mlp[0]
+    attention = (2 * heads + 2 * shard.num_kv_heads) * config.head_dim
+    step = request.max_num_batched_tokens * item * (3 * config.hidden_size + max(attention, 3 * columns))
+    logits = request.num_seqs * config.vocab_size * 4 * LOGIT_COPIES if shard.rank == 0 else 0
+    return step + logits
+
+
+def _given(request: PlanRequest, pages: int, room: int) -> int:
+    """Pages on each device as given in bytes, as far as they fit beside the rest on a GPU."""
+    return pages if request.hardware.is_cpu else min(pages, room)
+
+
+def _usual_requests(request: PlanRequest, ranks: list[RankMemory]) -> int | None:
+    """What is commonly published: all that the data sheet promises, less the weights, over the KV of exactly so many
+    tokens, without workspace or pages."""
+    nominal = request.hardware.nominal_bytes
+    if nominal is None:
+        return None
+    return min(max(0, nominal - one.weights) // (one.kv_bytes_per_token * request.context) for one in ranks)

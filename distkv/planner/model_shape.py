@@ -1,0 +1,127 @@
+"""A model as the planner needs it: its checked `config.json` and the numbers of parameters that follow from it."""
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distkv.errors import ConfigError
+from distkv.models.fetch import MODELS, default_cache_dir
+from distkv.models.published import PUBLISHED
+from distkv.models.shapes import SHAPES
+from distkv.values import shown
+from distkv.workers.model.model_config import ModelConfig
+from distkv.workers.model.shard import Shard
+
+MOST_PARAMETERS = 10**15
+"""A config that comes to more is refused, before sizes leave what can be shown."""
+
+VARIANT = re.compile(r"-(instruct|chat|hf|base|it|v\d+(\.\d+)*)(?=-|$)")
+
+
+@dataclass(frozen=True)
+class RankParameters:
+    """Numbers of parameters that one tensor-parallel rank holds, as `load_llama` cuts them."""
+
+    embedding: int
+    head: int  # 0 where it is the embedding once more
+    layers: int  # of products: what a token is multiplied with
+    others: int  # norms and biases
+    tied: bool  # whether the embedding is the head too
+
+    @property
+    def total(self) -> int:
+        """All that the rank holds."""
+        return self.embedding + self.head + self.layers + self.others
+
+    @property
+    def read_per_step(self) -> int:
+        """Those that every step reads, however few tokens it has: all but the embedding, of which a token reads a row,
+        unless that is the head too."""
+        return self.total - (0 if self.tied else self.embedding)
+
+    @property
+    def head_products(self) -> int:
+        """Those that a token is multiplied with whose logits are wanted."""
+        return self.embedding if self.tied else self.head
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A LLaMA model by name; raises ConfigError for one that is too large to be true."""
+
+    name: str
+    config: ModelConfig
+    folder: Path | None = None  # where its config.json lies, if it does
+
+    def __post_init__(self) -> None:
+        if self.num_parameters > MOST_PARAMETERS:
+            raise ConfigError(
+                f"{self.name} would have {shown(self.num_parameters)} parameters, more than the {MOST_PARAMETERS:.0e} "
+                "that any model has; mend the sizes in its config.json"
+            )
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model, as its checkpoint holds them: tied embeddings count once."""
+        return self.rank_parameters(0, 1).total
+
+    def rank_parameters(self, rank: int, size: int) -> RankParameters:
+        """What one of `size` ranks holds. A KV head that several ranks hold counts for each of them. Raises ConfigError
+        when there are more ranks than query heads."""
+        config, shard = self.config, Shard.of(self.config, rank, size)
+        hidden, dim = config.hidden_size, config.head_dim
+        query, kv = shard.num_query_heads * dim, shard.num_kv_heads * dim
+        columns, rows = shard.mlp[1] - shard.mlp[0], shard.vocab[1] - shard.vocab[0]
+        products = hidden * (query + 2 * kv) + query * hidden + 3 * hidden * columns
+        biases = (query + 2 * kv + hidden * (rank == 0)) * config.attention_bias
+        biases += (2 * columns + hidden * (rank == 0)) * config.mlp_bias
+        layers, tied = config.num_hidden_layers, config.tie_word_embeddings
+        return RankParameters(
+            embedding=rows * hidden,
+            head=0 if tied else rows * hidden,
+            layers=layers * products,
+            others=layers * (2 * hidden + biases) + hidden,
+            tied=tied,
+        )
+
+
+def find_model(model: str | Path) -> ModelShape:
+    """The model that a user names: a folder with a `config.json`, such a file, or a name.
+
+    Nothing is downloaded: a name that `distkv fetch` knows is that of its published configuration unless it has been
+    fetched. Names of the hub are understood where the model is known ("meta-llama/Llama-3.1-8B-Instruct").
+
+    Raises ConfigError that lists the known names when there is no such model, or names the field that is wrong.
+    """
+    text = str(model)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return ModelShape(path.absolute().name or text, ModelConfig.load(path), path)
+    if path.is_file() and path.name == "config.json":
+        return ModelShape(path.absolute().parent.name or text, ModelConfig.load(path.absolute().parent), path.parent)
+    fetched = default_cache_dir() / text
+    if text in MODELS and fetched.is_dir():
+        return ModelShape(text, ModelConfig.load(fetched), fetched)
+    name = _known_name(text)
+    return ModelShape(name, ModelConfig.from_dict({"model_type": "llama", **known_models()[name]}))
+
+
+def known_models() -> dict[str, dict[str, Any]]:
+    """Configurations by name: published ones, and the shapes of `distkv stress`."""
+    return {**{name: {"dtype": "bfloat16", **shape} for name, shape in SHAPES.items()}, **PUBLISHED}
+
+
+def _known_name(text: str) -> str:
+    known = known_models()
+    name = VARIANT.sub("", text.lower().rpartition("/")[2]).removeprefix("meta-")
+    name = {"smollm2": "smollm2-135m", "tinyllama": "tinyllama-1.1b"}.get(name, name)
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, known, n=1)
+    meant = f" (did you mean {near[0]}?)" if near else ""
+    raise ConfigError(
+        f"model {text!r} is neither a folder with a config.json, such a file, nor known by name{meant}; "
+        f"known: {', '.join(known)}"
+    )

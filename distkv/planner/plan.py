@@ -1,0 +1,109 @@
+"""A plan: what fits where, what a step costs, which limit binds, and what to change."""
+
+import shlex
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from distkv.planner.advice import advise
+from distkv.planner.fit import Fit, find_fit
+from distkv.planner.request import PlanRequest
+from distkv.planner.roofline import Cost, decode_step, first_token
+from distkv.planner.units import option_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `make_plan` has found; times are lower bounds, see `roofline.py`."""
+
+    request: PlanRequest
+    fit: Fit
+    decode: Cost | None  # of a step with one token for each running request; None when nothing fits
+    first_token: Cost | None  # of one request alone
+    advice: list[str]  # whole sentences, the most pressing first
+
+    @property
+    def fits(self) -> bool:
+        """Whether all requests that are asked for run at a time."""
+        return self.fit.running == self.request.concurrency
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Over all running requests."""
+        return None if self.decode is None else self.fit.running / self.decode.seconds
+
+    @property
+    def capacity_limit(self) -> str:
+        """What bounds how many requests run: the memory of the tiers, or an option."""
+        fit = self.fit
+        if not fit.tiers[0].pages:
+            return "the weights" if min(one.memory - one.weights for one in fit.ranks) <= 0 else "device memory"
+        if self.request.num_seqs < min(fit.most_requests, self.request.concurrency):
+            return "max_num_seqs"
+        return next(f"{tier.name} memory" if tier.name != "disk" else "disk" for tier in fit.tiers[::-1] if tier.pages)
+
+    @property
+    def command(self) -> str:
+        """The command that serves the model as planned."""
+        model = self.request.model
+        folder = f"path/to/{model.name}" if model.folder is None else str(model.folder)
+        options = {name: value for name, value in self.request.engine_options.items() if value != 0}
+        options |= {"cache_dir": "path/to/cache"} if self.request.disk_kv_bytes else {}
+        flags = [
+            f"--{name.replace('_', '-')} {option_bytes(value) if name.endswith('_bytes') else value}"
+            for name, value in options.items()
+        ]
+        return " ".join(["distkv serve", shlex.quote(folder), *flags])
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain values: bytes, tokens and seconds."""
+        request, model, fit = self.request, self.request.model, self.fit
+        config = model.config
+        return {
+            "model": {
+                "name": model.name,
+                "parameters": model.num_parameters,
+                "num_hidden_layers": config.num_hidden_layers,
+                "hidden_size": config.hidden_size,
+                "num_attention_heads": config.num_attention_heads,
+                "num_key_value_heads": config.num_key_value_heads,
+                "head_dim": config.head_dim,
+                "max_position_embeddings": config.max_position_embeddings,
+            },
+            "hardware": asdict(request.hardware),
+            "request": {
+                "tensor_parallel_size": request.tensor_parallel_size,
+                "dtype": request.run_dtype,
+                "kv_dtype": request.stored_dtype,
+                "context": request.context,
+                "concurrency": request.concurrency,
+                "device_kv_bytes": request.device_kv_bytes,
+                "host_kv_bytes": request.host_kv_bytes,
+                "disk_kv_bytes": request.disk_kv_bytes,
+                "page_size": request.page_size,
+                "max_num_seqs": request.num_seqs,
+                "max_num_batched_tokens": request.max_num_batched_tokens,
+                "gpu_memory_utilization": request.gpu_memory_utilization,
+            },
+            "fits": self.fits,
+            "running": fit.running,
+            "most_requests": fit.most_requests,
+            "usual_requests": fit.usual_requests,
+            "capacity_limit": self.capacity_limit,
+            "kv_bytes_per_token": fit.kv_bytes_per_token,
+            "kv_bytes_per_request": fit.kv_bytes_per_request,
+            "ranks": [asdict(one) for one in fit.ranks],
+            "tiers": [asdict(one) for one in fit.tiers],
+            "decode": None if self.decode is None else asdict(self.decode),
+            "first_token": None if self.first_token is None else asdict(self.first_token),
+            "tokens_per_second": self.tokens_per_second,
+            "advice": self.advice,
+            "engine_options": request.engine_options,
+            "command": self.command,
+        }
+
+
+def make_plan(request: PlanRequest) -> Plan:
+    """What of a request fits where, and what it costs. Raises ConfigError for one that cannot be planned for."""
+    fit = find_fit(request)
+    decode, first = decode_step(request, fit), first_token(request, fit)
+    return Plan(request, fit, decode, first, advise(request, fit, decode))

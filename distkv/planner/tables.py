@@ -1,0 +1,151 @@
+"""Plans as tables for people, narrow enough for 80 columns."""
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+from distkv.planner.fit import RankMemory
+from distkv.planner.hardware import Hardware
+from distkv.planner.plan import Plan
+from distkv.planner.units import shown_bytes, shown_rate, shown_seconds, shown_tokens
+from distkv.storage.dtypes import ITEM_BYTES
+
+BOUND = (
+    "Times are lower bounds: bytes over bandwidth and operations over the matrix rate, with every request at its full "
+    "context. docs/planning.md has the formulas."
+)
+
+
+def print_plans(console: Console, plans: list[Plan]) -> None:
+    """All plans of one model: a group of tables for each kind of hardware."""
+    _print_model(console, plans[0])
+    for hardware in dict.fromkeys(plan.request.hardware for plan in plans):
+        own = [plan for plan in plans if plan.request.hardware == hardware]
+        console.print()
+        console.print(_hardware_line(hardware), soft_wrap=True)
+        console.print(_memory_table(own))
+        console.print(_capacity_table(own))
+        console.print(_step_table(own))
+        print_advice(console, own)
+    if len(plans) == 1 and plans[0].fit.running:
+        console.print(f"\nTo serve it: {plans[0].command}", soft_wrap=True)
+    console.print(f"\n{BOUND}", style="dim", soft_wrap=True)
+
+
+def print_advice(console: Console, plans: list[Plan]) -> None:
+    """What to change, each sentence once, after the first plan that it is about."""
+    said: set[str] = set()
+    for plan in plans:
+        for sentence in plan.advice:
+            if sentence not in said:
+                said.add(sentence)
+                where = f"{_context(plan)} on {_ranks(plan)}, {plan.request.concurrency} at a time: "
+                console.print(f"- {where if len(plans) > 1 else ''}{sentence}", soft_wrap=True)
+
+
+def right_table(title: str, columns: Iterable[str], last_left: bool = False) -> Table:
+    """An empty table whose columns are aligned to the right, but perhaps for the last one, which is words."""
+    table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
+    names = list(columns)
+    for name in names:
+        table.add_column(name, justify="left" if last_left and name is names[-1] else "right")
+    return table
+
+
+def _print_model(console: Console, plan: Plan) -> None:
+    request, config = plan.request, plan.request.model.config
+    item = ITEM_BYTES[request.stored_dtype]
+    whole = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * item
+    console.print(
+        f"[bold]{request.model.name}[/bold]: {request.model.num_parameters / 1e9:.3g} billion parameters in "
+        f"{request.run_dtype}, {shown_bytes(request.model.num_parameters * request.item_bytes)}",
+        soft_wrap=True,
+    )
+    console.print(
+        f"KV of a token in {request.stored_dtype}: 2 * {config.num_hidden_layers} layers * "
+        f"{config.num_key_value_heads} KV heads * {config.head_dim} * {item} bytes = {shown_bytes(whole)}",
+        soft_wrap=True,
+    )
+
+
+def _hardware_line(hardware: Hardware) -> str:
+    kind = "CPU, measured" if hardware.is_cpu and hardware.is_measured else "measured" if hardware.is_measured else ""
+    return (
+        f"[bold]{hardware.name}[/bold]{f' ({kind})' if kind else ''}: {shown_bytes(hardware.memory_bytes)} at "
+        f"{hardware.memory_bandwidth / 1e9:.4g} GB/s, {hardware.matrix_rate / 1e12:.4g} Tflop/s, "
+        f"{hardware.host_link / 1e9:.3g} GB/s from the host, {hardware.disk_bandwidth / 1e9:.3g} GB/s from disk "
+        f"[dim]({hardware.source})[/dim]"
+    )
+
+
+def _memory_table(plans: list[Plan]) -> Table:
+    """The rank with the least room, once for each number of ranks."""
+    table = right_table(
+        "Memory of the fullest rank", (_unit(plans), "usable", "weights", "step", "ring", "left for KV")
+    )
+    seen = set()
+    for plan in plans:
+        one: RankMemory = min(plan.fit.ranks, key=lambda rank: rank.left // rank.page_bytes)
+        row = (
+            str(plan.request.tensor_parallel_size), shown_bytes(one.memory), shown_bytes(one.weights),
+            shown_bytes(one.workspace + one.context), shown_bytes(one.staging), shown_bytes(one.left),
+        )  # fmt: skip
+        if row not in seen:
+            seen.add(row)
+            table.add_row(*row)
+    return table
+
+
+def _capacity_table(plans: list[Plan]) -> Table:
+    """Requests of a length that each tier holds, all of each in one tier."""
+    tiers = [
+        name for index, name in enumerate(("device", "host", "disk")) if any(p.fit.tiers[index].pages for p in plans)
+    ]
+    table = right_table(
+        "Requests that fit",
+        ("context", _unit(plans), "KV of one", *(tiers or ["device"]), "all", "tokens in all"),
+    )
+    seen = set()
+    for plan in plans:
+        fit = plan.fit
+        row = (
+            _context(plan), str(plan.request.tensor_parallel_size), shown_bytes(fit.kv_bytes_per_request),
+            *(str(tier.requests) for tier in fit.tiers if tier.name in (tiers or ["device"])),
+            str(fit.most_requests), f"{fit.tokens:,}",
+        )  # fmt: skip
+        if row not in seen:
+            seen.add(row)
+            table.add_row(*row)
+    return table
+
+
+def _step_table(plans: list[Plan]) -> Table:
+    columns = "context", _unit(plans), "running", "per step", "tokens/s", "first token", "bound by"
+    table = right_table("What a step costs", columns, last_left=True)
+    for plan in plans:
+        asked, running = plan.request.concurrency, plan.fit.running
+        table.add_row(
+            _context(plan),
+            str(plan.request.tensor_parallel_size),
+            str(running) if running == asked else f"{running} of {asked}",
+            "" if plan.decode is None else shown_seconds(plan.decode.seconds),
+            "" if plan.tokens_per_second is None else shown_rate(plan.tokens_per_second),
+            "" if plan.first_token is None else shown_seconds(plan.first_token.seconds),
+            f"no room: {plan.capacity_limit}" if plan.decode is None else plan.decode.limit,
+        )
+    return table
+
+
+def _unit(plans: list[Plan]) -> str:
+    return "ranks" if plans[0].request.hardware.is_cpu else "GPUs"
+
+
+def _context(plan: Plan) -> str:
+    return shown_tokens(plan.request.context)
+
+
+def _ranks(plan: Plan) -> str:
+    size = plan.request.tensor_parallel_size
+    kind = "rank" if plan.request.hardware.is_cpu else "GPU"
+    return f"{size} {kind}{'s' * (size > 1)}"

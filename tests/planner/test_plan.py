@@ -1,0 +1,101 @@
+"""Plans: the arithmetic that others have published, what must hold of every plan, and what is refused."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distkv import ConfigError
+from distkv.planner.hardware import GPUS, Hardware, find_hardware
+from distkv.planner.model_shape import find_model
+from distkv.planner.plan import Plan, make_plan
+from distkv.planner.request import PlanRequest
+
+GIB = 2**30
+H100 = find_hardware("h100")
+
+
+def plan(model: str = "llama-3-8b", hardware: Hardware = H100, **more: Any) -> Plan:
+    return make_plan(PlanRequest(find_model(model), hardware, **more))
+
+
+def test_published_arithmetic() -> None:
+    """LLaMA-7B in fp16: 2 GiB for 4k tokens, 64 GiB for 32 such requests. Llama-3-8B: 128 KiB per token, 0.5 GiB at 4k,
+    16 GiB at 128k, of which 4 fit beside the weights on 80 GB. Llama-3-70B: an eighth of what 64 heads would take."""
+    seven = plan("llama-7b", context=4096, dtype="float16").fit
+    assert seven.kv_bytes_per_request == 2 * GIB and 32 * seven.kv_bytes_per_request == 64 * GIB
+    assert plan().fit.kv_bytes_per_token == 128 * 1024
+    assert plan(context=4096).fit.kv_bytes_per_request == GIB // 2
+    eight = plan(context=2**17)
+    assert eight.fit.kv_bytes_per_request == 16 * GIB and eight.fit.usual_requests == 4
+    assert eight.fit.most_requests == 3, "nine tenths of what CUDA sees, less the workspace, hold one less"
+    by_hand = find_hardware("memory=80GiB,bandwidth=3.35TB,matrix=989T,link=64GB")
+    assert plan(hardware=by_hand, context=2**17, gpu_memory_utilization=1.0).fit.most_requests == 4
+    seventy = find_model("llama-3-70b")
+    full = replace(seventy, config=replace(seventy.config, num_key_value_heads=64))
+    both = [make_plan(PlanRequest(one, H100, tensor_parallel_size=8)).fit for one in (seventy, full)]
+    assert both[1].kv_bytes_per_token == 8 * both[0].kv_bytes_per_token == 8 * 320 * 1024
+
+
+SIZES = st.sampled_from([0, 1 << 34, 1 << 38, 1 << 42])
+REQUESTS = st.fixed_dictionaries(
+    {
+        "hardware": st.sampled_from(list(GPUS.values())),
+        "tensor_parallel_size": st.sampled_from([1, 2, 3, 8, 16]),
+        "context": st.integers(1, 1 << 20),
+        "concurrency": st.integers(1, 256),
+        "host_kv_bytes": SIZES,
+        "kv_dtype": st.sampled_from(["auto", "fp8"]),
+        "page_size": st.sampled_from([16, 256]),
+    }
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(model=st.sampled_from(["llama-3-8b", "llama-3.2-1b", "smollm2-135m"]), options=REQUESTS)
+def test_more_memory_never_fits_less_and_never_takes_longer(model: str, options: dict[str, Any]) -> None:
+    if model == "smollm2-135m":
+        options = {**options, "tensor_parallel_size": min(options["tensor_parallel_size"], 9)}
+    one = plan(model, **options)
+    fit = one.fit
+    used = sum(tier.used_pages for tier in fit.tiers)
+    assert used == fit.running * fit.pages_per_request and all(0 <= t.used_pages <= t.pages for t in fit.tiers)
+    assert fit.running <= min(fit.most_requests, options["concurrency"])
+    json.loads(json.dumps(one.to_json(), allow_nan=False))
+    hardware = options["hardware"]
+    larger = plan(model, **{**options, "hardware": replace(hardware, memory_bytes=2 * hardware.memory_bytes)})
+    longer = plan(model, **{**options, "context": 2 * options["context"]})
+    for other, better in ((larger, larger.fit.most_requests >= fit.most_requests),
+                          (longer, longer.fit.most_requests <= fit.most_requests)):  # fmt: skip
+        assert better, other
+    if one.decode is not None and larger.fit.running == fit.running:
+        assert larger.decode is not None and larger.decode.seconds <= one.decode.seconds
+    if one.decode is not None:
+        assert one.decode.seconds >= max(one.decode.parts.values()) > 0
+        assert one.first_token is not None and one.first_token.seconds > 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"context": 0}, "context is 0"), ({"context": float("nan")}, "context is nan"),
+        ({"concurrency": -1}, "concurrency is -1"), ({"concurrency": True}, "concurrency is True"),
+        ({"tensor_parallel_size": 33}, "more than the model's 32 query heads"), ({"page_size": 100}, "page_size 100"),
+        ({"kv_dtype": "int3"}, "kv_dtype is 'int3'"), ({"dtype": "fp8"}, "dtype is 'fp8'"),
+        ({"disk_kv_bytes": "1TiB"}, "host_kv_bytes is 0"), ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization"),
+        ({"concurrency": 4096}, "max_num_batched_tokens 2048 is less"), ({"host_kv_bytes": -5}, "host_kv_bytes is -5"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_planned(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(**options)
+
+
+@pytest.mark.parametrize("field", ["memory_bandwidth", "host_link", "matrix_rate", "memory_bytes"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0, -1, True, "fast"])
+def test_hardware_of_nonsense_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{field} of H100 SXM is"):
+        replace(H100, **{field: value})
