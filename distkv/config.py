@@ -72,8 +72,8 @@ class EngineConfig:
     max_rank_failures: int | None = None
     """Lost ranks within ten minutes that are made good; on Ray serve has 10, batch 20.
 
-    An engine on Ray that has lost a rank is started anew, and its requests are run again, so that their answers pause
-    and then go on with the same tokens. One failure more raises WorkerDied. None makes none good.
+    An engine on Ray that has lost a rank is started anew, and its requests go on where they stood: their answers pause
+    and then have the same tokens. One failure more raises WorkerDied. None makes none good.
     """
     dtype: str = "auto"
     """auto (the checkpoint's), float32, float16 or bfloat16.

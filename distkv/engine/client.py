@@ -66,9 +66,9 @@ class OpenAnswers:
         return request_id in self._indexes
 
     def add(self, requests: Iterable[EngineRequest]) -> None:
-        """Opens all answers of new requests."""
+        """Opens the answers of new requests: all of them, or those that were begun elsewhere."""
         for request in requests:
-            self._indexes[request.request_id] = set(range(request.params.n))
+            self._indexes[request.request_id] = set(request.begun or range(request.params.n))
 
     def close(self, answers: Iterable[tuple[str, int | None]]) -> None:
         """Closes answers as `EngineClient.abort` ends them."""

@@ -53,6 +53,14 @@ class EngineRequest(msgspec.Struct, frozen=True):
     # only the tokenizer knows.
     stop_token_ids: frozenset[int] = frozenset()
     bad_words_token_ids: list[list[int]] = []  # that no answer may have in a row: `params.bad_words` as tokens
+    # Where an engine that was lost had begun it: the answers that are still wanted, each with its tokens so far, behind
+    # which it goes on. None of them has ended, and the log-probabilities of the prompt are known if any has a token.
+    begun: dict[int, list[int]] = {}
+
+    @property
+    def num_to_read(self) -> int:
+        """Tokens that are read before the next one can be sampled: the prompt, and the longest answer so far."""
+        return len(self.prompt_token_ids) + max(map(len, self.begun.values()), default=0)
 
 
 class TokenOutput(msgspec.Struct, frozen=True, tag=True):

@@ -74,7 +74,7 @@ class RequestMeter:
         """A request begins to run for the first time, with what was found of its prompt."""
         sequence.admitted_at = time.perf_counter()
         if sequence.root is not None:
-            self._prefix_queries += sequence.prompt_len
+            self._prefix_queries += sequence.num_to_read
             for tier, count in zip(TIERS, sequence.num_cached, strict=True):
                 self._prefix_hits[tier] += count
 

@@ -62,7 +62,7 @@ class Scheduler:
             raise CapacityError(
                 f"n is {request.params.n} and max_num_seqs {self._info.max_num_seqs}; lower n or raise max_num_seqs"
             )
-        written = self._chunk_pages(len(request.prompt_token_ids)) + request.params.n
+        written = self._chunk_pages(request.num_to_read) + request.params.n
         if written > self._info.num_pages and needed > self._info.num_pages:
             raise CapacityError(
                 f"a step of the request writes {written} KV pages, n={request.params.n}; the device holds "
@@ -73,17 +73,24 @@ class Scheduler:
         """Queues a request that passed `check`; what is known of its prefix counts as used from now on. Raises
         RequestError as `make_rules` does."""
         rules = make_rules(request, self._info)
-        table = PageTable(self.cache, self._info.page_size)
         root = None
         if self._info.enable_prefix_caching and request.synthetic_kv_seed is None:
             root = root_key(self._info.fingerprint, request.cache_salt)
-        sequence = Sequence(request, 0, next(self._numbers), table, list(request.prompt_token_ids), root)
-        sequence.arrived_at = time.perf_counter()
-        sequence.rules = rules
-        sequence.is_guessed = request.params.max_tokens is None and self._may_read_again(request)
-        sequence.expected = self._find_prefix(sequence)
-        self.cache.touch(sequence.expected)
-        self._queue(sequence)
+        arrival = -1
+        is_scored = request.num_to_read > len(request.prompt_token_ids)
+        for index, tokens in (request.begun or {0: []}).items():
+            table = PageTable(self.cache, self._info.page_size)
+            sequence = Sequence(
+                request, index, next(self._numbers), table, [*request.prompt_token_ids, *tokens], root, arrival=arrival
+            )
+            sequence.arrived_at = time.perf_counter()
+            sequence.rules = rules.fresh() if rules and arrival >= 0 else rules
+            arrival = sequence.arrival
+            sequence.is_guessed = request.params.max_tokens is None and self._may_read_again(request)
+            sequence.num_scored = sequence.prompt_len - 1 if is_scored else 0
+            sequence.expected = self._find_prefix(sequence)
+            self.cache.touch(sequence.expected)
+            self._queue(sequence)
 
     def schedule(self, num_held: int, only: Sequence | None) -> Scheduled:
         """The sequences of the next step with the number of tokens each runs; empty when there is nothing to do.

@@ -56,10 +56,12 @@ class Sequence:
     def __post_init__(self) -> None:
         self.prompt_len = len(self.request.prompt_token_ids)
         self.arrival = self.number if self.arrival < 0 else self.arrival
-        self.num_to_read = self.prompt_len  # tokens that are read in chunks; with those of the answer once preempted
+        # tokens that are read in chunks; with those of the answer where it was preempted, or begun elsewhere
+        self.num_to_read = self.prompt_len
         seed = self.request.synthetic_kv_seed
         tokens = self.num_prefix_pages * self.table.page_size
         self.synthetic = SyntheticKV() if seed is None else SyntheticKV(seed, tokens)
+        self.num_to_read = len(self.token_ids)
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -95,7 +97,7 @@ class Sequence:
     @property
     def num_answers(self) -> int:
         """Answers that this sequence stands for: all of its request's until they are forked off it."""
-        return 1 if self.num_output_tokens else self.request.params.n
+        return 1 if self.num_output_tokens or self.request.begun else self.request.params.n
 
     @property
     def is_alone(self) -> bool:
@@ -106,7 +108,7 @@ class Sequence:
     def may_decode(self) -> bool:
         """Whether a step may run the answer's newest token, known already or sampled by a step under way."""
         known = self.num_output_tokens
-        return 0 < known + self.num_pending < self.request.max_tokens and (known > 0 or self.request.params.n == 1)
+        return 0 < known + self.num_pending < self.request.max_tokens and (known > 0 or self.is_alone)
 
     @property
     def expected_pages(self) -> int:

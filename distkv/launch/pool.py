@@ -50,8 +50,7 @@ class EnginePool:
     """An `EngineClient` over engines that start, run and die by themselves. It answers as soon as one of them does.
 
     A request goes to the engine that knows its beginning, as long as that has room. When a rank is lost, its engine is
-    started anew, and the engine's requests are run again from their beginning, by whoever has room: their callers see a
-    pause.
+    started anew, and whoever has room goes on with the engine's requests where they stood: their callers see a pause.
     """
 
     def __init__(
@@ -189,16 +188,16 @@ class EnginePool:
         keys = prefix_keys(request.prompt_token_ids, self.info.page_size, request.cache_salt)
         member = running[self._router.choose(keys, loads)]
         assert member.engine is not None
-        ended = replay.run()
+        again = replay.run()
         try:
-            member.engine.add([request])
+            member.engine.add([again])
         except WorkerDied as death:
             member.replays[request.request_id] = replay
             self._lose(member, death)
             return
         member.replays[request.request_id] = replay
-        if ended:
-            member.engine.abort(ended)
+        if replay.closed:
+            member.engine.abort([(request.request_id, index) for index in replay.closed])
 
     def _load(self, member: _Member) -> float:
         return sum(replay.num_open for replay in member.replays.values()) / self.info.max_num_seqs
@@ -215,9 +214,6 @@ class EnginePool:
                 passed.append(new)
             if not replay.is_open:
                 del member.replays[output.request_id]
-                if isinstance(new, RequestFailed) and new is not output:  # the engine knows nothing of that
-                    assert member.engine is not None
-                    member.engine.abort([(output.request_id, None)])
         return passed
 
     def _place_again(self, replays: Iterable[Replay]) -> None:

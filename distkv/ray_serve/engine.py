@@ -42,7 +42,7 @@ class _InFlight:
 
 class ServeEngine:
     """A `RunningEngine` that is several: each request goes to one replica. When that is lost under it, another one
-    answers it from the beginning, and what the caller has already is left out.
+    goes on behind what the caller has already.
 
     Made in an event loop, where all of it runs.
     """
@@ -167,10 +167,10 @@ class ServeEngine:
     async def _run(self, sent: _InFlight) -> str | None:
         """Has a replica answer a request. Returns why that is to be done again, None when it is over."""
         replay = sent.replay
-        closed = [index for _, index in replay.run()]
+        again, closed = replay.run(), replay.closed
         self._num_runs += 1
         sent.run_id, sent.replica = f"{self._name}-{self._num_runs}", None
-        request = encode(replace(replay.request, request_id=sent.run_id))
+        request = encode(replace(again, request_id=sent.run_id))
         pieces: Any = self._stream.remote(request, closed, avoid=sent.avoid)
         try:
             async for data in pieces:

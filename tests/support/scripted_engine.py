@@ -5,7 +5,7 @@ from distkv.engine.stats import EngineStats
 
 
 class ScriptedEngine:
-    """Samples `script` for every request, a token in each step, until one of them ends it."""
+    """Samples `script` for every request, a token in each step, until one of them ends it; behind what was begun."""
 
     def __init__(self, script: list[int], eos_token_ids: tuple[int, ...] = (), vocab_size: int = 300):
         self.info = EngineInfo(1 << 20, 64, 2048, 16, 1, 0, 0, 1, 1, 1, vocab_size, eos_token_ids, 0, None)
@@ -14,7 +14,7 @@ class ScriptedEngine:
         self._open: dict[str, tuple[EngineRequest, int]] = {}  # tokens sampled
 
     def add(self, requests: list[EngineRequest]) -> None:
-        self._open |= {request.request_id: (request, 0) for request in requests}
+        self._open |= {request.request_id: (request, len(request.begun.get(0, []))) for request in requests}
         self.prompts += [request.prompt_token_ids for request in requests]
 
     def abort(self, answers: list[tuple[str, int | None]], reason: str = "abort") -> None:
