@@ -12,7 +12,6 @@ from distkv.storage.disk.cache_folder import Description, DiskHeads
 from distkv.storage.dtypes import torch_dtype
 from distkv.storage.meter import Meter, now
 from distkv.storage.moving.streams import Lane
-from distkv.storage.paging import NUM_BUFFERS
 from distkv.storage.process_limits import available_bytes
 from distkv.storage.synthetic_pages import synthetic_slice
 from distkv.storage.tier import Tier
@@ -30,7 +29,7 @@ from distkv.workers.model.weights import CheckedSource, DummySource, Safetensors
 from distkv.workers.page_directory import PageDirectory, SequenceStep
 from distkv.workers.rank_config import RankConfig, rank_page_spec
 from distkv.workers.sampling.prompt_scores import PromptScores, score_prompts
-from distkv.workers.sizes import Bandwidth, Capacity, PoolSizes, host_kv_bytes
+from distkv.workers.sizes import Bandwidth, Capacity, PoolSizes, host_kv_bytes, ring_bytes
 from distkv.workers.threads import release_threads, use_threads
 
 # Rows of logits that are made at a time to score the tokens of prompts: enough for a product at full speed.
@@ -96,7 +95,7 @@ class Rank:
             spec=spec,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            staging_bytes=config.staging_pages * spec.layer_slice_bytes * num_buffers // NUM_BUFFERS,
+            staging_bytes=ring_bytes(spec, config.staging_pages, num_buffers),
             gpu_memory_utilization=config.gpu_memory_utilization,
             host_bytes=host_room,
         )

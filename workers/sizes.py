@@ -2,6 +2,9 @@
 
 import msgspec
 
+from distkv.storage.page_spec import PageSpec
+from distkv.storage.paging import NUM_BUFFERS
+
 # Share of the memory free at start that each KV pool in CPU memory may grow to, unless a size is given.
 CPU_KV_SHARE = 0.25
 # And what all ranks of a machine pin of it at most: it is taken at once, and of a large one that would last minutes.
@@ -44,3 +47,8 @@ def host_kv_bytes(available: int, pinned: bool, ranks_on_node: int) -> int:
     """
     room = int(available * CPU_KV_SHARE)
     return (min(room, PINNED_KV_BYTES) if pinned else room) // ranks_on_node
+
+
+def ring_bytes(spec: PageSpec, staging_pages: int, num_buffers: int) -> int:
+    """Bytes of a rank's staging ring of `num_buffers` buffers, where the option counts pages of NUM_BUFFERS of them."""
+    return staging_pages * spec.layer_slice_bytes * num_buffers // NUM_BUFFERS

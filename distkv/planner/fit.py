@@ -16,7 +16,7 @@ from distkv.storage.paging import CPU_BUFFERS, NUM_BUFFERS
 from distkv.storage.tier import Tier
 from distkv.workers.model.shard import Shard
 from distkv.workers.rank_config import RankConfig
-from distkv.workers.sizes import Capacity, PoolSizes, host_kv_bytes
+from distkv.workers.sizes import Capacity, PoolSizes, host_kv_bytes, ring_bytes
 
 CONTEXT_BYTES = 2**29  # assumed: CUDA's own, its libraries' and the captured graphs'
 GROUP_BYTES = 2**29  # assumed: of what carries tensors between ranks
@@ -141,7 +141,7 @@ def _rank_memory(request: PlanRequest, config: EngineConfig, rank: int, spec: Pa
     staging = 0
     if request.host_kv_bytes:
         pages = staging_pages(config, "cpu" if hardware.is_cpu else "cuda")
-        staging = pages * spec.layer_slice_bytes * (CPU_BUFFERS if hardware.is_cpu else NUM_BUFFERS) // NUM_BUFFERS
+        staging = ring_bytes(spec, pages, CPU_BUFFERS if hardware.is_cpu else NUM_BUFFERS)
     if hardware.is_cpu:  # all is one memory, of which KV takes a share
         memory = host_kv_bytes(hardware.memory_bytes, pinned=False, ranks_on_node=size)
         workspace = context = 0

@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from support import ray_cluster
 from support.checkpoints import edit_weights, save_llama
 from support.damage import flip_bit
+from support.plans import plan_on_cpu, planned_bytes
 from support.processes import ROOT, kill, read_line, start_python
 from support.prompts import random_prompt, random_prompts
 from support.ray_cluster import Cluster, await_no_ranks, rank_processes
@@ -199,6 +200,9 @@ def test_tiers_change_nothing_for_several_ranks(cluster: Cluster, tmp_path: Path
     for sizes, moved in tiers:
         with LLM(folder, ray_address=cluster.address, **options, **sizes) as llm:
             assert llm.info.page_bytes == page_bytes
+            if "device_kv_bytes" in sizes:
+                kv_bytes = {name: size for name, size in sizes.items() if name.endswith("_kv_bytes")}
+                assert llm.info.tier_bytes == planned_bytes(plan_on_cpu(folder, **options, **kv_bytes))
             outputs = llm.generate(prompts, params, use_tqdm=False)
             stats = llm.stats()
             assert moved <= stats.bytes_moved.keys() and stats.pages_recomputed == 0
