@@ -66,6 +66,14 @@ def check_share(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_amount(name: str, value: Any) -> float:
+    """A finite number above 0."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not 0 < value < float("inf"):
+        raise ConfigError(f"{name} is {shown(value)}; use a finite number above 0")
+    return float(value)
+
+
 def parse_bytes(name: str, size: Any, least: int = 1) -> int:
     """Bytes of a whole number, 4e9 among them, or of a text such as "512MB", "1.5 GiB", "4Gi" or "4096", at least so
     many. Units with an i are powers of 1024, the others of 1000."""

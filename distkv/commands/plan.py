@@ -1,10 +1,11 @@
 """`distkv plan`: what fits where, and what a step costs."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from distkv.commands.options import JsonFile
+from distkv.commands.options import JsonFile, path_option
 from distkv.option_checks import parse_bytes
 
 
@@ -23,19 +24,16 @@ def plan(
         typer.Option(help="Such as h100, or memory=48GiB,bandwidth=900GB,matrix=200T,link=32GB; may be given again."),
     ] = None,
     gpus: Annotated[
-        str,
+        str | None,
         typer.Option("--gpus", "--tensor-parallel-size", help="GPUs that share the model, such as 1,2,4,8."),
-    ] = "1",
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
-    kv_dtype: Annotated[
-        str, typer.Option(help="Of KV, to see what another would change: also fp8, int8 and int4.")
-    ] = "auto",
+    kv_dtype: Annotated[str, typer.Option(help="Of KV, to see what another would change: also fp8 and int8.")] = "auto",
     device_kv_bytes: Annotated[
         str | None, typer.Option(help="KV memory on the devices, all together; else what is left.")
     ] = None,
     host_kv_bytes: Annotated[
-        str,
-        typer.Option("--host-kv-bytes", "--host-memory", help="CPU memory for KV, such as 256GiB."),
+        str, typer.Option("--host-kv-bytes", "--host-memory", help="CPU memory for KV, such as 256GiB.")
     ] = "0",
     disk_kv_bytes: Annotated[
         str, typer.Option("--disk-kv-bytes", "--disk", help="Disk for KV below that, such as 2TiB.")
@@ -48,27 +46,45 @@ def plan(
     gpu_memory_utilization: Annotated[
         float | None, typer.Option(help="Share of a GPU's memory that may be taken; the engine's default.")
     ] = None,
+    solve: Annotated[
+        bool, typer.Option("--solve", help="Find the smallest setup; memory and disk are what may be taken.")
+    ] = False,
+    ms_per_token: Annotated[float | None, typer.Option(help="With --solve, the most that a step may take.")] = None,
+    price_per_hour: Annotated[
+        list[str] | None, typer.Option(help="With --solve, of a GPU, such as h100=2.99; may be given again.")
+    ] = None,
+    kinds: Annotated[bool, typer.Option("--kinds", help="Compare MHA, GQA and MQA for this shape.")] = False,
+    guess: Annotated[
+        str | None, typer.Option(help="With --kinds, at GPT-4: layers=L,heads=H,head_dim=D,kv_heads=K.")
+    ] = None,
     json_file: JsonFile = None,
+    plot_file: Annotated[Path | None, path_option("--plot", help="Also draw them here, a .png.")] = None,
 ) -> None:
     """What a model's KV cache takes, what fits on which GPUs, and what a token costs then; runs nothing."""
     from rich.console import Console
 
-    from distkv.planner.command import PlanOptions, run
+    from distkv.planner.command import run
+    from distkv.planner.options import PlanOptions
 
-    given = {
-        "page_size": page_size, "max_num_batched_tokens": max_num_batched_tokens,
+    fields = {
+        "dtype": dtype, "kv_dtype": kv_dtype, "device_kv_bytes": device_kv_bytes, "host_kv_bytes": host_kv_bytes,
+        "disk_kv_bytes": disk_kv_bytes, "page_size": page_size, "max_num_batched_tokens": max_num_batched_tokens,
         "gpu_memory_utilization": gpu_memory_utilization,
     }  # fmt: skip
-    run(
-        Console(highlight=False),
-        PlanOptions(
-            model, context, concurrency, gpu or ["h100"], gpus,
-            {
-                "dtype": dtype, "kv_dtype": kv_dtype, "device_kv_bytes": device_kv_bytes,
-                "host_kv_bytes": host_kv_bytes, "disk_kv_bytes": disk_kv_bytes,
-                **{name: value for name, value in given.items() if value is not None},
-            },
-            None if disk_bandwidth is None else parse_bytes("disk_bandwidth", disk_bandwidth),
-            json_file,
-        ),
-    )  # fmt: skip
+    options = PlanOptions(
+        model=model,
+        context=context,
+        concurrency=concurrency,
+        gpu=gpu,
+        gpus=gpus,
+        disk_bandwidth=None if disk_bandwidth is None else parse_bytes("disk_bandwidth", disk_bandwidth),
+        solve=solve,
+        ms_per_token=ms_per_token,
+        price_per_hour=price_per_hour,
+        kinds=kinds,
+        guess=guess,
+        json_file=json_file,
+        plot_file=plot_file,
+        request={name: value for name, value in fields.items() if value is not None},
+    )
+    run(Console(highlight=False), options)

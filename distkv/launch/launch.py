@@ -222,8 +222,7 @@ def _budget_table(budget: Budget, num_pages: int, utilization: float) -> str:
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     """The most positions a request may use."""
-    stretch = model.rope.factor if model.rope.rope_type in ("linear", "dynamic") else 1
-    limit = int(model.max_position_embeddings * stretch)
+    limit = model.most_positions
     if config.max_model_len is None:
         return limit
     if config.max_model_len > limit and config.load_format != "dummy":

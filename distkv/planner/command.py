@@ -1,77 +1,87 @@
-"""`distkv plan`: from texts of the command line to plans, and these to tables and files."""
+"""`distkv plan`: from its options to tables and files."""
 
-import itertools
 import json
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from distkv.errors import ConfigError
-from distkv.option_checks import check_whole
-from distkv.planner.hardware import find_hardware, with_disk
-from distkv.planner.model_shape import find_model
-from distkv.planner.plan import Plan, make_plan
-from distkv.planner.request import PlanRequest
+from distkv.planner.attention_kinds import attention_kinds, guessed_kv
+from distkv.planner.model_shape import UNPUBLISHED
+from distkv.planner.options import SOLVE_SIZES, PlanOptions
+from distkv.planner.plan import make_plan
+from distkv.planner.solve import solve
+from distkv.planner.special_tables import print_guess, print_kinds, print_solutions
 from distkv.planner.tables import print_plans
-from distkv.planner.units import parse_tokens
-from distkv.reporting.out_file import check_out_file, writing
-
-MOST_PLANS = 200  # that are shown
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """What `distkv plan` is given; see `distkv plan --help`."""
-
-    model: str
-    context: str  # lists with commas
-    concurrency: str
-    gpu: list[str]
-    gpus: str
-    request: dict[str, Any]  # further fields of `PlanRequest`
-    disk_bandwidth: float | None
-    json_file: Path | None
+from distkv.reporting.out_file import writing
 
 
 def run(console: Console, options: PlanOptions) -> None:
-    """Plans for every mix of the lists, shows the tables and writes the files. Raises ConfigError or StoreError."""
-    check_out_file(options.json_file)
-    plans = make_plans(options)
-    print_plans(console, plans)
+    """Prints the tables that are asked for, and writes the files. Raises ConfigError, before anything is printed, or
+    StoreError."""
+    options.check()
+    if options.kinds:
+        found = _kinds(console, options)
+    elif options.solve:
+        found = _solve(console, options)
+    else:
+        found = _plans(console, options)
     if options.json_file is not None:
-        with writing(options.json_file):
-            text = json.dumps({"plans": [plan.to_json() for plan in plans]}, indent=1)
-            options.json_file.write_text(text + "\n", encoding="utf-8")
+        _write_json(options.json_file, found)
 
 
-def make_plans(options: PlanOptions) -> list[Plan]:
-    """A plan for every mix of GPU, context, number of GPUs and concurrency."""
-    model = find_model(options.model)
-    hardware = [with_disk(find_hardware(one), options.disk_bandwidth) for one in options.gpu]
-    contexts = [parse_tokens("--context", one) for one in _listed("--context", options.context)]
-    sizes, loads = (
-        [_whole(name, one) for one in _listed(name, text)]
-        for name, text in (("--gpus", options.gpus), ("--concurrency", options.concurrency))
-    )
-    mixes = list(itertools.product(hardware, contexts, sizes, loads))
-    if len(mixes) > MOST_PLANS:
-        raise ConfigError(f"these lists make {len(mixes)} plans; {MOST_PLANS} at most are shown: shorten one")
-    return [
-        make_plan(
-            PlanRequest(model, one, tensor_parallel_size=size, context=context, concurrency=load, **options.request)
-        )
-        for one, context, size, load in mixes
-    ]
+def _plans(console: Console, options: PlanOptions) -> dict[str, Any]:
+    plans = [make_plan(request) for request in options.requests()]
+    print_plans(console, plans)
+    if options.plot_file is not None:
+        from distkv.planner.plot import write_plot
+
+        write_plot(options.plot_file, plans)
+    return {"plans": [plan.to_json() for plan in plans]}
 
 
-def _listed(name: str, text: str) -> list[str]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(parts):
-        raise ConfigError(f"{name} is {text!r}; give one or more values with commas between them")
-    return list(dict.fromkeys(parts))
+def _solve(console: Console, options: PlanOptions) -> dict[str, Any]:
+    seconds = None if options.ms_per_token is None else options.ms_per_token / 1e3
+    target, sizes = options.only_request("--solve"), options.sizes(SOLVE_SIZES)
+    solutions = solve(target, options.priced_hardware(), sizes, seconds, options.prices())
+    print_solutions(console, target, solutions, seconds)
+    return {
+        "solutions": [
+            {
+                "reached": one.reached,
+                "price_per_hour": one.price_per_hour,
+                "price_per_million_tokens": one.price_per_million_tokens,
+                "plan": one.plan.to_json(),
+            }
+            for one in solutions
+        ]
+    }
 
 
-def _whole(name: str, text: str) -> int:
-    return check_whole(name, int(text) if text.isascii() and text.isdecimal() else text)
+def _kinds(console: Console, options: PlanOptions) -> dict[str, Any]:
+    found: dict[str, Any] = {"kinds": []}
+    guess, dtype = options.guesses(), str(options.request.get("kv_dtype", "auto"))
+    kv = None if guess is None else guessed_kv(guess, "float16" if dtype == "auto" else dtype)
+    context = options.contexts()[0]
+    if options.model.lower() != UNPUBLISHED:
+        kinds = attention_kinds(options.only_request("--kinds"))
+        print_kinds(console, kinds)
+        found["kinds"] = [
+            {
+                "kind": one.name,
+                "kv_heads": one.kv_heads,
+                "is_own": one.is_own,
+                "saving": one.saving,
+                "plan": one.plan.to_json(),
+            }
+            for one in kinds
+        ]
+    print_guess(console, kv, context)
+    found["gpt-4"] = {"published": False, "guess": None if kv is None else asdict(kv)}
+    return found
+
+
+def _write_json(path: Path, found: dict[str, Any]) -> None:
+    with writing(path):
+        path.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -17,6 +17,9 @@ from distkv.workers.model.shard import Shard
 MOST_PARAMETERS = 10**15
 """A config that comes to more is refused, before sizes leave what can be shown."""
 
+UNPUBLISHED = "gpt-4"
+"""A model that is asked for and whose configuration is not published."""
+
 VARIANT = re.compile(r"-(instruct|chat|hf|base|it|v\d+(\.\d+)*)(?=-|$)")
 
 
@@ -116,6 +119,11 @@ def known_models() -> dict[str, dict[str, Any]]:
 def _known_name(text: str) -> str:
     known = known_models()
     name = VARIANT.sub("", text.lower().rpartition("/")[2]).removeprefix("meta-")
+    if name == UNPUBLISHED:
+        raise ConfigError(
+            "the configuration of GPT-4 is not published, so there is nothing to plan with; distkv plan gpt-4 --kinds "
+            "--guess layers=L,heads=H,head_dim=D,kv_heads=K reckons with a guess"
+        )
     name = {"smollm2": "smollm2-135m", "tinyllama": "tinyllama-1.1b"}.get(name, name)
     if name in known:
         return name

@@ -36,7 +36,7 @@ class Plan:
         """What bounds how many requests run: the memory of the tiers, or an option."""
         fit = self.fit
         if not fit.tiers[0].pages:
-            return "the weights" if min(one.memory - one.weights for one in fit.ranks) <= 0 else "device memory"
+            return "device memory"
         if self.request.num_seqs < min(fit.most_requests, self.request.concurrency):
             return "max_num_seqs"
         return next(f"{tier.name} memory" if tier.name != "disk" else "disk" for tier in fit.tiers[::-1] if tier.pages)

@@ -132,7 +132,7 @@ def _step_table(plans: list[Plan]) -> Table:
             "" if plan.decode is None else shown_seconds(plan.decode.seconds),
             "" if plan.tokens_per_second is None else shown_rate(plan.tokens_per_second),
             "" if plan.first_token is None else shown_seconds(plan.first_token.seconds),
-            f"no room: {plan.capacity_limit}" if plan.decode is None else plan.decode.limit,
+            "no room" if plan.decode is None else plan.decode.limit,
         )
     return table
 

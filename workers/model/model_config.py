@@ -52,6 +52,12 @@ class ModelConfig:
         """Query heads per KV head."""
         return self.num_attention_heads // self.num_key_value_heads
 
+    @property
+    def most_positions(self) -> int:
+        """The most positions that a request may use: RoPE of some types stretches those of training."""
+        stretch = self.rope.factor if self.rope.rope_type in ("linear", "dynamic") else 1
+        return int(self.max_position_embeddings * stretch)
+
     def run_dtype(self, option: str) -> str:
         """What the option `dtype` means for this model; raises ConfigError where that is not supported."""
         return check_dtype(self.dtype if option == "auto" else option)

@@ -1,0 +1,144 @@
+"""`distkv plan`'s texts made requests: lists, GPUs, prices and guesses."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distkv.errors import ConfigError
+from distkv.option_checks import check_amount, check_whole
+from distkv.planner.hardware import GPUS, Hardware, find_hardware, with_disk
+from distkv.planner.model_shape import find_model
+from distkv.planner.request import PlanRequest
+from distkv.planner.units import parse_tokens
+from distkv.reporting.out_file import check_out_file
+from distkv.values import shown
+
+MOST_PLANS = 200  # that are shown
+DEFAULT_GPU = "h100"
+SOLVE_SIZES = "1,2,4,8"
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What `distkv plan` is given; see `distkv plan --help`. None leaves the choice to what is done."""
+
+    model: str
+    context: str  # lists with commas
+    concurrency: str
+    gpu: list[str] | None
+    gpus: str | None
+    disk_bandwidth: float | None
+    solve: bool
+    ms_per_token: float | None
+    price_per_hour: list[str] | None
+    kinds: bool
+    guess: str | None
+    json_file: Path | None
+    plot_file: Path | None
+    request: Mapping[str, Any] = field(default_factory=dict)  # further fields of `PlanRequest`
+
+    def check(self) -> None:
+        """Raises ConfigError for options that contradict each other or that nothing would come of, and for files that
+        cannot be written."""
+        for name, value, needs, has in (
+            ("--ms-per-token", self.ms_per_token, "--solve", self.solve),
+            ("--price-per-hour", self.price_per_hour, "--solve", self.solve),
+            ("--guess", self.guess, "--kinds", self.kinds),
+        ):
+            if value is not None and not has:
+                raise ConfigError(f"{name} is given without {needs}; add that, or leave it out")
+        if self.solve and self.kinds:
+            raise ConfigError("--solve and --kinds are both given; give one at a time")
+        if self.plot_file is not None and (self.solve or self.kinds):
+            raise ConfigError("--plot draws plans, and neither --solve nor --kinds; leave one of them out")
+        if self.plot_file is not None and self.plot_file.suffix != ".png":
+            raise ConfigError(f"--plot {str(self.plot_file)!r} is not a .png; name one")
+        for file in (self.json_file, self.plot_file):
+            check_out_file(file)
+
+    def requests(self) -> list[PlanRequest]:
+        """One for every mix of GPU, context, number of GPUs and concurrency."""
+        model, contexts, loads = find_model(self.model), self.contexts(), self.loads()
+        mixes = list(itertools.product(self.hardware(), contexts, self.sizes("1"), loads))
+        if len(mixes) > MOST_PLANS:
+            raise ConfigError(f"these lists make {len(mixes)} plans; {MOST_PLANS} at most are shown: shorten one")
+        return [
+            PlanRequest(model, one, tensor_parallel_size=size, context=context, concurrency=load, **self.request)
+            for one, context, size, load in mixes
+        ]
+
+    def only_request(self, what: str) -> PlanRequest:
+        """For what takes a single context and load, on the first GPU. Raises ConfigError for lists of more."""
+        for name, values in (("--context", self.contexts()), ("--concurrency", self.loads())):
+            if len(values) > 1:
+                raise ConfigError(f"{what} takes one {name}, and {len(values)} are given")
+        return PlanRequest(
+            find_model(self.model), self.hardware()[0], tensor_parallel_size=self.sizes("1")[0],
+            context=self.contexts()[0], concurrency=self.loads()[0], **self.request,
+        )  # fmt: skip
+
+    def hardware(self, default: tuple[str, ...] = (DEFAULT_GPU,)) -> list[Hardware]:
+        """What is planned for, each once."""
+        found = [with_disk(find_hardware(one), self.disk_bandwidth) for one in self.gpu or default]
+        return list(dict.fromkeys(found))
+
+    def contexts(self) -> list[int]:
+        """Tokens."""
+        return [parse_tokens("--context", one) for one in _listed("--context", self.context)]
+
+    def loads(self) -> list[int]:
+        """Requests at a time."""
+        return [_whole("--concurrency", one) for one in _listed("--concurrency", self.concurrency)]
+
+    def sizes(self, default: str) -> list[int]:
+        """Numbers of GPUs."""
+        return [_whole("--gpus", one) for one in _listed("--gpus", default if self.gpus is None else self.gpus)]
+
+    def prices(self) -> dict[str, float]:
+        """Of a GPU and hour, by `Hardware.name`; empty where none are given."""
+        found = {}
+        for text in self.price_per_hour or ():
+            gpu, _, price = text.rpartition("=")
+            if not gpu and len(self.gpu or ()) != 1:
+                raise ConfigError(f"--price-per-hour {shown(text)} names no GPU; give h100=2.99, or a single --gpu")
+            hardware = find_hardware(gpu or (self.gpu or [""])[0])
+            found[hardware.name] = check_amount(f"--price-per-hour of {hardware.name}", _number(price))
+        idle = [name for name in found if self.gpu and name not in {one.name for one in self.hardware()}]
+        if idle:
+            raise ConfigError(f"--price-per-hour is for {', '.join(idle)}, which --gpu does not name; leave it out")
+        return found
+
+    def priced_hardware(self) -> list[Hardware]:
+        """What --solve chooses from: the GPUs that are named, or those that have a price, or all of the table."""
+        prices = self.prices()
+        return self.hardware(tuple(name for name, one in GPUS.items() if not prices or one.name in prices))
+
+    def guesses(self) -> dict[str, int] | None:
+        """At a configuration that is not published; None where there are none."""
+        if self.guess is None:
+            return None
+        found = {}
+        for part in _listed("--guess", self.guess):
+            name, _, value = part.partition("=")
+            found[name.strip()] = _whole(f"{name.strip()} of --guess", value.strip())
+        return found
+
+
+def _listed(name: str, text: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise ConfigError(f"{name} is {shown(text)}; give one or more values with commas between them")
+    return list(dict.fromkeys(parts))
+
+
+def _whole(name: str, text: str) -> int:
+    return check_whole(name, int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else text)
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text

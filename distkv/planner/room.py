@@ -1,0 +1,50 @@
+"""What would make room for all requests: memory below the devices, or more ranks."""
+
+from dataclasses import replace
+from typing import Literal
+
+from distkv.errors import ConfigError
+from distkv.planner.fit import Fit, find_fit
+from distkv.planner.request import PlanRequest
+from distkv.planner.units import rounded_up
+
+MOST_RANKS = 64  # that are tried
+TRIALS = 8  # the staging ring and what reads ahead take some of what is added
+
+
+def enough_below(request: PlanRequest, tier: Literal["host", "disk"]) -> PlanRequest | None:
+    """The request with as much memory in one tier, "host" or "disk", as holds all of its requests; None where nothing
+    there helps, since the devices hold too little to work with."""
+    for _ in range(TRIALS):
+        fit = find_fit(request)
+        if fit.running == request.concurrency:
+            return request
+        lacking = request.concurrency * fit.pages_per_request - sum(one.pages for one in fit.tiers)
+        if not fit.tiers[0].pages or request.num_seqs < request.concurrency or lacking <= 0:
+            return None
+        page_bytes = fit.kv_bytes_per_request // fit.pages_per_request
+        if tier == "host":
+            request = replace(request, host_kv_bytes=rounded_up(request.host_kv_bytes + lacking * page_bytes))
+        else:
+            request = replace(request, disk_kv_bytes=rounded_up(request.disk_kv_bytes + lacking * page_bytes))
+    return None
+
+
+def fewest_ranks(request: PlanRequest, fit_all: bool = False) -> int | None:
+    """The fewest ranks, of twice as many and twice that, with which a page fits on the devices, or all requests there;
+    None when none do."""
+    size = request.tensor_parallel_size
+    while size < MOST_RANKS:
+        size *= 2
+        try:
+            fit = find_fit(replace(request, tensor_parallel_size=size, host_kv_bytes=0, disk_kv_bytes=0))
+        except ConfigError:  # more ranks than heads
+            return None
+        if fit.running == request.concurrency if fit_all else fit.tiers[0].pages:
+            return size
+    return None
+
+
+def cold_bytes(fit: Fit, *tiers: int) -> int:
+    """Bytes of the running requests that lie in these of the tiers, counted as on the devices."""
+    return sum(fit.tiers[index].used_pages for index in tiers) * fit.kv_bytes_per_request // fit.pages_per_request

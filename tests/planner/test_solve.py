@@ -1,0 +1,83 @@
+"""The smallest setup, and what sharing KV heads saves."""
+
+from dataclasses import replace
+
+import pytest
+
+from distkv import ConfigError
+from distkv.planner.attention_kinds import attention_kinds, guessed_kv
+from distkv.planner.hardware import GPUS, find_hardware
+from distkv.planner.model_shape import find_model
+from distkv.planner.plan import make_plan
+from distkv.planner.request import PlanRequest
+from distkv.planner.room import enough_below, fewest_ranks
+from distkv.planner.solve import solve
+
+TARGET = PlanRequest(
+    find_model("llama-3.1-8b"), find_hardware("l40s"), context=2**17, concurrency=8, host_kv_bytes=2**40,
+    disk_kv_bytes=2**42,
+)  # fmt: skip
+SIZES = [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("seconds", [None, 0.5, 0.01])
+def test_the_smallest_setup_reaches_and_nothing_smaller_does(seconds: float | None) -> None:
+    """Beside all setups with as much memory below as may be taken."""
+    for found in solve(TARGET, list(GPUS.values()), SIZES, seconds, {}):
+        request = found.plan.request
+        for size in SIZES[: SIZES.index(request.tensor_parallel_size)] if found.reached else SIZES:
+            for host, disk in ((0, 0), (2**40, 0), (2**40, 2**42)):
+                smaller = make_plan(replace(request, tensor_parallel_size=size, host_kv_bytes=host, disk_kv_bytes=disk))
+                assert not smaller.fits or (seconds is not None and smaller.decode.seconds > seconds), smaller.command
+        if found.reached:
+            assert found.plan.fits and (seconds is None or found.plan.decode.seconds <= seconds)
+            if request.host_kv_bytes:
+                assert not make_plan(replace(request, host_kv_bytes=0, disk_kv_bytes=0)).fits or seconds is not None
+
+
+def test_prices_decide() -> None:
+    h100, l40s = find_hardware("h100"), find_hardware("l40s")
+    for prices, best in (({h100.name: 2.0, l40s.name: 3.0}, h100), ({h100.name: 9.0, l40s.name: 0.1}, l40s)):
+        first = solve(TARGET, [h100, l40s], SIZES, None, prices)[0]
+        assert first.plan.request.hardware == best and first.reached
+        size, rate = first.plan.request.tensor_parallel_size, first.plan.tokens_per_second
+        assert first.price_per_hour == prices[best.name] * size
+        assert first.price_per_million_tokens == pytest.approx(first.price_per_hour / 3600 / rate * 1e6)
+    with pytest.raises(ConfigError, match="no price per hour for L40S"):
+        solve(TARGET, [h100, l40s], SIZES, None, {h100.name: 2.0})
+
+
+def test_what_is_advised_makes_room() -> None:
+    devices = replace(TARGET, host_kv_bytes=0, disk_kv_bytes=0)
+    assert not make_plan(devices).fits
+    with_host = enough_below(devices, "host")
+    assert with_host is not None and make_plan(with_host).fits
+    assert not make_plan(replace(with_host, host_kv_bytes=with_host.host_kv_bytes * 9 // 10)).fits
+    with_disk = enough_below(replace(devices, host_kv_bytes=2**33, disk_kv_bytes=2**33), "disk")
+    assert with_disk is not None and make_plan(with_disk).fits
+    assert (ranks := fewest_ranks(devices, fit_all=True)) is not None
+    assert make_plan(replace(devices, tensor_parallel_size=ranks)).fits
+    too_large = replace(devices, model=find_model("llama-3-70b"))
+    assert enough_below(too_large, "host") is None
+    assert f"use --gpus {fewest_ranks(too_large)} or more" in make_plan(too_large).advice[0]
+
+
+def test_shared_kv_heads_save_what_is_published() -> None:
+    """For 32 query heads MQA takes a 32nd and GQA with 8 KV heads a quarter; the model's own row is its plan."""
+    kinds = {one.name: one for one in attention_kinds(TARGET)}
+    assert {name: one.saving for name, one in kinds.items()} == {"MHA": 1, "GQA": 4, "MQA": 32}
+    full = kinds["MHA"].plan.fit.kv_bytes_per_token
+    assert all(one.plan.fit.kv_bytes_per_token * one.saving == full for one in kinds.values())
+    assert kinds["GQA"].is_own and kinds["GQA"].plan == make_plan(TARGET)
+    times = [kinds[name].plan.decode.seconds for name in ("MQA", "GQA", "MHA")]
+    assert times == sorted(times)
+
+
+def test_gpt_4_is_a_guess_or_nothing() -> None:
+    kv = guessed_kv({"layers": 120, "heads": 96, "head_dim": 128, "kv_heads": 1}, "float16")
+    assert kv.bytes_per_token == 2 * 120 * 128 * 2
+    for guess in ({"layers": 120}, {"layers": 1, "heads": 1, "head_dim": 1, "experts": 16}):
+        with pytest.raises(ConfigError, match="the guess"):
+            guessed_kv(guess, "float16")
+    with pytest.raises(ConfigError, match="not published"):
+        find_model("gpt-4")
