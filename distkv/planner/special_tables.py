@@ -20,19 +20,11 @@ def print_solutions(console: Console, target: PlanRequest, solutions: list[Solut
     if not solutions:
         console.print("No number of GPUs that was tried can share this model; give others with --gpus.")
         return
-    below = {
-        name for name in ("host", "disk") if any(getattr(one.plan.request, f"{name}_kv_bytes") for one in solutions)
-    }
+    requests = [one.plan.request for one in solutions]
+    below = [name for name in ("host", "disk") if any(getattr(one, f"{name}_kv_bytes") for one in requests)]
     priced = any(one.price_per_hour is not None for one in solutions)
-    names = [
-        "GPUs",
-        *sorted(below, reverse=True),
-        "running",
-        "per step",
-        *(["per hour", "per Mtoken"] * priced),
-        "target",
-    ]
-    table = right_table("Smallest setups", names, last_left=True)
+    prices = ["per hour", "per Mtoken"] if priced else []
+    table = right_table("Smallest setups", ["GPUs", *below, "running", "per step", *prices, "target"], last_left=True)
     for one in solutions:
         request, plan = one.plan.request, one.plan
         sizes = {"host": request.host_kv_bytes, "disk": request.disk_kv_bytes}
