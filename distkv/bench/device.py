@@ -1,16 +1,17 @@
 """The CUDA device that is measured: time by its own events, bytes, and what it can do at most."""
 
-import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distkv.bench.harness import Bench, Figure
 from distkv.errors import ConfigError
-from distkv.reporting.machine import cpu_name, machine_facts
+from distkv.reporting.machine import cpu_name
 from distkv.storage.device import device_of
 from distkv.storage.pools.host_memory import HostBuffer
 
@@ -41,9 +42,8 @@ def check_parts(only: list[str], parts: tuple[str, ...]) -> list[str]:
 
 
 def device_facts() -> dict[str, Any]:
-    """`machine_facts`, whose machine is the GPU here, and what else a kernel depends on."""
+    """What a kernel depends on beside `machine_facts`, whose machine is the GPU here."""
     return {
-        **machine_facts(),
         "processor": cpu_name(),
         "device_bytes": torch.cuda.mem_get_info()[1],
         "cuda": torch.version.cuda,
@@ -109,27 +109,21 @@ class DeviceMeter:
 
 @dataclass(frozen=True)
 class Turns:
-    """How often a figure is taken, and where."""
+    """The turns of a benchmark on a device."""
 
     meter: DeviceMeter
     device: torch.device
-    repeats: int
+    bench: Bench
 
-    def seconds(self, works: dict[str, Work]) -> dict[str, float]:
-        """Medians; the works alternate, so that what else happens to the device meets all of them."""
-        for work in works.values():
-            for _ in range(WARM_UP):
-                work()
-        taken: dict[str, list[float]] = {name: [] for name in works}
-        for _ in range(self.repeats):
-            for name, work in works.items():
-                taken[name].append(self.meter.seconds(work))
-        return {name: statistics.median(times) for name, times in taken.items()}
+    def seconds(self, works: Mapping[str, Work]) -> dict[str, Figure]:
+        """Seconds of the device's clock, of works that alternate."""
+        timed = {name: partial(self.meter.seconds, work) for name, work in works.items()}
+        return {name: Figure.of(times) for name, times in self.bench.in_turns(timed, warm_up=WARM_UP).items()}
 
-    def seconds_each(self, works: tuple[Work, Work]) -> tuple[float, float]:
-        """Medians of two works that always begin at once."""
-        taken = [self.meter.seconds_each(works) for _ in range(WARM_UP + self.repeats)][WARM_UP:]
-        first, second = (statistics.median(times) for times in zip(*taken, strict=True))
+    def seconds_each(self, works: tuple[Work, Work]) -> tuple[Figure, Figure]:
+        """The same of two works that always begin at once."""
+        taken = self.bench.in_turns({"both at once": partial(self.meter.seconds_each, works)}, warm_up=WARM_UP)
+        first, second = (Figure.of(times) for times in zip(*taken["both at once"], strict=True))
         return first, second
 
 

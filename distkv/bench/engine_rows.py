@@ -11,6 +11,7 @@ from typing import Any
 
 from distkv.bench.decode import transformers_runner
 from distkv.bench.device import LinkCeiling, MemoryCeiling, Turns
+from distkv.bench.harness import Figure
 from distkv.bench.offload import check_answers
 from distkv.config import EngineConfig
 from distkv.engine.client import EngineClient
@@ -82,13 +83,15 @@ def streaming_rows(
     with closing(shape.engine(longest, device_pages)) as engine:
         _run(shape, engine, WARM_UP, 2, synthetic_kv=True)
         for context in contexts:
-            taken = [turns.meter.seconds(link.to_device) for _ in range(turns.repeats)]
+            repeats = range(turns.bench.options.repeats)
+            turns.bench.doing(f"a context of {context} tokens")
+            taken = [turns.meter.seconds(link.to_device) for _ in repeats]
             turns.meter.forget_peak()
             stage = _run(shape, engine, context, new_tokens, synthetic_kv=True)
             peak = turns.meter.peak_bytes()
-            taken += [turns.meter.seconds(link.to_device) for _ in range(turns.repeats)]
-            ms, cold = statistics.median(stage.decode_ms), _streamed(shape, stage)
-            rate, ceiling = 1e3 * cold / ms, link.num_bytes / statistics.median(taken)
+            taken += [turns.meter.seconds(link.to_device) for _ in repeats]
+            ms, cold = Figure.of(stage.decode_ms), _streamed(shape, stage)
+            rate, ceiling = 1e3 * cold / ms.median, link.num_bytes / statistics.median(taken)
             yield {
                 "part": "streaming",
                 "layers": shape.model.num_hidden_layers,
@@ -122,22 +125,25 @@ def model_rows(
     on_cuda = turns.device.type == "cuda"  # it knows no other device to take a cache out of
     offloaded = transformers_runner(network, lambda: DynamicCache(config=network.config, offloading=on_cuda))
     device_pages = max(spec.pages_for(resident + new_tokens + 1), spec.pages_for(shape.step_tokens) + 1)
+    peers = {"on the device": (resident, in_memory), "on the host": (cold, offloaded)}
     taken: dict[tuple[str, int], list[float]] = {}
     streamed = {resident: 0, cold: 0}
     reads, copies = [], []
     with closing(shape.engine(cold + new_tokens + 1, device_pages)) as engine:
-        for _ in range(1 + turns.repeats):  # the first to warm up
-            for context, peer in ((resident, in_memory), (cold, offloaded)):
-                stage = _run(shape, engine, context, new_tokens + 1)
-                streamed[context] = _streamed(shape, stage)
-                seconds = {
-                    "distkv": (stage.times[-1] - stage.times[0]) / new_tokens,
-                    "transformers": peer(stage.request.prompt_token_ids, new_tokens)[1],
-                }
-                for name, one in seconds.items():
-                    taken.setdefault((name, context), []).append(one)
-            reads.append(turns.meter.seconds(memory.read))
-            copies.append(turns.meter.seconds(link.to_device))
+        for _, where in turns.bench.turns([*peers, "ceilings"], "the whole model"):
+            if where not in peers:
+                reads.append(turns.meter.seconds(memory.read))
+                copies.append(turns.meter.seconds(link.to_device))
+                continue
+            context, peer = peers[where]
+            stage = _run(shape, engine, context, new_tokens + 1)
+            streamed[context] = _streamed(shape, stage)
+            seconds = {
+                "distkv": (stage.times[-1] - stage.times[0]) / new_tokens,
+                "transformers": peer(stage.request.prompt_token_ids, new_tokens)[1],
+            }
+            for name, one in seconds.items():
+                taken.setdefault((name, context), []).append(one)
     num_bytes = weight_bytes(model, ITEM_BYTES[spec.dtype])
     read_seconds, copy_seconds = statistics.median(reads[1:]), statistics.median(copies[1:])
     weights_ms = 1e3 * num_bytes / memory.read_bytes * read_seconds
@@ -145,7 +151,7 @@ def model_rows(
     for (name, context), times in taken.items():
         whole = 0 if context == resident else context * spec.bytes_per_token  # transformers takes out all of it
         cold_bytes = streamed[context] if name == "distkv" else whole
-        ms, cold_ms = 1e3 * statistics.median(times[1:]), 1e3 * cold_bytes / link.num_bytes * copy_seconds
+        ms, cold_ms = Figure.of(times[1:]).scaled(1e3), 1e3 * cold_bytes / link.num_bytes * copy_seconds
         rows.append(
             {
                 "part": "model",
@@ -159,7 +165,7 @@ def model_rows(
                 "weights_ms": weights_ms,
                 "cold_bytes_per_step": cold_bytes,
                 "cold_ms": cold_ms,
-                "ratio": ms / max(weights_ms, cold_ms),
+                "ratio": ms.median / max(weights_ms, cold_ms),
             }
         )
     return rows

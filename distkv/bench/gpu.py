@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from distkv.bench.device import LinkCeiling, MemoryCeiling, Turns
 from distkv.bench.engine_rows import Shape, model_rows, residency_rows, streaming_rows
-from distkv.bench.parts import Figure, measure_parts
+from distkv.bench.options import BenchOptions
+from distkv.bench.parts import Measurement, measured_parts
 from distkv.errors import CapacityError, ConfigError
 from distkv.models.shapes import shape_folder
 from distkv.reporting.tables import Column, target
@@ -28,6 +28,8 @@ STEP_TOKENS = 2048
 
 WINDOW = 2**16  # tokens that the device holds while a longer context streams
 CONTEXTS = (WINDOW, 4 * WINDOW, 16 * WINDOW)
+QUICK_WINDOW = 2**14
+QUICK_CONTEXTS = (QUICK_WINDOW, 4 * QUICK_WINDOW)
 MOST_LAYERS = 4  # a layer of the longest context is 4 GiB
 HOST_SHARE = 0.5  # of the free host memory, for the longest context
 
@@ -80,7 +82,6 @@ class Sizes:
     contexts: tuple[int, ...]
     layers: int | None  # of the model that streams; None for as many as the host has memory for
     new_tokens: int  # decoded at each context
-    repeats: int
 
     def __post_init__(self) -> None:
         if self.window < 2 * PAGE_SIZE:
@@ -94,17 +95,16 @@ class Sizes:
         return min(STEP_TOKENS, self.window // 2)
 
 
-def run(only: list[str], sizes: Sizes, json_file: Path | None) -> None:
+def run(only: list[str], sizes: Sizes, options: BenchOptions) -> None:
     """Measures and prints tables; see `distkv bench gpu --help`.
 
     Raises ConfigError without a CUDA device or for a part that there is not; DistKVError when answers differ or a
     measurement fails, after all others are made.
     """
-    facts = {"benchmark": "gpu", "shape": MODEL, "page_size": PAGE_SIZE, "repeats": sizes.repeats}
-    measured = measure_parts(facts, PARTS, COLUMNS, only, json_file, partial(_figures, sizes))
-    for line in _notes(measured.rows):
-        measured.console.print(line, soft_wrap=True)
-    measured.raise_failures()
+    facts = {"shape": MODEL, "page_size": PAGE_SIZE}
+    with measured_parts("gpu", PARTS, COLUMNS, only, options, partial(_figures, sizes), **facts) as bench:
+        for line in _notes(bench.rows):
+            bench.line(line)
 
 
 def fitting_layers(free_bytes: int, layer_bytes: int) -> int:
@@ -118,7 +118,7 @@ def fitting_layers(free_bytes: int, layer_bytes: int) -> int:
     return layers
 
 
-def _figures(sizes: Sizes, part: str, turns: Turns) -> Iterator[Figure]:
+def _figures(sizes: Sizes, part: str, turns: Turns) -> Iterator[Measurement]:
     device = turns.device.type
     with ExitStack() as stack:
 
@@ -133,7 +133,7 @@ def _figures(sizes: Sizes, part: str, turns: Turns) -> Iterator[Figure]:
             link = stack.enter_context(closing(LinkCeiling(turns.device)))
             few = shape(sizes.stream_step, num_hidden_layers=layers)
             contexts = tuple(sorted(sizes.contexts))
-            yield Figure(
+            yield Measurement(
                 f"contexts {', '.join(map(str, contexts))} over a window of {sizes.window}",
                 lambda: streaming_rows(turns, link, few, sizes.window, contexts, sizes.new_tokens),
             )
@@ -141,13 +141,13 @@ def _figures(sizes: Sizes, part: str, turns: Turns) -> Iterator[Figure]:
             link = stack.enter_context(closing(LinkCeiling(turns.device)))
             whole = shape(STEP_TOKENS)
             memory = MemoryCeiling(turns.device)
-            yield Figure(
+            yield Measurement(
                 "the whole model",
                 lambda: model_rows(turns, memory, link, whole, RESIDENT_CONTEXT, COLD_CONTEXT, sizes.new_tokens),
             )
         else:
             small = shape(RESIDENCY_STEP, num_hidden_layers=RESIDENCY_LAYERS, vocab_size=MAX_LOGPROBS)
-            yield Figure("equal bits", lambda: residency_rows(small, RESIDENCY_CONTEXT, sizes.new_tokens))
+            yield Measurement("equal bits", lambda: residency_rows(small, RESIDENCY_CONTEXT, sizes.new_tokens))
 
 
 def _notes(rows: list[dict[str, Any]]) -> Iterator[str]:

@@ -115,10 +115,10 @@ class Bench:
         self._view.hide()
         self.console.print(text, soft_wrap=True, markup=False)
 
-    def table(self, columns: list[Column], rows: list[Row] | None = None) -> None:
-        """Prints a line for each of the rows; without them, of all that were added."""
+    def table(self, columns: list[Column], rows: list[Row] | None = None, across: bool = False) -> None:
+        """Prints the rows, or without them all that were added; see `print_rows`."""
         self._view.hide()
-        print_rows(self.console, columns, self.rows if rows is None else rows)
+        print_rows(self.console, columns, self.rows if rows is None else rows, across)
 
     def verdict(self, wrong: str, right: str) -> bool:
         """Prints what is wrong, or what is right where `wrong` is empty, and has the file say it; returns whether all

@@ -49,17 +49,17 @@ def decode_row(turns: Turns, memory: MemoryCeiling, shape: AttentionShape, batch
         peer = works["torch"] = lambda: torch_attention(q[:, :, None], k, v, causal=False)
     seconds = turns.seconds(works)
     error = None if peer is None else compare(f"decode of {batch} x {context} tokens", kernel(), peer()[:, :, 0])
-    read_rate = memory.read_bytes / seconds["read"]
+    read_rate = memory.read_bytes / seconds["read"].median
     return {
         "part": "decode",
         "batch": batch,
         "context": context,
         "kv_bytes": num_bytes,
-        "ms": 1e3 * seconds["kernel"],
-        "bytes_per_s": num_bytes / seconds["kernel"],
-        "torch_bytes_per_s": None if peer is None else num_bytes / seconds["torch"],
+        "ms": seconds["kernel"].scaled(1e3),
+        "bytes_per_s": num_bytes / seconds["kernel"].median,
+        "torch_bytes_per_s": None if peer is None else num_bytes / seconds["torch"].median,
         "read_bytes_per_s": read_rate,
-        "share": num_bytes / seconds["kernel"] / read_rate,
+        "share": num_bytes / seconds["kernel"].median / read_rate,
         "error": error,
     }
 
@@ -85,16 +85,16 @@ def prefill_row(turns: Turns, matmul: MatmulCeiling, shape: AttentionShape, num_
     works: dict[str, Work] = {"kernel": kernel, "matmul": matmul.run, "torch": peer}
     seconds = turns.seconds(works)
     error = compare(f"prefill of {num_tokens} tokens", kernel(), peer()[0].transpose(0, 1))
-    flops, ceiling = shape.prefill_flops(num_tokens), matmul.flops / seconds["matmul"]
+    flops, ceiling = shape.prefill_flops(num_tokens), matmul.flops / seconds["matmul"].median
     return {
         "part": "prefill",
         "tokens": num_tokens,
         "flops": flops,
-        "ms": 1e3 * seconds["kernel"],
-        "flops_per_s": flops / seconds["kernel"],
-        "torch_flops_per_s": flops / seconds["torch"],
+        "ms": seconds["kernel"].scaled(1e3),
+        "flops_per_s": flops / seconds["kernel"].median,
+        "torch_flops_per_s": flops / seconds["torch"].median,
         "matmul_flops_per_s": ceiling,
-        "share": flops / seconds["kernel"] / ceiling,
+        "share": flops / seconds["kernel"].median / ceiling,
         "error": error,
     }
 

@@ -52,13 +52,13 @@ def elementwise_rows(
         ),
     ):
         seconds = turns.seconds({"kernel": work, "copy": memory.copy})
-        rate, ceiling = num_bytes / seconds["kernel"], memory.copy_bytes / seconds["copy"]
+        rate, ceiling = num_bytes / seconds["kernel"].median, memory.copy_bytes / seconds["copy"].median
         yield {
             "part": "elementwise",
             "kernel": name,
             "tokens": num_tokens,
             "bytes": num_bytes,
-            "ms": 1e3 * seconds["kernel"],
+            "ms": seconds["kernel"].scaled(1e3),
             "bytes_per_s": rate,
             "copy_bytes_per_s": ceiling,
             "share": rate / ceiling,
@@ -97,8 +97,8 @@ def page_rows(turns: Turns, link: LinkCeiling, slice_bytes: int, num_bytes: int)
             if not torch.equal(target.cpu()[order], source.cpu()):
                 raise DistKVError(f"slices of {slice_bytes} bytes from {direction} are not what they were; report it")
             seconds = turns.seconds(works)
-            rates = {name: count * slice_bytes / seconds[name] for name in ("kernel", "engine")}
-            ceiling = link.num_bytes / seconds["link"]
+            rates = {name: count * slice_bytes / seconds[name].median for name in ("kernel", "engine")}
+            ceiling = link.num_bytes / seconds["link"].median
             yield {
                 "part": "pages",
                 "direction": direction,

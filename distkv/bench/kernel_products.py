@@ -49,11 +49,11 @@ def product_rows(
             "part": "products",
             "weight": f"{name} {outputs} x {depth}",
             "rows": rows,
-            "ms": 1e3 * seconds["ours"],
-            "bytes_per_s": weight.nbytes / seconds["ours"],
-            "flops_per_s": 2 * rows * weight.numel() / seconds["ours"],
-            "cublas_ms": 1e3 * seconds["cublas"],
-            "share": seconds["cublas"] / seconds["ours"],
+            "ms": seconds["ours"].scaled(1e3),
+            "bytes_per_s": weight.nbytes / seconds["ours"].median,
+            "flops_per_s": 2 * rows * weight.numel() / seconds["ours"].median,
+            "cublas_ms": seconds["cublas"].scaled(1e3),
+            "share": seconds["cublas"].median / seconds["ours"].median,
         }
 
 

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from distkv.bench.device import LinkCeiling, MatmulCeiling, MemoryCeiling, Turns
-from distkv.bench.parts import Figure, Row, check_effect, measure_parts
+from distkv.bench.harness import Row
+from distkv.bench.options import BenchOptions
+from distkv.bench.parts import Measurement, check_effect, measured_parts
 from distkv.models.shapes import SHAPES
 from distkv.reporting.tables import Column, target
 
@@ -87,40 +88,39 @@ COLUMNS: dict[str, list[Column]] = {
 }
 
 
-def run(
-    only: list[str], batches: list[int], contexts: list[int], prompts: list[int], repeats: int, json_file: Path | None
-) -> None:
+def run(only: list[str], batches: list[int], contexts: list[int], prompts: list[int], options: BenchOptions) -> None:
     """Measures and prints tables; see `distkv bench kernels --help`.
 
     Args:
-        batches, contexts: of decode; prompts: tokens of prefill; BATCHES and so on where there are none.
+        batches, contexts: of decode; prompts: tokens of prefill. Where there are none: BATCHES, CONTEXTS and PROMPTS,
+            or the first of each when it is to be quick.
 
     Raises ConfigError without a CUDA device, for a part that there is not or an option of one that is left out;
     DistKVError when a kernel is wrong or fails, after all others are measured.
     """
     check_effect({"batch": (batches, "decode"), "context": (contexts, "decode"), "prompt": (prompts, "prefill")}, only)
-    facts = {"benchmark": "kernels", "shape": MODEL, "repeats": repeats}
-    figures = partial(_figures, batches or BATCHES, contexts or CONTEXTS, prompts or PROMPTS)
-    with torch.inference_mode():
-        measured = measure_parts(facts, PARTS, COLUMNS, only, json_file, figures)
-    for line in (
-        "Bandwidth counts what is read and what is written. Decode counts keys and values alone, and its time is that "
-        "of splits and merge together; prefill counts 4 * heads * head_dim * tokens^2 / 2 operations.",
-        "torch is scaled_dot_product_attention with its flash backend on keys and values that lie in one piece, left "
-        "out where they do not fit beside the pages. Products are those of batch_invariant, and cuBLAS with swiglu "
-        "after it where a product is gated.",
-        *_targets(measured.rows),
+    few = 1 if options.quick else None
+    figures = partial(_figures, batches or BATCHES[:few], contexts or CONTEXTS[:few], prompts or PROMPTS[:few])
+    with (
+        torch.inference_mode(),
+        measured_parts("kernels", PARTS, COLUMNS, only, options, figures, shape=MODEL) as bench,
     ):
-        measured.console.print(line, soft_wrap=True)
-    measured.raise_failures()
+        for line in (
+            "Bandwidth counts what is read and what is written. Decode counts keys and values alone, and its time is "
+            "that of splits and merge together; prefill counts 4 * heads * head_dim * tokens^2 / 2 operations.",
+            "torch is scaled_dot_product_attention with its flash backend on keys and values that lie in one piece, "
+            "left out where they do not fit beside the pages. Products are those of batch_invariant, and cuBLAS with "
+            "swiglu after it where a product is gated.",
+            *_targets(bench.rows),
+        ):
+            bench.line(line)
 
 
 def ceiling_rows(turns: Turns, memory: MemoryCeiling, matmul: MatmulCeiling, link: LinkCeiling) -> list[dict[str, Any]]:
     """What the device gives at most."""
-    seconds = turns.seconds(
-        {"copy": memory.copy, "read": memory.read, "matmul": matmul.run, "in": link.to_device, "out": link.to_host}
-    )
-    both = turns.seconds_each((link.to_device, link.to_host))
+    works = {"copy": memory.copy, "read": memory.read, "matmul": matmul.run, "in": link.to_device, "out": link.to_host}
+    seconds = {name: figure.median for name, figure in turns.seconds(works).items()}
+    both = [figure.median for figure in turns.seconds_each((link.to_device, link.to_host))]
     size = link.num_bytes
     rates = {
         "device copy, read and written": memory.copy_bytes / seconds["copy"],
@@ -141,7 +141,7 @@ def ceiling_rows(turns: Turns, memory: MemoryCeiling, matmul: MatmulCeiling, lin
 
 def _figures(
     batches: Sequence[int], contexts: Sequence[int], prompts: Sequence[int], part: str, turns: Turns
-) -> Iterator[Figure]:
+) -> Iterator[Measurement]:
     """Those of one part; what it allocates is free afterwards."""
     from distkv.bench.kernel_attention import SPARE_BYTES, decode_row, prefill_row
     from distkv.bench.kernel_memory import elementwise_rows, page_rows
@@ -152,7 +152,7 @@ def _figures(
     if part == "ceilings":
         with closing(LinkCeiling(device)) as link:
             memory, matmul = MemoryCeiling(device), MatmulCeiling(device, shape.dtype)
-            yield Figure("all of them", lambda: ceiling_rows(turns, memory, matmul, link))
+            yield Measurement("all of them", lambda: ceiling_rows(turns, memory, matmul, link))
     elif part == "decode":
         memory = MemoryCeiling(device)
 
@@ -162,7 +162,7 @@ def _figures(
             return [{"part": part, "batch": batch, "context": context, "note": "does not fit"}]
 
         for batch, context in product(batches, contexts):
-            yield Figure(f"batch {batch}, context {context}", partial(decode, batch, context))
+            yield Measurement(f"batch {batch}, context {context}", partial(decode, batch, context))
     elif part == "prefill":
         matmul = MatmulCeiling(device, shape.dtype)
 
@@ -170,19 +170,19 @@ def _figures(
             return [prefill_row(turns, matmul, shape, num_tokens)]
 
         for num_tokens in prompts:
-            yield Figure(f"{num_tokens} tokens", partial(prefill, num_tokens))
+            yield Measurement(f"{num_tokens} tokens", partial(prefill, num_tokens))
     elif part == "products":
         for name, (outputs, depth, gated) in products(SHAPES[MODEL]).items():
-            yield Figure(name, partial(product_rows, turns, name, outputs, depth, gated, shape.dtype, ROWS))
+            yield Measurement(name, partial(product_rows, turns, name, outputs, depth, gated, shape.dtype, ROWS))
     elif part == "elementwise":
         model = SHAPES[MODEL]
         sizes = TOKENS, model["hidden_size"], model["intermediate_size"]
         memory = MemoryCeiling(device)
-        yield Figure("all of them", lambda: elementwise_rows(turns, memory, shape, *sizes))
+        yield Measurement("all of them", lambda: elementwise_rows(turns, memory, shape, *sizes))
     else:
         with closing(LinkCeiling(device, PAGES_BYTES)) as link:
             for size in SLICE_BYTES:
-                yield Figure(f"slices of {size} bytes", partial(page_rows, turns, link, size, PAGES_BYTES))
+                yield Measurement(f"slices of {size} bytes", partial(page_rows, turns, link, size, PAGES_BYTES))
 
 
 def _targets(rows: list[dict[str, Any]]) -> Iterator[str]:

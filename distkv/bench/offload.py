@@ -7,48 +7,76 @@ what the formula says, nothing else may move meanwhile, and all four must sample
 
 import random
 import statistics
+from collections.abc import Callable
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from distkv.bench.ceilings import READ_THREADS, CopyCeiling, ReadCeiling
 from distkv.bench.decoder import Answer, Decoder, Turn, Variant, least_tokens
+from distkv.bench.harness import Bench, Figure
+from distkv.bench.options import BenchOptions
 from distkv.config import EngineConfig
 from distkv.errors import ConfigError, DistKVError
-from distkv.reporting.machine import machine_facts, write_json
-from distkv.reporting.out_file import check_out_file, temporary_folder
+from distkv.reporting.out_file import temporary_folder
+from distkv.reporting.tables import Column
 from distkv.storage.dtypes import ITEM_BYTES
 from distkv.storage.ledger.write_back import MAX_DISK_WRITES
 from distkv.storage.paging import NUM_BUFFERS, check_page_size
 from distkv.workers.kinds import KINDS
 from distkv.workers.model.model_config import ModelConfig
 
+COLUMNS = [
+    Column("context", "cache"),
+    Column("cold tokens", "cold_tokens"),
+    Column("MB from host", "host_bytes_per_step", 1e-6, ".2f"),
+    Column("MB from disk", "disk_bytes_per_step", 1e-6, ".2f"),
+    Column("ms per token", "decode_ms_per_token", form=".2f"),
+    Column("GB/s, added time", "gb_per_s_of_added_time", form=".2f"),
+    Column("GB/s, whole step", "gb_per_s_of_whole_step", form=".2f"),
+    Column("memcpy GB/s", "memcpy_gb_per_s", form=".2f"),
+    Column("preadv GB/s", "preadv_gb_per_s", form=".2f"),
+]
 LEAST_DEVICE_PAGES = 2  # the page that is being written, and the context's first, which is the last to leave
 
 
 def run(
-    model: Path, context: int, new_tokens: int, repeats: int, dtype: str, page_size: int, num_threads: int | None,
-    cache_dir: Path | None, json_file: Path | None,
+    model: Path, context: int, new_tokens: int, dtype: str, page_size: int, num_threads: int | None,
+    cache_dir: Path | None, options: BenchOptions,
 ) -> None:  # fmt: skip
     """Measures and prints a table; see `distkv bench offload --help`.
 
     Raises ConfigError for options that do not go together, DistKVError when bytes or answers are not what they must be.
     """
-    check_out_file(json_file)
     config = ModelConfig.load(model)
     _check_sizes(context, page_size, least_tokens(new_tokens), config.max_position_embeddings)
-    item_bytes = ITEM_BYTES[config.run_dtype(dtype)]
+    itemsize = ITEM_BYTES[config.run_dtype(dtype)]
     layers, heads, dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-    token_bytes = 2 * layers * heads * dim * item_bytes
+    bench = Bench(
+        "offload", options, num_threads, model=model.name, dtype=dtype, context=context, page_size=page_size,
+        bytes_per_token=2 * layers * heads * dim * itemsize, new_tokens=new_tokens,
+    )  # fmt: skip
+    with bench:
+        measure(bench, model, context, new_tokens, dtype, page_size, num_threads, cache_dir)
+        _print(bench, f"2 * {layers} layers * {heads} KV heads * {dim} head_dim * {itemsize} bytes")
+
+
+def measure(
+    bench: Bench, model: Path, context: int, new_tokens: int, dtype: str, page_size: int, num_threads: int | None,
+    cache_dir: Path | None,
+) -> None:  # fmt: skip
+    """Adds a row for each place where the context may lie, that on the device first."""
+    config = ModelConfig.load(model)
+    token_bytes, layers = bench.facts["bytes_per_token"], config.num_hidden_layers
     rng = random.Random(context)
     prompt = [rng.randrange(10, config.vocab_size) for _ in range(context + 1)]
     with ExitStack() as stack:
         folder = stack.enter_context(temporary_folder()) if cache_dir is None else cache_dir
         decoders = []
+        bench.doing("loading the model")
         for variant in _variants(context // page_size):
             options = _engine_options(variant, page_size * token_bytes, page_size, layers, folder)
             engine_config = EngineConfig(
@@ -57,17 +85,12 @@ def run(
             )  # fmt: skip
             cold_bytes = token_bytes * variant.cold_pages * page_size
             decoders.append(stack.enter_context(closing(Decoder(variant, engine_config, cold_bytes))))
+        bench.doing("warming up")
         for decoder in decoders:
-            decoder.turn(prompt, new_tokens)  # to warm up
+            decoder.turn(prompt, new_tokens)
         reads = stack.enter_context(closing(ReadCeiling(decoders[-1].files, layers)))
         copies = stack.enter_context(closing(CopyCeiling(max(decoder.cold_bytes for decoder in decoders))))
-        rows = _in_turns(decoders, prompt, copies, reads, new_tokens, repeats, page_size)
-    facts = {
-        "benchmark": "offload", "model": model.name, "dtype": dtype, "context": context, "page_size": page_size,
-        "bytes_per_token": token_bytes, "new_tokens": new_tokens, "repeats": repeats, **machine_facts(),
-    }  # fmt: skip
-    _print(facts, rows, f"2 * {layers} layers * {heads} KV heads * {dim} head_dim * {item_bytes} bytes")
-    write_json(json_file, facts, rows)
+        _in_turns(bench, decoders, prompt, copies, reads, new_tokens, page_size)
 
 
 def check_answers(answers: dict[str, Answer]) -> None:
@@ -128,43 +151,46 @@ def _engine_options(variant: Variant, page_bytes: int, page_size: int, num_layer
 
 
 def _in_turns(
-    decoders: list[Decoder], prompt: list[int], copies: CopyCeiling, reads: ReadCeiling, new_tokens: int, repeats: int,
+    bench: Bench, decoders: list[Decoder], prompt: list[int], copies: CopyCeiling, reads: ReadCeiling, new_tokens: int,
     page_size: int,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Medians per variant; variants and ceilings alternate, so that what else happens on the machine meets all."""
-    turns: dict[str, list[Turn]] = {decoder.variant.name: [] for decoder in decoders}
-    copied: dict[int, list[float]] = {decoder.cold_bytes: [] for decoder in decoders if decoder.cold_bytes}
-    read: dict[str, list[float]] = {way: [] for way in reads.ways}
-    for _ in range(repeats):
-        for decoder in decoders:
-            turns[decoder.variant.name].append(decoder.turn(prompt, new_tokens))
-        for num_bytes, times in copied.items():
-            times.append(copies.seconds(num_bytes))
-        for way, times in read.items():
-            times.append(reads.seconds(way))
-    answers = {f"{name}, turn {number}": turn.answer for name in turns for number, turn in enumerate(turns[name])}
+) -> None:  # fmt: skip
+    """Variants and ceilings take turns."""
+    works: dict[str, Callable[[], Any]] = {
+        decoder.variant.name: partial(decoder.turn, prompt, new_tokens) for decoder in decoders
+    }
+    copied = {decoder.cold_bytes: f"memcpy of {decoder.cold_bytes} bytes" for decoder in decoders if decoder.cold_bytes}
+    works |= {name: partial(copies.seconds, num_bytes) for num_bytes, name in copied.items()}
+    works |= {f"preadv {way}": partial(reads.seconds, way) for way in reads.ways}
+    taken = bench.in_turns(works, warm_up=0)  # of which there has been a turn
+    answers = {
+        f"{decoder.variant.name}, turn {number}": turn.answer
+        for decoder in decoders
+        for number, turn in enumerate(taken[decoder.variant.name])
+    }
     shortest = min(map(len, answers.values()))  # how long pages are on their way differs
     check_answers({name: answer[:shortest] for name, answer in answers.items()})
-    read_rates = {way: reads.num_bytes / statistics.median(times) for way, times in read.items()}
-    rows: list[dict[str, Any]] = []
+    read_rates = {way: Figure.of(taken[f"preadv {way}"]).rate(reads.num_bytes).scaled(1e-9) for way in reads.ways}
+    resident_ms = None
     for decoder in decoders:
-        row = _row(decoder, turns[decoder.variant.name], page_size, rows[0]["decode_ms_per_token"] if rows else None)
+        row = _row(decoder, taken[decoder.variant.name], page_size, resident_ms)
+        resident_ms = resident_ms or row["decode_ms_per_token"].median
         row["tokens_compared"], row["same_answer"] = shortest, True  # else `check_answers` had raised
         row["memcpy_gb_per_s"] = row["preadv_gb_per_s"] = row["preadv_way"] = None
         if decoder.cold_bytes:
-            row["memcpy_gb_per_s"] = decoder.cold_bytes / statistics.median(copied[decoder.cold_bytes]) / 1e9
+            copy_seconds = Figure.of(taken[copied[decoder.cold_bytes]])
+            row["memcpy_gb_per_s"] = copy_seconds.rate(decoder.cold_bytes).scaled(1e-9)
         if decoder.variant.disk:
-            way = max(read_rates, key=lambda way: read_rates[way])
-            row["preadv_gb_per_s"], row["preadv_way"] = read_rates[way] / 1e9, way
-        rows.append(row)
-    return rows
+            way = max(read_rates, key=lambda way: read_rates[way].median)
+            row["preadv_gb_per_s"], row["preadv_way"] = read_rates[way], way
+        bench.add(row)
 
 
 def _row(decoder: Decoder, turns: list[Turn], page_size: int, resident_ms: float | None) -> dict[str, Any]:
     """Figures of a variant; `resident_ms` is what a token takes with everything on the device."""
     variant = decoder.variant
     steps = sum(len(turn.seconds) for turn in turns)
-    ms = 1e3 * statistics.median(second for turn in turns for second in turn.seconds)
+    step_ms = Figure.of(second for turn in turns for second in turn.seconds).scaled(1e3)
+    ms = step_ms.median
     host, disk = sum(turn.host_bytes for turn in turns) / steps, sum(turn.disk_bytes for turn in turns) / steps
     fetched = [turn.bytes_from_disk for turn in turns if turn.bytes_from_disk is not None]
     counted = disk if variant.disk else host
@@ -176,35 +202,16 @@ def _row(decoder: Decoder, turns: list[Turn], page_size: int, resident_ms: float
         "host_bytes_per_step": host,
         "disk_bytes_per_step": disk,
         "bytes_from_disk_per_step": sum(fetched) / steps if variant.disk and len(fetched) == len(turns) else None,
-        "decode_ms_per_token": ms,
+        "decode_ms_per_token": step_ms,
         "turn_ms_per_token": [1e3 * statistics.median(turn.seconds) for turn in turns],
         "gb_per_s_of_whole_step": counted / ms / 1e6 if counted else None,
         "gb_per_s_of_added_time": counted / more_ms / 1e6 if counted and more_ms > 0 else None,
     }
 
 
-def _print(facts: dict[str, Any], rows: list[dict[str, Any]], formula: str) -> None:
-    console = Console(highlight=False)
-    console.print(", ".join(f"{name} {value}" for name, value in facts.items()), soft_wrap=True)
-    lines: list[tuple[str, str, float, str]] = [
-        ("cold tokens", "cold_tokens", 1, "d"),
-        ("MB from host", "host_bytes_per_step", 1e6, ".2f"),
-        ("MB from disk", "disk_bytes_per_step", 1e6, ".2f"),
-        ("ms per token", "decode_ms_per_token", 1, ".2f"),
-        ("GB/s, added time", "gb_per_s_of_added_time", 1, ".2f"),
-        ("GB/s, whole step", "gb_per_s_of_whole_step", 1, ".2f"),
-        ("memcpy GB/s", "memcpy_gb_per_s", 1, ".2f"),
-        ("preadv GB/s", "preadv_gb_per_s", 1, ".2f"),
-    ]
-    table = Table("context", *(row["cache"] for row in rows))
-    for title, key, unit, form in lines:
-        figures = (row[key] for row in rows)
-        table.add_row(
-            title, *("" if one is None else format(one if unit == 1 else one / unit, form) for one in figures)
-        )
-    table.add_row("answer", *("same" for _ in rows))
-    console.print(table)
-    last = rows[-1]
+def _print(bench: Bench, formula: str) -> None:
+    bench.table(COLUMNS, across=True)
+    last = bench.rows[-1]
     for line in (
         f"Every step streamed exactly {formula} * cold tokens and moved nothing else, and all turns drew the same "
         f"{last['tokens_compared']} tokens with the same logprobs, bit for bit.",
@@ -214,7 +221,7 @@ def _print(facts: dict[str, Any], rows: list[dict[str, Any]], formula: str) -> N
         f"way here, in {READ_THREADS} threads.",
         _page_cache_line(last),
     ):
-        console.print(line, soft_wrap=True)
+        bench.line(line)
 
 
 def _page_cache_line(row: dict[str, Any]) -> str:

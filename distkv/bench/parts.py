@@ -3,84 +3,71 @@
 import gc
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from distkv.bench.device import DeviceMeter, Turns, check_parts, device_facts, require_cuda
+from distkv.bench.harness import Bench, Row
+from distkv.bench.options import BenchOptions
 from distkv.errors import ConfigError, DistKVError
-from distkv.reporting.machine import write_json
-from distkv.reporting.out_file import check_out_file
-from distkv.reporting.tables import Column, print_rows
-
-Row = dict[str, Any]
+from distkv.reporting.tables import Column
 
 
 @dataclass(frozen=True)
-class Figure:
+class Measurement:
     """Rows that are measured together: where one fails, those behind it are missing."""
 
     name: str  # "batch 1, context 8192"
     measure: Callable[[], Iterable[Row]]
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What came of a measurement."""
-
-    console: Console  # for more lines
-    rows: list[Row]
-    failures: list[str]
-
-    def raise_failures(self) -> None:
-        """To be called when all is printed; raises DistKVError when anything has failed."""
-        if self.failures:
-            raise DistKVError("\n".join([f"{len(self.failures)} of the measurements failed:", *self.failures]))
-
-
-def measure_parts(
-    facts: dict[str, Any],
+@contextmanager
+def measured_parts(
+    name: str,
     parts: tuple[str, ...],
     columns: dict[str, list[Column]],
     only: list[str],
-    json_file: Path | None,
-    figures_of: Callable[[str, Turns], Iterator[Figure]],
-) -> Measured:
-    """Prints facts and tables, and writes each row to the file as it comes.
+    options: BenchOptions,
+    figures_of: Callable[[str, Turns], Iterator[Measurement]],
+    **facts: Any,
+) -> Iterator[Bench]:
+    """Prints facts and tables, writes each row to the file as it comes, and yields the benchmark for more lines.
 
     Args:
-        facts: "benchmark", the name of the command, and "repeats" among them.
+        name: of the command.
         columns: of the table of each part.
         only: the parts to measure; none for all.
         figures_of: what there is to measure in a part.
+        facts: of what is measured.
 
-    Raises ConfigError without a CUDA device or for a part that there is not.
+    Raises ConfigError without a CUDA device or for a part that there is not, and DistKVError at the end when anything
+    has failed.
     """
-    require_cuda(facts["benchmark"])
+    require_cuda(name)
     chosen = check_parts(only, parts)
-    check_out_file(json_file)
-    measured = Measured(Console(highlight=False), [], [])
-    facts |= device_facts()
-    measured.console.print(", ".join(f"{name} {value}" for name, value in facts.items()), soft_wrap=True)
-    facts["failures"] = measured.failures
-    turns = Turns(DeviceMeter(), torch.device("cuda"), facts["repeats"])
-    for part in chosen:
-        first = len(measured.rows)
-        try:
-            for row in _rows(part, figures_of(part, turns), measured.failures):
-                measured.rows.append(row)
-                write_json(json_file, facts, measured.rows)
-        finally:  # what there is, also when it is interrupted
-            print_rows(measured.console, columns[part], measured.rows[first:])
-        write_json(json_file, facts, measured.rows)  # with what has failed
-        for line in measured.failures:
-            if line.startswith(f"{part}: "):
-                measured.console.print(f"FAILED {line}", soft_wrap=True, markup=False)
-    return measured
+    bench = Bench(name, options, **facts)
+    bench.facts |= device_facts()
+    failures: list[str] = []
+    with bench:
+        bench.facts["failures"] = failures
+        turns = Turns(DeviceMeter(), torch.device("cuda"), bench)
+        for part in chosen:
+            first = len(bench.rows)
+            try:
+                for row in _rows(part, figures_of(part, turns), failures):
+                    bench.add(row)
+            finally:  # what there is, also when it is interrupted
+                bench.table(columns[part], bench.rows[first:])
+            bench.write()  # with what has failed
+            for line in failures:
+                if line.startswith(f"{part}: "):
+                    bench.line(f"FAILED {line}")
+        yield bench
+    if failures:
+        raise DistKVError("\n".join([f"{len(failures)} of the measurements failed:", *failures]))
 
 
 def check_effect(options: dict[str, tuple[object, str]], only: list[str]) -> None:
@@ -94,7 +81,7 @@ def check_effect(options: dict[str, tuple[object, str]], only: list[str]) -> Non
             raise ConfigError(f"--{name} is for the part {part!r}, which --only leaves out; leave one of them out")
 
 
-def _rows(part: str, figures: Iterator[Figure], failures: list[str]) -> Iterator[Row]:
+def _rows(part: str, figures: Iterator[Measurement], failures: list[str]) -> Iterator[Row]:
     """The rows of a part; what fails is taken down, with its traceback on stderr, since all else is still wanted."""
     name = "at its start"
     try:

@@ -10,17 +10,19 @@ import multiprocessing
 import signal
 import statistics
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from distkv.bench.ceilings import CopyCeiling, ReadCeiling, bytes_from_disk, drop_page_cache, flush
+from distkv.bench.harness import Bench, Figure
+from distkv.bench.options import BenchOptions
 from distkv.bench.prompts import Prompts
 from distkv.config import EngineConfig
 from distkv.engine.client import EngineClient
@@ -28,15 +30,14 @@ from distkv.engine.drive import drain, drive
 from distkv.engine.protocol import EngineRequest
 from distkv.errors import ConfigError
 from distkv.launch.launch import launch
-from distkv.reporting.machine import machine_facts, write_json
-from distkv.reporting.out_file import check_out_file, temporary_folder
+from distkv.reporting.out_file import temporary_folder
+from distkv.reporting.tables import Column
 from distkv.sampling_params import SamplingParams
 from distkv.storage.disk.cache_folder import ARRAY
 from distkv.storage.dtypes import ITEM_BYTES
 from distkv.storage.ledger.write_back import MAX_DISK_WRITES
 from distkv.storage.paging import check_page_size
 from distkv.workers.model.model_config import ModelConfig
-from distkv.workers.threads import use_threads
 
 VARIANTS = {
     "cold": "nothing cached",
@@ -46,6 +47,13 @@ VARIANTS = {
     "disk hit after restart": "prefix on disk alone, read by a new process",
 }
 TARGETS = {"host hit": 20.0, "disk hit after restart": 10.0}  # how many times as fast as cold
+COLUMNS = [
+    Column("", "variant"),
+    Column("cached tokens", "where"),
+    Column("ms to first token", "first_token_ms", form=".1f"),
+    Column("vs cold", "times_faster_than_cold", form=".1f", ending="x"),
+    Column("target", "verdict"),
+]
 STEP_TOKENS = 2048  # the most of a step, as an engine has it unless told otherwise
 WARM_UP = 32  # tokens
 
@@ -83,24 +91,27 @@ class Sizes:
 
 
 def run(
-    model: Path, prefix_tokens: int, answer_tokens: int, repeats: int, dtype: str, page_size: int,
-    num_threads: int | None, cache_dir: Path | None, json_file: Path | None,
+    model: Path, prefix_tokens: int, answer_tokens: int, dtype: str, page_size: int, num_threads: int | None,
+    cache_dir: Path | None, options: BenchOptions,
 ) -> bool:  # fmt: skip
     """Measures and prints a table; see `distkv bench prefix --help`. Returns whether the prefix was found where it was
     to be found, and all answers to a question were the same.
 
     Raises ConfigError for options that do not go together.
     """
-    check_out_file(json_file)
     prompts = Prompts(model)
     prefix = prompts.text(prefix_tokens)
-    questions = [prompts.question(number) for number in range(repeats + 1)]
+    questions = [prompts.question(number) for number in range(options.repeats + 1)]
     sizes = Sizes(prefix_tokens, page_size, answer_tokens)
     _check_sizes(sizes, max(map(len, questions)), ModelConfig.load(model).max_position_embeddings)
-    if num_threads is not None:
-        use_threads(num_threads)
+    bench = Bench(
+        "prefix", options, num_threads, model=model.name, dtype=dtype, prefix_tokens=prefix_tokens,
+        question_tokens=[len(question) for question in questions[1:]], answer_tokens=answer_tokens,
+        page_size=page_size, step_tokens=sizes.step_tokens, text=prompts.source,
+    )  # fmt: skip
     first, *others = [prefix + question for question in questions]
-    with ExitStack() as stack:
+    with bench, ExitStack() as stack:
+        bench.doing("computing the prefix")
         folder = stack.enter_context(temporary_folder(cache_dir))
         configs = _configs(model, dtype, sizes, folder)
         with closing(launch(configs["disk"])) as engine:
@@ -115,25 +126,19 @@ def run(
         prefix_bytes = prefix_tokens * info.kv_bytes_per_token
         copies = stack.enter_context(closing(CopyCeiling(prefix_bytes)))
         reads = stack.enter_context(closing(ReadCeiling(files, ModelConfig.load(model).num_hidden_layers)))
+        ceilings: dict[str, Callable[[], float]] = {"memcpy": partial(copies.seconds, prefix_bytes)}
+        ceilings |= {f"preadv {way}": partial(reads.seconds, way) for way in reads.ways}
         answered: dict[str, list[Answered]] = {name: [] for name in VARIANTS}
-        ceilings: dict[str, list[float]] = {"memcpy": [], **{f"preadv {way}": [] for way in reads.ways}}
-        for prompt in others:
-            for name, one in _turn(engines, configs["disk"], files, prompt, sizes).items():
-                answered[name].append(one)
-            ceilings["memcpy"].append(copies.seconds(prefix_bytes))
-            for way in reads.ways:
-                ceilings[f"preadv {way}"].append(reads.seconds(way))
-    wrong = _check(answered, sizes)
-    rows = _rows(answered)
-    facts = {
-        "benchmark": "prefix", "model": model.name, "dtype": dtype, "prefix_tokens": prefix_tokens,
-        "question_tokens": [len(question) for question in questions[1:]], "answer_tokens": answer_tokens,
-        "page_size": page_size, "step_tokens": sizes.step_tokens, "text": prompts.source, "repeats": repeats,
-        "prefix_bytes": prefix_bytes, "ceiling_seconds": ceilings, **machine_facts(),
-    }  # fmt: skip
-    _print(facts, rows, wrong)
-    write_json(json_file, facts, rows)
-    return not wrong
+        bench.facts["prefix_bytes"] = prefix_bytes
+        bench.facts["ceiling_seconds"] = {name: [] for name in ceilings}
+        for turn, name in bench.turns([*answered, *ceilings], warm_up=0):  # all of them are warm
+            if name in ceilings:
+                bench.facts["ceiling_seconds"][name].append(ceilings[name]())
+            else:
+                answered[name].append(_answered(name, engines, configs["disk"], files, others[turn], f"{turn}", sizes))
+        for row in _rows(answered):
+            bench.add(row)
+        return _print(bench, _check(answered, sizes))
 
 
 def answer_after_restart(config: EngineConfig, files: list[Path], prompt: list[int], sizes: Sizes) -> Answered:
@@ -217,18 +222,20 @@ def _warm_up(engine: EngineClient, prompt: list[int]) -> None:
     answer(engine, prompt[-min(WARM_UP, engine.info.page_size // 2) :], 4, "warm-up")
 
 
-def _turn(
-    engines: dict[str, EngineClient], disk_config: EngineConfig, files: list[Path], prompt: list[int], sizes: Sizes
-) -> dict[str, Answered]:
-    """Has one question answered in all ways."""
-    salt = f"other {prompt[-1]} {time.perf_counter_ns()}"
+def _answered(
+    variant: str, engines: dict[str, EngineClient], disk_config: EngineConfig, files: list[Path], prompt: list[int],
+    salt: str, sizes: Sizes,
+) -> Answered:  # fmt: skip
+    """Has a question answered in one way; the salt is one that nothing was computed under yet."""
     ways = {
-        "cold": (engines["device"], salt),
-        "device hit": (engines["device"], None),
-        "cold, small window": (engines["host"], salt),  # after which the prefix lies on the host alone
-        "host hit": (engines["host"], None),
+        "cold": ("device", salt),
+        "device hit": ("device", None),
+        "cold, small window": ("host", salt),  # after which the prefix lies on the host alone
+        "host hit": ("host", None),
     }
-    answered = {name: answer(engine, prompt, sizes.answer, way) for name, (engine, way) in ways.items()}
+    if variant in ways:
+        name, way = ways[variant]
+        return answer(engines[name], prompt, sizes.answer, way)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer=_die_of_interrupts) as process:
         # blocked there too, until the initializer runs
@@ -237,8 +244,7 @@ def _turn(
             answering = process.submit(answer_after_restart, disk_config, files, prompt, sizes)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        restarted = answering.result()
-    return answered | {"disk hit after restart": restarted}
+        return answering.result()
 
 
 def _die_of_interrupts() -> None:
@@ -270,15 +276,18 @@ def _rows(answered: dict[str, list[Answered]]) -> list[dict[str, Any]]:
     cold = statistics.median(one.seconds for one in answered["cold"])
     rows = []
     for name, turns in answered.items():
-        seconds = statistics.median(one.seconds for one in turns)
+        seconds = Figure.of(one.seconds for one in turns)
+        faster, goal = cold / seconds.median, TARGETS.get(name)
+        verdict = "met" if goal and faster >= goal else "MISSED"
         rows.append(
             {
                 "variant": name,
                 "cached": dict(zip(("device", "host", "disk"), turns[0].cached, strict=True)),
-                "first_token_ms": 1e3 * seconds,
+                "first_token_ms": seconds.scaled(1e3),
                 "turns_ms": [1e3 * one.seconds for one in turns],
-                "times_faster_than_cold": cold / seconds,
-                "target": TARGETS.get(name),
+                "times_faster_than_cold": faster,
+                "target": goal,
+                "verdict": f"{goal:g}x {verdict}" if goal else None,
                 "bytes_from_disk": [one.bytes_from_disk for one in turns],
                 "answers": [one.tokens for one in turns],
             }
@@ -286,19 +295,13 @@ def _rows(answered: dict[str, list[Answered]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _print(facts: dict[str, Any], rows: list[dict[str, Any]], wrong: str) -> None:
-    console = Console(highlight=False)
-    console.print(", ".join(f"{name} {value}" for name, value in facts.items()), soft_wrap=True)
-    table = Table("", "cached tokens", "ms to first token", "vs cold", "target")
-    for row in rows:
-        target = row["target"]
-        verdict = "met" if target and row["times_faster_than_cold"] >= target else "MISSED"
-        cached = ", ".join(f"{count} on {tier}" for tier, count in row["cached"].items() if count)
-        table.add_row(
-            row["variant"], cached or "none", f"{row['first_token_ms']:.1f}", f"{row['times_faster_than_cold']:.1f}x",
-            f"{target:g}x {verdict}" if target else "",
-        )  # fmt: skip
-    console.print(table)
+def _print(bench: Bench, wrong: str) -> bool:
+    facts, rows = bench.facts, bench.rows
+    shown = [
+        row | {"where": ", ".join(f"{count} on {tier}" for tier, count in row["cached"].items() if count) or "none"}
+        for row in rows
+    ]
+    bench.table(COLUMNS, shown)
     medians = {way: 1e3 * statistics.median(times) for way, times in facts["ceiling_seconds"].items()}
     reading = min((way for way in medians if way != "memcpy"), key=lambda way: medians[way])
     for line in (
@@ -308,9 +311,9 @@ def _print(facts: dict[str, Any], rows: list[dict[str, Any]], wrong: str) -> Non
         "Times are medians, from adding a tokenised request to its first token. Engines are warm; the new process has "
         "loaded the model and answered another short prompt, and the page cache has forgotten the files.",
         _page_cache_line(rows[-1], facts["prefix_bytes"]),
-        f"WRONG: {wrong}" if wrong else "All answers to a question are the same, token for token.",
     ):
-        console.print(line, soft_wrap=True)
+        bench.line(line)
+    return bench.verdict(wrong, "All answers to a question are the same, token for token.")
 
 
 def _page_cache_line(row: dict[str, Any], prefix_bytes: int) -> str:

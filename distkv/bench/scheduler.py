@@ -8,27 +8,26 @@ there are no keys and values, and no prefill.
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from distkv.bench.harness import Bench, Figure
+from distkv.bench.options import BenchOptions
 from distkv.engine.drive import next_tokens
 from distkv.engine.engine import Engine
 from distkv.engine.observer import StepObserver
 from distkv.engine.protocol import EngineInfo, EngineRequest, StepOutput
 from distkv.engine.step import Step
 from distkv.errors import ConfigError
-from distkv.reporting.machine import machine_facts, percentile, write_json
-from distkv.reporting.out_file import check_out_file
+from distkv.reporting.machine import percentile
+from distkv.reporting.tables import Column, target
 from distkv.sampling_params import SamplingParams
 from distkv.storage.paging import check_page_size, pages_for
 from distkv.workers.group.executor import StepResult
@@ -159,31 +158,30 @@ class _Awaited(Future):
         return super().result(timeout)
 
 
-def run(num_seqs: int, context: int, steps: int, page_size: int, json_file: Path | None) -> bool:
+def run(num_seqs: int, context: int, steps: int, page_size: int, options: BenchOptions) -> bool:
     """Measures and prints a table; see `distkv bench scheduler --help`. Returns whether every step sampled what it
     had to.
 
     Raises ConfigError for options that do not go together.
     """
-    check_out_file(json_file)
     _check_sizes(num_seqs, context, page_size)
-    rows, wrong = [], ""
-    for variant in _variants(num_seqs, context, steps, page_size):
-        info = _info(variant, num_seqs, context, steps, page_size)
-        ranks, timer = IdleRanks(info), StepTimer()
-        with closing(Engine(info, ranks, observer=timer, thread=LazyThread())) as engine:
-            measured = _measure(engine, ranks, timer, num_seqs, context, steps)
-        rows.append(_row(variant, measured))
-        wrong = wrong or _check_tokens(variant, measured, num_seqs)
-        del engine
-        gc.collect()
-    facts = {
-        "benchmark": "scheduler", "num_seqs": num_seqs, "context": context, "page_size": page_size, "steps": steps,
-        **machine_facts(),
-    }  # fmt: skip
-    _print(facts, rows, wrong)
-    write_json(json_file, facts, rows)
-    return not wrong
+    bench = Bench("scheduler", options, num_seqs=num_seqs, context=context, page_size=page_size, steps=steps)
+    variants = {variant.name: variant for variant in _variants(num_seqs, context, steps, page_size)}
+    with bench:
+        wrong = ""
+        measured: dict[str, list[Steps]] = {name: [] for name in variants}
+        for _, name in bench.turns(variants, warm_up=0):  # a turn begins with steps that warm up
+            info = _info(variants[name], num_seqs, context, steps, page_size)
+            ranks, timer = IdleRanks(info), StepTimer()
+            with closing(Engine(info, ranks, observer=timer, thread=LazyThread())) as engine:
+                one = _measure(engine, ranks, timer, num_seqs, context, steps)
+            measured[name].append(one)
+            wrong = wrong or _check_tokens(variants[name], one, num_seqs)
+            del engine
+            gc.collect()
+        for name, turns in measured.items():
+            bench.add(_row(variants[name], turns))
+        return _print(bench, wrong)
 
 
 def _check_sizes(num_seqs: int, context: int, page_size: int) -> None:
@@ -288,23 +286,31 @@ def _garbage_seconds() -> Iterator[list[float]]:
         gc.callbacks.remove(watch)
 
 
-def _row(variant: Variant, measured: Steps) -> dict[str, Any]:
-    """Milliseconds per step, median and 99th percentile, of each part and of all together."""
-    parts = measured.seconds | {"sum": [sum(times) for times in zip(*measured.seconds.values(), strict=True)]}
+def _row(variant: Variant, turns: list[Steps]) -> dict[str, Any]:
+    """Milliseconds per step of each part and of all together: the median of each turn's medians, and likewise its 99th
+    percentile and its longest step."""
+    parts = [one.seconds | {"sum": [sum(times) for times in zip(*one.seconds.values(), strict=True)]} for one in turns]
+
+    def figures(of: Callable[[list[float]], float]) -> dict[str, Figure]:
+        return {part: Figure.of(1e3 * of(one[part]) for one in parts) for part in parts[0]}
+
+    def median(values: Callable[[Steps], Iterable[float]]) -> float:
+        return statistics.median(value for one in turns for value in values(one))
+
     return {
         "variant": variant.name,
         "device_pages": variant.device,
         "host_pages": variant.host,
         "most_cold_pages_per_step": variant.most_cold or None,
-        "ms": {part: 1e3 * statistics.median(times) for part, times in parts.items()},
-        "p99_ms": {part: 1e3 * percentile(times, 0.99) for part, times in parts.items()},
-        "most_ms": {part: 1e3 * max(times) for part, times in parts.items()},
-        "draw_ms": 1e3 * statistics.median(measured.sample_seconds),
-        "tokens_per_step": statistics.median(measured.num_sampled),
-        "plan_bytes": statistics.median(measured.plan_bytes),
-        "gc_ms_in_all": 1e3 * sum(measured.gc_seconds),
-        "gc_most_ms": 1e3 * max(measured.gc_seconds),
-        "steps_ms": {part: [1e3 * seconds for seconds in times] for part, times in parts.items()},
+        "ms": figures(statistics.median),
+        "p99_ms": figures(lambda times: percentile(times, 0.99)),
+        "most_ms": figures(max),
+        "draw_ms": 1e3 * median(lambda one: one.sample_seconds),
+        "tokens_per_step": median(lambda one: one.num_sampled),
+        "plan_bytes": median(lambda one: one.plan_bytes),
+        "gc_ms_in_all": 1e3 * sum(seconds for one in turns for seconds in one.gc_seconds),
+        "gc_most_ms": 1e3 * max(seconds for one in turns for seconds in one.gc_seconds),
+        "steps_ms": {part: [[1e3 * seconds for seconds in one[part]] for one in parts] for part in parts[0]},
     }
 
 
@@ -316,12 +322,14 @@ def _check_tokens(variant: Variant, measured: Steps, num_seqs: int) -> str:
     return ""
 
 
-def _print(facts: dict[str, Any], rows: list[dict[str, Any]], wrong: str) -> None:
-    console = Console(highlight=False)
-    console.print(", ".join(f"{name} {value}" for name, value in facts.items()), soft_wrap=True)
-    table = Table("ms per step, median / p99", *(row["variant"] for row in rows))
-    for part, title in (PARTS | {"sum": "sum"}).items():
-        table.add_row(title, *(f"{row['ms'][part]:.3f} / {row['p99_ms'][part]:.2f}" for row in rows))
+def _print(bench: Bench, wrong: str) -> bool:
+    """A line for each part of a step, and a column for each place where the contexts may lie."""
+    rows = bench.rows
+    shown: list[dict[str, Any]] = [
+        {"title": title}
+        | {row["variant"]: f"{row['ms'][part].show('.3f')} / {row['p99_ms'][part].median:.2f}" for row in rows}
+        for part, title in (PARTS | {"sum": "sum"}).items()
+    ]
     lines: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("pages on device + host", lambda row: f"{row['device_pages']} + {row['host_pages']}"),
         ("tokens per step", lambda row: f"{row['tokens_per_step']:.0f}"),
@@ -330,21 +338,17 @@ def _print(facts: dict[str, Any], rows: list[dict[str, Any]], wrong: str) -> Non
         ("the longest one", lambda row: f"{row['gc_most_ms']:.1f}"),
         ("beside it, greedy draws", lambda row: f"{row['draw_ms']:.3f}"),
     ]
-    for title, figure in lines:
-        table.add_row(title, *(figure(row) for row in rows))
-    console.print(table)
+    shown += [{"title": title} | {row["variant"]: figure(row) for row in rows} for title, figure in lines]
+    variants = [row["variant"] for row in rows]
+    bench.table([Column("ms per step, median / p99", "title"), *(Column(name, name) for name in variants)], shown)
     for row in rows:
-        verdict = "met" if row["ms"]["plan"] < TARGET_MS else "MISSED"
-        console.print(
-            f"target, planning a step under {TARGET_MS:g} ms at the median: {row['ms']['plan']:.3f} with "
-            f"{row['variant']}, {verdict}",
-            soft_wrap=True,
-        )
-    console.print(
+        plan = row["ms"]["plan"].median
+        what = f"planning a step under {TARGET_MS:g} ms at the median"
+        bench.line(target(what, f"{plan:.3f} with {row['variant']}", plan < TARGET_MS))
+    bench.line(
         "To plan is to choose the step, give it pages, move pages and write the plan; to launch, to say how to draw "
         "and hand the step over. The ranks do nothing, and run when the leader waits for them, so that "
         f"nothing competes with it. Greedy draws are from ready-made logits, vocabulary {VOCAB}. Garbage collection is "
-        "part of the figures above it. Prefix caching has no part in any: what nobody has read has no keys.",
-        soft_wrap=True,
+        "part of the figures above it. Prefix caching has no part in any: what nobody has read has no keys."
     )
-    console.print(f"WRONG: {wrong}" if wrong else "Every step drew a token for each sequence that took part.")
+    return bench.verdict(wrong, "Every step drew a token for each sequence that took part.")

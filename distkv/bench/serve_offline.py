@@ -12,14 +12,15 @@ import statistics
 import time
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from distkv.bench.harness import Bench, Figure
+from distkv.bench.options import BenchOptions
 from distkv.bench.prompts import Prompts
 from distkv.config import EngineConfig
 from distkv.engine.client import EngineClient
@@ -28,12 +29,11 @@ from distkv.engine.protocol import EngineInfo, EngineRequest
 from distkv.engine.sequence import most_pages
 from distkv.errors import ConfigError
 from distkv.launch.launch import launch
-from distkv.reporting.machine import machine_facts, percentile, write_json
-from distkv.reporting.out_file import check_out_file
+from distkv.reporting.machine import percentile
+from distkv.reporting.tables import Column, target
 from distkv.sampling_params import SamplingParams
 from distkv.storage.paging import check_page_size
 from distkv.workers.model.model_config import ModelConfig
-from distkv.workers.threads import use_threads
 
 WINDOWS = (100, 50, 25)  # percent
 TARGET = 0.6  # of the throughput at 100 %, at 50 %
@@ -41,6 +41,20 @@ MAX_NUM_SEQS = 64
 SHORTEST, MEDIAN, SPREAD = 64, 256, 0.8  # tokens of the prompts: lognormal, SPREAD is the deviation of the logarithm
 LEAST_ANSWER = 16
 WARM_UP = 32  # tokens
+COLUMNS = [
+    Column("device window", "window"),
+    Column("pages, device + host", "pages"),
+    Column("requests at a time", "most_running"),
+    Column("seconds in all", "seconds", form=".1f"),
+    Column("output tokens/s", "output_tokens_per_s", form=".1f"),
+    Column("prompt tokens/s", "prompt_tokens_per_s", form=".0f"),
+    Column("throughput vs 100 %", "throughput_vs_100", form=".2f"),
+    Column("first token, s, p50 / p99", "first"),
+    Column("between tokens, ms, p50 / p99", "between"),
+    Column("MB streamed", "_streamed", 1e-6, ".2f"),
+    Column("MB to host", "_to_host", 1e-6, ".2f"),
+    Column("MB to device", "_to_device", 1e-6, ".2f"),
+]
 Answers = dict[str, list[int]]
 """The tokens of each request's answer."""
 
@@ -71,51 +85,53 @@ class Served:
 
 
 def run(
-    model: Path, num_requests: int, longest_prompt: int, longest_answer: int, seed: int, repeats: int, page_size: int,
-    num_threads: int | None, json_file: Path | None,
+    model: Path, num_requests: int, longest_prompt: int, longest_answer: int, seed: int, page_size: int,
+    num_threads: int | None, options: BenchOptions,
 ) -> bool:  # fmt: skip
     """Measures and prints a table; see `distkv bench serve-offline --help`. Returns whether all answers were the same.
 
     Raises ConfigError for options that do not go together.
     """
-    check_out_file(json_file)
     config = ModelConfig.load(model)
     _check_sizes(longest_prompt, longest_answer, page_size, config.max_position_embeddings)
-    if num_threads is not None:
-        use_threads(num_threads)
     prompts = Prompts(model)
     requests = _requests(prompts, num_requests, longest_prompt, longest_answer, seed)
     all_pages = sum(most_pages(request, page_size, 1) for request in requests)
     page_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4 * page_size
-    served: dict[int, list[Served]] = {percent: [] for percent in WINDOWS}
-    infos: dict[int, EngineInfo] = {}
-    for turn in range(1 + repeats):
-        for percent in WINDOWS if turn else WINDOWS[:1]:
-            device = -(-all_pages * percent // 100)
-            engine_config = EngineConfig(
-                model, dtype="float32", page_size=page_size, num_threads=torch.get_num_threads(),
-                max_num_seqs=MAX_NUM_SEQS, max_model_len=longest_prompt + longest_answer, enable_prefix_caching=False,
-                device_kv_bytes=device * page_bytes, host_kv_bytes=(all_pages - device) * page_bytes,
-            )  # fmt: skip
-            with closing(launch(engine_config)) as engine:
-                infos[percent] = engine.info
-                serve(engine, [_short(requests[0])])
-                one = serve(engine, requests)
-            if turn:
-                served[percent].append(one)
-    named = {f"{percent} %, turn {n}": one for percent, turns in served.items() for n, one in enumerate(turns)}
-    wrong = first_shortcut(named) or first_difference({name: one.answers for name, one in named.items()})
-    rows = [_row(percent, turns, infos[percent], requests) for percent, turns in served.items()]
-    facts = {
-        "benchmark": "serve-offline", "model": model.name, "dtype": "float32", "requests": num_requests, "seed": seed,
-        "prompt_tokens": [len(request.prompt_token_ids) for request in requests],
-        "output_tokens": [request.max_tokens for request in requests], "text": prompts.source,
-        "page_size": page_size, "kv_pages": all_pages, "kv_bytes": all_pages * page_bytes,
-        "max_num_seqs": MAX_NUM_SEQS, "repeats": repeats, **machine_facts(),
-    }  # fmt: skip
-    _print(facts, rows, wrong)
-    write_json(json_file, facts, rows)
-    return not wrong
+    bench = Bench(
+        "serve-offline", options, num_threads, model=model.name, dtype="float32", requests=num_requests, seed=seed,
+        prompt_tokens=[len(request.prompt_token_ids) for request in requests],
+        output_tokens=[request.max_tokens for request in requests], text=prompts.source, page_size=page_size,
+        kv_pages=all_pages, kv_bytes=all_pages * page_bytes, max_num_seqs=MAX_NUM_SEQS,
+    )  # fmt: skip
+    served: dict[str, list[Served]] = {f"{percent} %": [] for percent in WINDOWS}
+    infos: dict[str, EngineInfo] = {}
+
+    def turn(name: str, percent: int) -> Served:
+        device = -(-all_pages * percent // 100)
+        engine_config = EngineConfig(
+            model, dtype="float32", page_size=page_size, num_threads=torch.get_num_threads(),
+            max_num_seqs=MAX_NUM_SEQS, max_model_len=longest_prompt + longest_answer, enable_prefix_caching=False,
+            device_kv_bytes=device * page_bytes, host_kv_bytes=(all_pages - device) * page_bytes,
+        )  # fmt: skip
+        with closing(launch(engine_config)) as engine:
+            infos[name] = engine.info
+            serve(engine, [_short(requests[0])])
+            return serve(engine, requests)
+
+    with bench:
+        bench.doing("all requests once, to warm up")
+        turn("100 %", 100)
+        works = {name: partial(turn, name, percent) for name, percent in zip(served, WINDOWS, strict=True)}
+        served = bench.in_turns(works, warm_up=0)
+        named = {f"{name}, turn {n}": one for name, turns in served.items() for n, one in enumerate(turns)}
+        wrong = first_shortcut(named) or first_difference({name: one.answers for name, one in named.items()})
+        for (name, turns), percent in zip(served.items(), WINDOWS, strict=True):
+            row = _row(percent, turns, infos[name], requests)
+            first = bench.rows[0] if bench.rows else row
+            row["throughput_vs_100"] = row["output_tokens_per_s"].median / first["output_tokens_per_s"].median
+            bench.add(row)
+        return _print(bench, wrong)
 
 
 def serve(engine: EngineClient, requests: list[EngineRequest]) -> Served:
@@ -202,16 +218,16 @@ def _row(percent: int, turns: list[Served], info: EngineInfo, requests: list[Eng
     """Medians of the turns."""
     num_prompt = sum(len(request.prompt_token_ids) for request in requests)
     num_output = sum(request.max_tokens for request in requests)
-    median = statistics.median
+    median, seconds = statistics.median, Figure.of(one.seconds for one in turns)
     routes = sorted({route for one in turns for route in one.bytes_moved})
     return {
         "window_percent": percent,
         "device_pages": info.num_pages,
         "host_pages": info.num_host_pages,
-        "seconds": median([one.seconds for one in turns]),
+        "seconds": seconds,
         "turn_seconds": [one.seconds for one in turns],
-        "output_tokens_per_s": median([num_output / one.seconds for one in turns]),
-        "prompt_tokens_per_s": median([num_prompt / one.seconds for one in turns]),
+        "output_tokens_per_s": seconds.rate(num_output),
+        "prompt_tokens_per_s": seconds.rate(num_prompt),
         "first_token_p50_s": median([percentile(one.first_tokens, 0.5) for one in turns]),
         "first_token_p99_s": median([percentile(one.first_tokens, 0.99) for one in turns]),
         "between_tokens_p50_ms": 1e3 * median([percentile(one.between_tokens, 0.5) for one in turns]),
@@ -224,45 +240,27 @@ def _row(percent: int, turns: list[Served], info: EngineInfo, requests: list[Eng
     }
 
 
-def _print(facts: dict[str, Any], rows: list[dict[str, Any]], wrong: str) -> None:
-    console = Console(highlight=False)
-    shown = {name: f"{sum(value)} in all" if isinstance(value, list) else value for name, value in facts.items()}
-    console.print(", ".join(f"{name} {value}" for name, value in shown.items()), soft_wrap=True)
-    table = Table("device window", *(f"{row['window_percent']} %" for row in rows))
-    lines = [
-        ("pages, device + host", lambda row: f"{row['device_pages']} + {row['host_pages']}"),
-        ("requests at a time", lambda row: str(row["most_running"])),
-        ("seconds in all", lambda row: f"{row['seconds']:.1f}"),
-        ("output tokens/s", lambda row: f"{row['output_tokens_per_s']:.1f}"),
-        ("prompt tokens/s", lambda row: f"{row['prompt_tokens_per_s']:.0f}"),
-        ("throughput vs 100 %", lambda row: f"{_share(row, rows):.2f}"),
-        ("first token, s, p50 / p99", lambda row: f"{row['first_token_p50_s']:.2f} / {row['first_token_p99_s']:.2f}"),
-        (
-            "between tokens, ms, p50 / p99",
-            lambda row: f"{row['between_tokens_p50_ms']:.1f} / {row['between_tokens_p99_ms']:.1f}",
-        ),
-        ("MB streamed per token", lambda row: f"{_bytes(row, '_streamed') / 1e6:.2f}"),
-        ("MB moved to host per token", lambda row: f"{_bytes(row, '_to_host') / 1e6:.2f}"),
-        ("MB moved to device per token", lambda row: f"{_bytes(row, '_to_device') / 1e6:.2f}"),
+def _print(bench: Bench, wrong: str) -> bool:
+    shown = [
+        row
+        | {
+            "window": f"{row['window_percent']} %",
+            "pages": f"{row['device_pages']} + {row['host_pages']}",
+            "first": f"{row['first_token_p50_s']:.2f} / {row['first_token_p99_s']:.2f}",
+            "between": f"{row['between_tokens_p50_ms']:.1f} / {row['between_tokens_p99_ms']:.1f}",
+            **{ending: _bytes(row, ending) for ending in ("_streamed", "_to_host", "_to_device")},
+        }
+        for row in bench.rows
     ]
-    for title, figure in lines:
-        table.add_row(title, *(figure(row) for row in rows))
-    console.print(table)
-    half = _share(next(row for row in rows if row["window_percent"] == 50), rows)
-    for line in (
-        f"100 % is {facts['kv_pages']} pages, {facts['kv_bytes'] / 1e6:.0f} MB: the sum over all requests of the pages "
-        "that prompt and answer take at their full length, which is what the scheduler promises them. The host holds "
-        "the rest, to the page. All are submitted at once; tokens are per output token, medians of the turns.",
-        f"target, at 50 % no less than {TARGET:g} of the throughput at 100 %: {half:.2f}, "
-        f"{'met' if half >= TARGET else 'MISSED'}",
-        f"WRONG: {wrong}" if wrong else "All windows gave the same answers, token for token.",
-    ):
-        console.print(line, soft_wrap=True)
-
-
-def _share(row: dict[str, Any], rows: list[dict[str, Any]]) -> float:
-    """Throughput beside that with all on the device."""
-    return float(row["output_tokens_per_s"] / rows[0]["output_tokens_per_s"])
+    bench.table(COLUMNS, shown, across=True)
+    half = next(row["throughput_vs_100"] for row in bench.rows if row["window_percent"] == 50)
+    bench.line(
+        f"100 % is {bench.facts['kv_pages']} pages, {bench.facts['kv_bytes'] / 1e6:.0f} MB: the sum over all requests "
+        "of the pages that prompt and answer take at their full length, which is what the scheduler promises them. The "
+        "host holds the rest, to the page. All are submitted at once; MB are per output token, medians of the turns."
+    )
+    bench.line(target(f"at 50 % no less than {TARGET:g} of the throughput at 100 %", f"{half:.2f}", half >= TARGET))
+    return bench.verdict(wrong, "All windows gave the same answers, token for token.")
 
 
 def _bytes(row: dict[str, Any], ending: str) -> float:

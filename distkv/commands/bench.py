@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from distkv.bench.options import BenchOptions
-from distkv.commands.options import JsonFile, Model, engine, measuring, model_folder, path_option, sized, spread
+from distkv.commands.options import Model, engine, measuring, model_folder, path_option, sized, spread
 from distkv.config import EngineOptions
 
 bench = typer.Typer(help="Measure on this machine.")
@@ -39,19 +39,20 @@ def bench_decode(
 def bench_offload(
     *,
     model: Model = "smollm2",
-    context: Annotated[int, typer.Option(help="Context in whole pages, one short of the model's limit.")] = 4096,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to decode in each turn.", min=1)] = 32,
-    repeats: Annotated[int, typer.Option(help="Turns of each variant; the median of all steps counts.", min=1)] = 5,
+    context: Annotated[int, typer.Option(help="Context in whole pages, one short of the model's limit.")] = sized(
+        4096, 2048
+    ),
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode in each turn.", min=1)] = sized(32, 8),
     options: Annotated[EngineOptions, engine("dtype", "page_size", "num_threads", dtype="bfloat16")],
     cache_dir: Annotated[Path | None, path_option(help="Folder of the disk tier; else a temporary one.")] = None,
-    json_file: JsonFile = None,
+    measured: Annotated[BenchOptions, measuring(repeats=sized(5, 2))],
 ) -> None:
     """Decode ms/token with the context on the device, half or wholly on the host, and on disk."""
     from distkv.bench.offload import run
 
     run(
-        model_folder(model), context, new_tokens, repeats, options["dtype"], options["page_size"],
-        options["num_threads"], cache_dir, json_file,
+        model_folder(model), context, new_tokens, options["dtype"], options["page_size"],
+        options["num_threads"], cache_dir, measured,
     )  # fmt: skip
 
 
@@ -60,19 +61,18 @@ def bench_offload(
 def bench_prefix(
     *,
     model: Model = "smollm2",
-    prefix_tokens: Annotated[int, typer.Option(help="Tokens of the shared prefix, in whole pages.")] = 4096,
+    prefix_tokens: Annotated[int, typer.Option(help="Tokens of the prefix, in whole pages.")] = sized(4096, 512),
     answer_tokens: Annotated[int, typer.Option(help="Tokens of each answer, which are compared.", min=1)] = 16,
-    repeats: Annotated[int, typer.Option(help="Turns, each with a question of its own; medians count.", min=1)] = 5,
     options: Annotated[EngineOptions, engine("dtype", "page_size", "num_threads", dtype="bfloat16")],
     cache_dir: Annotated[Path | None, path_option(help="Where to make the folder of the disk tier.")] = None,
-    json_file: JsonFile = None,
+    measured: Annotated[BenchOptions, measuring(repeats=sized(5, 2))],
 ) -> None:
     """Time to first token with a prefix on no tier, device, host, or disk after a restart; exit code 1 when wrong."""
     from distkv.bench.prefix import run
 
     if not run(
-        model_folder(model), prefix_tokens, answer_tokens, repeats, options["dtype"], options["page_size"],
-        options["num_threads"], cache_dir, json_file,
+        model_folder(model), prefix_tokens, answer_tokens, options["dtype"], options["page_size"],
+        options["num_threads"], cache_dir, measured,
     ):  # fmt: skip
         raise typer.Exit(1)
 
@@ -82,14 +82,15 @@ def bench_prefix(
 def bench_serve_offline(
     *,
     model: Model = "smollm2",
-    num_requests: Annotated[int, typer.Option(help="Requests, all submitted at once.", min=1)] = 64,
-    longest_prompt: Annotated[int, typer.Option(help="Most tokens of a prompt; lengths are lognormal.")] = 1024,
-    longest_answer: Annotated[int, typer.Option(help="Most tokens of an answer; lengths are uniform.")] = 64,
+    num_requests: Annotated[int, typer.Option(help="Requests, all submitted at once.", min=1)] = sized(64, 8),
+    longest_prompt: Annotated[int, typer.Option(help="Most tokens of a prompt; lengths are lognormal.")] = sized(
+        1024, 128
+    ),
+    longest_answer: Annotated[int, typer.Option(help="Most tokens of an answer; lengths are uniform.")] = sized(64, 16),
     seed: Annotated[int, typer.Option(help="Of the lengths.")] = 0,
-    repeats: Annotated[int, typer.Option(help="Turns of each window; medians count.", min=1)] = 3,
     # with pages of 256, half of these requests' KV were pages being written, which cannot be cold
     options: Annotated[EngineOptions, engine("page_size", "num_threads", page_size=64)],
-    json_file: JsonFile = None,
+    measured: Annotated[BenchOptions, measuring(repeats=sized(3, 2))],
 ) -> None:
     """Throughput of many requests with all, half and a quarter of their KV on the device; exit code 1 when answers
     differ.
@@ -99,8 +100,8 @@ def bench_serve_offline(
     from distkv.bench.serve_offline import run
 
     if not run(
-        model_folder(model), num_requests, longest_prompt, longest_answer, seed, repeats, options["page_size"],
-        options["num_threads"], json_file,
+        model_folder(model), num_requests, longest_prompt, longest_answer, seed, options["page_size"],
+        options["num_threads"], measured,
     ):  # fmt: skip
         raise typer.Exit(1)
 
@@ -109,21 +110,23 @@ def bench_serve_offline(
 @spread
 def bench_scheduler(
     *,
-    num_seqs: Annotated[int, typer.Option(help="Sequences that run at a time.", min=1)] = 256,
-    context: Annotated[int, typer.Option(help="Tokens of each.", min=1)] = 100_000,
-    steps: Annotated[int, typer.Option(help="Steps to measure.", min=1)] = 300,
+    num_seqs: Annotated[int, typer.Option(help="Sequences that run at a time.", min=1)] = sized(256, 64),
+    context: Annotated[int, typer.Option(help="Tokens of each.", min=1)] = sized(100_000, 20_000),
+    steps: Annotated[int, typer.Option(help="Steps of each turn.", min=1)] = sized(300, 100),
     options: Annotated[EngineOptions, engine("page_size")],
-    json_file: JsonFile = None,
+    measured: Annotated[BenchOptions, measuring(repeats=sized(3, 2))],
 ) -> None:
     """Milliseconds that a step costs the leader, with ranks that do nothing; exit code 1 when a token is missing."""
     from distkv.bench.scheduler import run
 
-    if not run(num_seqs, context, steps, options["page_size"], json_file):
+    if not run(num_seqs, context, steps, options["page_size"], measured):
         raise typer.Exit(1)
 
 
 @bench.command("kernels")
+@spread
 def bench_kernels(
+    *,
     only: Annotated[
         list[str] | None,
         typer.Option(
@@ -131,16 +134,26 @@ def bench_kernels(
         ),
     ] = None,
     batch: Annotated[
-        list[int] | None, typer.Option(help="Sequences of decode (1, 8, 32); may be given again.", min=1)
+        list[int] | None,
+        typer.Option(help="Sequences of decode; may be given again.", min=1, show_default="1, 8, 32; 1 with --quick"),
     ] = None,
     context: Annotated[
-        list[int] | None, typer.Option(help="Tokens of each (8192, 32768, 131072); may be given again.", min=1)
+        list[int] | None,
+        typer.Option(
+            help="Tokens of each; may be given again.",
+            min=1,
+            show_default="8192, 32768, 131072; 8192 with --quick",
+        ),
     ] = None,
     prompt: Annotated[
-        list[int] | None, typer.Option(help="Tokens of prefill (8192, 32768); may be given again.", min=1)
+        list[int] | None,
+        typer.Option(
+            help="Tokens of prefill; may be given again.",
+            min=1,
+            show_default="8192, 32768; 8192 with --quick",
+        ),
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Turns of each kernel; the median counts.", min=1)] = 20,
-    json_file: JsonFile = None,
+    measured: Annotated[BenchOptions, measuring(repeats=sized(20, 5))],
 ) -> None:
     """Each Triton kernel beside what the GPU gives at most, at the shape of Llama-3-8B in bfloat16.
 
@@ -150,27 +163,38 @@ def bench_kernels(
     """
     from distkv.bench.kernels import run
 
-    run(only or [], batch or [], context or [], prompt or [], repeats, json_file)
+    run(only or [], batch or [], context or [], prompt or [], measured)
 
 
 @bench.command("gpu")
+@spread
 def bench_gpu(
+    *,
     only: Annotated[
         list[str] | None,
         typer.Option(help="Part to measure: streaming, model or residency; may be given again."),
     ] = None,
     window: Annotated[
-        int | None, typer.Option(help="Tokens on the device while a longer context streams (65536).", min=1)
+        int | None,
+        typer.Option(
+            help="Tokens on the device while a longer context streams.",
+            min=1,
+            show_default="65536; 16384 with --quick",
+        ),
     ] = None,
     context: Annotated[
-        list[int] | None, typer.Option(help="Context that streams (65536, 262144, 1048576); may be given again.", min=1)
+        list[int] | None,
+        typer.Option(
+            help="Context that streams; may be given again.",
+            min=1,
+            show_default="65536, 262144, 1048576; 16384, 65536 with --quick",
+        ),
     ] = None,
     layers: Annotated[
         int | None, typer.Option(help="Layers of the model that streams; else those that the host has room for.", min=1)
     ] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to decode at each context.", min=2)] = 32,
-    repeats: Annotated[int, typer.Option(help="Turns of the model, and of each ceiling.", min=1)] = 3,
-    json_file: JsonFile = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode at each context.", min=2)] = sized(32, 8),
+    measured: Annotated[BenchOptions, measuring(repeats=sized(3, 2))],
 ) -> None:
     """Streaming, a whole model beside transformers, and equal bits, on random weights of Llama-3-8B's shape.
 
@@ -178,11 +202,12 @@ def bench_gpu(
     Streaming takes four of the layers at most, so that a million tokens fit.
     By estimate it takes seven minutes; --only is for who has a time limit.
     """
-    from distkv.bench.gpu import CONTEXTS, WINDOW, Sizes, run
+    from distkv.bench.gpu import CONTEXTS, QUICK_CONTEXTS, QUICK_WINDOW, WINDOW, Sizes, run
     from distkv.bench.parts import check_effect
 
     only = only or []
     for name, value in (("window", window), ("context", context), ("layers", layers)):
         check_effect({name: (value, "streaming")}, only)
-    sizes = Sizes(window or WINDOW, tuple(context or CONTEXTS), layers, new_tokens, repeats)
-    run(only, sizes, json_file)
+    usual = (QUICK_WINDOW, QUICK_CONTEXTS) if measured.quick else (WINDOW, CONTEXTS)
+    sizes = Sizes(window or usual[0], tuple(context or usual[1]), layers, new_tokens)
+    run(only, sizes, measured)

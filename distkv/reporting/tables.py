@@ -29,11 +29,13 @@ class Column:
         return format(value * self.unit if self.form else value, self.form) + self.ending
 
 
-def print_rows(console: Console, columns: list[Column], rows: list[dict[str, Any]]) -> None:
-    """A line per row."""
-    table = Table(*(TableColumn(column.title, overflow="fold") for column in columns))
-    for row in rows:
-        table.add_row(*(column.show(row) for column in columns))
+def print_rows(console: Console, columns: list[Column], rows: list[dict[str, Any]], across: bool = False) -> None:
+    """A line per row; or, `across` where there are more columns than rows, a line per column."""
+    lines = [[column.title for column in columns], *([column.show(row) for column in columns] for row in rows)]
+    titles, *others = zip(*lines, strict=True) if across else lines
+    table = Table(*(TableColumn(title, overflow="fold") for title in titles))
+    for line in others:
+        table.add_row(*line)
     console.print(table)
 
 

@@ -14,14 +14,16 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import save_llama
-from support.meters import FakeMeter
+from support.meters import FakeMeter, fake_turns
 from typer.testing import CliRunner, Result
 
 from distkv.bench import decoder, device, engine_rows, gpu, kernels, parts, prefix, scheduler, serve_offline
 from distkv.bench.device import LinkCeiling, MatmulCeiling, MemoryCeiling, Turns
 from distkv.bench.engine_rows import Shape, model_rows, residency_rows, streaming_rows, weight_bytes
+from distkv.bench.harness import Figure
 from distkv.bench.kernel_work import AttentionShape, norm_bytes, rope_bytes, swiglu_bytes
-from distkv.bench.parts import Figure
+from distkv.bench.options import BenchOptions
+from distkv.bench.parts import Measurement
 from distkv.commands.main import app
 from distkv.errors import CapacityError, ConfigError, DistKVError, StoreError
 from distkv.models.shapes import shape_folder
@@ -32,7 +34,7 @@ from distkv.workers.model.model_config import ModelConfig
 
 PREFIX = ("--prefix-tokens", "128", "--page-size", "64", "--repeats", "1", "--dtype", "float32", "--answer-tokens", "4")
 SERVE = ("--num-requests", "5", "--longest-prompt", "100", "--longest-answer", "20", "--page-size", "16")
-SCHEDULER = ("--num-seqs", "4", "--context", "200", "--page-size", "16", "--steps", "5")
+SCHEDULER = ("--num-seqs", "4", "--context", "200", "--page-size", "16", "--steps", "5", "--repeats", "2")
 
 
 def bench(tmp_path: Path, command: str, *arguments: str) -> tuple[Result, dict[str, Any]]:
@@ -60,14 +62,14 @@ def test_a_file_that_cannot_be_written_is_refused_at_once(
     monkeypatch.setattr(scheduler, "_measure", lambda *_: pytest.fail("measured"))
     file = file.replace("FOLDER", str(tmp_path))
     with pytest.raises(ConfigError, match=f"{file}' cannot be written: {why}"):
-        scheduler.run(4, 200, 5, 16, Path(file))
+        scheduler.run(4, 200, 5, 16, BenchOptions(json=Path(file)))
     with pytest.raises(pytest.fail.Exception, match="measured"):
-        scheduler.run(4, 200, 5, 16, tmp_path / "new.json")
+        scheduler.run(4, 200, 5, 16, BenchOptions(json=tmp_path / "new.json"))
     assert not (tmp_path / "new.json").exists()
     link = tmp_path / "link.json"
     link.symlink_to("later.json")
     with pytest.raises(pytest.fail.Exception, match="measured"):
-        scheduler.run(4, 200, 5, 16, link)
+        scheduler.run(4, 200, 5, 16, BenchOptions(json=link))
     assert link.is_symlink() and not (tmp_path / "later.json").exists(), "nothing of the user's is taken away"
 
 
@@ -142,7 +144,7 @@ def test_bench_prefix_finds_the_prefix_in_each_tier(tiny_model: Path, tmp_path: 
     ]
     for name, row in rows.items():
         assert name.split(",")[0].split()[0] in result.output
-        assert len(row["turns_ms"]) == 1 and row["first_token_ms"] > 0
+        assert len(row["turns_ms"]) == 1 and row["first_token_ms"]["min"] > 0
         assert row["answers"] == rows["cold"]["answers"] and len(row["answers"][0]) == 4
     assert written["prefix_bytes"] == 128 * 2 * 2 * 2 * 16 * 4  # 2 layers, 2 KV heads of 16, fp32
     assert set(written["ceiling_seconds"]) == {"memcpy", "preadv file by file", "preadv layer by layer"}
@@ -158,7 +160,7 @@ def test_bench_prefix_finds_the_prefix_in_each_tier(tiny_model: Path, tmp_path: 
 def test_bench_prefix_notices(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], words: str
 ) -> None:
-    turn = prefix._turn
+    answered = prefix._answered
 
     class HereAndNow:
         """Takes the place of a new process, which would take seconds."""
@@ -175,12 +177,12 @@ def test_bench_prefix_notices(
         def result(self) -> Any:
             return self.value
 
-    def tampered(*arguments: Any) -> dict[str, prefix.Answered]:
-        answered = turn(*arguments)
-        return answered | {"disk hit after restart": replace(answered["disk hit after restart"], **change)}
+    def tampered(variant: str, *arguments: Any) -> prefix.Answered:
+        one = answered(variant, *arguments)
+        return replace(one, **change) if variant == "disk hit after restart" else one
 
     monkeypatch.setattr(prefix, "ProcessPoolExecutor", HereAndNow)
-    monkeypatch.setattr(prefix, "_turn", tampered)
+    monkeypatch.setattr(prefix, "_answered", tampered)
     result, written = bench(tmp_path, "prefix", "--model", str(tiny_model), *PREFIX)
     assert result.exit_code == 1
     output = " ".join(result.output.split())
@@ -224,7 +226,7 @@ def test_bench_serve_offline_compares_windows(tiny_model: Path, tmp_path: Path) 
         assert row["window_percent"] == percent and f"{percent} %" in result.output
         assert row["device_pages"] == -(-written["kv_pages"] * percent // 100)
         assert row["device_pages"] + row["host_pages"] == written["kv_pages"]
-        assert row["output_tokens_per_s"] > 0 and row["first_token_p99_s"] >= row["first_token_p50_s"] > 0
+        assert row["output_tokens_per_s"]["min"] > 0 and row["first_token_p99_s"] >= row["first_token_p50_s"] > 0
         assert row["most_running"] == 5 or percent < 100
     assert sum(rows[0]["bytes_per_output_token"].values()) == 0
     assert rows[1]["bytes_per_output_token"]["host_streamed"] > 0
@@ -264,9 +266,9 @@ def test_bench_serve_offline_notices_a_prompt_that_is_cached(
 def test_bench_serve_offline_refuses(tmp_path: Path) -> None:
     folder, _ = save_llama(tmp_path)
     with pytest.raises(ConfigError, match="positions of the model"):
-        serve_offline.run(folder, 2, 250, 20, 0, 1, 16, None, None)
+        serve_offline.run(folder, 2, 250, 20, 0, 16, None, BenchOptions())
     with pytest.raises(ConfigError, match="raise longest-prompt"):
-        serve_offline.run(folder, 2, 10, 20, 0, 1, 16, None, None)
+        serve_offline.run(folder, 2, 10, 20, 0, 16, None, BenchOptions())
 
 
 # --- scheduler ---
@@ -281,8 +283,8 @@ def test_bench_scheduler_times_the_parts_of_a_step(tmp_path: Path) -> None:
     ]  # fmt: skip
     for row in rows:
         assert set(row["ms"]) == {*scheduler.PARTS, "sum"}
-        assert all(0 < row["ms"][part] <= row["p99_ms"][part] for part in row["ms"])
-        assert all(len(steps) == 5 for steps in row["steps_ms"].values())
+        assert all(0 < row["ms"][part]["median"] <= row["p99_ms"][part]["median"] for part in row["ms"])
+        assert all([len(steps) for steps in turns] == [5, 5] for turns in row["steps_ms"].values())
         assert row["plan_bytes"] > 0
     assert all(row["tokens_per_step"] == 4 for row in rows[:3])
     assert "a token for each sequence" in result.output and "target" in result.output
@@ -303,9 +305,9 @@ def test_bench_scheduler_notices_a_missing_token(tmp_path: Path, monkeypatch: py
 
 def test_bench_scheduler_refuses() -> None:
     with pytest.raises(ConfigError, match="use 128 at least"):
-        scheduler.run(4, 100, 5, 16, None)
+        scheduler.run(4, 100, 5, 16, BenchOptions())
     with pytest.raises(ConfigError, match="num-seqs 2000"):
-        scheduler.run(2000, 100, 5, 16, None)
+        scheduler.run(2000, 100, 5, 16, BenchOptions())
 
 
 # --- kernels and gpu ---
@@ -407,11 +409,11 @@ def test_benches_of_a_gpu_print_and_write(
 ) -> None:  # fmt: skip
     measured = []
 
-    def canned(*arguments: Any) -> Iterator[Figure]:
+    def canned(*arguments: Any) -> Iterator[Measurement]:
         part = arguments[-2]
         measured.append(part)
         for row in rows[part]:
-            yield Figure("one", lambda row=row: [{"part": part, **row}])
+            yield Measurement("one", lambda row=row: [{"part": part, **row}])
 
     monkeypatch.setattr(module, "_figures", canned)
     name = module.__name__.rpartition(".")[2]
@@ -442,13 +444,13 @@ def test_what_fails_on_a_gpu_costs_no_other_row(tmp_path: Path, monkeypatch: pyt
         assert row["batch"] == 7, "each row is written as it comes"
         raise DistKVError(reason)
 
-    def some(batches: Any, contexts: Any, prompts: Any, part: str, turns: Turns) -> Iterator[Figure]:
+    def some(batches: Any, contexts: Any, prompts: Any, part: str, turns: Turns) -> Iterator[Measurement]:
         if part == "prefill":
             raise CapacityError("no [memory]")
         if part == "decode":
-            assert (batches, contexts, turns.repeats) == ([2], [9, 8], 5)
-            yield Figure("batch 7", lambda: broken("it differs"))
-        yield Figure("the rest", lambda: [{"part": part, "name": "rest"}])
+            assert (batches, contexts, turns.bench.options.repeats) == ([2], [9, 8], 5)
+            yield Measurement("batch 7", lambda: broken("it differs"))
+        yield Measurement("the rest", lambda: [{"part": part, "name": "rest"}])
 
     monkeypatch.setattr(kernels, "_figures", some)
     options = ["--batch", "2", "--context", "9", "--context", "8", "--repeats", "5", "--json", str(figures)]
@@ -470,7 +472,7 @@ def test_what_fails_on_a_gpu_costs_no_other_row(tmp_path: Path, monkeypatch: pyt
 
 
 def test_sizes_of_a_gpu_bench() -> None:
-    sizes = gpu.Sizes(window=1024, contexts=(2048, 1024), layers=1, new_tokens=2, repeats=1)
+    sizes = gpu.Sizes(window=1024, contexts=(2048, 1024), layers=1, new_tokens=2)
     assert sizes.stream_step == 512 and replace(sizes, window=2**16).stream_step == 2048
     with pytest.raises(ConfigError, match="window of 511 tokens is less than two pages of 256; use 512"):
         replace(sizes, window=511)
@@ -493,20 +495,17 @@ def test_bytes_and_operations_of_llama_3_8b() -> None:
 
 
 def test_works_take_turns() -> None:
-    meter = FakeMeter()
+    turns = fake_turns(3)
     done: list[str] = []
     works = {name: (lambda name=name: done.append(name)) for name in "ab"}
-    assert Turns(meter, CPU, 3).seconds(works) == {"a": 1e-3, "b": 1e-3}
-    assert "".join(done) == "a" * device.WARM_UP + "b" * device.WARM_UP + "ababab"
-    assert len(meter.order) == 6, "what warms up is not timed"
-    assert Turns(meter, CPU, 3).seconds_each((works["a"], works["b"])) == (1e-3, 2e-3)
+    assert turns.seconds(works) == {"a": Figure(1e-3, 1e-3, 1e-3), "b": Figure(1e-3, 1e-3, 1e-3)}
+    assert "".join(done) == "ab" * (device.WARM_UP + 3)
+    assert [figure.median for figure in turns.seconds_each((works["a"], works["b"]))] == [1e-3, 2e-3]
 
 
 def test_ceilings_are_counted_as_their_names_say() -> None:
     with closing(LinkCeiling(CPU, 3000)) as link:
-        rows = kernels.ceiling_rows(
-            Turns(FakeMeter(), CPU, 1), MemoryCeiling(CPU, 4000), MatmulCeiling(CPU, torch.float32, 16), link
-        )
+        rows = kernels.ceiling_rows(fake_turns(), MemoryCeiling(CPU, 4000), MatmulCeiling(CPU, torch.float32, 16), link)
         assert not link._host.data[0].eq(0).any() and torch.equal(link._host.data[0], link._device[0])
     *bandwidths, product = rows
     assert [round(row["bytes_per_s"] / 1e3) for row in bandwidths] == [8000, 4000, 4000, 3000, 3000, 3000, 1500, 3000]
@@ -527,14 +526,14 @@ def test_figures_of_a_gpu_are_measured_when_they_are_asked_for(monkeypatch: pyte
     for module in (gpu, kernels):
         monkeypatch.setattr(module, "LinkCeiling", lambda device, *size: LinkCeiling(device, 4096))
         monkeypatch.setattr(module, "MemoryCeiling", lambda device: MemoryCeiling(device, 4096))
-    sizes = gpu.Sizes(window=1024, contexts=(4096, 1024), layers=2, new_tokens=3, repeats=1)
-    [figure] = gpu._figures(sizes, "streaming", Turns(FakeMeter(), CPU, 1))
+    sizes = gpu.Sizes(window=1024, contexts=(4096, 1024), layers=2, new_tokens=3)
+    [figure] = gpu._figures(sizes, "streaming", fake_turns())
     assert figure.name == "contexts 1024, 4096 over a window of 1024"
     # the link and the folder of the model are there while the figure is measured
-    figures = gpu._figures(sizes, "streaming", Turns(FakeMeter(), CPU, 1))
+    figures = gpu._figures(sizes, "streaming", fake_turns())
     rows = [row for figure in figures for row in figure.measure()]
     assert [(row["context"], row["layers"], row["new_tokens"]) for row in rows] == [(1024, 2, 3), (4096, 2, 3)]
-    full = Turns(FakeMeter(free_bytes=0), CPU, 1)
+    full = fake_turns(free_bytes=0)
     decode = list(kernels._figures([2], [300, 40], [7], "decode", full))
     assert [figure.name for figure in decode] == ["batch 2, context 300", "batch 2, context 40"]
     assert [row["note"] for figure in decode for row in figure.measure()] == ["does not fit"] * 2
@@ -562,19 +561,19 @@ def test_rows_of_an_engine_are_not_of_something_easier(tiny_shape: Shape, monkey
 
 def test_streaming_rows_count_cold_bytes(tiny_shape: Shape) -> None:
     with closing(LinkCeiling(CPU, 4096)) as link:
-        rows = list(streaming_rows(Turns(FakeMeter(), CPU, 2), link, tiny_shape, 128, (128, 512, 1024), new_tokens=4))
+        rows = list(streaming_rows(fake_turns(2), link, tiny_shape, 128, (128, 512, 1024), new_tokens=4))
     # the device holds 9 pages, of which one is being written
     assert [row["cold_bytes_per_step"] for row in rows] == [0, 24 * 16 * TINY_KV, 56 * 16 * TINY_KV]
     assert [row["share"] is None for row in rows] == [True, False, False]
     for row in rows[1:]:
-        rate = row["cold_bytes_per_step"] / row["ms_per_token"] * 1e3
+        rate = row["cold_bytes_per_step"] / row["ms_per_token"].median * 1e3
         assert row["cold_bytes_per_s"] == pytest.approx(rate) and row["share"] == pytest.approx(rate / 4096e3)
     assert [row["peak_device_bytes"] for row in rows] == [1000, 2000, 3000], "without the buffers to measure with"
     assert rows[2]["kv_bytes"] == 1024 * TINY_KV
 
 
 def test_model_rows_stand_beside_what_bounds_them(tiny_shape: Shape) -> None:
-    turns, memory = Turns(FakeMeter(), CPU, 1), MemoryCeiling(CPU, 4000)
+    turns, memory = fake_turns(), MemoryCeiling(CPU, 4000)
     with closing(LinkCeiling(CPU, 1000)) as link:
         rows = model_rows(turns, memory, link, tiny_shape, resident=40, cold=300, new_tokens=4)
     assert [(row["engine"], row["context"]) for row in rows] == [
@@ -585,7 +584,7 @@ def test_model_rows_stand_beside_what_bounds_them(tiny_shape: Shape) -> None:
     for row in rows:
         assert row["weights_ms"] == pytest.approx(row["weight_bytes"] / 4000)
         assert row["cold_ms"] == pytest.approx(row["cold_bytes_per_step"] / 1000)
-        assert row["ratio"] == pytest.approx(row["ms_per_token"] / max(row["weights_ms"], row["cold_ms"]))
+        assert row["ratio"] == pytest.approx(row["ms_per_token"].median / max(row["weights_ms"], row["cold_ms"]))
 
 
 def test_residency_rows_compare_every_bit(tiny_shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from support.meters import FakeMeter
+from support.meters import fake_turns as turns
 
 from distkv.bench import kernel_memory, kernel_products
-from distkv.bench.device import LinkCeiling, MatmulCeiling, MemoryCeiling, Turns
+from distkv.bench.device import LinkCeiling, MatmulCeiling, MemoryCeiling
 from distkv.bench.kernel_attention import decode_row, prefill_row
 from distkv.bench.kernel_memory import elementwise_rows, page_rows
 from distkv.bench.kernel_products import product_rows, products
@@ -31,10 +31,6 @@ pytestmark = pytest.mark.interpreter
 CPU = torch.device("cpu")
 SHAPE = AttentionShape(query_heads=4, kv_heads=2, head_dim=16, page_size=16, dtype=torch.float32)
 MEMORY = MemoryCeiling(CPU, 4096)  # 8192 bytes a copy: 8.192 MB/s on this clock
-
-
-def turns(**options: Any) -> Turns:
-    return Turns(FakeMeter(**options), CPU, 1)
 
 
 def wrong(*arguments: Any, **options: Any) -> None:

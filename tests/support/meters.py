@@ -1,6 +1,13 @@
 """A clock that stands still, in the place of a GPU's."""
 
-from distkv.bench.device import DeviceMeter, Work
+import io
+
+import torch
+from rich.console import Console
+
+from distkv.bench.device import DeviceMeter, Turns, Work
+from distkv.bench.harness import Bench
+from distkv.bench.options import BenchOptions
 
 
 class FakeMeter(DeviceMeter):
@@ -30,3 +37,9 @@ class FakeMeter(DeviceMeter):
 
     def free_bytes(self) -> int:
         return self._free_bytes
+
+
+def fake_turns(repeats: int = 1, **options: int) -> Turns:
+    """On a CPU, with such a clock; `options` are of `FakeMeter`."""
+    bench = Bench("fake", BenchOptions(repeats=repeats), console=Console(file=io.StringIO()))
+    return Turns(FakeMeter(**options), torch.device("cpu"), bench)
