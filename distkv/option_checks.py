@@ -37,6 +37,11 @@ def check_name(name: str, value: Any) -> str:
     return value
 
 
+def raise_to(name: str, value: int) -> str:
+    """What to do, for an error: from Python and on the command line."""
+    return f"raise {name} to {value} (--{name.replace('_', '-')} {value})"
+
+
 def check_ray_address(address: Any) -> None:
     """None, or a text that is not blank."""
     if address is not None and not (isinstance(address, str) and address.strip()):

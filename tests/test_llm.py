@@ -359,11 +359,6 @@ def test_bad_options_name_the_cure(tiny_model: Path, options: dict, message: str
         LLM(tiny_model, **options)
 
 
-def test_a_pool_smaller_than_a_page_is_refused(tiny_model: Path) -> None:
-    with pytest.raises(CapacityError, match="less than one page"):
-        LLM(tiny_model, device_kv_bytes=100)
-
-
 def test_cuda_is_refused_where_there_is_none(tiny_model: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")

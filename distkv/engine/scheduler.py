@@ -8,9 +8,11 @@ from distkv.engine.cold_budget import ColdBudget
 from distkv.engine.page_promises import PagePromises, num_held_pages
 from distkv.engine.protocol import EngineInfo, EngineRequest
 from distkv.engine.request_meter import RequestMeter
+from distkv.engine.room import most_tokens, room_for
 from distkv.engine.sequence import Scheduled, Sequence, most_pages
 from distkv.engine.token_rules import make_rules
 from distkv.errors import CapacityError
+from distkv.option_checks import raise_to
 from distkv.storage.ledger.page import Page
 from distkv.storage.ledger.page_table import PageTable
 from distkv.storage.ledger.prefix_index import root_key
@@ -55,8 +57,8 @@ class Scheduler:
             raise CapacityError(
                 f"the request may need {needed} KV pages ({needed * size} bytes) for {len(request.prompt_token_ids)} "
                 f"prompt tokens and up to {request.max_tokens} more, n={request.params.n}; the tiers hold {held} "
-                f"({held * size} bytes; device {device}, host {host}, disk {disk}){self.cache.disk_refusal}. "
-                "Raise device_kv_bytes, host_kv_bytes or disk_kv_bytes, or lower max_tokens"
+                f"({held * size} bytes; device {device}, host {host}, disk {disk}){self.cache.disk_refusal}; "
+                f"{self._cure(request, needed)}"
             )
         if request.params.n > self._info.max_num_seqs:
             raise CapacityError(
@@ -66,8 +68,17 @@ class Scheduler:
         if written > self._info.num_pages and needed > self._info.num_pages:
             raise CapacityError(
                 f"a step of the request writes {written} KV pages, n={request.params.n}; the device holds "
-                f"{self._info.num_pages}. Raise device_kv_bytes, or lower max_num_batched_tokens or n"
+                f"{self._info.num_pages}; {raise_to('device_kv_bytes', written * size)}, or lower "
+                "max_num_batched_tokens or n"
             )
+
+    def _cure(self, request: EngineRequest, needed: int) -> str:
+        """What makes room for a request of so many pages, which the tiers do not hold."""
+        if self.cache.disk_refusal:
+            return "make room on the disk, raise host_kv_bytes or disk_kv_bytes, or lower max_tokens"
+        tokens = most_tokens(request, self._info.page_size, self.cache.capacity)
+        lower = f", or lower max_tokens to {tokens}" if tokens > 0 else ""
+        return room_for(self._info, needed) + lower
 
     def add(self, request: EngineRequest) -> None:
         """Queues a request that passed `check`; what is known of its prefix counts as used from now on. Raises

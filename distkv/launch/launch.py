@@ -11,6 +11,7 @@ from distkv.engine.client import EngineClient
 from distkv.engine.engine import Engine
 from distkv.engine.observer import StepObserver
 from distkv.engine.protocol import EngineInfo
+from distkv.engine.room import room_for
 from distkv.errors import ConfigError
 from distkv.launch.engine_info import engine_info
 from distkv.launch.fingerprint import FOLDER_DIGITS, common_digest, common_kernels, make_fingerprint
@@ -25,6 +26,7 @@ from distkv.planner.sizing import (
     staging_pages,
 )
 from distkv.storage.disk.cache_folder import SCRATCH
+from distkv.storage.paging import pages_for
 from distkv.workers.cache_place import CachePlace
 from distkv.workers.group.local_group import LocalGroup
 from distkv.workers.group.rank_group import RankGroup
@@ -208,8 +210,8 @@ def _log_pools(info: EngineInfo, pool_bytes: list[tuple[int, int, int]]) -> None
     held = sum(pages) * info.page_size
     if held < info.max_model_len:
         log.warning(
-            "the tiers hold %d tokens, less than max_model_len %d; a request that may need more is refused",
-            held, info.max_model_len,
+            "the tiers hold %d tokens, less than max_model_len %d; a request that may need more is refused: %s",
+            held, info.max_model_len, room_for(info, pages_for(info.max_model_len, info.page_size)),
         )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from distkv.config import EngineConfig
 from distkv.errors import CapacityError
+from distkv.option_checks import raise_to
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import NUM_BUFFERS, pages_for
 from distkv.storage.tier import Tier
@@ -67,7 +68,8 @@ def pool_sizes(
     on_device, on_host = (sum(spec.page_bytes_in(tier) for spec in specs) for tier in (Tier.DEVICE, Tier.HOST))
     on_disk = replace(specs[0], num_kv_heads=ranks.model.num_key_value_heads).page_bytes_in(Tier.DISK)
     most = config.max_num_seqs * specs[0].pages_for(max_model_len)  # that running requests can fill
-    device = _given(config, "device_kv_bytes", on_device)
+    window = _window_pages(config, max_model_len)
+    device = _given(config, "device_kv_bytes", on_device, 1 if config.host_kv_bytes == 0 else window)
     if device is None:
         assert capacity is not None
         device = min(capacity.device, most)
@@ -89,15 +91,16 @@ def pool_sizes(
     return PoolSizes(device, host, disk, staging, ahead * specs[0].num_layers)
 
 
-def _given(config: EngineConfig, option: str, page_bytes: int) -> int | None:
-    """The pages that a number of bytes in the options holds; None where none is given."""
+def _given(config: EngineConfig, option: str, page_bytes: int, least: int = 1) -> int | None:
+    """The pages that a number of bytes in the options holds; None where none is given. `least` are those with which an
+    engine works."""
     size = getattr(config, option)
     if size is None or size == 0:
         return size
     if size < page_bytes:
         raise CapacityError(
             f"{option} {size} is less than one page of {config.page_size} tokens, {page_bytes} bytes over all ranks; "
-            "raise it or lower page_size"
+            f"{raise_to(option, least * page_bytes)} or lower page_size"
         )
     return size // page_bytes
 
@@ -120,25 +123,31 @@ def _read_ahead_pages(host: int, staging: int, spec: PageSpec, page_bytes: int) 
     pages = max(-(-(staging // NUM_BUFFERS) // spec.num_layers), host // 16)
     if host <= pages:
         raise CapacityError(
-            f"host_kv_bytes holds {host} pages and reading from disk takes {pages} of them; raise it to "
-            f"{(pages + 1) * page_bytes}"
+            f"host_kv_bytes holds {host} pages and reading from disk takes {pages} of them; "
+            f"{raise_to('host_kv_bytes', (pages + 1) * page_bytes)}"
         )
     return pages
 
 
 def _check_window(config: EngineConfig, device: int, host: int, max_model_len: int, page_bytes: int) -> None:
     """Raises CapacityError when a step of the largest size does not fit on the device, and a request may need more."""
-    tokens = min(config.max_num_batched_tokens, max_model_len)
-    step = pages_for(tokens, config.page_size)
-    if not host or device > step or device >= pages_for(max_model_len, config.page_size):
+    least = _window_pages(config, max_model_len)
+    if not host or device >= least:
         return
+    tokens = min(config.max_num_batched_tokens, max_model_len)
     fits = (device - 1) * config.page_size
     lower = f", or lower max_num_batched_tokens to {fits}" if fits >= config.max_num_seqs else ""
     raise CapacityError(
-        f"the device holds {device} KV pages of {config.page_size} tokens, and a step of {tokens} tokens fills {step} "
-        f"beside one being written: raise device_kv_bytes by {(step + 1 - device) * page_bytes} to "
-        f"{(step + 1) * page_bytes}{lower}"
+        f"the device holds {device} KV pages of {config.page_size} tokens, and a step of {tokens} tokens fills "
+        f"{pages_for(tokens, config.page_size)} beside one being written: "
+        f"{raise_to('device_kv_bytes', least * page_bytes)}{lower}"
     )
+
+
+def _window_pages(config: EngineConfig, max_model_len: int) -> int:
+    """Pages on the device with which every step runs: the largest one's and one being written, or a whole request."""
+    step = pages_for(min(config.max_num_batched_tokens, max_model_len), config.page_size)
+    return min(step + 1, pages_for(max_model_len, config.page_size))
 
 
 def cold_budget(config: EngineConfig, sizes: PoolSizes, rates: list[Bandwidth]) -> tuple[int, float]:

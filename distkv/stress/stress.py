@@ -17,6 +17,7 @@ from rich.console import Console
 from distkv.config import EngineConfig, EngineOptions
 from distkv.engine.client import EngineClient
 from distkv.engine.protocol import EngineInfo, EngineRequest
+from distkv.engine.room import room_for
 from distkv.errors import CapacityError, ConfigError
 from distkv.frontend.tokenizer import TOKENIZER_FILES, Tokenizer
 from distkv.launch.launch import launch
@@ -123,8 +124,8 @@ def _check_room(options: StressOptions, info: EngineInfo) -> None:
     if needed > held:
         raise CapacityError(
             f"{options.context} tokens and {options.new_tokens} more take {needed} KV pages of {info.page_bytes} "
-            f"bytes, and the tiers hold {held}; raise --device-kv-bytes, --host-kv-bytes or --disk-kv-bytes, or lower "
-            "--context"
+            f"bytes, and the tiers hold {held}; {room_for(info, needed)}, or lower --context to "
+            f"{held * info.page_size + 1 - options.new_tokens}"
         )
 
 
