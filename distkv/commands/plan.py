@@ -1,21 +1,31 @@
 """`distkv plan`: what fits where, and what a step costs."""
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from distkv.commands.options import JsonFile, path_option
+from distkv.commands.options import Fields, JsonFile, path_option, spread
+from distkv.errors import ConfigError
 from distkv.option_checks import parse_bytes
+from distkv.server.options import ServerOptions
+
+SERVER_FIELDS = ("host", "port", "api_key", "uvicorn_log_level")
+
+ServerFlags = Annotated[ServerOptions, Fields(ServerOptions, SERVER_FIELDS, {})]
 
 
+@spread
 def plan(
+    call: typer.Context,
     model: Annotated[
-        str,
+        str | None,
         typer.Argument(
             help="Model folder or config.json, or a name such as llama-3.1-8b; a wrong one has them listed."
         ),
-    ],
+    ] = None,
     *,
     context: Annotated[str, typer.Option(help="Tokens of a request, such as 4k,128k; k is 1024.")] = "4k",
     concurrency: Annotated[str, typer.Option(help="Requests at a time, such as 1,8,32.")] = "1",
@@ -59,8 +69,23 @@ def plan(
     ] = None,
     json_file: JsonFile = None,
     plot_file: Annotated[Path | None, path_option("--plot", help="Also draw them here, a .png.")] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Serve a page that plans, and its API; a model is what it begins with.")
+    ] = False,
+    server: ServerFlags,
 ) -> None:
     """What a model's KV cache takes, what fits on which GPUs, and what a token costs then; runs nothing."""
+    server_flags = {f"--{name.replace('_', '-')}" for name in SERVER_FIELDS}
+    if serve:
+        _refuse(
+            _given(call) - server_flags - {"--serve"},
+            "has no effect with --serve, whose page has controls for it; leave it out",
+        )
+        _serve(model, server)
+        return
+    _refuse(_given(call) & server_flags, "has an effect with --serve alone; add that, or leave it out")
+    if model is None:
+        raise ConfigError("no model is given; name one, such as llama-3.1-8b, or give --serve for a page to plan with")
     from rich.console import Console
 
     from distkv.planner.command import run
@@ -88,3 +113,27 @@ def plan(
         request={name: value for name, value in fields.items() if value is not None},
     )
     run(Console(highlight=False), options)
+
+
+def _serve(model: str | None, options: ServerOptions) -> None:
+    from distkv.planner.model_shape import find_model
+    from distkv.server.plans import OwnModel
+    from distkv.server.serve_planner import serve_planner
+
+    shape = None if model is None else find_model(model)
+    own = None if shape is None else OwnModel(shape.name, shape, is_served=False)
+    stdout = sys.stdout
+    with redirect_stdout(sys.stderr):  # uvicorn logs requests there
+        serve_planner(own, options, lambda url: print(f"distkv plans at {url}/plan", file=stdout, flush=True))
+
+
+def _given(call: typer.Context) -> set[str]:
+    """The options that stand on the command line, by their first names."""
+    sources = {one.opts[0]: call.get_parameter_source(str(one.name)) for one in call.command.params}
+    flags = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    return {flag for flag in flags if flag.startswith("-")}
+
+
+def _refuse(flags: set[str], why: str) -> None:
+    if flags:
+        raise ConfigError(f"{min(flags)} {why}")

@@ -107,16 +107,12 @@ def find_model(model: str | Path) -> ModelShape:
     fetched = default_cache_dir() / text
     if text in MODELS and fetched.is_dir():
         return ModelShape(text, ModelConfig.load(fetched), fetched)
-    name = _known_name(text)
-    return ModelShape(name, ModelConfig.from_dict({"model_type": "llama", **known_models()[name]}))
+    return find_known_model(text, "neither a folder with a config.json, such a file, nor known by name")
 
 
-def known_models() -> dict[str, dict[str, Any]]:
-    """Configurations by name: published ones, and the shapes of `distkv stress`."""
-    return {**{name: {"dtype": "bfloat16", **shape} for name, shape in SHAPES.items()}, **PUBLISHED}
-
-
-def _known_name(text: str) -> str:
+def find_known_model(text: str, what_else: str = "not known by name") -> ModelShape:
+    """The same for whoever may name no path: a model of `known_models`. No file is read. Raises ConfigError, in which
+    `what_else` says what the text is not."""
     known = known_models()
     name = VARIANT.sub("", text.lower().rpartition("/")[2]).removeprefix("meta-")
     if name == UNPUBLISHED:
@@ -126,10 +122,12 @@ def _known_name(text: str) -> str:
         )
     name = {"smollm2": "smollm2-135m", "tinyllama": "tinyllama-1.1b"}.get(name, name)
     if name in known:
-        return name
+        return ModelShape(name, ModelConfig.from_dict({"model_type": "llama", **known[name]}))
     near = difflib.get_close_matches(name, known, n=1)
     meant = f" (did you mean {near[0]}?)" if near else ""
-    raise ConfigError(
-        f"model {text!r} is neither a folder with a config.json, such a file, nor known by name{meant}; "
-        f"known: {', '.join(known)}"
-    )
+    raise ConfigError(f"model {shown(text)} is {what_else}{meant}; known: {', '.join(known)}")
+
+
+def known_models() -> dict[str, dict[str, Any]]:
+    """Configurations by name: published ones, and the shapes of `distkv stress`."""
+    return {**{name: {"dtype": "bfloat16", **shape} for name, shape in SHAPES.items()}, **PUBLISHED}

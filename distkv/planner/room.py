@@ -1,9 +1,10 @@
 """What would make room for all requests: memory below the devices, or more ranks."""
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from distkv.errors import ConfigError
+from distkv.option_checks import MOST_BYTES
 from distkv.planner.fit import Fit, find_fit
 from distkv.planner.request import PlanRequest
 from distkv.planner.units import rounded_up
@@ -14,7 +15,7 @@ TRIALS = 8  # the staging ring and what reads ahead take some of what is added
 
 def enough_below(request: PlanRequest, tier: Literal["host", "disk"]) -> PlanRequest | None:
     """The request with as much memory in one tier, "host" or "disk", as holds all of its requests; None where nothing
-    there helps, since the devices hold too little to work with."""
+    there helps, since the devices hold too little to work with, or more than an option may say."""
     for _ in range(TRIALS):
         fit = find_fit(request)
         if fit.running == request.concurrency:
@@ -23,10 +24,12 @@ def enough_below(request: PlanRequest, tier: Literal["host", "disk"]) -> PlanReq
         if not fit.tiers[0].pages or request.num_seqs < request.concurrency or lacking <= 0:
             return None
         page_bytes = fit.kv_bytes_per_request // fit.pages_per_request
-        if tier == "host":
-            request = replace(request, host_kv_bytes=rounded_up(request.host_kv_bytes + lacking * page_bytes))
-        else:
-            request = replace(request, disk_kv_bytes=rounded_up(request.disk_kv_bytes + lacking * page_bytes))
+        now = request.host_kv_bytes if tier == "host" else request.disk_kv_bytes
+        enough = rounded_up(now + lacking * page_bytes)
+        if enough > MOST_BYTES:  # than an option may be
+            return None
+        changed: dict[str, Any] = {f"{tier}_kv_bytes": enough}
+        request = replace(request, **changed)
     return None
 
 

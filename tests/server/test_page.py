@@ -1,39 +1,19 @@
 """The page in a real browser: a chat that streams, and the live picture beside it."""
 
 import re
-import shutil
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Error, Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
+from support.browsers import opened_page
 from support.servers import ServerProcess
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 @pytest.fixture(scope="module")
 def page(server: ServerProcess) -> Iterator[Page]:
-    """The page of a server; what its console complains of fails the test."""
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip("no browser is installed; 'apt-get install chromium' brings one")
-    with sync_playwright() as playwright:
-        try:
-            # in a container there may be no user namespace for its sandbox
-            opened = playwright.chromium.launch(
-                executable_path=browser, args=["--no-sandbox", "--disable-dev-shm-usage"]
-            )
-        except Error as error:
-            pytest.skip(f"{browser} does not start here: {error.message.splitlines()[0]}")
-        page = opened.new_page(viewport={"width": 1280, "height": 800})
-        complaints: list[str] = []
-        page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda asked: complaints.append(asked.url) if server.url not in asked.url else None)
-        page.goto(server.url)
+    """The page of a server."""
+    with opened_page(server.url, server.url) as page:
         yield page
-        assert not [one for one in complaints if "status of 400" not in one and not one.startswith("data:")]
-        opened.close()
 
 
 def test_a_chat_streams_into_the_page(page: Page, server: ServerProcess) -> None:

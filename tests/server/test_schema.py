@@ -66,6 +66,7 @@ CORNERS = [
 PATHS = (
     "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens",
     "/generate", "/tokenize", "/detokenize", "/reset_prefix_cache",
+    "/plan",
 )  # fmt: skip
 
 

@@ -37,7 +37,10 @@ class ServerProcess:
     url: str
 
     def __init__(self, model: Path | str, *flags: str, env: dict[str, str] | None = None):
-        command = [sys.executable, "-m", "distkv", "serve", str(model), "--port", "0", *flags]
+        self._start(["serve", str(model), *flags], env)
+
+    def _start(self, command: list[str], env: dict[str, str] | None) -> None:
+        command = [sys.executable, "-m", "distkv", *command, "--port", "0"]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115, it is closed in the end
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=self._log, text=True, cwd=ROOT, env=env
@@ -81,3 +84,15 @@ class ServerProcess:
             while (stats := client.stats()).num_running or stats.num_waiting or stats.pages_in_use:
                 assert time.monotonic() < deadline, stats
                 time.sleep(0.01)
+
+
+class PlannerProcess(ServerProcess):
+    """The planner without a model, as `distkv plan --serve` serves it."""
+
+    def __init__(self, *flags: str, env: dict[str, str] | None = None):
+        self._start(["plan", "--serve", *flags], env)
+
+    def __enter__(self) -> "PlannerProcess":
+        super().__enter__()
+        self.url = self.url.removesuffix("/plan")
+        return self

@@ -1,6 +1,7 @@
 // The chat box: a conversation held by this page, answered by /v1/chat/completions as it comes.
 
-const $ = (id) => document.getElementById(id);
+import { $, element } from "./elements.js";
+
 const talk = $("talk"), form = $("form"), question = $("question"), send = $("send");
 const hint = talk.firstElementChild;
 let messages = [];
@@ -86,9 +87,7 @@ async function* events(stream) {
 }
 
 function say(kind, text) {
-  const box = document.createElement("div");
-  box.className = `said ${kind}`;
-  box.textContent = text;
+  const box = element("div", `said ${kind}`, text);
   talk.append(box);
   talk.scrollTop = talk.scrollHeight;
   return box;
@@ -101,11 +100,9 @@ function show(box, text) {
 }
 
 function remark(box, usage, seconds) {
-  const note = document.createElement("small");
   const speed = seconds > 0 ? `, ${Math.round((usage.completion_tokens - 1) / seconds)} per second` : "";
   const cached = usage.prompt_tokens_details.cached_tokens;
-  note.textContent =
-    `${usage.completion_tokens} tokens${speed}; ${cached} of ${usage.prompt_tokens} tokens of the prompt were cached`;
-  box.append(note);
+  const told = `${cached} of ${usage.prompt_tokens} tokens of the prompt were cached`;
+  box.append(element("small", "", `${usage.completion_tokens} tokens${speed}; ${told}`));
   talk.scrollTop = talk.scrollHeight;
 }

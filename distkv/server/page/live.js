@@ -1,6 +1,7 @@
 // The live picture: what /live tells twice a second.
 
-const $ = (id) => document.getElementById(id);
+import { $, element } from "./elements.js";
+
 const NUM_CELLS = 96, NUM_SAMPLES = 240, RETRY = 2000;
 const TIERS = [
   { name: "device", title: "Device", what: "attention reads it where it lies" },
@@ -97,13 +98,6 @@ function makeLane(direction, routes) {
       text.textContent = `${direction === "down" ? "↓" : "↑"} ${bytes(speed)}/s, ${pages.toFixed(pages < 10 ? 1 : 0)} pages/s`;
     },
   };
-}
-
-function element(kind, name = "", text = "") {
-  const made = document.createElement(kind);
-  made.className = name;
-  made.textContent = text;
-  return made;
 }
 
 function bytes(count) {

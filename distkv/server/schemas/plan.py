@@ -1,0 +1,31 @@
+"""The body of `POST /plan`."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from distkv.server.schemas.body import Body
+
+Text = Annotated[str, Field(max_length=300)]
+Amount = Annotated[int | Text, Field(union_mode="left_to_right")]
+"""A whole number, or a text such as "128k" or "512GiB"."""
+
+
+class PlanBody(Body):
+    """A `PlanRequest` whose model and GPU are named. All other fields mean the same there, which has the defaults."""
+
+    model: Text
+    gpu: Text
+    disk_bandwidth: Amount | None = None
+    tensor_parallel_size: int | None = None
+    dtype: Text | None = None
+    kv_dtype: Text | None = None
+    context: Amount | None = None
+    concurrency: int | None = None
+    device_kv_bytes: Amount | None = None
+    host_kv_bytes: Amount | None = None
+    disk_kv_bytes: Amount | None = None
+    page_size: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    gpu_memory_utilization: float | None = None

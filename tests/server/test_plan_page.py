@@ -1,0 +1,114 @@
+"""The planner in a real browser: what its controls say is what the server is asked, and its bars are the answer."""
+
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from playwright.sync_api import Locator, Page, expect
+from support.browsers import opened_page
+from support.servers import PlannerProcess
+
+from distkv.planner.units import shown_seconds
+
+PARTS = ("weights", "workspace", "context", "staging")
+"""Of a rank's device, in the order of the bar."""
+
+
+@pytest.fixture(scope="module")
+def planner() -> Iterator[PlannerProcess]:
+    """A server without a model."""
+    with PlannerProcess() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def page(planner: PlannerProcess) -> Iterator[Page]:
+    """Its page, with a plan that uses all tiers."""
+    query = (
+        "model=llama-3-70b&tensor_parallel_size=4&context=64k&concurrency=16&host_kv_bytes=128GiB&disk_kv_bytes=1TiB"
+    )
+    with opened_page(f"{planner.url}/plan?{query}", planner.url) as page:
+        yield page
+
+
+def test_a_slider_moves_the_bars_to_the_servers_figures(page: Page, planner: PlannerProcess) -> None:
+    asked: dict[str, Any] = {"model": "llama-3-70b", "gpu": "h100", "tensor_parallel_size": 4, "context": "64k"}
+    asked |= {"concurrency": 16, "host_kv_bytes": "128GiB", "disk_kv_bytes": "1TiB"}
+    before = planner.post("/plan", asked).json()
+    _expect_plan(page, before)
+    slider = page.get_by_role("slider", name="Requests at a time")
+    expect(slider).to_have_attribute("aria-valuetext", "16")
+    slider.focus()
+    for _ in range(2):  # 24, then 32
+        page.keyboard.press("ArrowRight")
+    after = planner.post("/plan", asked | {"concurrency": 32}).json()
+    assert after["tiers"][2]["used_pages"] > before["tiers"][2]["used_pages"] > 0
+    _expect_plan(page, after)
+    assert parse_qs(urlsplit(page.url).query)["concurrency"] == ["32"]
+
+
+def test_an_address_is_a_plan(page: Page, planner: PlannerProcess) -> None:
+    page.get_by_label("Runs on", exact=True).select_option("by hand")
+    by_hand = "memory=1TiB,bandwidth=2TB,matrix=300T,link=60GB"
+    page.get_by_label("Runs on, by hand").fill(by_hand)
+    page.get_by_label("Context, tokens of a request, exactly").fill("70000")
+    page.get_by_text("More options").click()
+    page.get_by_label("Tokens of a page").fill("64")
+    expect(page.locator("#sources")).to_contain_text("given by hand")
+    page.wait_for_url("**page_size=64**")
+    asked: dict[str, Any] = {"model": "llama-3-70b", "gpu": by_hand, "tensor_parallel_size": 4, "context": 70000}
+    asked |= {"concurrency": 32, "host_kv_bytes": "128GiB", "disk_kv_bytes": "1TiB", "page_size": 64}
+    plan = planner.post("/plan", asked).json()
+    _expect_plan(page, plan)
+    page.goto(page.url)
+    expect(page.get_by_label("Tokens of a page")).to_have_value("64")
+    _expect_plan(page, plan)
+
+
+def test_what_cannot_be_planned_is_said_where_it_is(page: Page) -> None:
+    page.get_by_label("Tokens of a page").fill("17")
+    expect(page.get_by_role("status")).to_contain_text("page_size 17 is not a power of two")
+    expect(page.get_by_label("Tokens of a page")).to_have_attribute("aria-invalid", "true")
+    page.get_by_role("button", name="Reset").click()
+    expect(page.get_by_role("status")).to_contain_text("The request fits")
+    expect(page.get_by_label("Tokens of a page")).not_to_have_attribute("aria-invalid", "true")
+
+
+def test_a_phone_has_room_for_it(page: Page) -> None:
+    page.set_viewport_size({"width": 360, "height": 700})
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    expect(page.locator("#verdict")).to_be_in_viewport()  # while the controls are
+
+
+def _expect_plan(page: Page, plan: dict[str, Any]) -> None:
+    """The bars have the sizes of a plan, in bytes and on the screen, and the figures its times."""
+    rank, tiers = min(plan["ranks"], key=lambda one: one["left"] / one["page_bytes"]), plan["tiers"]
+    device, host, disk = (page.locator(f".tier-bar.{tier['name']}") for tier in tiers)
+    used = tiers[0]["used_pages"] * rank["page_bytes"]
+    free = (tiers[0]["pages"] - tiers[0]["used_pages"]) * rank["page_bytes"]
+    taken = [size for size in (*(rank[part] for part in PARTS), used, free) if size]
+    rest = plan["hardware"]["memory_bytes"] - sum(taken)
+    expect(device.locator(".bar i")).to_have_count(len(taken) + 1)
+    _expect_sizes(device, [*taken, rest])
+    for bar, tier in ((host, tiers[1]), (disk, tiers[2])):
+        pages = tier["used_pages"], tier["pages"] - tier["used_pages"]
+        sizes = [count * tier["num_bytes"] / tier["pages"] for count in pages if count]
+        _expect_sizes(bar, [*sizes, plan["request"][f"{tier['name']}_kv_bytes"] - tier["num_bytes"]])
+    times = [shown_seconds(plan[name]["seconds"]) for name in ("decode", "first_token")]
+    for index, time in enumerate(times):
+        expect(page.locator("#figures dd").nth(index)).to_have_text(time)
+    parts = [shown_seconds(seconds) for seconds in plan["decode"]["parts"].values() if seconds]
+    expect(page.locator("#costs b")).to_have_text(parts)
+    expect(page.locator("#costs .binds")).to_have_count(1)
+
+
+def _expect_sizes(bar: Locator, sizes: list[float]) -> None:
+    """Of the parts of a bar, but for those that are empty."""
+    sizes = [size for size in sizes if size > 0]
+    expect(bar.locator(".bar i")).to_have_count(len(sizes))
+    for index, size in enumerate(sizes):
+        expect(bar.locator(".bar i").nth(index)).to_have_attribute("data-bytes", f"{size:.0f}")
+    bar.locator(".bar").evaluate("bar => Promise.all(bar.getAnimations({ subtree: true }).map((one) => one.finished))")
+    widths = bar.locator(".bar i").evaluate_all("parts => parts.map((one) => one.getBoundingClientRect().width)")
+    assert widths == pytest.approx([sum(widths) * size / sum(sizes) for size in sizes], abs=1)
