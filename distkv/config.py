@@ -6,6 +6,7 @@ from typing import TypedDict
 
 from distkv.errors import ConfigError
 from distkv.option_checks import (
+    check_amount,
     check_choice,
     check_flag,
     check_ray_address,
@@ -27,6 +28,7 @@ class EngineOptions(TypedDict, total=False):
     tensor_parallel_size: int
     data_parallel_size: int
     max_rank_failures: int | None
+    hang_timeout: float | None
     dtype: str
     max_model_len: int | None
     max_num_seqs: int
@@ -74,6 +76,12 @@ class EngineConfig:
 
     An engine on Ray that has lost a rank is started anew, and its requests go on where they stood: their answers pause
     and then have the same tokens. One failure more raises WorkerDied. None makes none good.
+    """
+    hang_timeout: float | None = None
+    """Seconds of silence beyond the longest so far after which ranks count as lost.
+
+    It is for ranks on Ray whose processes are there and do not go on: one that was stopped, a network or a device that
+    is stuck. None is 60.
     """
     dtype: str = "auto"
     """auto (the checkpoint's), float32, float16 or bfloat16.
@@ -190,6 +198,8 @@ class EngineConfig:
         self._set("seed", check_whole("seed", self.seed, 0))
         if self.max_rank_failures is not None:
             self._set("max_rank_failures", check_whole("max_rank_failures", self.max_rank_failures, 0))
+        if self.hang_timeout is not None:
+            self._set("hang_timeout", check_amount("hang_timeout", self.hang_timeout))
         for name, choices in (
             ("dtype", ("auto", "float32", "float16", "bfloat16")),
             ("device", ("auto", "cuda", "cpu")),
@@ -250,6 +260,7 @@ class EngineConfig:
         no_pages = "host_kv_bytes is 0, so that no page leaves the device"
         for name, is_idle, why, cure in (
             ("max_rank_failures", not self.is_on_ray, "the ranks are not on Ray", "set ray_address, or leave it out"),
+            ("hang_timeout", not self.is_on_ray, "the ranks are not on Ray", "set ray_address, or leave it out"),
             ("trace", self.data_parallel_size > 1, "data_parallel_size is more than 1", "trace a single engine"),
             ("disk_kv_bytes", no_disk, "cache_dir is not", "name the folder in cache_dir"),
             ("disk_write_policy", no_disk and policy == "idle", "cache_dir is not", "name the folder in cache_dir"),

@@ -52,6 +52,7 @@ class Engine:
         survives: bool = True,
         observer: StepObserver | None = None,
         thread: Thread | None = None,
+        waiting: Callable[[], None] = lambda: None,
     ):
         """
         Args:
@@ -59,7 +60,9 @@ class Engine:
             survives: a step that raises leaves the ranks fit for others, so that the sequence at fault can be found.
             observer: is told how steps go.
             thread: see `StepRunner`.
+            waiting: called every second while a step takes long.
         """
+        self._waiting = waiting
         self.info = info
         self._close = close
         self._survives = survives
@@ -262,7 +265,7 @@ class Engine:
     def _complete(self, step: Step, following: Step | None) -> bool:
         """Waits for the report on the running step and books it, but for its tokens. False when that leaves another
         state than `following` was prepared for, which is undone then: the step has failed, or a page was lost."""
-        result = step.wait()
+        result = step.wait(self._waiting)
         self._observer.reported(step)
         self._running = None
         try:

@@ -137,6 +137,10 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
     outputs: list[StepOutput]
 
 
+class Working(msgspec.Struct, frozen=True, tag=True):
+    """Leader to client, every second or so: steps go on, though nothing has come of them."""
+
+
 class Saving(msgspec.Struct, frozen=True, tag=True):
     """Leader to client: the group is on its way to its end."""
 
@@ -157,4 +161,6 @@ class Traced(msgspec.Struct, frozen=True, tag=True):
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(Add | Abort | GetStats | ResetPrefixCache | Shutdown).decode
-decode_reply = msgspec.msgpack.Decoder(Accepted | Refused | Tokens | EngineStats | Saving | Logged | Traced).decode
+decode_reply = msgspec.msgpack.Decoder(
+    Accepted | Refused | Tokens | EngineStats | Working | Saving | Logged | Traced
+).decode

@@ -1,5 +1,6 @@
 """A step on its way through the ranks: what it runs, how it is taken back, what comes of it."""
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from distkv.workers.group.executor import PendingScores, PendingTokens, StepResu
 from distkv.workers.group.step_plan import SequencePlan, StepPlan
 from distkv.workers.sampling.sample_row import SampleRow, uniform_number
 from distkv.workers.sampling.sampled_token import SampledToken, TokenLogprobs
+
+WAITING_SECONDS = 1.0
 
 
 @dataclass(eq=False, slots=True)
@@ -74,9 +77,18 @@ class Step:
         """Has the ranks run it. To be called before the tokens of the step before are read."""
         self._result = self._runner.start(self.plan, self._rows())
 
-    def wait(self) -> StepResult:
-        """What came of it, as soon as the ranks have reported. A wait that was interrupted may be taken up again."""
+    def wait(self, waiting: Callable[[], None] = lambda: None) -> StepResult:
+        """What came of it, as soon as the ranks have reported. A wait that was interrupted may be taken up again.
+
+        Args:
+            waiting: called every now and then meanwhile.
+        """
         assert self._result is not None
+        while not self._result.done():
+            try:
+                return self._result.result(WAITING_SECONDS)
+            except TimeoutError:
+                waiting()
         return self._result.result()
 
     def commit(self, result: StepResult, damaged: set[Page]) -> None:

@@ -41,6 +41,8 @@ if TYPE_CHECKING:  # it imports ray
 
 log = logging.getLogger(__name__)
 
+HANG_SECONDS = 60.0  # `EngineConfig.hang_timeout` unless it is given
+
 
 def launch(
     config: EngineConfig, check: Callable[[], None] = lambda: None, observer: StepObserver | None = None
@@ -96,7 +98,8 @@ def _launch_on_ray(
 
     group = RayGroup(config.tensor_parallel_size, config.ray_address, config.device, check, config.data_parallel_size)
     try:
-        return RayEngine(group, set_up(group, config, model, max_model_len), trace)
+        info = set_up(group, config, model, max_model_len)
+        return RayEngine(group, info, trace, HANG_SECONDS if config.hang_timeout is None else config.hang_timeout)
     except BaseException:
         group.close()
         raise

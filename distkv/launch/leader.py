@@ -1,5 +1,6 @@
 """What rank 0 of a Ray group runs: the engine loop, fed with requests over ZeroMQ."""
 
+import time
 from collections.abc import Callable
 
 import zmq
@@ -18,31 +19,61 @@ from distkv.engine.protocol import (
     Shutdown,
     Tokens,
     Traced,
+    Working,
     decode_command,
     encode,
 )
 from distkv.errors import CapacityError
 from distkv.metrics.ray_metrics import RayMetrics
 from distkv.metrics.step_trace import StepTrace
-from distkv.workers.group.executor import Executor
 from distkv.workers.group.log_lines import LogLine
+from distkv.workers.group.rank_executor import RankExecutor
 
 IDLE_POLL = 1000  # milliseconds
+TOLD_SECONDS = 1.0  # after which the owner is told that steps go on
 
 
 def lead(
-    executor: Executor, client: zmq.Socket, take_log: Callable[[], list[LogLine]], info: EngineInfo, traces: bool
+    executor: RankExecutor, client: zmq.Socket, take_log: Callable[[], list[LogLine]], info: EngineInfo, traces: bool
 ) -> None:
     """Serves the owner of the group on a PAIR socket until it sends Shutdown, which may have asked for a trace."""
     trace = StepTrace(lambda events: client.send(encode(Traced(events)))) if traces else None
+    sign = SignOfLife(client, executor.progress)
     try:
-        engine = Engine(info, executor, survives=False, observer=trace)
-        _serve(engine, client, take_log, RayMetrics(info, engine.meter))
+        engine = Engine(info, executor, survives=False, observer=trace, waiting=sign.waits)
+        _serve(engine, client, take_log, RayMetrics(info, engine.meter), sign)
     finally:
         client.send(encode(Logged(take_log())))
 
 
-def _serve(engine: Engine, client: zmq.Socket, take_log: Callable[[], list[LogLine]], metrics: RayMetrics) -> None:
+class SignOfLife:
+    """Tells the owner that the ranks go on while nothing comes of it, see `Watchdog`."""
+
+    def __init__(self, client: zmq.Socket, progress: Callable[[], int]):
+        """
+        Args:
+            progress: see `RankExecutor`.
+        """
+        self._client, self._progress = client, progress
+        self._seen = 0
+        self._told = time.monotonic()
+
+    def waits(self) -> None:
+        """A step takes long. That is told where its ranks get on with it."""
+        seen, self._seen = self._seen, self._progress()
+        if self._seen != seen:
+            self.goes_on()
+
+    def goes_on(self) -> None:
+        """A step has ended."""
+        if time.monotonic() - self._told >= TOLD_SECONDS:
+            self._client.send(encode(Working()))
+            self._told = time.monotonic()
+
+
+def _serve(
+    engine: Engine, client: zmq.Socket, take_log: Callable[[], list[LogLine]], metrics: RayMetrics, sign: SignOfLife
+) -> None:
     while True:
         if metrics.is_due:
             metrics.update(engine.stats())
@@ -66,5 +97,7 @@ def _serve(engine: Engine, client: zmq.Socket, take_log: Callable[[], list[LogLi
                     return
         if outputs := engine.step():
             client.send(encode(Tokens(outputs)))
+        elif engine.has_work:
+            sign.goes_on()
         if lines := take_log():
             client.send(encode(Logged(lines)))

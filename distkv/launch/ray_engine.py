@@ -1,6 +1,7 @@
 """An engine on a Ray cluster, as the process that owns it sees it."""
 
 import logging
+import math
 import time
 from collections import deque
 
@@ -22,12 +23,14 @@ from distkv.engine.protocol import (
     StepOutput,
     Tokens,
     Traced,
+    Working,
     decode_reply,
     encode,
 )
 from distkv.engine.stats import EngineStats
 from distkv.errors import CapacityError, DistKVError, StoreError
 from distkv.launch.leader import lead
+from distkv.launch.watchdog import Watchdog
 from distkv.metrics.trace_file import TraceFile
 from distkv.workers.group.log_lines import relay
 from distkv.workers.group.ray_group import RayGroup
@@ -46,12 +49,15 @@ Reply = Accepted | Refused | Tokens | EngineStats | Saving
 class RayEngine:
     """Owns the group of actors and speaks to its leader. An `EngineClient`."""
 
-    def __init__(self, group: RayGroup, info: EngineInfo, trace: TraceFile | None = None):
+    def __init__(
+        self, group: RayGroup, info: EngineInfo, trace: TraceFile | None = None, hang_timeout: float = math.inf
+    ):
         """Takes over a group whose pools are allocated and starts its engine; raises WorkerDied when a rank is lost,
         having released everything.
 
         Args:
             trace: gets what the ranks do, and is closed in the end.
+            hang_timeout: see `EngineConfig`.
         """
         self.info = info
         self._group, self._trace = group, trace
@@ -59,6 +65,7 @@ class RayEngine:
         self._unread: deque[list[StepOutput]] = deque()
         self._open = OpenAnswers()
         self._heard = 0.0  # monotonic time of the last message, or of the last look at the ranks
+        self._watchdog = Watchdog(math.inf)  # nobody knows how long compiling takes
         self._closed = False
         try:
             group.start(lead, info, trace is not None)
@@ -66,6 +73,7 @@ class RayEngine:
             self._socket.set_hwm(0)
             self._socket.connect(group.request_address)
             self.stats()  # the loops run
+            self._watchdog = Watchdog(hang_timeout)
         except BaseException:
             self._end()
             raise
@@ -190,6 +198,8 @@ class RayEngine:
     def _send(self, command: Add | Abort | GetStats | ResetPrefixCache | Shutdown) -> None:
         if self._closed:
             raise DistKVError("the engine has ended; make a new LLM")
+        if not self._open:
+            self._watchdog.begin()
         self._socket.send(encode(command))
 
     def _answer(self) -> Reply:
@@ -206,9 +216,12 @@ class RayEngine:
         a rank has ended, if it checks that. What ranks have logged is logged here."""
         while self._socket.poll(wait):
             self._heard = time.monotonic()
+            self._watchdog.heard()
             reply = decode_reply(self._socket.recv())
             if isinstance(reply, Logged):
                 relay(reply.lines)
+            elif isinstance(reply, Working):
+                continue
             elif isinstance(reply, Traced):
                 assert self._trace is not None
                 self._trace.write(reply.events)
@@ -222,9 +235,11 @@ class RayEngine:
         return None
 
     def _check(self) -> None:
-        """Raises WorkerDied when a rank has ended, having released everything."""
+        """Raises WorkerDied when a rank has ended or the ranks hang, having released everything."""
         try:
             self._group.check()
+            if self._watchdog.is_hung():
+                self._group.blame_for_hang(self._watchdog.silence)
         except Exception:
             self._end()
             raise

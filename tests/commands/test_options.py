@@ -19,6 +19,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "tensor_parallel_size": ("3", 3),
     "data_parallel_size": ("3", 3),
     "max_rank_failures": ("4", 4),
+    "hang_timeout": ("90.5", 90.5),
     "dtype": ("float16", "float16"),
     "max_model_len": ("100", 100),
     "max_num_seqs": ("5", 5),

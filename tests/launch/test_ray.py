@@ -385,6 +385,28 @@ def test_requests_outlive_their_engine(cluster: Cluster, tiny_model: Path) -> No
     check_nothing_is_left(cluster)
 
 
+@pytest.mark.parametrize("loop", ["follow", pytest.param("lead", marks=pytest.mark.slow)])
+def test_a_rank_that_is_stopped_is_replaced(
+    cluster: Cluster, tiny_model: Path, caplog: pytest.LogCaptureFixture, loop: str
+) -> None:
+    """Its process is there and does nothing any more."""
+    options: dict[str, Any] = {"tensor_parallel_size": 2, "ray_address": cluster.address, "device_kv_bytes": "4MiB"}
+    prompts = random_prompts(20, 30)
+    long = SamplingParams(temperature=1, seed=3, max_tokens=400, ignore_eos=True)
+    with LLM(tiny_model, **options, max_rank_failures=1, hang_timeout=2) as llm:
+        expected = llm.generate(prompts, long, use_tqdm=False)
+        streams = [llm.stream(prompt, long) for prompt in prompts]
+        for stream in streams:
+            next(stream)
+        [stopped] = rank_processes()[loop]
+        os.kill(stopped, signal.SIGSTOP)
+        for stream, whole in zip(streams, expected, strict=True):
+            assert list(stream)[-1].outputs == whole.outputs
+        assert f"its process {stopped} is stopped" in caplog.text
+        assert rank_processes()[loop] != [stopped]
+    check_nothing_is_left(cluster)
+
+
 def test_what_ranks_log_and_a_death_while_idle_reach_the_owner(
     cluster: Cluster, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -43,6 +43,7 @@ class ProcessGroup:
         self.size = size
         self.is_capturable = size == 1 or backend == "nccl"  # whether a CUDA graph may hold its collectives
         self._backend, self._in_order = backend, in_order
+        self.num_sums = 0  # that this rank has begun: it goes on as long as there are more of them
         self._shared: SharedMemory | None = None
         if size > 1:
             assert store is not None
@@ -53,6 +54,7 @@ class ProcessGroup:
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of x over the ranks, in place. On a CPU, and on CUDA where it was asked for, it is taken in fp32 in
         the order of the ranks, so that an element's bits do not depend on how many elements there are."""
+        self.num_sums += 1
         if self.size == 1 or not x.numel():
             return x
         if x.is_cuda and not self._in_order:

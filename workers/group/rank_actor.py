@@ -1,5 +1,6 @@
 """A rank in a Ray actor of its own."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,17 @@ class Addresses:
     plans: list[str]  # by each follower
 
 
+def process_states(pids: list[int]) -> list[str]:
+    """The states of processes of this node, each a letter as in `proc(5)`; "Z" of one that is gone."""
+    states = []
+    for pid in pids:
+        try:
+            states.append(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0])
+        except OSError:
+            states.append("Z")
+    return states
+
+
 class RankActor:
     """A rank in a process of its own."""
 
@@ -50,9 +62,9 @@ class RankActor:
         assert self._loaded is not None, "load comes first"
         return self._loaded
 
-    def node(self) -> tuple[str, int]:
-        """The id of the node this actor runs on, and the cores that it may use there."""
-        return ray.get_runtime_context().get_node_id(), usable_cores()
+    def node(self) -> tuple[str, int, int]:
+        """The id of the node this actor runs on, the cores that it may use there, and its process."""
+        return ray.get_runtime_context().get_node_id(), usable_cores(), os.getpid()
 
     def open(self, host: str, num_followers: int) -> Addresses:
         """On rank 0: binds the group's sockets."""

@@ -36,13 +36,16 @@ class RankExecutor:
         forward: Forward,
         warm_up: Callable[[], None] = lambda: None,
         take_scores: Callable[[], PromptScores | None] = lambda: None,
+        progress: Callable[[], int] = lambda: 0,
     ):
         """
         Args:
             take_scores: see `Rank.take_scores`.
+            progress: a number that rises while a plan runs; any thread may ask for it.
         """
         self.warm_up = warm_up
         self.forward = forward
+        self.progress = progress
         self._take_scores = take_scores
         self._sampled: SampledTokens | None = None  # by the last run with rows
 
@@ -60,7 +63,7 @@ class RankExecutor:
                 reported += followers.receive()
             return logits, reports.add(reported)
 
-        return cls(forward, rank.warm_up, rank.take_scores)
+        return cls(forward, rank.warm_up, rank.take_scores, lambda: rank.group.num_sums)
 
     def run(self, plan: StepPlan, rows: list[SampleRow]) -> StepResult:
         """See `Executor.run`."""

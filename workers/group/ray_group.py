@@ -16,12 +16,12 @@ from typing import Any, NoReturn
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from distkv.workers.cache_place import CachePlace
 from distkv.workers.errors import CapacityError, ConfigError, DistKVError, WorkerDied
 from distkv.workers.group.log_lines import relay
-from distkv.workers.group.rank_actor import LeaderMain, RankActor
+from distkv.workers.group.rank_actor import LeaderMain, RankActor, process_states
 from distkv.workers.group.ray_cluster import connect, disconnect
 from distkv.workers.group.ray_errors import TOKENS_DIFFER, cause_of, failure_of, tokens_differ
 from distkv.workers.kinds import KINDS
@@ -34,7 +34,10 @@ log = logging.getLogger(__name__)
 PLACEMENT_TIMEOUT = 60.0  # seconds to wait for resources that others hold
 PLACEMENT_REMARK = 10.0  # after which it is said that they are waited for
 CHECK_SECONDS = 1.0  # after which a wait looks whether it is still wanted
+STATES_TIMEOUT = 10.0  # seconds in which a node is to tell of its processes
+STOPPED = {"T": "is stopped (SIGSTOP)", "t": "is held by a debugger", "Z": "is gone"}  # by the letters of proc(5)
 DEATHS_SETTLE = 1.0  # seconds in which the first of several deaths is told from those that follow from it
+DEATH_TIMEOUT = 15.0  # seconds; Ray itself kills one after 5 that does not end
 # Variables of the caller's environment that reach the ranks.
 PASSED_ENVIRONMENT = ("HF_HOME", "TRITON_CACHE_DIR", "TMPDIR")
 PASSED_PREFIXES = ("NCCL_", "GLOO_")
@@ -47,6 +50,7 @@ class Node:
     node_id: str
     host: str
     num_cpus: int
+    pid: int
 
 
 class RayGroup:
@@ -81,7 +85,7 @@ class RayGroup:
             self.device = ("cuda" if total.get("GPU", 0) >= 1 else "cpu") if device == "auto" else device
             self._place()
             hosts = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-            self.nodes = [Node(node_id, hosts[node_id], num_cpus) for node_id, num_cpus in self._call("node")]
+            self.nodes = [Node(node_id, hosts[node_id], *process) for node_id, *process in self._call("node")]
             if len(per_node := self._ranks_per_node()) > 1:
                 places = ", ".join(f"{count} on {hosts[node_id]}" for node_id, count in per_node.items())
                 log.warning("no node has room for all %d ranks: %s", size, places)
@@ -142,6 +146,20 @@ class RayGroup:
         if ended:
             self._blame()
 
+    def blame_for_hang(self, seconds: float) -> NoReturn:
+        """Raises WorkerDied for the rank whose process does not run, or else for the first one. To be called when
+        nothing has come of the ranks for so many seconds."""
+        states = self._process_states()
+        rank = next((rank for rank, state in enumerate(states) if state in STOPPED), 0)
+        why = "no process is stopped, so a collective, a device or a file system is stuck"
+        if states[rank] in STOPPED:
+            why = f"its process {self.nodes[rank].pid} {STOPPED[states[rank]]}"
+        raise WorkerDied(
+            rank, self.nodes[rank].host,
+            f"nothing has come of the ranks for {seconds:.0f} s, which is hang_timeout and more beyond what they ever "
+            f"took, and {why}",
+        )  # fmt: skip
+
     def is_finished(self) -> bool:
         """Whether all ranks have left their loops, as they were asked to; what they have logged since is logged here
         then. Raises WorkerDied when one has failed instead. Returns at once."""
@@ -182,6 +200,23 @@ class RayGroup:
             failures, key=lambda rank: (failures[rank] is None, not isinstance(failures[rank], RayActorError), rank)
         )
         raise self._died(first, failures[first])
+
+    def _process_states(self) -> list[str]:
+        """Of each rank, as `process_states` has them; "" where its node does not tell."""
+        pids: dict[str, list[int]] = {}
+        for node in self.nodes:
+            pids.setdefault(node.node_id, []).append(node.pid)
+        told: dict[str, Any] = {}
+        for node_id, own in pids.items():
+            there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+            task = ray.remote(num_cpus=0, max_retries=0)(process_states).options(scheduling_strategy=there)
+            told[node_id] = task.remote(own)
+        ready, _ = ray.wait(list(told.values()), num_returns=len(told), timeout=STATES_TIMEOUT)
+        found: dict[tuple[str, int], str] = {}
+        for node_id, ref in told.items():
+            if ref in ready and failure_of(ref) is None:
+                found |= {(node_id, pid): state for pid, state in zip(pids[node_id], ray.get(ref), strict=True)}
+        return [found.get((node.node_id, node.pid), "") for node in self.nodes]
 
     def _relay_logs(self) -> None:
         for rank, lines in enumerate(self._call("take_log")):
@@ -277,7 +312,7 @@ def _await_deaths(actors: list[Any]) -> None:
     """Waits until killed actors are gone, so that nothing of a group outlives `close`."""
     for actor in actors:
         try:
-            ray.get(actor.node.remote(), timeout=5)
+            ray.get(actor.node.remote(), timeout=DEATH_TIMEOUT)
         except (RayError, GetTimeoutError):
             continue
 
