@@ -79,6 +79,12 @@ def _to_be_faster(request: PlanRequest, fit: Fit, decode: Cost | None) -> list[s
 def _to_know(request: PlanRequest, fit: Fit) -> list[str]:
     """What does not change the figures but whether they can be had."""
     config, found = request.model.config, []
+    nominal, usual = request.hardware.nominal_bytes, fit.usual_requests
+    if nominal is not None and usual is not None and fit.running < min(usual, request.concurrency):
+        found.append(
+            f"Commonly {usual} are said to fit: {shown_bytes(nominal)} less the weights, over the KV of one request; "
+            f"distkv takes {request.gpu_memory_utilization:g} of what CUDA reports, less the workspace, in whole pages."
+        )
     if request.context > config.most_positions:
         found.append(f"{request.model.name} was made for {config.most_positions} positions; the engine refuses more.")
     held = sum(one.num_kv_heads for one in fit.ranks)
