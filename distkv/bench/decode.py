@@ -1,19 +1,16 @@
-"""`distkv bench decode`: prefill rate and decode latency of one request, alone or beside a peer engine, in turns."""
+"""`distkv bench decode`: prefill rate and decode latency of one request. `distkv bench peers` has the same beside other
+engines."""
 
 import random
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from functools import partial
-from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
-from distkv.bench.harness import Bench, Figure, Row
+from distkv.bench.harness import Bench, Figure
 from distkv.bench.options import BenchOptions
 from distkv.errors import ConfigError, DistKVError
 from distkv.llm import LLM
@@ -25,25 +22,17 @@ Runner = Callable[[list[int], int], tuple[float, float]]
 """`(prompt, new tokens) -> (seconds to the first token, seconds per further token)`."""
 COLUMNS = [
     Column("context", "context"),
-    Column("engine", "engine"),
     Column("prefill tokens/s", "prefill_tokens_per_s", form=".0f"),
     Column("decode ms/token", "decode_ms_per_token", form=".2f"),
-    Column("prefill vs peer", "prefill_vs_peer", form=".2f", ending="x"),
-    Column("decode vs peer", "decode_vs_peer", form=".2f", ending="x"),
 ]
 
 
 def run(
-    model: Path, peer: str | None, contexts: list[int], new_tokens: int, dtype: str, num_threads: int | None,
-    trace: str | Path | None, options: BenchOptions,
+    model: Path, contexts: list[int], new_tokens: int, dtype: str, num_threads: int | None, trace: str | Path | None,
+    options: BenchOptions,
 ) -> None:  # fmt: skip
     """Measures and prints a table; see `distkv bench decode --help`."""
-    if peer not in (None, "hf"):
-        raise ConfigError(f"peer {peer!r} is not known; use hf")
-    bench = Bench(
-        "decode", options, num_threads, model=model.name, dtype=dtype, new_tokens=new_tokens,
-        transformers=version("transformers"),
-    )  # fmt: skip
+    bench = Bench("decode", options, num_threads, model=model.name, dtype=dtype, new_tokens=new_tokens)
     # every turn has the same prompt, so pages that are kept would spare all but the first one their prefill
     with LLM(
         model,
@@ -55,14 +44,12 @@ def run(
         trace=trace,
     ) as llm:
         _check_contexts(contexts, new_tokens, llm.info.max_model_len)
-        runners: dict[str, Runner] = {"distkv": distkv_runner(llm)}
-        with _Peer(model, dtype, torch.get_num_threads()) if peer == "hf" else nullcontext() as transformers, bench:
-            if transformers is not None:
-                runners["transformers"] = transformers
+        runner = distkv_runner(llm)
+        with bench:
             for context in dict.fromkeys(contexts):
                 rng = random.Random(context)
                 prompt = [rng.randrange(10, llm.info.vocab_size) for _ in range(context)]
-                _measure(bench, runners, prompt, new_tokens)
+                _measure(bench, runner, prompt, new_tokens)
             bench.table(COLUMNS)
 
 
@@ -75,25 +62,19 @@ def _check_contexts(contexts: list[int], new_tokens: int, positions: int) -> Non
             )
 
 
-def _measure(bench: Bench, runners: dict[str, Runner], prompt: list[int], new_tokens: int) -> None:
-    """Adds a row for each engine, and what distkv's figures are beside those of its peer."""
-    works = {name: partial(runner, prompt, new_tokens) for name, runner in runners.items()}
-    rows: list[Row] = []
-    for name, pairs in bench.in_turns(works, f"context {len(prompt)}").items():
-        prefill, decode = (Figure.of(times) for times in zip(*pairs, strict=True))
-        rows.append(
-            {
-                "engine": name,
-                "context": len(prompt),
-                "prefill_tokens_per_s": prefill.rate(len(prompt)),
-                "decode_ms_per_token": decode.scaled(1e3),
-            }
-        )
-    for peer in rows[1:]:
-        rows[0]["prefill_vs_peer"] = rows[0]["prefill_tokens_per_s"].median / peer["prefill_tokens_per_s"].median
-        rows[0]["decode_vs_peer"] = peer["decode_ms_per_token"].median / rows[0]["decode_ms_per_token"].median
-    for row in rows:
-        bench.add(row)
+def _measure(bench: Bench, runner: Runner, prompt: list[int], new_tokens: int) -> None:
+    """Adds a row."""
+    works = {"distkv": partial(runner, prompt, new_tokens)}
+    [pairs] = bench.in_turns(works, f"context {len(prompt)}").values()
+    prefill, decode = (Figure.of(times) for times in zip(*pairs, strict=True))
+    bench.add(
+        {
+            "engine": "distkv",
+            "context": len(prompt),
+            "prefill_tokens_per_s": prefill.rate(len(prompt)),
+            "decode_ms_per_token": decode.scaled(1e3),
+        }
+    )
 
 
 def distkv_runner(llm: LLM) -> Runner:
@@ -115,41 +96,6 @@ def distkv_runner(llm: LLM) -> Runner:
         return times[1] - times[0], (times[-1] - times[1]) / new_tokens
 
     return runner
-
-
-class _Peer:
-    """A `Runner`, transformers in a process of its own: in one process with another engine the threads of both would
-    sleep between two operations, see `release_threads`."""
-
-    _runner: Runner  # of the process
-
-    def __init__(self, model: Path, dtype: str, num_threads: int):
-        options = model, dtype, num_threads
-        self._process = ProcessPoolExecutor(1, get_context("spawn"), initializer=_Peer._load, initargs=options)
-
-    @classmethod
-    def _load(cls, model: Path, dtype: str, num_threads: int) -> None:
-        from transformers import AutoModelForCausalLM
-
-        torch.set_num_threads(num_threads)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        network = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, local_files_only=True, trust_remote_code=False
-        )
-        cls._runner = staticmethod(transformers_runner(network.eval().to(device)))
-
-    @classmethod
-    def _run(cls, prompt: list[int], new_tokens: int) -> tuple[float, float]:
-        return cls._runner(prompt, new_tokens)
-
-    def __call__(self, prompt: list[int], new_tokens: int) -> tuple[float, float]:
-        return self._process.submit(_Peer._run, prompt, new_tokens).result()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.shutdown()
 
 
 def transformers_runner(network: Any, new_cache: Callable[[], Any] = lambda: None) -> Runner:

@@ -8,6 +8,7 @@ import typer
 from distkv.bench.options import BenchOptions
 from distkv.commands.options import Model, engine, measuring, model_folder, path_option, sized, spread
 from distkv.config import EngineOptions
+from distkv.option_checks import parse_bytes
 
 bench = typer.Typer(help="Measure on this machine.")
 
@@ -17,7 +18,6 @@ bench = typer.Typer(help="Measure on this machine.")
 def bench_decode(
     *,
     model: Model = "smollm2",
-    peer: Annotated[str | None, typer.Option(help="Engine to compare with, in turns: hf (transformers).")] = None,
     context: Annotated[list[int], typer.Option(help="Context in tokens; may be given again.")] = sized(
         [128, 1024, 4096], [128, 1024]
     ),
@@ -29,8 +29,7 @@ def bench_decode(
     from distkv.bench.decode import run
 
     run(
-        model_folder(model), peer, context, new_tokens, options["dtype"], options["num_threads"], options["trace"],
-        measured,
+        model_folder(model), context, new_tokens, options["dtype"], options["num_threads"], options["trace"], measured,
     )  # fmt: skip
 
 
@@ -211,3 +210,53 @@ def bench_gpu(
     usual = (QUICK_WINDOW, QUICK_CONTEXTS) if measured.quick else (WINDOW, CONTEXTS)
     sizes = Sizes(window or usual[0], tuple(context or usual[1]), layers, new_tokens)
     run(only, sizes, measured)
+
+
+@bench.command("peers")
+@spread
+def bench_peers(
+    *,
+    model: Model = "smollm2",
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=PYTHON]",
+            help="Engine to compare with: vllm, vllm-eager (not compiled) or hf (transformers), and the Python it is "
+            "installed for unless that is this one; may be given again.",
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Part to measure: single, mixed or http; may be given again.")
+    ] = None,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Tokens of a single prompt (128, 1024, 4096, 8000; 128, 1024 with --quick); may be given again.", min=1
+        ),
+    ] = None,
+    streams: Annotated[
+        list[int] | None,
+        typer.Option(help="Streams at a time over HTTP (1, 8, 32; 1, 8 with --quick); may be given again.", min=1),
+    ] = None,
+    time_limit: Annotated[float, typer.Option(help="Seconds that a start or a turn may take.", min=1)] = 600,
+    out: Annotated[Path | None, path_option(help="Folder for peers.json, .md, .png and the engines' logs.")] = None,
+    options: Annotated[
+        EngineOptions,
+        engine("dtype", "num_threads", "device_kv_bytes", dtype="bfloat16", device_kv_bytes="2GiB"),
+    ],
+    measured: Annotated[BenchOptions, measuring()],
+) -> None:
+    """The same work on distkv and on other engines, in turns: one request, many, and through HTTP servers.
+
+    A peer that is missing or fails is left out, and the report says why.
+    """
+    from distkv.bench.parts import check_effect
+    from distkv.bench.peers.compare import run
+    from distkv.bench.peers.workloads import sizes
+
+    for name, value in (("context", (context, "single")), ("streams", (streams, "http"))):
+        check_effect({name: value}, only or [])
+    run(
+        model_folder(model), peer or [], only or [], sizes(measured.quick, context, streams), options["dtype"],
+        parse_bytes("--device-kv-bytes", options["device_kv_bytes"]), options["num_threads"], time_limit, out, measured,
+    )  # fmt: skip
