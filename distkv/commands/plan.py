@@ -3,7 +3,7 @@
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,7 +12,13 @@ from distkv.errors import ConfigError
 from distkv.option_checks import parse_bytes
 from distkv.server.options import ServerOptions
 
+if TYPE_CHECKING:
+    from distkv.planner.options import PlanOptions
+
 SERVER_FIELDS = ("host", "port", "api_key", "uvicorn_log_level")
+
+SERVER_FLAGS = {f"--{name.replace('_', '-')}" for name in SERVER_FIELDS}
+TABLE_FLAGS = {"--solve", "--ms-per-token", "--price-per-hour", "--kinds", "--guess", "--json", "--plot"}
 
 ServerFlags = Annotated[ServerOptions, Fields(ServerOptions, SERVER_FIELDS, {})]
 
@@ -75,21 +81,13 @@ def plan(
     server: ServerFlags,
 ) -> None:
     """What a model's KV cache takes, what fits on which GPUs, and what a token costs then; runs nothing."""
-    server_flags = {f"--{name.replace('_', '-')}" for name in SERVER_FIELDS}
     if serve:
-        _refuse(
-            _given(call) - server_flags - {"--serve"},
-            "has no effect with --serve, whose page has controls for it; leave it out",
-        )
-        _serve(model, server)
-        return
-    _refuse(_given(call) & server_flags, "has an effect with --serve alone; add that, or leave it out")
-    if model is None:
-        raise ConfigError("no model is given; name one, such as llama-3.1-8b, or give --serve for a page to plan with")
-    from rich.console import Console
-
-    from distkv.planner.command import run
-    from distkv.planner.options import PlanOptions
+        _refuse(_given(call) & TABLE_FLAGS, "is for tables, and --serve for a page; leave one of them out")
+    else:
+        _refuse(_given(call) & SERVER_FLAGS, "has an effect with --serve alone; add that, or leave it out")
+        if model is None:
+            raise ConfigError("no model is given; name one, such as llama-3.1-8b, or --serve a page to plan with")
+    from distkv.planner.options import DEFAULT_MODEL, PlanOptions
 
     fields = {
         "dtype": dtype, "kv_dtype": kv_dtype, "device_kv_bytes": device_kv_bytes, "host_kv_bytes": host_kv_bytes,
@@ -97,7 +95,7 @@ def plan(
         "gpu_memory_utilization": gpu_memory_utilization,
     }  # fmt: skip
     options = PlanOptions(
-        model=model,
+        model=DEFAULT_MODEL if model is None else model,
         context=context,
         concurrency=concurrency,
         gpu=gpu,
@@ -112,19 +110,29 @@ def plan(
         plot_file=plot_file,
         request={name: value for name, value in fields.items() if value is not None},
     )
+    if serve:
+        _serve(options, server)
+    else:
+        _show(options)
+
+
+def _show(options: "PlanOptions") -> None:
+    from rich.console import Console
+
+    from distkv.planner.command import run
+
     run(Console(highlight=False), options)
 
 
-def _serve(model: str | None, options: ServerOptions) -> None:
+def _serve(options: "PlanOptions", server: ServerOptions) -> None:
     from distkv.planner.model_shape import find_model
-    from distkv.server.plans import OwnModel
+    from distkv.server.plans import PlanStart
     from distkv.server.serve_planner import serve_planner
 
-    shape = None if model is None else find_model(model)
-    own = None if shape is None else OwnModel(shape.name, shape, is_served=False)
-    stdout = sys.stdout
+    model, stdout = find_model(options.model), sys.stdout
+    start = PlanStart(options.page_start() | {"model": model.name}, model)
     with redirect_stdout(sys.stderr):  # uvicorn logs requests there
-        serve_planner(own, options, lambda url: print(f"distkv plans at {url}/plan", file=stdout, flush=True))
+        serve_planner(start, server, lambda url: print(f"distkv plans at {url}/plan", file=stdout, flush=True))
 
 
 def _given(call: typer.Context) -> set[str]:

@@ -17,6 +17,7 @@ from distkv.values import shown
 
 MOST_PLANS = 200  # that are shown
 DEFAULT_GPU = "h100"
+DEFAULT_MODEL = "llama-3.1-8b"  # of a page that is given none
 SOLVE_SIZES = "1,2,4,8"
 
 
@@ -78,6 +79,19 @@ class PlanOptions:
             find_model(self.model), self.hardware()[0], tensor_parallel_size=self.sizes("1")[0],
             context=self.contexts()[0], concurrency=self.loads()[0], **self.request,
         )  # fmt: skip
+
+    def page_start(self) -> dict[str, Any]:
+        """The same as the fields of `POST /plan`, for a page to begin with. Raises ConfigError for lists of more than
+        one."""
+        request = self.only_request("--serve")
+        for name, values in (("--gpu", self.gpu or ()), ("--gpus", self.sizes("1"))):
+            if len(values) > 1:
+                raise ConfigError(f"--serve takes one {name}, and {len(values)} are given")
+        fields = {
+            "gpu": (self.gpu or [DEFAULT_GPU])[0], "disk_bandwidth": self.disk_bandwidth, "context": request.context,
+            "tensor_parallel_size": request.tensor_parallel_size, "concurrency": request.concurrency,
+        }  # fmt: skip
+        return {**self.request, **{name: value for name, value in fields.items() if value is not None}}
 
     def hardware(self, default: tuple[str, ...] = (DEFAULT_GPU,)) -> list[Hardware]:
         """What is planned for, each once."""

@@ -1,4 +1,4 @@
-"""The loaded model as plans begin with it."""
+"""The loaded model and its options, as plans begin with them."""
 
 from functools import partial
 
@@ -6,29 +6,29 @@ from fastapi import APIRouter
 
 from distkv.planner.model_shape import find_model
 from distkv.planner.units import option_bytes
-from distkv.server.plans import OwnModel, plan_routes
+from distkv.server.plans import PlanStart, plan_routes
 from distkv.server.service import Service
 
 
 def own_plan_routes(service: Service) -> APIRouter:
     """The routes of the planner for a server that has a model, or is loading it."""
-    return plan_routes(partial(_own_model, service))
+    return plan_routes(partial(_own_start, service))
 
 
-def _own_model(service: Service) -> OwnModel | None:
-    """None while it is being loaded."""
+def _own_start(service: Service) -> PlanStart:
     if not service.is_loaded:
-        return None
+        return PlanStart()
     config, info = service.llm.config, service.llm.info
-    _, host, disk = info.tier_bytes
-    start = {
+    _, host, disk = info.tier_bytes  # where the options do not say
+    fields = {
+        "model": service.names[0],
         "tensor_parallel_size": config.tensor_parallel_size,
         "dtype": config.dtype,
         "context": info.max_model_len,
-        "host_kv_bytes": option_bytes(host),
-        "disk_kv_bytes": option_bytes(disk),
+        "host_kv_bytes": option_bytes(int(config.host_kv_bytes or host)),
+        "disk_kv_bytes": option_bytes(int(config.disk_kv_bytes or disk)),
         "page_size": info.page_size,
         "max_num_seqs": info.max_num_seqs,
         "max_num_batched_tokens": info.max_num_batched_tokens,
     }
-    return OwnModel(service.names[0], find_model(info.model), is_served=True, start=start)
+    return PlanStart(fields, find_model(info.model), is_served=True)

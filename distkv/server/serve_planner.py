@@ -13,21 +13,21 @@ from distkv.server.http_server import HttpServer
 from distkv.server.listening import listen, warn_if_open
 from distkv.server.options import ServerOptions
 from distkv.server.page_files import page_file_routes
-from distkv.server.plans import OwnModel, plan_routes
+from distkv.server.plans import PlanStart, plan_routes
 
 
-def serve_planner(own_model: OwnModel | None, options: ServerOptions, ready: Callable[[str], None]) -> None:
+def serve_planner(start: PlanStart, options: ServerOptions, ready: Callable[[str], None]) -> None:
     """Serves the planner until SIGTERM or SIGINT.
 
     Args:
-        own_model: with which the page begins.
+        start: with which the page begins.
         ready: called with the server's URL as soon as it is listened on.
 
     Raises ConfigError for an address that cannot be listened on, KeyboardInterrupt after SIGINT.
     """
     with closing(listen(options.host, options.port)) as listener:
         host, port = listener.getsockname()[:2]
-        server = HttpServer(make_planner_app(own_model, options), options)
+        server = HttpServer(make_planner_app(start, options), options)
         with server.handling_signals():
             warn_if_open(host, options.api_key)
             ready(http_url(host, port))
@@ -36,9 +36,9 @@ def serve_planner(own_model: OwnModel | None, options: ServerOptions, ready: Cal
         raise KeyboardInterrupt
 
 
-def make_planner_app(own_model: OwnModel | None, options: ServerOptions) -> FastAPI:
+def make_planner_app(start: PlanStart, options: ServerOptions) -> FastAPI:
     """The planner as an ASGI application."""
-    return guarded_app([_own_routes(), plan_routes(lambda: own_model), page_file_routes()], options)
+    return guarded_app([_own_routes(), plan_routes(lambda: start), page_file_routes()], options)
 
 
 def _own_routes() -> APIRouter:

@@ -25,9 +25,10 @@ ASKED = {"model": "llama-3-8b", "gpu": "a100"}
 
 
 @pytest.fixture(scope="module")
-def planner() -> Iterator[PlannerProcess]:
-    """A server without a model, which wants a key."""
-    with PlannerProcess(env=os.environ | {"DISTKV_API_KEY": KEY}) as server:
+def planner(talker: Path) -> Iterator[PlannerProcess]:
+    """A server without a model, which wants a key and is told what to begin with."""
+    flags = "--gpus", "2", "--context", "16k", "--host-memory", "1GiB"
+    with PlannerProcess(str(talker), *flags, env=os.environ | {"DISTKV_API_KEY": KEY}) as server:
         yield server
 
 
@@ -47,7 +48,7 @@ def test_a_plan_is_the_planners(planner: PlannerProcess) -> None:
     assert planner.post("/plan", body, headers={"x-api-key": KEY}).json() == json.loads(json.dumps(expected))
 
 
-def test_a_planner_has_what_other_servers_have(planner: PlannerProcess) -> None:
+def test_a_planner_has_what_other_servers_have(planner: PlannerProcess, talker: Path) -> None:
     assert planner.get("/health").status_code == 200
     for path in ("/", "/plan", "/plan/choices", "/page/plan.js"):
         assert planner.get(path).status_code == 401
@@ -58,6 +59,8 @@ def test_a_planner_has_what_other_servers_have(planner: PlannerProcess) -> None:
         assert not choices["has_chat"] and not any(model["is_served"] for model in choices["models"])
         start = choices["start"]
         assert choices["defaults"]["page_size"] == PlanRequest.page_size
+        expected = {"model": talker.name, "context": "16k", "host_kv_bytes": "1GiB", "tensor_parallel_size": 2}
+        assert start | expected == start
         assert client.post("/plan", json=start).json()["fits"]
         for one in choices["models"]:
             assert client.post("/plan", json=start | {"model": one["name"]}).status_code == 200
@@ -128,8 +131,9 @@ def test_a_server_begins_with_its_model(server: ServerProcess, talker: Path) -> 
     [
         ([], "no model is given"),
         (["tiny", "--port", "80"], "--port has an effect with --serve alone"),
-        (["--serve", "--json", "a.json"], "--json has no effect with --serve"),
-        (["--serve", "--gpus", "4"], "--gpus has no effect with --serve"),
+        (["--serve", "--json", "a.json"], "--json is for tables"),
+        (["--serve", "--gpus", "4,8"], "--serve takes one --gpus"),
+        (["--serve", "--gpu", "nothing"], "GPU 'nothing' is not known"),
         (["--serve", "--host", "192.0.2.1"], "cannot be listened on"),
         (["nothing", "--serve"], "known by name"),
     ],

@@ -3,8 +3,6 @@
 import { element } from "./elements.js";
 import { readBytes, readTokens } from "./units.js";
 
-const GIB = ["GiB", 1], TIB = ["TiB", 1024];
-
 // 1, 2, 3, 4, 6, 8, 12, ... up to a number
 function steps(most) {
   const found = [1];
@@ -12,11 +10,12 @@ function steps(most) {
   return found;
 }
 
-function sizes([first, last]) {
-  return steps(last).filter((size) => size >= first).map((gib) => {
-    const [unit, size] = gib >= 1024 ? TIB : GIB;
-    return `${gib / size}${unit}`;
-  });
+// of bytes, from so many GiB to so many
+function sizes(first, last) {
+  return ["0", ...steps(last / first).map((size) => {
+    const gib = size * first;
+    return gib < 1 ? `${gib * 1024}MiB` : gib < 1024 ? `${gib}GiB` : `${gib / 1024}TiB`;
+  })];
 }
 
 const CONTEXTS = steps(4096).map((size) => (size < 1024 ? `${size}k` : `${size / 1024}M`));
@@ -29,8 +28,8 @@ export const FIELDS = [
   { name: "context", label: "Context, tokens of a request", read: readTokens, ladder: () => CONTEXTS },
   { name: "concurrency", label: "Requests at a time", whole: true, read: Number, ladder: () => steps(2048).map(String) },
   { name: "kv_dtype", label: "KV dtype", options: (choices) => choices.kv_dtypes.map(dtypeOption("the model's")) },
-  { name: "host_kv_bytes", label: "Host memory for KV", read: readBytes, ladder: () => ["0", ...sizes([8, 8192])] },
-  { name: "disk_kv_bytes", label: "Disk for KV", read: readBytes, ladder: () => ["0", ...sizes([64, 131072])] },
+  { name: "host_kv_bytes", label: "Host memory for KV", read: readBytes, ladder: () => sizes(1 / 16, 8192) },
+  { name: "disk_kv_bytes", label: "Disk for KV", read: readBytes, ladder: () => sizes(1, 131072) },
 ];
 export const MORE = [
   { name: "dtype", label: "Model dtype", options: (choices) => choices.dtypes.map(dtypeOption("the checkpoint's")) },

@@ -120,7 +120,9 @@ function tierBar({ title, parts, lacking, tier }) {
 }
 
 function showCosts({ decode, hardware }) {
-  $("costs-note").textContent = !decode ? "" : hardware.is_cpu ? "cold pages are copied in turn, so that their times add up" : "what overlaps does not add up";
+  $("costs-note").textContent = !decode ? "" : hardware.is_cpu
+    ? "the longer of memory (weights and KV) and arithmetic; the rest comes on top"
+    : "the longest of memory (weights and KV), arithmetic, link and disk; links between ranks come on top";
   const parts = decode ? Object.entries(decode.parts).filter(([, seconds]) => seconds > 0) : [];
   const most = Math.max(...parts.map(([, seconds]) => seconds));
   $("costs").replaceChildren(...parts.map(([name, seconds]) => {
