@@ -18,6 +18,7 @@ from distkv.engine.client import EngineClient
 from distkv.engine.protocol import EngineRequest
 from distkv.errors import DistKVError
 from distkv.launch.launch import launch
+from distkv.planner.model_shape import ModelShape
 from distkv.sampling_params import MAX_LOGPROBS, SamplingParams
 from distkv.storage.dtypes import ITEM_BYTES, torch_dtype
 from distkv.storage.page_spec import PageSpec
@@ -212,9 +213,7 @@ def residency_rows(shape: Shape, context: int, new_tokens: int) -> list[dict[str
 
 def weight_bytes(model: ModelConfig, itemsize: int) -> int:
     """The bytes of all weights that a token's step reads: everything but the embedding, of which it is one row."""
-    heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
-    layer = model.hidden_size * (heads * model.head_dim + 3 * model.intermediate_size + 2)
-    return (model.num_hidden_layers * layer + model.hidden_size * (model.vocab_size + 1)) * itemsize
+    return ModelShape("the model", model).rank_parameters(0, 1).read_per_step * itemsize
 
 
 def _run(

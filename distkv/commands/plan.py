@@ -37,7 +37,7 @@ def plan(
     concurrency: Annotated[str, typer.Option(help="Requests at a time, such as 1,8,32.")] = "1",
     gpu: Annotated[
         list[str] | None,
-        typer.Option(help="Such as h100, or memory=48GiB,bandwidth=900GB,matrix=200T,link=32GB; may be given again."),
+        typer.Option(metavar="<gpu>", help="h100, say, or figures by hand (docs/planning.md); may be given again."),
     ] = None,
     gpus: Annotated[
         str | None,
@@ -67,7 +67,8 @@ def plan(
     ] = False,
     ms_per_token: Annotated[float | None, typer.Option(help="With --solve, the most that a step may take.")] = None,
     price_per_hour: Annotated[
-        list[str] | None, typer.Option(help="With --solve, of a GPU, such as h100=2.99; may be given again.")
+        list[str] | None,
+        typer.Option(metavar="<price>", help="With --solve, such as h100=2.99; may be given again."),
     ] = None,
     kinds: Annotated[bool, typer.Option("--kinds", help="Compare MHA, GQA and MQA for this shape.")] = False,
     guess: Annotated[

@@ -8,8 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from distkv.errors import ConfigError
-
-LLAMA_3 = {"rope_theta": 500000.0, "rms_norm_eps": 1e-5, "vocab_size": 128256, "max_position_embeddings": 8192}
+from distkv.models.published import PUBLISHED
 
 SHAPES: dict[str, dict[str, Any]] = {
     # 512 bytes of KV per token, so that a million tokens fit anywhere
@@ -22,21 +21,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8,
         "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 4096,
     },
-    # 32 KiB of KV per token
-    "llama-3.2-1b": {
-        **LLAMA_3, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
-    },
-    # 128 KiB of KV per token
-    "llama-3-8b": {
-        **LLAMA_3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    # 320 KiB of KV per token
-    "llama-3-70b": {
-        **LLAMA_3, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
+    # 32, 128 and 320 KiB of KV per token
+    **{name: PUBLISHED[name] for name in ("llama-3.2-1b", "llama-3-8b", "llama-3-70b")},
 }  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def _to_fit(request: PlanRequest, fit: Fit) -> list[str]:
     if not cures:
         cures.append("lower --concurrency")
     some = f"{fit.running} of {request.concurrency} requests run at a time"
-    return [f"{some if fit.most_requests else 'No request fits'}: {', or '.join(cures)}."]
+    return [f"{some if fit.most_requests else 'No request fits'} for want of {fit.limit}: {', or '.join(cures)}."]
 
 
 def _what_is_full(fit: Fit) -> str:

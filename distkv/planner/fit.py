@@ -20,6 +20,7 @@ from distkv.workers.sizes import Capacity, PoolSizes, host_kv_bytes, ring_bytes
 
 CONTEXT_BYTES = 2**29  # assumed: CUDA's own, its libraries' and the captured graphs'
 GROUP_BYTES = 2**29  # assumed: of what carries tensors between ranks
+STATE_BYTES = 2**26  # see `CudaShape.streaming_bytes`
 LOGIT_COPIES = 4  # of fp32 logits while tokens are drawn: as they are, edited, sorted and summed up
 
 
@@ -64,6 +65,13 @@ class Fit:
     running: int  # of those that are asked for
     usual_requests: int | None  # by the usual arithmetic, (memory of the data sheet - weights) / KV
     refusal: str | None  # what the engine would say to these sizes, where it would not start
+
+    @property
+    def limit(self) -> str:
+        """What keeps more requests from running: the memory of the last tier that there is, or of the devices, without
+        which nothing runs."""
+        last = next((tier for tier in self.tiers[::-1] if tier.pages), self.tiers[0])
+        return {"device": "device memory", "host": "host memory", "disk": "room on disk"}[last.name]
 
     @property
     def tokens(self) -> int:
@@ -159,13 +167,14 @@ def _rank_memory(request: PlanRequest, config: EngineConfig, rank: int, spec: Pa
 
 def _workspace_bytes(request: PlanRequest, shard: Shard) -> int:
     """An estimate of what the largest step needs beside the weights: the hidden states, what attention or the MLP makes
-    of them, whichever is more, and the logits."""
+    of them, whichever is more, the logits, and what attention over streamed pages keeps between them."""
     config, item = request.model.config, request.item_bytes
     heads, columns = shard.num_query_heads, shard.mlp[1] - shard.mlp[0]
     attention = (2 * heads + 2 * shard.num_kv_heads) * config.head_dim
     step = request.max_num_batched_tokens * item * (3 * config.hidden_size + max(attention, 3 * columns))
     logits = request.num_seqs * config.vocab_size * 4 * LOGIT_COPIES if shard.rank == 0 else 0
-    return step + logits
+    states = STATE_BYTES + request.max_num_batched_tokens * heads * (config.head_dim + 2) * 4
+    return step + logits + states
 
 
 def _given(request: PlanRequest, pages: int, room: int) -> int:

@@ -33,13 +33,9 @@ class Plan:
 
     @property
     def capacity_limit(self) -> str:
-        """What bounds how many requests run: the memory of the tiers, or an option."""
-        fit = self.fit
-        if not fit.tiers[0].pages:
-            return "device memory"
-        if self.request.num_seqs < min(fit.most_requests, self.request.concurrency):
-            return "max_num_seqs"
-        return next(f"{tier.name} memory" if tier.name != "disk" else "disk" for tier in fit.tiers[::-1] if tier.pages)
+        """What keeps more requests from running: an option, or the memory of a tier."""
+        most = min(self.fit.most_requests, self.request.concurrency)
+        return "max_num_seqs" if self.request.num_seqs < most else self.fit.limit
 
     @property
     def command(self) -> str:

@@ -16,6 +16,8 @@ BOUND = (
     "context. docs/planning.md has the formulas."
 )
 
+MOST_ADVICE = 8  # sentences for a kind of hardware
+
 
 def print_plans(console: Console, plans: list[Plan]) -> None:
     """All plans of one model: a group of tables for each kind of hardware."""
@@ -34,14 +36,16 @@ def print_plans(console: Console, plans: list[Plan]) -> None:
 
 
 def print_advice(console: Console, plans: list[Plan]) -> None:
-    """What to change, each sentence once, after the first plan that it is about."""
-    said: set[str] = set()
+    """What to change: all that there is to say of one plan, or the most pressing of each, once."""
+    first: dict[str, Plan] = {}
     for plan in plans:
-        for sentence in plan.advice:
-            if sentence not in said:
-                said.add(sentence)
-                where = f"{_context(plan)} on {_ranks(plan)}, {plan.request.concurrency} at a time: "
-                console.print(f"- {where if len(plans) > 1 else ''}{sentence}", soft_wrap=True)
+        for sentence in plan.advice if len(plans) == 1 else plan.advice[:1]:
+            first.setdefault(sentence, plan)
+    for sentence, plan in list(first.items())[:MOST_ADVICE]:
+        where = f"{_context(plan)} on {_ranks(plan)}, {plan.request.concurrency} at a time: "
+        console.print(f"- {where if len(plans) > 1 else ''}{sentence}", soft_wrap=True)
+    if len(first) > MOST_ADVICE:
+        console.print(f"- and {len(first) - MOST_ADVICE} more, which --json has.", soft_wrap=True)
 
 
 def right_table(title: str, columns: Iterable[str], last_left: bool = False) -> Table:

@@ -94,6 +94,16 @@ def test_what_cannot_be_planned(options: dict[str, Any], message: str) -> None:
         plan(**options)
 
 
+def test_what_keeps_more_from_running_is_named() -> None:
+    for options, limit in (
+        ({"concurrency": 8}, "device memory"), ({"concurrency": 20, "host_kv_bytes": 2**37}, "host memory"),
+        ({"concurrency": 99, "host_kv_bytes": 2**37, "disk_kv_bytes": 2**38}, "room on disk"),
+        ({"concurrency": 3, "max_num_seqs": 2}, "max_num_seqs"),
+    ):  # fmt: skip
+        found = plan(context=2**17, **options)
+        assert not found.fits and found.capacity_limit == limit and limit in found.advice[0]
+
+
 @pytest.mark.parametrize("field", ["memory_bandwidth", "host_link", "matrix_rate", "memory_bytes"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0, -1, True, "fast"])
 def test_hardware_of_nonsense_is_refused(field: str, value: Any) -> None:
