@@ -122,6 +122,36 @@ def bench_scheduler(
         raise typer.Exit(1)
 
 
+@bench.command("paging")
+@spread
+def bench_paging(
+    *,
+    model: Model = "smollm2",
+    num_requests: Annotated[int, typer.Option(help="Requests, all submitted at once.", min=1)] = sized(64, 32),
+    max_model_len: Annotated[
+        int, typer.Option(help="Most tokens of a request; lengths are in proportion to it.", min=64)
+    ] = sized(2048, 1024),
+    reservations: Annotated[
+        list[int],
+        typer.Option(help="KV memory, in requests of this length that it holds; may be given again.", min=1),
+    ] = sized([2, 4], [2]),
+    seed: Annotated[int, typer.Option(help="Of the lengths.")] = 0,
+    options: Annotated[EngineOptions, engine("dtype", "page_size", "num_threads", dtype="bfloat16", page_size=16)],
+    plot_file: Annotated[Path | None, path_option("--plot", help="Also draw what runs over time here, a .png.")] = None,
+    measured: Annotated[BenchOptions, measuring(repeats=sized(3, 1))],
+) -> None:
+    """Requests at a time, waste and throughput with KV memory reserved ahead and with pages on demand; exit code 1 when
+    answers differ."""
+    from distkv.bench.paging import Sizes, run
+
+    sizes = Sizes(
+        model_folder(model), num_requests, max_model_len, tuple(dict.fromkeys(reservations)), options["page_size"],
+        options["dtype"], seed,
+    )  # fmt: skip
+    if not run(sizes, options["num_threads"], plot_file, measured):
+        raise typer.Exit(1)
+
+
 @bench.command("kernels")
 @spread
 def bench_kernels(
