@@ -19,7 +19,7 @@ import torch
 
 from distkv.bench.harness import Bench, Figure, Row
 from distkv.bench.options import BenchOptions
-from distkv.bench.paging_report import check_plot_file, print_report, step_rows, write_plot
+from distkv.bench.paging_report import print_report, step_rows, write_plot
 from distkv.bench.paging_serving import DecodeStep, PageHolders, Served, serve
 from distkv.bench.paging_workload import SOURCE, Conversation, conversations
 from distkv.bench.prompts import Prompts
@@ -27,6 +27,7 @@ from distkv.bench.serve_offline import first_difference
 from distkv.config import EngineConfig
 from distkv.errors import ConfigError
 from distkv.launch.launch import launch
+from distkv.reporting.out_file import check_plot_file
 from distkv.storage.page_spec import PageSpec
 from distkv.workers.model.model_config import ModelConfig
 

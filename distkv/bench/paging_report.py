@@ -6,8 +6,7 @@ from pathlib import Path
 
 from distkv.bench.harness import Bench, Row
 from distkv.bench.paging_serving import DecodeStep
-from distkv.errors import ConfigError
-from distkv.reporting.out_file import check_out_file, writing
+from distkv.reporting.out_file import writing
 from distkv.reporting.tables import Column
 
 COLUMNS = [
@@ -107,13 +106,6 @@ def step_ms(steps: list[Row], batch: float) -> float:
         return float(above["ms"])
     part = (batch - below["batch"]) / (above["batch"] - below["batch"])
     return float(below["ms"] + part * (above["ms"] - below["ms"]))
-
-
-def check_plot_file(path: Path | None) -> None:
-    """Raises ConfigError when a plot cannot be written there."""
-    if path is not None and path.suffix != ".png":
-        raise ConfigError(f"--plot {str(path)!r} is not a .png; name one")
-    check_out_file(path)
 
 
 def write_plot(path: Path, rows: list[Row]) -> None:

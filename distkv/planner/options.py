@@ -12,7 +12,7 @@ from distkv.planner.hardware import GPUS, Hardware, find_hardware, with_disk
 from distkv.planner.model_shape import find_model
 from distkv.planner.request import PlanRequest
 from distkv.planner.units import parse_tokens
-from distkv.reporting.out_file import check_out_file
+from distkv.reporting.out_file import check_out_file, check_plot_file
 from distkv.values import shown
 
 MOST_PLANS = 200  # that are shown
@@ -54,10 +54,8 @@ class PlanOptions:
             raise ConfigError("--solve and --kinds are both given; give one at a time")
         if self.plot_file is not None and (self.solve or self.kinds):
             raise ConfigError("--plot draws plans, and neither --solve nor --kinds; leave one of them out")
-        if self.plot_file is not None and self.plot_file.suffix != ".png":
-            raise ConfigError(f"--plot {str(self.plot_file)!r} is not a .png; name one")
-        for file in (self.json_file, self.plot_file):
-            check_out_file(file)
+        check_plot_file(self.plot_file)
+        check_out_file(self.json_file)
 
     def requests(self) -> list[PlanRequest]:
         """One for every mix of GPU, context, number of GPUs and concurrency."""

@@ -24,6 +24,13 @@ def check_out_file(path: Path | None) -> None:
         raise ConfigError(f"{str(path)!r} cannot be written: {error.strerror}; name another file") from error
 
 
+def check_plot_file(path: Path | None) -> None:
+    """The same for a picture that --plot asks for; raises ConfigError too when that is no .png."""
+    if path is not None and path.suffix != ".png":
+        raise ConfigError(f"--plot {str(path)!r} is not a .png; name one")
+    check_out_file(path)
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Makes a StoreError of what goes wrong with the file in the meantime."""

@@ -23,7 +23,7 @@ from distkv.frontend.tokenizer import TOKENIZER_FILES, Tokenizer
 from distkv.launch.launch import launch
 from distkv.models.shapes import shape_folder
 from distkv.reporting.machine import machine_facts
-from distkv.reporting.out_file import check_out_file
+from distkv.reporting.out_file import check_out_file, check_plot_file
 from distkv.sampling_params import MAX_LOGPROBS, SamplingParams
 from distkv.storage.dtypes import ITEM_BYTES, torch_dtype
 from distkv.storage.paging import pages_for
@@ -107,10 +107,8 @@ def _check(options: StressOptions) -> bool:
         raise ConfigError("give exactly one of --model and --shape")
     if options.fill not in (None, "prefill", "random"):
         raise ConfigError(f"--fill is {options.fill!r}; use prefill or random")
-    for file in (options.json_file, options.plot_file):
-        check_out_file(file)
-    if options.plot_file is not None and options.plot_file.suffix != ".png":
-        raise ConfigError(f"--plot {str(options.plot_file)!r} is not a .png; name one")
+    check_out_file(options.json_file)
+    check_plot_file(options.plot_file)
     synthetic_fill = options.fill == "random" or (options.fill is None and options.shape is not None)
     if options.seed and options.model is not None and not synthetic_fill and _has_tokenizer(options.model):
         raise ConfigError("--seed has no part in a text that a model reads; leave it out, or use --fill random")

@@ -15,11 +15,12 @@ from distkv.reporting.machine import machine_facts
 COMMANDS = {
     "decode": "--model MODEL",
     "offload": "--model MODEL",
+    "paging": "--model MODEL",
     "prefix": "--model MODEL",
     "scheduler": "",
     "serve-offline": "--model MODEL",
 }
-SLOW = {"offload", "prefix", "scheduler"}  # they have tests with smaller sizes too
+SLOW = {"offload", "paging", "prefix", "scheduler"}  # they have tests with smaller sizes too
 
 
 @pytest.fixture(scope="module")
