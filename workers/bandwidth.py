@@ -34,7 +34,7 @@ def measure_bandwidth(pools: KVPools) -> Bandwidth:
     cache."""
     return Bandwidth(
         _host_bandwidth(pools) if pools.host.num_pages else 0.0,
-        0.0 if pools.disk is None else _disk_bandwidth(pools.disk.folder, int(pools.disk.nbytes * PROBE_SHARE)),
+        0.0 if pools.disk is None else disk_bandwidth(pools.disk.folder, int(pools.disk.nbytes * PROBE_SHARE)),
     )
 
 
@@ -71,7 +71,7 @@ def _host_bandwidth(pools: KVPools) -> float:
     pages = min(len(buffer), pools.host.num_pages)
     slices = pools.host.slices(0, pages, 0)
     slices.zero_()  # memory that was never written is not there yet
-    return slices.nbytes / _fastest(partial(_seconds, partial(buffer[:pages].copy_, slices)))
+    return slices.nbytes / fastest(partial(seconds_of, partial(buffer[:pages].copy_, slices)))
 
 
 def _ends(pools: KVPools, lane: Lane) -> tuple[Tensor, Tensor]:
@@ -97,17 +97,17 @@ def _rate(pools: KVPools, copies: PageCopies, lane: Lane, rows: list[tuple[int, 
         for _ in range(count):
             copies.start(lane, source, target, pairs)
 
-    return count * size / _fastest(partial(copies.streams.seconds, lane, enqueue))
+    return count * size / fastest(partial(copies.streams.seconds, lane, enqueue))
 
 
-def _seconds(copy: Callable[[], object]) -> float:
+def seconds_of(copy: Callable[[], object]) -> float:
     """Of a copy that the host makes itself."""
     start = time.perf_counter()
     copy()
     return time.perf_counter() - start
 
 
-def _fastest(measure: Callable[[], float]) -> float:
+def fastest(measure: Callable[[], float]) -> float:
     """The least of many measurements in seconds."""
     measure()
     first, fastest = time.perf_counter(), float("inf")
@@ -117,7 +117,7 @@ def _fastest(measure: Callable[[], float]) -> float:
             return fastest
 
 
-def _disk_bandwidth(folder: Path, room: int) -> float:
+def disk_bandwidth(folder: Path, room: int) -> float:
     """Of a file of `room` bytes at most; 0 where that is too little to tell, or the disk too full."""
     num_reads = min(PROBE_BYTES, room) // READ_BYTES
     path = folder / f"probe.{os.getpid()}"

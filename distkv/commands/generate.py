@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from distkv.commands.options import EngineFlags, Model, model_folder, path_option, piecemeal, sampling, spread
-from distkv.commands.streams import check_stdin
+from distkv.commands.streams import check_stdin, note
+from distkv.config import EngineConfig
 from distkv.errors import RequestError
 from distkv.sampling_params import SamplingParams
 
@@ -21,14 +22,17 @@ def generate(
     params: Annotated[SamplingParams, sampling(max_tokens=256)],
     options: EngineFlags,
 ) -> None:
-    """Continue a prompt; tokens are printed as they come."""
+    """Continue a prompt; tokens are printed as they come, and on stderr what fits and what a token costs."""
     text = _read_prompt(prompt, prompt_file)
     if not text:
         raise RequestError("the prompt is empty; give some text with --prompt, --prompt-file or on stdin")
     folder = model_folder(model)
+    from distkv.launch.start_lines import start_lines
     from distkv.llm import LLM
 
     with LLM(folder, **options) as llm:
+        for line in start_lines(EngineConfig(folder, **options), llm.info):
+            note(line)
         for output in llm.stream(text, piecemeal(params)):
             print(output.outputs[0].text, end="", flush=True)
         print()

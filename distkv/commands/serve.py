@@ -4,12 +4,15 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import Annotated, TextIO
 
 import typer
 
 from distkv.commands.options import Fields, engine, model_folder, spread, surviving
+from distkv.commands.streams import note
 from distkv.config import EngineConfig, EngineOptions
+from distkv.engine.protocol import EngineInfo
 from distkv.ray_serve.options import ReplicaOptions
 from distkv.server.options import ServerOptions
 
@@ -37,11 +40,28 @@ def serve(
         if replicas.replicas is not None:
             from distkv.ray_serve.run import serve_replicas
 
-            serve_replicas(model, lambda: model_folder(model), server, options, replicas, tell)
+            serve_replicas(model, lambda: _told_of(model_folder(model), options), server, options, replicas, tell)
             return
         from distkv.server.serve import serve as run
 
-        run(model, lambda: model_folder(model), server, surviving(options, RANK_FAILURES), tell)
+        found = partial(model_folder, model)
+        run(model, found, server, surviving(options, RANK_FAILURES), partial(_tell_of, options), tell)
+
+
+def _told_of(folder: Path, options: EngineOptions) -> Path:
+    """The same, of which what is known before an engine runs has been said."""
+    from distkv.launch.start_lines import start_lines
+
+    for line in start_lines(EngineConfig(folder, **options)):
+        note(line)
+    return folder
+
+
+def _tell_of(options: EngineOptions, info: EngineInfo) -> None:
+    from distkv.launch.start_lines import start_lines
+
+    for line in start_lines(EngineConfig(info.model, **options), info):
+        note(line)
 
 
 def _tell(model: str, stdout: TextIO, url: str) -> None:

@@ -73,9 +73,14 @@ def guarded() -> Iterator[Stdout | None]:
 
 
 def complain(message: str) -> None:
+    """An error as one line on stderr."""
+    note(f"distkv: error: {' '.join(message.split())}")
+
+
+def note(line: str) -> None:
     """One line on stderr, if that takes it."""
     try:
-        print("distkv: error:", " ".join(message.split()), file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
     except OSError:
         _drop(sys.stderr)
 

@@ -163,3 +163,9 @@ def cold_budget(config: EngineConfig, sizes: PoolSizes, rates: list[Bandwidth]) 
         return int(config.max_cold_bytes_per_step), 1.0
     host, disk = min(rate.host for rate in rates), min(rate.disk for rate in rates)
     return int(host * STREAM_SECONDS) * len(rates), max(1.0, host / disk) if disk else 1.0
+
+
+def cold_rates(budget: tuple[int, float], num_ranks: int) -> Bandwidth:
+    """The measured rates of each rank that a `cold_budget` of no option came from."""
+    host = budget[0] / STREAM_SECONDS / num_ranks
+    return Bandwidth(host, host / budget[1])

@@ -10,6 +10,7 @@ from types import FrameType
 from distkv.async_llm import AsyncLLM
 from distkv.client.card import http_url
 from distkv.config import EngineOptions
+from distkv.engine.protocol import EngineInfo
 from distkv.server.app import make_app
 from distkv.server.http_server import HttpServer
 from distkv.server.listening import listen, warn_if_open
@@ -19,13 +20,15 @@ from distkv.server.service import Service
 
 
 def serve(
-    model: str, folder: Callable[[], Path], options: ServerOptions, engine: EngineOptions, ready: Callable[[str], None]
-) -> None:
+    model: str, folder: Callable[[], Path], options: ServerOptions, engine: EngineOptions,
+    loaded: Callable[[EngineInfo], None], ready: Callable[[str], None],
+) -> None:  # fmt: skip
     """Serves a model until SIGTERM or SIGINT, then ends what runs, and saves what the engine has to save.
 
     Args:
         model: what clients call it, unless `options` says otherwise.
         folder: finds the model's folder; it may take its time.
+        loaded: called, in a thread of its own, before requests are answered.
         ready: called with the server's URL as soon as requests are answered.
 
     Raises ConfigError for an address that cannot be listened on, and for a name that cannot be had, before the model is
@@ -39,19 +42,20 @@ def serve(
             with server.handling_signals():
                 warn_if_open(host, options.api_key)
                 url = http_url(host, port)
-                asyncio.run(_serve(server, service, listener, folder, engine, lambda: ready(url)))
+                asyncio.run(_serve(server, service, listener, folder, engine, loaded, lambda: ready(url)))
     if server.is_interrupted:
         raise KeyboardInterrupt
 
 
 async def _serve(
     server: "_Server", service: Service, listener: socket.socket, folder: Callable[[], Path], engine: EngineOptions,
-    ready: Callable[[], None],
+    loaded: Callable[[EngineInfo], None], ready: Callable[[], None],
 ) -> None:  # fmt: skip
     async def load() -> None:
         try:
             path = await asyncio.to_thread(folder)
             async with await AsyncLLM.create(path, **engine) as llm:
+                await asyncio.to_thread(loaded, llm.info)
                 service.loaded(llm)
                 ready()
                 await stopped.wait()

@@ -67,10 +67,11 @@ def talker(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check_refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    """One line on stderr that names the cure, exit code 2, nothing on stdout."""
+    """One line on stderr that names the cure, after those of the plan if the model was loaded; exit code 2, nothing on
+    stdout."""
     assert result.returncode == 2, result.stderr
     assert result.stdout == ""
-    lines = result.stderr.strip().splitlines()
+    lines = [line for line in result.stderr.strip().splitlines() if not line.startswith("plan: ")]
     assert len(lines) == 1 and lines[0].startswith("distkv: error: "), result.stderr
     for word in words:
         assert word in lines[0]
@@ -88,6 +89,8 @@ def test_generate_prints_what_the_model_says(demo_model: Path) -> None:
     output = run(*common, stdin="The capital of France is")
     assert output.returncode == 0, output.stderr
     assert "Paris" in output.stdout
+    plan = [line for line in output.stderr.splitlines() if line.startswith("plan: ")]
+    assert len(plan) == 3 and "KV 45.0 KiB a token" in plan[0] and "bound by" in plan[2]
 
 
 def test_generate_takes_a_prompt_a_file_or_stdin(talker: Path, tmp_path: Path, run_here: Run) -> None:

@@ -53,6 +53,7 @@ class Seen:
     config: EngineConfig
     params: SamplingParams
     tokenizer: Any = None
+    info: Any = None
 
     def __init__(self, model: Path, **options: Any):
         Seen.config = EngineConfig(model, **options)
@@ -72,6 +73,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Runs a command up to the engine; returns the configuration."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("distkv.llm.LLM", Seen)
+    monkeypatch.setattr("distkv.launch.start_lines.start_lines", lambda *_: [])
     monkeypatch.setattr("distkv.frontend.conversation.Conversation.prompt", lambda *_: [])
 
     def run(command: str, *arguments: str) -> EngineConfig:

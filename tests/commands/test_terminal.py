@@ -31,7 +31,10 @@ def model(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Path:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    """Runs a command in this process, with `stdout`."""
+    """Runs a command in this process, with `stdout`; what it said on stderr is without the lines of the plan."""
+
+    def said() -> str:
+        return "".join(line for line in capfd.readouterr().err.splitlines(True) if not line.startswith("plan: "))
 
     def run(stdout: io.TextIOWrapper, *arguments: str, stdin: str = "") -> Ended:
         monkeypatch.setattr(sys, "argv", ["distkv", *arguments])
@@ -40,8 +43,8 @@ def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
         try:
             main()
         except SystemExit as end:
-            return end.code, capfd.readouterr().err  # type: ignore[return-value]
-        return 0, capfd.readouterr().err
+            return end.code, said()  # type: ignore[return-value]
+        return 0, said()
 
     return run
 

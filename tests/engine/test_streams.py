@@ -318,7 +318,7 @@ def test_the_faster_way_of_copying_is_chosen_for_each_lane(
         ways.append(len(copies.kernels))
         return next(seconds)
 
-    monkeypatch.setattr(bandwidth, "_fastest", measured)
+    monkeypatch.setattr(bandwidth, "fastest", measured)
     caplog.set_level(logging.INFO, "distkv")
     kernel = partial(any_order, rng)
     bandwidth.choose_copies(tiers, kernel)

@@ -1,0 +1,83 @@
+"""What is said of an engine that has started: what its model takes, what fits where, what a token costs then."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from distkv.config import EngineConfig
+from distkv.engine.protocol import EngineInfo
+from distkv.launch.this_machine import known_gpu, measured_cpu
+from distkv.planner.hardware import NVME, Hardware
+from distkv.planner.model_shape import ModelShape
+from distkv.planner.plan import make_plan
+from distkv.planner.request import PlanRequest
+from distkv.planner.sizing import cold_rates
+from distkv.planner.units import shown_bytes, shown_seconds
+from distkv.storage.dtypes import ITEM_BYTES
+from distkv.storage.paging import pages_for
+from distkv.storage.tier import Tier
+from distkv.workers.model.model_config import ModelConfig
+
+
+def start_lines(config: EngineConfig, info: EngineInfo | None = None) -> list[str]:
+    """Three short lines, or fewer where less is known.
+
+    Args:
+        info: of the engine; None for those that start elsewhere.
+    """
+    model = ModelShape(Path(config.model).name, ModelConfig.load(Path(config.model)))
+    lines = [_sizes(config, model)]
+    if info is not None:
+        lines.append(_room(info))
+        hardware = _hardware(config, info)
+        lines += [] if hardware is None else _cost(config, info, model, hardware)
+    return [f"plan: {line}" for line in lines]
+
+
+def _sizes(config: EngineConfig, model: ModelShape) -> str:
+    dtype, size = model.config.run_dtype(config.dtype), config.tensor_parallel_size
+    ranks = [model.rank_parameters(rank, size).total * ITEM_BYTES[dtype] for rank in range(size)]
+    shape = model.config
+    token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * ITEM_BYTES[dtype]
+    most = f", at most {shown_bytes(max(ranks))} on one of {size} ranks" if size > 1 else ""
+    return f"{model.name} in {dtype}: weights {shown_bytes(sum(ranks))}{most}; KV {shown_bytes(token)} a token"
+
+
+def _room(info: EngineInfo) -> str:
+    each, tiers = pages_for(info.max_model_len, info.page_size), []
+    for tier, pages in zip(Tier, (info.num_pages, info.num_host_pages, info.num_disk_pages), strict=True):
+        if pages:
+            size = shown_bytes(info.tier_bytes[tier])
+            tiers.append(f"{tier.name.lower()} {size} for {pages * info.page_size:,} tokens")
+    held = info.num_pages + info.num_host_pages + info.num_disk_pages
+    return f"KV on {', '.join(tiers)}: {held // each} requests of {info.max_model_len:,} tokens, max_model_len"
+
+
+def _hardware(config: EngineConfig, info: EngineInfo) -> Hardware | None:
+    """Where the ranks run, as far as this process can tell: a CPU of a cluster may be any."""
+    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    found = known_gpu() if not on_cpu else None if config.is_on_ray else measured_cpu()
+    if found is None or not info.num_host_pages or config.max_cold_bytes_per_step is not None:
+        return found
+    rates = cold_rates((info.max_cold_bytes_per_step, info.disk_cost), config.tensor_parallel_size)
+    return replace(found, host_link=rates.host, disk_bandwidth=rates.disk if info.num_disk_pages else NVME)
+
+
+def _cost(config: EngineConfig, info: EngineInfo, model: ModelShape, hardware: Hardware) -> list[str]:
+    """Of one request as long as fits; nothing where the planner refuses what the engine has taken."""
+    held = (info.num_pages + info.num_host_pages + info.num_disk_pages) * info.page_size
+    context = min(info.max_model_len, held)
+    device, host, disk = info.tier_bytes
+    request = PlanRequest(
+        model, hardware, tensor_parallel_size=config.tensor_parallel_size, dtype=config.dtype, context=context,
+        device_kv_bytes=device, host_kv_bytes=host, disk_kv_bytes=disk, page_size=info.page_size,
+        max_num_seqs=info.max_num_seqs, max_num_batched_tokens=info.max_num_batched_tokens,
+    )  # fmt: skip
+    decode = make_plan(request).decode
+    if decode is None:
+        return []
+    return [
+        f"a token takes about {shown_seconds(decode.seconds)} at {context:,} tokens, bound by {decode.limit} "
+        f"({hardware.name}, {hardware.source})"
+    ]
