@@ -33,6 +33,7 @@ from distkv.launch.leader import lead
 from distkv.launch.watchdog import Watchdog
 from distkv.metrics.trace_file import TraceFile
 from distkv.workers.group.log_lines import relay
+from distkv.workers.group.private_socket import connect_private
 from distkv.workers.group.ray_group import RayGroup
 
 log = logging.getLogger(__name__)
@@ -69,9 +70,7 @@ class RayEngine:
         self._closed = False
         try:
             group.start(lead, info, trace is not None)
-            self._socket = self._context.socket(zmq.PAIR)
-            self._socket.set_hwm(0)
-            self._socket.connect(group.request_address)
+            self._socket = connect_private(self._context, group.request_address)
             self.stats()  # the loops run
             self._watchdog = Watchdog(hang_timeout)
         except BaseException:

@@ -14,6 +14,7 @@ from distkv.engine.stats import EngineStats
 from distkv.errors import StoreError, WorkerDied
 from distkv.launch import ray_engine
 from distkv.launch.ray_engine import RayEngine
+from distkv.workers.group.private_socket import bind_private
 
 INFO = EngineInfo(1 << 20, 64, 2048, 16, 1, 1, 1, 1, 1, 1, 128, (2,), 0, "/cache", fingerprint="f")
 DEATH = WorkerDied(1, "node", "it was killed")
@@ -26,8 +27,7 @@ class Group:
         self.looks: list[Callable[[], None]] = []
         self.closed = False
         self.context = zmq.Context()
-        self.leader = self.context.socket(zmq.PAIR)
-        self.request_address = f"tcp://127.0.0.1:{self.leader.bind_to_random_port('tcp://127.0.0.1')}"
+        self.leader, self.request_address = bind_private(self.context, "127.0.0.1")
 
     def start(self, *_: object) -> None:
         threading.Thread(target=self._lead).start()

@@ -3,6 +3,7 @@
 import zmq
 
 from distkv.workers.group.log_lines import relay
+from distkv.workers.group.private_socket import Address, bind_private, connect_private
 from distkv.workers.group.report import Report, decode_report, encode_report
 from distkv.workers.group.step_plan import StepPlan, decode, encode
 
@@ -11,13 +12,9 @@ class LeaderChannel:
     """The leader's end: a socket per follower, so that none misses a plan."""
 
     def __init__(self, context: zmq.Context, host: str, num_followers: int):
-        self._sockets = []
-        self.addresses = []  # one per follower, in order of rank
-        for _ in range(num_followers):
-            socket = context.socket(zmq.PAIR)
-            socket.set_hwm(0)
-            self.addresses.append(f"tcp://{host}:{socket.bind_to_random_port(f'tcp://{host}')}")
-            self._sockets.append(socket)
+        bound = [bind_private(context, host) for _ in range(num_followers)]
+        self._sockets = [socket for socket, _ in bound]
+        self.addresses = [address for _, address in bound]  # one per follower, in order of rank
 
     def send(self, plan: StepPlan | None) -> None:
         """Sends a plan to all followers; None ends them."""
@@ -36,10 +33,8 @@ class LeaderChannel:
 class FollowerChannel:
     """A follower's end."""
 
-    def __init__(self, context: zmq.Context, address: str):
-        self._socket = context.socket(zmq.PAIR)
-        self._socket.set_hwm(0)
-        self._socket.connect(address)
+    def __init__(self, context: zmq.Context, address: Address):
+        self._socket = connect_private(context, address)
 
     def receive(self) -> StepPlan | None:
         """Waits for the next plan; None means the end."""

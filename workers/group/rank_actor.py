@@ -14,6 +14,7 @@ from distkv.storage.process_limits import usable_cores
 from distkv.workers.cache_place import CachePlace, free_bytes
 from distkv.workers.group.channel import FollowerChannel, LeaderChannel
 from distkv.workers.group.log_lines import LogCollector, LogLine
+from distkv.workers.group.private_socket import Address, bind_private
 from distkv.workers.group.process_group import ProcessGroup, open_store
 from distkv.workers.group.rank_executor import RankExecutor
 from distkv.workers.group.report import Report
@@ -32,8 +33,8 @@ class Addresses:
     """Where rank 0 of a group is reached."""
 
     store: tuple[str, int]  # by the process group
-    requests: str  # by the owner of the group
-    plans: list[str]  # by each follower
+    requests: Address  # by the owner of the group
+    plans: list[Address]  # by each follower
 
 
 def process_states(pids: list[int]) -> list[str]:
@@ -69,11 +70,9 @@ class RankActor:
     def open(self, host: str, num_followers: int) -> Addresses:
         """On rank 0: binds the group's sockets."""
         self._followers = LeaderChannel(self._context, host, num_followers)
-        self._requests = self._context.socket(zmq.PAIR)
-        self._requests.set_hwm(0)
-        port = self._requests.bind_to_random_port(f"tcp://{host}")
+        self._requests, requests = bind_private(self._context, host)
         self._store = open_store(host)
-        return Addresses((host, self._store.port), f"tcp://{host}:{port}", self._followers.addresses)
+        return Addresses((host, self._store.port), requests, self._followers.addresses)
 
     def load(self, config: RankConfig, rank: int, size: int, store: tuple[str, int]) -> Loaded:
         """Joins the process group and loads this rank's part of the model; returns what it will run."""
@@ -115,7 +114,7 @@ class RankActor:
         self._rank.group.close()
         return self._log.take()
 
-    def follow(self, address: str) -> list[LogLine]:
+    def follow(self, address: Address) -> list[LogLine]:
         """On other ranks: runs plans until the end is sent. Returns what was logged last."""
         leader = FollowerChannel(self._context, address)
         self._rank.warm_up()

@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from distkv.workers.cache_place import CachePlace
 from distkv.workers.errors import CapacityError, ConfigError, DistKVError, WorkerDied
 from distkv.workers.group.log_lines import relay
+from distkv.workers.group.private_socket import Address
 from distkv.workers.group.rank_actor import LeaderMain, RankActor, process_states
 from distkv.workers.group.ray_cluster import connect, disconnect
 from distkv.workers.group.ray_errors import TOKENS_DIFFER, cause_of, failure_of, tokens_differ
@@ -77,7 +78,7 @@ class RayGroup:
         self._actors: list[Any] = []
         self._mains: list[Any] = []  # the refs of lead() and follow(): whoever of them ends too early has died
         self.nodes: list[Node] = []
-        self.request_address = ""
+        self.request_address = Address("", b"")
         try:
             connect(address, size)
             self._connected = True
