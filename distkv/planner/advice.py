@@ -4,12 +4,13 @@ from distkv.planner.fit import Fit
 from distkv.planner.request import PlanRequest
 from distkv.planner.roofline import DISK, KV, LINK, PEERS, WEIGHTS, Cost
 from distkv.planner.room import cold_bytes, enough_below, fewest_ranks
-from distkv.planner.units import option_bytes, shown_bytes, shown_tokens
+from distkv.planner.sizing import STREAM_SECONDS
+from distkv.planner.units import option_bytes, shown_bytes, shown_seconds, shown_tokens
 
 
 def advise(request: PlanRequest, fit: Fit, decode: Cost | None) -> list[str]:
     """The most pressing first; empty where nothing is to be said."""
-    return [*_to_fit(request, fit), *_to_be_faster(request, fit, decode), *_to_know(request, fit)]
+    return [*_to_fit(request, fit), *_to_be_faster(request, fit, decode), *_to_know(request, fit, decode)]
 
 
 def _to_fit(request: PlanRequest, fit: Fit) -> list[str]:
@@ -76,7 +77,7 @@ def _to_be_faster(request: PlanRequest, fit: Fit, decode: Cost | None) -> list[s
     return []
 
 
-def _to_know(request: PlanRequest, fit: Fit) -> list[str]:
+def _to_know(request: PlanRequest, fit: Fit, decode: Cost | None) -> list[str]:
     """What does not change the figures but whether they can be had."""
     config, found = request.model.config, []
     nominal, usual = request.hardware.nominal_bytes, fit.usual_requests
@@ -92,6 +93,11 @@ def _to_know(request: PlanRequest, fit: Fit) -> list[str]:
         found.append(
             f"{request.tensor_parallel_size} ranks share {config.num_key_value_heads} KV heads, so KV lies "
             f"{held / config.num_key_value_heads:g} times on the devices."
+        )
+    if decode is not None and fit.running > 1 and max(decode.parts[LINK], decode.parts[DISK]) > STREAM_SECONDS:
+        found.append(
+            f"Unless max_cold_bytes_per_step says more, a step streams for {shown_seconds(STREAM_SECONDS)} or so and "
+            "the requests take turns; the time shown is then that between two tokens of each, on average."
         )
     if request.stored_dtype != request.run_dtype:
         found.append(

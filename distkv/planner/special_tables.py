@@ -38,12 +38,12 @@ def print_solutions(console: Console, target: PlanRequest, solutions: list[Solut
         )
     console.print(table)
     best = solutions[0]
+    size, name = best.plan.request.tensor_parallel_size, best.plan.request.hardware.name
     if best.reached:
-        size, name = best.plan.request.tensor_parallel_size, best.plan.request.hardware.name
         how = "cheapest" if priced else "smallest"
         console.print(f"The {how} is {size} x {name}: {best.plan.command}", soft_wrap=True)
     else:
-        console.print("Nothing that was tried reaches it. What comes nearest:", soft_wrap=True)
+        console.print(f"Nothing that was tried reaches it; {size} x {name} come nearest:", soft_wrap=True)
         print_advice(console, [best.plan])
     console.print(f"\n{BOUND}", style="dim", soft_wrap=True)
 

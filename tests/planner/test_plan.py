@@ -48,6 +48,7 @@ REQUESTS = st.fixed_dictionaries(
         "context": st.integers(1, 1 << 20),
         "concurrency": st.integers(1, 256),
         "host_kv_bytes": SIZES,
+        "disk_kv_bytes": SIZES,
         "kv_dtype": st.sampled_from(["auto", "fp8"]),
         "page_size": st.sampled_from([16, 256]),
     }
@@ -59,6 +60,8 @@ REQUESTS = st.fixed_dictionaries(
 def test_more_memory_never_fits_less_and_never_takes_longer(model: str, options: dict[str, Any]) -> None:
     if model == "smollm2-135m":
         options = {**options, "tensor_parallel_size": min(options["tensor_parallel_size"], 9)}
+    if not options["host_kv_bytes"]:
+        options = {**options, "disk_kv_bytes": 0}
     one = plan(model, **options)
     fit = one.fit
     used = sum(tier.used_pages for tier in fit.tiers)
@@ -71,6 +74,12 @@ def test_more_memory_never_fits_less_and_never_takes_longer(model: str, options:
     for other, better in ((larger, larger.fit.most_requests >= fit.most_requests),
                           (longer, longer.fit.most_requests <= fit.most_requests)):  # fmt: skip
         assert better, other
+    if options["kv_dtype"] == "auto":
+        halved = plan(model, **{**options, "kv_dtype": "fp8"})
+        assert halved.fit.most_requests >= fit.most_requests
+    more = plan(model, **{**options, "concurrency": options["concurrency"] + 1})
+    if one.decode is not None:
+        assert more.decode is not None and more.decode.seconds >= one.decode.seconds
     if one.decode is not None and larger.fit.running == fit.running:
         assert larger.decode is not None and larger.decode.seconds <= one.decode.seconds
     if one.decode is not None:
