@@ -28,10 +28,12 @@ def generate(
         raise RequestError("the prompt is empty; give some text with --prompt, --prompt-file or on stdin")
     folder = model_folder(model)
     from distkv.launch.start_lines import start_lines
+    from distkv.launch.this_machine import engine_hardware
     from distkv.llm import LLM
 
     with LLM(folder, **options) as llm:
-        for line in start_lines(EngineConfig(folder, **options), llm.info):
+        config = EngineConfig(folder, **options)
+        for line in start_lines(config, llm.info, engine_hardware(config, llm.info)):
             note(line)
         for output in llm.stream(text, piecemeal(params)):
             print(output.outputs[0].text, end="", flush=True)

@@ -13,6 +13,7 @@ from distkv.commands.options import Fields, engine, model_folder, spread, surviv
 from distkv.commands.streams import note
 from distkv.config import EngineConfig, EngineOptions
 from distkv.engine.protocol import EngineInfo
+from distkv.planner.hardware import Hardware
 from distkv.ray_serve.options import ReplicaOptions
 from distkv.server.options import ServerOptions
 
@@ -57,10 +58,10 @@ def _told_of(folder: Path, options: EngineOptions) -> Path:
     return folder
 
 
-def _tell_of(options: EngineOptions, info: EngineInfo) -> None:
+def _tell_of(options: EngineOptions, info: EngineInfo, hardware: Hardware | None) -> None:
     from distkv.launch.start_lines import start_lines
 
-    for line in start_lines(EngineConfig(info.model, **options), info):
+    for line in start_lines(EngineConfig(info.model, **options), info, hardware):
         note(line)
 
 

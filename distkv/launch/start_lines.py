@@ -1,18 +1,13 @@
 """What is said of an engine that has started: what its model takes, what fits where, what a token costs then."""
 
-from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from distkv.config import EngineConfig
 from distkv.engine.protocol import EngineInfo
-from distkv.launch.this_machine import known_gpu, measured_cpu
-from distkv.planner.hardware import NVME, Hardware
+from distkv.planner.hardware import Hardware
 from distkv.planner.model_shape import ModelShape
 from distkv.planner.plan import make_plan
 from distkv.planner.request import PlanRequest
-from distkv.planner.sizing import cold_rates
 from distkv.planner.units import shown_bytes, shown_seconds
 from distkv.storage.dtypes import ITEM_BYTES
 from distkv.storage.paging import pages_for
@@ -20,17 +15,17 @@ from distkv.storage.tier import Tier
 from distkv.workers.model.model_config import ModelConfig
 
 
-def start_lines(config: EngineConfig, info: EngineInfo | None = None) -> list[str]:
+def start_lines(config: EngineConfig, info: EngineInfo | None = None, hardware: Hardware | None = None) -> list[str]:
     """Three short lines, or fewer where less is known.
 
     Args:
         info: of the engine; None for those that start elsewhere.
+        hardware: of its ranks, as `engine_hardware` finds it.
     """
     model = ModelShape(Path(config.model).name, ModelConfig.load(Path(config.model)))
     lines = [_sizes(config, model)]
     if info is not None:
         lines.append(_room(info))
-        hardware = _hardware(config, info)
         lines += [] if hardware is None else _cost(config, info, model, hardware)
     return [f"plan: {line}" for line in lines]
 
@@ -52,16 +47,6 @@ def _room(info: EngineInfo) -> str:
             tiers.append(f"{tier.name.lower()} {size} for {pages * info.page_size:,} tokens")
     held = info.num_pages + info.num_host_pages + info.num_disk_pages
     return f"KV on {', '.join(tiers)}: {held // each} requests of {info.max_model_len:,} tokens, max_model_len"
-
-
-def _hardware(config: EngineConfig, info: EngineInfo) -> Hardware | None:
-    """Where the ranks run, as far as this process can tell: a CPU of a cluster may be any."""
-    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
-    found = known_gpu() if not on_cpu else None if config.is_on_ray else measured_cpu()
-    if found is None or not info.num_host_pages or config.max_cold_bytes_per_step is not None:
-        return found
-    rates = cold_rates((info.max_cold_bytes_per_step, info.disk_cost), config.tensor_parallel_size)
-    return replace(found, host_link=rates.host, disk_bandwidth=rates.disk if info.num_disk_pages else NVME)
 
 
 def _cost(config: EngineConfig, info: EngineInfo, model: ModelShape, hardware: Hardware) -> list[str]:

@@ -6,7 +6,7 @@ from fastapi import APIRouter
 
 from distkv.planner.model_shape import find_model
 from distkv.planner.units import option_bytes
-from distkv.server.plans import PlanStart, plan_routes
+from distkv.server.plans import HERE, PlanStart, plan_routes
 from distkv.server.service import Service
 
 
@@ -19,7 +19,7 @@ def _own_start(service: Service) -> PlanStart:
     if not service.is_loaded:
         return PlanStart()
     config, info = service.llm.config, service.llm.info
-    _, host, disk = info.tier_bytes  # where the options do not say
+    device, host, disk = info.tier_bytes  # where the options do not say
     fields = {
         "model": service.names[0],
         "tensor_parallel_size": config.tensor_parallel_size,
@@ -31,4 +31,6 @@ def _own_start(service: Service) -> PlanStart:
         "max_num_seqs": info.max_num_seqs,
         "max_num_batched_tokens": info.max_num_batched_tokens,
     }
-    return PlanStart(fields, find_model(info.model), is_served=True)
+    if service.hardware is not None:  # on others what is left there is taken
+        fields |= {"gpu": HERE, "device_kv_bytes": option_bytes(int(config.device_kv_bytes or device))}
+    return PlanStart(fields, find_model(info.model), is_served=True, hardware=service.hardware)

@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from distkv.option_checks import parse_bytes
-from distkv.planner.hardware import GPUS, find_hardware, with_disk
+from distkv.planner.hardware import GPUS, Hardware, find_hardware, with_disk
 from distkv.planner.model_shape import ModelShape, find_known_model, known_models
 from distkv.planner.options import DEFAULT_GPU, DEFAULT_MODEL
 from distkv.planner.plan import make_plan
@@ -22,6 +22,8 @@ from distkv.storage.dtypes import DTYPES
 
 MAIN_FIELDS = ("tensor_parallel_size", "context", "concurrency", "kv_dtype", "host_kv_bytes", "disk_kv_bytes")
 """That the page always shows, beside model and GPU."""
+HERE = "here"
+"""What a server runs on, by the name that clients have for it."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class PlanStart:
     fields: dict[str, Any] = field(default_factory=dict)  # of `PlanBody`; it has defaults for the rest
     model: ModelShape | None = None  # that `fields` name, where that is none of those known to all by name
     is_served: bool = False  # whether that model is served here
+    hardware: Hardware | None = None  # that it runs on, which `fields` name "here"
 
 
 def plan_routes(find_start: Callable[[], PlanStart]) -> APIRouter:
@@ -67,7 +70,9 @@ def _plan(body: PlanBody, find_start: Callable[[], PlanStart]) -> dict[str, Any]
     start = find_start()
     own = start.model if body.model == start.fields.get("model") else None
     model = find_known_model(body.model) if own is None else own
-    return make_plan(PlanRequest(model, with_disk(find_hardware(body.gpu), disk), **given)).to_json()
+    here = start.hardware if body.gpu == HERE else None
+    hardware = find_hardware(body.gpu) if here is None else here
+    return make_plan(PlanRequest(model, with_disk(hardware, disk), **given)).to_json()
 
 
 def _choices(start: PlanStart) -> dict[str, Any]:
@@ -77,12 +82,15 @@ def _choices(start: PlanStart) -> dict[str, Any]:
     begin |= {name: one for name, one in start.fields.items() if one != defaults.get(name)}
     begin["context"] = shown_tokens(begin["context"])
     names = [] if start.model is None else [begin["model"]]
+    devices = {name: one.name for name, one in GPUS.items()}
+    if start.hardware is not None:
+        devices = {HERE: f"{start.hardware.name}, as here", **devices}
     return {
         "models": [
             {"name": name, "is_served": start.is_served and name in names}
             for name in dict.fromkeys([*names, *sorted(known_models())])
         ],
-        "gpus": [{"name": name, "title": gpu.name} for name, gpu in GPUS.items()],
+        "gpus": [{"name": name, "title": title} for name, title in devices.items()],
         "dtypes": ["auto", *DTYPES],
         "kv_dtypes": ["auto", *KV_DTYPES],
         "defaults": defaults,

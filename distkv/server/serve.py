@@ -11,6 +11,8 @@ from distkv.async_llm import AsyncLLM
 from distkv.client.card import http_url
 from distkv.config import EngineOptions
 from distkv.engine.protocol import EngineInfo
+from distkv.launch.this_machine import engine_hardware
+from distkv.planner.hardware import Hardware
 from distkv.server.app import make_app
 from distkv.server.http_server import HttpServer
 from distkv.server.listening import listen, warn_if_open
@@ -18,17 +20,20 @@ from distkv.server.options import ServerOptions
 from distkv.server.registration import Registration, registered
 from distkv.server.service import Service
 
+Loaded = Callable[[EngineInfo, Hardware | None], None]
+
 
 def serve(
     model: str, folder: Callable[[], Path], options: ServerOptions, engine: EngineOptions,
-    loaded: Callable[[EngineInfo], None], ready: Callable[[str], None],
+    loaded: Loaded, ready: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Serves a model until SIGTERM or SIGINT, then ends what runs, and saves what the engine has to save.
 
     Args:
         model: what clients call it, unless `options` says otherwise.
         folder: finds the model's folder; it may take its time.
-        loaded: called, in a thread of its own, before requests are answered.
+        loaded: called, in a thread of its own, before requests are answered, with what the ranks run on, if that is
+            known.
         ready: called with the server's URL as soon as requests are answered.
 
     Raises ConfigError for an address that cannot be listened on, and for a name that cannot be had, before the model is
@@ -49,14 +54,15 @@ def serve(
 
 async def _serve(
     server: "_Server", service: Service, listener: socket.socket, folder: Callable[[], Path], engine: EngineOptions,
-    loaded: Callable[[EngineInfo], None], ready: Callable[[], None],
+    loaded: Loaded, ready: Callable[[], None],
 ) -> None:  # fmt: skip
     async def load() -> None:
         try:
             path = await asyncio.to_thread(folder)
             async with await AsyncLLM.create(path, **engine) as llm:
-                await asyncio.to_thread(loaded, llm.info)
-                service.loaded(llm)
+                hardware = await asyncio.to_thread(engine_hardware, llm.config, llm.info)
+                await asyncio.to_thread(loaded, llm.info, hardware)
+                service.loaded(llm, hardware)
                 ready()
                 await stopped.wait()
         finally:

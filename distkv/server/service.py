@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from distkv.async_llm import AsyncLLM
+from distkv.planner.hardware import Hardware
 from distkv.server.errors import ApiError
 from distkv.server.options import ServerOptions
 from distkv.values import shown
@@ -21,6 +22,7 @@ class Service:
         self.names, self.options = names, options
         self.created = int(time.time())
         self.is_draining = False  # whether what goes on without end is to end
+        self.hardware: Hardware | None = None  # that the model runs on, if that is known
         self._llm: AsyncLLM | None = None
         self._num_open = 0  # answers
 
@@ -35,9 +37,9 @@ class Service:
     def is_loaded(self) -> bool:
         return self._llm is not None
 
-    def loaded(self, llm: AsyncLLM) -> None:
+    def loaded(self, llm: AsyncLLM, hardware: Hardware | None = None) -> None:
         """Begins to serve."""
-        self._llm = llm
+        self._llm, self.hardware = llm, hardware
 
     def check_model(self, name: str | None) -> str:
         """The name that an answer carries; raises ApiError for another model's."""

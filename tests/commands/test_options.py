@@ -74,6 +74,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("distkv.llm.LLM", Seen)
     monkeypatch.setattr("distkv.launch.start_lines.start_lines", lambda *_: [])
+    monkeypatch.setattr("distkv.launch.this_machine.engine_hardware", lambda *_: None)
     monkeypatch.setattr("distkv.frontend.conversation.Conversation.prompt", lambda *_: [])
 
     def run(command: str, *arguments: str) -> EngineConfig:

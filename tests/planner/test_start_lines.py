@@ -11,6 +11,7 @@ from support.plans import CPU, plan_on_cpu
 from distkv.config import EngineConfig
 from distkv.launch import start_lines as start
 from distkv.launch.launch import launch
+from distkv.launch.this_machine import engine_hardware
 
 KIB = 2**10
 
@@ -20,12 +21,12 @@ def test_the_lines_say_what_the_engine_has_and_what_the_plan_says(
 ) -> None:
     """Of a model with 256 positions and 512 bytes of KV a token, on a CPU of given rates."""
     slow = replace(CPU, memory_bandwidth=1e6, name="a slow CPU")
-    monkeypatch.setattr(start, "measured_cpu", lambda: slow)
+    monkeypatch.setattr("distkv.launch.this_machine.measured_cpu", lambda: slow)
     sizes = {"device_kv_bytes": 200 * KIB, "host_kv_bytes": 400 * KIB, "disk_kv_bytes": 800 * KIB}
     options = {"page_size": 16, "max_num_batched_tokens": 64, **sizes}
     config = EngineConfig(tiny_model, cache_dir=tmp_path, max_cold_bytes_per_step=2**20, **options)
     with closing(launch(config)) as engine:
-        lines = start.start_lines(config, engine.info)
+        lines = start.start_lines(config, engine.info, engine_hardware(config, engine.info))
     weights = plan_on_cpu(tiny_model).fit.ranks[0].weights
     assert lines[0] == f"plan: {tiny_model.name} in float32: weights {weights / KIB:.0f} KiB; KV 512 B a token"
     assert lines[1] == (

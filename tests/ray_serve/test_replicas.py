@@ -141,6 +141,12 @@ def test_a_request_that_can_never_run_is_refused(served: Served) -> None:
     assert told.status_code == 400, told.text
 
 
+def test_the_planner_begins_with_the_replicas_model(served: Served) -> None:
+    start = served.server.get("/plan/choices").json()["start"]
+    assert (start["model"], start["tensor_parallel_size"], start["page_size"]) == ("talker", 2, PAGE)
+    assert served.server.post("/plan", start).json()["fits"] and "page/plan.js" in served.server.get("/plan").text
+
+
 def test_a_killed_rank_changes_no_answer(served: Served) -> None:
     """Answers of the other replica go on, those of the killed one go on elsewhere, and the replica is replaced."""
     texts = prompts(8, seed=4, length=40)

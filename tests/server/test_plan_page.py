@@ -7,7 +7,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from playwright.sync_api import Locator, Page, expect
 from support.browsers import opened_page
-from support.servers import PlannerProcess
+from support.servers import PlannerProcess, ServerProcess
 
 from distkv.planner.units import shown_seconds
 
@@ -23,12 +23,12 @@ def planner() -> Iterator[PlannerProcess]:
 
 
 @pytest.fixture(scope="module")
-def page(planner: PlannerProcess) -> Iterator[Page]:
+def page(planner: PlannerProcess, server: ServerProcess) -> Iterator[Page]:
     """Its page, with a plan that uses all tiers."""
     query = (
         "model=llama-3-70b&tensor_parallel_size=4&context=64k&concurrency=16&host_kv_bytes=128GiB&disk_kv_bytes=1TiB"
     )
-    with opened_page(f"{planner.url}/plan?{query}", planner.url) as page:
+    with opened_page(f"{planner.url}/plan?{query}", planner.url, server.url) as page:
         yield page
 
 
@@ -79,6 +79,17 @@ def test_a_phone_has_room_for_it(page: Page) -> None:
     page.set_viewport_size({"width": 360, "height": 700})
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     expect(page.locator("#verdict")).to_be_in_viewport()  # while the controls are
+
+
+def test_a_server_on_a_cpu_speaks_of_no_gpu(page: Page, server: ServerProcess) -> None:
+    page.goto(f"{server.url}/plan")
+    expect(page.get_by_role("status")).to_contain_text("The request fits")
+    expect(page.get_by_label("Model", exact=True)).to_have_value("talker")
+    expect(page.locator("#sources")).to_contain_text("measured on this CPU")
+    assert "GPU" not in page.locator("body").inner_text()
+    page.get_by_role("link", name="Chat").click()
+    page.get_by_role("link", name="Plan").click()
+    expect(page.get_by_label("Model", exact=True)).to_have_value("talker")
 
 
 def _expect_plan(page: Page, plan: dict[str, Any]) -> None:

@@ -119,7 +119,9 @@ def test_a_server_begins_with_its_model(server: ServerProcess, talker: Path) -> 
     start = choices["start"]
     expected = {"model": "talker", "context": "2k", "page_size": 16, "max_num_seqs": 64, "tensor_parallel_size": 1}
     assert start | expected == start and start["host_kv_bytes"] and start["disk_kv_bytes"]
+    assert start["gpu"] == choices["gpus"][0]["name"] == "here" and start["device_kv_bytes"] == "8MiB"
     plan = server.post("/plan", start).json()
+    assert plan["hardware"]["is_cpu"] and plan["hardware"]["is_measured"] and plan["fits"]
     config = find_model(talker).config
     assert plan["model"]["hidden_size"] == config.hidden_size and plan["request"]["context"] == 2048
     assert server.post("/plan", {"model": str(talker), "gpu": "h100"}).status_code == 400

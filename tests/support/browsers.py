@@ -11,9 +11,9 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 
 @contextmanager
-def opened_page(url: str, server: str) -> Iterator[Page]:
-    """A page of a server; what its console complains of, but for refused requests, and whatever it asks of others fails
-    the test. Skips it where there is no browser."""
+def opened_page(url: str, *servers: str) -> Iterator[Page]:
+    """A page that asks nobody but these servers; what its console complains of, but for refused requests, fails the
+    test. Skips it where there is no browser."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip("no browser is installed; 'apt-get install chromium' brings one")
@@ -29,7 +29,7 @@ def opened_page(url: str, server: str) -> Iterator[Page]:
         complaints: list[str] = []
         page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda asked: complaints.append(asked.url) if server not in asked.url else None)
+        page.on("request", lambda asked: complaints.append(asked.url) if not asked.url.startswith(servers) else None)
         page.goto(url)
         yield page
         assert not [one for one in complaints if "status of 400" not in one and not one.startswith("data:")]

@@ -18,8 +18,10 @@ async function begin() {
   $("more-fields").append(...controls.slice(FIELDS.length).map((one) => one.box));
   const told = new URLSearchParams(location.search);
   const unknown = [...told.keys()].filter((name) => !fields.some((field) => field.name === name));
-  show((name) => told.get(name) ?? start(name));
-  $("more").open = MORE.some((field) => told.has(field.name));
+  // what an address of this page's does not have is left to the server
+  const isLeft = (name) => told.has("model") && MORE.some((field) => field.name === name);
+  show((name) => told.get(name) ?? (isLeft(name) ? left(name) : start(name)));
+  $("more").open = controls.slice(FIELDS.length).some(isGiven);
   $("form").addEventListener("submit", (event) => event.preventDefault());
   $("reset").addEventListener("click", () => {
     show(start);
@@ -31,9 +33,14 @@ async function begin() {
   else await ask();
 }
 
-// what a control begins with; the server has defaults for the rest
+// what a control begins with
 function start(name) {
-  return String(choices.start[name] ?? (name === "dtype" ? choices.defaults.dtype : ""));
+  return String(choices.start[name] ?? left(name));
+}
+
+// the same where it is left to the server
+function left(name) {
+  return name === "dtype" ? choices.defaults.dtype : "";
 }
 
 function show(text) {
@@ -57,7 +64,8 @@ async function ask() {
     showPlan(await answer(response));
   } catch (error) {
     if (error.name === "AbortError") return;
-    showFailure(error.message);
+    const isGone = error instanceof TypeError; // as fetch raises it
+    showFailure(isGone ? "The server does not answer; see if it still runs." : error.message);
     controls.find(({ name }) => name === error.param || error.message.startsWith(`${name} `))?.complain(error.message);
   }
 }
@@ -70,7 +78,12 @@ async function answer(response) {
 }
 
 function given() {
-  return controls.filter((control) => control.text !== "" && !(control.name === "dtype" && control.text === "auto"));
+  return controls.filter(isGiven);
+}
+
+// the server has defaults for the rest
+function isGiven(control) {
+  return control.text !== "" && !(control.name === "dtype" && control.text === "auto");
 }
 
 function address() {

@@ -33,8 +33,8 @@ export const FIELDS = [
 ];
 export const MORE = [
   { name: "dtype", label: "Model dtype", options: (choices) => choices.dtypes.map(dtypeOption("the checkpoint's")) },
-  { name: "device_kv_bytes", label: "Device memory for KV", hint: "what is left" },
-  { name: "disk_bandwidth", label: "Disk reads, per second", hint: "7GB" },
+  { name: "device_kv_bytes", label: "Device memory for KV", hint: "auto" },
+  { name: "disk_bandwidth", label: "Disk reads, per second", hint: "auto" },
   { name: "page_size", label: "Tokens of a page", whole: true },
   { name: "max_num_seqs", label: "Most answers at a time", whole: true },
   { name: "max_num_batched_tokens", label: "Most tokens of a step", whole: true },

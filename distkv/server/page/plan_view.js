@@ -72,11 +72,13 @@ function bars(plan) {
     ["free", "free for KV", spare],
   ];
   const taken = parts.reduce((sum, [, , size]) => sum + size, 0);
-  const size = plan.request.tensor_parallel_size;
+  const size = plan.request.tensor_parallel_size, isCpu = plan.hardware.is_cpu;
+  const kind = isCpu ? "CPU memory" : "Device";
+  const memory = plan.hardware.memory_bytes / (isCpu ? size : 1); // ranks on a CPU share it
   return [
     {
-      title: size === 1 ? "Device" : `Device of rank ${rank.rank}, the fullest of ${size}`,
-      parts: [...parts, ["kept", "not used", plan.hardware.memory_bytes - taken]],
+      title: size === 1 ? kind : `${kind} of rank ${rank.rank}, the fullest of ${size}`,
+      parts: [...parts, ["kept", "not used", memory - taken]],
       lacking: Math.max(0, -rank.left), tier: device,
     },
     ...below.map((tier) => {
@@ -126,14 +128,14 @@ function showCosts({ decode, hardware }) {
   const parts = decode ? Object.entries(decode.parts).filter(([, seconds]) => seconds > 0) : [];
   const most = Math.max(...parts.map(([, seconds]) => seconds));
   $("costs").replaceChildren(...parts.map(([name, seconds]) => {
-    const row = element("div", name === decode.limit ? "cost binds" : "cost"), bar = element("div", "bar"), filled = element("i");
+    const row = element("li", name === decode.limit ? "cost binds" : "cost"), bar = element("div", "bar"), filled = element("i");
     bar.setAttribute("aria-hidden", "true");
     filled.style.width = `${(100 * seconds) / most}%`;
     bar.append(filled);
     row.append(element("span", "name", name === decode.limit ? `${part(name)}: binds` : part(name)), bar, element("b", "", shownSeconds(seconds)));
     return row;
   }));
-  if (!decode) $("costs").textContent = "Nothing runs.";
+  if (!decode) $("costs").append(element("li", "", "Nothing runs."));
 }
 
 function part(name) {
