@@ -15,9 +15,9 @@ from support.processes import read_line, start_python
 from support.servers import save_talker
 from typer.testing import CliRunner, Result
 
-from distkv.bench.peers import engines, guarded, opened
+from distkv.bench.peers import cpu_time, engines, guarded, opened
 from distkv.bench.peers.engines import DRIVERS, Engine, Setting
-from distkv.bench.peers.guarded import PeerFailed
+from distkv.bench.peers.guarded import GuardedProcess, PeerFailed
 from distkv.commands.main import app
 from distkv.errors import ConfigError, DistKVError
 
@@ -163,6 +163,17 @@ def test_nothing_outlives_the_command(tmp_path: Path) -> None:
         time.sleep(0.01)
 
 
+def test_an_engine_that_works_on_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_time, "PATIENCE", 60)
+    works_on = "print('{}', flush=True)\nfor _ in range(2 * 10**7): pass\nprint('{}', flush=True); input()"
+    with GuardedProcess([sys.executable, "-c", works_on], {}, tmp_path / "log") as engine:
+        engine.read(30)
+        before = cpu_time.group_cpu_seconds(engine.group)
+        cpu_time.await_idle(engine.group)
+        assert cpu_time.group_cpu_seconds(engine.group) - before > 0.1
+        assert engine.read(0.1) == {}, "it had nothing more to do"
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -215,3 +226,4 @@ def test_distkv_beside_transformers(tmp_path: Path) -> None:
     assert all(row["output_tokens_per_s"]["median"] > 0 for row in written["rows"] if row["part"] != "single")
     assert [text for text in written["missing"] if not text.startswith("hf, http: its server takes no token ids")] == []
     assert written["engines"]["hf"]["version"] and written["engines"]["distkv"]["start_http_s"] > 0
+    assert "cores_while_waiting" in written["engines"]["hf"]

@@ -6,8 +6,9 @@ take turns: one works while the others wait. A peer that is missing, or fails, i
 """
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from distkv.bench.harness import Bench
 from distkv.bench.options import BenchOptions
 from distkv.bench.peers import opened, report
+from distkv.bench.peers.cpu_time import await_idle, group_cpu_seconds
 from distkv.bench.peers.engines import Engine, Setting, engines
 from distkv.bench.peers.guarded import PeerFailed
 from distkv.bench.peers.opened import Opened
@@ -78,6 +80,7 @@ class _Comparison:
     def __init__(self, bench: Bench, setting: Setting, logs: Path, time_limit: float):
         """`logs`: a folder for what the engines write; `time_limit`: seconds that a start or a turn may take."""
         self._bench, self._setting, self._logs, self._time_limit = bench, setting, logs, time_limit
+        self._waited: dict[str, list[float]] = {}  # CPU seconds and seconds
         bench.facts |= {
             "max_model_len": setting.max_model_len, "kv_bytes": setting.kv_bytes, "load_average": os.getloadavg()[0],
             "engines": {}, "missing": [],
@@ -122,8 +125,12 @@ class _Comparison:
         for turn, name in self._bench.turns(list(loaded), work.title):
             if name not in loaded:
                 continue
+            engine = loaded[name].engine
+            waiting = {other: one.engine.group for other, one in loaded.items() if other != name}
             try:
-                figures = loaded[name].engine.turn(work if turn >= 0 else work.warm_up(), self._time_limit)
+                with self._waiting(waiting):
+                    figures = engine.turn(work if turn >= 0 else work.warm_up(), self._time_limit)
+                await_idle(engine.group)
             except PeerFailed as failure:
                 loaded.pop(name).stack.close()
                 del taken[name]
@@ -132,6 +139,17 @@ class _Comparison:
             if turn >= 0:
                 taken[name].append(figures)
         return taken
+
+    @contextmanager
+    def _waiting(self, groups: dict[str, int]) -> Iterator[None]:
+        """Takes down the CPU time of engines that wait while another one has its turn."""
+        start, before = time.monotonic(), {name: group_cpu_seconds(group) for name, group in groups.items()}
+        yield
+        for name, group in groups.items():
+            used = self._waited.setdefault(name, [0.0, 0.0])
+            used[0] += group_cpu_seconds(group) - before[name]
+            used[1] += time.monotonic() - start
+            self._facts["engines"][name]["cores_while_waiting"] = used[0] / used[1]
 
     def report(self, out: Path | None) -> None:
         """Prints all figures and what is missing, and writes the report. Raises StoreError."""
@@ -149,7 +167,8 @@ class _Comparison:
         if rows:
             title = [str(facts[name]) for name in ("model", "dtype", "machine", "date")]
             write_plot(out / PICTURE, rows, f"{', '.join(title)}, {facts['threads']} threads")
-        self._bench.line(f"{', '.join((JSON, MARKDOWN, PICTURE))} and logs of the engines: {out}")
+        figures = self._bench.options.json
+        self._bench.line(f"{MARKDOWN}, {PICTURE} and logs of the engines are in {out}, figures in {figures}")
 
     @property
     def _facts(self) -> dict[str, Any]:

@@ -85,10 +85,12 @@ class Engine:
         if self.name == "distkv":
             own = ["--num-threads", str(setting.threads), "--device-kv-bytes", str(setting.kv_bytes)]
             return [str(self.python), "-m", "distkv", "serve", *shared, *own, "--host-kv-bytes", "0"]
-        vllm = [str(self.python), "-m", "vllm.entrypoints.cli.main", "serve", *shared]
-        eager = ["--enforce-eager"] if self.eager else []
-        kv_bytes = ["--kv-cache-memory-bytes", str(setting.kv_bytes), "--gpu-memory-utilization", "0.2"]
-        return [*vllm, *kv_bytes, *eager]
+        return [
+            # what `vllm serve` runs; that command itself does not find its version in the CPU build
+            str(self.python), "-m", "vllm.entrypoints.openai.api_server", "--model", *shared,
+            "--kv-cache-memory-bytes", str(setting.kv_bytes), "--gpu-memory-utilization", "0.2",
+            "--disable-uvicorn-access-log", *(["--enforce-eager"] if self.eager else []),
+        ]  # fmt: skip
 
 
 def engines(peers: Iterable[str]) -> list[Engine]:

@@ -61,6 +61,11 @@ class GuardedProcess:
             raise PeerFailed(str(message["error"]))
         return message
 
+    @property
+    def group(self) -> int:
+        """Its process group."""
+        return self._process.pid
+
     def check_alive(self) -> None:
         """Raises PeerFailed with the process's last words when it has ended."""
         if self._process.poll() is not None:

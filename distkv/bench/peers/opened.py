@@ -21,6 +21,8 @@ class Opened(Protocol):
 
     start_s: float
     """Seconds that loading took."""
+    group: int
+    """The group of its processes."""
 
     def turn(self, work: Work, time_limit: float) -> dict[str, float]:
         """Does the work within seconds; returns figures by their names. Raises PeerFailed."""
@@ -41,7 +43,7 @@ def driver(engine: Engine, setting: Setting, log: Path, time_limit: float) -> It
 
 class _Driver:
     def __init__(self, process: GuardedProcess, start_s: float):
-        self._process, self.start_s = process, start_s
+        self._process, self.start_s, self.group = process, start_s, process.group
 
     def turn(self, work: Work, time_limit: float) -> dict[str, float]:
         """One request alone gives the rate of its prefill and the time of a token, many give their throughput."""
@@ -76,7 +78,7 @@ def server(engine: Engine, setting: Setting, log: Path, time_limit: float) -> It
 
 class _Server:
     def __init__(self, url: str, process: GuardedProcess, start_s: float):
-        self._url, self._process, self.start_s = url, process, start_s
+        self._url, self._process, self.start_s, self.group = url, process, start_s, process.group
 
     def turn(self, work: Work, time_limit: float) -> dict[str, float]:
         """As many streams at a time as the work says, each of which takes the next request when one has ended."""

@@ -94,9 +94,10 @@ def markdown(facts: dict[str, Any], rows: list[Row], picture: str) -> str:
         f"`{facts['command']}`",
         "",
     ]
-    lines += ["| engine | version | torch | Python | start s, offline | start s, server |", "|---|---|---|---|---|---|"]
+    titles = ("engine", "version", "torch", "Python", "start s, offline", "start s, server", "cores while it waits")
+    lines += ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for name, engine in facts["engines"].items():
-        fields = ("version", "torch", "python", "start_offline_s", "start_http_s")
+        fields = ("version", "torch", "python", "start_offline_s", "start_http_s", "cores_while_waiting")
         lines.append(f"| {name} | " + " | ".join(_cell(engine.get(field)) for field in fields) + " |")
     for why in facts["missing"]:
         lines += ["", f"**Not measured**: {why}"]
@@ -107,7 +108,7 @@ def markdown(facts: dict[str, Any], rows: list[Row], picture: str) -> str:
 
 
 def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.2g}" if isinstance(value, float) else str(value)
 
 
 def _table(shown: list[Column], rows: list[Row]) -> list[str]:
