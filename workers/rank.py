@@ -57,10 +57,10 @@ class Rank:
         self.backend = make_backend(config.device, config.batch_invariant)
         self.page_spec = rank_page_spec(config, self.shard)
         use_threads(config.num_threads)
-        self._model, digest = self._load(check)
+        self.model, digest = self._load(check)
         self.loaded = Loaded(digest, self.backend.kernels.name)
         self.pools = KVPools(self.page_spec, PoolSizes(), self.backend.device)
-        self._runner = self.backend.make_runner(self._model, self.pools, config.max_num_seqs)
+        self._runner = self.backend.make_runner(self.model, self.pools, config.max_num_seqs)
         self._directory = PageDirectory(config.page_size)
         # a device has been tried with the logits of max_num_seqs rows
         self._scored_rows = min(SCORED_ROWS, config.max_num_seqs) if self.backend.device.runs_behind else SCORED_ROWS
@@ -99,7 +99,7 @@ class Rank:
             gpu_memory_utilization=config.gpu_memory_utilization,
             host_bytes=host_room,
         )
-        room = self.backend.room(self._model, demand)
+        room = self.backend.room(self.model, demand)
         pages = room.num_bytes // room.page_bytes
         if pages < 1:
             raise CapacityError(
@@ -126,7 +126,7 @@ class Rank:
             disk = DiskTier(place, heads, shard.rank, kept, is_alone=self.group.size == 1)
         meter = Meter(shard.rank, config.traces)
         self.pools = KVPools(self.page_spec, sizes, self.backend.device, disk, meter)
-        self._runner = self.backend.make_runner(self._model, self.pools, config.max_num_seqs)
+        self._runner = self.backend.make_runner(self.model, self.pools, config.max_num_seqs)
         self.backend.tune(self.pools)
         release_threads()  # steps run on another one
         return self.pools.nbytes
@@ -173,8 +173,8 @@ class Rank:
         begun = times.begin(Lane.COMPUTE) if meter.traces and times is not None else None
         hidden = self._runner.run(steps, sampled)
         if any(one.scored for one in plan.sequences):
-            self._scores, hidden = score_prompts(plan.sequences, hidden, self._model.logits, self._scored_rows)
-        logits = self._model.logits(hidden)
+            self._scores, hidden = score_prompts(plan.sequences, hidden, self.model.logits, self._scored_rows)
+        logits = self.model.logits(hidden)
         num_tokens = sum(len(one.token_ids) for one in steps) if meter.traces else 0
         if begun is not None:
             assert times is not None

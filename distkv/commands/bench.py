@@ -33,6 +33,26 @@ def bench_decode(
     )  # fmt: skip
 
 
+@bench.command("cache")
+@spread
+def bench_cache(
+    *,
+    model: Model = "smollm2",
+    length: Annotated[list[int], typer.Option(help="Tokens to make; may be given again.")] = sized(
+        [32, 64, 128, 256], [16, 32, 64]
+    ),
+    options: Annotated[EngineOptions, engine("page_size", "num_threads", page_size=64)],
+    plot_file: Annotated[Path | None, path_option("--plot", help="Also draw ms per token here, a .png.")] = None,
+    measured: Annotated[BenchOptions, measuring(repeats=sized(3, 2))],
+) -> None:
+    """Tokens/s and rows of attention without a KV cache, with one that is concatenated, and with pages; exit code 1
+    when answers or counted rows are wrong."""
+    from distkv.bench.cache import run
+
+    if not run(model_folder(model), length, options["page_size"], options["num_threads"], plot_file, measured):
+        raise typer.Exit(1)
+
+
 @bench.command("offload")
 @spread
 def bench_offload(

@@ -13,6 +13,7 @@ from distkv.commands.main import app
 from distkv.reporting.machine import machine_facts
 
 COMMANDS = {
+    "cache": "--model MODEL",
     "decode": "--model MODEL",
     "offload": "--model MODEL",
     "paging": "--model MODEL",

@@ -16,7 +16,7 @@ from distkv.workers.errors import ConfigError
 from distkv.workers.kv_pools import KVPools
 from distkv.workers.model.llama import LlamaModel
 from distkv.workers.page_directory import SequenceStep
-from distkv.workers.runners.cpu_runner import CpuRunner
+from distkv.workers.runners.cpu_runner import CpuRunner, PlanAttention
 from distkv.workers.runners.runner import Runner
 
 log = logging.getLogger(__name__)
@@ -31,13 +31,17 @@ class CpuBackend:
         self.device: Device = CpuDevice()
 
     def make_runner(self, model: LlamaModel, pools: KVPools, max_num_seqs: int) -> Runner:
+        return CpuRunner(model, pools, self.attention(model, pools))
+
+    def attention(self, model: LlamaModel, pools: KVPools) -> PlanAttention:
+        """What plans the attention of steps over the pools."""
         group = model.shard.num_query_heads // model.shard.num_kv_heads
 
         def plan(steps: list[SequenceStep]) -> CpuAttention:
             spec = pools.device.spec
             return plan_cpu_attention(steps, spec.page_size, group, pools.ring.buffer_pages, torch_dtype(spec.dtype))
 
-        return CpuRunner(model, pools, plan)
+        return plan
 
     def room(self, model: LlamaModel, demand: Demand) -> Room:
         return Room(
@@ -58,11 +62,11 @@ class NativeBackend(CpuBackend):
         self.kernels = native_token_kernels(library)
         self._library = library
 
-    def make_runner(self, model: LlamaModel, pools: KVPools, max_num_seqs: int) -> Runner:
+    def attention(self, model: LlamaModel, pools: KVPools) -> PlanAttention:
         def plan(steps: list[SequenceStep]) -> NativeAttention:
             return plan_native_attention(self._library, steps, pools.device.spec.page_size, pools.ring.buffer_pages)
 
-        return CpuRunner(model, pools, plan)
+        return plan
 
 
 def make_backend(batch_invariant: bool | None) -> Backend:

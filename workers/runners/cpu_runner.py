@@ -12,13 +12,15 @@ from distkv.workers.runners.batch import Attention, Batch, Tokens, step_tokens
 from distkv.workers.runners.host_copies import send
 from distkv.workers.sampling.placeholders import resolve_placeholders
 
+PlanAttention = Callable[[list[SequenceStep]], Attention]
+
 
 class CpuRunner:
     """A `Runner`, see `runner.py`."""
 
     num_parts = 0
 
-    def __init__(self, model: LlamaModel, pools: KVPools, plan: Callable[[list[SequenceStep]], Attention]):
+    def __init__(self, model: LlamaModel, pools: KVPools, plan: PlanAttention):
         """
         Args:
             plan: plans the attention of a step over the pools.
