@@ -122,7 +122,8 @@ def find_known_model(text: str, what_else: str = "not known by name") -> ModelSh
         )
     name = {"smollm2": "smollm2-135m", "tinyllama": "tinyllama-1.1b"}.get(name, name)
     if name in known:
-        return ModelShape(name, ModelConfig.from_dict({"model_type": "llama", **known[name]}))
+        shown_name = text if text in MODELS else name
+        return ModelShape(shown_name, ModelConfig.from_dict({"model_type": "llama", **known[name]}))
     near = difflib.get_close_matches(name, known, n=1)
     meant = f" (did you mean {near[0]}?)" if near else ""
     raise ConfigError(f"model {shown(text)} is {what_else}{meant}; known: {', '.join(known)}")

@@ -4,6 +4,7 @@ import shlex
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from distkv.models.fetch import MODELS, default_cache_dir
 from distkv.planner.advice import advise
 from distkv.planner.fit import Fit, find_fit
 from distkv.planner.request import PlanRequest
@@ -41,7 +42,8 @@ class Plan:
     def command(self) -> str:
         """The command that serves the model as planned."""
         model = self.request.model
-        folder = f"path/to/{model.name}" if model.folder is None else str(model.folder)
+        is_fetched = model.name in MODELS and model.folder in (None, default_cache_dir() / model.name)
+        folder = model.name if is_fetched else str(model.folder or f"path/to/{model.name}")
         options = {name: value for name, value in self.request.engine_options.items() if value != 0}
         options |= {"cache_dir": "path/to/cache"} if self.request.disk_kv_bytes else {}
         flags = [

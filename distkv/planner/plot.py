@@ -21,7 +21,7 @@ def write_plot(path: Path, plans: list[Plan]) -> None:
     from matplotlib.figure import Figure
 
     matplotlib.use("Agg")
-    figure = Figure(figsize=(9, 8), layout="constrained")
+    figure = Figure(figsize=(10, 8), layout="constrained")
     memory_axis, time_axis = figure.subplots(2, 1, height_ratios=(2, 3))
     setups = {_label(plan.request): plan for plan in plans}
     _draw_memory(memory_axis, setups)
@@ -55,6 +55,8 @@ def _draw_memory(axis, setups: dict[str, Plan]) -> None:  # type: ignore[no-unty
 
 
 def _draw_times(axis, plans: list[Plan]) -> None:  # type: ignore[no-untyped-def]
+    from matplotlib.ticker import LogLocator
+
     contexts = _contexts(max(plan.request.context for plan in plans))
     curves = {(_label(plan.request), plan.request.concurrency): plan.request for plan in plans}
     several = len({concurrency for _, concurrency in curves}) > 1
@@ -71,7 +73,9 @@ def _draw_times(axis, plans: list[Plan]) -> None:  # type: ignore[no-untyped-def
         if len(points) < len(found):
             axis.plot(*points[-1][:2], marker="x", color=line.get_color())
     axis.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="ms per step, at least")
-    ticks = [context for context in contexts[::POINTS_PER_DOUBLING]]
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    ticks = contexts[::POINTS_PER_DOUBLING]
     axis.set_xticks(ticks, [shown_tokens(tick) for tick in ticks], minor=False)
     axis.minorticks_off()
     axis.grid(alpha=0.3)
@@ -79,7 +83,7 @@ def _draw_times(axis, plans: list[Plan]) -> None:  # type: ignore[no-untyped-def
     load = "" if several else f"{loads.pop()} at a time; "
     axis.set_title(f"{load}▼ KV begins to lie below the devices, x no longer fits", fontsize="medium")
     if axis.lines:
-        axis.legend()
+        axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _contexts(largest: int) -> list[int]:
@@ -92,5 +96,5 @@ def _contexts(largest: int) -> list[int]:
 
 
 def _label(request: PlanRequest) -> str:
-    size = request.tensor_parallel_size
-    return f"{size} x {request.hardware.name}" if not request.hardware.is_cpu else f"{size} on {request.hardware.name}"
+    name = request.hardware.name.removeprefix("GeForce ")
+    return f"{request.tensor_parallel_size} {'on' if request.hardware.is_cpu else 'x'} {name}"

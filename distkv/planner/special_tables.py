@@ -5,7 +5,7 @@ from rich.console import Console
 from distkv.planner.attention_kinds import AttentionKind, GuessedKv
 from distkv.planner.request import PlanRequest
 from distkv.planner.solve import Solution
-from distkv.planner.tables import BOUND, print_advice, right_table
+from distkv.planner.tables import print_advice, print_caveat, right_table
 from distkv.planner.units import option_bytes, shown_bytes, shown_seconds, shown_tokens
 
 
@@ -45,7 +45,7 @@ def print_solutions(console: Console, target: PlanRequest, solutions: list[Solut
     else:
         console.print(f"Nothing that was tried reaches it; {size} x {name} come nearest:", soft_wrap=True)
         print_advice(console, [best.plan])
-    console.print(f"\n{BOUND}", style="dim", soft_wrap=True)
+    print_caveat(console, [one.plan.request.hardware for one in solutions])
 
 
 def print_kinds(console: Console, kinds: list[AttentionKind]) -> None:

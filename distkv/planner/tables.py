@@ -8,13 +8,8 @@ from rich.table import Table
 from distkv.planner.fit import RankMemory
 from distkv.planner.hardware import Hardware
 from distkv.planner.plan import Plan
-from distkv.planner.units import shown_bytes, shown_rate, shown_seconds, shown_tokens
+from distkv.planner.units import shown_bytes, shown_count, shown_rate, shown_seconds, shown_tokens
 from distkv.storage.dtypes import ITEM_BYTES
-
-BOUND = (
-    "Times are lower bounds: bytes over bandwidth and operations over the matrix rate, with every request at its full "
-    "context. docs/planning.md has the formulas."
-)
 
 MOST_ADVICE = 8  # sentences for a kind of hardware
 
@@ -32,7 +27,16 @@ def print_plans(console: Console, plans: list[Plan]) -> None:
         print_advice(console, own)
     if len(plans) == 1 and plans[0].fit.running:
         console.print(f"\nTo serve it: {plans[0].command}", soft_wrap=True)
-    console.print(f"\n{BOUND}", style="dim", soft_wrap=True)
+    print_caveat(console, [plan.request.hardware for plan in plans])
+
+
+def print_caveat(console: Console, hardware: list[Hardware]) -> None:
+    """How far the times can be trusted."""
+    rates = "Times are lower bounds, by rates that are the most the hardware can do"
+    if all(one.is_measured for one in hardware):
+        rates = "Times are estimates, by rates that were measured on this machine"
+    how = f"{rates}, with every request at its full context. docs/planning.md has the formulas."
+    console.print(f"\n{how}", style="dim", soft_wrap=True)
 
 
 def print_advice(console: Console, plans: list[Plan]) -> None:
@@ -62,7 +66,7 @@ def _print_model(console: Console, plan: Plan) -> None:
     item = ITEM_BYTES[request.stored_dtype]
     whole = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * item
     console.print(
-        f"[bold]{request.model.name}[/bold]: {request.model.num_parameters / 1e9:.3g} billion parameters in "
+        f"[bold]{request.model.name}[/bold]: {shown_count(request.model.num_parameters)} parameters in "
         f"{request.run_dtype}, {shown_bytes(request.model.num_parameters * request.item_bytes)}",
         soft_wrap=True,
     )
@@ -86,7 +90,7 @@ def _hardware_line(hardware: Hardware) -> str:
 def _memory_table(plans: list[Plan]) -> Table:
     """The rank with the least room, once for each number of ranks."""
     table = right_table(
-        "Memory of the fullest rank", (_unit(plans), "usable", "weights", "step", "ring", "left for KV")
+        "Memory of the fullest rank", (_unit(plans), "usable", "weights", "workspace", "ring", "left for KV")
     )
     seen = set()
     for plan in plans:

@@ -54,6 +54,11 @@ def shown_bytes(count: float) -> str:
     return f"{'-' if count < 0 else ''}{size:.{digits}f} {BYTE_UNITS[unit]}"
 
 
+def shown_count(count: int) -> str:
+    """Of parameters: in millions, or in billions of 10**9."""
+    return f"{_three(count / 1e9)} billion" if count >= 1e9 else f"{_three(count / 1e6)} million"
+
+
 def shown_seconds(seconds: float) -> str:
     """In ms below ten seconds, then in s, min or h."""
     if seconds < 10:
