@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 
+from distkv.bench.decode_times import DecodeStep
 from distkv.bench.harness import Bench, Figure, Row
 from distkv.bench.options import BenchOptions
 from distkv.bench.paging_report import print_report, step_rows, write_plot
-from distkv.bench.paging_serving import DecodeStep, PageHolders, Served, serve
+from distkv.bench.paging_serving import PageHolders, Served, serve
 from distkv.bench.paging_workload import SOURCE, Conversation, conversations
 from distkv.bench.prompts import Prompts
 from distkv.bench.serve_offline import first_difference

@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
+from distkv.bench.decode_times import DecodeStep
 from distkv.bench.harness import Bench, Row
-from distkv.bench.paging_serving import DecodeStep
 from distkv.reporting.out_file import writing
 from distkv.reporting.tables import Column
 

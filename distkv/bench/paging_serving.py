@@ -4,10 +4,10 @@ import time
 from collections.abc import Sequence as Values
 from dataclasses import dataclass, field
 
+from distkv.bench.decode_times import DecodeStep, DecodeTimes
 from distkv.bench.paging_workload import Conversation
 from distkv.engine.client import EngineClient
 from distkv.engine.drive import drain, next_tokens
-from distkv.engine.observer import StepObserver
 from distkv.engine.sequence import Sequence
 from distkv.engine.step import Step
 from distkv.errors import DistKVError
@@ -25,14 +25,6 @@ class Moment:
     held: int  # slots with the keys and values of a token
     coming: int  # slots that their request will fill later
     unused: int  # slots that their request will never fill
-
-
-@dataclass(frozen=True)
-class DecodeStep:
-    """A step that ran one token of each of its sequences."""
-
-    batch: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -68,21 +60,13 @@ class Served:
 
 
 @dataclass
-class PageHolders(StepObserver):
+class PageHolders(DecodeTimes):
     """Who holds pages, and how long steps take."""
 
     holders: dict[str, Sequence] = field(default_factory=dict)  # by request
-    decode_steps: list[DecodeStep] = field(default_factory=list)
-    _reported_at: float = 0.0
 
     def started(self, step: Step) -> None:
         self.holders |= {one.request.request_id: one for one in step.sequences}
-
-    def reported(self, step: Step) -> None:
-        now = time.perf_counter()
-        if self._reported_at and all(work.num_tokens == 1 for work in step.work):
-            self.decode_steps.append(DecodeStep(len(step.work), now - self._reported_at))
-        self._reported_at = now
 
 
 def serve(engine: EngineClient, holders: PageHolders, workload: Values[Conversation], reserved: int | None) -> Served:

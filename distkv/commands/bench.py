@@ -172,6 +172,32 @@ def bench_paging(
         raise typer.Exit(1)
 
 
+@bench.command("gqa")
+@spread
+def bench_gqa(
+    *,
+    shape: Annotated[
+        str, typer.Option(help="Random weights: tiny, small, llama-3.2-1b, llama-3-8b or llama-3-70b.")
+    ] = "small",
+    context: Annotated[int, typer.Option(help="Long context with the answer, in whole pages.", min=16)] = sized(
+        8192, 4096
+    ),
+    new_tokens: Annotated[int, typer.Option(help="Tokens of each answer, less than a page.", min=3)] = sized(48, 24),
+    mha_requests: Annotated[
+        int, typer.Option(help="KV memory, in requests of the long context that it holds with MHA.", min=1)
+    ] = sized(2, 1),
+    options: Annotated[EngineOptions, engine("dtype", "page_size", "num_threads", dtype="bfloat16", page_size=64)],
+    measured: Annotated[BenchOptions, measuring(repeats=sized(3, 1))],
+) -> None:
+    """KV bytes, decode time and requests at a time with as many KV heads as query heads, fewer, and one; exit code 1
+    when bytes or requests are not those of the formula."""
+    from distkv.bench.gqa import Sizes, run
+
+    sizes = Sizes(shape, context, new_tokens, mha_requests, options["page_size"], options["dtype"])
+    if not run(sizes, options["num_threads"], measured):
+        raise typer.Exit(1)
+
+
 @bench.command("kernels")
 @spread
 def bench_kernels(

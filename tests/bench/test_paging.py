@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from distkv.bench import paging
+from distkv.bench.decode_times import DecodeStep
 from distkv.bench.paging_report import explanation, step_ms, step_rows
-from distkv.bench.paging_serving import DecodeStep
 from distkv.bench.paging_workload import draw_lengths
 from distkv.commands.main import app
 from distkv.errors import ConfigError

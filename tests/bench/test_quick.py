@@ -15,13 +15,14 @@ from distkv.reporting.machine import machine_facts
 COMMANDS = {
     "cache": "--model MODEL",
     "decode": "--model MODEL",
+    "gqa": "",
     "offload": "--model MODEL",
     "paging": "--model MODEL",
     "prefix": "--model MODEL",
     "scheduler": "",
     "serve-offline": "--model MODEL",
 }
-SLOW = {"offload", "paging", "prefix", "scheduler"}  # they have tests with smaller sizes too
+SLOW = {"gqa", "offload", "paging", "prefix", "scheduler"}  # they have tests with smaller sizes too
 
 
 @pytest.fixture(scope="module")
