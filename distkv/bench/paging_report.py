@@ -16,8 +16,8 @@ COLUMNS = [
     Column("most", "most_running"),
     Column("stalled", "stalled", form=".1f"),
     Column("tokens/s", "output_tokens_per_s", form=".1f"),
-    Column("running", "more_running", form=".2f", ending="x"),
-    Column("tokens/s", "speedup", form=".2f", ending="x"),
+    Column("running vs reserved", "more_running", form=".2f", ending="x"),
+    Column("tokens/s vs reserved", "speedup", form=".2f", ending="x"),
     Column("preempted", "preemptions"),
 ]
 MEMORY_COLUMNS = [
@@ -48,12 +48,12 @@ CLAIM = (
 def print_report(bench: Bench, rows: list[Row]) -> None:
     """The tables, the time of a step over its batch, and what bounds the throughput."""
     policies, steps = ([row for row in rows if row["part"] == part] for part in ("policy", "step"))
-    bench.table(COLUMNS, policies)
+    bench.table(COLUMNS, policies, across=True)
     bench.line(
         "memory: in requests of max_model_len. running, stalled: requests that go on, and that have begun and wait for "
-        "pages; means while requests wait for memory, as all shares below. Ratios are to reserving."
+        "pages; means while requests wait for memory, as all shares below."
     )
-    bench.table(MEMORY_COLUMNS, policies)
+    bench.table(MEMORY_COLUMNS, policies, across=True)
     bench.line(
         "to be filled: slots that their request fills later. never filled: reserved, or left over in a last page, for "
         "nothing. free: not taken; distkv keeps some so that those who run can end. Both have the same pages, and none "
@@ -137,6 +137,6 @@ def write_plot(path: Path, rows: list[Row]) -> None:
         memory.set(xlabel="seconds", ylabel="% of the KV memory", ylim=(0, 105), xlim=(0, None))
         for axis in (running, memory):
             axis.grid(alpha=0.3)
-            axis.legend(loc="upper right", fontsize="small")
+            axis.legend(fontsize="small")
     with writing(path):
         canvas.savefig(path, dpi=120, format="png")
