@@ -68,10 +68,11 @@ class ColdPageCache(StepObserver):
 class Decoder:
     """One engine that decodes a request in each turn, whose context is random keys and values."""
 
-    def __init__(self, variant: Variant, config: EngineConfig, cold_bytes: int):
-        """`cold_bytes` is what a step has to stream."""
+    def __init__(self, variant: Variant, config: EngineConfig, cold_bytes: int, drops_page_cache: bool = True):
+        """`cold_bytes` is what a step has to stream; `drops_page_cache` has it come from the disk itself."""
         self.variant = variant
         self.cold_bytes = cold_bytes
+        self._drops_page_cache = drops_page_cache
         self._page_cache = ColdPageCache()
         self._engine = launch(config, observer=self._page_cache)
         cache_dir = self._engine.info.cache_dir
@@ -98,7 +99,7 @@ class Decoder:
                 time.sleep(PAUSE)
             if len(answer) + 1 + new_tokens > page_size:
                 raise DistKVError(f"{name}: pages are still on their way after {len(answer)} tokens; raise page-size")
-        if self._array is not None:
+        if self._array is not None and self._drops_page_cache:
             self._page_cache.files = sorted(self._array.glob("c.*"))
             flush(self.files)
         answer += self._step()  # that of a step which ran in the last pause

@@ -198,6 +198,31 @@ def bench_gqa(
         raise typer.Exit(1)
 
 
+@bench.command("plan")
+@spread
+def bench_plan(
+    *,
+    shape: Annotated[str, typer.Option(help="Model of random weights, as in distkv stress.")] = "small",
+    context: Annotated[
+        list[int], typer.Option(help="Context to plan and to measure, in pages of 256 tokens; may be given again.")
+    ] = sized([4096, 8192, 16384, 49152], [2048, 4096, 8192, 12288]),
+    probe: Annotated[
+        list[int], typer.Option(help="Context that measures the machine; to be given twice, for two of them.")
+    ] = sized([2048, 32768], [1024, 10240]),
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode in each turn.", min=1)] = sized(24, 16),
+    options: Annotated[EngineOptions, engine("num_threads")],
+    measured: Annotated[BenchOptions, measuring()],
+) -> None:
+    """What distkv plan says of a decode step beside what it takes, with KV on the device, the host and on disk.
+
+    The machine is measured in the same turns, at other contexts than those that are planned.
+    It runs on the CPU.
+    """
+    from distkv.bench.plan import run
+
+    run(shape, context, probe, new_tokens, options["num_threads"], measured)
+
+
 @bench.command("kernels")
 @spread
 def bench_kernels(

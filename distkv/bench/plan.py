@@ -1,0 +1,119 @@
+"""`distkv bench plan`: what the planner says that a decode step takes, beside what it takes."""
+
+from dataclasses import asdict
+from functools import partial
+
+from distkv.bench.calibration import MOST_RATE, calibrated
+from distkv.bench.decoder import least_tokens
+from distkv.bench.harness import Bench, Figure, Row
+from distkv.bench.options import BenchOptions
+from distkv.bench.tier_decoders import PAGE_SIZE, TIERS, TierDecoders
+from distkv.errors import ConfigError
+from distkv.launch.this_machine import measured_cpu
+from distkv.models.shapes import shape_folder
+from distkv.planner.hardware import Hardware
+from distkv.planner.plan import Plan, make_plan
+from distkv.reporting.out_file import temporary_folder
+from distkv.reporting.tables import Column, target
+
+MOST_ERROR = 0.25  # by which a plan may be off
+COLUMNS = [
+    Column("KV on", "tier"),
+    Column("context", "context"),
+    Column("planned ms", "planned_ms", form=".2f"),
+    Column("measured ms", "measured_ms", form=".2f"),
+    Column("ratio", "ratio", form=".2f"),
+    Column("bound by", "bound_by"),
+]
+
+
+def run(
+    shape: str, contexts: list[int], probes: list[int], new_tokens: int, num_threads: int | None, options: BenchOptions
+) -> None:
+    """Measures and prints a table; see `distkv bench plan --help`. Raises ConfigError for contexts that cannot be
+    measured, or of which a plan would be told the time."""
+    contexts, probes = sorted(set(contexts)), sorted(set(probes))
+    _check(contexts, probes, new_tokens)
+    longest = max(*contexts, *probes)
+    bench = Bench("plan", options, num_threads, shape=shape, new_tokens=new_tokens, probes=probes)
+    with (
+        shape_folder(shape, max_position_embeddings=longest + PAGE_SIZE) as folder,
+        temporary_folder() as cache_dir,
+        TierDecoders(folder, shape, longest, cache_dir) as decoders,
+        bench,
+    ):
+        keys = [(tier, context) for context in sorted([*probes, *contexts]) for tier in TIERS]
+        works = {
+            f"{context} tokens on {tier}": partial(decoders.seconds, tier, context, new_tokens)
+            for tier, context in keys
+        }
+        found = (Figure.of(seconds) for seconds in bench.in_turns(works, warm_up=0 if options.quick else 1).values())
+        taken = dict(zip(keys, found, strict=True))
+        bench.doing("reading weights, multiplying and copying")
+        probed = {key: one.median for key, one in taken.items() if key[1] in probes}
+        hardware = calibrated(measured_cpu(), decoders.request, probed)
+        bench.facts["hardware"] = asdict(hardware)
+        for tier in TIERS:
+            for context in contexts:
+                bench.add(
+                    _row(tier, context, make_plan(decoders.request(tier, context, hardware)), taken[tier, context])
+                )
+        bench.table(COLUMNS)
+        _explain(bench, hardware, probes)
+
+
+def _check(contexts: list[int], probes: list[int], new_tokens: int) -> None:
+    for context in (*contexts, *probes):
+        if context % PAGE_SIZE or context < 2 * PAGE_SIZE:
+            raise ConfigError(
+                f"context {context} is not a whole number of pages of {PAGE_SIZE} tokens, at least 2; use "
+                f"{max(2, -(-context // PAGE_SIZE)) * PAGE_SIZE}"
+            )
+    if len(probes) != 2:
+        raise ConfigError(f"--probe names {len(probes)} contexts; give it twice, for two that measure the machine")
+    both = sorted(set(contexts) & set(probes))
+    if both:
+        raise ConfigError(f"context {both[0]} is a probe too, so its plan would be told its time; give another one")
+    if least_tokens(new_tokens) > PAGE_SIZE:
+        most = PAGE_SIZE - least_tokens(0)
+        raise ConfigError(f"new-tokens {new_tokens} leaves the page that is being written; use {most} at most")
+
+
+def _row(tier: str, context: int, plan: Plan, seconds: Figure) -> Row:
+    assert plan.decode is not None
+    return {
+        "tier": tier,
+        "context": context,
+        "kv_bytes": context * plan.fit.kv_bytes_per_token,
+        "planned_ms": 1e3 * plan.decode.seconds,
+        "measured_ms": seconds.scaled(1e3),
+        "ratio": plan.decode.seconds / seconds.median,
+        "bound_by": plan.decode.limit,
+        "parts": plan.decode.parts,
+    }
+
+
+def _explain(bench: Bench, hardware: Hardware, probes: list[int]) -> None:
+    """What was measured to plan with, and whether the target was met."""
+    rates = ", ".join(
+        f"{name} {rate / 1e9:.2f} GB/s" if rate < MOST_RATE else f"{name} no slower than the device"
+        for name, rate in (
+            ("weights", hardware.memory_bandwidth), ("attention", hardware.kv_bandwidth), ("host", hardware.host_link),
+            ("disk", hardware.disk_bandwidth),
+        )
+    )  # fmt: skip
+    bench.line(
+        f"Calibrated in the same turns, by steps at {probes[0]} and {probes[1]} tokens on each tier and by a product "
+        f"that reads weights: {rates}, fixed work {1e3 * hardware.step_seconds:.2f} ms. Host and disk count what they "
+        "take more than the device. No row of the table has a part in that."
+    )
+    bench.line("Pages on disk lie in the system's page cache, since they were just written, as in distkv stress.")
+    ratios = [row["ratio"] for row in bench.rows]
+    worst = max(ratios, key=lambda ratio: max(ratio, 1 / ratio))
+    met = sum(abs(ratio - 1) <= MOST_ERROR for ratio in ratios)
+    bench.line(
+        target(
+            f"every plan within {MOST_ERROR:.0%} of what was measured",
+            f"{met} of {len(ratios)}, the worst is {worst:.2f} times as long", met == len(ratios),
+        )
+    )  # fmt: skip
