@@ -65,15 +65,17 @@ def _to_be_faster(request: PlanRequest, fit: Fit, decode: Cost | None) -> list[s
     if decode.limit == KV:
         return ["A step is bound by reading KV: more ranks, a shorter context or KV of fewer bytes make it shorter."]
     if decode.limit == LINK:
+        links = "" if request.hardware.is_cpu else ", and each GPU has a link of its own"
         return [
             f"A step waits for {shown_bytes(cold_bytes(fit, 1, 2))} of cold KV: more room on the devices helps most, "
-            "since what lies there is not streamed, and each GPU has a link of its own."
+            f"since what lies there is not streamed{links}."
         ]
     if decode.limit == DISK:
         on_disk = shown_bytes(cold_bytes(fit, 2))
         return [f"A step waits for the disk: {on_disk} more of --host-kv-bytes would hold what lies there."]
     if decode.limit == PEERS:
-        return ["A step waits for the links between ranks: fewer ranks, or GPUs with NVLink, make it shorter."]
+        links = "" if request.hardware.is_cpu else ", or GPUs with NVLink,"
+        return [f"A step waits for the links between ranks: fewer ranks{links} make it shorter."]
     return []
 
 

@@ -118,3 +118,18 @@ def test_what_keeps_more_from_running_is_named() -> None:
 def test_hardware_of_nonsense_is_refused(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{field} of H100 SXM is"):
         replace(H100, **{field: value})
+
+
+@pytest.mark.parametrize(
+    "rates, limit",
+    [
+        ({"memory_bandwidth": 1e6, "attention_bandwidth": 1e12}, "weights"), ({"memory_bandwidth": 1e6}, "KV"),
+        ({"host_link": 1e3}, "host link"), ({"disk_bandwidth": 1e3}, "disk"), ({"peer_link": 1e3}, "peer links"),
+    ],
+)  # fmt: skip
+def test_advice_for_a_cpu_speaks_of_no_gpu(rates: dict[str, float], limit: str) -> None:
+    cpu = Hardware("a CPU", "made up", 4 * GIB, 1e12, 1e15, 1e12, 1e12, 1e12, is_cpu=True, is_measured=True)
+    sizes = {"host_kv_bytes": 2**28, "disk_kv_bytes": 2**30}
+    found = plan("smollm2", replace(cpu, **rates), context=8192, concurrency=10, tensor_parallel_size=3, **sizes)
+    assert found.decode is not None and found.decode.limit == limit and found.advice
+    assert not [sentence for sentence in found.advice if "GPU" in sentence or "NVLink" in sentence]

@@ -24,9 +24,11 @@ export function showPlan(plan) {
   $("advice").replaceChildren(...(plan.advice.length ? plan.advice : ["Nothing: all of it fits."]).map((text) => element("li", "", text)));
   $("command").textContent = plan.command;
   $("serving").hidden = !plan.running;
+  const times = plan.hardware.is_measured
+    ? "Times are estimates, by rates that were measured here"
+    : "Times are lower bounds, by rates that are the most the hardware can do";
   $("sources").textContent =
-    `${plan.hardware.name}: ${plan.hardware.source}. Times are lower bounds: bytes over bandwidth and operations over ` +
-    "the rate of the matrix units, with every request at its full context.";
+    `${plan.hardware.name}: ${plan.hardware.source}. ${times}, with every request at its full context.`;
 }
 
 // what was found is no longer what is asked for, and why there is nothing newer
