@@ -339,7 +339,7 @@ def bench_peers(
         list[int] | None,
         typer.Option(help="Streams at a time over HTTP (1, 8, 32; 1, 8 with --quick); may be given again.", min=1),
     ] = None,
-    time_limit: Annotated[float, typer.Option(help="Seconds that a start or a turn may take.", min=1)] = 600,
+    time_limit: Annotated[int, typer.Option(help="Seconds that a start or a turn may take.", min=1)] = 600,
     out: Annotated[Path | None, path_option(help="Folder for peers.json, .md, .png and the engines' logs.")] = None,
     options: Annotated[
         EngineOptions,

@@ -2,6 +2,7 @@
 report has what was measured. Peers that fail are scripts in the place of the drivers; the last test runs real ones."""
 
 import json
+import re
 import shutil
 import signal
 import sys
@@ -54,7 +55,7 @@ NONSENSE = """
 import sys
 print('{"start_s": 1.0}', flush=True)
 sys.stdin.readline()
-print("ready?", flush=True)
+print('{"first_s": 1, "seconds": 1}', flush=True)
 sys.stdin.readline()
 """
 
@@ -101,7 +102,7 @@ def test_peers_that_fail_are_left_out_and_named(
     crash, hang, nonsense = written["missing"]
     assert crash == "vllm-eager, offline: it ended with exit code 1; its last words: no kernel for this machine"
     assert hang == "vllm, 20 tokens: no answer within 3 s, the time limit; it said nothing"
-    assert nonsense == "hf, 20 tokens: it answered with 'ready?', which is no JSON object"
+    assert nonsense == "hf, 20 tokens: its answer cannot be understood: KeyError: 'tokens'"
     report = (out / "peers.md").read_text()
     assert all(text in report and text in result.output for text in written["missing"])
     assert (out / "peers.png").read_bytes().startswith(b"\x89PNG")
@@ -126,6 +127,27 @@ def test_what_is_not_there_is_said_before_anything_is_measured(
     assert f"'{tmp_path}/no/python' is no program that can be run" in left_out[1] and len(left_out) == 2
     [row] = [line for line in lines if "20 tokens" in line]
     assert row.count("x") == 1, "how many times as fast as hf"
+
+
+@pytest.mark.parametrize(
+    "code, why",
+    [
+        ("print('ready?'); input()", "it answered with 'ready?', which is no JSON object"),
+        ("import time; time.sleep(1000)", "no answer within 0.5 s, the time limit"),
+        ("import os; os.close(0); os.close(1); import time; time.sleep(1000)", "it has closed its stdout"),
+    ],
+    ids=["nonsense", "reads nothing", "hangs up"],
+)
+def test_a_process_that_does_not_answer(tmp_path: Path, code: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor read what it is sent, which is more than a pipe holds."""
+    monkeypatch.setattr(guarded, "GRACE", 0.2)
+    limit = 0.5 if "0.5" in why else 30
+    with (
+        GuardedProcess([sys.executable, "-S", "-c", code], {}, tmp_path / "log") as process,
+        pytest.raises(PeerFailed, match=re.escape(why)),
+    ):
+        process.ask({"prompts": [[7] * 10**5]}, limit)
+    assert is_gone(process.group)
 
 
 def test_distkvs_own_failure_is_an_error(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

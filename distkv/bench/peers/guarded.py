@@ -33,24 +33,24 @@ class GuardedProcess:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", str(GUARD), str(lifeline), *command], env=environment, stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE if is_talking else stderr, stderr=stderr, start_new_session=True,
-                pass_fds=[lifeline],
+                pass_fds=[lifeline], bufsize=0,
             )  # fmt: skip
         os.close(lifeline)
         self._unread = b""
 
     def ask(self, message: dict[str, Any], time_limit: float) -> dict[str, Any]:
         """Sends an object and returns the one that is answered within `time_limit` seconds. Raises PeerFailed."""
-        assert self._process.stdin is not None
+        deadline = time.monotonic() + time_limit
         try:
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
-            self._process.stdin.flush()
+            self._write(json.dumps(message).encode() + b"\n", deadline, time_limit)
         except OSError:
             raise self._ended() from None
-        return self.read(time_limit)
+        return self.read(deadline - time.monotonic(), time_limit)
 
-    def read(self, time_limit: float) -> dict[str, Any]:
-        """The next object on its stdout. Raises PeerFailed."""
-        line = self._read_line(time.monotonic() + time_limit, time_limit)
+    def read(self, timeout: float, time_limit: float | None = None) -> dict[str, Any]:
+        """The next object on its stdout, within `timeout` seconds; `time_limit` is what an error calls them. Raises
+        PeerFailed."""
+        line = self._read_line(time.monotonic() + timeout, timeout if time_limit is None else time_limit)
         try:
             message = json.loads(line)
         except ValueError:
@@ -71,13 +71,25 @@ class GuardedProcess:
         if self._process.poll() is not None:
             raise self._ended()
 
+    def _write(self, text: bytes, deadline: float, time_limit: float) -> None:
+        """What a pipe does not hold is written when it is read; raises OSError when nobody can read it any more."""
+        assert self._process.stdin is not None
+        pipe = self._process.stdin.fileno()
+        os.set_blocking(pipe, False)
+        with selectors.DefaultSelector() as selector:
+            selector.register(pipe, selectors.EVENT_WRITE)
+            while text:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    raise self._late(time_limit)
+                text = text[os.write(pipe, text) :]
+
     def _read_line(self, deadline: float, time_limit: float) -> str:
         assert self._process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             while b"\n" not in self._unread:
                 if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise PeerFailed(f"no answer within {time_limit:g} s, the time limit; {self._last_words()}")
+                    raise self._late(time_limit)
                 read = os.read(self._process.stdout.fileno(), 2**16)
                 if not read:
                     raise self._ended()
@@ -91,6 +103,9 @@ class GuardedProcess:
         except subprocess.TimeoutExpired:
             how = "it has closed its stdout"
         return PeerFailed(f"{how}; {self._last_words()}")
+
+    def _late(self, time_limit: float) -> PeerFailed:
+        return PeerFailed(f"no answer within {time_limit:g} s, the time limit; {self._last_words()}")
 
     def _last_words(self) -> str:
         """The end of its stderr."""
@@ -108,7 +123,10 @@ class GuardedProcess:
                     time.sleep(0.02)
         finally:
             self._signal(signal.SIGKILL)
-            self._process.communicate()
+            for pipe in (self._process.stdin, self._process.stdout):
+                if pipe is not None:
+                    pipe.close()
+            self._process.wait()
             os.close(self._lifeline)
 
     def _signal(self, number: int) -> bool:

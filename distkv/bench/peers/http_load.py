@@ -51,6 +51,8 @@ def load(url: str, work: Work, time_limit: float) -> dict[str, float]:
         seconds, answers = asyncio.run(_load(url, work, time_limit))
     except TimeoutError:
         raise PeerFailed(f"its server took longer than {time_limit:g} s, the time limit") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PeerFailed(f"its server's answer cannot be understood: {type(error).__name__}: {error}") from error
     except httpx2.HTTPError as error:
         raise PeerFailed(f"its server broke off: {type(error).__name__}: {error}") from error
     first = [answer.arrivals[0] for answer in answers]

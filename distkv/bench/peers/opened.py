@@ -38,7 +38,9 @@ def probe(engine: Engine, setting: Setting, log: Path) -> dict[str, Any]:
 def driver(engine: Engine, setting: Setting, log: Path, time_limit: float) -> Iterator[Opened]:
     """The engine in its driver. Raises PeerFailed."""
     with GuardedProcess(engine.driver_command(setting), engine.environment(setting), log) as process:
-        yield _Driver(process, process.read(time_limit)["start_s"])
+        with _understanding():
+            start_s = float(process.read(time_limit)["start_s"])
+        yield _Driver(process, start_s)
 
 
 class _Driver:
@@ -48,16 +50,25 @@ class _Driver:
     def turn(self, work: Work, time_limit: float) -> dict[str, float]:
         """One request alone gives the rate of its prefill and the time of a token, many give their throughput."""
         answer = self._process.ask({"prompts": work.prompts, "new_tokens": work.new_tokens}, time_limit)
-        counts = [len(tokens) for tokens in answer["tokens"]]
-        if counts != work.new_tokens:
-            raise PeerFailed(f"it answered with {counts} tokens instead of {work.new_tokens}")
-        seconds, first = answer["seconds"], answer["first_s"]
-        if work.part != "single":
-            return {"output_tokens_per_s": sum(counts) / seconds}
-        return {
-            "prefill_tokens_per_s": len(work.prompts[0]) / first,
-            "decode_ms_per_token": 1e3 * (seconds - first) / (counts[0] - 1),
-        }
+        with _understanding():
+            counts = [len(tokens) for tokens in answer["tokens"]]
+            if counts != work.new_tokens:
+                raise PeerFailed(f"it answered with {counts} tokens instead of {work.new_tokens}")
+            if work.part != "single":
+                return {"output_tokens_per_s": sum(counts) / answer["seconds"]}
+            return {
+                "prefill_tokens_per_s": len(work.prompts[0]) / answer["first_s"],
+                "decode_ms_per_token": 1e3 * (answer["seconds"] - answer["first_s"]) / (counts[0] - 1),
+            }
+
+
+@contextmanager
+def _understanding() -> Iterator[None]:
+    """Makes a PeerFailed of an answer that lacks something, or has something else in its place."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise PeerFailed(f"its answer cannot be understood: {type(error).__name__}: {error}") from error
 
 
 @contextmanager

@@ -49,7 +49,7 @@ class Sizes:
 
 QUICK = Sizes(
     contexts=(128, 1024), new_tokens=16, mixed_requests=16, mixed_prompt=(32, 256), mixed_answer=(8, 32),
-    streams=(1, 8), http_prompt=128, http_answer=32,
+    streams=(1, 8), http_prompt=128, http_answer=16,
 )  # fmt: skip
 
 

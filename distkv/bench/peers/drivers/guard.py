@@ -18,5 +18,8 @@ def watch(lifeline):
 
 signal.signal(signal.SIGTERM, lambda *_: None)  # the command's to obey; this waits until it has
 command = subprocess.Popen(sys.argv[2:])
+nothing = os.open(os.devnull, os.O_RDWR)
+for pipe in (0, 1):  # they are the command's, and end with it
+    os.dup2(nothing, pipe)
 threading.Thread(target=watch, args=(int(sys.argv[1]),), daemon=True).start()
 sys.exit(command.wait())
