@@ -7,6 +7,8 @@ from distkv.planner.room import cold_bytes, enough_below, fewest_ranks
 from distkv.planner.sizing import STREAM_SECONDS
 from distkv.planner.units import option_bytes, shown_bytes, shown_seconds, shown_tokens
 
+GPUS_OF_A_MACHINE = 8
+
 
 def advise(request: PlanRequest, fit: Fit, decode: Cost | None) -> list[str]:
     """The most pressing first; empty where nothing is to be said."""
@@ -100,6 +102,11 @@ def _to_know(request: PlanRequest, fit: Fit, decode: Cost | None) -> list[str]:
         found.append(
             f"Unless max_cold_bytes_per_step says more, a step streams for {shown_seconds(STREAM_SECONDS)} or so and "
             "the requests take turns; the time shown is then that between two tokens of each, on average."
+        )
+    if request.tensor_parallel_size > GPUS_OF_A_MACHINE:
+        found.append(
+            f"More than {GPUS_OF_A_MACHINE} GPUs are seldom in one machine; links between machines are slower than the "
+            f"{request.hardware.peer_link / 1e9:.3g} GB/s that are reckoned with."
         )
     if request.stored_dtype != request.run_dtype:
         found.append(

@@ -43,7 +43,7 @@ def _plans(console: Console, options: PlanOptions) -> dict[str, Any]:
 
 def _solve(console: Console, options: PlanOptions) -> dict[str, Any]:
     seconds = None if options.ms_per_token is None else options.ms_per_token / 1e3
-    target, sizes = options.only_request("--solve"), options.sizes(SOLVE_SIZES)
+    target, sizes = options.only_request("--solve", of_one_setup=False), options.sizes(SOLVE_SIZES)
     solutions = solve(target, options.priced_hardware(), sizes, seconds, options.prices())
     print_solutions(console, target, solutions, seconds)
     return {
@@ -63,7 +63,7 @@ def _kinds(console: Console, options: PlanOptions) -> dict[str, Any]:
     found: dict[str, Any] = {"kinds": []}
     guess, dtype = options.guesses(), str(options.request.get("kv_dtype", "auto"))
     kv = None if guess is None else guessed_kv(guess, "float16" if dtype == "auto" else dtype)
-    context = options.contexts()[0]
+    context = options.only_context("--kinds")
     if options.model.lower() != UNPUBLISHED:
         kinds = attention_kinds(options.only_request("--kinds"))
         print_kinds(console, kinds)

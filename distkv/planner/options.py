@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from distkv.errors import ConfigError
 from distkv.option_checks import check_amount, check_whole
@@ -16,6 +16,7 @@ from distkv.reporting.out_file import check_out_file, check_plot_file
 from distkv.values import shown
 
 MOST_PLANS = 200  # that are shown
+One = TypeVar("One")
 DEFAULT_GPU = "h100"
 DEFAULT_MODEL = "llama-3.1-8b"  # of a page that is given none
 SOLVE_SIZES = "1,2,4,8"
@@ -68,23 +69,26 @@ class PlanOptions:
             for one, context, size, load in mixes
         ]
 
-    def only_request(self, what: str) -> PlanRequest:
-        """For what takes a single context and load, on the first GPU. Raises ConfigError for lists of more."""
-        for name, values in (("--context", self.contexts()), ("--concurrency", self.loads())):
-            if len(values) > 1:
-                raise ConfigError(f"{what} takes one {name}, and {len(values)} are given")
+    def only_request(self, what: str, of_one_setup: bool = True) -> PlanRequest:
+        """For what takes one of each list; the setup, GPUs and their number, may be left open. Raises ConfigError for
+        lists of more."""
+        context, load = _only(what, "--context", self.contexts()), _only(what, "--concurrency", self.loads())
+        hardware, sizes = self.hardware(), self.sizes("1")
+        if of_one_setup:
+            _only(what, "--gpu", hardware)
+            _only(what, "--gpus", sizes)
         return PlanRequest(
-            find_model(self.model), self.hardware()[0], tensor_parallel_size=self.sizes("1")[0],
-            context=self.contexts()[0], concurrency=self.loads()[0], **self.request,
+            find_model(self.model), hardware[0], tensor_parallel_size=sizes[0], context=context, concurrency=load,
+            **self.request,
         )  # fmt: skip
 
+    def only_context(self, what: str) -> int:
+        """Tokens, for what takes one context. Raises ConfigError for more."""
+        return _only(what, "--context", self.contexts())
+
     def page_start(self) -> dict[str, Any]:
-        """The same as the fields of `POST /plan`, for a page to begin with. Raises ConfigError for lists of more than
-        one."""
+        """The only request as the fields of `POST /plan`, for a page to begin with."""
         request = self.only_request("--serve")
-        for name, values in (("--gpu", self.gpu or ()), ("--gpus", self.sizes("1"))):
-            if len(values) > 1:
-                raise ConfigError(f"--serve takes one {name}, and {len(values)} are given")
         fields = {
             "gpu": (self.gpu or [DEFAULT_GPU])[0], "disk_bandwidth": self.disk_bandwidth, "context": request.context,
             "tensor_parallel_size": request.tensor_parallel_size, "concurrency": request.concurrency,
@@ -136,6 +140,12 @@ class PlanOptions:
             name, _, value = part.partition("=")
             found[name.strip()] = _whole(f"{name.strip()} of --guess", value.strip())
         return found
+
+
+def _only(what: str, name: str, values: list[One]) -> One:
+    if len(values) > 1:
+        raise ConfigError(f"{what} takes one {name}, and {len(values)} are given")
+    return values[0]
 
 
 def _listed(name: str, text: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support.checkpoints import save_llama
@@ -75,6 +74,7 @@ def test_a_folder_is_served_by_the_command_that_is_shown(tmp_path: Path) -> None
         (["--price-per-hour", "1"], "without --solve"), (["--solve", "--kinds"], "one at a time"),
         (["--solve", "--plot", "x.png"], "--plot draws plans"),
         (["--solve", "--context", "4k,8k"], "takes one --context"),
+        (["--kinds", "--gpus", "1,2"], "takes one --gpus"), (["--kinds", "--gpu", "l4", "--gpu", "a10"], "one --gpu,"),
         (["--solve", "--price-per-hour", "h100=nan"], "is nan"), (["--solve", "--ms-per-token", "-1"], "above 0"),
         (["--solve", "--price-per-hour", "3"], "names no GPU"), (["--json", "/nowhere/x.json"], "cannot be written"),
         (["--solve", "--gpu", "l4", "--price-per-hour", "h100=1"], "--gpu does not name"),
@@ -86,10 +86,11 @@ def test_nonsense_is_one_error(arguments: list[str], message: str) -> None:
         CliRunner().invoke(app, ["plan", "llama-3.1-8b", *arguments], catch_exceptions=False)
 
 
-def test_a_plan_imports_no_torch() -> None:
-    code = "import sys, runpy\nsys.argv = ['distkv', 'plan', 'llama-3.1-8b', {more}]\n"
-    code += "runpy.run_module('distkv', run_name='__main__', alter_sys=True)\n"
-    code += "loaded = {{'torch', 'ray', 'numpy', 'transformers'}} & set(sys.modules)\nassert not loaded, loaded"
-    more: list[Any] = ["--solve", "--context", "32k"]
-    for arguments in ([], more, ["--kinds"]):
-        run_python(code.format(more=", ".join(map(repr, arguments))))
+def test_no_plan_imports_torch(tmp_path: Path) -> None:
+    target = str(tmp_path / "plan.json")
+    commands = [["llama-3.1-8b", "--json", target], ["llama-3.1-8b", "--solve"], ["smollm2-135m", "--kinds"]]
+    run_python(
+        "import sys\nfrom distkv.commands.main import app\n"
+        f"for arguments in {commands}:\n    app(['plan', *arguments], standalone_mode=False)\n"
+        "loaded = {'torch', 'ray', 'numpy', 'transformers'} & set(sys.modules)\nassert not loaded, loaded"
+    )
