@@ -10,8 +10,7 @@ from distkv.reporting.out_file import writing
 from distkv.reporting.tables import Column
 
 COLUMNS = [
-    Column("memory", "reservations", ending=" x"),
-    Column("policy", "policy"),
+    Column("KV memory", "policy"),
     Column("running", "running", form=".1f"),
     Column("most", "most_running"),
     Column("stalled", "stalled", form=".1f"),
@@ -19,10 +18,6 @@ COLUMNS = [
     Column("running vs reserved", "more_running", form=".2f", ending="x"),
     Column("tokens/s vs reserved", "speedup", form=".2f", ending="x"),
     Column("preempted", "preemptions"),
-]
-MEMORY_COLUMNS = [
-    Column("memory", "reservations", ending=" x"),
-    Column("policy", "policy"),
     Column("holds tokens", "held_share", 100, ".1f", " %"),
     Column("to be filled", "coming_share", 100, ".1f", " %"),
     Column("never filled", "unused_share", 100, ".1f", " %"),
@@ -48,16 +43,16 @@ CLAIM = (
 def print_report(bench: Bench, rows: list[Row]) -> None:
     """The tables, the time of a step over its batch, and what bounds the throughput."""
     policies, steps = ([row for row in rows if row["part"] == part] for part in ("policy", "step"))
-    bench.table(COLUMNS, policies, across=True)
+    for reservations in dict.fromkeys(row["reservations"] for row in policies):
+        chosen = [row for row in policies if row["reservations"] == reservations]
+        bench.line(f"KV memory of {reservations} x max_model_len, {chosen[0]['kv_bytes'] / 2**20:.1f} MiB:")
+        bench.table(COLUMNS, chosen, across=True)
     bench.line(
-        "memory: in requests of max_model_len. running, stalled: requests that go on, and that have begun and wait for "
-        "pages; means while requests wait for memory, as all shares below."
-    )
-    bench.table(MEMORY_COLUMNS, policies, across=True)
-    bench.line(
-        "to be filled: slots that their request fills later. never filled: reserved, or left over in a last page, for "
-        "nothing. free: not taken; distkv keeps some so that those who run can end. Both have the same pages, and none "
-        "is lost between reservations, which flatters reserving."
+        "running, stalled: requests that go on, and that have begun and wait for pages. holds tokens: share of the "
+        "memory. to be filled: that its request fills later. never filled: reserved, or left over in a last page, for "
+        "nothing. free: not taken; distkv keeps some so that those who run can end. All but most, tokens/s and "
+        "preempted are means while requests wait for memory. All have the same pages, and none is lost between "
+        "reservations, which flatters reserving."
     )
     bench.table(STEP_COLUMNS, steps)
     reserved: dict[int, Row] = {}
@@ -123,7 +118,7 @@ def write_plot(path: Path, rows: list[Row]) -> None:
     for column, reservations in enumerate(memories):
         running, memory = axes[:, column]
         chosen = [row for row in policies if row["reservations"] == reservations]
-        title = f"KV memory of {reservations} x max_model_len, {chosen[0]['kv_bytes'] / 2**20:.0f} MiB"
+        title = f"KV memory of {reservations} x max_model_len, {chosen[0]['kv_bytes'] / 2**20:.1f} MiB"
         for row in chosen:
             moments, color, name = row["moments"], colors[row["policy"]], row["policy"]
             seconds = [at["seconds"] for at in moments]
@@ -137,6 +132,7 @@ def write_plot(path: Path, rows: list[Row]) -> None:
         memory.set(xlabel="seconds", ylabel="% of the KV memory", ylim=(0, 105), xlim=(0, None))
         for axis in (running, memory):
             axis.grid(alpha=0.3)
-            axis.legend(fontsize="small")
+        running.legend(fontsize="small")
+        memory.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
     with writing(path):
         canvas.savefig(path, dpi=120, format="png")
