@@ -13,6 +13,7 @@ from distkv.option_checks import parse_bytes
 from distkv.server.options import ServerOptions
 
 if TYPE_CHECKING:
+    from distkv.planner.hardware import Hardware
     from distkv.planner.options import PlanOptions
 
 SERVER_FIELDS = ("host", "port", "api_key", "uvicorn_log_level")
@@ -39,6 +40,9 @@ def plan(
         list[str] | None,
         typer.Option(metavar="<gpu>", help="h100, say, or figures by hand (docs/planning.md); may be given again."),
     ] = None,
+    measured: Annotated[
+        bool, typer.Option("--measured", help="Plan for this machine, measured now, and for --gpu where that is given.")
+    ] = False,
     gpus: Annotated[
         str | None,
         typer.Option("--gpus", "--tensor-parallel-size", help="GPUs that share the model, such as 1,2,4,8."),
@@ -100,6 +104,7 @@ def plan(
         context=context,
         concurrency=concurrency,
         gpu=gpu,
+        measured=_measured() if measured else None,
         gpus=gpus,
         disk_bandwidth=None if disk_bandwidth is None else parse_bytes("disk_bandwidth", disk_bandwidth),
         solve=solve,
@@ -127,13 +132,20 @@ def _show(options: "PlanOptions") -> None:
 
 def _serve(options: "PlanOptions", server: ServerOptions) -> None:
     from distkv.planner.model_shape import find_model
-    from distkv.server.plans import PlanStart
+    from distkv.server.plans import HERE, PlanStart
     from distkv.server.serve_planner import serve_planner
 
     model, stdout = find_model(options.model), sys.stdout
-    start = PlanStart(options.page_start() | {"model": model.name}, model)
+    fields = options.page_start() | {"model": model.name} | ({"gpu": HERE} if options.measured is not None else {})
+    start = PlanStart(fields, model, hardware=options.measured)
     with redirect_stdout(sys.stderr):  # uvicorn logs requests there
         serve_planner(start, server, lambda url: print(f"distkv plans at {url}/plan", file=stdout, flush=True))
+
+
+def _measured() -> "Hardware":
+    from distkv.bench.measured import measured_machine
+
+    return measured_machine()
 
 
 def _given(call: typer.Context) -> set[str]:

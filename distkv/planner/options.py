@@ -30,6 +30,7 @@ class PlanOptions:
     context: str  # lists with commas
     concurrency: str
     gpu: list[str] | None
+    measured: Hardware | None  # this machine, to be planned for too
     gpus: str | None
     disk_bandwidth: float | None
     solve: bool
@@ -55,6 +56,10 @@ class PlanOptions:
             raise ConfigError("--solve and --kinds are both given; give one at a time")
         if self.plot_file is not None and (self.solve or self.kinds):
             raise ConfigError("--plot draws plans, and neither --solve nor --kinds; leave one of them out")
+        if self.measured is not None and self.measured.is_cpu and set(self.sizes("1")) != {1}:
+            raise ConfigError(
+                "--measured is this CPU, whose cores and memory several ranks would share; leave --gpus out"
+            )
         check_plot_file(self.plot_file)
         check_out_file(self.json_file)
 
@@ -97,8 +102,9 @@ class PlanOptions:
 
     def hardware(self, default: tuple[str, ...] = (DEFAULT_GPU,)) -> list[Hardware]:
         """What is planned for, each once."""
-        found = [with_disk(find_hardware(one), self.disk_bandwidth) for one in self.gpu or default]
-        return list(dict.fromkeys(found))
+        found = [] if self.measured is None else [self.measured]
+        found += [find_hardware(one) for one in self.gpu or (default if self.measured is None else ())]
+        return list(dict.fromkeys(with_disk(one, self.disk_bandwidth) for one in found))
 
     def contexts(self) -> list[int]:
         """Tokens."""
