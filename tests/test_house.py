@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("distkv", "workers", "storage", "kernels")
 """An arrow may only point to the right."""
 ROOMS = (
-    "commands", "jobs", "bench", "demo", "stress", "batch", "ray_serve", "server", "client", "async_llm", "llm",
-    "frontend", "launch", "planner", "metrics", "engine", "models", "cache_folders", "reporting", "outputs", "config",
-    "sampling_params", "structured_outputs", "option_help", "option_checks", "values", "errors",
+    "commands", "jobs", "bench", "demo", "doctor", "stress", "batch", "ray_serve", "server", "client", "async_llm",
+    "llm", "frontend", "launch", "planner", "metrics", "engine", "models", "cache_folders", "reporting", "outputs",
+    "config", "sampling_params", "structured_outputs", "option_help", "option_checks", "values", "errors",
 )  # fmt: skip
 """Folders and modules of `distkv`, in the same order."""
 WITHOUT_TENSOR = ("distkv.engine", "distkv.planner", "distkv.storage.ledger")

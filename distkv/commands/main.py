@@ -14,6 +14,7 @@ from distkv.commands.bench import bench
 from distkv.commands.cache import cache
 from distkv.commands.chat import chat
 from distkv.commands.demo import demo
+from distkv.commands.doctor import doctor
 from distkv.commands.fetch import fetch
 from distkv.commands.generate import generate
 from distkv.commands.metrics import metrics, top
@@ -33,7 +34,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # whose tables cut long names
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, serve, batch, fetch, plan, demo, stress, top):
+for command in (generate, chat, serve, batch, fetch, plan, demo, stress, doctor, top):
     app.command()(command)
 app.command(context_settings={"allow_interspersed_args": False})(submit)  # what follows is a command of its own
 groups = {"bench": bench, "cache": cache, "metrics": metrics}
