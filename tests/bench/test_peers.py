@@ -16,7 +16,7 @@ from support.processes import read_line, start_python
 from support.servers import save_talker
 from typer.testing import CliRunner, Result
 
-from distkv.bench.peers import cpu_time, engines, guarded, opened
+from distkv.bench.peers import cpu_time, engines, guarded, opened, report
 from distkv.bench.peers.engines import DRIVERS, Engine, Setting
 from distkv.bench.peers.guarded import GuardedProcess, PeerFailed
 from distkv.commands.main import app
@@ -103,8 +103,8 @@ def test_peers_that_fail_are_left_out_and_named(
     assert crash == "vllm-eager, offline: it ended with exit code 1; its last words: no kernel for this machine"
     assert hang == "vllm, 20 tokens: no answer within 3 s, the time limit; it said nothing"
     assert nonsense == "hf, 20 tokens: its answer cannot be understood: KeyError: 'tokens'"
-    report = (out / "peers.md").read_text()
-    assert all(text in report and text in result.output for text in written["missing"])
+    written_report = (out / "peers.md").read_text()
+    assert all(text in written_report and text in result.output for text in written["missing"])
     assert (out / "peers.png").read_bytes().startswith(b"\x89PNG")
     assert "a library that prints" in (out / "distkv.offline.log").read_text()
 
@@ -183,6 +183,11 @@ def test_nothing_outlives_the_command(tmp_path: Path) -> None:
     while not is_gone(int(child)):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_figures_of_a_busy_machine_come_with_a_warning() -> None:
+    assert report.noise({"load_average": 0.4, "cores": 2}) == ""
+    assert "load average was 5.2 on 2 cores" in report.noise({"load_average": 5.2, "cores": 2})
 
 
 def test_an_engine_that_works_on_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,7 @@ class _Comparison:
         self._waited: dict[str, list[float]] = {}  # CPU seconds and seconds
         bench.facts |= {
             "max_model_len": setting.max_model_len, "kv_bytes": setting.kv_bytes, "load_average": os.getloadavg()[0],
+            "cores": os.cpu_count(),
             "engines": {}, "missing": [],
         }  # fmt: skip
 
@@ -158,8 +159,9 @@ class _Comparison:
         for part in dict.fromkeys(row["part"] for row in rows):
             self._bench.line(report.TITLES[part])
             self._bench.table(*report.by_engine(part, rows))
-        for why in facts["missing"]:
-            self._bench.line(f"NOT MEASURED: {why}")
+        for text in (*(f"NOT MEASURED: {why}" for why in facts["missing"]), report.noise(facts)):
+            if text:
+                self._bench.line(text)
         if out is None:
             return
         with writing(out / MARKDOWN):

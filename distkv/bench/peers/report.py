@@ -7,6 +7,8 @@ from distkv.bench.harness import Row
 from distkv.reporting.figure import Figure
 from distkv.reporting.tables import Column
 
+NOISY = 0.5  # of the cores, as load average
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -80,6 +82,17 @@ def by_engine(part: str, rows: list[Row]) -> tuple[list[Column], list[Row]]:
     return columns, lines
 
 
+def noise(facts: dict[str, Any]) -> str:
+    """A warning where other work had a good part of the cores; empty where it had not."""
+    load, cores = facts["load_average"], facts["cores"]
+    if load < NOISY * cores:
+        return ""
+    return (
+        f"NOISY: before the first turn the load average was {load:.1f} on {cores} cores; beside other work "
+        "engines may seem several times as slow as they are: measure again when the machine is quiet"
+    )
+
+
 def markdown(facts: dict[str, Any], rows: list[Row], picture: str) -> str:
     """The whole report; `picture` is the name of its file."""
     lines = [
@@ -99,8 +112,8 @@ def markdown(facts: dict[str, Any], rows: list[Row], picture: str) -> str:
     for name, engine in facts["engines"].items():
         fields = ("version", "torch", "python", "start_offline_s", "start_http_s", "cores_while_waiting")
         lines.append(f"| {name} | " + " | ".join(_cell(engine.get(field)) for field in fields) + " |")
-    for why in facts["missing"]:
-        lines += ["", f"**Not measured**: {why}"]
+    lines += [text for why in facts["missing"] for text in ("", f"**Not measured**: {why}")]
+    lines += ["", noise(facts)] if noise(facts) else []
     for part in dict.fromkeys(row["part"] for row in rows):
         lines += ["", f"## {TITLES[part]}", "", *_table(*by_engine(part, rows))]
     shown = ["", f"![the same as a picture]({picture})"] if rows else []
