@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from support.processes import run_python
 from support.servers import PlannerProcess, ServerProcess
 from typer.testing import CliRunner
 
@@ -37,6 +38,12 @@ def test_a_body_has_the_fields_of_a_request() -> None:
         "gpu",
         "disk_bandwidth",
     }
+
+
+def test_the_planner_needs_no_torch() -> None:
+    """So that it is there at once."""
+    loaded = run_python("import distkv.server.serve_planner, sys; print(*sys.modules)").split()
+    assert "uvicorn" in loaded and not {"torch", "transformers", "ray"} & set(loaded)
 
 
 def test_a_plan_is_the_planners(planner: PlannerProcess) -> None:
