@@ -135,6 +135,7 @@ def _serve(options: "PlanOptions", server: ServerOptions) -> None:
     from distkv.server.plans import HERE, PlanStart
     from distkv.server.serve_planner import serve_planner
 
+    options.check()
     model, stdout = find_model(options.model), sys.stdout
     fields = options.page_start() | {"model": model.name} | ({"gpu": HERE} if options.measured is not None else {})
     start = PlanStart(fields, model, hardware=options.measured)

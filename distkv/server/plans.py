@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from distkv.errors import ConfigError
 from distkv.option_checks import parse_bytes
 from distkv.planner.hardware import GPUS, Hardware, find_hardware, with_disk
 from distkv.planner.model_shape import ModelShape, find_known_model, known_models
@@ -72,6 +73,11 @@ def _plan(body: PlanBody, find_start: Callable[[], PlanStart]) -> dict[str, Any]
     model = find_known_model(body.model) if own is None else own
     here = start.hardware if body.gpu == HERE else None
     hardware = find_hardware(body.gpu) if here is None else here
+    if hardware.is_cpu and given.get("tensor_parallel_size", 1) > 1:
+        raise ConfigError(
+            f"tensor_parallel_size {given['tensor_parallel_size']} would have several ranks share the cores and the "
+            "memory of one CPU, which was measured as a whole; use 1"
+        )
     return make_plan(PlanRequest(model, with_disk(hardware, disk), **given)).to_json()
 
 

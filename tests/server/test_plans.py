@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from support.plans import CPU
 from support.processes import run_python
 from support.servers import PlannerProcess, ServerProcess
 from typer.testing import CliRunner
@@ -19,6 +20,7 @@ from distkv.planner.hardware import find_hardware, with_disk
 from distkv.planner.model_shape import find_model
 from distkv.planner.plan import make_plan
 from distkv.planner.request import PlanRequest
+from distkv.server.plans import PlanStart
 from distkv.server.schemas.plan import PlanBody
 
 KEY = "of-the-planner"
@@ -131,6 +133,8 @@ def test_a_server_begins_with_its_model(server: ServerProcess, talker: Path) -> 
     assert plan["hardware"]["is_cpu"] and plan["hardware"]["is_measured"] and plan["fits"]
     config = find_model(talker).config
     assert plan["model"]["hidden_size"] == config.hidden_size and plan["request"]["context"] == 2048
+    shared = server.post("/plan", start | {"tensor_parallel_size": 2})
+    assert shared.status_code == 400 and "several ranks share" in shared.json()["error"]["message"]
     assert server.post("/plan", {"model": str(talker), "gpu": "h100"}).status_code == 400
     assert 'href="plan"' in server.get("/").text and server.get("/plan").status_code == 200
 
@@ -150,3 +154,14 @@ def test_a_server_begins_with_its_model(server: ServerProcess, talker: Path) -> 
 def test_options_without_effect_are_refused(arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(app, ["plan", *arguments])
     assert isinstance(result.exception, ConfigError) and message in str(result.exception)
+
+
+def test_a_page_for_the_machine_that_it_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[PlanStart] = []
+    monkeypatch.setattr("distkv.bench.measured.measured_machine", lambda: CPU)
+    monkeypatch.setattr("distkv.server.serve_planner.serve_planner", lambda start, *_: seen.append(start))
+    result = CliRunner().invoke(app, ["plan", "smollm2-135m", "--serve", "--measured"], catch_exceptions=False)
+    assert result.exit_code == 0 and seen[0].hardware == CPU and seen[0].fields["gpu"] == "here"
+    for more, message in ((["--gpu", "h100"], "one --gpu"), (["--gpus", "2"], "several ranks would share")):
+        result = CliRunner().invoke(app, ["plan", "smollm2-135m", "--serve", "--measured", *more])
+        assert isinstance(result.exception, ConfigError) and message in str(result.exception)
