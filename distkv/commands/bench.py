@@ -211,7 +211,7 @@ def bench_plan(
     ] = sized([2048, 32768], [1024, 10240]),
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode in each turn.", min=1)] = sized(24, 16),
     options: Annotated[EngineOptions, engine("num_threads")],
-    measured: Annotated[BenchOptions, measuring()],
+    measured: Annotated[BenchOptions, measuring(repeats=sized(5, 3))],
 ) -> None:
     """What distkv plan says of a decode step beside what it takes, with KV on the device, the host and on disk.
 
