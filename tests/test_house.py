@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("distkv", "workers", "storage", "kernels")
 """An arrow may only point to the right."""
 ROOMS = (
-    "commands", "jobs", "bench", "demo", "doctor", "stress", "batch", "ray_serve", "server", "client", "async_llm",
-    "llm", "frontend", "launch", "planner", "metrics", "engine", "models", "cache_folders", "reporting", "outputs",
-    "config", "sampling_params", "structured_outputs", "option_help", "option_checks", "values", "errors",
+    "commands", "jobs", "learn", "bench", "demo", "doctor", "stress", "batch", "ray_serve", "server", "client",
+    "async_llm", "llm", "frontend", "launch", "planner", "metrics", "engine", "models", "cache_folders", "reporting",
+    "outputs", "config", "sampling_params", "structured_outputs", "option_help", "option_checks", "values", "errors",
 )  # fmt: skip
 """Folders and modules of `distkv`, in the same order."""
 WITHOUT_TENSOR = ("distkv.engine", "distkv.planner", "distkv.storage.ledger")
@@ -186,7 +186,7 @@ def test_a_wheel_contains_everything(tmp_path: Path) -> None:
     for package, ending in itertools.product(PACKAGES[1:], ("py", "hpp", "cpp")):
         expected |= {f"distkv/{path.relative_to(ROOT)}" for path in (ROOT / package).rglob(f"*.{ending}")}
     assert packed == expected
-    assert "distkv/metrics/grafana.json" in names
+    assert {"distkv/metrics/grafana.json", "distkv/learn/report.html.jinja"} <= set(names)
     libraries = {name.split("/")[-1] for name in names if name.endswith(".so")}
     name_library = runpy.run_path(str(build))["library_name"]  # names tell flags apart
     assert libraries == {name_library(one.name, one.flags) for one in INSTRUCTION_SETS}

@@ -9,9 +9,9 @@ more than rounding, since torch's attention adds up in another order.
 
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import torch
+from rich.console import Console
 
 from distkv.bench.cache_plot import write_plot
 from distkv.bench.cache_variants import CONCATENATED, NO_CACHE, PAGED, VARIANTS, Decoded, SmallModel
@@ -60,15 +60,16 @@ def run(
 
 
 def make_bench(
-    model: Path, lengths: list[int], page_size: int, num_threads: int | None, options: BenchOptions, **how: Any
-) -> Bench:
-    """The run of this benchmark; `how` is for `Bench`. Raises ConfigError for sizes that do not go together."""
+    model: Path, lengths: list[int], page_size: int, num_threads: int | None, options: BenchOptions,
+    console: Console | None = None,
+) -> Bench:  # fmt: skip
+    """The run of this benchmark. Raises ConfigError for sizes that do not go together."""
     check_page_size(page_size)
     positions = ModelConfig.load(model).max_position_embeddings
     if not 1 <= min(lengths) <= max(lengths) <= positions:
         raise ConfigError(f"lengths are {sorted(lengths)}; each must be from 1 to {positions}, the model's positions")
     bench = Bench(
-        "cache", options, num_threads, **how, model=model.name, dtype="float32", page_size=page_size,
+        "cache", options, num_threads, console, model=model.name, dtype="float32", page_size=page_size,
         lengths=sorted(set(lengths)),
     )  # fmt: skip
     bench.facts["machine"] = cpu_name()  # whatever GPU there is

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from distkv.bench.ceilings import READ_THREADS, CopyCeiling, ReadCeiling
 from distkv.bench.decoder import Answer, Decoder, Turn, Variant, least_tokens
@@ -51,17 +52,25 @@ def run(
 
     Raises ConfigError for options that do not go together, DistKVError when bytes or answers are not what they must be.
     """
+    with make_bench(model, context, new_tokens, dtype, page_size, num_threads, options) as bench:
+        measure(bench, model, context, new_tokens, dtype, page_size, num_threads, cache_dir)
+        _print(bench)
+
+
+def make_bench(
+    model: Path, context: int, new_tokens: int, dtype: str, page_size: int, num_threads: int | None,
+    options: BenchOptions, console: Console | None = None,
+) -> Bench:  # fmt: skip
+    """The run of this benchmark. Raises ConfigError for sizes that do not go together."""
     config = ModelConfig.load(model)
     _check_sizes(context, page_size, least_tokens(new_tokens), config.max_position_embeddings)
     itemsize = ITEM_BYTES[config.run_dtype(dtype)]
     layers, heads, dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-    bench = Bench(
-        "offload", options, num_threads, model=model.name, dtype=dtype, context=context, page_size=page_size,
+    return Bench(
+        "offload", options, num_threads, console, model=model.name, dtype=dtype, context=context, page_size=page_size,
         bytes_per_token=2 * layers * heads * dim * itemsize, new_tokens=new_tokens,
+        formula=f"2 * {layers} layers * {heads} KV heads * {dim} head_dim * {itemsize} bytes",
     )  # fmt: skip
-    with bench:
-        measure(bench, model, context, new_tokens, dtype, page_size, num_threads, cache_dir)
-        _print(bench, f"2 * {layers} layers * {heads} KV heads * {dim} head_dim * {itemsize} bytes")
 
 
 def measure(
@@ -209,12 +218,12 @@ def _row(decoder: Decoder, turns: list[Turn], page_size: int, resident_ms: float
     }
 
 
-def _print(bench: Bench, formula: str) -> None:
+def _print(bench: Bench) -> None:
     bench.table(COLUMNS, across=True)
     last = bench.rows[-1]
     for line in (
-        f"Every step streamed exactly {formula} * cold tokens and moved nothing else, and all turns drew the same "
-        f"{last['tokens_compared']} tokens with the same logprobs, bit for bit.",
+        f"Every step streamed exactly {bench.facts['formula']} * cold tokens and moved nothing else, and all turns "
+        f"drew the same {last['tokens_compared']} tokens with the same logprobs, bit for bit.",
         "Cold is what is not on the device. There stay the page being written and, with 'all', the context's first.",
         "Added time is ms per token less that with all on the device; nothing is shown where there is none.",
         f"memcpy copies as many bytes as a step streams; preadv reads the same files {last['preadv_way']}, the faster "

@@ -17,6 +17,7 @@ from distkv.commands.demo import demo
 from distkv.commands.doctor import doctor
 from distkv.commands.fetch import fetch
 from distkv.commands.generate import generate
+from distkv.commands.learn import learn
 from distkv.commands.metrics import metrics, top
 from distkv.commands.plan import plan
 from distkv.commands.serve import serve
@@ -34,7 +35,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # whose tables cut long names
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, serve, batch, fetch, plan, demo, stress, doctor, top):
+for command in (generate, chat, serve, batch, fetch, plan, learn, demo, stress, doctor, top):
     app.command()(command)
 app.command(context_settings={"allow_interspersed_args": False})(submit)  # what follows is a command of its own
 groups = {"bench": bench, "cache": cache, "metrics": metrics}
