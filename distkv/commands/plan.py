@@ -137,8 +137,8 @@ def _serve(options: "PlanOptions", server: ServerOptions) -> None:
 
     options.check()
     model, stdout = find_model(options.model), sys.stdout
-    fields = options.page_start() | {"model": model.name} | ({"gpu": HERE} if options.measured is not None else {})
-    start = PlanStart(fields, model, hardware=options.measured)
+    fields = options.page_start() | ({"gpu": HERE} if options.measured is not None else {})
+    start = PlanStart(fields, model, [model.name], hardware=options.measured)
     with redirect_stdout(sys.stderr):  # uvicorn logs requests there
         serve_planner(start, server, lambda url: print(f"distkv plans at {url}/plan", file=stdout, flush=True))
 

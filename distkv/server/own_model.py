@@ -21,7 +21,6 @@ def _own_start(service: Service) -> PlanStart:
     config, info = service.llm.config, service.llm.info
     device, host, disk = info.tier_bytes  # where the options do not say
     fields = {
-        "model": service.names[0],
         "tensor_parallel_size": config.tensor_parallel_size,
         "dtype": config.dtype,
         "context": info.max_model_len,
@@ -33,4 +32,4 @@ def _own_start(service: Service) -> PlanStart:
     }
     if service.hardware is not None:  # on others what is left there is taken
         fields |= {"gpu": HERE, "device_kv_bytes": option_bytes(int(config.device_kv_bytes or device))}
-    return PlanStart(fields, find_model(info.model), is_served=True, hardware=service.hardware)
+    return PlanStart(fields, find_model(info.model), service.names, is_served=True, hardware=service.hardware)

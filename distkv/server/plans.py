@@ -1,7 +1,7 @@
 """Capacity plans over HTTP, made as `distkv plan` makes them, and the page that asks for them."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,8 @@ class PlanStart:
     """What the page begins with."""
 
     fields: dict[str, Any] = field(default_factory=dict)  # of `PlanBody`; it has defaults for the rest
-    model: ModelShape | None = None  # that `fields` name, where that is none of those known to all by name
+    model: ModelShape | None = None  # beside those that are known to all by name
+    names: Sequence[str] = ()  # of that model; the page has the first
     is_served: bool = False  # whether that model is served here
     hardware: Hardware | None = None  # that it runs on, which `fields` name "here"
 
@@ -69,7 +70,7 @@ def _plan(body: PlanBody, find_start: Callable[[], PlanStart]) -> dict[str, Any]
         given["context"] = parse_tokens("context", given["context"])
     disk = None if body.disk_bandwidth is None else parse_bytes("disk_bandwidth", body.disk_bandwidth)
     start = find_start()
-    own = start.model if body.model == start.fields.get("model") else None
+    own = start.model if body.model in start.names else None
     model = find_known_model(body.model) if own is None else own
     here = start.hardware if body.gpu == HERE else None
     hardware = find_hardware(body.gpu) if here is None else here
@@ -84,17 +85,17 @@ def _plan(body: PlanBody, find_start: Callable[[], PlanStart]) -> dict[str, Any]
 def _choices(start: PlanStart) -> dict[str, Any]:
     found = {name: getattr(PlanRequest, name, None) for name in PlanBody.model_fields}
     defaults = {name: value for name, value in found.items() if value is not None}
-    begin = {name: defaults[name] for name in MAIN_FIELDS} | {"model": DEFAULT_MODEL, "gpu": DEFAULT_GPU}
+    own = list(start.names[:1])
+    begin = {name: defaults[name] for name in MAIN_FIELDS} | {"gpu": DEFAULT_GPU, "model": (own or [DEFAULT_MODEL])[0]}
     begin |= {name: one for name, one in start.fields.items() if one != defaults.get(name)}
     begin["context"] = shown_tokens(begin["context"])
-    names = [] if start.model is None else [begin["model"]]
     devices = {name: one.name for name, one in GPUS.items()}
     if start.hardware is not None:
-        devices = {HERE: f"{start.hardware.name}, as here", **devices}
+        devices = {HERE: f"{start.hardware.name} (this machine)", **devices}
     return {
         "models": [
-            {"name": name, "is_served": start.is_served and name in names}
-            for name in dict.fromkeys([*names, *sorted(known_models())])
+            {"name": name, "is_served": start.is_served and name in own}
+            for name in dict.fromkeys([*own, *sorted(known_models())])
         ],
         "gpus": [{"name": name, "title": title} for name, title in devices.items()],
         "dtypes": ["auto", *DTYPES],

@@ -130,6 +130,7 @@ def test_a_server_begins_with_its_model(server: ServerProcess, talker: Path) -> 
     assert start | expected == start and start["host_kv_bytes"] and start["disk_kv_bytes"]
     assert start["gpu"] == choices["gpus"][0]["name"] == "here" and start["device_kv_bytes"] == "8MiB"
     plan = server.post("/plan", start).json()
+    assert server.post("/plan", start | {"model": "other"}).json() == plan, "another name of it"
     assert plan["hardware"]["is_cpu"] and plan["hardware"]["is_measured"] and plan["fits"]
     config = find_model(talker).config
     assert plan["model"]["hidden_size"] == config.hidden_size and plan["request"]["context"] == 2048
