@@ -1,13 +1,17 @@
 """What is said of an engine that has started: what its model takes, what fits where, what a token costs then."""
 
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from distkv.config import EngineConfig
 from distkv.engine.protocol import EngineInfo
+from distkv.launch.launch import check_config, make_rank_config
 from distkv.planner.hardware import Hardware
 from distkv.planner.model_shape import ModelShape
 from distkv.planner.plan import make_plan
 from distkv.planner.request import PlanRequest
+from distkv.planner.sizing import page_specs
 from distkv.planner.units import shown_bytes, shown_seconds
 from distkv.storage.dtypes import ITEM_BYTES
 from distkv.storage.paging import pages_for
@@ -24,8 +28,11 @@ def start_lines(config: EngineConfig, info: EngineInfo | None = None, hardware: 
     """
     model = ModelShape(Path(config.model).name, ModelConfig.load(Path(config.model)))
     lines = [_sizes(config, model)]
-    if info is not None:
-        lines.append(_room(info))
+    if info is None:
+        lines += _room_elsewhere(config)
+    else:
+        pages = info.num_pages, info.num_host_pages, info.num_disk_pages
+        lines.append(_room(pages, info.tier_bytes, info.page_size, info.max_model_len))
         lines += [] if hardware is None else _cost(config, info, model, hardware)
     return [f"plan: {line}" for line in lines]
 
@@ -39,14 +46,31 @@ def _sizes(config: EngineConfig, model: ModelShape) -> str:
     return f"{model.name} in {dtype}: weights {shown_bytes(sum(ranks))}{most}; KV {shown_bytes(token)} a token"
 
 
-def _room(info: EngineInfo) -> str:
-    each, tiers = pages_for(info.max_model_len, info.page_size), []
-    for tier, pages in zip(Tier, (info.num_pages, info.num_host_pages, info.num_disk_pages), strict=True):
-        if pages:
-            size = shown_bytes(info.tier_bytes[tier])
-            tiers.append(f"{tier.name.lower()} {size} for {pages * info.page_size:,} tokens")
-    held = info.num_pages + info.num_host_pages + info.num_disk_pages
-    return f"KV on {', '.join(tiers)}: {held // each} requests of {info.max_model_len:,} tokens, max_model_len"
+def _room(pages: Iterable[int], tier_bytes: Iterable[int], page_size: int, max_model_len: int) -> str:
+    """Of the tiers that have pages."""
+    held, tiers = 0, []
+    for tier, count, size in zip(Tier, pages, tier_bytes, strict=True):
+        held += count
+        if count:
+            tiers.append(f"{tier.name.lower()} {shown_bytes(size)} for {count * page_size:,} tokens")
+    number = held // pages_for(max_model_len, page_size)
+    return f"KV on {', '.join(tiers)}: {number} requests of {max_model_len:,} tokens, max_model_len"
+
+
+def _room_elsewhere(config: EngineConfig) -> list[str]:
+    """Of each engine that starts where its memory is not known here: the tiers whose sizes the options give."""
+    model, max_model_len = check_config(config)
+    specs = page_specs(config, make_rank_config(config, model, "cpu"))  # pages are the same on any kind
+    whole = replace(specs[0], num_kv_heads=model.num_key_value_heads)
+    page_bytes = [sum(spec.page_bytes_in(tier) for spec in specs) for tier in (Tier.DEVICE, Tier.HOST)]
+    page_bytes.append(whole.page_bytes_in(Tier.DISK))
+    given = config.device_kv_bytes, config.host_kv_bytes, config.disk_kv_bytes
+    pages = [int(size or 0) // one for size, one in zip(given, page_bytes, strict=True)]
+    if not any(pages):
+        return []
+    tier_bytes = [count * one for count, one in zip(pages, page_bytes, strict=True)]
+    other = "" if None not in given[:2] else "; a tier that no option sizes is found where the engine runs"
+    return [_room(pages, tier_bytes, config.page_size, max_model_len) + other]
 
 
 def _cost(config: EngineConfig, info: EngineInfo, model: ModelShape, hardware: Hardware) -> list[str]:

@@ -41,5 +41,10 @@ def test_the_lines_say_what_the_engine_has_and_what_the_plan_says(
 
 
 def test_of_engines_elsewhere_the_sizes_of_the_model_are_said(tiny_model: Path) -> None:
-    [line] = start.start_lines(EngineConfig(tiny_model, tensor_parallel_size=2))
+    config = EngineConfig(tiny_model, tensor_parallel_size=2)
+    [line] = start.start_lines(config)
     assert re.search(r"weights \d+ KiB, at most \d+ KiB on one of 2 ranks; KV 512 B a token$", line)
+    sizes = {"device_kv_bytes": 400 * KIB, "host_kv_bytes": 0}
+    assert start.start_lines(replace(config, **sizes, page_size=16))[1] == (
+        "plan: KV on device 400 KiB for 800 tokens: 3 requests of 256 tokens, max_model_len"
+    )
