@@ -31,10 +31,10 @@ COLUMNS = [
     Column("tokens", "tokens"),
     Column("cache", "cache"),
     Column("tokens/s", "tokens_per_s", form=".3g"),
-    Column("ms for the last", "last_token_ms", form=".3g"),
-    Column("attention rows", "attention_rows", form=".0f"),
+    Column("last, ms", "last_token_ms", form=".3g"),
+    Column("rows", "attention_rows", form=".0f"),
     Column("MB copied", "copied_bytes", 1e-6, ".1f"),
-    Column("vs no cache", "times_no_cache", form=".1f", ending="x"),
+    Column("speed-up", "times_no_cache", form=".1f", ending="x"),
 ]
 
 
@@ -50,9 +50,9 @@ def run(
         wrong = measure(bench, model, lengths, page_size)
         bench.table(COLUMNS)
         bench.line(
-            "The last is the median of the last "
-            f"{LAST} tokens. Rows are those of each layer, counted in the attention. Copied is what torch.cat moves to "
-            "make room for one token more. All run in float32 on the CPU, without scheduler and tokenizer."
+            f"Last is the median of the last {LAST} tokens. Rows are those of attention in each layer, counted there. "
+            "Copied is what torch.cat moves to make room for one token more. All run in float32 on the CPU, without "
+            "scheduler and tokenizer."
         )
         if plot_file is not None:
             write_plot(plot_file, bench.facts)

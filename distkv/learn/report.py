@@ -46,6 +46,8 @@ def _figures(measured: Measured) -> dict[str, Any]:
     token_bytes = offload.facts["bytes_per_token"]
     return {
         "facts": facts,
+        "machine": offload.facts["machine"],
+        "on_cpu": offload.facts["machine"] == measured.hardware.name,
         "drawn": range(1, DRAWN + 1),
         "cache": cache,
         "longest": longest,

@@ -72,8 +72,17 @@ def test_figures_are_those_of_the_run(made: tuple[Path, Measured]) -> None:
         assert len(rows) >= 3
         for row in rows:
             assert report._spread(row[field]) in text, (bench.facts["benchmark"], row)
+    assert "in a single turn" in text and "Chapters 1 and 2" not in text and "the planner expects" in text
     assert "256 bytes per token" in text  # 2 layers, 2 KV heads of 16, bf16
     assert "in every bit" in text and "computed, not measured" in text
+
+
+def test_a_gpu_is_not_called_a_cpu(made: tuple[Path, Measured], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, measured = made
+    monkeypatch.setitem(measured.offload.facts, "machine", "NVIDIA X")
+    text = " ".join(report.render(measured).split())
+    assert "Measured on NVIDIA X with" in text and "Chapters 1 and 2 were measured on its CPU" in text
+    assert 'the "device" is the CPU' not in text and "the planner expects" not in text
 
 
 def test_the_page_needs_no_other_file(made: tuple[Path, Measured]) -> None:
