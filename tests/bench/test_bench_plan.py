@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.plans import CPU
+from support.cpu_plans import CPU
 from typer.testing import CliRunner
 
 from distkv import ConfigError

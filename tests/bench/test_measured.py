@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.cpu_plans import CPU
 from support.meters import FakeMeter
-from support.plans import CPU
 from typer.testing import CliRunner
 
 from distkv import ConfigError

@@ -21,8 +21,8 @@ import zarr
 from prometheus_client.parser import text_string_to_metric_families
 from support import ray_cluster
 from support.checkpoints import edit_weights, save_llama
+from support.cpu_plans import plan_on_cpu, planned_bytes
 from support.damage import flip_bit
-from support.plans import plan_on_cpu, planned_bytes
 from support.processes import ROOT, kill, read_line, start_python
 from support.prompts import random_prompt, random_prompts
 from support.ray_cluster import Cluster, await_no_ranks, rank_processes

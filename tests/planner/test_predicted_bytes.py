@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import save_llama
-from support.plans import CPU, plan_on_cpu, planned_bytes
+from support.cpu_plans import CPU, plan_on_cpu, planned_bytes
 from torch import Tensor
 
 from distkv.config import EngineConfig

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.plans import CPU, plan_on_cpu
+from support.cpu_plans import CPU, plan_on_cpu
 
 from distkv.config import EngineConfig
 from distkv.launch import start_lines as start

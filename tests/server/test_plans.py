@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from support.plans import CPU
+from support.cpu_plans import CPU
 from support.processes import run_python
 from support.servers import PlannerProcess, ServerProcess
 from typer.testing import CliRunner

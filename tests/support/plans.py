@@ -1,21 +1,28 @@
-"""Plans for engines on the CPU that tests run on."""
+"""What a step asks of a rank, without an engine that plans it."""
 
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-from distkv.planner.hardware import Hardware
-from distkv.planner.model_shape import find_model
-from distkv.planner.plan import Plan, make_plan
-from distkv.planner.request import PlanRequest
+import numpy as np
 
-CPU = Hardware("a CPU", "made up", 64 * 2**20, 1e10, 1e12, 1e10, 1e10, 1e9, is_cpu=True, is_measured=True)
+from distkv.workers.group.step_plan import SequencePlan, StepPlan
+from distkv.workers.page_directory import SequenceStep
 
 
-def plan_on_cpu(folder: Path, **more: Any) -> Plan:
-    """For a model folder; `more` are fields of `PlanRequest`."""
-    return make_plan(PlanRequest(find_model(folder), CPU, **more))
+def sequence_step(
+    token_ids: Sequence[int], start: int, pages: Sequence[int], prompt_len: int, num_logits: int
+) -> SequenceStep:
+    """The part of a sequence in a step, with its pages in place."""
+    return SequenceStep(list(token_ids), start, np.asarray(pages, dtype=np.int64), prompt_len, num_logits)
 
 
-def planned_bytes(plan: Plan) -> tuple[int, ...]:
-    """Of the pages of each tier, as `EngineInfo.tier_bytes` has them."""
-    return tuple(tier.num_bytes for tier in plan.fit.tiers)
+def step_plan(
+    steps: Sequence[SequenceStep], copies: Sequence[tuple[int, int]] = (), clear: Sequence[int] = ()
+) -> StepPlan:
+    """A plan that tells the ranks of every page anew."""
+    sequences: list[SequencePlan] = []
+    places: list[int] = []
+    for table, one in enumerate(steps):
+        ids = list(range(len(places), len(places) + len(one.pages)))
+        places += one.pages.tolist()
+        sequences.append(SequencePlan(table, one.token_ids, one.start, one.prompt_len, one.num_logits, 0, ids))
+    return StepPlan(sequences, list(copies), list(clear), relocated=list(enumerate(places)))
