@@ -30,8 +30,8 @@ ROUNDING = 1e-4  # of the largest logit, that two ways to add up in float32 may 
 COLUMNS = [
     Column("tokens", "tokens"),
     Column("cache", "cache"),
-    Column("tokens/s", "tokens_per_s", form=".3g"),
-    Column("last, ms", "last_token_ms", form=".3g"),
+    Column("tokens/s", "tokens_per_s", form=".1f"),
+    Column("last, ms", "last_token_ms", form=".1f"),
     Column("rows", "attention_rows", form=".0f"),
     Column("MB copied", "copied_bytes", 1e-6, ".1f"),
     Column("speed-up", "times_no_cache", form=".1f", ending="x"),
