@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 SERVER_FIELDS = ("host", "port", "api_key", "uvicorn_log_level")
 
 SERVER_FLAGS = {f"--{name.replace('_', '-')}" for name in SERVER_FIELDS}
+GUESS_FLAGS = {"--kinds", "--guess", "--context", "--kv-dtype", "--json"}
 TABLE_FLAGS = {"--solve", "--ms-per-token", "--price-per-hour", "--kinds", "--guess", "--json", "--plot"}
 
 ServerFlags = Annotated[ServerOptions, Fields(ServerOptions, SERVER_FIELDS, {})]
@@ -92,7 +93,13 @@ def plan(
         _refuse(_given(call) & SERVER_FLAGS, "has an effect with --serve alone; add that, or leave it out")
         if model is None:
             raise ConfigError("no model is given; name one, such as llama-3.1-8b, or --serve a page to plan with")
+        if disk_bandwidth is not None and "--disk-kv-bytes" not in _given(call):
+            raise ConfigError("--disk-bandwidth is given without --disk-kv-bytes; add that, or leave it out")
+    from distkv.planner.model_shape import UNPUBLISHED
     from distkv.planner.options import DEFAULT_MODEL, PlanOptions
+
+    if kinds and model is not None and model.lower() == UNPUBLISHED:
+        _refuse(_given(call) - GUESS_FLAGS, "has no effect on a guess; leave it out")
 
     fields = {
         "dtype": dtype, "kv_dtype": kv_dtype, "device_kv_bytes": device_kv_bytes, "host_kv_bytes": host_kv_bytes,

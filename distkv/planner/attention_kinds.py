@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from distkv.errors import ConfigError
-from distkv.option_checks import check_whole
+from distkv.option_checks import check_choice, check_whole
 from distkv.planner.plan import Plan, make_plan
-from distkv.planner.request import PlanRequest
+from distkv.planner.request import KV_DTYPES, PlanRequest
 from distkv.storage.dtypes import ITEM_BYTES
 
 GUESSED = ("layers", "heads", "kv_heads", "head_dim")
@@ -19,8 +19,8 @@ class AttentionKind:
 
     name: str  # MHA, GQA or MQA
     kv_heads: int
-    is_own: bool  # whether the model is published so
-    saving: float  # how many times less KV than with a KV head for each query head
+    is_own: bool  # whether the model has so many
+    saving: float  # how many times less KV than with a KV head for each query head, by the plans of both
     plan: Plan
 
 
@@ -40,12 +40,13 @@ def attention_kinds(request: PlanRequest) -> list[AttentionKind]:
     config = request.model.config
     heads, own = config.num_attention_heads, config.num_key_value_heads
     counts = {heads, own, 1} | ({8} if heads > 8 and heads % 8 == 0 else set())
-    found = []
+    found: list[AttentionKind] = []
     for count in sorted(counts, reverse=True):
         name = "MHA" if count == heads else "MQA" if count == 1 else "GQA"
         model = replace(request.model, config=replace(config, num_key_value_heads=count))
         plan = make_plan(replace(request, model=model))
-        found.append(AttentionKind(name, count, count == own, heads / count, plan))
+        most = (found[0].plan if found else plan).fit.kv_bytes_per_token
+        found.append(AttentionKind(name, count, count == own, most / plan.fit.kv_bytes_per_token, plan))
     return found
 
 
@@ -59,5 +60,6 @@ def guessed_kv(guess: Mapping[str, int], dtype: str) -> GuessedKv:
     layers, heads, head_dim = (
         check_whole(f"{name} of the guess", guess[name]) for name in ("layers", "heads", "head_dim")
     )
+    check_choice("kv_dtype", dtype, KV_DTYPES)
     kv_heads = check_whole("kv_heads of the guess", guess.get("kv_heads", heads), most=heads)
     return GuessedKv(layers, heads, kv_heads, head_dim, 2 * layers * kv_heads * head_dim * ITEM_BYTES[dtype])

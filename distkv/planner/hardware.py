@@ -107,6 +107,7 @@ def find_hardware(gpu: str) -> Hardware:
 
 def _by_hand(text: str) -> Hardware:
     given: dict[str, int] = {}
+    texts: dict[str, str] = {}
     for part in text.split(","):
         key, _, value = part.strip().partition("=")
         if key not in BY_HAND or key in given:
@@ -114,12 +115,12 @@ def _by_hand(text: str) -> Hardware:
                 f"{shown(part)} in the GPU {shown(text)} is not one of {', '.join(f'{one}=...' for one in BY_HAND)}, "
                 "each given once"
             )
-        given[key] = parse_bytes(f"{key} of the GPU", value)
+        given[key], texts[key] = parse_bytes(f"{key} of the GPU", value), value.strip()
     missing = [key for key in NEEDED if key not in given]
     if missing:
         raise ConfigError(f"the GPU {shown(text)} lacks {', '.join(missing)}; give {', '.join(NEEDED)} at least")
     return Hardware(
-        name="GPU by hand",
+        name=f"GPU of {texts['memory']} at {texts['bandwidth']}/s",
         source="given by hand",
         memory_bytes=given["memory"],
         memory_bandwidth=given["bandwidth"],

@@ -1,6 +1,7 @@
 """A model as the planner needs it: its checked `config.json` and the numbers of parameters that follow from it."""
 
 import difflib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from distkv.errors import ConfigError
 from distkv.models.fetch import MODELS, default_cache_dir
 from distkv.models.published import PUBLISHED
 from distkv.models.shapes import SHAPES
+from distkv.option_checks import settle_path
 from distkv.values import shown
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import Shard
@@ -98,12 +100,11 @@ def find_model(model: str | Path) -> ModelShape:
 
     Raises ConfigError that lists the known names when there is no such model, or names the field that is wrong.
     """
-    text = str(model)
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return ModelShape(path.absolute().name or text, ModelConfig.load(path), path)
-    if path.is_file() and path.name == "config.json":
-        return ModelShape(path.absolute().parent.name or text, ModelConfig.load(path.absolute().parent), path.parent)
+    text, path = str(model), settle_path("model", model)
+    if os.path.isfile(path) and path.name == "config.json":  # which takes a path of any length
+        path = path.parent
+    if os.path.isdir(path):
+        return ModelShape(path.name or text, ModelConfig.load(path), path)
     fetched = default_cache_dir() / text
     if text in MODELS and fetched.is_dir():
         return ModelShape(text, ModelConfig.load(fetched), fetched)

@@ -1,7 +1,7 @@
 """`distkv plan`'s texts made requests: lists, GPUs, prices and guesses."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,14 +54,22 @@ class PlanOptions:
                 raise ConfigError(f"{name} is given without {needs}; add that, or leave it out")
         if self.solve and self.kinds:
             raise ConfigError("--solve and --kinds are both given; give one at a time")
+        if self.measured is not None and self.price_per_hour:
+            raise ConfigError("--price-per-hour is for GPUs with names, and --measured has no price; leave one out")
         if self.plot_file is not None and (self.solve or self.kinds):
             raise ConfigError("--plot draws plans, and neither --solve nor --kinds; leave one of them out")
-        if self.measured is not None and self.measured.is_cpu and set(self.sizes("1")) != {1}:
+        if self.measured is not None and self.measured.is_cpu:
+            self._check_cpu()
+        check_plot_file(self.plot_file)
+        check_out_file(self.json_file)
+
+    def _check_cpu(self) -> None:
+        if set(self.sizes("1")) != {1}:
             raise ConfigError(
                 "--measured is this CPU, whose cores and memory several ranks would share; leave --gpus out"
             )
-        check_plot_file(self.plot_file)
-        check_out_file(self.json_file)
+        if "gpu_memory_utilization" in self.request and not self.gpu:
+            raise ConfigError("--gpu-memory-utilization is given and --measured is this CPU; leave it out")
 
     def requests(self) -> list[PlanRequest]:
         """One for every mix of GPU, context, number of GPUs and concurrency."""
@@ -75,15 +83,15 @@ class PlanOptions:
         ]
 
     def only_request(self, what: str, of_one_setup: bool = True) -> PlanRequest:
-        """For what takes one of each list; the setup, GPUs and their number, may be left open. Raises ConfigError for
-        lists of more."""
+        """For what takes one of each list; the setup, GPUs and their number, may be left open, and is then one of the
+        first. Raises ConfigError for lists of more."""
         context, load = _only(what, "--context", self.contexts()), _only(what, "--concurrency", self.loads())
-        hardware, sizes = self.hardware(), self.sizes("1")
+        hardware, size = self.hardware(), 1
         if of_one_setup:
             _only(what, "--gpu", hardware)
-            _only(what, "--gpus", sizes)
+            size = _only(what, "--gpus", self.sizes("1"))
         return PlanRequest(
-            find_model(self.model), hardware[0], tensor_parallel_size=sizes[0], context=context, concurrency=load,
+            find_model(self.model), hardware[0], tensor_parallel_size=size, context=context, concurrency=load,
             **self.request,
         )  # fmt: skip
 
@@ -104,19 +112,20 @@ class PlanOptions:
         """What is planned for, each once."""
         found = [] if self.measured is None else [self.measured]
         found += [find_hardware(one) for one in self.gpu or (default if self.measured is None else ())]
-        return list(dict.fromkeys(with_disk(one, self.disk_bandwidth) for one in found))
+        return _each_once(with_disk(one, self.disk_bandwidth) for one in found)
 
     def contexts(self) -> list[int]:
         """Tokens."""
-        return [parse_tokens("--context", one) for one in _listed("--context", self.context)]
+        return _each_once(parse_tokens("--context", one) for one in _listed("--context", self.context))
 
     def loads(self) -> list[int]:
         """Requests at a time."""
-        return [_whole("--concurrency", one) for one in _listed("--concurrency", self.concurrency)]
+        return _each_once(_whole("--concurrency", one) for one in _listed("--concurrency", self.concurrency))
 
     def sizes(self, default: str) -> list[int]:
         """Numbers of GPUs."""
-        return [_whole("--gpus", one) for one in _listed("--gpus", default if self.gpus is None else self.gpus)]
+        listed = _listed("--gpus", default if self.gpus is None else self.gpus)
+        return _each_once(_whole("--gpus", one) for one in listed)
 
     def prices(self) -> dict[str, float]:
         """Of a GPU and hour, by `Hardware.name`; empty where none are given."""
@@ -143,8 +152,10 @@ class PlanOptions:
             return None
         found = {}
         for part in _listed("--guess", self.guess):
-            name, _, value = part.partition("=")
-            found[name.strip()] = _whole(f"{name.strip()} of --guess", value.strip())
+            name, _, value = (text.strip() for text in part.partition("="))
+            if name in found:
+                raise ConfigError(f"--guess says {name} twice; say it once")
+            found[name] = _whole(f"{name} of --guess", value)
         return found
 
 
@@ -158,7 +169,12 @@ def _listed(name: str, text: str) -> list[str]:
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
         raise ConfigError(f"{name} is {shown(text)}; give one or more values with commas between them")
-    return list(dict.fromkeys(parts))
+    return parts
+
+
+def _each_once(values: Iterable[One]) -> list[One]:
+    """In the order in which they come."""
+    return list(dict.fromkeys(values))
 
 
 def _whole(name: str, text: str) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from distkv.errors import ConfigError
 from distkv.option_checks import check_amount
@@ -9,6 +10,8 @@ from distkv.planner.hardware import Hardware
 from distkv.planner.plan import Plan, make_plan
 from distkv.planner.request import PlanRequest
 from distkv.planner.room import enough_below
+
+LEAST_DISK = 2**30  # bytes that are tried first
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,18 @@ def solve(
         )
     found = []
     for one in hardware:
-        plans = [plan for size in sizes for plan in _setups(replace(target, hardware=one), size)]
+        tried = (1,) if one.is_cpu else sizes  # ranks would share its cores and its memory
+        plans = [plan for size in tried for plan in _setups(replace(target, hardware=one), size)]
         if plans:
             best = min(plans, key=lambda plan: _key(plan, seconds_per_token))
             price = prices[one.name] * best.request.tensor_parallel_size if prices else None
             found.append(Solution(best, _reaches(best, seconds_per_token), price))
-    return sorted(
-        found, key=lambda one: (not one.reached, one.price_per_hour or 0.0, _key(one.plan, seconds_per_token))
-    )
+
+    def place(one: Solution) -> tuple[float, ...]:
+        price = one.price_per_hour if one.reached else None  # what comes nearest is wanted of the others
+        return (not one.reached, price or 0.0, *_key(one.plan, seconds_per_token))
+
+    return sorted(found, key=place)
 
 
 def _setups(target: PlanRequest, size: int) -> list[Plan]:
@@ -69,17 +76,22 @@ def _setups(target: PlanRequest, size: int) -> list[Plan]:
         devices = replace(target, tensor_parallel_size=size, host_kv_bytes=0, disk_kv_bytes=0)
     except ConfigError:  # more ranks than query heads
         return []
-    requests = [devices]
+    plans = [make_plan(devices)]
     if target.host_kv_bytes:
-        with_host = enough_below(devices, "host")
-        if with_host is not None and with_host.host_kv_bytes <= target.host_kv_bytes:
-            requests.append(with_host)
-        elif target.disk_kv_bytes:
-            below = replace(devices, host_kv_bytes=target.host_kv_bytes, disk_kv_bytes=1 << 30)
-            with_disk = enough_below(below, "disk")
-            if with_disk is not None and with_disk.disk_kv_bytes <= target.disk_kv_bytes:
-                requests.append(with_disk)
-    return [make_plan(one) for one in requests]
+        whole_host = replace(devices, host_kv_bytes=target.host_kv_bytes)
+        plans.append(_least(devices, whole_host, "host"))
+        if target.disk_kv_bytes and not plans[-1].fits:
+            some_disk = replace(whole_host, disk_kv_bytes=min(LEAST_DISK, target.disk_kv_bytes))
+            plans.append(_least(some_disk, replace(whole_host, disk_kv_bytes=target.disk_kv_bytes), "disk"))
+    return plans
+
+
+def _least(first: PlanRequest, most: PlanRequest, tier: Literal["host", "disk"]) -> Plan:
+    """A plan with as much memory in one tier as all requests need, from that of `first` on; with all that may be taken
+    where so much, in round figures, is more, or not enough."""
+    found, option = enough_below(first, tier), f"{tier}_kv_bytes"
+    is_within = found is not None and getattr(found, option) <= getattr(most, option)
+    return make_plan(found if found is not None and is_within else most)
 
 
 def _reaches(plan: Plan, seconds_per_token: float | None) -> bool:

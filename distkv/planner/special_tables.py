@@ -5,20 +5,21 @@ from rich.console import Console
 from distkv.planner.attention_kinds import AttentionKind, GuessedKv
 from distkv.planner.request import PlanRequest
 from distkv.planner.solve import Solution
-from distkv.planner.tables import print_advice, print_caveat, right_table
-from distkv.planner.units import option_bytes, shown_bytes, shown_seconds, shown_tokens
+from distkv.planner.tables import print_advice, print_caveat, print_line, right_table
+from distkv.planner.units import option_bytes, shown_bytes, shown_rate, shown_seconds, shown_tokens
 
 
 def print_solutions(console: Console, target: PlanRequest, solutions: list[Solution], seconds: float | None) -> None:
     """A line for each kind of hardware, the best first, and the command of the best."""
     limit = "" if seconds is None else f", {shown_seconds(seconds)} per token at most"
-    console.print(
-        f"[bold]{target.model.name}[/bold]: {target.concurrency} requests of {shown_tokens(target.context)} tokens at "
-        f"a time{limit}",
-        soft_wrap=True,
+    print_line(
+        console,
+        f": {target.concurrency} request{'s' * (target.concurrency > 1)} of {shown_tokens(target.context)} tokens at a "
+        f"time{limit}",
+        target.model.name,
     )
     if not solutions:
-        console.print("No number of GPUs that was tried can share this model; give others with --gpus.")
+        print_line(console, "No number of GPUs that was tried can share this model; give others with --gpus.")
         return
     requests = [one.plan.request for one in solutions]
     below = [name for name in ("host", "disk") if any(getattr(one, f"{name}_kv_bytes") for one in requests)]
@@ -41,9 +42,9 @@ def print_solutions(console: Console, target: PlanRequest, solutions: list[Solut
     size, name = best.plan.request.tensor_parallel_size, best.plan.request.hardware.name
     if best.reached:
         how = "cheapest" if priced else "smallest"
-        console.print(f"The {how} is {size} x {name}: {best.plan.command}", soft_wrap=True)
+        print_line(console, f"The {how} is {size} x {name}: {best.plan.command}")
     else:
-        console.print(f"Nothing that was tried reaches it; {size} x {name} come nearest:", soft_wrap=True)
+        print_line(console, f"Nothing that was tried reaches it; {size} x {name} comes nearest:")
         print_advice(console, [best.plan])
     print_caveat(console, [one.plan.request.hardware for one in solutions])
 
@@ -52,11 +53,11 @@ def print_kinds(console: Console, kinds: list[AttentionKind]) -> None:
     """A line for each number of KV heads."""
     request = kinds[0].plan.request
     config = request.model.config
-    console.print(
-        f"[bold]{request.model.name}[/bold]: {config.num_hidden_layers} layers of {config.num_attention_heads} query "
-        f"heads of {config.head_dim}, KV in {request.stored_dtype}, on {request.tensor_parallel_size} x "
-        f"{request.hardware.name}",
-        soft_wrap=True,
+    print_line(
+        console,
+        f": {config.num_hidden_layers} layers of {config.num_attention_heads} query heads of {config.head_dim}, KV in "
+        f"{request.stored_dtype}, on {request.tensor_parallel_size} x {request.hardware.name}",
+        request.model.name,
     )
     context = shown_tokens(request.context)
     columns = "kind", "KV heads", "a token", f"{context} tokens", "less", "fit", "per step", ""
@@ -66,29 +67,26 @@ def print_kinds(console: Console, kinds: list[AttentionKind]) -> None:
         table.add_row(
             one.name, str(one.kv_heads), shown_bytes(plan.fit.kv_bytes_per_token),
             shown_bytes(plan.fit.kv_bytes_per_token * request.context), f"{one.saving:g}x", str(plan.fit.most_requests),
-            "" if plan.decode is None else shown_seconds(plan.decode.seconds), "as published" if one.is_own else "",
+            "" if plan.decode is None else shown_seconds(plan.decode.seconds), "its own" if one.is_own else "",
         )  # fmt: skip
     console.print(table)
-    console.print(
-        "With fewer KV heads the weights are a little smaller as well; a model has to be trained so.", style="dim",
-        soft_wrap=True,
-    )  # fmt: skip
+    fewer = "With fewer KV heads the weights are a little smaller as well; a model has to be trained so."
+    print_line(console, fewer, style="dim")
 
 
 def print_guess(console: Console, kv: GuessedKv | None, context: int) -> None:
     """What can be said of GPT-4: nothing but what a guess makes of it."""
     if kv is None:
-        console.print(
-            "GPT-4: its configuration is not published. Guess: --guess layers=L,heads=H,head_dim=D,kv_heads=K",
-            soft_wrap=True,
+        print_line(
+            console, "GPT-4: its configuration is not published. Guess: --guess layers=L,heads=H,head_dim=D,kv_heads=K"
         )
         return
-    console.print(
+    print_line(
+        console,
         f"GPT-4, a guess, since its configuration is not published: {kv.layers} layers, {kv.heads} query heads, "
         f"{kv.kv_heads} KV heads of {kv.head_dim}: {shown_bytes(kv.bytes_per_token)} a token, "
         f"{shown_bytes(kv.bytes_per_token * context)} for {shown_tokens(context)} tokens, "
         f"{kv.heads / kv.kv_heads:g}x less than with a KV head for each query head",
-        soft_wrap=True,
     )
 
 
@@ -99,4 +97,6 @@ def _verdict(one: Solution) -> str:
 
 
 def _price(amount: float | None) -> str:
-    return "" if amount is None else f"{amount:,.2f}"
+    if amount is None:
+        return ""
+    return f"{amount:,.2f}" if amount >= 1 else shown_rate(amount)

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from distkv.planner.fit import RankMemory
 from distkv.planner.hardware import Hardware
@@ -20,14 +21,20 @@ def print_plans(console: Console, plans: list[Plan]) -> None:
     for hardware in dict.fromkeys(plan.request.hardware for plan in plans):
         own = [plan for plan in plans if plan.request.hardware == hardware]
         console.print()
-        console.print(_hardware_line(hardware), soft_wrap=True)
+        _print_hardware(console, hardware)
         console.print(_memory_table(own))
         console.print(_capacity_table(own))
         console.print(_step_table(own))
         print_advice(console, own)
     if len(plans) == 1 and plans[0].fit.running:
-        console.print(f"\nTo serve it: {plans[0].command}", soft_wrap=True)
+        print_line(console, f"\nTo serve it: {plans[0].command}")
     print_caveat(console, [plan.request.hardware for plan in plans])
+
+
+def print_line(console: Console, text: str, name: str = "", style: str = "") -> None:
+    """As it stands, after a bold name if there is one: names of folders may look like markup, and commands are copied,
+    so that lines are left to the terminal to break."""
+    console.print(Text.assemble((name, "bold"), text, style=style), soft_wrap=True)
 
 
 def print_caveat(console: Console, hardware: list[Hardware]) -> None:
@@ -36,7 +43,7 @@ def print_caveat(console: Console, hardware: list[Hardware]) -> None:
     if all(one.is_measured for one in hardware):
         rates = "Times are estimates, by rates that were measured on this machine"
     how = f"{rates}, with every request at its full context. docs/planning.md has the formulas."
-    console.print(f"\n{how}", style="dim", soft_wrap=True)
+    print_line(console, f"\n{how}", style="dim")
 
 
 def print_advice(console: Console, plans: list[Plan]) -> None:
@@ -47,9 +54,9 @@ def print_advice(console: Console, plans: list[Plan]) -> None:
             first.setdefault(sentence, plan)
     for sentence, plan in list(first.items())[:MOST_ADVICE]:
         where = f"{_context(plan)} on {_ranks(plan)}, {plan.request.concurrency} at a time: "
-        console.print(f"- {where if len(plans) > 1 else ''}{sentence}", soft_wrap=True)
+        print_line(console, f"- {where if len(plans) > 1 else ''}{sentence}")
     if len(first) > MOST_ADVICE:
-        console.print(f"- and {len(first) - MOST_ADVICE} more, which --json has.", soft_wrap=True)
+        print_line(console, f"- and {len(first) - MOST_ADVICE} more, which --json has.")
 
 
 def right_table(title: str, columns: Iterable[str], last_left: bool = False) -> Table:
@@ -57,7 +64,7 @@ def right_table(title: str, columns: Iterable[str], last_left: bool = False) -> 
     table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
     names = list(columns)
     for name in names:
-        table.add_column(name, justify="left" if last_left and name is names[-1] else "right")
+        table.add_column(name, justify="left" if last_left and name is names[-1] else "right", overflow="fold")
     return table
 
 
@@ -65,25 +72,28 @@ def _print_model(console: Console, plan: Plan) -> None:
     request, config = plan.request, plan.request.model.config
     item = ITEM_BYTES[request.stored_dtype]
     whole = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * item
-    console.print(
-        f"[bold]{request.model.name}[/bold]: {shown_count(request.model.num_parameters)} parameters in "
-        f"{request.run_dtype}, {shown_bytes(request.model.num_parameters * request.item_bytes)}",
-        soft_wrap=True,
+    print_line(
+        console,
+        f": {shown_count(request.model.num_parameters)} parameters in {request.run_dtype}, "
+        f"{shown_bytes(request.model.num_parameters * request.item_bytes)}",
+        request.model.name,
     )
-    console.print(
+    print_line(
+        console,
         f"KV of a token in {request.stored_dtype}: 2 * {config.num_hidden_layers} layers * "
         f"{config.num_key_value_heads} KV heads * {config.head_dim} * {item} bytes = {shown_bytes(whole)}",
-        soft_wrap=True,
     )
 
 
-def _hardware_line(hardware: Hardware) -> str:
+def _print_hardware(console: Console, hardware: Hardware) -> None:
     kind = "CPU, measured" if hardware.is_cpu and hardware.is_measured else "measured" if hardware.is_measured else ""
-    return (
-        f"[bold]{hardware.name}[/bold]{f' ({kind})' if kind else ''}: {shown_bytes(hardware.memory_bytes)} at "
+    print_line(
+        console,
+        f"{f' ({kind})' if kind else ''}: {shown_bytes(hardware.memory_bytes)} at "
         f"{hardware.memory_bandwidth / 1e9:.4g} GB/s, {hardware.matrix_rate / 1e12:.4g} Tflop/s, "
         f"{hardware.host_link / 1e9:.3g} GB/s from the host, {hardware.disk_bandwidth / 1e9:.3g} GB/s from disk "
-        f"[dim]({hardware.source})[/dim]"
+        f"({hardware.source})",
+        hardware.name,
     )
 
 

@@ -40,9 +40,10 @@ def option_bytes(count: int) -> str:
 
 
 def rounded_up(count: int) -> int:
-    """To a whole number of the unit that people would name it in."""
+    """To a whole number of the unit that people would name it in, or of its eighths where these are few."""
     unit = 1024 ** min(4, max(0, (count.bit_length() - 1) // 10))
-    return -(-count // unit) * unit
+    step = unit if count >= 8 * unit else max(1, unit // 8)
+    return -(-count // step) * step
 
 
 def shown_bytes(count: float) -> str:

@@ -2,14 +2,19 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 from support.checkpoints import save_llama
+from support.cpu_plans import CPU
 from support.processes import run_python
 from typer.testing import CliRunner
 
 from distkv import ConfigError
 from distkv.commands.main import app
+from distkv.planner import command
+from distkv.planner.options import PlanOptions
 
 
 def run(*arguments: str, columns: int = 80) -> str:
@@ -40,6 +45,43 @@ def test_tables_json_and_picture_say_the_same(tmp_path: Path) -> None:
     assert plans[2]["advice"][0] in output and "would hold the rest" in output
 
 
+def test_files_are_written_though_the_reader_of_the_tables_has_left(tmp_path: Path) -> None:
+    class Left(Console):
+        def print(self, *texts: Any, **how: Any) -> None:
+            raise BrokenPipeError
+
+    target, picture = tmp_path / "plan.json", tmp_path / "plan.png"
+    with pytest.raises(BrokenPipeError):
+        command.run(Left(), options(json_file=target, plot_file=picture))
+    assert json.loads(target.read_text())["plans"] and picture.read_bytes().startswith(b"\x89PNG")
+
+
+def options(**more: Any) -> PlanOptions:
+    given: dict[str, Any] = {
+        "model": "smollm2-135m", "context": "4k", "concurrency": "1", "gpu": None, "measured": None, "gpus": None,
+        "disk_bandwidth": None, "solve": False, "ms_per_token": None, "price_per_hour": None, "kinds": False,
+        "guess": None, "json_file": None, "plot_file": None,
+    }  # fmt: skip
+    return PlanOptions(**{**given, **more})
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"gpus": "1,2"}, "leave --gpus out"), ({"request": {"gpu_memory_utilization": 0.5}}, "is this CPU; leave it"),
+        ({"solve": True, "price_per_hour": ["h100=1"]}, "--measured has no price"),
+    ],
+)  # fmt: skip
+def test_what_a_measured_cpu_has_no_use_for_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        options(measured=CPU, **given).check()
+
+
+def test_a_value_that_is_given_twice_is_planned_for_once() -> None:
+    assert options(context="4k,4096", gpus="2,02,1").contexts() == [4096]
+    assert options(gpus="2,02,1").sizes("1") == [2, 1]
+
+
 @pytest.mark.parametrize("columns", [80, 120])
 @pytest.mark.parametrize(
     "arguments",
@@ -63,6 +105,18 @@ def test_a_folder_is_served_by_the_command_that_is_shown(tmp_path: Path) -> None
     assert f"To serve it: distkv serve {folder}\n" in output
 
 
+def test_names_and_figures_are_shown_whole(tmp_path: Path) -> None:
+    """What would be markup, and a terminal that is too narrow for the tables."""
+    folder, _ = save_llama(tmp_path / "[red]tuned[")
+    output = run(str(folder), "--context", "64", columns=40)
+    assert f"{folder.name}: 0.08" in output and f"distkv serve '{folder}'" in output and "…" not in output
+    by_hand = "memory=48GiB,bandwidth=900GB,matrix=200T,link=32GB"
+    others = by_hand.replace("48GiB", "24GiB")
+    output = run("llama-3-8b", "--solve", "--gpu", by_hand, "--gpu", others, "--price-per-hour", f"{others}=0.001",
+                 "--price-per-hour", f"{by_hand}=2")  # fmt: skip
+    assert "The cheapest is 1 x GPU of 24GiB at 900GB/s" in output and "0.00100" in output
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -78,12 +132,18 @@ def test_a_folder_is_served_by_the_command_that_is_shown(tmp_path: Path) -> None
         (["--solve", "--price-per-hour", "h100=nan"], "is nan"), (["--solve", "--ms-per-token", "-1"], "above 0"),
         (["--solve", "--price-per-hour", "3"], "names no GPU"), (["--json", "/nowhere/x.json"], "cannot be written"),
         (["--solve", "--gpu", "l4", "--price-per-hour", "h100=1"], "--gpu does not name"),
+        (["--disk-bandwidth", "1GB"], "without --disk-kv-bytes"), (["--kinds", "--guess", "heads=1,heads=2"], "twice"),
         (["--gpus", ",".join(map(str, range(1, 33))), "--concurrency", "1,2,3,4,5,6,7"], "make 224 plans"),
     ],
 )  # fmt: skip
 def test_nonsense_is_one_error(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         CliRunner().invoke(app, ["plan", "llama-3.1-8b", *arguments], catch_exceptions=False)
+
+
+def test_a_guess_takes_nothing_of_a_setup() -> None:
+    with pytest.raises(ConfigError, match="--gpu has no effect on a guess"):
+        CliRunner().invoke(app, ["plan", "gpt-4", "--kinds", "--gpu", "h100"], catch_exceptions=False)
 
 
 def test_no_plan_imports_torch(tmp_path: Path) -> None:

@@ -57,6 +57,12 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         find_model("llama-3.1-9b")
 
 
+@pytest.mark.parametrize("text", ["", "~no_such_user", "x" * 5000, "a\0b", "/dev/null", "/"])
+def test_nonsense_for_a_model_is_one_error(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"model|config\.json"):
+        find_model(text)
+
+
 @pytest.mark.parametrize(
     "field, value",
     [

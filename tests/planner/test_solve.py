@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from support.cpu_plans import CPU
 
 from distkv import ConfigError
 from distkv.planner.attention_kinds import attention_kinds, guessed_kv
@@ -47,12 +48,37 @@ def test_prices_decide() -> None:
         solve(TARGET, [h100, l40s], SIZES, None, {h100.name: 2.0})
 
 
+def test_all_that_may_be_taken_is_taken_where_round_figures_are_more() -> None:
+    """40 requests of 40 GiB, of which the GPUs hold 3."""
+    target = replace(TARGET, model=find_model("llama-3-70b"), concurrency=40, host_kv_bytes=3 * 2**39, disk_kv_bytes=0)
+    for host, reached in ((1470 * 2**30, True), (1400 * 2**30, False)):
+        [found] = solve(replace(target, host_kv_bytes=host), [find_hardware("h100")], [4], None, {})
+        assert found.reached == reached and found.plan.request.host_kv_bytes == host
+        with_disk = replace(target, host_kv_bytes=host, disk_kv_bytes=200 * 2**30)
+        [found] = solve(with_disk, [find_hardware("h100")], [4], None, {})
+        assert found.reached and bool(found.plan.request.disk_kv_bytes) != reached
+
+
+def test_what_comes_nearest_is_first_where_nothing_reaches_the_target() -> None:
+    """Whatever it costs."""
+    prices = {find_hardware(name).name: price for name, price in (("l4", 0.3), ("h100", 3.0), ("b200", 6.0))}
+    found = solve(TARGET, [find_hardware(name) for name in ("l4", "h100", "b200")], SIZES, 0.001, prices)
+    assert not any(one.reached for one in found) and len({one.plan.fits for one in found}) == 1
+    seconds = [one.plan.decode.seconds for one in found]
+    assert seconds == sorted(seconds) and found[0].price_per_hour == 48.0
+
+
+def test_a_cpu_is_no_more_than_one() -> None:
+    [found] = solve(replace(TARGET, concurrency=1), [CPU], SIZES, 1e-6, {})
+    assert not found.reached and found.plan.request.tensor_parallel_size == 1
+
+
 def test_what_is_advised_makes_room() -> None:
     devices = replace(TARGET, host_kv_bytes=0, disk_kv_bytes=0)
     assert not make_plan(devices).fits
     with_host = enough_below(devices, "host")
     assert with_host is not None and make_plan(with_host).fits
-    assert not make_plan(replace(with_host, host_kv_bytes=with_host.host_kv_bytes * 9 // 10)).fits
+    assert not make_plan(replace(with_host, host_kv_bytes=with_host.host_kv_bytes * 8 // 9)).fits
     with_disk = enough_below(replace(devices, host_kv_bytes=2**33, disk_kv_bytes=2**33), "disk")
     assert with_disk is not None and make_plan(with_disk).fits
     assert (ranks := fewest_ranks(devices, fit_all=True)) is not None
@@ -66,8 +92,9 @@ def test_shared_kv_heads_save_what_is_published() -> None:
     """For 32 query heads MQA takes a 32nd and GQA with 8 KV heads a quarter; the model's own row is its plan."""
     kinds = {one.name: one for one in attention_kinds(TARGET)}
     assert {name: one.saving for name, one in kinds.items()} == {"MHA": 1, "GQA": 4, "MQA": 32}
-    full = kinds["MHA"].plan.fit.kv_bytes_per_token
-    assert all(one.plan.fit.kv_bytes_per_token * one.saving == full for one in kinds.values())
+    assert all(one.plan.fit.kv_bytes_per_token == 2 * 32 * one.kv_heads * 128 * 2 for one in kinds.values())
+    four = {one.name: one.saving for one in attention_kinds(replace(TARGET, tensor_parallel_size=4))}
+    assert four == {"MHA": 1, "GQA": 4, "MQA": 8}, "each of four ranks holds the only head"
     assert kinds["GQA"].is_own and kinds["GQA"].plan == make_plan(TARGET)
     times = [kinds[name].plan.decode.seconds for name in ("MQA", "GQA", "MHA")]
     assert times == sorted(times)
@@ -79,5 +106,7 @@ def test_gpt_4_is_a_guess_or_nothing() -> None:
     for guess in ({"layers": 120}, {"layers": 1, "heads": 1, "head_dim": 1, "experts": 16}):
         with pytest.raises(ConfigError, match="the guess"):
             guessed_kv(guess, "float16")
+    with pytest.raises(ConfigError, match="kv_dtype is 'float13'"):
+        guessed_kv({"layers": 1, "heads": 1, "head_dim": 1}, "float13")
     with pytest.raises(ConfigError, match="not published"):
         find_model("gpt-4")
