@@ -6,9 +6,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from distkv.bench.harness import Bench, Figure
 from distkv.bench.options import BenchOptions
@@ -94,28 +91,5 @@ def distkv_runner(llm: LLM) -> Runner:
                 f"tokens instead of {[1, new_tokens + 1]}: this is no prefill and {new_tokens} steps; report it"
             )
         return times[1] - times[0], (times[-1] - times[1]) / new_tokens
-
-    return runner
-
-
-def transformers_runner(network: Any, new_cache: Callable[[], Any] = lambda: None) -> Runner:
-    """transformers' own LLaMA with its default attention; `new_cache` makes the cache of a call, None for
-    DynamicCache."""
-    device = network.device
-
-    @torch.inference_mode()
-    def runner(prompt: list[int], new_tokens: int) -> tuple[float, float]:
-        start = time.perf_counter()
-        out = network(
-            torch.tensor([prompt], device=device), past_key_values=new_cache(), use_cache=True, logits_to_keep=1
-        )
-        token = out.logits[:, -1].argmax(-1, keepdim=True)
-        token.tolist()  # waits for the device
-        first = time.perf_counter()
-        for _ in range(new_tokens):
-            out = network(token, past_key_values=out.past_key_values, use_cache=True)
-            token = out.logits[:, -1].argmax(-1, keepdim=True)
-            token.tolist()
-        return first - start, (time.perf_counter() - first) / new_tokens
 
     return runner

@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from distkv.bench.decode import transformers_runner
 from distkv.bench.device import LinkCeiling, MemoryCeiling, Turns
 from distkv.bench.harness import Figure
 from distkv.bench.offload import check_answers
+from distkv.bench.transformers_runner import transformers_runner
 from distkv.config import EngineConfig
 from distkv.engine.client import EngineClient
 from distkv.engine.protocol import EngineRequest
@@ -141,7 +141,7 @@ def model_rows(
             streamed[context] = _streamed(shape, stage)
             seconds = {
                 "distkv": (stage.times[-1] - stage.times[0]) / new_tokens,
-                "transformers": peer(stage.request.prompt_token_ids, new_tokens)[1],
+                "transformers": peer(stage.request.prompt_token_ids, new_tokens),
             }
             for name, one in seconds.items():
                 taken.setdefault((name, context), []).append(one)

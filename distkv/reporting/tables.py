@@ -1,5 +1,6 @@
 """Tables of figures: which field of a row a column shows, and how."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,8 @@ from rich.table import Column as TableColumn
 from rich.table import Table
 
 from distkv.reporting.figure import Figure
+
+FRAME, FRAME_COLUMN = 1, 3  # characters of a table beside its texts: once, and for each column
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,28 @@ def print_rows(console: Console, columns: list[Column], rows: list[dict[str, Any
     """A line per row; or, `across` where there are more columns than rows, a line per column."""
     lines = [[column.title for column in columns], *([column.show(row) for column in columns] for row in rows)]
     titles, *others = zip(*lines, strict=True) if across else lines
-    table = Table(*(TableColumn(title, overflow="fold") for title in titles))
+    widths = column_widths(list(zip(titles, *others, strict=True)), console.width - FRAME - FRAME_COLUMN * len(titles))
+    table = Table(
+        *(TableColumn(title, overflow="fold", width=width) for title, width in zip(titles, widths, strict=True))
+    )
     for line in others:
         table.add_row(*line)
     console.print(table)
+
+
+def column_widths(columns: Sequence[Sequence[str]], room: int) -> list[int] | list[None]:
+    """How wide to make columns of texts so that together they take `room` characters at most and no word is broken:
+    where not all texts fit on one line, as many columns as possible keep theirs. None for all where words are too long
+    for that."""
+    widths = [max(len(word) for text in texts for word in text.split() or [""]) for texts in columns]
+    spare = room - sum(widths)
+    if spare < 0:
+        return [None] * len(columns)
+    missing = [max(map(len, texts)) - width for texts, width in zip(columns, widths, strict=True)]
+    for n in sorted(range(len(columns)), key=missing.__getitem__):
+        widths[n] += min(spare, missing[n])
+        spare -= min(spare, missing[n])
+    return widths
 
 
 def target(what: str, figure: str, is_met: bool) -> str:

@@ -19,7 +19,7 @@ from distkv.bench.options import BenchOptions
 from distkv.commands.options import measuring, sized, spread
 from distkv.errors import ConfigError, StoreError
 from distkv.reporting.machine import machine_facts
-from distkv.reporting.tables import Column
+from distkv.reporting.tables import Column, print_rows
 
 
 def quiet(options: BenchOptions, **facts: Any) -> Bench:
@@ -69,6 +69,22 @@ def test_each_row_is_written_as_it_comes(tmp_path: Path) -> None:
     assert "200 (100-500)" in printed(bench) and "WRONG: it is burnt" in printed(bench)
     assert json.loads(figures.read_text())["wrong"] == "it is burnt"
     assert bench.verdict("", "It is done.") and json.loads(figures.read_text())["wrong"] is None
+
+
+def test_tables_break_no_word_where_they_can_fit() -> None:
+    columns = [Column(f"cold bytes {name}", name) for name in "abcd"] + [Column("ms per token", "ms", form=".2f")]
+    row = dict.fromkeys("abcd", "transformers") | {"ms": Figure(312.4, 296.78, 334.27)}
+    for width, breaks in ((200, False), (80, False), (60, True)):
+        console = Console(file=io.StringIO(), width=width)
+        print_rows(console, columns, [row])
+        assert isinstance(console.file, io.StringIO)
+        lines = console.file.getvalue().splitlines()
+        assert max(map(len, lines)) <= width
+        whole = sum(line.count("transformers") for line in lines) == 4 and any(
+            "(296.78-334.27)" in one for one in lines
+        )
+        assert whole is not breaks
+        assert any("312.40 (296" in line for line in lines) is (width == 200)
 
 
 def test_a_file_that_fails_costs_no_figure(tmp_path: Path) -> None:
