@@ -2,7 +2,6 @@
 request of a plan for the same."""
 
 import random
-import statistics
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Self
@@ -53,12 +52,12 @@ class TierDecoders:
             self._exits.close()
             raise
 
-    def seconds(self, tier: str, context: int, new_tokens: int) -> float:
-        """Of a decode step after a context of so many tokens, whole pages: the median of `new_tokens` steps."""
+    def seconds(self, tier: str, context: int, new_tokens: int) -> list[float]:
+        """Of each of `new_tokens` decode steps after a context of so many tokens, whole pages."""
         decoder, generator = self._decoders[tier], random.Random(context)
         prompt = [generator.randrange(self.model.config.vocab_size) for _ in range(context + 1)]
         decoder.cold_bytes = 0 if tier == "device" else (context // PAGE_SIZE - 1) * self._spec.page_bytes
-        return statistics.median(decoder.turn(prompt, new_tokens).seconds)
+        return decoder.turn(prompt, new_tokens).seconds
 
     def request(self, tier: str, context: int, hardware: Hardware) -> PlanRequest:
         """What is to be planned for the same step."""

@@ -210,7 +210,7 @@ def bench_plan(
     probe: Annotated[
         list[int], typer.Option(help="Context that measures the machine; to be given twice, for two of them.")
     ] = sized([2048, 32768], [1024, 10240]),
-    new_tokens: Annotated[int, typer.Option(help="Tokens to decode in each turn.", min=1)] = sized(24, 16),
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode in each turn.", min=2)] = sized(24, 16),
     options: Annotated[EngineOptions, engine("num_threads")],
     measured: Annotated[BenchOptions, measuring(repeats=sized(5, 3))],
 ) -> None:
