@@ -66,6 +66,7 @@ class Plan:
                 "num_key_value_heads": config.num_key_value_heads,
                 "head_dim": config.head_dim,
                 "max_position_embeddings": config.max_position_embeddings,
+                "most_positions": config.most_positions,
             },
             "hardware": asdict(request.hardware),
             "request": {

@@ -43,7 +43,9 @@ def test_a_slider_moves_the_bars_to_the_servers_figures(page: Page, planner: Pla
     for _ in range(2):  # 24, then 32
         page.keyboard.press("ArrowRight")
     after = planner.post("/plan", asked | {"concurrency": 32}).json()
-    assert after["tiers"][2]["used_pages"] > before["tiers"][2]["used_pages"] > 0
+    assert after["tiers"][2]["used_pages"] > before["tiers"][2]["used_pages"] > 0 and after["fits"]
+    expect(page.get_by_role("status")).to_contain_text("All 32 requests fit, but llama-3-70b was made for 8,192")
+    expect(page.locator("#verdict")).to_have_class("lacks")
     _expect_plan(page, after)
     assert parse_qs(urlsplit(page.url).query)["concurrency"] == ["32"]
 
@@ -75,10 +77,39 @@ def test_what_cannot_be_planned_is_said_where_it_is(page: Page) -> None:
     expect(page.get_by_label("Tokens of a page")).not_to_have_attribute("aria-invalid", "true")
 
 
+def test_what_was_refused_is_shown(page: Page, planner: PlannerProcess) -> None:
+    """Among the options that are folded away, too."""
+    page.goto(f"{planner.url}/plan?model=llama-3-8b&gpu=h100&concurrency=4000")
+    expect(page.get_by_label("Most tokens of a step")).to_have_attribute("aria-invalid", "true")
+    expect(page.get_by_label("Most tokens of a step")).to_be_visible()
+
+
+def test_memory_that_nothing_uses_is_not_said_to_be_used(page: Page, planner: PlannerProcess) -> None:
+    page.goto(f"{planner.url}/plan?model=llama-3-70b&gpu=a10&host_kv_bytes=64GiB")
+    expect(page.get_by_role("status")).to_contain_text("Nothing runs")
+    expect(page.locator(".tier-bar.host .legend")).to_have_text("not used 64.0 GiB")
+
+
+def test_an_answer_that_is_no_plan_is_told_and_outlived(page: Page, planner: PlannerProcess) -> None:
+    page.goto(f"{planner.url}/plan")
+    expect(page.get_by_role("status")).to_contain_text("The request fits")
+    page.route("**/plan", lambda route: route.fulfill(status=502, body="<html>", content_type="text/html"))
+    slider = page.get_by_role("slider", name="Requests at a time")
+    slider.press("ArrowRight")
+    expect(page.get_by_role("status")).to_contain_text("status 502")
+    page.unroute("**/plan")
+    slider.press("ArrowRight")
+    expect(page.get_by_role("status")).to_contain_text("All 3 requests fit")
+
+
 def test_a_phone_has_room_for_it(page: Page) -> None:
     page.set_viewport_size({"width": 360, "height": 700})
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     expect(page.locator("#verdict")).to_be_in_viewport()  # while the controls are
+    share = page.get_by_role("button", name="Copy link")
+    share.focus()
+    boxes = share.bounding_box(), page.locator("#headline").bounding_box()
+    assert boxes[0] and boxes[1] and boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]  # which hides nothing in focus
 
 
 def test_a_server_on_a_cpu_speaks_of_no_gpu(page: Page, server: ServerProcess) -> None:

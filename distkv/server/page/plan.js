@@ -11,7 +11,7 @@ let controls = [], choices = null, timer = 0, asking = null;
 begin().catch((error) => showFailure(error.message));
 
 async function begin() {
-  choices = await answer(await fetch("plan/choices"));
+  choices = await answer("plan/choices");
   $("chat").hidden = !choices.has_chat;
   controls = fields.map((field) => makeControl(field, choices, changed));
   $("fields").append(...controls.slice(0, FIELDS.length).map((one) => one.box));
@@ -58,23 +58,28 @@ async function ask() {
   history.replaceState(null, "", `?${address()}`);
   for (const control of controls) control.complain("");
   try {
-    const response = await fetch("plan", {
+    showPlan(await answer("plan", {
       method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body()), signal: mine.signal,
-    });
-    showPlan(await answer(response));
+    }));
   } catch (error) {
-    if (error.name === "AbortError") return;
-    const isGone = error instanceof TypeError; // as fetch raises it
-    showFailure(isGone ? "The server does not answer; see if it still runs." : error.message);
-    controls.find(({ name }) => name === error.param || error.message.startsWith(`${name} `))?.complain(error.message);
+    if (mine.signal.aborted) return;
+    showFailure(error.message);
+    const wrong = controls.findIndex(({ name }) => name === error.param || error.message.startsWith(`${name} `));
+    controls[wrong]?.complain(error.message);
+    if (wrong >= FIELDS.length) $("more").open = true;
   }
 }
 
-// the JSON of a response; its error where it is one
-async function answer(response) {
-  const found = await response.json();
-  if (response.ok) return found;
-  throw Object.assign(new Error(found.error.message), { param: found.error.param });
+// the JSON that the server answers; its error where it is one
+async function answer(path, options) {
+  // an address that has the key in it, as a browser takes it, is not for scripts
+  const response = await fetch(new URL(path, location.href), options).catch(() => {
+    throw new Error("The server does not answer; see if it still runs.");
+  });
+  const found = await response.json().catch(() => null); // as a proxy before the server may answer
+  if (response.ok && found) return found;
+  const { message, param } = found?.error ?? { message: `The answer is not the planner's (status ${response.status}).` };
+  throw Object.assign(new Error(message), { param });
 }
 
 function given() {

@@ -36,7 +36,7 @@ export const MORE = [
   { name: "device_kv_bytes", label: "Device memory for KV", hint: "auto" },
   { name: "disk_bandwidth", label: "Disk reads, per second", hint: "auto" },
   { name: "page_size", label: "Tokens of a page", whole: true },
-  { name: "max_num_seqs", label: "Most answers at a time", whole: true },
+  { name: "max_num_seqs", label: "Most answers at a time", whole: true, hint: "auto" },
   { name: "max_num_batched_tokens", label: "Most tokens of a step", whole: true },
   { name: "gpu_memory_utilization", label: "Share of the device's memory", whole: true },
 ];
@@ -152,6 +152,7 @@ function makeText(field, choices, box, changed) {
 function label(field) {
   const made = element("label", "", field.label);
   made.htmlFor = field.name;
+  made.title = field.name; // as advice and errors call it
   return made;
 }
 

@@ -13,7 +13,7 @@ export function showPlan(plan) {
   $("found").classList.remove("stale");
   $("result").hidden = false;
   $("verdict").textContent = verdict(plan);
-  $("verdict").className = plan.fits ? "fits" : "lacks";
+  $("verdict").className = plan.fits && !isTooLong(plan) ? "fits" : "lacks";
   $("figures").replaceChildren(...headline(plan).flatMap(([name, text]) => {
     const pair = element("div");
     pair.append(element("dt", "", name), element("dd", "", text));
@@ -38,12 +38,21 @@ export function showFailure(message) {
   $("verdict").textContent = message;
 }
 
+// whether memory is not all that counts
+function isTooLong({ request, model }) {
+  return request.context > model.most_positions;
+}
+
 function verdict(plan) {
-  const { running, request, decode } = plan;
+  const { running, request, decode, model } = plan;
   if (!decode) return `Nothing runs, limited by ${plan.capacity_limit}.`;
   const who = plan.fits
     ? request.concurrency === 1 ? "The request fits" : `All ${request.concurrency.toLocaleString("en")} requests fit`
     : `${running.toLocaleString("en")} of ${request.concurrency.toLocaleString("en")} requests fit, limited by ${plan.capacity_limit}`;
+  if (isTooLong(plan)) {
+    const most = model.most_positions.toLocaleString("en");
+    return `${who}, but ${model.name} was made for ${most} positions, and the engine refuses more.`;
+  }
   return `${who}. A step is bound by ${part(decode.limit)}.`;
 }
 
@@ -89,7 +98,7 @@ function bars(plan) {
       const parts = [[tier.name, "KV", tier.used_pages * one], ["free", "free for KV", (tier.pages - tier.used_pages) * one]];
       return {
         title: tier.name === "host" ? "Host memory, all ranks" : "Disk, all ranks",
-        parts: [...parts, ["kept", "read-ahead and rounding", asked - tier.num_bytes]],
+        parts: [...parts, ["kept", tier.pages ? "read-ahead and rounding" : "not used", asked - tier.num_bytes]],
         lacking: 0, tier,
       };
     }),
