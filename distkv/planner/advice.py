@@ -1,5 +1,7 @@
 """What to change, in whole sentences."""
 
+from dataclasses import replace
+
 from distkv.planner.fit import Fit
 from distkv.planner.request import PlanRequest
 from distkv.planner.roofline import DISK, KV, LINK, PEERS, WEIGHTS, Cost
@@ -62,7 +64,10 @@ def _to_be_faster(request: PlanRequest, fit: Fit, decode: Cost | None) -> list[s
     if decode.limit == WEIGHTS:
         reach = int(fit.running * decode.parts[WEIGHTS] / decode.parts[KV])
         if reach > fit.running:
-            return [f"A step is bound by reading the weights, so that up to about {reach} requests cost little more."]
+            return [
+                f"A step is bound by reading the weights, which all requests share: with about {reach} of them it "
+                "would take no more than twice as long as with one."
+            ]
         return ["A step is bound by reading the weights: more ranks share them out."]
     if decode.limit == KV:
         return ["A step is bound by reading KV: more ranks, a shorter context or KV of fewer bytes make it shorter."]
@@ -73,8 +78,9 @@ def _to_be_faster(request: PlanRequest, fit: Fit, decode: Cost | None) -> list[s
             f"since what lies there is not streamed{links}."
         ]
     if decode.limit == DISK:
-        on_disk = shown_bytes(cold_bytes(fit, 2))
-        return [f"A step waits for the disk: {on_disk} more of --host-kv-bytes would hold what lies there."]
+        enough = enough_below(replace(request, disk_kv_bytes=0), "host")
+        size = "more" if enough is None else option_bytes(enough.host_kv_bytes)
+        return [f"A step waits for the disk: --host-kv-bytes {size} would hold all without it."]
     if decode.limit == PEERS:
         links = "" if request.hardware.is_cpu else ", or GPUs with NVLink,"
         return [f"A step waits for the links between ranks: fewer ranks{links} make it shorter."]
@@ -85,13 +91,17 @@ def _to_know(request: PlanRequest, fit: Fit, decode: Cost | None) -> list[str]:
     """What does not change the figures but whether they can be had."""
     config, found = request.model.config, []
     nominal, usual = request.hardware.nominal_bytes, fit.usual_requests
-    if nominal is not None and usual is not None and fit.running < min(usual, request.concurrency):
+    by_share = request.device_kv_bytes is None
+    if nominal is not None and usual is not None and by_share and fit.running < min(usual, request.concurrency):
         found.append(
             f"Commonly {usual} are said to fit: {shown_bytes(nominal)} less the weights, over the KV of one request; "
             f"distkv takes {request.gpu_memory_utilization:g} of what CUDA reports, less the workspace, in whole pages."
         )
-    if request.context > config.most_positions:
-        found.append(f"{request.model.name} was made for {config.most_positions} positions; the engine refuses more.")
+    if request.is_too_long:
+        found.append(
+            f"{request.model.name} was made for {config.most_positions} positions and the engine refuses more, so that "
+            "this shows what it would take and cannot be served."
+        )
     held = sum(one.num_kv_heads for one in fit.ranks)
     if held > config.num_key_value_heads:
         found.append(

@@ -93,7 +93,9 @@ def find_fit(request: PlanRequest) -> Fit:
         refusal = str(error)
     whole = replace(specs[0], num_kv_heads=request.model.config.num_key_value_heads)
     each = specs[0].pages_for(request.context)
-    device = 0 if refusal else room if request.device_kv_bytes is None else _given(request, sizes.device, room)
+    if sizes.device > room and not request.hardware.is_cpu:
+        refusal = _too_much(request, sizes.device, room, memories)
+    device = 0 if refusal else room if request.device_kv_bytes is None else sizes.device
     pages = device, sizes.host, sizes.disk
     most = sum(pages) // each if device else 0  # a page that is being filled lies on the device
     running = min(request.concurrency, most, request.num_seqs)
@@ -155,7 +157,9 @@ def _rank_memory(request: PlanRequest, config: EngineConfig, rank: int, spec: Pa
         workspace = context = 0
         left = memory - staging
     else:
-        memory = int(hardware.memory_bytes * request.gpu_memory_utilization)
+        # KV of a given size may take what the share would leave free
+        share = request.gpu_memory_utilization if request.device_kv_bytes is None else 1
+        memory = int(hardware.memory_bytes * share)
         workspace = _workspace_bytes(request, Shard.of(request.model.config, rank, size))
         context = CONTEXT_BYTES + (GROUP_BYTES if size > 1 else 0)
         left = memory - weights - workspace - context - staging
@@ -177,9 +181,13 @@ def _workspace_bytes(request: PlanRequest, shard: Shard) -> int:
     return step + logits + states
 
 
-def _given(request: PlanRequest, pages: int, room: int) -> int:
-    """Pages on each device as given in bytes, as far as they fit beside the rest on a GPU."""
-    return pages if request.hardware.is_cpu else min(pages, room)
+def _too_much(request: PlanRequest, pages: int, room: int, ranks: list[RankMemory]) -> str:
+    """Why pages that are given in bytes have no place on the GPUs."""
+    page_bytes = sum(one.page_bytes for one in ranks)
+    return (
+        f"device_kv_bytes {request.device_kv_bytes} holds {pages} pages, and beside weights and workspace there is "
+        f"room for {room}, {room * page_bytes} bytes over all ranks; lower it or leave it out"
+    )
 
 
 def _usual_requests(request: PlanRequest, ranks: list[RankMemory]) -> int | None:

@@ -39,13 +39,14 @@ class Plan:
         return "max_num_seqs" if self.request.num_seqs < most else self.fit.limit
 
     @property
-    def command(self) -> str:
-        """The command that serves the model as planned."""
-        model = self.request.model
+    def command(self) -> str | None:
+        """The command that serves the model as planned; None where nothing fits or the engine does otherwise."""
+        request, model = self.request, self.request.model
+        if not self.fit.running or request.stored_dtype != request.run_dtype or request.is_too_long:
+            return None
         is_fetched = model.name in MODELS and model.folder in (None, default_cache_dir() / model.name)
         folder = model.name if is_fetched else str(model.folder or f"path/to/{model.name}")
-        options = {name: value for name, value in self.request.engine_options.items() if value != 0}
-        options |= {"cache_dir": "path/to/cache"} if self.request.disk_kv_bytes else {}
+        options = request.engine_options | ({"cache_dir": "path/to/cache"} if request.disk_kv_bytes else {})
         flags = [
             f"--{name.replace('_', '-')} {option_bytes(value) if name.endswith('_bytes') else value}"
             for name, value in options.items()

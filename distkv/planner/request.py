@@ -35,7 +35,8 @@ class PlanRequest:
         host_kv_bytes: of all ranks together; 0 for no such tier.
         disk_kv_bytes: of all ranks together; 0 for no such tier. It needs a host tier, by way of which pages come.
         page_size: tokens of a page.
-        max_num_seqs: most answers at a time; None takes the engine's default or `concurrency`, whichever is more.
+        max_num_seqs: most answers at a time; None takes the engine's default, or `max_num_batched_tokens` if that is
+            less, or `concurrency` if that is more.
         max_num_batched_tokens: most tokens of a step.
         gpu_memory_utilization: share of a GPU's memory that may be taken.
     """
@@ -96,9 +97,14 @@ class PlanRequest:
         return ITEM_BYTES[self.run_dtype]
 
     @property
+    def is_too_long(self) -> bool:
+        """Whether the context has more positions than the model was made for, which the engine refuses."""
+        return self.context > self.model.config.most_positions
+
+    @property
     def num_seqs(self) -> int:
         """`max_num_seqs`, also where it is left out."""
-        default: int = EngineConfig.max_num_seqs
+        default = min(EngineConfig.max_num_seqs, self.max_num_batched_tokens)
         return max(default, self.concurrency) if self.max_num_seqs is None else self.max_num_seqs
 
     @property
@@ -107,6 +113,8 @@ class PlanRequest:
         options: dict[str, Any] = {"tensor_parallel_size": self.tensor_parallel_size, "dtype": self.dtype}
         options |= {"device_kv_bytes": self.device_kv_bytes, "host_kv_bytes": self.host_kv_bytes}
         options |= {"disk_kv_bytes": self.disk_kv_bytes or None, "page_size": self.page_size}
+        is_whole = self.context >= self.model.config.most_positions
+        options |= {"max_model_len": None if is_whole else self.context}
         options |= {"max_num_seqs": self.num_seqs, "max_num_batched_tokens": self.max_num_batched_tokens}
         options |= {"gpu_memory_utilization": self.gpu_memory_utilization}
         return {name: value for name, value in options.items() if value != getattr(EngineConfig, name)}

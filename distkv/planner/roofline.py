@@ -52,8 +52,7 @@ def _decode_of(request: PlanRequest, fit: Fit, rank: RankMemory) -> Cost:
     cold = host + disk
     operations = 2 * fit.running * (parameters.layers + parameters.head_products)
     operations += 4 * tokens * shard.num_query_heads * config.head_dim * config.num_hidden_layers
-    # on CUDA what is streamed is written to the ring and read from there
-    kv_read = resident + cold * (1 if hardware.is_cpu else 2)
+    kv_read = resident + cold * _times_through_memory(request)
     return _combine(
         request,
         {
@@ -78,12 +77,15 @@ def _prefill_of(request: PlanRequest, fit: Fit, rank: RankMemory) -> Cost:
     operations = 2 * tokens * parameters.layers + 2 * parameters.head_products
     operations += 2 * tokens * tokens * shard.num_query_heads * config.head_dim * config.num_hidden_layers
     device, host = (fit.tiers[index].tokens for index in (0, 1))
-    cold, disk = _read_beyond(tokens, chunk, device), _read_beyond(tokens, chunk, device + host)
+    all_of_it, cold, disk = (_read_beyond(tokens, chunk, room) for room in (0, device, device + host))
+    kv_read = all_of_it - cold + cold * _times_through_memory(request)
+    # the head is read once, for the only logits that are wanted
+    weights = steps * (parameters.read_per_step - parameters.head_products) + parameters.head_products
     return _combine(
         request,
         {
-            WEIGHTS: steps * parameters.read_per_step * request.item_bytes / hardware.memory_bandwidth,
-            KV: _read_beyond(tokens, chunk, 0) * rank.kv_bytes_per_token / hardware.kv_bandwidth,
+            WEIGHTS: weights * request.item_bytes / hardware.memory_bandwidth,
+            KV: kv_read * rank.kv_bytes_per_token / hardware.kv_bandwidth,
             COMPUTE: operations / _matrix_rate(request),
             LINK: _link_seconds(request, rank, cold - disk, disk),
             DISK: disk * fit.kv_bytes_per_token / hardware.disk_bandwidth,
@@ -115,6 +117,11 @@ def _tokens_by_tier(request: PlanRequest, fit: Fit, tokens: int) -> tuple[int, i
     return max(0, tokens - host - disk), host, disk
 
 
+def _times_through_memory(request: PlanRequest) -> int:
+    """How often streamed KV crosses the memory of the device: on CUDA it is written to the ring and read from there."""
+    return 1 if request.hardware.is_cpu else 2
+
+
 def _link_seconds(request: PlanRequest, rank: RankMemory, host: int, disk: int) -> float:
     """On CUDA pages from disk cross the link as well; on a CPU they are read into place."""
     tokens = host if request.hardware.is_cpu else host + disk
@@ -132,9 +139,10 @@ def _read_beyond(tokens: int, chunk: int, room: int) -> int:
 
 
 def _all_reduce_seconds(request: PlanRequest, tokens: int) -> float:
-    """Two sums of the hidden states over the ranks in each layer, by a ring: each rank sends 2 (n - 1) / n of them."""
+    """Two sums of the hidden states over the ranks in each layer and one of the embeddings, by a ring: each rank sends
+    2 (n - 1) / n of them."""
     size, config = request.tensor_parallel_size, request.model.config
-    num_bytes = 2 * config.num_hidden_layers * tokens * config.hidden_size * request.item_bytes
+    num_bytes = (2 * config.num_hidden_layers + 1) * tokens * config.hidden_size * request.item_bytes
     return 2 * (size - 1) / size * num_bytes / request.hardware.peer_link
 
 

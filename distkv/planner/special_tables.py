@@ -42,9 +42,11 @@ def print_solutions(console: Console, target: PlanRequest, solutions: list[Solut
     size, name = best.plan.request.tensor_parallel_size, best.plan.request.hardware.name
     if best.reached:
         how = "cheapest" if priced else "smallest"
-        print_line(console, f"The {how} is {size} x {name}: {best.plan.command}")
+        command = "" if best.plan.command is None else f": {best.plan.command}"
+        print_line(console, f"The {how} is {size} x {name}{command}")
     else:
         print_line(console, f"Nothing that was tried reaches it; {size} x {name} comes nearest:")
+    if not best.reached or best.plan.command is None:
         print_advice(console, [best.plan])
     print_caveat(console, [one.plan.request.hardware for one in solutions])
 

@@ -26,7 +26,7 @@ def print_plans(console: Console, plans: list[Plan]) -> None:
         console.print(_capacity_table(own))
         console.print(_step_table(own))
         print_advice(console, own)
-    if len(plans) == 1 and plans[0].fit.running:
+    if len(plans) == 1 and plans[0].command is not None:
         print_line(console, f"\nTo serve it: {plans[0].command}")
     print_caveat(console, [plan.request.hardware for plan in plans])
 
@@ -75,7 +75,8 @@ def _print_model(console: Console, plan: Plan) -> None:
     print_line(
         console,
         f": {shown_count(request.model.num_parameters)} parameters in {request.run_dtype}, "
-        f"{shown_bytes(request.model.num_parameters * request.item_bytes)}",
+        f"{shown_bytes(request.model.num_parameters * request.item_bytes)}; at most "
+        f"{shown_tokens(config.most_positions)} tokens of context",
         request.model.name,
     )
     print_line(

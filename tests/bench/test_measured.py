@@ -55,6 +55,6 @@ def test_plans_for_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert plan == json.loads(json.dumps(make_plan(request).to_json()))
     both = invoke("--gpu", "l4")
     assert "this CPU" in both and "L4" in both
-    assert "2 GB/s from disk" in invoke("--disk-bandwidth", "2GB")
+    assert "2 GB/s from disk" in invoke("--disk-bandwidth", "2GB", "--disk", "1GiB", "--host-memory", "1GiB")
     with pytest.raises(ConfigError, match="several ranks would share; leave --gpus out"):
         invoke("--gpus", "1,2")

@@ -102,7 +102,24 @@ def test_tables_are_whole_at_any_width(arguments: tuple[str, ...], columns: int)
 def test_a_folder_is_served_by_the_command_that_is_shown(tmp_path: Path) -> None:
     folder, _ = save_llama(tmp_path)
     output = run(str(folder), "--context", "64", "--gpu", "memory=1GiB,bandwidth=50GB,matrix=1T,link=10GB")
-    assert f"To serve it: distkv serve {folder}\n" in output
+    assert f"To serve it: distkv serve {folder} --host-kv-bytes 0 --max-model-len 64\n" in output
+    assert "at most 256 tokens of context" in output
+
+
+@pytest.mark.parametrize("how", [(), ("--solve",)])
+@pytest.mark.parametrize(
+    "why, sentence",
+    [
+        (("--context", "8193"), "for 8192 positions and the engine refuses more"),
+        (("--kv-dtype", "fp8"), "distkv stores KV in bfloat16"),
+        (("--device-kv-bytes", "1TiB"), "device_kv_bytes 1099511627776 holds"),
+    ],
+)
+def test_no_command_is_shown_that_would_do_otherwise(why: tuple[str, str], sentence: str, how: tuple[str, ...]) -> None:
+    arguments = "smollm2-135m", "--gpu", "l4", "--gpus", "1", *how
+    assert "distkv serve" in run(*arguments)
+    output = run(*arguments, *why)
+    assert "distkv serve" not in output and sentence in output
 
 
 def test_names_and_figures_are_shown_whole(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Plans: the arithmetic that others have published, what must hold of every plan, and what is refused."""
 
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -111,6 +112,27 @@ def test_what_keeps_more_from_running_is_named() -> None:
     ):  # fmt: skip
         found = plan(context=2**17, **options)
         assert not found.fits and found.capacity_limit == limit and limit in found.advice[0]
+
+
+def test_kv_of_a_given_size_has_what_is_beside_the_weights() -> None:
+    """Also beyond `gpu_memory_utilization`, which the engine does not look at then."""
+    for gib, fits in ((60, True), (65, False)):
+        found = plan(context=4096, device_kv_bytes=gib * GIB)
+        assert found.fits == fits and found.fit.tiers[0].num_bytes == (gib * GIB if fits else 0)
+    assert f"device_kv_bytes {65 * GIB} holds" in found.advice[0] and found.command is None
+
+
+def test_a_step_of_fewer_tokens_than_answers_is_of_so_many_answers() -> None:
+    options = plan(max_num_batched_tokens=32).request.engine_options
+    assert options["max_num_seqs"] == options["max_num_batched_tokens"] == 32
+
+
+def test_more_host_memory_as_advised_needs_no_disk() -> None:
+    sizes = {"context": 2**17, "concurrency": 8, "host_kv_bytes": 2**35}
+    waits = plan(**sizes, disk_kv_bytes=2**38)
+    assert waits.decode is not None and waits.decode.limit == "disk"
+    [size] = re.findall("waits for the disk: --host-kv-bytes ([0-9]+GiB) would", " ".join(waits.advice))
+    assert plan(**{**sizes, "host_kv_bytes": size}).fits
 
 
 @pytest.mark.parametrize("field", ["memory_bandwidth", "host_link", "matrix_rate", "memory_bytes"])

@@ -48,7 +48,7 @@ def engine_config(plan: Plan, folder: Path, cache_dir: Path, **more: Any) -> Eng
     """The engine that the plan is of."""
     disk = {"cache_dir": cache_dir} if plan.request.disk_kv_bytes else {}
     options: dict[str, Any] = plan.request.engine_options | disk | more
-    return EngineConfig(folder, device="cpu", max_model_len=plan.request.context, **options)
+    return EngineConfig(folder, device="cpu", **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -59,6 +59,7 @@ def test_an_engine_allocates_what_was_planned(
     plan = planned(tiny_model, dtype=dtype, **tiers)
     with closing(launch(engine_config(plan, tiny_model, tmp_path))) as engine:
         info = engine.info
+    assert info.max_model_len == plan.request.context
     assert info.tier_bytes == planned_bytes(plan)
     assert (info.num_pages, info.num_host_pages, info.num_disk_pages) == tuple(tier.pages for tier in plan.fit.tiers)
     assert info.kv_bytes_per_token == plan.fit.kv_bytes_per_token

@@ -65,7 +65,7 @@ def test_ranks_share_out_what_they_read_and_sum_over_links() -> None:
     norms = (2 * LAYERS + 1) * HIDDEN
     assert found.parts["weights"] == pytest.approx(2 * ((READ - norms) / 8 + norms) / 3.35e12)
     assert found.parts["KV"] == pytest.approx(16 * 8192 * TOKEN / 8 / 3.35e12)
-    sums = 2 * LAYERS * 16 * HIDDEN * 2 * 2 * 7 / 8
+    sums = (2 * LAYERS + 1) * 16 * HIDDEN * 2 * 2 * 7 / 8
     assert found.parts["peer links"] == pytest.approx(sums / 450e9)
     assert found.seconds == pytest.approx(found.parts["weights"] + found.parts["KV"] + found.parts["peer links"])
     uneven = plan(context=8192, concurrency=16, tensor_parallel_size=3)
@@ -84,9 +84,11 @@ def test_the_first_token_reads_what_lies_before_each_chunk(context: int) -> None
     starts = range(0, context, 2048)
     operations = 2 * context * PRODUCTS + 2 * VOCAB * HIDDEN + 2 * context**2 * HEADS * DIM * LAYERS
     assert found.parts["compute"] == pytest.approx(operations / 989e12)
-    assert found.parts["weights"] == pytest.approx(len(starts) * 2 * READ / 3.35e12)
-    assert found.parts["KV"] == pytest.approx(sum(starts) * TOKEN / 3.35e12)
-    assert found.parts["host link"] == pytest.approx(sum(max(0, start - 16384) for start in starts) * TOKEN / 64e9)
+    head = VOCAB * HIDDEN  # of the last chunk alone
+    assert found.parts["weights"] == pytest.approx(2 * (len(starts) * (READ - head) + head) / 3.35e12)
+    cold = sum(max(0, start - 16384) for start in starts)
+    assert found.parts["KV"] == pytest.approx((sum(starts) + cold) * TOKEN / 3.35e12), "cold KV twice"
+    assert found.parts["host link"] == pytest.approx(cold * TOKEN / 64e9)
     assert found.parts["disk"] == pytest.approx(sum(max(0, start - 32768) for start in starts) * TOKEN / 7e9)
 
 

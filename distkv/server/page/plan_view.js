@@ -22,8 +22,8 @@ export function showPlan(plan) {
   $("tiers").replaceChildren(...bars(plan).map(tierBar));
   showCosts(plan);
   $("advice").replaceChildren(...(plan.advice.length ? plan.advice : ["Nothing: all of it fits."]).map((text) => element("li", "", text)));
-  $("command").textContent = plan.command;
-  $("serving").hidden = !plan.running;
+  $("command").textContent = plan.command ?? "";
+  $("serving").hidden = plan.command === null;
   const times = plan.hardware.is_measured
     ? "Times are estimates, by rates that were measured here"
     : "Times are lower bounds, by rates that are the most the hardware can do";
