@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 import distkv
 from distkv import LLM, ConfigError, EngineConfig, SamplingParams
 from distkv.commands.main import app
-from distkv.launch.launch import make_rank_config
 from distkv.option_checks import parse_bytes
+from distkv.planner.ranks import make_rank_config
 from distkv.workers.model.model_config import ModelConfig
 
 SHORT = SamplingParams(max_tokens=2, temperature=0)

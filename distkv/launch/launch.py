@@ -17,13 +17,13 @@ from distkv.launch.engine_info import engine_info
 from distkv.launch.fingerprint import FOLDER_DIGITS, common_digest, common_kernels, make_fingerprint
 from distkv.metrics.step_trace import StepTrace
 from distkv.metrics.trace_file import TraceFile
+from distkv.planner.ranks import make_rank_config
 from distkv.planner.sizing import (
     cold_budget,
     keeps_cache,
     needs_bandwidth,
     needs_capacity,
     pool_sizes,
-    staging_pages,
 )
 from distkv.storage.disk.cache_folder import SCRATCH
 from distkv.storage.paging import pages_for
@@ -162,27 +162,6 @@ def set_up(group: RankGroup, config: EngineConfig, model: ModelConfig, max_model
         )
     _log_pools(info, pool_bytes)
     return info
-
-
-def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> RankConfig:
-    """What the ranks have to know, for a device that has been chosen."""
-    return RankConfig(
-        folder=Path(config.model).absolute(),
-        model=model,
-        load_format=config.load_format,
-        seed=config.seed,
-        dtype=model.run_dtype(config.dtype),
-        device=device,
-        page_size=config.page_size,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        num_threads=config.num_threads,
-        staging_pages=staging_pages(config, device),
-        batch_invariant=config.batch_invariant,
-        digest_weights=keeps_cache(config, model),
-        traces=config.trace is not None,
-    )
 
 
 def cache_place(config: EngineConfig, ranks: RankConfig, loaded: list[Loaded]) -> CachePlace | None:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from distkv.config import EngineConfig
 from distkv.engine.protocol import EngineInfo
-from distkv.launch.launch import check_config, make_rank_config
+from distkv.launch.launch import check_config
 from distkv.planner.hardware import Hardware
 from distkv.planner.model_shape import ModelShape
 from distkv.planner.plan import make_plan
+from distkv.planner.ranks import make_rank_config
 from distkv.planner.request import PlanRequest
 from distkv.planner.sizing import page_specs
 from distkv.planner.units import shown_bytes, shown_seconds

@@ -24,6 +24,7 @@ def _to_fit(request: PlanRequest, fit: Fit) -> list[str]:
     if min(one.left - one.page_bytes for one in fit.ranks) < 0:
         ranks = None if request.hardware.is_cpu else fewest_ranks(request)
         cure = "GPUs with more memory" if ranks is None else f"--gpus {ranks} or more, or GPUs with more memory"
+        cure += ", or a smaller --page-size" if min(one.left for one in fit.ranks) > 0 else ""
         if request.hardware.is_cpu:
             cure = "--device-kv-bytes to say how much KV may take"
         return [f"Nothing fits: {_what_is_full(fit)}; use {cure}."]
@@ -53,7 +54,7 @@ def _what_is_full(fit: Fit) -> str:
     rest = one.workspace + one.context + one.staging
     return (
         f"a rank's weights take {shown_bytes(one.weights)} and its workspace {shown_bytes(rest)} of "
-        f"{shown_bytes(one.memory)}"
+        f"{shown_bytes(one.memory)}, and a page of KV {shown_bytes(one.page_bytes)}"
     )
 
 

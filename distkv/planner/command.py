@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from distkv.option_checks import check_amount
 from distkv.planner.attention_kinds import attention_kinds, guessed_kv
 from distkv.planner.model_shape import UNPUBLISHED
 from distkv.planner.options import SOLVE_SIZES, PlanOptions
@@ -50,7 +51,7 @@ def _plans(options: PlanOptions) -> Found:
 
 
 def _solve(options: PlanOptions) -> Found:
-    seconds = None if options.ms_per_token is None else options.ms_per_token / 1e3
+    seconds = None if options.ms_per_token is None else check_amount("--ms-per-token", options.ms_per_token) / 1e3
     target, sizes = options.only_request("--solve", of_one_setup=False), options.sizes(SOLVE_SIZES)
     solutions = solve(target, options.priced_hardware(), sizes, seconds, options.prices())
     values = [

@@ -5,12 +5,12 @@ KV heads, so the rank with the least room decides.
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from distkv.config import EngineConfig
 from distkv.errors import CapacityError
+from distkv.planner.ranks import make_rank_config
 from distkv.planner.request import PlanRequest
-from distkv.planner.sizing import page_specs, pool_sizes, staging_pages
+from distkv.planner.sizing import page_specs, pool_sizes
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import CPU_BUFFERS, NUM_BUFFERS
 from distkv.storage.tier import Tier
@@ -83,7 +83,7 @@ def find_fit(request: PlanRequest) -> Fit:
     """What of a request fits where."""
     config, ranks = _configs(request)
     specs = page_specs(config, ranks)
-    memories = [_rank_memory(request, config, rank, spec) for rank, spec in enumerate(specs)]
+    memories = [_rank_memory(request, ranks.staging_pages, rank, spec) for rank, spec in enumerate(specs)]
     room = min(max(0, one.left) // one.page_bytes for one in memories)
     sizes, refusal = PoolSizes(), None
     try:
@@ -125,33 +125,17 @@ def _configs(request: PlanRequest) -> tuple[EngineConfig, RankConfig]:
     cache_dir = "/" if request.disk_kv_bytes else None
     config = EngineConfig("/", **request.engine_options, cache_dir=cache_dir)
     device = "cpu" if request.hardware.is_cpu else "cuda"
-    ranks = RankConfig(
-        folder=Path("/"),
-        model=request.model.config,
-        load_format="dummy",
-        seed=0,
-        dtype=request.stored_dtype,
-        device=device,
-        page_size=request.page_size,
-        max_num_seqs=request.num_seqs,
-        max_num_batched_tokens=request.max_num_batched_tokens,
-        gpu_memory_utilization=request.gpu_memory_utilization,
-        num_threads=None,
-        staging_pages=staging_pages(config, device),
-        batch_invariant=None,
-        digest_weights=False,
-    )
-    return config, ranks
+    ranks = make_rank_config(config, request.model.config, device)
+    return config, replace(ranks, dtype=request.stored_dtype)
 
 
-def _rank_memory(request: PlanRequest, config: EngineConfig, rank: int, spec: PageSpec) -> RankMemory:
+def _rank_memory(request: PlanRequest, staging_pages: int, rank: int, spec: PageSpec) -> RankMemory:
     """What one rank's device holds."""
     size, hardware = request.tensor_parallel_size, request.hardware
     weights = request.model.rank_parameters(rank, size).total * request.item_bytes
     staging = 0
     if request.host_kv_bytes:
-        pages = staging_pages(config, "cpu" if hardware.is_cpu else "cuda")
-        staging = ring_bytes(spec, pages, CPU_BUFFERS if hardware.is_cpu else NUM_BUFFERS)
+        staging = ring_bytes(spec, staging_pages, CPU_BUFFERS if hardware.is_cpu else NUM_BUFFERS)
     if hardware.is_cpu:  # all is one memory, of which KV takes a share
         memory = host_kv_bytes(hardware.memory_bytes, pinned=False, ranks_on_node=size)
         workspace = context = 0

@@ -103,17 +103,15 @@ def _memory_table(plans: list[Plan]) -> Table:
     table = right_table(
         "Memory of the fullest rank", (_unit(plans), "usable", "weights", "workspace", "ring", "left for KV")
     )
-    seen = set()
+    rows = []
     for plan in plans:
         one: RankMemory = min(plan.fit.ranks, key=lambda rank: rank.left // rank.page_bytes)
         row = (
             str(plan.request.tensor_parallel_size), shown_bytes(one.memory), shown_bytes(one.weights),
             shown_bytes(one.workspace + one.context), shown_bytes(one.staging), shown_bytes(one.left),
         )  # fmt: skip
-        if row not in seen:
-            seen.add(row)
-            table.add_row(*row)
-    return table
+        rows.append(row)
+    return _with_each_once(table, rows)
 
 
 def _capacity_table(plans: list[Plan]) -> Table:
@@ -125,7 +123,7 @@ def _capacity_table(plans: list[Plan]) -> Table:
         "Requests that fit",
         ("context", _unit(plans), "KV of one", *(tiers or ["device"]), "all", "tokens in all"),
     )
-    seen = set()
+    rows = []
     for plan in plans:
         fit = plan.fit
         row = (
@@ -133,10 +131,8 @@ def _capacity_table(plans: list[Plan]) -> Table:
             *(str(tier.requests) for tier in fit.tiers if tier.name in (tiers or ["device"])),
             str(fit.most_requests), f"{fit.tokens:,}",
         )  # fmt: skip
-        if row not in seen:
-            seen.add(row)
-            table.add_row(*row)
-    return table
+        rows.append(row)
+    return _with_each_once(table, rows)
 
 
 def _step_table(plans: list[Plan]) -> Table:
@@ -153,6 +149,12 @@ def _step_table(plans: list[Plan]) -> Table:
             "" if plan.first_token is None else shown_seconds(plan.first_token.seconds),
             "no room" if plan.decode is None else plan.decode.limit,
         )
+    return table
+
+
+def _with_each_once(table: Table, rows: Iterable[tuple[str, ...]]) -> Table:
+    for row in dict.fromkeys(rows):
+        table.add_row(*row)
     return table
 
 

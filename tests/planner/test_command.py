@@ -146,7 +146,7 @@ def test_names_and_figures_are_shown_whole(tmp_path: Path) -> None:
         (["--solve", "--plot", "x.png"], "--plot draws plans"),
         (["--solve", "--context", "4k,8k"], "takes one --context"),
         (["--kinds", "--gpus", "1,2"], "takes one --gpus"), (["--kinds", "--gpu", "l4", "--gpu", "a10"], "one --gpu,"),
-        (["--solve", "--price-per-hour", "h100=nan"], "is nan"), (["--solve", "--ms-per-token", "-1"], "above 0"),
+        (["--solve", "--price-per-hour", "h100=nan"], "is nan"), (["--solve", "--ms-per-token", "nan"], "token is nan"),
         (["--solve", "--price-per-hour", "3"], "names no GPU"), (["--json", "/nowhere/x.json"], "cannot be written"),
         (["--solve", "--gpu", "l4", "--price-per-hour", "h100=1"], "--gpu does not name"),
         (["--disk-bandwidth", "1GB"], "without --disk-kv-bytes"), (["--kinds", "--guess", "heads=1,heads=2"], "twice"),

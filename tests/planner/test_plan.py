@@ -122,6 +122,12 @@ def test_kv_of_a_given_size_has_what_is_beside_the_weights() -> None:
     assert f"device_kv_bytes {65 * GIB} holds" in found.advice[0] and found.command is None
 
 
+def test_a_page_for_which_there_is_no_room_is_named() -> None:
+    advice = plan(page_size=2**21).advice[0]
+    assert "a page of KV 256 GiB; use --gpus 4 or more" in advice and "or a smaller --page-size" in advice
+    assert "--page-size" not in plan("llama-3-70b").advice[0], "the weights alone are too much"
+
+
 def test_a_step_of_fewer_tokens_than_answers_is_of_so_many_answers() -> None:
     options = plan(max_num_batched_tokens=32).request.engine_options
     assert options["max_num_seqs"] == options["max_num_batched_tokens"] == 32

@@ -18,8 +18,9 @@ from distkv.kernels.activation import swiglu
 from distkv.kernels.cpu_kernels import CPU_KERNELS
 from distkv.kernels.linear import plain_linear
 from distkv.kernels.token_kernels import gated
-from distkv.launch.launch import launch, make_rank_config
+from distkv.launch.launch import launch
 from distkv.planner.plan import Plan
+from distkv.planner.ranks import make_rank_config
 from distkv.planner.sizing import pool_sizes
 from distkv.storage.dtypes import DTYPES
 from distkv.workers import rank as rank_module

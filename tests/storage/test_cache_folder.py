@@ -32,7 +32,8 @@ from distkv.config import EngineConfig
 from distkv.errors import ConfigError, DistKVError, StoreError
 from distkv.kernels.cpu_kernels import CPU_KERNELS
 from distkv.launch.fingerprint import make_fingerprint
-from distkv.launch.launch import cache_place, launch, make_rank_config
+from distkv.launch.launch import cache_place, launch
+from distkv.planner.ranks import make_rank_config
 from distkv.storage.device import CpuDevice
 from distkv.storage.disk.cache_folder import (
     ARRAY,

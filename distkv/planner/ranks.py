@@ -1,0 +1,29 @@
+"""What the ranks of an engine are told, from its options: the launch and a planner say the same."""
+
+from pathlib import Path
+
+from distkv.config import EngineConfig
+from distkv.planner.sizing import keeps_cache, staging_pages
+from distkv.workers.model.model_config import ModelConfig
+from distkv.workers.rank_config import RankConfig
+
+
+def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> RankConfig:
+    """What the ranks have to know, for a device that has been chosen."""
+    return RankConfig(
+        folder=Path(config.model).absolute(),
+        model=model,
+        load_format=config.load_format,
+        seed=config.seed,
+        dtype=model.run_dtype(config.dtype),
+        device=device,
+        page_size=config.page_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        num_threads=config.num_threads,
+        staging_pages=staging_pages(config, device),
+        batch_invariant=config.batch_invariant,
+        digest_weights=keeps_cache(config, model),
+        traces=config.trace is not None,
+    )
