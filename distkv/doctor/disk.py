@@ -22,7 +22,7 @@ def check_disk(folder: Path) -> Iterator[Finding]:
     folder = folder.absolute()
     what = f"disk at {folder}"
     probe = folder / f"doctor-{uuid4().hex}"
-    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    made = [one for one in (folder, *folder.parents) if not os.path.exists(one)]  # which never raises
     try:
         probe.mkdir(parents=True)
     except OSError as error:

@@ -17,7 +17,7 @@ def own_plan_routes(service: Service) -> APIRouter:
 
 def _own_start(service: Service) -> PlanStart:
     if not service.is_loaded:
-        return PlanStart()
+        return PlanStart(has_chat=True)
     config, info = service.llm.config, service.llm.info
     device, host, disk = info.tier_bytes  # where the options do not say
     fields = {
@@ -32,4 +32,4 @@ def _own_start(service: Service) -> PlanStart:
     }
     if service.hardware is not None:  # on others what is left there is taken
         fields |= {"gpu": HERE, "device_kv_bytes": option_bytes(int(config.device_kv_bytes or device))}
-    return PlanStart(fields, find_model(info.model), service.names, is_served=True, hardware=service.hardware)
+    return PlanStart(fields, find_model(info.model), service.names, has_chat=True, hardware=service.hardware)

@@ -34,7 +34,7 @@ class PlanStart:
     fields: dict[str, Any] = field(default_factory=dict)  # of `PlanBody`; it has defaults for the rest
     model: ModelShape | None = None  # beside those that are known to all by name
     names: Sequence[str] = ()  # of that model; the page has the first
-    is_served: bool = False  # whether that model is served here
+    has_chat: bool = False  # whether a model is served here, that one if there is one
     hardware: Hardware | None = None  # that it runs on, which `fields` name "here"
 
 
@@ -94,7 +94,7 @@ def _choices(start: PlanStart) -> dict[str, Any]:
         devices = {HERE: f"{start.hardware.name} (this machine)", **devices}
     return {
         "models": [
-            {"name": name, "is_served": start.is_served and name in own}
+            {"name": name, "is_served": start.has_chat and name in own}
             for name in dict.fromkeys([*own, *sorted(known_models())])
         ],
         "gpus": [{"name": name, "title": title} for name, title in devices.items()],
@@ -102,5 +102,5 @@ def _choices(start: PlanStart) -> dict[str, Any]:
         "kv_dtypes": ["auto", *KV_DTYPES],
         "defaults": defaults,
         "start": begin,
-        "has_chat": start.is_served,
+        "has_chat": start.has_chat,
     }

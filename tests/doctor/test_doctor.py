@@ -71,6 +71,11 @@ def test_file_systems_are_told_by_the_innermost_mount(tmp_path: Path, monkeypatc
         assert disk.file_system(tmp_path / place) == kind
 
 
+def test_a_folder_that_cannot_be_is_a_problem() -> None:
+    [found] = disk.check_disk(Path("x" * 300))
+    assert found.state == State.PROBLEM and "name too long" in found.said and "--cache-dir" in found.cure
+
+
 def test_locks_that_keep_nobody_out_are_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "is_locked", lambda path: False)
     *_, found = disk.check_disk(tmp_path)

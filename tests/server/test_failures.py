@@ -66,6 +66,7 @@ def test_before_and_after(here: HereServer) -> None:
     """While the model is loaded, and after a rank is dead: most is refused with 503, and so is the health."""
     loading = httpx2.get(f"{here.url}/health")
     assert loading.status_code == 503 and int(loading.headers["retry-after"]) > 0 and "being loaded" in loading.text
+    assert httpx2.get(f"{here.url}/plan/choices").json()["has_chat"], "the planner links to the chat that is to come"
     with OpenAI(base_url=f"{here.url}/v1", api_key="none", max_retries=0) as client:
         with pytest.raises(InternalServerError, match="being loaded"):
             client.completions.create(model="talker", prompt="Hello")

@@ -1,6 +1,6 @@
 // The chat box: a conversation held by this page, answered by /v1/chat/completions as it comes.
 
-import { $, element } from "./elements.js";
+import { $, element, serverUrl } from "./elements.js";
 
 const talk = $("talk"), form = $("form"), question = $("question"), send = $("send");
 const hint = talk.firstElementChild;
@@ -40,7 +40,7 @@ async function ask(text) {
       messages: conversation, stream: true, stream_options: { include_usage: true },
       temperature: Number($("temperature").value), max_completion_tokens: Number($("most").value),
     };
-    const response = await fetch("v1/chat/completions", {
+    const response = await fetch(serverUrl("v1/chat/completions"), {
       method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body),
       signal: stopper.signal,
     });

@@ -1,6 +1,6 @@
 // The live picture: what /live tells twice a second.
 
-import { $, element } from "./elements.js";
+import { $, element, serverUrl } from "./elements.js";
 
 const NUM_CELLS = 96, NUM_SAMPLES = 240, RETRY = 2000;
 const TIERS = [
@@ -20,12 +20,12 @@ const views = TIERS.map((tier, index) => makeTier(tier, FLOWS[index]));
 connect();
 
 function connect() {
-  const source = new EventSource("live");
+  const source = new EventSource(serverUrl("live"));
   source.onmessage = (event) => show(JSON.parse(event.data));
   source.onerror = () => {
     source.close(); // by itself it would not try again after a status such as 503
     state("down", "no answer; trying again");
-    fetch("health").then((found) => found.ok || found.json().then((body) => state("down", body.error.message)), () => {});
+    fetch(serverUrl("health")).then((found) => found.ok || found.json().then((body) => state("down", body.error.message)), () => {});
     setTimeout(connect, RETRY);
   };
 }

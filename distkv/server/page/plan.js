@@ -1,6 +1,6 @@
 // The planner: what the controls say is asked of the server, and is in the address, so that a plan can be shared.
 
-import { $ } from "./elements.js";
+import { $, serverUrl } from "./elements.js";
 import { FIELDS, MORE, makeControl } from "./plan_controls.js";
 import { showFailure, showPlan } from "./plan_view.js";
 
@@ -72,8 +72,7 @@ async function ask() {
 
 // the JSON that the server answers; its error where it is one
 async function answer(path, options) {
-  // an address that has the key in it, as a browser takes it, is not for scripts
-  const response = await fetch(new URL(path, location.href), options).catch(() => {
+  const response = await fetch(serverUrl(path), options).catch(() => {
     throw new Error("The server does not answer; see if it still runs.");
   });
   const found = await response.json().catch(() => null); // as a proxy before the server may answer
