@@ -50,9 +50,9 @@ def run(
         wrong = measure(bench, model, lengths, page_size)
         bench.table(COLUMNS)
         bench.line(
-            f"Last is the median of the last {LAST} tokens. Rows are those of attention in each layer, counted there. "
-            "Copied is what torch.cat moves to make room for one token more. All run in float32 on the CPU, without "
-            "scheduler and tokenizer."
+            f"Fewer tokens are the first ones of the same runs. Last is the median of the last {LAST} tokens. Rows are "
+            "those of attention in each layer, counted there. Copied is what torch.cat moves to make room for one "
+            "token more. All run in float32 on the CPU, without scheduler and tokenizer."
         )
         if plot_file is not None:
             write_plot(plot_file, bench.facts)

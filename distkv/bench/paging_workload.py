@@ -25,7 +25,7 @@ ANSWER_SPREAD = math.log(834 / 415) / _P90  # 0.54
 SHORTEST = 4  # tokens of a prompt or an answer; benchmarks leave shorter ones of the data set out
 SOURCE = (
     "lognormal lengths of the published means of ShareGPT (Kwon et al. 2023: 161.31 + 337.99 tokens of at most 2048) "
-    "and spread (Agrawal et al. 2024)"
+    "and spread (Agrawal et al. 2024), in proportion to max_model_len"
 )
 
 

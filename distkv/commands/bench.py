@@ -148,10 +148,10 @@ def bench_scheduler(
 def bench_paging(
     *,
     model: Model = "smollm2",
-    num_requests: Annotated[int, typer.Option(help="Requests, all submitted at once.", min=1)] = sized(64, 32),
+    num_requests: Annotated[int, typer.Option(help="Requests, all submitted at once.", min=1)] = sized(64, 24),
     max_model_len: Annotated[
         int, typer.Option(help="Most tokens of a request; lengths are in proportion to it.", min=64)
-    ] = sized(2048, 1024),
+    ] = sized(2048, 512),
     reservations: Annotated[
         list[int],
         typer.Option(help="KV memory, in requests of this length that it holds; may be given again.", min=1),

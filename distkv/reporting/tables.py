@@ -47,14 +47,14 @@ def print_rows(console: Console, columns: list[Column], rows: list[dict[str, Any
 
 def column_widths(columns: Sequence[Sequence[str]], room: int) -> list[int] | list[None]:
     """How wide to make columns of texts so that together they take `room` characters at most and no word is broken:
-    where not all texts fit on one line, as many columns as possible keep theirs. None for all where words are too long
-    for that."""
+    where not all texts fit on one line, the first column, by which lines are read, keeps its own before others, and of
+    these as many as possible. None for all where words are too long for that."""
     widths = [max(len(word) for text in texts for word in text.split() or [""]) for texts in columns]
     spare = room - sum(widths)
     if spare < 0:
         return [None] * len(columns)
     missing = [max(map(len, texts)) - width for texts, width in zip(columns, widths, strict=True)]
-    for n in sorted(range(len(columns)), key=missing.__getitem__):
+    for n in sorted(range(len(columns)), key=lambda n: (n > 0, missing[n])):
         widths[n] += min(spare, missing[n])
         spare -= min(spare, missing[n])
     return widths

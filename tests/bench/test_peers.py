@@ -68,6 +68,7 @@ def fake_drivers(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) 
         (folder / f"{name}.py").write_text(text)
     monkeypatch.setattr(engines, "DRIVERS", folder)
     monkeypatch.setattr(guarded, "GRACE", 0.2)
+    monkeypatch.setattr(cpu_time, "WINDOW", 0.05)
 
 
 def bench_peers(model: Path, *arguments: str) -> Result:
