@@ -69,9 +69,11 @@ def _to_be_faster(request: PlanRequest, fit: Fit, decode: Cost | None) -> list[s
                 f"A step is bound by reading the weights, which all requests share: with about {reach} of them it "
                 "would take no more than twice as long as with one."
             ]
-        return ["A step is bound by reading the weights: more ranks share them out."]
+        ranks = "" if request.hardware.is_cpu else ": more ranks share them out"
+        return [f"A step is bound by reading the weights{ranks}."]
     if decode.limit == KV:
-        return ["A step is bound by reading KV: more ranks, a shorter context or KV of fewer bytes make it shorter."]
+        ranks = "" if request.hardware.is_cpu else "more ranks, "
+        return [f"A step is bound by reading KV: {ranks}a shorter context or KV of fewer bytes make it shorter."]
     if decode.limit == LINK:
         links = "" if request.hardware.is_cpu else ", and each GPU has a link of its own"
         return [
