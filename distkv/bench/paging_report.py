@@ -18,10 +18,10 @@ COLUMNS = [
     Column("running vs reserved", "more_running", form=".2f", ending="x"),
     Column("tokens/s vs reserved", "speedup", form=".2f", ending="x"),
     Column("preempted", "preemptions"),
-    Column("holds tokens", "held_share", 100, ".1f", " %"),
-    Column("to be filled", "coming_share", 100, ".1f", " %"),
-    Column("never filled", "unused_share", 100, ".1f", " %"),
-    Column("free", "free_share", 100, ".1f", " %"),
+    Column("holds tokens, %", "held_share", 100, ".1f"),
+    Column("to be filled, %", "coming_share", 100, ".1f"),
+    Column("never filled, %", "unused_share", 100, ".1f"),
+    Column("free, %", "free_share", 100, ".1f"),
 ]
 STEP_COLUMNS = [
     Column("requests in a step", "batch"),

@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column as TableColumn
 from rich.table import Table
 
 from distkv.reporting.figure import Figure
 
-FRAME, FRAME_COLUMN = 1, 3  # characters of a table beside its texts: once, and for each column
+FRAMED: dict[str, Any] = {}  # three characters for each column beside its texts, and one more
+UNFRAMED: dict[str, Any] = {"box": SIMPLE_HEAD, "show_edge": False, "padding": 0}  # one between columns
 
 
 @dataclass(frozen=True)
@@ -36,23 +38,26 @@ def print_rows(console: Console, columns: list[Column], rows: list[dict[str, Any
     """A line per row; or, `across` where there are more columns than rows, a line per column."""
     lines = [[column.title for column in columns], *([column.show(row) for column in columns] for row in rows)]
     titles, *others = zip(*lines, strict=True) if across else lines
-    widths = column_widths(list(zip(titles, *others, strict=True)), console.width - FRAME - FRAME_COLUMN * len(titles))
-    table = Table(
-        *(TableColumn(title, overflow="fold", width=width) for title, width in zip(titles, widths, strict=True))
-    )
+    columns_of_texts = list(zip(titles, *others, strict=True))
+    widths, frame = column_widths(columns_of_texts, console.width - 1 - 3 * len(titles)), FRAMED
+    if widths is None:
+        widths, frame = column_widths(columns_of_texts, console.width - (len(titles) - 1)), UNFRAMED
+    fixed: Sequence[int | None] = widths or [None] * len(titles)
+    headings = (TableColumn(title, overflow="fold", width=one) for title, one in zip(titles, fixed, strict=True))
+    table = Table(*headings, **frame)
     for line in others:
         table.add_row(*line)
     console.print(table)
 
 
-def column_widths(columns: Sequence[Sequence[str]], room: int) -> list[int] | list[None]:
+def column_widths(columns: Sequence[Sequence[str]], room: int) -> list[int] | None:
     """How wide to make columns of texts so that together they take `room` characters at most and no word is broken:
     where not all texts fit on one line, the first column, by which lines are read, keeps its own before others, and of
-    these as many as possible. None for all where words are too long for that."""
+    these as many as possible. None where words are too long for that."""
     widths = [max(len(word) for text in texts for word in text.split() or [""]) for texts in columns]
     spare = room - sum(widths)
     if spare < 0:
-        return [None] * len(columns)
+        return None
     missing = [max(map(len, texts)) - width for texts, width in zip(columns, widths, strict=True)]
     for n in sorted(range(len(columns)), key=lambda n: (n > 0, missing[n])):
         widths[n] += min(spare, missing[n])

@@ -74,7 +74,7 @@ def test_each_row_is_written_as_it_comes(tmp_path: Path) -> None:
 def test_tables_break_no_word_where_they_can_fit() -> None:
     columns = [Column(f"cold bytes {name}", name) for name in "abcd"] + [Column("ms per token", "ms", form=".2f")]
     row = dict.fromkeys("abcd", "transformers") | {"ms": Figure(312.4, 296.78, 334.27)}
-    for width, breaks in ((200, False), (80, False), (60, True)):
+    for width, breaks in ((200, False), (80, False), (70, False), (60, True)):
         console = Console(file=io.StringIO(), width=width)
         print_rows(console, columns, [row])
         assert isinstance(console.file, io.StringIO)
