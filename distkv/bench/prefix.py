@@ -6,12 +6,8 @@ that it has it on the host, and by a new process that finds it on disk. They tak
 answer.
 """
 
-import multiprocessing
-import signal
 import statistics
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -20,19 +16,17 @@ from typing import Any
 
 import torch
 
-from distkv.bench.ceilings import CopyCeiling, ReadCeiling, bytes_from_disk, drop_page_cache, flush
+from distkv.bench.ceilings import CopyCeiling, ReadCeiling, flush
 from distkv.bench.harness import Bench, Figure
 from distkv.bench.options import BenchOptions
+from distkv.bench.prefix_answers import Answered, answer, answer_in_new_process, warm_up
 from distkv.bench.prompts import Prompts
 from distkv.config import EngineConfig
 from distkv.engine.client import EngineClient
-from distkv.engine.drive import drain, drive
-from distkv.engine.protocol import EngineRequest
 from distkv.errors import ConfigError
 from distkv.launch.launch import launch
 from distkv.reporting.out_file import temporary_folder
 from distkv.reporting.tables import Column
-from distkv.sampling_params import SamplingParams
 from distkv.storage.disk.cache_folder import ARRAY
 from distkv.storage.dtypes import ITEM_BYTES
 from distkv.storage.ledger.write_back import MAX_DISK_WRITES
@@ -55,17 +49,6 @@ COLUMNS = [
     Column("target", "verdict"),
 ]
 STEP_TOKENS = 2048  # the most of a step, as an engine has it unless told otherwise
-WARM_UP = 32  # tokens
-
-
-@dataclass(frozen=True)
-class Answered:
-    """One request."""
-
-    seconds: float  # from adding it to its first token
-    tokens: list[int]
-    cached: tuple[int, int, int]  # tokens of the prompt that were found on device, host and disk
-    bytes_from_disk: int | None  # up to the first token, those that the page cache did not have
 
 
 @dataclass(frozen=True)
@@ -141,32 +124,6 @@ def run(
         return _print(bench, _check(answered, sizes))
 
 
-def answer_after_restart(config: EngineConfig, files: list[Path], prompt: list[int], sizes: Sizes) -> Answered:
-    """To be run by a new process: loads the model, warms up with another prompt, has the page cache forget the files,
-    and answers."""
-    with closing(launch(config)) as engine:
-        _warm_up(engine, prompt)
-        drop_page_cache(files)
-        return answer(engine, prompt, sizes.answer, None)
-
-
-def answer(engine: EngineClient, prompt: list[int], num_tokens: int, salt: str | None) -> Answered:
-    """Has a prompt answered greedily, and waits until what is to be saved is saved."""
-    params = SamplingParams(temperature=0, ignore_eos=True)
-    tokens: list[int] = []
-    seconds, cached, from_disk = 0.0, (0, 0, 0), None
-    before = bytes_from_disk()
-    start = time.perf_counter()
-    for outputs in drive(engine, [EngineRequest("0", prompt, params, num_tokens, 0, cache_salt=salt)]):
-        if outputs and not tokens:
-            seconds = time.perf_counter() - start
-            now = bytes_from_disk()
-            cached, from_disk = outputs[0].num_cached_tokens, None if before is None or now is None else now - before
-        tokens += [output.token_id for output in outputs]
-    drain(engine)
-    return Answered(seconds, tokens, cached, from_disk)
-
-
 def _check_sizes(sizes: Sizes, question: int, positions: int) -> None:
     size = sizes.page_size
     check_page_size(size)
@@ -213,13 +170,8 @@ def _configs(model: Path, dtype: str, sizes: Sizes, folder: Path) -> dict[str, E
 
 def _prepare(engine: EngineClient, prompt: list[int], sizes: Sizes) -> None:
     """Has an engine warm up, and know the prefix."""
-    _warm_up(engine, prompt)
+    warm_up(engine, prompt)
     answer(engine, prompt, sizes.answer, None)
-
-
-def _warm_up(engine: EngineClient, prompt: list[int]) -> None:
-    """With a short prompt of its own, which fills no page."""
-    answer(engine, prompt[-min(WARM_UP, engine.info.page_size // 2) :], 4, "warm-up")
 
 
 def _answered(
@@ -236,21 +188,7 @@ def _answered(
     if variant in ways:
         name, way = ways[variant]
         return answer(engines[name], prompt, sizes.answer, way)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=_die_of_interrupts) as process:
-        # blocked there too, until the initializer runs
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        try:
-            answering = process.submit(answer_after_restart, disk_config, files, prompt, sizes)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        return answering.result()
-
-
-def _die_of_interrupts() -> None:
-    """Has Ctrl-C, which all processes of a terminal get, end this one without a traceback."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    return answer_in_new_process(disk_config, files, prompt, sizes.answer)
 
 
 def _check(answered: dict[str, list[Answered]], sizes: Sizes) -> str:

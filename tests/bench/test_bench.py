@@ -17,7 +17,18 @@ from support.checkpoints import save_llama
 from support.meters import FakeMeter, fake_turns
 from typer.testing import CliRunner, Result
 
-from distkv.bench import decoder, device, engine_rows, gpu, kernels, parts, prefix, scheduler, serve_offline
+from distkv.bench import (
+    decoder,
+    device,
+    engine_rows,
+    gpu,
+    kernels,
+    parts,
+    prefix,
+    prefix_answers,
+    scheduler,
+    serve_offline,
+)  # fmt: skip
 from distkv.bench.device import LinkCeiling, MatmulCeiling, MemoryCeiling, Turns
 from distkv.bench.engine_rows import Shape, model_rows, residency_rows, streaming_rows, weight_bytes
 from distkv.bench.harness import Figure
@@ -181,7 +192,7 @@ def test_bench_prefix_notices(
         one = answered(variant, *arguments)
         return replace(one, **change) if variant == "disk hit after restart" else one
 
-    monkeypatch.setattr(prefix, "ProcessPoolExecutor", HereAndNow)
+    monkeypatch.setattr(prefix_answers, "ProcessPoolExecutor", HereAndNow)
     monkeypatch.setattr(prefix, "_answered", tampered)
     result, written = bench(tmp_path, "prefix", "--model", str(tiny_model), *PREFIX)
     assert result.exit_code == 1
