@@ -109,7 +109,7 @@ def _to_know(request: PlanRequest, fit: Fit, decode: Cost | None) -> list[str]:
     if held > config.num_key_value_heads:
         found.append(
             f"{request.tensor_parallel_size} ranks share {config.num_key_value_heads} KV heads, so KV lies "
-            f"{held / config.num_key_value_heads:g} times on the devices."
+            f"{held / config.num_key_value_heads:.3g} times on the devices."
         )
     if decode is not None and fit.running > 1 and max(decode.parts[LINK], decode.parts[DISK]) > STREAM_SECONDS:
         found.append(
