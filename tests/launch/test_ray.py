@@ -233,7 +233,7 @@ def test_figures_and_traces_are_of_all_ranks(cluster: Cluster, tmp_path: Path) -
         assert moved["host_to_disk"] % page_bytes == 0, "whole pages, of which each rank has its heads"
         assert stats.seconds_moved.keys() == moved.keys() and all(stats.seconds_moved.values())
         assert stats.tiers["device"].capacity_bytes == 7 * page_bytes
-        exported = await_exported("ray_distkv_generation_tokens_total")
+        exported = await_exported("ray_distkv_generation_tokens_total", folder.name)
         assert exported["ray_distkv_generation_tokens_total"] == 48
         assert exported["ray_distkv_inter_token_latency_seconds_count"] == 47
         assert exported["ray_distkv_tier_capacity_bytes"]
@@ -246,8 +246,8 @@ def test_figures_and_traces_are_of_all_ranks(cluster: Cluster, tmp_path: Path) -
     check_nothing_is_left(cluster)
 
 
-def await_exported(name: str) -> dict[str, float]:
-    """What the nodes export, by name, once this is among it."""
+def await_exported(name: str, model: str) -> dict[str, float]:
+    """What the nodes export of a model, by name, once this is among it. Engines of others may have run before."""
     found: dict[str, float] = {}
     deadline = time.monotonic() + 60
     while not found.get(name) and time.monotonic() < deadline:
@@ -256,7 +256,8 @@ def await_exported(name: str) -> dict[str, float]:
             url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
             with suppress(OSError), urlopen(url, timeout=10) as answer:
                 for family in text_string_to_metric_families(answer.read().decode()):
-                    found |= {sample.name: sample.value for sample in family.samples}
+                    own = [one for one in family.samples if one.labels.get("model_name") == model]
+                    found |= {sample.name: sample.value for sample in own}
     return found
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 from _pytest.mark.expression import Expression
+from support.interpreted_dot import use_double_products
 
 KERNEL_RINGS = {"interpreter": "test_triton_*.py", "aot": "test_aot*.py"}
 """The markers of these rings, and where their tests lie: such a ring imports no other module."""
@@ -88,6 +89,8 @@ def pytest_configure(config: pytest.Config) -> None:
         import torch
 
         os.environ["TRITON_INTERPRET"] = "1"
+        if sys.platform == "linux":  # Triton exists for Linux only
+            use_double_products()
         torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
 
