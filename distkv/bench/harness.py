@@ -10,6 +10,7 @@ the figures, and a bar that says how far they are.
         return bench.verdict(wrong, "All answers are the same.")
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, Self, TypeVar
@@ -53,7 +54,8 @@ class Bench:
         self.options = options
         self.console = Console(highlight=False) if console is None else console
         self.facts: dict[str, Any] = {
-            "benchmark": name, **facts, "repeats": options.repeats, "quick": options.quick, **machine_facts()
+            "benchmark": name, **facts, "repeats": options.repeats, "quick": options.quick, **machine_facts(),
+            "load_average": round(os.getloadavg()[0], 2),  # of the minute before: what else the machine was doing
         }  # fmt: skip
         self.rows: list[Row] = []
         self._view = TurnView()

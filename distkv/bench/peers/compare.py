@@ -82,8 +82,7 @@ class _Comparison:
         self._bench, self._setting, self._logs, self._time_limit = bench, setting, logs, time_limit
         self._waited: dict[str, list[float]] = {}  # CPU seconds and seconds
         bench.facts |= {
-            "max_model_len": setting.max_model_len, "kv_bytes": setting.kv_bytes, "load_average": os.getloadavg()[0],
-            "cores": os.cpu_count(),
+            "max_model_len": setting.max_model_len, "kv_bytes": setting.kv_bytes, "cores": os.cpu_count(),
             "engines": {}, "missing": [],
         }  # fmt: skip
 
