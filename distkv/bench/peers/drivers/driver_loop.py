@@ -35,6 +35,7 @@ def serve(load):
     """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print, in this process and in those that it starts, is no answer
+    sys.stdout = os.fdopen(1, "w", buffering=1, encoding="utf-8", closefd=False)  # a line at a time, whatever ends it
 
     def answer(message):
         answers.write(json.dumps(message) + "\n")
