@@ -304,7 +304,7 @@ class EnginePool:
         self._router.forget(member.name)
         self._count_failure(death)
         log.warning(
-            "engine %d of %d is started anew, and its %d requests are run again, since %s",
+            "engine %d of %d is started anew, and its %d requests go on where they stood, since %s",
             member.number + 1, len(self._members), len(replays), _what_happened(death),
         )  # fmt: skip
         self._start(member)
