@@ -1,5 +1,7 @@
 """A request that may have to be run again, by an engine that knows nothing of the first run."""
 
+from array import array
+
 import msgspec
 
 from distkv.engine.protocol import EngineRequest, PromptLogprobs, RequestFailed, StepOutput, TokenOutput
@@ -15,7 +17,7 @@ class Replay:
     def __init__(self, request: EngineRequest):
         self.request = request
         self.num_runs = 0  # that were begun
-        self._given: list[list[int]] = [[] for _ in range(request.params.n)]  # what was passed on of each answer
+        self._given = [array("I") for _ in range(request.params.n)]  # the tokens of each answer that were passed on
         self._open = set(range(request.params.n))
         self._num_scored = 0  # tokens of the prompt whose log-probabilities were passed on, with the first one
 
@@ -41,7 +43,7 @@ class Replay:
         if not any(self._given):
             return self.request
         return msgspec.structs.replace(
-            self.request, begun={index: list(self._given[index]) for index in sorted(self._open)}
+            self.request, begun={index: self._given[index].tolist() for index in sorted(self._open)}
         )
 
     def close(self, index: int | None) -> None:
