@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
-from distkv.doctor.finding import Finding, fine, gib, problem, warning
+from distkv.doctor.finding import Finding, fine, problem, warning
+from distkv.planner.units import shown_bytes
 from distkv.storage.disk.file_lock import FileLock, HeldError, is_locked
 from distkv.workers.bandwidth import disk_bandwidth
 
@@ -40,7 +41,7 @@ def check_disk(folder: Path) -> Iterator[Finding]:
 def _check_place(what: str, folder: Path) -> Iterator[Finding]:
     kind, usage = file_system(folder), shutil.disk_usage(folder)
     rate = disk_bandwidth(folder, usage.free)
-    said = f"{gib(usage.free)} of {gib(usage.total)} are free, {kind}" + (
+    said = f"{shown_bytes(usage.free)} of {shown_bytes(usage.total)} are free, {kind}" + (
         f", reads {rate / 1e9:.2f} GB/s" if rate else ", too full to measure"
     )
     if kind in IN_MEMORY:

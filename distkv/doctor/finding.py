@@ -35,8 +35,3 @@ def warning(what: str, said: str, cure: str) -> Finding:
 def problem(what: str, said: str, cure: str) -> Finding:
     """It does not work."""
     return Finding(what, State.PROBLEM, said, cure)
-
-
-def gib(num_bytes: float) -> str:
-    """Bytes for people."""
-    return f"{num_bytes / 2**30:.1f} GiB"

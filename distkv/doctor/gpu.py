@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from distkv.doctor.finding import Finding, fine, gib, problem, warning
+from distkv.doctor.finding import Finding, fine, problem, warning
+from distkv.planner.units import shown_bytes
 from distkv.storage.pools.host_memory import HostBuffer
 
 DRIVER = Path("/dev/nvidiactl")  # the driver's, where there is one
@@ -48,7 +49,7 @@ def _check_gpu(index: int) -> Iterator[Finding]:
         )  # fmt: skip
         return
     free, total = torch.cuda.mem_get_info(index)
-    said = f"{name}, {gib(free)} of {gib(total)} are free"
+    said = f"{name}, {shown_bytes(free)} of {shown_bytes(total)} are free"
     if free < LEAST_FREE * total:
         yield warning(what, said, "end what holds the rest (nvidia-smi names it), or lower gpu_memory_utilization")
     else:
@@ -61,9 +62,9 @@ def _check_pinning() -> Finding:
         memory = HostBuffer((PINNED_BYTES,), torch.uint8, pinned=True)
     except Exception as error:
         return problem(
-            "pinned memory", f"{gib(PINNED_BYTES)} cannot be pinned: {error}",
+            "pinned memory", f"{shown_bytes(PINNED_BYTES)} cannot be pinned: {error}",
             "raise the limits of the container (ulimit -l unlimited); without it no page leaves the GPU",
         )  # fmt: skip
     seconds = time.perf_counter() - start
     memory.close()
-    return fine("pinned memory", f"{gib(PINNED_BYTES / seconds)} are pinned in a second")
+    return fine("pinned memory", f"{shown_bytes(PINNED_BYTES / seconds)} are pinned in a second")

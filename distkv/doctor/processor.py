@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from distkv.doctor.finding import Finding, fine, gib, problem, warning
+from distkv.doctor.finding import Finding, fine, problem, warning
 from distkv.kernels.native.build import BuildError
 from distkv.kernels.native.library import load_best
+from distkv.planner.units import shown_bytes
 from distkv.reporting.machine import cpu_name
 from distkv.storage.process_limits import available_bytes, usable_cores
 
@@ -49,13 +50,13 @@ def check_processor() -> Iterator[Finding]:
 
 def check_memory(shared: Path = Path("/dev/shm")) -> Iterator[Finding]:
     """Memory that is free, and shared memory."""
-    yield fine("memory", f"{gib(available_bytes())} may be taken")
+    yield fine("memory", f"{shown_bytes(available_bytes())} may be taken")
     try:
         usage = shutil.disk_usage(shared)
     except OSError as error:
         yield warning(str(shared), f"cannot be used ({error.strerror})", "mount a tmpfs there; Ray needs it")
         return
-    said = f"{gib(usage.free)} of {gib(usage.total)} are free"
+    said = f"{shown_bytes(usage.free)} of {shown_bytes(usage.total)} are free"
     if usage.free < LEAST_SHARED_BYTES:
         yield warning(
             str(shared), f"{said}, and Ray's object store lies there",
@@ -77,4 +78,6 @@ def check_limits() -> Iterator[Finding]:
         yield fine("open files", "unlimited" if soft == resource.RLIM_INFINITY else f"{soft} at most")
     space, _ = resource.getrlimit(resource.RLIMIT_AS)
     if space != resource.RLIM_INFINITY:
-        yield warning("address space", f"{gib(space)} at most, which pools and libraries share", "ulimit -v unlimited")
+        yield warning(
+            "address space", f"{shown_bytes(space)} at most, which pools and libraries share", "ulimit -v unlimited"
+        )
