@@ -6,8 +6,10 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import venv
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from typer.testing import CliRunner, Result
 from distkv.bench.peers import cpu_time, engines, guarded, opened, report
 from distkv.bench.peers.engines import DRIVERS, Engine, Setting
 from distkv.bench.peers.guarded import GuardedProcess, PeerFailed
+from distkv.bench.peers.http_load import load
+from distkv.bench.peers.workloads import Work
 from distkv.commands.main import app
 from distkv.errors import ConfigError, DistKVError
 
@@ -236,6 +240,44 @@ def test_a_real_server_under_load(tmp_path: Path) -> None:
     assert (row["engine"], row["size"]) == ("distkv", 2)
     assert row["first_token_p99_ms"]["median"] >= row["first_token_p50_ms"]["median"] > 0
     assert row["between_tokens_p50_ms"]["median"] > 0 and row["output_tokens_per_s"]["median"] > 0
+
+
+class Completions(BaseHTTPRequestHandler):
+    """Streams answers of four tokens, whose pieces have so many each, an answer after the other."""
+
+    pieces: list[list[int]]
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.end_headers()
+        for _ in self.pieces.pop(0):
+            self.wfile.write(b'data: {"choices": [{"text": "x"}]}\n\n')
+            time.sleep(0.01)
+        self.wfile.write(b'data: {"choices": [], "usage": {"completion_tokens": 4}}\n\ndata: [DONE]\n\n')
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@pytest.mark.parametrize("pieces, streams", [([[1, 1, 2], [4], [2, 2]], True), ([[4], [4], [4]], False)])
+def test_pieces_of_several_tokens(pieces: list[list[int]], streams: bool) -> None:
+    """A server that is behind sends several tokens in a piece, some answers in one; one that always does is refused."""
+    handler = type("Handler", (Completions,), {"pieces": pieces})
+    with HTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            work = Work("http", 1, [[1, 2]] * 3, [4] * 3)
+            if not streams:
+                with pytest.raises(PeerFailed, match="in one piece, so that it does not stream"):
+                    load(f"http://127.0.0.1:{server.server_port}", work, 60)
+                return
+            figures = load(f"http://127.0.0.1:{server.server_port}", work, 60)
+            assert 0 < figures["between_tokens_p50_ms"] <= figures["between_tokens_p99_ms"]
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ class Streamed:
 
     @property
     def between_tokens(self) -> float:
-        """Mean seconds of a token after the first, however many tokens a piece has."""
+        """Mean seconds of a token after the first, however many tokens a piece has; 0 where all came in one."""
         return (self.arrivals[-1] - self.arrivals[0]) / (self.num_tokens - 1)
 
 
@@ -57,6 +57,8 @@ def load(url: str, work: Work, time_limit: float) -> dict[str, float]:
         raise PeerFailed(f"its server broke off: {type(error).__name__}: {error}") from error
     first = [answer.arrivals[0] for answer in answers]
     gaps = [later - earlier for answer in answers for earlier, later in pairwise(answer.arrivals)]
+    if not gaps:
+        raise PeerFailed("its server sent every answer in one piece, so that it does not stream")
     return {
         "output_tokens_per_s": sum(answer.num_tokens for answer in answers) / seconds,
         "first_token_p50_ms": 1e3 * percentile(first, 0.5),
@@ -101,7 +103,7 @@ async def _answer(client: httpx2.AsyncClient, prompt: list[int], count: int) -> 
                 arrivals.append(time.perf_counter() - start)
             if piece.get("usage"):
                 num_tokens = piece["usage"]["completion_tokens"]
-    if num_tokens != count or len(arrivals) < 2:
+    if num_tokens != count or not arrivals:
         raise PeerFailed(f"its server answered with {num_tokens} tokens in {len(arrivals)} pieces instead of {count}")
     return Streamed(arrivals, num_tokens)
 
