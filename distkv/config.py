@@ -44,6 +44,7 @@ class EngineOptions(TypedDict, total=False):
     staging_pages: int | None
     enable_prefix_caching: bool
     disk_write_policy: str
+    save_timeout: float | None
     max_cold_bytes_per_step: int | str | None
     gpu_memory_utilization: float
     load_format: str
@@ -153,6 +154,12 @@ class EngineConfig:
     write_through writes pages that later requests may use as soon as they are full, idle when no request holds them any
     more.
     """
+    save_timeout: float | None = None
+    """Most seconds that the end may take to write KV pages to disk.
+
+    It is for those that are not there yet. Pages of the requests that ran last come first, each prompt from its
+    beginning on, so that what is saved in time can be used. None writes all of them.
+    """
     max_cold_bytes_per_step: int | str | None = None
     """Most bytes of cold pages that a step streams.
 
@@ -198,8 +205,9 @@ class EngineConfig:
         self._set("seed", check_whole("seed", self.seed, 0))
         if self.max_rank_failures is not None:
             self._set("max_rank_failures", check_whole("max_rank_failures", self.max_rank_failures, 0))
-        if self.hang_timeout is not None:
-            self._set("hang_timeout", check_amount("hang_timeout", self.hang_timeout))
+        for name in ("hang_timeout", "save_timeout"):
+            if getattr(self, name) is not None:
+                self._set(name, check_amount(name, getattr(self, name)))
         for name, choices in (
             ("dtype", ("auto", "float32", "float16", "bfloat16")),
             ("device", ("auto", "cuda", "cpu")),
@@ -267,6 +275,11 @@ class EngineConfig:
             (
                 "disk_write_policy", policy == "idle" and not self.enable_prefix_caching,
                 "enable_prefix_caching is off, so that no page is written for later requests", "leave one of them out",
+            ),
+            ("save_timeout", no_disk, "cache_dir is not", "name the folder in cache_dir"),
+            (
+                "save_timeout", not self.enable_prefix_caching,
+                "enable_prefix_caching is off, so that no page is written for later processes", "leave one of them out",
             ),
             ("staging_pages", no_cold, no_pages, "leave one of them out"),
             ("max_cold_bytes_per_step", no_cold, no_pages, "leave one of them out"),

@@ -106,6 +106,12 @@ def test_numbers_of_other_libraries_are_taken() -> None:
             {"disk_write_policy": "idle", "cache_dir": "kv", "enable_prefix_caching": False},
             "disk_write_policy is set and enable_prefix_caching is off",
         ),
+        ({"save_timeout": 0, "cache_dir": "kv"}, "save_timeout is 0"),
+        ({"save_timeout": 5}, "save_timeout is set and cache_dir is not"),
+        (
+            {"save_timeout": 5, "cache_dir": "kv", "enable_prefix_caching": False},
+            "save_timeout is set and enable_prefix_caching is off",
+        ),
         ({"staging_pages": 64, "host_kv_bytes": 0}, "staging_pages is set and host_kv_bytes is 0"),
         ({"max_cold_bytes_per_step": 64, "host_kv_bytes": 0}, "max_cold_bytes_per_step is set and host_kv_bytes is 0"),
         ({"cache_dir": "kv", "host_kv_bytes": 0}, "cache_dir is set and host_kv_bytes is 0"),

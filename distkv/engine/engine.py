@@ -7,7 +7,6 @@ run for one token too many, which is dropped.
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor as Thread
 
@@ -26,6 +25,7 @@ from distkv.engine.protocol import (
 )
 from distkv.engine.repairs import Repairs
 from distkv.engine.request_meter import RequestMeter
+from distkv.engine.saving import Saving
 from distkv.engine.scheduler import Scheduler
 from distkv.engine.sequence import Scheduled, Sequence
 from distkv.engine.stats import EngineStats, TierStats
@@ -37,8 +37,6 @@ from distkv.workers.group.executor import Executor
 from distkv.workers.sampling.sampled_token import NO_TOKEN, SampledToken, TokenLogprobs
 
 log = logging.getLogger(__name__)
-
-PROGRESS_SECONDS = 1.0  # after which `close` tells how it gets on
 
 
 class Engine:
@@ -134,21 +132,24 @@ class Engine:
         self._cache.reset()
         self._is_drained = False
 
-    def close(self, progress: Callable[[int], None] = lambda num_unsaved: None) -> None:
+    def close(
+        self, progress: Callable[[int], None] = lambda num_unsaved: None, save_timeout: float | None = None
+    ) -> None:
         """Ends what runs, saves what later processes may use, and frees memory and files.
 
         Args:
             progress: is told how many pages are to be saved, and every second how many are left.
+            save_timeout: seconds that this may take for it; None for those that the engine was started with.
         """
         try:
-            progress(self._cache.num_unsaved)
+            saving = Saving(self._cache, progress, self.info.save_timeout if save_timeout is None else save_timeout)
             if self._failure is not None:
                 raise self._failure
             self.abort([(one.request.request_id, None) for one in self._scheduler.running + self._scheduler.waiting])
             if self._running is not None:
                 self._complete(self._running, None)
             self._read()  # the device has done with it, then
-            self._save(progress)
+            saving.run(self._runner)
         except Exception as error:
             log.warning(
                 "the cache was not saved to its end, %d KV pages are missing: %s", self._cache.num_unsaved, error
@@ -323,17 +324,6 @@ class Engine:
         if at_fault is not None:
             reason = DistKVError(f"the step of this request failed: {type(error).__name__}: {error}")
             self._fail(at_fault.request, reason)
-
-    def _save(self, progress: Callable[[int], None]) -> None:
-        """Goes on until nothing is left to be saved, or the disk takes no more."""
-        told = time.monotonic()
-        while self._runner.drain():
-            if time.monotonic() - told >= PROGRESS_SECONDS:
-                progress(self._cache.num_unsaved)
-                told = time.monotonic()
-        if left := self._cache.num_unsaved:
-            reason = self._cache.disk_refusal or " (the disk tier is full of pages that were used later)"
-            log.warning("%d KV pages were not saved%s", left, reason)
 
     def _do_without_step(self) -> None:
         """Computes a lost page again, ends a request that will never have room, or goes on with saving."""

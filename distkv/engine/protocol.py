@@ -34,6 +34,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     model: str = ""  # its folder
     tier_bytes: tuple[int, int, int] = (0, 0, 0)  # of device, host and disk, as allocated
     num_engines: int = 1  # that share the requests; all other figures are those of one
+    save_timeout: float | None = None  # see `EngineConfig`
 
 
 class EngineRequest(msgspec.Struct, frozen=True):
@@ -119,6 +120,8 @@ class ResetPrefixCache(msgspec.Struct, frozen=True, tag=True):
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Client to leader: save the cache and end the group. Answered by Saving every now and then."""
+
+    save_timeout: float | None = None  # see `Engine.close`
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):

@@ -49,4 +49,5 @@ def engine_info(
         disk_cost=disk_cost,
         model=str(ranks.folder),
         tier_bytes=(on_device, on_host, on_disk),
+        save_timeout=config.save_timeout,
     )

@@ -92,8 +92,8 @@ def _serve(
                 case ResetPrefixCache():
                     engine.reset_prefix_cache()
                     client.send(encode(Accepted()))
-                case Shutdown():
-                    engine.close(lambda num_unsaved: client.send(encode(Saving(num_unsaved))))
+                case Shutdown(save_timeout):
+                    engine.close(lambda num_unsaved: client.send(encode(Saving(num_unsaved))), save_timeout)
                     return
         if outputs := engine.step():
             client.send(encode(Tokens(outputs)))

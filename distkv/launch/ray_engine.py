@@ -42,6 +42,7 @@ STEP_WAIT = 10  # milliseconds that `step` waits for tokens
 DEATH_POLL = 200  # milliseconds of silence after which the ranks are checked
 REST = 1.0  # seconds after which an idle group is looked after
 FINISH_TIMEOUT = 60.0  # seconds without progress after which ranks that are to save the cache and end are cut off
+END_SECONDS = 10.0  # that ranks have to end beyond save_timeout, after which they are cut off
 LAST_WORD = 1000  # milliseconds that a leader whose group has lost a rank gets to say how much is lost
 
 Reply = Accepted | Refused | Tokens | EngineStats | Saving
@@ -164,8 +165,10 @@ class RayEngine:
             self._end()
 
     def _await_end(self) -> None:
-        """Waits for the ranks as long as there is progress."""
+        """Waits for the ranks as long as there is progress, and beyond save_timeout for a moment."""
         left, since = None, time.monotonic()
+        timeout = self.info.save_timeout
+        end = math.inf if timeout is None else since + timeout + END_SECONDS
         while True:
             try:
                 if self._group.is_finished():
@@ -176,12 +179,12 @@ class RayEngine:
             reply = self._receive(DEATH_POLL, checks=False)
             if isinstance(reply, Saving) and (left is None or reply.num_unsaved < left):
                 left, since = reply.num_unsaved, time.monotonic()
-            elif time.monotonic() - since > FINISH_TIMEOUT:
+            elif (now := time.monotonic()) > end or now - since > FINISH_TIMEOUT:
                 number = "an unknown number of" if left is None else left or "no"
-                raise StoreError(
-                    f"the ranks did not get on with saving the cache, or with their end, for {FINISH_TIMEOUT:.0f} s "
-                    f"and were ended; {number} KV pages are missing on disk"
-                )
+                what = f"have not ended {END_SECONDS:.0f} s after save_timeout, {timeout} s,"
+                if now <= end:
+                    what = f"did not get on with saving the cache, or with their end, for {FINISH_TIMEOUT:.0f} s"
+                raise StoreError(f"the ranks {what} and were ended; {number} KV pages are missing on disk")
         while self._receive(0, checks=False) is not None:
             """What was logged is behind it."""
 

@@ -33,6 +33,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "cache_dir": ("kv", Path("kv")),
     "staging_pages": ("999", 999),
     "disk_write_policy": ("idle", "idle"),
+    "save_timeout": ("12.5", 12.5),
     "max_cold_bytes_per_step": ("123", 123),
     "load_format": ("dummy", "dummy"),
     "num_threads": ("2", 2),
