@@ -146,6 +146,10 @@ class AsyncLLM(Facade):
         """Raises what has ended the engine, if anything has; waits for nothing."""
         self._front_end.thread.check_alive()
 
+    async def check_ready(self) -> None:
+        """Raises DistKVError while no engine could answer and requests wait for one, and as `check_health`."""
+        await asyncio.wrap_future(self._front_end.thread.check_ready())
+
     async def stats(self) -> EngineStats:
         """What the engine tells of itself: requests, tiers, what moves, how long things take."""
         return await asyncio.wrap_future(self._front_end.thread.stats())

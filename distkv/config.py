@@ -18,6 +18,8 @@ from distkv.option_checks import (
 from distkv.option_help import explained
 from distkv.storage.paging import NUM_BUFFERS, PREFILL_SPLIT, check_page_size
 
+REBUILD_SECONDS = 600.0  # `EngineConfig.rebuild_timeout` unless it is given
+
 
 class EngineOptions(TypedDict, total=False):
     """The fields of `EngineConfig` but the model, as keyword arguments of `LLM` and `AsyncLLM`.
@@ -29,6 +31,7 @@ class EngineOptions(TypedDict, total=False):
     data_parallel_size: int
     max_rank_failures: int | None
     hang_timeout: float | None
+    rebuild_timeout: float | None
     dtype: str
     max_model_len: int | None
     max_num_seqs: int
@@ -83,6 +86,12 @@ class EngineConfig:
 
     It is for ranks on Ray whose processes are there and do not go on: one that was stopped, a network or a device that
     is stuck. None is 60.
+    """
+    rebuild_timeout: float | None = None
+    """Seconds that requests wait for room in the cluster where no engine is left.
+
+    They end with an error then, and so do those that come later, until an engine runs again. It goes with
+    max_rank_failures. None is 600.
     """
     dtype: str = "auto"
     """auto (the checkpoint's), float32, float16 or bfloat16.
@@ -205,7 +214,7 @@ class EngineConfig:
         self._set("seed", check_whole("seed", self.seed, 0))
         if self.max_rank_failures is not None:
             self._set("max_rank_failures", check_whole("max_rank_failures", self.max_rank_failures, 0))
-        for name in ("hang_timeout", "save_timeout"):
+        for name in ("hang_timeout", "save_timeout", "rebuild_timeout"):
             if getattr(self, name) is not None:
                 self._set(name, check_amount(name, getattr(self, name)))
         for name, choices in (
@@ -238,6 +247,11 @@ class EngineConfig:
         return self.tensor_parallel_size > 1 or self.data_parallel_size > 1 or self.ray_address is not None
 
     @property
+    def seconds_to_rebuild(self) -> float:
+        """`rebuild_timeout`, or what stands for it."""
+        return REBUILD_SECONDS if self.rebuild_timeout is None else self.rebuild_timeout
+
+    @property
     def min_staging_pages(self) -> int:
         """Buffers for a piece of a prefix each, so that some are filled while others are used."""
         return NUM_BUFFERS * max(1, PREFILL_SPLIT // self.page_size)
@@ -266,9 +280,11 @@ class EngineConfig:
         no_disk, no_cold = self.cache_dir is None, self.host_kv_bytes == 0
         policy = self.disk_write_policy
         no_pages = "host_kv_bytes is 0, so that no page leaves the device"
+        not_rebuilt = "max_rank_failures is not, so that no lost engine is started anew", "set both, or leave it out"
         for name, is_idle, why, cure in (
             ("max_rank_failures", not self.is_on_ray, "the ranks are not on Ray", "set ray_address, or leave it out"),
             ("hang_timeout", not self.is_on_ray, "the ranks are not on Ray", "set ray_address, or leave it out"),
+            ("rebuild_timeout", not self.max_rank_failures, *not_rebuilt),
             ("trace", self.data_parallel_size > 1, "data_parallel_size is more than 1", "trace a single engine"),
             ("disk_kv_bytes", no_disk, "cache_dir is not", "name the folder in cache_dir"),
             ("disk_write_policy", no_disk and policy == "idle", "cache_dir is not", "name the folder in cache_dir"),

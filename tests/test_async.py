@@ -507,6 +507,9 @@ class FakeEngine:
     def rest(self) -> None:
         """Nothing has to be looked after."""
 
+    def check_ready(self) -> None:
+        """It always is."""
+
     def stats(self) -> EngineStats:
         self._note("stats")
         return EngineStats(0, 0, len(self.requests), 0)

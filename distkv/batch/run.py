@@ -28,7 +28,7 @@ MADE_WITH = (
 """Options that answers depend on. On CUDA others change last bits too, without `batch_invariant`."""
 SYNC_SECONDS = 1.0
 GRACE_SECONDS = 10.0  # that what runs has to end after a signal
-LOST_SECONDS = 300.0  # without any engine, after which a line that fails is left; a pool has them wait for twice that
+LOST_SHARE = 0.5  # of the time that requests wait for an engine, after which one that fails has failed for want of it
 STATS_SECONDS = 2.0  # between looks at how many engines run
 FILL = 2  # times as many lines are on their way as can run, so that engines find the next ones ready
 
@@ -163,7 +163,8 @@ class _Batch:
         record = answered(custom_id, await self._routes.post(request.url, request.sent(self._engine["seed"])))
         if record.may_pass:
             self._llm.check_health()
-            if (seconds := (await self._llm.stats()).seconds_without_engine) > LOST_SECONDS:
+            seconds = (await self._llm.stats()).seconds_without_engine
+            if seconds > LOST_SHARE * self._llm.config.seconds_to_rebuild:
                 raise DistKVError(
                     f"no engine could be started anew for {seconds:.0f} s; run the same command again to go on"
                 )

@@ -45,8 +45,8 @@ def serve(
             return
         from distkv.server.serve import serve as run
 
-        found = partial(model_folder, model)
-        run(model, found, server, surviving(options, RANK_FAILURES), partial(_tell_of, options), tell)
+        found, options = partial(model_folder, model), surviving(options, RANK_FAILURES)
+        run(model, found, server, options, partial(_tell_of, options), tell)
 
 
 def _told_of(folder: Path, options: EngineOptions) -> Path:

@@ -41,6 +41,10 @@ class EngineClient(Protocol):
         """
         ...
 
+    def check_ready(self) -> None:
+        """Raises DistKVError while requests wait until an engine that was lost has been started anew. Any thread may
+        call it; it waits for nothing."""
+
     def stats(self) -> EngineStats:
         """What the engine tells of itself."""
         ...

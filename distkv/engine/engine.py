@@ -170,6 +170,9 @@ class Engine:
         """See `EngineClient.rest`."""
         return None
 
+    def check_ready(self) -> None:
+        """See `EngineClient.check_ready`: what ends this engine ends it for good."""
+
     @property
     def _is_busy(self) -> bool:
         return bool(self._scheduler.waiting or self._scheduler.running or self._running or self._unread)

@@ -58,6 +58,10 @@ class RunningEngine(Protocol):
     def check_alive(self) -> None:
         """Raises what has ended the engine, DistKVError once closed."""
 
+    def check_ready(self) -> Future[None]:
+        """Raises DistKVError, as `check_alive` does or as its result, while no engine could answer."""
+        ...
+
     def check_process(self) -> None:
         """Raises DistKVError in a process that was forked from the one that made it."""
 
@@ -171,6 +175,17 @@ class EngineThread:
         if self._loop.asked_to_end:
             raise DistKVError("this LLM is closed; make a new one")
         self._loop.live_engine()
+
+    def check_ready(self) -> Future[None]:
+        """See `RunningEngine.check_ready`; waits for nothing."""
+        self.check_alive()
+        future: Future[None] = Future()
+        try:
+            self._loop.live_engine().check_ready()
+            future.set_result(None)
+        except DistKVError as error:
+            future.set_exception(error)
+        return future
 
     def check_process(self) -> None:
         """Raises DistKVError in a forked process."""

@@ -125,7 +125,8 @@ def _launch_pool(
 
     # for longer than its engines, which come and go
     connect(config.ray_address, config.data_parallel_size * config.tensor_parallel_size)
-    return EnginePool(start, config.data_parallel_size, config.max_rank_failures or 0, check, disconnect)
+    size, max_rank_failures = config.data_parallel_size, config.max_rank_failures or 0
+    return EnginePool(start, size, max_rank_failures, config.seconds_to_rebuild, check, disconnect)
 
 
 def engine_folder(config: EngineConfig, number: int) -> str | Path | None:

@@ -22,7 +22,6 @@ log = logging.getLogger(__name__)
 FAILURE_WINDOW = 600.0  # seconds in which at most `max_rank_failures` are made good
 CHECK_SECONDS = 1.0  # after which the wait for the first engine looks whether it is still wanted
 RETRY_SECONDS = 10.0  # after which an engine that found no room is started again
-ROOM_SECONDS = 600.0  # that requests wait for room where no engine is left
 MOST_RUNS = 3  # of a request whose engines are lost: it may be what they die of
 
 StartOne = Callable[[int, Callable[[], None]], RayEngine]
@@ -38,7 +37,7 @@ class _Member:
     starting: Future[RayEngine] | None = None
     start_at: float = 0.0  # monotonic time of the next start, where it is neither started nor starting
     looked_at: float = 0.0  # monotonic time when its ranks were looked after last
-    told: bool = False  # that it found no room
+    trouble: str = ""  # why it does not run, or did not start the last time
     replays: dict[str, Replay] = field(default_factory=dict)
 
     @property
@@ -54,19 +53,27 @@ class EnginePool:
     """
 
     def __init__(
-        self, start: StartOne, size: int, max_rank_failures: int, check: Callable[[], None], release: Callable[[], None]
+        self,
+        start: StartOne,
+        size: int,
+        max_rank_failures: int,
+        rebuild_timeout: float,
+        check: Callable[[], None],
+        release: Callable[[], None],
     ):
         """Starts all engines and waits for the first of them.
 
         Args:
             start: is called in threads, and for each engine as often as that is lost.
             max_rank_failures: see `EngineConfig`; the failure after the last one is raised.
+            rebuild_timeout: see `EngineConfig`.
             check: called every now and then while this waits; what it raises ends the wait.
             release: called in the end, whatever that is.
 
         Raises what the engines have failed with when none of them starts.
         """
         self._start_one, self._max_failures, self._release = start, max_rank_failures, release
+        self._rebuild_timeout = rebuild_timeout
         self._failures: deque[float] = deque()  # monotonic times
         self._members = [_Member(number) for number in range(size)]
         self._waiting: dict[str, Replay] = {}  # for an engine that runs
@@ -138,9 +145,16 @@ class EnginePool:
         self._look_after()
         return REST
 
+    def check_ready(self) -> None:
+        """See `EngineClient.check_ready`."""
+        if seconds := self._seconds_without_engine():
+            raise DistKVError(
+                f"no engine has run for {seconds:.0f} s, and one is started anew: {self._members[0].trouble}"
+            )
+
     def stats(self) -> EngineStats:
         """The sum over the engines that run."""
-        alone = 0.0 if self._without_engine is None else time.monotonic() - self._without_engine
+        alone = self._seconds_without_engine()
         found = [EngineStats(0, 0, 0, len(self._waiting), num_engines=0, seconds_without_engine=alone)]
         for member in self._members:
             try:
@@ -280,18 +294,18 @@ class EnginePool:
         assert starting is not None
         error = starting.exception()
         if error is None:
-            member.engine, member.told = starting.result(), False
+            member.engine, member.trouble = starting.result(), ""
             log.info("engine %d of %d runs", member.number + 1, len(self._members))
             waiting, self._waiting = self._waiting, {}
             self._place_again(waiting.values())
         elif isinstance(error, WorkerDied):
             self._count_failure(error)
-            member.start_at = time.monotonic() + 1.0
-            log.warning("engine %d is started again, since %s", member.number + 1, _what_happened(error))
+            member.start_at, member.trouble = time.monotonic() + 1.0, _what_happened(error)
+            log.warning("engine %d is started again, since %s", member.number + 1, member.trouble)
         else:
             member.start_at = time.monotonic() + RETRY_SECONDS
-            if not member.told:
-                member.told = True
+            before, member.trouble = member.trouble, str(error) or type(error).__name__
+            if member.trouble != before:
                 log.warning(
                     "engine %d of %d cannot be started now, and this is tried again every %.0f s: %s",
                     member.number + 1, len(self._members), RETRY_SECONDS, error,
@@ -303,9 +317,10 @@ class EnginePool:
         replays, member.replays, member.engine = member.replays, {}, None
         self._router.forget(member.name)
         self._count_failure(death)
+        member.trouble = _what_happened(death)
         log.warning(
             "engine %d of %d is started anew, and its %d requests go on where they stood, since %s",
-            member.number + 1, len(self._members), len(replays), _what_happened(death),
+            member.number + 1, len(self._members), len(replays), member.trouble,
         )  # fmt: skip
         self._start(member)
         self._place_again(replays.values())
@@ -325,13 +340,17 @@ class EnginePool:
             self._without_engine = None
             return
         self._without_engine = self._without_engine or now
-        if now - self._without_engine > ROOM_SECONDS:
+        if now - self._without_engine > self._rebuild_timeout:
             waiting, self._waiting = self._waiting, {}
             for replay in waiting.values():
                 self._fail(
-                    replay, f"no engine could be started anew for {ROOM_SECONDS:.0f} s; see the log for what the "
-                    "cluster lacks", DistKVError,
+                    replay, f"no engine could be started anew for {self._rebuild_timeout:g} s (rebuild_timeout), and "
+                    f"that is tried again: {self._members[0].trouble}", DistKVError,
                 )  # fmt: skip
+
+    def _seconds_without_engine(self) -> float:
+        since = self._without_engine
+        return 0.0 if since is None else time.monotonic() - since
 
     def _wait_for(self, busy: list[_Member], wait_ms: int) -> None:
         """Waits until one of the engines has something to say, or another one has started."""

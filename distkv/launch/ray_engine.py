@@ -138,6 +138,9 @@ class RayEngine:
             raise
         return REST
 
+    def check_ready(self) -> None:
+        """See `EngineClient.check_ready`: what ends this engine ends it for good."""
+
     def stats(self) -> EngineStats:
         """See `EngineClient.stats`."""
         self._send(GetStats())

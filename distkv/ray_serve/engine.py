@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 MOST_RUNS = 3  # of a request whose replicas are lost under it
 STATS_SECONDS = 10.0  # in which each replica is to tell its state
+READY_SECONDS = 3.0  # in which each is to say whether it has an engine
 LOOK_SECONDS = 1.0  # between two looks whether there are replicas, when this server ends
 
 
@@ -92,6 +93,11 @@ class ServeEngine:
         """Raises DistKVError once closed. Replicas come and go; whoever asks waits for one."""
         if self._is_closed:
             raise DistKVError("this server is ending")
+
+    def check_ready(self) -> Future[None]:
+        """Raises DistKVError while no replica has an engine that runs. One that takes its time to say so counts."""
+        self.check_alive()
+        return self._call(self._ask_ready())
 
     def check_process(self) -> None:
         """Nobody forks an ingress."""
@@ -242,6 +248,17 @@ class ServeEngine:
         if not stats:
             raise DistKVError("no engine runs at the moment; try again soon")
         return total(stats)
+
+    async def _ask_ready(self) -> None:
+        try:
+            told = self._engines.broadcast("check_health")
+            failed = await told.results_async(timeout_s=READY_SECONDS, return_exceptions=True)
+        except DeploymentUnavailableError:
+            failed = []
+        except TimeoutError:
+            return
+        if all(isinstance(one, BaseException) for one in failed):
+            raise DistKVError("no engine runs at the moment; Ray Serve starts one, and requests wait for it")
 
     async def _ask_reset(self) -> None:
         try:

@@ -1,4 +1,4 @@
-"""What clients may ask of the server itself: its health, its version, the models it serves, their tokens."""
+"""What clients may ask of the server itself: its version, the models it serves, their tokens."""
 
 import asyncio
 from typing import Any
@@ -8,7 +8,6 @@ from starlette.responses import Response
 
 from distkv import __version__
 from distkv.metrics.exposition import CONTENT_TYPE, exposition
-from distkv.server.errors import ApiError, api_error
 from distkv.server.schemas.tokens import DetokenizeBody, TokenizeBody
 from distkv.server.service import Service
 
@@ -16,17 +15,6 @@ from distkv.server.service import Service
 def about_routes(service: Service) -> APIRouter:
     """The routes."""
     router = APIRouter(tags=["server"])
-
-    @router.get("/health")
-    async def health() -> Response:
-        """Status 200 while requests can be answered; 503 while the model is loaded, and when a rank is dead."""
-        try:
-            service.llm.check_health()
-        except ApiError:
-            raise
-        except Exception as error:
-            raise ApiError(503, str(error), code=api_error(error).code) from error
-        return Response()
 
     @router.get("/metrics")
     async def metrics() -> Response:

@@ -6,6 +6,7 @@ from distkv.server.about import about_routes
 from distkv.server.chat import chat_routes
 from distkv.server.completions import completion_routes
 from distkv.server.guarded_app import guarded_app
+from distkv.server.health import health_routes
 from distkv.server.live import live_routes
 from distkv.server.messages import message_routes
 from distkv.server.own import own_routes
@@ -18,7 +19,7 @@ from distkv.server.service import Service
 def make_app(service: Service) -> FastAPI:
     """The application that serves a model; until that is loaded, most routes answer with status 503."""
     makers = (
-        about_routes, completion_routes, chat_routes, response_routes, message_routes, own_routes, own_plan_routes,
-        live_routes,
+        health_routes, about_routes, completion_routes, chat_routes, response_routes, message_routes, own_routes,
+        own_plan_routes, live_routes,
     )  # fmt: skip
     return guarded_app([*(routes(service) for routes in makers), page_file_routes()], service.options)

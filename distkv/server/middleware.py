@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from distkv.server.errors import ApiError, api_error, error_response
 
-OPEN_PATHS = ("/health",)
+OPEN_PATHS = ("/health", "/livez")
 SILENCE_SECONDS = 30.0  # in the middle of a body
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -63,7 +63,7 @@ class Failures:
 
 
 class KeyGuard:
-    """Lets only those pass who send the key; anybody may ask for the health."""
+    """Lets only those pass who send the key; anybody may ask for its health."""
 
     def __init__(self, app: ASGIApp, key: str | None):
         self._app = app

@@ -34,8 +34,8 @@ class ServerOptions:
     api_key: str | None = field(default=None, repr=False)
     """Key that clients must send; better given as DISTKV_API_KEY.
 
-    It guards every route but /health, and comes as `Authorization: Bearer KEY` or `x-api-key: KEY`; a browser asks for
-    a name, which may be any, and for the key as the password. None takes the environment's, if that has one.
+    It guards all but /health and /livez, and comes as `Authorization: Bearer KEY` or `x-api-key: KEY`; a browser asks
+    for a name, which may be any, and for the key as the password. None takes the environment's, if that has one.
     """
     max_queued_requests: int = 1024
     """Most answers that wait beside the max_num_seqs that run.

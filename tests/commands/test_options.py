@@ -20,6 +20,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "data_parallel_size": ("3", 3),
     "max_rank_failures": ("4", 4),
     "hang_timeout": ("90.5", 90.5),
+    "rebuild_timeout": ("30", 30.0),
     "dtype": ("float16", "float16"),
     "max_model_len": ("100", 100),
     "max_num_seqs": ("5", 5),

@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from jsonschema import Draft202012Validator
 from support.processes import ROOT
+
+from distkv.commands.main import app
+from distkv.server.app import make_app
+from distkv.server.options import ServerOptions
+from distkv.server.service import Service
 
 MANIFESTS = ROOT / "docs" / "kubernetes"
 SCHEMAS = json.loads(Path(__file__).with_name("kuberay_crds.json").read_text())
@@ -47,6 +53,20 @@ def test_only_workers_have_gpus_and_all_have_limits(kind: str) -> None:
             assert "memory" in limits and str(limits["nvidia.com/gpu"]) == group["rayStartParams"]["num-gpus"]
             mounted = {one["name"] for one in container["volumeMounts"]}
             assert mounted <= {one["name"] for one in group["template"]["spec"]["volumes"]} and {"models"} < mounted
+
+
+def test_the_deployment_serves_with_probes_for_what_they_are() -> None:
+    """Its command is one that distkv takes, and no probe kills a server that replaces a rank."""
+    pod = read("deployment")["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    assert container["command"][:4] == ["python", "-m", "distkv", "serve"]
+    command = typer.main.get_command(app).get_command(None, "serve")  # type: ignore[attr-defined]
+    given = command.make_context("serve", container["command"][4:]).params
+    assert given["tensor_parallel_size"] == container["resources"]["limits"]["nvidia.com/gpu"]
+    probes = {kind: container[kind]["httpGet"]["path"] for kind in container if kind.endswith("Probe")}
+    assert probes == {"readinessProbe": "/health", "livenessProbe": "/livez"}
+    assert set(probes.values()) <= make_app(Service(["m"], ServerOptions())).openapi()["paths"].keys()
+    assert {one["name"] for one in container["volumeMounts"]} == {one["name"] for one in pod["volumes"]}
 
 
 def test_the_job_runs_a_command_and_holds_no_gpu() -> None:

@@ -82,8 +82,10 @@ class Engines:
     def release(self) -> None:
         self.num_releases += 1
 
-    def pool(self, size: int, max_rank_failures: int = 5) -> EnginePool:
-        made = EnginePool(self.start, size, max_rank_failures, lambda: None, self.release)  # type: ignore[arg-type]
+    def pool(self, size: int, max_rank_failures: int = 5, rebuild_timeout: float = 600.0) -> EnginePool:
+        made = EnginePool(
+            self.start, size, max_rank_failures, rebuild_timeout, lambda: None, self.release  # type: ignore[arg-type]
+        )  # fmt: skip
         while sum(member.starting is not None for member in made._members):
             made.rest()
         return made
@@ -225,28 +227,32 @@ def test_what_waits_for_room_runs_when_there_is_some(engines: Engines, monkeypat
     answers: dict[str, list[int]] = {}
     pool.add([request(1), request(2)])
     take(pool, answers)
+    pool.check_ready()
     engines.next_ones = [CapacityError("no room")] * 3
     engines.made[0].death = DEATH
     take(pool, answers)
     pool.add([request(3)])
     assert pool.stats().num_waiting == 3
     pool.abort([("2", None)])
+    take(pool, answers)
+    with pytest.raises(DistKVError, match=r"no engine has run for 0 s, and one is started anew: (rank 0 .*|no room)"):
+        pool.check_ready()
     assert finish(pool, answers) == {"1": SCRIPT, "2": SCRIPT[:1], "3": SCRIPT}
+    pool.rest()
+    pool.check_ready()
     pool.close()
 
 
-def test_what_waits_for_too_long_is_told_so(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = engines.pool(1)
+def test_what_waits_for_too_long_is_told_so(engines: Engines) -> None:
+    pool = engines.pool(1, rebuild_timeout=0.01)
     pool.add([request(1)])
     engines.next_ones = [CapacityError("no room")]
     engines.made[0].death = DEATH
-    pool.step()
-    monkeypatch.setattr(pool_module, "ROOM_SECONDS", 0.0)
     outputs: list[StepOutput] = []
     while pool.has_work:
         outputs += pool.step()
     [failed] = outputs
-    assert isinstance(failed, RequestFailed) and "no engine could be started" in failed.message
+    assert isinstance(failed, RequestFailed) and failed.message.startswith("no engine could be started anew for 0.01 s")
     pool.close()
 
 
@@ -295,7 +301,7 @@ def test_a_start_that_fails_everywhere_is_told(engines: Engines) -> None:
 
 def test_closing_gives_up_what_starts(engines: Engines) -> None:
     engines.next_ones = [Engine(), "slow"]
-    pool = EnginePool(engines.start, 2, 0, lambda: None, engines.release)  # type: ignore[arg-type]
+    pool = EnginePool(engines.start, 2, 0, 600.0, lambda: None, engines.release)  # type: ignore[arg-type]
     pool.close()
     assert [engine.closed for engine in engines.made] == [True] and engines.num_releases == 1
 
@@ -306,7 +312,7 @@ def test_a_start_that_is_not_wanted_any_more_ends(engines: Engines) -> None:
 
     engines.next_ones = ["slow", "slow"]
     with pytest.raises(DistKVError, match="given up"):
-        EnginePool(engines.start, 2, 0, check, engines.release)  # type: ignore[arg-type]
+        EnginePool(engines.start, 2, 0, 600.0, check, engines.release)  # type: ignore[arg-type]
     assert engines.made == [] and engines.num_releases == 1
 
 

@@ -173,6 +173,30 @@ def test_a_killed_rank_changes_no_answer(served: Served) -> None:
 
 
 @pytest.mark.slow
+def test_health_says_when_no_engine_runs(served: Served) -> None:
+    """And requests wait for the next one."""
+    undisturbed = served.answer("who is there", 300, seed=1)[0]
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(served.answer, "who is there", 300, 1)
+        for killed in rank_processes()["follow"]:
+            os.kill(killed, signal.SIGKILL)
+        told = await_health(served.server, 503)
+        assert int(told.headers["retry-after"]) > 0 and "no engine runs at the moment" in told.text
+        assert served.server.get("/livez").status_code == 200
+        assert asked.result()[0] == undisturbed
+        await_health(served.server, 200)
+
+
+def await_health(server: ServerProcess, status: int) -> httpx2.Response:
+    """The first answer of this status; fails when that does not come."""
+    deadline = time.monotonic() + 120
+    while (told := server.get("/health", timeout=30)).status_code != status:
+        assert time.monotonic() < deadline, told.text
+        time.sleep(0.1)
+    return told
+
+
+@pytest.mark.slow
 def test_a_config_file_is_deployed_beside_it(
     served: Served, cluster: Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

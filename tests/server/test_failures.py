@@ -16,6 +16,7 @@ from openai import APIError, InternalServerError, OpenAI
 
 from distkv import AsyncLLM, Client, DistKVError, SamplingParams, WorkerDied
 from distkv.engine.client import EngineClient
+from distkv.engine.engine import Engine
 from distkv.errors import StoreError
 from distkv.server.app import make_app
 from distkv.server.errors import ApiError
@@ -66,6 +67,7 @@ def test_before_and_after(here: HereServer) -> None:
     """While the model is loaded, and after a rank is dead: most is refused with 503, and so is the health."""
     loading = httpx2.get(f"{here.url}/health")
     assert loading.status_code == 503 and int(loading.headers["retry-after"]) > 0 and "being loaded" in loading.text
+    assert httpx2.get(f"{here.url}/livez").status_code == 200
     assert httpx2.get(f"{here.url}/plan/choices").json()["has_chat"], "the planner links to the chat that is to come"
     with OpenAI(base_url=f"{here.url}/v1", api_key="none", max_retries=0) as client:
         with pytest.raises(InternalServerError, match="being loaded"):
@@ -88,9 +90,27 @@ def test_before_and_after(here: HereServer) -> None:
                 list(outputs)
         dead = httpx2.get(f"{here.url}/health")
         assert dead.status_code == 503 and "it was killed" in dead.json()["error"]["message"]
+        assert "retry-after" not in dead.headers
+        assert httpx2.get(f"{here.url}/livez").status_code == 503, "only a new process helps"
         with pytest.raises(InternalServerError, match="it was killed"):
             client.completions.create(model="talker", prompt="Hello")
     assert httpx2.get(f"{here.url}/version").status_code == 200
+
+
+def test_an_engine_that_is_started_anew_is_told_and_kills_nobody(
+    here: HereServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(engine: Engine) -> None:
+        raise DistKVError("no engine has run for 2 s")
+
+    here.service.loaded(here.llm)
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "check_ready", wait)
+        rebuilding = httpx2.get(f"{here.url}/health")
+        assert rebuilding.status_code == 503 and int(rebuilding.headers["retry-after"]) > 0
+        assert rebuilding.json()["error"]["message"] == "no engine has run for 2 s"
+        assert httpx2.get(f"{here.url}/livez").status_code == 200
+    assert httpx2.get(f"{here.url}/health").status_code == 200
 
 
 def test_what_goes_wrong_in_a_route_is_told_as_json(

@@ -48,5 +48,8 @@ class ScriptedEngine:
     def rest(self) -> None:
         """Nothing has to be looked after."""
 
+    def check_ready(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
