@@ -50,7 +50,8 @@ class Scheduler:
 
     def check(self, request: EngineRequest) -> None:
         """Raises CapacityError when a request could never run."""
-        needed = most_pages(request, self._info.page_size, request.params.n)
+        num_together = 1 if request.begun else request.params.n  # answers that were begun can wait for each other
+        needed = most_pages(request, self._info.page_size, num_together)
         held, size = self.cache.capacity, self._info.page_bytes
         if needed > held:
             device, host, disk = (slots.num_slots for slots in self.cache.slots)
@@ -64,7 +65,7 @@ class Scheduler:
             raise CapacityError(
                 f"n is {request.params.n} and max_num_seqs {self._info.max_num_seqs}; lower n or raise max_num_seqs"
             )
-        written = self._chunk_pages(request.num_to_read) + request.params.n
+        written = self._chunk_pages(request.num_to_read) + num_together
         if written > self._info.num_pages and needed > self._info.num_pages:
             raise CapacityError(
                 f"a step of the request writes {written} KV pages, n={request.params.n}; the device holds "

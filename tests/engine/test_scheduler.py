@@ -396,3 +396,18 @@ def test_a_step_that_the_device_cannot_hold_is_refused() -> None:
     steps.add("c", 80, n=2, max_tokens=1)  # and here all that it ever needs fits
     with pytest.raises(CapacityError, match=r"a step of the request writes 6 KV pages, n=2; the device holds 5"):
         steps.add("d", 200, n=2)
+
+
+def test_answers_that_were_begun_are_taken_though_the_device_has_no_room_to_read_them_beside_each_other() -> None:
+    """They are longer than the prompt that their request was taken with, and can be read one after the other."""
+    steps = Steps(num_pages=5, num_host_pages=20, max_model_len=100)
+    steps.add("a", 40, n=2, max_tokens=40)
+    steps.finish("a")
+    assert not steps.step()
+    steps.add("a", 40, n=2, max_tokens=40, begun={0: [7] * 30, 1: [7] * 30})
+    with pytest.raises(CapacityError, match="n=3; the device holds 5"):
+        steps.add("b", 40, n=3, max_tokens=40)
+    assert steps.step() == {"a": 64}
+    for _ in range(20):
+        steps.step()
+    assert steps.scheduler.abort("a", 0) and steps.step()

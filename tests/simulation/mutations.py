@@ -1,0 +1,168 @@
+"""Ways to break the engine, each of which the simulation must find."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+from unittest.mock import patch
+
+from distkv.engine.catalogue_writer import CatalogueWriter
+from distkv.engine.fork_copies import ForkCopies
+from distkv.engine.replay import Replay
+from distkv.engine.scheduler import Scheduler
+from distkv.engine.step import Step
+from distkv.storage.ledger import prefix_index
+from distkv.storage.ledger.disk_journal import DiskJournal
+from distkv.storage.ledger.held_pages import HeldPages
+from distkv.storage.ledger.page_table import PageTable
+from distkv.storage.ledger.tiered_cache import TieredCache
+from distkv.storage.ledger.transfers import Transfers
+from distkv.workers.group.report import Report, ReportCollector
+
+
+def _step_is_not_undone() -> Any:
+    """The tokens of a step that failed count as run."""
+    return patch.object(PageTable, "rewind", lambda self, count: None)
+
+
+def _spill_is_not_awaited() -> Any:
+    """A plan does not name the copies that its step must wait for."""
+    take = Transfers.take
+    return patch.object(Transfers, "take", lambda self: (take(self)[0], []))
+
+
+def _slot_is_reused_early() -> Any:
+    """A slot counts as free while a transfer reads it."""
+    make = Transfers.start
+
+    def start(self: Transfers, page: Any, source: Any, target: Any) -> None:
+        make(self, page, source, target)
+        page.count_reading(source, -1)
+
+    close = Transfers._close
+
+    def _close(self: Transfers, id: int) -> Any:
+        page = self.under_way[id][1]
+        page.count_reading(self.under_way[id][0].source, 1)
+        return close(self, id)
+
+    return patch.multiple(Transfers, start=start, _close=_close)
+
+
+def _location_is_not_sent() -> Any:
+    """Ranks are not told that a page lies elsewhere now."""
+    return patch.object(HeldPages, "relocate", lambda self, page: None)
+
+
+def _bad_read_is_ignored() -> Any:
+    """A step that could not read a page goes on with zeros."""
+    apply = TieredCache.apply
+    return patch.object(TieredCache, "apply", lambda self, done, failed, bad_reads: apply(self, done, failed, []))
+
+
+def _failed_write_counts() -> Any:
+    """A page that the disk refused counts as written."""
+    apply = TieredCache.apply
+
+    def taken(self: TieredCache, done: Iterable[int], failed: Iterable[Any], bad_reads: Iterable[int]) -> Any:
+        return apply(self, [*done, *(id for id, _ in failed)], [], bad_reads)
+
+    return patch.object(TieredCache, "apply", taken)
+
+
+def _first_rank_decides() -> Any:
+    """A transfer counts as ended once a rank has ended it."""
+
+    def add(self: ReportCollector, reports: list[Report]) -> Report:
+        together, known = Report(), self.__dict__.setdefault("known", set())
+        for report in reports:
+            together.done += [id for id in report.done if id not in known]
+            together.failed += [(id, reason) for id, reason in report.failed if id not in known]
+            known.update(report.done, (id for id, _ in report.failed))
+            together.bad_reads += report.bad_reads
+            together.missing += report.missing
+            for id, own in report.checksums.items():
+                together.checksums[id] = together.checksums.get(id, b"") + own
+        return together
+
+    return patch.object(ReportCollector, "add", add)
+
+
+def _key_without_history() -> Any:
+    """A page's key says what is in it and not what is before it."""
+    make = prefix_index.page_key
+    return patch("distkv.engine.sequence.page_key", lambda parent, tokens: make(b"", tokens))
+
+
+def _fork_is_not_copied() -> Any:
+    """The answers of a request write into one page."""
+    return patch.object(ForkCopies, "take", lambda self: [])
+
+
+def _row_outlives_its_page() -> Any:
+    """The catalogue is told of new pages, not of those that are gone."""
+    return patch.object(DiskJournal, "vacate", lambda self, slot: self.changes.written.pop(slot, None))
+
+
+def _checksum_is_stale() -> Any:
+    """The catalogue keeps the checksums of the first page in a slot."""
+    update = CatalogueWriter.update
+    first: dict[int, bytes] = {}
+
+    def stale(self: CatalogueWriter, changes: Any, checksums: dict[int, bytes]) -> None:
+        for slot, (id, _) in changes.written.items():
+            if id in checksums:
+                checksums[id] = first.setdefault(slot, checksums[id])
+        update(self, changes, checksums)
+
+    return patch.object(CatalogueWriter, "update", stale)
+
+
+def _begun_token_is_lost() -> Any:
+    """What the next engine is told of an answer lacks its newest token."""
+    run = Replay.run
+
+    def shorter(self: Replay) -> Any:
+        request = run(self)
+        for tokens in request.begun.values():
+            del tokens[-1:]
+        return request
+
+    return patch.object(Replay, "run", shorter)
+
+
+def _clearing_is_left_out() -> Any:
+    """A slot changes hands with what is in it."""
+    fix = Step.fix_pages
+
+    def fix_pages(self: Step) -> None:
+        fix(self)
+        self.plan.clear = []
+
+    return patch.object(Step, "fix_pages", fix_pages)
+
+
+def _answer_never_ends() -> Any:
+    """A sequence that lacks room once waits for ever."""
+    schedule = Scheduler.schedule
+
+    def stuck(self: Scheduler, num_held: int, only: Any) -> Any:
+        return [] if len(self.running) > 2 else schedule(self, num_held, only)
+
+    return patch.object(Scheduler, "schedule", stuck)
+
+
+def _page_is_kept() -> Any:
+    """An answer that has ended holds its first page for ever."""
+
+    def release(self: PageTable) -> None:
+        for page in reversed(self.pages[1:]):
+            self._cache.release(page)
+        self.pages, self.num_tokens, self.num_committed = [], 0, 0
+
+    return patch.object(PageTable, "release", release)
+
+
+MUTATIONS: dict[str, Callable[[], Any]] = {
+    name[1:].replace("_", " "): make
+    for name, make in list(globals().items())
+    if name.startswith("_") and callable(make) and getattr(make, "__module__", "") == __name__
+}
