@@ -6,9 +6,12 @@ before. It is promised that it can have them when those before it in line have e
 have all that it may still need of the pages that are free, the second with those that the first gives back then, and so
 on. A sequence whose next page would leave no safe state waits with the pages that it has.
 
-What a request may need is known when it says `max_tokens`. Else it is guessed: as many tokens again as have been
-written, MARGIN_TOKENS at least. A guess may prove wrong, and then the state is not safe any more. The first in line
-goes on in any case; when not even that has room, a sequence whose need was guessed is preempted (`Scheduler.preempt`).
+What a request may need is known when it says `max_tokens`. Else it is guessed by the answers before it
+(`AnswerLengths`). A guess may prove wrong, and then the state is not safe any more. The first in line goes on in any
+case; when not even that has room, a sequence whose need was guessed is preempted (`Scheduler.preempt`).
+
+Many states are safe in which most of those that run wait with the pages of their prompts, and hold back the few that
+are first in line. So a request begins beside others only while all of them are likely to have room together.
 """
 
 from dataclasses import dataclass, replace
@@ -65,9 +68,13 @@ class PagePromises:
         """Distinct pages over all tiers that running sequences have or are expected to need."""
         return self._cache.num_pages + sum(max(0, one.expected_pages - len(one.table.pages)) for one in running)
 
+    def _num_likely(self, running: list[Sequence]) -> int:
+        """Distinct pages over all tiers that are held, or are likely to be needed by these."""
+        return self._cache.num_pages + sum(max(0, one.likely_pages - len(one.table.pages)) for one in running)
+
     def may_begin(self, running: list[Sequence], newcomer: Sequence, prefix: list[Page]) -> bool:
-        """Whether a sequence may run beside the others: its prompt can be read at once, all can end, and nobody before
-        it waits for pages.
+        """Whether a sequence may run beside the others: its prompt can be read at once, all can end, nobody before it
+        waits for pages, and nobody is likely to.
 
         Args:
             prefix: pages of the newcomer that are known.
@@ -77,6 +84,9 @@ class PagePromises:
         num_held = num_held_pages(prefix)
         if self.num_promised(running) + newcomer.expected_pages - num_held <= self._cache.capacity:
             return True
+        ahead = [one for one in running if one.place < newcomer.place]
+        if ahead and self._num_likely(ahead) + newcomer.likely_pages - num_held > self._cache.capacity:
+            return False
         free = self._cache.capacity - self._cache.num_pages
         if newcomer.first_pages - num_held > free:
             return False

@@ -4,6 +4,7 @@ import time
 from bisect import insort
 from itertools import count as counter
 
+from distkv.engine.answer_lengths import AnswerLengths
 from distkv.engine.cold_budget import ColdBudget
 from distkv.engine.page_promises import PagePromises, num_held_pages
 from distkv.engine.protocol import EngineInfo, EngineRequest
@@ -44,6 +45,7 @@ class Scheduler:
         self.cold_budget = ColdBudget(info, self.cache)
         self.meter = RequestMeter()
         self._promises = PagePromises(self.cache)
+        self._lengths = AnswerLengths()
         self._numbers = counter()
         self.waiting: list[Sequence] = []  # the first to be admitted first
         self.running: list[Sequence] = []
@@ -95,6 +97,7 @@ class Scheduler:
             sequence = Sequence(
                 request, index, next(self._numbers), table, [*request.prompt_token_ids, *tokens], root, arrival=arrival
             )
+            sequence.lengths = self._lengths
             sequence.arrived_at = time.perf_counter()
             sequence.rules = rules.fresh() if rules and arrival >= 0 else rules
             arrival = sequence.arrival
@@ -177,6 +180,8 @@ class Scheduler:
     def finish(self, sequence: Sequence, reason: str) -> None:
         """Ends one answer, or all that a sequence stands for, and lets go of the pages."""
         self.meter.ended(sequence, reason)
+        if reason in ("stop", "length"):
+            self._lengths.add(sequence.num_output_tokens)
         sequence.finished = True
         sequence.table.release()
         self.running.remove(sequence)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from distkv.engine.answer_lengths import AnswerLengths
 from distkv.engine.protocol import EngineRequest
 from distkv.engine.synthetic_kv import SyntheticKV
 from distkv.engine.token_rules import TokenRules
@@ -12,8 +13,6 @@ from distkv.storage.ledger.prefix_index import page_key
 from distkv.storage.paging import pages_for
 from distkv.storage.tier import Tier
 from distkv.workers.group.step_plan import SequencePlan, placeholder
-
-MARGIN_TOKENS = 256  # of an answer whose length nobody knows, the fewest that are expected beyond what is written
 
 
 @dataclass(eq=False)
@@ -28,6 +27,7 @@ class Sequence:
     token_ids: list[int]  # prompt and answer
     root: bytes | None  # of the chain of page keys; None when its pages are its own
     keys: list[PageKey] = field(default_factory=list)  # of its first full pages
+    lengths: AnswerLengths = field(default_factory=AnswerLengths)  # of answers before it
     num_pending: int = 0  # tokens that steps under way sample, which are not known yet
     num_sent: int = 0  # pages that the ranks' table holds
     rules: TokenRules | None = None  # None where its parameters let every token be
@@ -113,11 +113,16 @@ class Sequence:
     @property
     def expected_pages(self) -> int:
         """Pages that all answers which this sequence stands for will need: at most, or else as far as one can tell."""
+        return (
+            self.likely_pages if self.is_guessed else most_pages(self.request, self.table.page_size, self.num_answers)
+        )
+
+    @property
+    def likely_pages(self) -> int:
+        """Pages that all answers which this sequence stands for will need if they become as long as those before them,
+        and never more than they may need at most."""
         most = most_pages(self.request, self.table.page_size, self.num_answers)
-        if not self.is_guessed:
-            return most
-        written = self.num_output_tokens
-        return min(most, self._pages_at(self.prompt_len + written + max(written, MARGIN_TOKENS)))
+        return min(most, self._pages_at(self.prompt_len + self.lengths.expected(self.num_output_tokens)))
 
     @property
     def first_pages(self) -> int:
@@ -205,6 +210,7 @@ class Sequence:
         """Another answer from the same state; also the page copy it needs, see `PageTable.fork`."""
         table, copy = self.table.fork()
         fork = Sequence(self.request, index, number, table, list(self.token_ids), self.root, list(self.keys))
+        fork.lengths = self.lengths
         fork.arrival, fork.is_guessed = self.arrival, self.is_guessed
         fork.turn, fork.cached_tiers = self.turn, self.cached_tiers
         fork.arrived_at, fork.admitted_at, fork.has_begun = self.arrived_at, self.admitted_at, self.has_begun

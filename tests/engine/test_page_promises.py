@@ -7,9 +7,12 @@ import torch
 from support.history import caching_engine
 from support.memory import PAGE_SIZE, drain
 
+from distkv.engine.answer_lengths import FIRST_GUESS, NUM_KEPT, AnswerLengths
+from distkv.engine.engine import Engine
 from distkv.engine.protocol import EngineRequest, RequestFailed
 from distkv.engine.sequence import Sequence
 from distkv.sampling_params import SamplingParams
+from distkv.storage.paging import pages_for
 from distkv.workers.sampling.sampled_token import NO_TOKEN, SampledToken
 
 
@@ -23,9 +26,17 @@ def request(
     return EngineRequest(str(name), prompt, params, max_tokens, seed=1, **options)
 
 
+def promising_engine(**sizes: int) -> Engine:
+    """An engine whose answers so far had a token each: it lets more requests begin than there is room for."""
+    engine, _ = caching_engine(**sizes)
+    for _ in range(NUM_KEPT):
+        engine._scheduler._lengths.add(1)
+    return engine
+
+
 def test_requests_of_unknown_length_run_together_in_a_pool_of_one_model_length() -> None:
     model_len = 40 * PAGE_SIZE
-    engine, _ = caching_engine(num_pages=40, max_model_len=model_len, max_num_seqs=24, max_num_batched_tokens=64)
+    engine = promising_engine(num_pages=40, max_model_len=model_len, max_num_seqs=24, max_num_batched_tokens=64)
     engine.add([request(number, 8, model_len - 8) for number in range(24)])
     for _ in range(8):
         engine.step()
@@ -33,10 +44,48 @@ def test_requests_of_unknown_length_run_together_in_a_pool_of_one_model_length()
     assert engine.stats().num_preemptions == 0
 
 
+@pytest.mark.parametrize("is_known, fewest", [(False, 12), (True, 6)])
+def test_a_request_begins_where_all_are_likely_to_have_room(is_known: bool, fewest: int) -> None:
+    """Answers of twenty tokens are expected once some had that many. One whose limit is known is sure to reach that, so
+    that fewer of them run beside each other."""
+    engine, _ = caching_engine(num_pages=48, max_model_len=600, max_num_seqs=64)
+    engine.add([request(number, 20, 500, is_known) for number in range(64)])
+    engine.step()
+    first = len(engine._scheduler.running)
+    most, lacking = first, 0
+    left = dict.fromkeys(map(str, range(64)), 20)
+    while engine.has_work:
+        for output in engine.step():
+            left[output.request_id] -= 1
+        ended = [name for name, count in left.items() if not count]
+        engine.abort([(name, None) for name in ended], "stop")
+        for name in ended:
+            del left[name]
+        most = max(most, len(engine._scheduler.running))
+        lacking = max(lacking, engine.stats().num_lacking_room)
+    assert 0 < first * pages_for(20 + FIRST_GUESS, PAGE_SIZE) <= 48, "nothing is known of them yet"
+    assert fewest <= most <= 48 / pages_for(20 + 20, PAGE_SIZE)
+    assert (is_known or not lacking) and not engine.stats().num_preemptions
+
+
+def test_lengths_that_are_expected() -> None:
+    lengths = AnswerLengths()
+    assert (lengths.expected(0), lengths.expected(1000)) == (FIRST_GUESS, 2000)
+    for length in (10, 30, 20):
+        lengths.add(length)
+    assert lengths.expected(0) == (60 + FIRST_GUESS) // 4
+    assert lengths.expected(10) == (50 + 10 + FIRST_GUESS) // 3, "of those that became longer"
+    assert lengths.expected(30) == 30 + FIRST_GUESS
+    for _ in range(NUM_KEPT):
+        lengths.add(5)
+    assert lengths.expected(10) == 10 + FIRST_GUESS, "the older ones are forgotten"
+    assert lengths.expected(0) == (5 * NUM_KEPT + FIRST_GUESS) // (NUM_KEPT + 1)
+
+
 @pytest.mark.parametrize("is_known", [True, False])
 def test_long_answers_wait_for_each_other_and_all_come_to_their_end(is_known: bool) -> None:
     """Four answers that are two pools long together; nothing is read again where their lengths are known."""
-    engine, _ = caching_engine(num_pages=48, max_model_len=900, max_num_seqs=8)
+    engine = promising_engine(num_pages=48, max_model_len=900, max_num_seqs=8)
     engine.add([request(number, 20, 370, is_known) for number in range(4)])
     most, outputs = 0, []
     while engine.has_work:
@@ -53,7 +102,7 @@ def test_long_answers_wait_for_each_other_and_all_come_to_their_end(is_known: bo
 
 
 def test_one_that_waited_for_pages_and_is_gone_keeps_nobody_waiting() -> None:
-    engine, _ = caching_engine(num_pages=30, max_model_len=480, max_num_seqs=8)
+    engine = promising_engine(num_pages=30, max_model_len=480, max_num_seqs=8)
     engine.add([request(number, 20, 400, is_known=True) for number in range(2)])
     while not any(one.lacks_room for one in engine._scheduler.running):
         engine.step()
@@ -67,7 +116,7 @@ def test_one_that_waited_for_pages_and_is_gone_keeps_nobody_waiting() -> None:
 
 
 def test_one_whose_length_is_known_is_never_preempted() -> None:
-    engine, _ = caching_engine(num_pages=30, max_model_len=480, max_num_seqs=8)
+    engine = promising_engine(num_pages=30, max_model_len=480, max_num_seqs=8)
     engine.add([request("known", 20, 200, is_known=True), *(request(number, 20, 440) for number in range(3))])
     known = engine._scheduler.waiting[0]
     assert sum(output.request_id == "known" for output in drain(engine)) == 200
@@ -76,7 +125,7 @@ def test_one_whose_length_is_known_is_never_preempted() -> None:
 
 
 def test_answers_that_were_preempted_can_be_aborted() -> None:
-    engine, _ = caching_engine(num_pages=30, max_model_len=480, max_num_seqs=8)
+    engine = promising_engine(num_pages=30, max_model_len=480, max_num_seqs=8)
     engine.add([request(number, 20, 440) for number in range(3)])
     while not engine.stats().num_preemptions:
         engine.step()
@@ -104,6 +153,9 @@ def test_random_requests_of_known_and_unknown_length(first: int) -> None:
             max_num_batched_tokens=rng.choice([16, 40, 64]), max_model_len=1000,
             enable_prefix_caching=rng.random() < 0.7, max_cold_bytes_per_step=rng.choice([0, 1, 3, 6]),
         )  # fmt: skip
+        if rng.random() < 0.8:
+            for _ in range(NUM_KEPT):
+                engine._scheduler._lengths.add(1)
         wanted: dict[tuple[str, int], int] = {}
         for number in range(8):
             one = request(
@@ -169,7 +221,7 @@ def test_what_could_not_be_read_again_is_promised_in_full() -> None:
 
 
 def test_the_first_in_line_may_come_while_others_wait_for_pages() -> None:
-    engine, _ = caching_engine(num_pages=48, max_model_len=900, max_num_seqs=8)
+    engine = promising_engine(num_pages=48, max_model_len=900, max_num_seqs=8)
     engine.add([request(number, 20, 370, is_known=True, priority=1) for number in range(4)])
     while not any(one.lacks_room for one in engine._scheduler.running):
         engine.step()
