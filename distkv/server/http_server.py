@@ -1,13 +1,18 @@
 """uvicorn's server with our way to end."""
 
+import asyncio
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
+from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from distkv.server.accepting import accept, raise_file_limit
+from distkv.server.http_connection import HttpConnection
 from distkv.server.listening import BACKLOG
 from distkv.server.middleware import CutOff
 from distkv.server.options import ServerOptions
@@ -26,6 +31,26 @@ class HttpServer(uvicorn.Server):
             )
         )  # fmt: skip
         self.is_interrupted = False
+        self._accepting: list[asyncio.Task[None]] = []
+        raise_file_limit()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's, but for how connections are accepted."""
+        assert sockets is not None
+        await super().startup([])
+
+        def make() -> HttpConnection:
+            return HttpConnection(self.config, self.server_state, self.lifespan.state)
+
+        connections = cast("set[HttpConnection]", self.server_state.connections)
+        self._accepting = [asyncio.create_task(accept(one, make, connections)) for one in sockets]
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's, before which nothing is accepted any more."""
+        for one in self._accepting:
+            one.cancel()
+        await asyncio.wait(self._accepting)
+        await super().shutdown(sockets)
 
     def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
         """uvicorn's own handling, in whose place there is `handling_signals`."""

@@ -23,7 +23,7 @@ from distkv.storage.pools.host_memory import as_integers
 from distkv.storage.pools.page_pool import check_slot
 from distkv.storage.tier import Tier
 
-MAX_OPEN = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2  # files that `OpenPages` holds open
+MAX_OPEN = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4  # files that `OpenPages` holds open
 
 Parts = list[list[memoryview]]
 """The memory of a layer slice, for each head the pieces in file order: keys, values."""
