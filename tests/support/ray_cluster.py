@@ -34,7 +34,7 @@ class Cluster:
 def start(folder: Path, num_cpus: int) -> tuple[Cluster, subprocess.Popen[bytes]]:
     """Starts a head node in a process group of its own; `folder` becomes its HOME (Ray writes a token there)."""
     python = _bare_python(folder / "venv")
-    gcs, dashboard, client, agent = _free_ports(4)
+    gcs, dashboard, client, agent = free_ports(4)
     hidden = ("RAY_", "PYTHONPATH", "HOME", "PATH", "VIRTUAL_ENV")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     environment |= {"HOME": str(folder), "PATH": f"{python.parent}:{os.environ['PATH']}"}
@@ -65,7 +65,7 @@ def join(cluster: Cluster, folder: Path, num_cpus: int) -> subprocess.Popen[byte
     command = [
         str(cluster.python), "-m", "ray.scripts.scripts", "start", f"--address={cluster.address}", "--block",
         f"--num-cpus={num_cpus}", '--resources={"second": 1}', "--disable-usage-stats",
-        f"--dashboard-agent-listen-port={_free_ports(1)[0]}",  # that of jobs, which would be one for all clusters
+        f"--dashboard-agent-listen-port={free_ports(1)[0]}",  # that of jobs, which would be one for all clusters
         "--object-store-memory=100000000",
     ]  # fmt: skip
     with open(folder / "node.log", "wb") as log:
@@ -128,7 +128,8 @@ def _is_noted(port: int) -> bool:
     return note.exists() and note.read_text().strip().endswith(f":{port}")
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens at."""
     sockets = [socket.socket() for _ in range(count)]
     for one in sockets:
         one.bind(("127.0.0.1", 0))
