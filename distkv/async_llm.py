@@ -12,8 +12,8 @@ from typing import Any, Self, Unpack
 from distkv.config import EngineConfig, EngineOptions
 from distkv.engine.loop import Delivery
 from distkv.engine.stats import EngineStats
-from distkv.engine.thread import RunningEngine
-from distkv.errors import DistKVError
+from distkv.engine.thread import EngineThread, RunningEngine
+from distkv.errors import DistKVError, Draining
 from distkv.frontend.front_end import Facade, FrontEnd
 from distkv.frontend.messages import Message
 from distkv.frontend.request_checks import Prompt
@@ -127,9 +127,9 @@ class AsyncLLM(Facade):
         `generate`.
 
         Args:
-            session: name of a conversation that is kept, as with `LLM.chat`. Of an answer that is left early, the
-                conversation gets what was yielded, with FINAL_ONLY nothing. The last output has a StoreError as its
-                `error` when the answer cannot be written.
+            session: name of a conversation that is kept, as with `LLM.chat`. Of an answer that is left early,
+                or that `drain` has ended, the conversation gets what was yielded, with FINAL_ONLY nothing. The last
+                output has a StoreError as its `error` when the answer cannot be written.
             tools, chat_template_kwargs: as with `LLM.chat`.
         """
         if session is not None:
@@ -147,7 +147,8 @@ class AsyncLLM(Facade):
         self._front_end.thread.check_alive()
 
     async def check_ready(self) -> None:
-        """Raises DistKVError while no engine could answer and requests wait for one, and as `check_health`."""
+        """Raises DistKVError while no engine could answer and requests wait for one, Draining once `drain` was called,
+        and as `check_health`."""
         await asyncio.wrap_future(self._front_end.thread.check_ready())
 
     async def stats(self) -> EngineStats:
@@ -157,6 +158,14 @@ class AsyncLLM(Facade):
     async def reset_prefix_cache(self) -> None:
         """Forgets the pages of ended requests that are kept for later ones."""
         await asyncio.wrap_future(self._front_end.thread.reset_prefix_cache())
+
+    async def drain(self, timeout: float | None = None) -> None:
+        """Takes no more requests, and returns when none runs any more, as `LLM.drain` does."""
+        thread = self._front_end.thread
+        assert isinstance(thread, EngineThread), "the engine is not ours to end"
+        _, running = await asyncio.wait([asyncio.wrap_future(thread.drain())], timeout=timeout)
+        if running:
+            await asyncio.wrap_future(thread.drain(at_once=True))
 
     async def close(self) -> None:
         """Ends what runs with a DistKVError, and frees everything as `LLM.close` does."""
@@ -196,6 +205,8 @@ class AsyncLLM(Facade):
                             kept, yielded = session.keep(join_deltas(yielded)), []
                             output = replace(output, error=kept.error)
                         yield output
+            except Draining:
+                raise
             except DistKVError:
                 yielded.clear()  # an answer that could not go on
                 raise

@@ -14,6 +14,11 @@ class RequestError(DistKVError, ValueError):
     """A request is malformed: an empty or too long a prompt, say, or a sampling parameter out of range."""
 
 
-for public in (DistKVError, ConfigError, RequestError, CapacityError, StoreError, WorkerDied):
+class Draining(DistKVError):
+    """An engine that is about to end has refused a request, or has ended it before it was done. Send it elsewhere
+    then, or to the next engine. `output` has what there is of the answer, or is None."""
+
+
+for public in (DistKVError, ConfigError, RequestError, CapacityError, StoreError, WorkerDied, Draining):
     public.__module__ = "distkv"  # where users find it, so that a traceback calls it by that name
 del public

@@ -135,6 +135,20 @@ class LLM(Facade):
         """Forgets the pages of ended requests that are kept for later ones."""
         self._front_end.thread.reset_prefix_cache().result()
 
+    def drain(self, timeout: float | None = None) -> None:
+        """Takes no more requests, and returns when none runs any more, so that `close` cuts nothing off.
+
+        Args:
+            timeout: seconds after which what still runs is ended: its outputs have a Draining error, and what there is
+                of the answers. None waits for all of it.
+        """
+        thread = self._front_end.thread
+        assert isinstance(thread, EngineThread)
+        try:
+            thread.drain().result(timeout)
+        except TimeoutError:
+            thread.drain(at_once=True).result()
+
     def close(self) -> None:
         """Frees the model and, with Ray, every process and resource that was taken. What other threads still wait for
         ends with a DistKVError. A second call does nothing."""

@@ -9,10 +9,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from distkv.engine.client import EngineClient, OpenAnswers
-from distkv.engine.protocol import EngineInfo, EngineRequest, StepOutput
-from distkv.errors import DistKVError, WorkerDied
+from distkv.engine.protocol import EngineInfo, EngineRequest, RequestFailed, StepOutput
+from distkv.errors import DistKVError, Draining, WorkerDied
 
 log = logging.getLogger(__name__)
+
+ENDED = "the engine is about to end, and has ended this request before it was done; send it again elsewhere, or later"
 
 Start = Callable[[Callable[[], None]], EngineClient]
 """Starts an engine. It calls what it is given now and then, which raises when nobody waits for the engine any more."""
@@ -47,6 +49,8 @@ class EngineLoop:
         self._sinks: dict[str, Sink] = {}  # of the requests with open answers
         self._error: BaseException | None = None  # that ended the engine
         self._error_is_known = False  # to some caller
+        self.is_draining = False
+        self._drained: list[Future[None]] = []  # that are done when no request runs any more
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None is the last
         self._pause: float | None = None  # seconds after which the idle engine wants to be called; None for never
 
@@ -75,6 +79,7 @@ class EngineLoop:
     def add(self, requests: list[EngineRequest], sink: Sink) -> None:
         """Queues requests; all that becomes of them goes to `sink`, a refusal too."""
         try:
+            self.check_open()
             self.live_engine().add(requests)
         except BaseException as error:
             self._deliver(sink, [Broken(request.request_id, error) for request in requests])
@@ -90,6 +95,21 @@ class EngineLoop:
             self.engine.abort(answers, reason)
             self._open.close(answers)
             self._forget_sinks(request_id for request_id, _ in answers)
+
+    def drain(self, drained: Future[None], at_once: bool) -> None:
+        """Takes no more requests, and ends those that run if `at_once`; `drained` is done when none is left."""
+        self.is_draining = True
+        self._drained.append(drained)
+        if at_once and self._sinks and self._error is None:
+            log.warning("%d requests are ended before they are done, since the engine is drained", len(self._sinks))
+            self.engine.abort([(request_id, None) for request_id in self._sinks])
+            self._end_all(RequestFailed(request_id, Draining.__name__, ENDED) for request_id in self._sinks)
+        self._tell_drained()
+
+    def check_open(self) -> None:
+        """Raises Draining when no more requests are taken."""
+        if self.is_draining:
+            raise Draining("the engine is about to end and takes no more requests; send them elsewhere, or later")
 
     def live_engine(self) -> EngineClient:
         """The engine; raises what has ended it."""
@@ -204,12 +224,24 @@ class EngineLoop:
         for request_id in request_ids:
             if request_id not in self._open:
                 self._sinks.pop(request_id, None)
+        self._tell_drained()
 
     def _break_all(self, error: BaseException) -> None:
         """Tells all requests in flight that they have ended."""
-        sinks, self._sinks, self._open = self._sinks, {}, OpenAnswers()
+        self._end_all(Broken(request_id, error) for request_id in self._sinks)
+
+    def _end_all(self, ends: Iterable[Delivery]) -> None:
+        """Tells all requests in flight of their end."""
         deliveries: dict[Sink, list[Delivery]] = {}
-        for request_id, sink in sinks.items():
-            deliveries.setdefault(sink, []).append(Broken(request_id, error))
-        for sink, broken in deliveries.items():
-            self._deliver(sink, broken)
+        for end in ends:
+            deliveries.setdefault(self._sinks[end.request_id], []).append(end)
+        self._sinks, self._open = {}, OpenAnswers()
+        for sink, ended in deliveries.items():
+            self._deliver(sink, ended)
+        self._tell_drained()
+
+    def _tell_drained(self) -> None:
+        if not self._sinks:
+            drained, self._drained = self._drained, []
+            for one in drained:
+                one.set_result(None)

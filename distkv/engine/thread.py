@@ -59,7 +59,8 @@ class RunningEngine(Protocol):
         """Raises what has ended the engine, DistKVError once closed."""
 
     def check_ready(self) -> Future[None]:
-        """Raises DistKVError, as `check_alive` does or as its result, while no engine could answer."""
+        """Raises DistKVError, as `check_alive` does or as its result, while no engine could answer: Draining while it
+        is drained."""
         ...
 
     def check_process(self) -> None:
@@ -148,6 +149,14 @@ class EngineThread:
         """Has the engine forget the pages that are kept for later requests. Raises DistKVError once closed."""
         return self.call(lambda engine: engine.reset_prefix_cache())
 
+    def drain(self, at_once: bool = False) -> Future[None]:
+        """Takes no more requests from now on: they get a Draining error. What it returns is done when none runs any
+        more. `at_once` ends those that run, with the same error and what there is of their answers. Raises DistKVError
+        once closed."""
+        drained: Future[None] = Future()
+        self._post(lambda: self._loop.drain(drained, at_once))
+        return drained
+
     def close(self) -> None:
         """Breaks what is in flight, closes and drops the engine, and waits for that. A second call does nothing, nor
         does any in a forked process. In a finalizer it waits for nothing: the thread may be one that the engine waits
@@ -170,7 +179,7 @@ class EngineThread:
                 self._loop.ask_to_end()
 
     def check_alive(self) -> None:
-        """Raises what has ended the engine, DistKVError once closed."""
+        """See `RunningEngine.check_alive`."""
         self.check_process()
         if self._loop.asked_to_end:
             raise DistKVError("this LLM is closed; make a new one")
@@ -181,6 +190,7 @@ class EngineThread:
         self.check_alive()
         future: Future[None] = Future()
         try:
+            self._loop.check_open()
             self._loop.live_engine().check_ready()
             future.set_result(None)
         except DistKVError as error:

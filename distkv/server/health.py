@@ -14,7 +14,7 @@ def health_routes(service: Service) -> APIRouter:
     @router.get("/health")
     async def health() -> Response:
         """Status 200 while requests can be answered; 503 while the model is loaded, when the engine has ended, and,
-        with `Retry-After`, while it is started anew after a rank was lost."""
+        with `Retry-After`, while it is started anew after a rank was lost or drained at its end."""
         _check_alive(service)
         try:
             await service.llm.check_ready()

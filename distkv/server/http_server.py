@@ -30,7 +30,7 @@ class HttpServer(uvicorn.Server):
                 timeout_graceful_shutdown=options.shutdown_timeout, server_header=False, ws="none",
             )
         )  # fmt: skip
-        self.is_interrupted = False
+        self.is_interrupted = self._is_asked = False
         self._accepting: list[asyncio.Task[None]] = []
         raise_file_limit()
 
@@ -68,10 +68,20 @@ class HttpServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal has what runs end by itself, the second ends it, a third would end the process."""
-        if self.should_exit:
-            self.force_exit = True
+        self.is_interrupted |= sig == signal.SIGINT
+        signal.alarm(0)  # by which Ray's own handler aborts the process three seconds after SIGTERM
+        if self._is_asked:
+            self.hurry()
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
-        signal.alarm(0)  # by which Ray's own handler aborts the process three seconds after SIGTERM
+        else:
+            self._is_asked = True
+            self.ask_to_end()
+
+    def ask_to_end(self) -> None:
+        """Has what runs end by itself, and then the server."""
         self.should_exit = True
-        self.is_interrupted |= sig == signal.SIGINT
+
+    def hurry(self) -> None:
+        """Ends what still runs."""
+        self.force_exit = True

@@ -1,11 +1,11 @@
 """Runs the server of a model from its start to its end."""
 
 import asyncio
+import logging
 import socket
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from types import FrameType
 
 from distkv.async_llm import AsyncLLM
 from distkv.client.card import http_url
@@ -19,6 +19,10 @@ from distkv.server.listening import listen, warn_if_open
 from distkv.server.options import ServerOptions
 from distkv.server.registration import Registration, registered
 from distkv.server.service import Service
+
+log = logging.getLogger(__name__)
+
+SEND_SECONDS = 5  # for clients to take the ends of answers, where not all the time is theirs
 
 Loaded = Callable[[EngineInfo, Hardware | None], None]
 
@@ -64,6 +68,8 @@ async def _serve(
                 await asyncio.to_thread(loaded, llm.info, hardware)
                 service.loaded(llm, hardware)
                 ready()
+                await server.drain(llm)
+                server.should_exit = True
                 await stopped.wait()
         finally:
             server.should_exit = True
@@ -73,6 +79,7 @@ async def _serve(
     try:
         await server.serve(sockets=[listener])
     finally:
+        server.ask_to_end()
         stopped.set()
         if not service.is_loaded:
             loading.cancel()
@@ -87,6 +94,7 @@ class _Server(HttpServer):
     def __init__(self, service: Service, registration: Registration | None):
         super().__init__(make_app(service), service.options)
         self._service, self._registration = service, registration
+        self._asked, self._hurried = asyncio.Event(), asyncio.Event()  # by the first signal and the second
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """uvicorn's, after which the name is looked after."""
@@ -94,13 +102,42 @@ class _Server(HttpServer):
         if self._registration is not None:
             self._registration.watch()
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """uvicorn's, before which the name is given up: nobody is to attach any more."""
+    async def drain(self, llm: AsyncLLM) -> None:
+        """Waits for the first signal, gives the name up, so that nobody attaches any more, and waits until nothing
+        runs. What does not end in time is ended, with a second signal all of it at once. Requests that come meanwhile
+        are refused, and the health says so."""
+        await self._asked.wait()
         if self._registration is not None:
             self._registration.release()
+        timeout = self._service.options.shutdown_timeout
+        if self._service.num_open:
+            log.warning(
+                "%d answers have %s to end, and new requests are refused; a second signal ends them at once",
+                self._service.num_open, "all the time that they need" if timeout is None else f"{timeout} s",
+            )  # fmt: skip
+        draining = asyncio.create_task(llm.drain(timeout))
+        hurried = asyncio.create_task(self._hurried.wait())
+        await asyncio.wait([draining, hurried], return_when=asyncio.FIRST_COMPLETED)
+        if not draining.done():
+            await llm.drain(0)
+        hurried.cancel()
+        await draining
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's, before which the name is given up, if it was not yet."""
+        if self._registration is not None:
+            self._registration.release()
+        if self._service.options.shutdown_timeout is not None or self._hurried.is_set():
+            self.config.timeout_graceful_shutdown = SEND_SECONDS  # all answers have ended
         await super().shutdown(sockets)
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """What goes on without end, as `/live` does, ends with the first signal."""
-        super().handle_exit(sig, frame)
+    def ask_to_end(self) -> None:
+        """What goes on without end, as `/live` does, ends at once, and so does the start."""
         self._service.is_draining = True
+        self._asked.set()
+        if not self._service.is_loaded:
+            super().ask_to_end()
+
+    def hurry(self) -> None:
+        """Has the drain wait no more."""
+        self._hurried.set()

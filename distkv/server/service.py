@@ -37,6 +37,11 @@ class Service:
     def is_loaded(self) -> bool:
         return self._llm is not None
 
+    @property
+    def num_open(self) -> int:
+        """Answers that clients wait for."""
+        return self._num_open
+
     def loaded(self, llm: AsyncLLM, hardware: Hardware | None = None) -> None:
         """Begins to serve."""
         self._llm, self.hardware = llm, hardware

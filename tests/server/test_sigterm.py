@@ -1,0 +1,58 @@
+"""SIGTERM: what runs ends or is ended, what comes is refused, and the next process goes on from what was saved."""
+
+import json
+import signal
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from support.servers import ServerProcess
+
+from distkv import LLM, SamplingParams
+from distkv.frontend.session import Session
+
+PAGE_SIZE = 16
+SIZES: dict[str, Any] = dict.fromkeys(("device_kv_bytes", "host_kv_bytes", "disk_kv_bytes"), "16MiB")
+LONG: dict[str, Any] = {"max_tokens": 1500, "ignore_eos": True, "stream": True, "temperature": 0}
+QUESTION = [{"role": "user", "content": "Tell me all that you know of the tiers of a cache, one after the other."}]
+
+
+def test_a_server_that_is_told_to_end(talker: Path, tmp_path: Path) -> None:
+    flags = [f"--{name.replace('_', '-')}={size}" for name, size in SIZES.items()]
+    flags += ["--page-size", str(PAGE_SIZE), "--cache-dir", str(tmp_path), "--num-threads", "1"]
+    with ServerProcess(talker, *flags, "--disk-write-policy", "idle") as server, ExitStack() as stack:
+
+        def begin(path: str, body: dict[str, Any]) -> Any:
+            stream = httpx2.stream("POST", server.url + path, json=LONG | body, timeout=60)
+            parts = stack.enter_context(stream).iter_bytes()
+            return next(parts), parts
+
+        streams = [
+            begin("/v1/completions", {"prompt": "Hello", "n": 4}),
+            begin("/v1/chat/completions", {"messages": QUESTION, "session": "tiers"}),
+        ]
+        server.process.send_signal(signal.SIGTERM)
+        while (health := server.get("/health")).status_code == 200:
+            """The signal is on its way."""
+        refused = server.post("/v1/completions", {"prompt": "Hello"})
+        for response in (health, refused):
+            assert response.status_code == 503 and int(response.headers["retry-after"]) > 0
+            assert response.json()["error"]["code"] == "Draining"
+        server.process.send_signal(signal.SIGTERM)
+        said = [first + b"".join(parts) for first, parts in streams]
+        assert server.process.wait(60) == 0
+        assert "Traceback" not in server.log and "2 requests are ended before they are done" in server.log
+    for text in said:
+        *events, error, done = [one.removeprefix(b"data: ") for one in text.split(b"\n\n") if one]
+        assert done == b"[DONE]" and json.loads(error)["error"]["code"] == "Draining"
+    answer = "".join(json.loads(one)["choices"][0]["delta"].get("content") or "" for one in events)
+
+    with Session(tmp_path, "tiers") as session:
+        kept = session.messages
+    assert [one["role"] for one in kept] == ["user", "assistant"] and kept[1]["content"] == answer
+    with LLM(talker, page_size=PAGE_SIZE, cache_dir=tmp_path, **SIZES) as llm:
+        more = [{"role": "user", "content": "And more?"}]
+        [output] = llm.chat(more, SamplingParams(max_tokens=1), session="tiers", use_tqdm=False)
+        so_far = len(llm.tokenizer.encode_chat(kept[:1])) + len(kept[1]["token_ids"])
+        assert so_far > 2 * PAGE_SIZE and output.num_cached_tokens >= so_far - so_far % PAGE_SIZE
