@@ -32,6 +32,7 @@ class EngineOptions(TypedDict, total=False):
     max_rank_failures: int | None
     hang_timeout: float | None
     rebuild_timeout: float | None
+    min_tensor_parallel_size: int | None
     dtype: str
     max_model_len: int | None
     max_num_seqs: int
@@ -92,6 +93,14 @@ class EngineConfig:
 
     They end with an error then, and so do those that come later, until an engine runs again. It goes with
     max_rank_failures. None is 600.
+    """
+    min_tensor_parallel_size: int | None = None
+    """Fewest ranks that an engine is started anew with.
+
+    Where all tensor_parallel_size have found no room for half a minute (or half of rebuild_timeout, if that is less),
+    as many are taken as there is room for. Sums over other ranks round otherwise, so answers that go on differ from
+    those that would have come without the loss, as a warning says. None always waits for all. It goes with
+    max_rank_failures.
     """
     dtype: str = "auto"
     """auto (the checkpoint's), float32, float16 or bfloat16.
@@ -208,7 +217,7 @@ class EngineConfig:
         sizes = ("tensor_parallel_size", "data_parallel_size", "max_num_seqs", "max_num_batched_tokens", "page_size")
         for name in sizes:
             self._set(name, check_whole(name, getattr(self, name)))
-        for name in ("max_model_len", "num_threads", "staging_pages"):
+        for name in ("max_model_len", "num_threads", "staging_pages", "min_tensor_parallel_size"):
             if getattr(self, name) is not None:
                 self._set(name, check_whole(name, getattr(self, name)))
         self._set("seed", check_whole("seed", self.seed, 0))
@@ -238,6 +247,12 @@ class EngineConfig:
         for name in ("device_kv_bytes", "host_kv_bytes", "disk_kv_bytes", "max_cold_bytes_per_step"):
             if getattr(self, name) is not None:
                 self._set(name, parse_bytes(name, getattr(self, name), least=0 if name == "host_kv_bytes" else 1))
+        least, size = self.min_tensor_parallel_size, self.tensor_parallel_size
+        if least is not None and least >= size:
+            raise ConfigError(
+                f"min_tensor_parallel_size {least} is not less than tensor_parallel_size {size}; lower the first, or "
+                "leave it out"
+            )
         self._check_tiers()
         self._check_effects()
 
@@ -285,6 +300,7 @@ class EngineConfig:
             ("max_rank_failures", not self.is_on_ray, "the ranks are not on Ray", "set ray_address, or leave it out"),
             ("hang_timeout", not self.is_on_ray, "the ranks are not on Ray", "set ray_address, or leave it out"),
             ("rebuild_timeout", not self.max_rank_failures, *not_rebuilt),
+            ("min_tensor_parallel_size", not self.max_rank_failures, *not_rebuilt),
             ("trace", self.data_parallel_size > 1, "data_parallel_size is more than 1", "trace a single engine"),
             ("disk_kv_bytes", no_disk, "cache_dir is not", "name the folder in cache_dir"),
             ("disk_write_policy", no_disk and policy == "idle", "cache_dir is not", "name the folder in cache_dir"),

@@ -36,12 +36,15 @@ from distkv.workers.rank import Loaded
 from distkv.workers.rank_config import RankConfig
 from distkv.workers.sizes import Budget
 
-if TYPE_CHECKING:  # it imports ray
+if TYPE_CHECKING:  # they import ray
     from distkv.launch.ray_engine import RayEngine
+    from distkv.workers.group.placement import Fewer
 
 log = logging.getLogger(__name__)
 
 HANG_SECONDS = 60.0  # `EngineConfig.hang_timeout` unless it is given
+
+FEWER_SECONDS = 30.0  # for which all ranks of an engine have found no room, when it may be started with fewer
 
 
 def launch(
@@ -92,12 +95,21 @@ def _launch_on_ray(
     max_model_len: int,
     check: Callable[[], None],
     trace: TraceFile | None,
+    fewer: "Fewer | None" = None,
 ) -> "RayEngine":
     from distkv.launch.ray_engine import RayEngine
     from distkv.workers.group.ray_group import RayGroup
 
-    group = RayGroup(config.tensor_parallel_size, config.ray_address, config.device, check, config.data_parallel_size)
+    size = config.tensor_parallel_size
+    group = RayGroup(size, config.ray_address, config.device, check, config.data_parallel_size, fewer)
     try:
+        if group.size < size:
+            log.warning(
+                "the cluster had no room for %d ranks, so the engine is started anew with %d: sums over them round "
+                "otherwise, and answers that go on differ from those that would have come without the loss; "
+                "all %d are tried when it is lost again", size, group.size, size,
+            )  # fmt: skip
+            config = _with_ranks(config, group.size)
         info = set_up(group, config, model, max_model_len)
         return RayEngine(group, info, trace, HANG_SECONDS if config.hang_timeout is None else config.hang_timeout)
     except BaseException:
@@ -113,20 +125,31 @@ def _launch_pool(
     trace: TraceFile | None,
 ) -> EngineClient:
     from distkv.launch.pool import EnginePool
+    from distkv.workers.group.placement import Fewer
     from distkv.workers.group.ray_cluster import connect, disconnect
 
     traces = [] if trace is None else [trace]
+    least = config.min_tensor_parallel_size
+    fewer = None if least is None else Fewer(least, min(FEWER_SECONDS, config.seconds_to_rebuild / 2))
 
-    def start(number: int, check: Callable[[], None]) -> "RayEngine":
+    def start(number: int, is_anew: bool, check: Callable[[], None]) -> "RayEngine":
         own = replace(config, cache_dir=engine_folder(config, number))
         if trace is not None and not traces:
             log.warning("the trace ends with the engine that was lost")
-        return _launch_on_ray(own, model, max_model_len, check, traces.pop() if traces else None)
+        return _launch_on_ray(
+            own, model, max_model_len, check, traces.pop() if traces else None, fewer if is_anew else None
+        )
 
     # for longer than its engines, which come and go
     connect(config.ray_address, config.data_parallel_size * config.tensor_parallel_size)
     size, max_rank_failures = config.data_parallel_size, config.max_rank_failures or 0
     return EnginePool(start, size, max_rank_failures, config.seconds_to_rebuild, check, disconnect)
+
+
+def _with_ranks(config: EngineConfig, size: int) -> EngineConfig:
+    """The same options for fewer ranks, which are on Ray all the same."""
+    address = config.ray_address or "auto"
+    return replace(config, tensor_parallel_size=size, min_tensor_parallel_size=None, ray_address=address)
 
 
 def engine_folder(config: EngineConfig, number: int) -> str | Path | None:

@@ -24,8 +24,9 @@ CHECK_SECONDS = 1.0  # after which the wait for the first engine looks whether i
 RETRY_SECONDS = 10.0  # after which an engine that found no room is started again
 MOST_RUNS = 3  # of a request whose engines are lost: it may be what they die of
 
-StartOne = Callable[[int, Callable[[], None]], RayEngine]
-"""Starts the engine with this number, and calls what it is given now and then, which raises when it is not wanted."""
+StartOne = Callable[[int, bool, Callable[[], None]], RayEngine]
+"""Starts the engine with this number, told whether it has run before, and calls what it is given now and then, which
+raises when it is not wanted."""
 
 
 @dataclass
@@ -36,6 +37,7 @@ class _Member:
     engine: RayEngine | None = None
     starting: Future[RayEngine] | None = None
     start_at: float = 0.0  # monotonic time of the next start, where it is neither started nor starting
+    has_run: bool = False
     looked_at: float = 0.0  # monotonic time when its ranks were looked after last
     trouble: str = ""  # why it does not run, or did not start the last time
     replays: dict[str, Replay] = field(default_factory=dict)
@@ -253,7 +255,7 @@ class EnginePool:
     # --- engines ---
 
     def _start(self, member: _Member) -> None:
-        member.starting = self._threads.submit(self._start_one, member.number, self._check_open)
+        member.starting = self._threads.submit(self._start_one, member.number, member.has_run, self._check_open)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -294,7 +296,7 @@ class EnginePool:
         assert starting is not None
         error = starting.exception()
         if error is None:
-            member.engine, member.trouble = starting.result(), ""
+            member.engine, member.trouble, member.has_run = starting.result(), "", True
             log.info("engine %d of %d runs", member.number + 1, len(self._members))
             waiting, self._waiting = self._waiting, {}
             self._place_again(waiting.values())

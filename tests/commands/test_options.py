@@ -21,6 +21,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "max_rank_failures": ("4", 4),
     "hang_timeout": ("90.5", 90.5),
     "rebuild_timeout": ("30", 30.0),
+    "min_tensor_parallel_size": ("2", 2),
     "dtype": ("float16", "float16"),
     "max_model_len": ("100", 100),
     "max_num_seqs": ("5", 5),

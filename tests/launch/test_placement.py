@@ -3,15 +3,18 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support.processes import ROOT
 
-from distkv import CapacityError
-from distkv.workers.group import ray_group
-from distkv.workers.group.ray_group import PLACEMENT_REMARK, PLACEMENT_TIMEOUT, RayGroup
+from distkv import CapacityError, EngineConfig
+from distkv.launch.launch import _with_ranks
+from distkv.workers.group import placement
+from distkv.workers.group.placement import PLACEMENT_REMARK, PLACEMENT_TIMEOUT, Fewer, place
 
 PLACE = """
 import ray
@@ -34,30 +37,93 @@ def test_each_bundle_has_a_gpu_and_the_driver_none(tmp_path: Path) -> None:
     assert "cuda [{0: {'GPU': 1.0}, 1: {'GPU': 1.0}}] 0 2.0 []" in shown.stdout, shown.stdout + shown.stderr
 
 
-class Crowded:
-    """A placement group for which there is room at a time, if ever, and the clock by which that is."""
+class Cluster:
+    """Placement groups that find room at a time, on a cluster whose clock goes on as they are waited for."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, free_at: float):
-        self.now, self.free_at = 0.0, free_at
-        monkeypatch.setattr(ray_group.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(ray_group.ray, "available_resources", lambda: {"CPU": 1.0})
-        self.group: Any = RayGroup.__new__(RayGroup)
-        self.group.size, self.group._placement, self.group._check_wanted = 4, self, lambda: None
-        self.group._connected, self.group._actors = False, []
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, offered: int = 4, free: int = 1, free_at: float = 1e9):
+        """There are `offered` CPUs, of which `free` are free, and all from a time on."""
+        self.now, self.offered, self.free, self.free_at = 0.0, offered, free, free_at
+        self.sizes: list[int] = []  # of the groups that were made
+        self.num_removed = 0
+        monkeypatch.setattr(placement, "placement_group", self._make)
+        monkeypatch.setattr(placement, "remove_placement_group", self._remove)
+        monkeypatch.setattr(placement, "ray", self)
+        monkeypatch.setattr(placement, "time", SimpleNamespace(monotonic=lambda: self.now, sleep=self._pass))
 
-    def wait(self, seconds: float) -> bool:
+    def nodes(self) -> list[dict[str, Any]]:
+        return [
+            {"Alive": True, "Resources": {"CPU": float(self.offered)}},
+            {"Alive": False, "Resources": {"CPU": 9.0}},
+        ]
+
+    def available_resources(self) -> dict[str, float]:
+        return {"CPU": float(self.free)}
+
+    def place(self, size: int, fewer: Fewer | None = None) -> int:
+        return place("CPU", size, fewer, lambda: None)[1]
+
+    def _make(self, bundles: list[dict[str, int]], strategy: str) -> SimpleNamespace:
+        self.sizes.append(len(bundles))
+        return SimpleNamespace(wait=partial(self._wait, len(bundles)))
+
+    def _wait(self, size: int, seconds: float) -> bool:
+        self._pass(seconds)
+        return size <= self.free or (self.now >= self.free_at and size <= self.offered)
+
+    def _pass(self, seconds: float) -> None:
         self.now += seconds
-        return self.now >= self.free_at
+
+    def _remove(self, _: object) -> None:
+        self.num_removed += 1
 
 
 def test_a_group_that_waits_for_room_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    Crowded(monkeypatch, PLACEMENT_REMARK).group._await_placement("CPU")
+    assert Cluster(monkeypatch, free_at=PLACEMENT_REMARK).place(4) == 4
     assert caplog.messages == []
-    Crowded(monkeypatch, PLACEMENT_REMARK + 9).group._await_placement("CPU")
+    assert Cluster(monkeypatch, free_at=PLACEMENT_REMARK + 9).place(4) == 4
     assert caplog.messages == ["waiting for 4 free CPUs of the cluster, 1 are free now; this gives up after 60 s"]
-    crowded = Crowded(monkeypatch, 2 * PLACEMENT_TIMEOUT)
+    crowded = Cluster(monkeypatch)
     with pytest.raises(CapacityError, match=r"4 CPUs were not free within 60 s, 1 are now"):
-        crowded.group._await_placement("CPU")
+        crowded.place(4)
     assert crowded.now == PLACEMENT_TIMEOUT and len(caplog.messages) == 2
+    assert len(crowded.sizes) == crowded.num_removed == 1
+
+
+@pytest.mark.parametrize("free, made", [(3, [4, 3]), (2, [4, 2])])
+def test_fewer_ranks_are_placed_when_all_have_waited(
+    monkeypatch: pytest.MonkeyPatch, free: int, made: list[int]
+) -> None:
+    crowded = Cluster(monkeypatch, free=free)
+    assert crowded.place(4, Fewer(2, after=20)) == free
+    assert crowded.sizes == made and crowded.num_removed == 1 and crowded.now == 21
+    assert Cluster(monkeypatch, free=free, free_at=15).place(4, Fewer(2, after=20)) == 4
+
+
+def test_a_cluster_that_has_lost_a_node_may_get_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No group is made for which it has too few; for fewer than the least nobody waits."""
+    shrunk = Cluster(monkeypatch, offered=3, free=3)
+    assert shrunk.place(4, Fewer(1, after=20)) == 3 and shrunk.sizes == [3] and shrunk.now == 21
+    grown = Cluster(monkeypatch, offered=3, free=3)
+    monkeypatch.setattr(grown, "_pass", lambda seconds: grown.__dict__.update(now=grown.now + 1, offered=4, free=4))
+    placement.time.sleep = grown._pass  # type: ignore[assignment]
+    assert grown.place(4, Fewer(1, after=20)) == 4 and grown.sizes == [4]
+    small = Cluster(monkeypatch, offered=2, free=2)
+    with pytest.raises(CapacityError, match="needs 3 at least, of 4, CPUs and the cluster has 2"):
+        small.place(4, Fewer(3, after=20))
+    assert small.now == 0 and not small.sizes
+
+
+def test_ranks_that_are_free_on_paper_become_fewer_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that has just died counts for some seconds."""
+    stale = Cluster(monkeypatch, free=3)
+    monkeypatch.setattr(stale, "_wait", lambda size, seconds: stale._pass(seconds) or size <= 1)  # type: ignore[func-returns-value]
+    assert stale.place(4, Fewer(1, after=20)) == 1 and stale.sizes == [4, 3, 2, 1]
+
+
+def test_one_of_two_ranks_stays_on_ray() -> None:
+    """With the options that need it."""
+    config = EngineConfig("/", tensor_parallel_size=2, max_rank_failures=1, hang_timeout=5, min_tensor_parallel_size=1)
+    alone = _with_ranks(config, 1)
+    assert alone.is_on_ray and alone.tensor_parallel_size == 1 and alone.hang_timeout == 5

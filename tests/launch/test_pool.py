@@ -66,9 +66,11 @@ class Engines:
         self.made: list[Engine] = []
         self.next_ones: list[Any] = []
         self.num_starts = Counter[int]()
+        self.started = set[int]()
         self.num_releases = 0
 
-    def start(self, number: int, check: Callable[[], None]) -> Engine:
+    def start(self, number: int, is_anew: bool, check: Callable[[], None]) -> Engine:
+        assert is_anew == (number in self.started)
         self.num_starts[number] += 1
         what = self.next_ones.pop(0) if self.next_ones else Engine()
         while what == "slow":
@@ -77,6 +79,7 @@ class Engines:
         if isinstance(what, Exception):
             raise what
         self.made.append(what)
+        self.started.add(number)
         return what
 
     def release(self) -> None:

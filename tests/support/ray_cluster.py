@@ -86,6 +86,15 @@ def stop(head: subprocess.Popen[bytes]) -> None:
     head.wait()
 
 
+def kill_node(node: subprocess.Popen[bytes]) -> None:
+    """Ends a node as a machine ends that loses its power: all of its processes at once."""
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError, ValueError):
+            if os.getsid(int(entry.name)) == node.pid:
+                os.kill(int(entry.name), signal.SIGKILL)
+    node.wait()
+
+
 def rank_processes() -> dict[str, list[int]]:
     """Process ids of rank actors of these tests by what they run: "lead", "follow", or "" between calls."""
     found: dict[str, list[int]] = {}

@@ -15,12 +15,13 @@ from typing import Any, NoReturn
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from distkv.workers.cache_place import CachePlace
-from distkv.workers.errors import CapacityError, ConfigError, DistKVError, WorkerDied
+from distkv.workers.errors import ConfigError, DistKVError, WorkerDied
 from distkv.workers.group.log_lines import relay
+from distkv.workers.group.placement import CHECK_SECONDS, Fewer, place
 from distkv.workers.group.private_socket import Address
 from distkv.workers.group.rank_actor import LeaderMain, RankActor, process_states
 from distkv.workers.group.ray_cluster import connect, disconnect
@@ -32,9 +33,6 @@ from distkv.workers.sizes import Bandwidth, Capacity, PoolSizes
 
 log = logging.getLogger(__name__)
 
-PLACEMENT_TIMEOUT = 60.0  # seconds to wait for resources that others hold
-PLACEMENT_REMARK = 10.0  # after which it is said that they are waited for
-CHECK_SECONDS = 1.0  # after which a wait looks whether it is still wanted
 STATES_TIMEOUT = 10.0  # seconds in which a node is to tell of its processes
 STOPPED = {"T": "is stopped (SIGSTOP)", "t": "is held by a debugger", "Z": "is gone"}  # by the letters of proc(5)
 DEATHS_SETTLE = 1.0  # seconds in which the first of several deaths is told from those that follow from it
@@ -58,7 +56,13 @@ class RayGroup:
     """A `RankGroup` as the owner of its engine sees it; the engine itself runs beside rank 0, see `start`."""
 
     def __init__(
-        self, size: int, address: str | None, device: str, check: Callable[[], None] = lambda: None, num_groups: int = 1
+        self,
+        size: int,
+        address: str | None,
+        device: str,
+        check: Callable[[], None] = lambda: None,
+        num_groups: int = 1,
+        fewer: Fewer | None = None,
     ):
         """Takes `size` bundles of the cluster and starts an actor on each.
 
@@ -68,6 +72,7 @@ class RayGroup:
             check: called every now and then while this waits, here and in what comes before `start`; what it raises
                 ends the wait.
             num_groups: of this size that are to share the cluster's cores.
+            fewer: when fewer ranks will do; `size` has their number then.
 
         Raises CapacityError when the cluster lacks the resources, ConfigError when it cannot be reached.
         """
@@ -84,12 +89,12 @@ class RayGroup:
             self._connected = True
             total = ray.cluster_resources()
             self.device = ("cuda" if total.get("GPU", 0) >= 1 else "cpu") if device == "auto" else device
-            self._place()
+            self._place(fewer)
             hosts = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
             self.nodes = [Node(node_id, hosts[node_id], *process) for node_id, *process in self._call("node")]
             if len(per_node := self._ranks_per_node()) > 1:
                 places = ", ".join(f"{count} on {hosts[node_id]}" for node_id, count in per_node.items())
-                log.warning("no node has room for all %d ranks: %s", size, places)
+                log.warning("no node has room for all %d ranks: %s", self.size, places)
         except BaseException:
             self.close()
             raise
@@ -223,48 +228,20 @@ class RayGroup:
         for rank, lines in enumerate(self._call("take_log")):
             relay(lines, rank)
 
-    def _place(self) -> None:
+    def _place(self, fewer: Fewer | None) -> None:
         kind = KINDS[self.device].resource
-        nodes = [node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"]]
-        if sum(int(count) for count in nodes) < self.size:
-            raise CapacityError(
-                f"tensor_parallel_size {self.size} needs {self.size} {kind}s and the cluster has {int(sum(nodes))}; "
-                f"use fewer ranks, or add nodes (`ray start --num-{kind.lower()}s=N` says how many a node offers)"
-            )
-        bundle = {kind: 1}
-        self._placement = placement_group([bundle] * self.size, strategy="PACK")  # one node, where one has the room
-        self._await_placement(kind)
+        self._placement, self.size = place(kind, self.size, fewer, self._check_wanted)
         actor_class = ray.remote(RankActor)
         for index in range(self.size):
             strategy_of_rank = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=index)
             options = {
-                "num_cpus": bundle.get("CPU", 0),
-                "num_gpus": bundle.get("GPU", 0),
+                "num_cpus": int(kind == "CPU"),
+                "num_gpus": int(kind == "GPU"),
                 "max_restarts": 0,
                 "scheduling_strategy": strategy_of_rank,
                 "runtime_env": {"env_vars": _passed_environment()},
             }
             self._actors.append(actor_class.options(**options).remote())
-
-    def _await_placement(self, kind: str) -> None:
-        """Waits until others have freed what the group needs; raises CapacityError when that takes too long."""
-        start, is_told = time.monotonic(), False
-        while not self._placement.wait(CHECK_SECONDS):
-            self._check_wanted()
-            waited = time.monotonic() - start
-            if waited >= PLACEMENT_TIMEOUT:
-                free = ray.available_resources().get(kind, 0)
-                raise CapacityError(
-                    f"{self.size} {kind}s were not free within {PLACEMENT_TIMEOUT:.0f} s, {int(free)} are now; "
-                    "end what holds them or use fewer ranks"
-                )
-            if waited >= PLACEMENT_REMARK and not is_told:
-                is_told = True
-                free = ray.available_resources().get(kind, 0)
-                log.warning(
-                    "waiting for %d free %ss of the cluster, %d are free now; this gives up after %.0f s",
-                    self.size, kind, free, PLACEMENT_TIMEOUT,
-                )  # fmt: skip
 
     def _for_node(self, config: RankConfig, rank: int) -> RankConfig:
         """The config of a rank with its number of threads: Ray itself gives an actor one."""

@@ -1,0 +1,102 @@
+"""The bundles of a Ray cluster that ranks run in: for how long they are waited for, and when fewer will do."""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from distkv.workers.errors import CapacityError
+
+log = logging.getLogger(__name__)
+
+PLACEMENT_TIMEOUT = 60.0  # seconds to wait for resources that others hold
+PLACEMENT_REMARK = 10.0  # after which it is said that they are waited for
+CHECK_SECONDS = 1.0  # after which a wait looks whether it is still wanted
+FEWER_AGAIN = 5.0  # seconds after which fewer bundles that have found no room either become fewer still
+
+
+@dataclass(frozen=True)
+class Fewer:
+    """When a group may have fewer ranks than it was asked for."""
+
+    least: int  # ranks
+    after: float  # seconds for which the asked number has found no room
+
+
+def place(kind: str, size: int, fewer: Fewer | None, check: Callable[[], None]) -> tuple[Any, int]:
+    """Takes a bundle of the cluster for each rank, on one node where one has the room; returns the placement group and
+    the number of bundles, which is `size` unless there may be fewer.
+
+    Args:
+        kind: the resource that a rank takes one of.
+        check: called every now and then; what it raises ends the wait, and nothing is taken.
+
+    Raises CapacityError when the cluster has not so many, or others do not free them in time.
+    """
+    least, fewer_at = (size, math.inf) if fewer is None else (fewer.least, fewer.after)
+    if num_offered(kind) < least:
+        raise _lacks(kind, size, least)
+    count, group, is_told = size, None, False
+    start = time.monotonic()
+    try:
+        while True:
+            if group is None and num_offered(kind) >= count:
+                group = placement_group([{kind: 1}] * count, strategy="PACK")
+            if _is_placed(group):
+                return group, count
+            check()
+            waited = time.monotonic() - start
+            if waited >= fewer_at:
+                fewer_at += FEWER_AGAIN
+                if (room := min(count - 1, _num_free(kind))) >= least:
+                    _remove(group)
+                    count, group = room, None
+            if waited >= PLACEMENT_TIMEOUT:
+                raise CapacityError(
+                    f"{size} {kind}s were not free within {PLACEMENT_TIMEOUT:.0f} s, {_num_free(kind)} are now; "
+                    "end what holds them or use fewer ranks"
+                )
+            if waited >= PLACEMENT_REMARK and not is_told:
+                is_told = True
+                log.warning(
+                    "waiting for %d free %ss of the cluster, %d are free now; this gives up after %.0f s",
+                    size, kind, _num_free(kind), PLACEMENT_TIMEOUT,
+                )  # fmt: skip
+    except BaseException:
+        _remove(group)
+        raise
+
+
+def num_offered(kind: str) -> int:
+    """Bundles that the nodes of the cluster have, free or not."""
+    return sum(int(node["Resources"].get(kind, 0)) for node in ray.nodes() if node["Alive"])
+
+
+def _num_free(kind: str) -> int:
+    return int(ray.available_resources().get(kind, 0))
+
+
+def _is_placed(group: Any) -> bool:
+    """Whether there is one that has its bundles; waits a moment for that."""
+    if group is None:
+        time.sleep(CHECK_SECONDS)
+        return False
+    return bool(group.wait(CHECK_SECONDS))
+
+
+def _remove(group: Any) -> None:
+    if group is not None:
+        remove_placement_group(group)
+
+
+def _lacks(kind: str, size: int, least: int) -> CapacityError:
+    needed = size if least == size else f"{least} at least, of {size},"
+    return CapacityError(
+        f"tensor_parallel_size {size} needs {needed} {kind}s and the cluster has {num_offered(kind)}; "
+        f"use fewer ranks, or add nodes (`ray start --num-{kind.lower()}s=N` says how many a node offers)"
+    )
