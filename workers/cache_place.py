@@ -15,6 +15,7 @@ from uuid import uuid4
 
 from distkv.storage.disk.cache_folder import ARRAY, FULL, LOCK, FolderLock
 from distkv.storage.disk.file_lock import is_locked
+from distkv.storage.disk.files import make_folder
 from distkv.workers.errors import ConfigError
 
 WRITER = "writer"  # begins the names of the files that ranks leave
@@ -47,7 +48,7 @@ def join_folder(place: CachePlace, head: int, is_alone: bool = False) -> Iterato
     mine = place.folder / f"{WRITER}.{place.engine}.{head}"
     with ExitStack() as stack:
         try:
-            place.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(place.folder)
             signs = not is_alone and _sign(place, mine, stack)
         except OSError as error:
             raise ConfigError(

@@ -127,6 +127,7 @@ class KVPools:
         from distkv.storage.disk.disk_array import make_array, remove_array
         from distkv.storage.disk.reopen import rejoin, reopen
         from distkv.storage.disk.scratch import sweep_scratch
+        from distkv.storage.disk.synced_pages import SyncedPages
         from distkv.storage.pools.disk_pool import DiskPool  # imports zarr
 
         folder = disk.place.folder
@@ -142,4 +143,7 @@ class KVPools:
                     reopen(folder, whole, num_pages, disk.kept)
                 else:  # a node with a disk of its own
                     rejoin(folder, whole, num_pages)
-        return DiskPool(self._spec, folder, num_pages, replace(disk.heads, writes=writes), self.meter)
+        synced = SyncedPages(folder, has_catalogue=disk.rank == 0) if disk.kept is not None else None
+        pool = DiskPool(self._spec, folder, num_pages, replace(disk.heads, writes=writes), self.meter, synced)
+        stack.callback(pool.close)
+        return pool

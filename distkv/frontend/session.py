@@ -21,6 +21,7 @@ from distkv.option_checks import check_name
 from distkv.outputs import RequestOutput
 from distkv.storage.disk.cache_folder import SESSIONS
 from distkv.storage.disk.file_lock import FileLock, HeldError
+from distkv.storage.disk.files import make_folder, sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +105,7 @@ class Session(Conversation):
 def _lock(path: Path, name: str) -> FileLock:
     """Raises ConfigError when the file cannot be written or is locked."""
     try:
-        path.parent.parent.mkdir(parents=True, exist_ok=True)
-        path.parent.mkdir(mode=0o700, exist_ok=True)
+        make_folder(path.parent, 0o700)
         _make_private(path.parent, 0o700)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         _make_private(path, 0o600)
@@ -148,7 +148,8 @@ def _load(path: Path) -> SessionFile:
 
 
 def _save(path: Path, content: SessionFile) -> None:
-    """Replaces the file, which is the old one or the new one whatever happens; raises StoreError when it cannot."""
+    """Replaces the file, which is the old one or the new one whatever happens, and the new one once this returns, power
+    or no power. Raises StoreError when it cannot."""
     partial = path.with_name(f"{path.name}.partial")
     try:
         with open(partial, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
@@ -157,6 +158,7 @@ def _save(path: Path, content: SessionFile) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+        sync_folder(path.parent)
     except OSError as error:
         raise StoreError(
             f"session file {str(path)!r} cannot be written ({error.strerror}); make room for it or let it be written"

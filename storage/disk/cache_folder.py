@@ -12,7 +12,6 @@ user's cache_dir, named after the model's fingerprint, or SCRATCH for pages that
 
 import errno
 import logging
-import os
 import re
 import time
 from dataclasses import dataclass
@@ -22,12 +21,14 @@ from typing import Annotated
 import msgspec
 
 from distkv.storage.disk.file_lock import FileLock, HeldError
+from distkv.storage.disk.files import replace_file, sync_folder
 from distkv.storage.errors import ConfigError, StoreError
 
 log = logging.getLogger(__name__)
 
 FORMAT = 2  # of what lies on disk; part of the fingerprint
 ARRAY, CATALOGUE, LOCK, DESCRIPTION = "kv.zarr", "catalogue.sqlite", "lock", "model.json"
+CATALOGUE_LOG = f"{CATALOGUE}-wal"  # of commits that are not in it yet
 SCRATCH, SESSIONS = "scratch", "sessions"  # sub-folders of cache_dir that are no model's
 FULL = errno.ENOSPC, errno.EDQUOT  # of a disk
 DAMAGED = ".damaged"  # behind the name of what is set aside
@@ -118,7 +119,7 @@ def describe(folder: Path, description: Description) -> None:
         found = None
     if found is None:
         try:
-            replace_file(folder / DESCRIPTION, msgspec.json.format(msgspec.json.encode(description)))
+            replace_file(folder / DESCRIPTION, msgspec.json.format(msgspec.json.encode(description)), syncs=True)
         except OSError as error:
             raise StoreError(f"{str(folder / DESCRIPTION)!r} cannot be written: {error.strerror}") from error
     elif found.fingerprint != description.fingerprint:
@@ -128,9 +129,11 @@ def describe(folder: Path, description: Description) -> None:
 
 
 def remove_catalogue(folder: Path) -> None:
-    """Removes the catalogue, which is better than one that is not true."""
-    for helper in ("", "-wal", "-shm", "-journal"):
-        (folder / f"{CATALOGUE}{helper}").unlink(missing_ok=True)
+    """Removes the catalogue for good, which is better than one that is not true. Raises OSError."""
+    if found := [path for end in ("", "-wal", "-shm", "-journal") if (path := folder / f"{CATALOGUE}{end}").exists()]:
+        for path in found:
+            path.unlink(missing_ok=True)
+        sync_folder(folder)
 
 
 def set_aside(path: Path, reason: object) -> None:
@@ -142,13 +145,3 @@ def set_aside(path: Path, reason: object) -> None:
     except OSError as error:
         raise StoreError(f"{reason}, and it cannot be renamed: {error.strerror}; remove it") from error
     log.warning("%s; it is renamed to %s and made again", reason, aside.name)
-
-
-def replace_file(path: Path, content: bytes | memoryview) -> None:
-    """Writes a file so that a kill at any moment leaves the old content or the new. Raises OSError."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import zarr
 from zarr.abc.store import Store
+from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore, MemoryStore
 
 from distkv.storage.disk.cache_folder import (
@@ -21,9 +22,9 @@ from distkv.storage.disk.cache_folder import (
     DamagedError,
     parse_chunk,
     remove_catalogue,
-    replace_file,
     set_aside,
 )
+from distkv.storage.disk.files import make_folder, replace_file
 from distkv.storage.errors import ConfigError, StoreError
 from distkv.storage.page_spec import PageSpec
 
@@ -104,7 +105,7 @@ def fit_array(folder: Path, spec: PageSpec, num_pages: int) -> None:
     metadata = json.loads(path.read_bytes())
     metadata["shape"][0] = num_pages
     try:
-        replace_file(path, json.dumps(metadata, indent=2).encode())
+        replace_file(path, json.dumps(metadata, indent=2).encode(), syncs=True)
     except OSError as error:
         raise StoreError(
             f"the array in cache_dir {str(folder)!r} cannot be resized ({error.strerror}); make room on the disk, or "
@@ -132,8 +133,11 @@ def remove_array(folder: Path) -> None:
 
 
 def _write_metadata(folder: Path, spec: PageSpec, num_pages: int) -> None:
+    content: dict[str, Buffer] = {}
+    _make(MemoryStore(content), spec, num_pages)
     try:
-        _make(LocalStore(folder / ARRAY), spec, num_pages)
+        make_folder(folder / ARRAY)
+        replace_file(folder / ARRAY / METADATA, content[METADATA].to_bytes(), syncs=True)
     except OSError as error:
         raise StoreError(f"the array in cache_dir {str(folder)!r} cannot be made: {error}") from error
 

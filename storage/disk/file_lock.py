@@ -7,6 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from weakref import WeakSet
 
+from distkv.storage.disk.files import make_folder
+
 
 class HeldError(Exception):
     """The lock is held already; its text names the holder."""
@@ -18,7 +20,7 @@ class FileLock:
     def __init__(self, path: Path):
         """Makes the file and its folder if need be. Raises OSError when it cannot be opened or locked, HeldError
         when another process or another part of this one holds it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         self._file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -11,6 +11,7 @@ from pathlib import Path
 from distkv.storage.disk.cache_folder import ARRAY, DamagedError, Description, chunk_name, describe, remove_catalogue
 from distkv.storage.disk.catalogue import Catalogue, read_catalogue, set_aside_catalogue
 from distkv.storage.disk.disk_array import fit_array, has_array, mend_array
+from distkv.storage.disk.files import sync_folder
 from distkv.storage.disk.removal import give_up, sweep
 from distkv.storage.errors import StoreError
 from distkv.storage.page_spec import PageSpec
@@ -67,6 +68,7 @@ def _fit(folder: Path, num_pages: int, num_heads: int) -> None:
     try:
         for source, target in zip(old, new, strict=True):
             _link(array / chunk_name(*source), array / chunk_name(*target))
+        sync_folder(array)
         with closing(Catalogue(folder)) as catalogue:
             catalogue.update([entry.slot for entry, _ in moves], [entry._replace(slot=slot) for entry, slot in moves])
         for source in old:

@@ -7,6 +7,7 @@ more it does not say when its writes of the others have ended.
 
 import os
 import resource
+import time
 from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +16,9 @@ import numpy as np
 from crc32c import crc32c
 from torch import Tensor
 
-from distkv.storage.disk.cache_folder import ARRAY, FULL, DiskHeads, chunk_name, parse_chunk, replace_file
+from distkv.storage.disk.cache_folder import ARRAY, FULL, DiskHeads, chunk_name, parse_chunk
+from distkv.storage.disk.files import replace_file
+from distkv.storage.disk.synced_pages import SyncedPages
 from distkv.storage.errors import StoreError
 from distkv.storage.meter import Meter, now
 from distkv.storage.page_spec import PageSpec
@@ -24,6 +27,8 @@ from distkv.storage.pools.page_pool import check_slot
 from distkv.storage.tier import Tier
 
 MAX_OPEN = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4  # files that `OpenPages` holds open
+
+WRITE_BACK_SECONDS = 60.0  # in which the system has written by itself what a killed process left to it
 
 Parts = list[list[memoryview]]
 """The memory of a layer slice, for each head the pieces in file order: keys, values."""
@@ -35,12 +40,25 @@ class DiskPool:
     The checksum of each head's layer slice is kept in memory; `checksums` gives those of a slot for the catalogue.
     """
 
-    def __init__(self, spec: PageSpec, folder: Path, num_pages: int, heads: DiskHeads, meter: Meter | None = None):
-        """For the array that lies in `folder`, of at least so many slots."""
+    def __init__(
+        self,
+        spec: PageSpec,
+        folder: Path,
+        num_pages: int,
+        heads: DiskHeads,
+        meter: Meter | None = None,
+        synced: SyncedPages | None = None,
+    ):
+        """For the array that lies in `folder`, of at least so many slots.
+
+        Args:
+            synced: takes care that pages outlive a loss of power.
+        """
         self.meter = meter or Meter()
         self.num_pages = num_pages
         self._spec = spec
         self._heads = heads
+        self._synced = synced
         self._held = range(heads.first, heads.first + spec.num_kv_heads)
         self.folder = folder
         self.nbytes = num_pages * spec.page_bytes_in(Tier.DISK)
@@ -114,7 +132,9 @@ class DiskPool:
         return Path(self.files(slot)[head])
 
     def close(self) -> None:
-        """Nothing to give back: the files belong to the folder."""
+        """Syncs what is left. The files belong to the folder."""
+        if self._synced is not None:
+            self._synced.close()
 
     def files(self, slot: int) -> list[str]:
         """The files of a slot, one for each head."""
@@ -144,6 +164,8 @@ class DiskPool:
             self._remove(slot)
             raise
         self.meter.add("disk_write", start, self._spec.page_bytes_in(Tier.DISK))
+        if self._synced is not None:
+            self._synced.add(self._names(slot))
 
     def _remove(self, slot: int) -> None:
         for name in self._names(slot):
@@ -162,6 +184,7 @@ class DiskPool:
     def _sweep(self, kept: Container[int]) -> Iterator[tuple[int, int]]:
         """Removes the files of slots that are not kept; gives slot and head of each other chunk of the right size."""
         size = self.slice_bytes * self._spec.num_layers
+        recent = time.time() - WRITE_BACK_SECONDS
         try:
             with os.scandir(self._array) as files:
                 for file in files:
@@ -174,7 +197,10 @@ class DiskPool:
                     elif chunk[0] in kept and not is_partial:
                         swept = False
                         with suppress(FileNotFoundError):
-                            if file.stat().st_size == size:
+                            found = file.stat()
+                            if found.st_size == size:
+                                if self._synced is not None and found.st_mtime > recent:
+                                    self._synced.add([file.path])
                                 yield chunk
                     else:
                         swept = True

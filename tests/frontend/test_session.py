@@ -3,16 +3,18 @@
 import json
 import logging
 import os
+import random
 import shutil
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
+from support.power_loss import PowerLoss
 from support.processes import run_code
 
 from distkv.errors import ConfigError, DistKVError, RequestError, StoreError
-from distkv.frontend.conversation import Conversation
+from distkv.frontend.conversation import Conversation, StoredMessage
 from distkv.frontend.messages import Message
 from distkv.frontend.session import Session
 from distkv.frontend.tokenizer import Tokenizer
@@ -295,6 +297,43 @@ def test_a_kill_before_the_rename_leaves_the_old_file(tokenizer: Tokenizer, tmp_
     with Session(tmp_path, "trip") as session:
         assert [message["content"] for message in session.messages[2:]] == ["Thanks!", "You are welcome."]
     assert sorted(path.name for path in (tmp_path / "sessions").iterdir()) == ["trip.json", "trip.lock"]
+
+
+@pytest.mark.parametrize("skip", [None, "os.fsync", "distkv.frontend.session.sync_folder"])
+def test_a_turn_that_was_kept_outlives_a_loss_of_power(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skip: str | None
+) -> None:
+    """As long as both its bytes and its name are synced."""
+    rng, disk, kept = random.Random(1), tmp_path / "disk", Conversation()
+    disk.mkdir()
+    loss, left = PowerLoss(disk), []
+
+    def fail() -> None:
+        left.append((tmp_path / str(loss.num_calls), len(kept._messages)))
+        loss.leave(left[-1][0], rng)
+
+    loss.called = fail
+    with loss.followed(), Session(disk / "cache", "trip") as session:
+        if skip is not None:
+            monkeypatch.setattr(skip, lambda descriptor: None)
+        for turn in range(8):
+            talk = Conversation()
+            talk._messages = [*kept._messages, StoredMessage("user", f"{turn}" * 700)]
+            session.go_on_from(talk)
+            session.save()
+            kept = talk
+    assert len(left) > 10
+
+    def check() -> None:
+        for folder, num_kept in left:
+            with Session(folder / "cache", "trip") as session:
+                assert len(session.messages) in (num_kept, num_kept + 1)
+
+    if skip is None:
+        check()
+    else:
+        with pytest.raises((AssertionError, ConfigError)):
+            check()
 
 
 def test_an_answer_that_cannot_be_saved_is_not_added(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -60,10 +60,10 @@ def crowded(cache: Path) -> Iterator[None]:
     def limit(owner: Any, name: str, error: Exception) -> None:
         real = getattr(owner, name)
 
-        def write(*arguments: Any) -> None:
+        def write(*arguments: Any, **options: Any) -> None:
             if num_bytes(cache / NAME) >= most:
                 raise error
-            real(*arguments)
+            real(*arguments, **options)
 
         patch.setattr(owner, name, write)
 

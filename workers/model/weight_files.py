@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from distkv.storage.disk.cache_folder import replace_file
+from distkv.storage.disk.files import replace_file
 from distkv.workers.errors import ConfigError
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,220 @@
+"""Power fails at any moment: pages that were synced are there, no page is taken for another, and nothing stops a start.
+
+See `docs/durability.md`, which says the same to users.
+"""
+
+import os
+import random
+import struct
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from fcntl import ioctl
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from support.disk_process import DiskProcess
+from support.power_loss import PowerLoss
+from support.processes import start_python
+
+from distkv.frontend.session import Session
+from distkv.storage.disk import file_lock, synced_pages
+from distkv.storage.disk import reopen as reopen_module
+from distkv.storage.disk.cache_folder import CATALOGUE_LOG
+from distkv.storage.disk.catalogue import read_catalogue
+from distkv.storage.disk.synced_pages import SyncedPages
+
+NUM_PAGES = 5
+NAME = "cache/0123456789abcdef"
+
+
+@pytest.fixture
+def no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches are synced when a test says so, and the disk need not hear of it."""
+    monkeypatch.setattr(synced_pages, "SYNC_SECONDS", 1000.0)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(os, "fdatasync", lambda descriptor: None)
+
+
+class Left(NamedTuple):
+    """What a loss of power left, and the pages that were certain to stay."""
+
+    folder: Path
+    synced: set[int]
+
+
+def run(path: Path, seed: int, num_steps: int = 14, share: float = 0.15) -> list[Left]:
+    """Writes, gives up and syncs pages, with clean restarts in any number of slots; power may fail after each call that
+    changes anything, and now and then does."""
+    rng, cuts = random.Random(seed), random.Random(seed + 1)
+    root = path / "disk"
+    root.mkdir(parents=True)
+    loss, left = PowerLoss(root), []
+    synced: set[int] = set()
+
+    def fail() -> None:
+        if cuts.random() < share:
+            left.append(Left(path / str(loss.num_calls), set(synced)))
+            loss.leave(left[-1].folder, cuts)
+
+    loss.called = fail
+    with loss.followed():
+        process = DiskProcess(root / NAME, NUM_PAGES)
+        for key in range(num_steps):
+            slot = rng.randrange(process.pool.num_pages)
+            if slot in process.keys:
+                synced.discard(process.keys[slot])
+                process.give_up(slot)
+            process.write(slot, key)
+            what = rng.random()
+            if what < 0.3:
+                process.sync()
+                synced = set(process.keys.values())
+            elif what < 0.5:
+                process.close()
+                synced = set(process.keys.values())
+                num_pages = rng.randrange(2, 8)
+                entries, _ = read_catalogue(root / NAME)
+                synced &= {int(one.key) for one in entries[max(0, len(entries) - num_pages) :]}
+                process = DiskProcess(root / NAME, num_pages)
+                assert process.read() == synced, "nothing is lost without a loss of power"
+        process.close()
+    return left
+
+
+def check(left: Left, num_pages: int = 8) -> int:
+    """Starts on what is left, twice; returns how many pages are there."""
+    folder = left.folder / NAME
+    for again in (False, True):
+        process = DiskProcess(folder, num_pages)
+        found = process.read()
+        assert left.synced <= found, f"pages that were synced are gone: {left.synced - found}"
+        if again:
+            process.write(0, 99)
+        process.close()
+    return len(found)
+
+
+@pytest.mark.usefixtures("no_disk")
+def test_what_was_synced_outlives_a_loss_of_power(tmp_path: Path) -> None:
+    found = [check(one) for seed in range(3) for one in run(tmp_path / str(seed), seed)]
+    assert len(found) > 40 and sum(found) > 40
+
+
+def skip_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SyncedPages, "add", lambda self, files: None)
+
+
+def skip_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synced_pages, "sync_folder", lambda folder: None)
+
+
+def skip_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = synced_pages.sync_file
+    monkeypatch.setattr(synced_pages, "sync_file", lambda path: path.name == CATALOGUE_LOG or real(path))
+
+
+def skip_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reopen_module, "sync_folder", lambda folder: None)
+
+
+def skip_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_lock, "make_folder", lambda folder: folder.mkdir(parents=True, exist_ok=True))
+
+
+@pytest.mark.usefixtures("no_disk")
+@pytest.mark.parametrize("skip", [skip_files, skip_names, skip_catalogue, skip_moves, skip_folders])
+def test_without_any_one_of_the_syncs_pages_are_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skip: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    skip(monkeypatch)
+    with pytest.raises(AssertionError, match="pages that were synced are gone"):
+        for seed in range(6):
+            for one in run(tmp_path / str(seed), seed, share=0.3):
+                check(one)
+
+
+# --- a real file system, whose power is switched off ---
+
+SHUT_DOWN, WITHOUT_SYNC = 0x8004587D, 2  # of ext4: nothing that is not on its disk by now gets there
+
+WRITER = """
+import random, sys
+from pathlib import Path
+from support.disk_process import DiskProcess
+from distkv.frontend.conversation import Conversation, StoredMessage
+from distkv.frontend.session import Session
+from distkv.storage.disk import synced_pages
+
+synced_pages.SYNC_SECONDS = 1000.0
+folder, seed = Path(sys.argv[1]), int(sys.argv[2])
+rng, talk = random.Random(seed), Conversation()
+process, session = DiskProcess(folder / "cache/0123456789abcdef", 40), Session(folder / "cache", "trip")
+for key in range(10**6):
+    slot = rng.randrange(40)
+    if slot in process.keys:
+        print("gone", process.keys[slot], flush=True)
+        process.give_up(slot)
+    process.write(slot, key)
+    if rng.random() < 0.1:
+        process.sync()
+        print("synced", *process.keys.values(), flush=True)
+    if rng.random() < 0.1:
+        talk._messages.append(StoredMessage("user", "x" * rng.randrange(10000)))
+        session.go_on_from(talk)
+        session.save()
+        print("kept", len(talk._messages), flush=True)
+"""
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[], Path]]:
+    """Mounts an ext4 image, anew at each call."""
+    image, folder = tmp_path / "image", tmp_path / "mounted"
+    folder.mkdir()
+    with open(image, "wb") as file:
+        file.truncate(2**26)
+
+    def command(*words: object) -> None:
+        subprocess.run([str(word) for word in words], check=True, capture_output=True)
+
+    def mount() -> Path:
+        with suppress(subprocess.CalledProcessError):
+            command("umount", folder)
+        command("mount", "-o", "loop", image, folder)
+        return folder
+
+    try:
+        command("mkfs.ext4", "-q", image)
+        mount()
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"this machine lets us mount no image: {error}")
+    yield mount
+    command("umount", "--lazy", folder)  # what failed may hold files open
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_a_real_loss_of_power(mounted: Callable[[], Path], seed: int) -> None:
+    folder, rng = mounted(), random.Random(seed)
+    writer = start_python(WRITER, str(folder), str(seed))
+    assert writer.stdout is not None
+    lines = [writer.stdout.readline() for _ in range(rng.randrange(5, 400))]
+    assert all(lines)
+    descriptor = os.open(folder, os.O_RDONLY)
+    ioctl(descriptor, SHUT_DOWN, struct.pack("I", WITHOUT_SYNC))
+    os.close(descriptor)
+    lines += writer.stdout.readlines()  # until it finds out
+    writer.wait()
+    synced, num_kept = set[int](), 0
+    for word, *numbers in map(str.split, lines):
+        if word == "synced":
+            synced = set(map(int, numbers))
+        elif word == "gone":
+            synced.discard(int(numbers[0]))
+        else:
+            num_kept = int(numbers[0])
+    check(Left(mounted(), synced), 40)
+    with Session(folder / "cache", "trip") as session:
+        assert len(session.messages) in (num_kept, num_kept + 1), "the last one may be there, and was not reported"
