@@ -129,9 +129,10 @@ class Accepted(msgspec.Struct, frozen=True, tag=True):
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
-    """Leader to client: none of the requests is queued; why, as the text of a CapacityError."""
+    """Leader to client: none of the requests is queued."""
 
     reason: str
+    error: str = "CapacityError"  # name of a class of `distkv.errors`, whose text the reason is
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):

@@ -65,7 +65,8 @@ def make_rules(request: EngineRequest, info: EngineInfo) -> TokenRules | None:
         or request.bad_words_token_ids
     ):
         return None
-    ends = request.stop_token_ids | (frozenset() if params.ignore_eos else frozenset(info.eos_token_ids))
+    stops = request.stop_token_ids | (frozenset() if params.ignore_eos else frozenset(info.eos_token_ids))
+    ends = frozenset(token for token in stops if 0 <= token < info.vocab_size)  # a config may name others
     allowed = None if params.allowed_token_ids is None else token_bits(params.allowed_token_ids, info.vocab_size)
     rules = TokenRules(request, ends, allowed)
     if params.structured_outputs is not None:

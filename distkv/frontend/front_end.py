@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from distkv.config import EngineConfig
 from distkv.engine.protocol import EngineInfo, EngineRequest
+from distkv.engine.request_bounds import check_tokens
 from distkv.engine.thread import EngineThread, RunningEngine
 from distkv.errors import ConfigError, RequestError
 from distkv.frontend.bad_words import bad_words_token_ids
@@ -16,7 +17,6 @@ from distkv.frontend.end_tokens import stop_reasons
 from distkv.frontend.request_checks import (
     Prompt,
     check_params,
-    check_tokens,
     plain_priority,
     plain_prompt,
     plain_salt,

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypedDict
 
 from distkv.engine.protocol import EngineInfo
+from distkv.engine.request_bounds import check_params_tokens
 from distkv.errors import CapacityError, RequestError
 from distkv.sampling_params import SamplingParams
 from distkv.values import integer, listed, plain, shown, text
@@ -78,10 +79,7 @@ def check_params(params: Any, info: EngineInfo) -> None:
     for more answers than can ever run."""
     if not isinstance(params, SamplingParams):
         raise RequestError(f"sampling_params is {shown(params)}; it must be a SamplingParams")
-    for name in ("allowed_token_ids", "logit_bias"):
-        most = max(getattr(params, name) or [0])
-        if most >= info.vocab_size:
-            raise RequestError(f"{name} has {most}; ids are integers below {info.vocab_size}")
+    check_params_tokens(params, info)
     if params.n > info.max_num_seqs:
         raise CapacityError(f"n is {params.n} and max_num_seqs {info.max_num_seqs}; lower n or raise max_num_seqs")
 
@@ -107,17 +105,3 @@ def plain_salt(cache_salt: Any, own: Any = None) -> str | None:
     if len(set(salts)) > 1:
         raise RequestError(f"cache_salt is {shown(salts[0])}, and {shown(salts[1])} in the prompt; give one of them")
     return salts[0] if salts else None
-
-
-def check_tokens(token_ids: list[Any], info: EngineInfo) -> None:
-    """Raises RequestError for a prompt that is empty or too long, or has a token that the model does not know."""
-    if not token_ids:
-        raise RequestError("the prompt is empty; give at least one token")
-    if len(token_ids) >= info.max_model_len:
-        raise RequestError(
-            f"the prompt has {len(token_ids)} tokens and max_model_len is {info.max_model_len}, with one for "
-            "the answer; shorten the prompt or raise max_model_len"
-        )
-    for token in token_ids:
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < info.vocab_size:
-            raise RequestError(f"the prompt has token id {shown(token)}; ids are integers below {info.vocab_size}")

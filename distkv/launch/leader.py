@@ -23,7 +23,8 @@ from distkv.engine.protocol import (
     decode_command,
     encode,
 )
-from distkv.errors import CapacityError
+from distkv.engine.request_bounds import check_request
+from distkv.errors import CapacityError, RequestError
 from distkv.metrics.ray_metrics import RayMetrics
 from distkv.metrics.step_trace import StepTrace
 from distkv.workers.group.log_lines import LogLine
@@ -81,10 +82,12 @@ def _serve(
             match decode_command(client.recv()):
                 case Add(requests):
                     try:
+                        for request in requests:
+                            check_request(request, engine.info)
                         engine.add(requests)
                         client.send(encode(Accepted()))
-                    except CapacityError as error:
-                        client.send(encode(Refused(str(error))))
+                    except (CapacityError, RequestError) as error:
+                        client.send(encode(Refused(str(error), type(error).__name__)))
                 case Abort(answers, reason):
                     engine.abort(answers, reason)
                 case GetStats():

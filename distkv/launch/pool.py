@@ -14,7 +14,7 @@ from distkv.engine.prefix_router import PrefixRouter, prefix_keys
 from distkv.engine.protocol import EngineInfo, EngineRequest, RequestFailed, StepOutput
 from distkv.engine.replay import Replay
 from distkv.engine.stats import EngineStats, total
-from distkv.errors import CapacityError, DistKVError, WorkerDied
+from distkv.errors import CapacityError, DistKVError, RequestError, WorkerDied
 from distkv.launch.ray_engine import REST, STEP_WAIT, RayEngine
 
 log = logging.getLogger(__name__)
@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 FAILURE_WINDOW = 600.0  # seconds in which at most `max_rank_failures` are made good
 CHECK_SECONDS = 1.0  # after which the wait for the first engine looks whether it is still wanted
 RETRY_SECONDS = 10.0  # after which an engine that found no room is started again
+REFUSALS = CapacityError, RequestError  # of one request; nothing is wrong with the engine
 MOST_RUNS = 3  # of a request whose engines are lost: it may be what they die of
 
 StartOne = Callable[[int, bool, Callable[[], None]], RayEngine]
@@ -100,7 +101,7 @@ class EnginePool:
             for request in requests:
                 placed.append(Replay(request))
                 self._place(placed[-1])
-        except CapacityError:
+        except REFUSALS:
             self.abort([(replay.request.request_id, None) for replay in placed])
             raise
 
@@ -194,7 +195,7 @@ class EnginePool:
     # --- requests ---
 
     def _place(self, replay: Replay) -> None:
-        """Gives a request to an engine, or has it wait for one; raises CapacityError when the engine refuses it."""
+        """Gives a request to an engine, or has it wait for one; raises one of `REFUSALS` when the engine refuses it."""
         request = replay.request
         running = {member.name: member for member in self._members if member.engine is not None}
         if not running:
@@ -242,8 +243,8 @@ class EnginePool:
                 continue
             try:
                 self._place(replay)
-            except CapacityError as error:
-                self._fail(replay, str(error), CapacityError)
+            except REFUSALS as error:
+                self._fail(replay, str(error), type(error))
 
     def _fail(self, replay: Replay, message: str, kind: type[DistKVError]) -> None:
         replay.close(None)

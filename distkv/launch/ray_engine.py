@@ -5,8 +5,10 @@ import math
 import time
 from collections import deque
 
+import msgspec
 import zmq
 
+from distkv import errors
 from distkv.engine.client import OpenAnswers
 from distkv.engine.protocol import (
     Abort,
@@ -28,7 +30,7 @@ from distkv.engine.protocol import (
     encode,
 )
 from distkv.engine.stats import EngineStats
-from distkv.errors import CapacityError, DistKVError, StoreError
+from distkv.errors import DistKVError, StoreError, WorkerDied
 from distkv.launch.leader import lead
 from distkv.launch.watchdog import Watchdog
 from distkv.metrics.trace_file import TraceFile
@@ -43,6 +45,7 @@ DEATH_POLL = 200  # milliseconds of silence after which the ranks are checked
 REST = 1.0  # seconds after which an idle group is looked after
 FINISH_TIMEOUT = 60.0  # seconds without progress after which ranks that are to save the cache and end are cut off
 END_SECONDS = 10.0  # that ranks have to end beyond save_timeout, after which they are cut off
+START_SECONDS = 900.0  # at least, for the first answer: nobody knows how long compiling takes
 LAST_WORD = 1000  # milliseconds that a leader whose group has lost a rank gets to say how much is lost
 
 Reply = Accepted | Refused | Tokens | EngineStats | Saving
@@ -67,15 +70,22 @@ class RayEngine:
         self._unread: deque[list[StepOutput]] = deque()
         self._open = OpenAnswers()
         self._heard = 0.0  # monotonic time of the last message, or of the last look at the ranks
-        self._watchdog = Watchdog(math.inf)  # nobody knows how long compiling takes
+        self._watchdog = Watchdog(max(hang_timeout, START_SECONDS))
         self._closed = False
         try:
             group.start(lead, info, trace is not None)
-            self._socket = connect_private(self._context, group.request_address)
+            self._socket = self._connect()
             self.stats()  # the loops run
             self._watchdog = Watchdog(hang_timeout)
         except BaseException:
             self._end()
+            raise
+
+    def _connect(self) -> zmq.Socket:
+        try:
+            return connect_private(self._context, self._group.request_address)
+        except DistKVError:
+            self._group.check()  # which knows better why, if a rank has ended
             raise
 
     def add(self, requests: list[EngineRequest]) -> None:
@@ -83,7 +93,7 @@ class RayEngine:
         self._send(Add(requests))
         reply = self._answer()
         if isinstance(reply, Refused):
-            raise CapacityError(reply.reason)
+            raise getattr(errors, reply.error)(reply.reason)
         self._open.add(requests)
 
     def abort(self, answers: list[tuple[str, int | None]], reason: str = "abort") -> None:
@@ -222,7 +232,7 @@ class RayEngine:
         while self._socket.poll(wait):
             self._heard = time.monotonic()
             self._watchdog.heard()
-            reply = decode_reply(self._socket.recv())
+            reply = self._read()
             if isinstance(reply, Logged):
                 relay(reply.lines)
             elif isinstance(reply, Working):
@@ -238,6 +248,13 @@ class RayEngine:
             self._check()
             self._heard = time.monotonic()
         return None
+
+    def _read(self) -> Reply | Working | Logged | Traced:
+        try:
+            return decode_reply(self._socket.recv())
+        except msgspec.MsgspecError as error:  # whatever it was, nothing is known of the engine any more
+            self._end()
+            raise WorkerDied(0, self._group.nodes[0].host, f"a message of it cannot be read ({error})") from error
 
     def _check(self) -> None:
         """Raises WorkerDied when a rank has ended or the ranks hang, having released everything."""

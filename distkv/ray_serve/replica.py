@@ -16,7 +16,7 @@ from distkv.engine.client import OpenAnswers
 from distkv.engine.loop import Broken, Delivery
 from distkv.engine.protocol import EngineRequest, RequestFailed, StepOutput
 from distkv.engine.thread import EngineThread
-from distkv.errors import CapacityError, ConfigError, DistKVError
+from distkv.errors import CapacityError, ConfigError, DistKVError, RequestError
 from distkv.launch.launch import launch
 from distkv.ray_serve.pieces import Piece, decode_request, encode
 from distkv.storage.disk.file_lock import FileLock, HeldError
@@ -159,7 +159,7 @@ class _Stream:
                 self._due.clear()
 
     def _break(self, request_id: str, error: BaseException) -> None:
-        if isinstance(error, DistKVError) and not isinstance(error, CapacityError):
+        if isinstance(error, DistKVError) and not isinstance(error, CapacityError | RequestError):
             self._lost = str(error)
             return
         name = type(error).__name__ if isinstance(error, DistKVError) else "DistKVError"

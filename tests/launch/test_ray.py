@@ -11,6 +11,7 @@ import threading
 import time
 from contextlib import closing, suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 from urllib.request import urlopen
 
@@ -28,7 +29,8 @@ from support.prompts import random_prompt, random_prompts
 from support.ray_cluster import Cluster, await_no_ranks, rank_processes
 from support.rules import rule_requests, save_speaking_llama
 
-from distkv import LLM, AsyncLLM, CapacityError, ConfigError, DistKVError, SamplingParams, WorkerDied
+from distkv import LLM, AsyncLLM, CapacityError, ConfigError, DistKVError, RequestError, SamplingParams, WorkerDied
+from distkv.engine.protocol import EngineRequest
 from distkv.storage.disk.catalogue import Catalogue
 
 pytestmark = pytest.mark.ray
@@ -334,6 +336,11 @@ def test_one_rank_on_a_cluster(cluster: Cluster, tiny_model: Path) -> None:
         assert llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs == expected
         with pytest.raises(CapacityError, match="KV pages"):
             llm.generate([[5] * 200], SamplingParams(n=64, max_tokens=50), use_tqdm=False)
+        for token in (10**6, -1):  # as no front end would send it
+            deliveries: SimpleQueue[list[Any]] = SimpleQueue()
+            llm._front_end.thread.add([EngineRequest("forged", [5, token], GREEDY, 8, 0)], deliveries.put)
+            [broken] = deliveries.get(timeout=60)
+            assert type(broken.error) is RequestError and f"the prompt has {token}" in str(broken.error)
         stream = llm.stream([5, 6, 7], SamplingParams(max_tokens=200, ignore_eos=True))
         next(stream)
         stream.close()

@@ -2,13 +2,17 @@
 
 import os
 import socket as sockets
+import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
 
 import pytest
 import zmq
 
+from distkv import DistKVError
+from distkv.workers.group import stray_connections
 from distkv.workers.group.private_socket import Address, bind_private, connect_private
+from distkv.workers.group.stray_connections import StrayConnections
 
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01"  # of ZMTP 3.1
 PATIENCE = 5000  # milliseconds
@@ -71,11 +75,11 @@ def test_a_peer_without_the_key_is_not_heard(context: zmq.Context, key: str, com
     if not comes_first:
         connected = connect_private(context, address)
         talk(bound, connected)
-    if key == "none":
-        stranger = context.socket(zmq.PAIR)
-        stranger.connect(address.endpoint)
-    else:
-        stranger = connect_private(context, address._replace(key=zmq.curve_keypair()[0]))
+    stranger = context.socket(zmq.PAIR)
+    if key == "another":
+        stranger.curve_publickey, stranger.curve_secretkey = zmq.curve_keypair()
+        stranger.curve_serverkey = zmq.curve_keypair()[0]
+    stranger.connect(address.endpoint)
     stranger.linger = 0
     with closing(stranger):
         with suppress(zmq.Again):
@@ -83,3 +87,52 @@ def test_a_peer_without_the_key_is_not_heard(context: zmq.Context, key: str, com
         assert not bound.poll(MOMENT)
         talk(bound, connected or connect_private(context, address))
         assert not stranger.poll(MOMENT)
+
+
+@pytest.mark.parametrize("who", ["nobody", "silence", "without a key", "another key"])
+def test_the_other_end_is_not_waited_for_without_end(context: zmq.Context, who: str) -> None:
+    """Whoever has taken its port meanwhile."""
+    taken = sockets.create_server(("127.0.0.1", 0))
+    endpoint = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+    if who != "silence":
+        taken.close()
+    stranger = context.socket(zmq.PAIR)
+    if who == "without a key":
+        stranger.bind(endpoint)
+    if who == "another key":
+        _, (endpoint, _) = bind_private(context, "127.0.0.1")
+    with closing(taken), pytest.raises(DistKVError, match=r"nobody who has its key answered at tcp://.* within 0\.2 s"):
+        connect_private(context, Address(endpoint, zmq.curve_keypair()[0]), seconds=0.2)
+    assert not stranger.poll(0)
+
+
+def test_strangers_are_counted_and_logged(
+    context: zmq.Context, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those that say nothing when they leave; whoever has the key never, though it leaves too."""
+    monkeypatch.setattr(stray_connections, "LOOK_SECONDS", 0.0)
+    bound, address = bind_private(context, "127.0.0.1")
+    strays = StrayConnections([bound])
+    silent = sockets.create_connection(host_of(address))
+    connected = connect_private(context, address)
+    for said in (b"GET / HTTP/1.1\r\n\r\n", os.urandom(64), GREETING + b"NULL" + bytes(48)):
+        with sockets.create_connection(host_of(address)) as stranger, suppress(OSError):
+            stranger.sendall(said)
+            stranger.recv(4096), stranger.recv(4096)
+    await_strays(strays, 3)
+    talk(bound, connected)
+    silent.close()
+    await_strays(strays, 4)
+    connected.close(linger=0)
+    assert len(caplog.records) == 1, "not each of them"
+    monkeypatch.setattr(stray_connections, "REMARK_SECONDS", 0.0)
+    assert not bound.poll(MOMENT), "time for the end of who has the key"
+    strays.look()
+    assert [record.args for record in caplog.records[1:]] == [(4,)]
+
+
+def await_strays(strays: StrayConnections, number: int) -> None:
+    deadline = time.monotonic() + PATIENCE / 1e3
+    while strays.num_dropped < number and time.monotonic() < deadline:
+        strays.look()
+    assert strays.num_dropped == number

@@ -13,18 +13,18 @@ class LeaderChannel:
 
     def __init__(self, context: zmq.Context, host: str, num_followers: int):
         bound = [bind_private(context, host) for _ in range(num_followers)]
-        self._sockets = [socket for socket, _ in bound]
+        self.sockets = [socket for socket, _ in bound]
         self.addresses = [address for _, address in bound]  # one per follower, in order of rank
 
     def send(self, plan: StepPlan | None) -> None:
         """Sends a plan to all followers; None ends them."""
         message = b"" if plan is None else encode(plan)
-        for socket in self._sockets:
+        for socket in self.sockets:
             socket.send(message)
 
     def receive(self) -> list[Report]:
         """Waits for each follower's report of a plan, in order of rank, and logs here what they have logged."""
-        reports = [decode_report(socket.recv()) for socket in self._sockets]
+        reports = [decode_report(socket.recv()) for socket in self.sockets]
         for rank, report in enumerate(reports, 1):
             relay(report.log, rank)
         return reports

@@ -1,14 +1,20 @@
 """PAIR sockets that reach nobody but who was told their address, by CurveZMQ (http://curvezmq.org).
 
 The key of an address is 32 random bytes that Ray hands over and that never cross the network in the clear: who does not
-know them cannot connect, and what is sent is encrypted. Whatever else comes to the port is dropped by the library.
+know them cannot connect, and what is sent is encrypted. Whatever else comes to the port is dropped by the library, and
+counted by `stray_connections.py`.
 """
 
+from contextlib import closing
 from typing import NamedTuple
 
 import zmq
 
+from distkv.workers.errors import DistKVError
+from distkv.workers.group.stray_connections import monitor
+
 MOST_BYTES = 2**30  # of a message; a longer one ends its connection before memory is taken for it
+HANDSHAKE_SECONDS = 30.0  # in which the other end must show that it has the key; its process may be busy meanwhile
 
 
 class Address(NamedTuple):
@@ -27,12 +33,22 @@ def bind_private(context: zmq.Context, host: str) -> tuple[zmq.Socket, Address]:
     return socket, Address(f"tcp://{host}:{port}", key)
 
 
-def connect_private(context: zmq.Context, address: Address) -> zmq.Socket:
-    """The other end."""
+def connect_private(context: zmq.Context, address: Address, seconds: float = HANDSHAKE_SECONDS) -> zmq.Socket:
+    """The other end, once it has met the one that was bound. Raises DistKVError when nobody who has its key answers
+    there within so many seconds."""
     socket = _make(context)
     socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
     socket.curve_serverkey = address.key
-    socket.connect(address.endpoint)
+    with closing(monitor(socket, zmq.EVENT_HANDSHAKE_SUCCEEDED)) as met:
+        socket.connect(address.endpoint)
+        is_met = met.poll(round(seconds * 1e3))
+        socket.monitor(None, 0)
+    if not is_met:
+        socket.close(linger=0)
+        raise DistKVError(
+            f"nobody who has its key answered at {address.endpoint} within {seconds:g} s: see that nodes of the "
+            "cluster reach each other at any port, and that no process of the engine is stopped"
+        )
     return socket
 
 

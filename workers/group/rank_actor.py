@@ -18,6 +18,7 @@ from distkv.workers.group.private_socket import Address, bind_private
 from distkv.workers.group.process_group import ProcessGroup, open_store
 from distkv.workers.group.rank_executor import RankExecutor
 from distkv.workers.group.report import Report
+from distkv.workers.group.stray_connections import StrayConnections
 from distkv.workers.kinds import KINDS
 from distkv.workers.rank import Loaded, Rank
 from distkv.workers.rank_config import RankConfig
@@ -71,6 +72,7 @@ class RankActor:
         """On rank 0: binds the group's sockets."""
         self._followers = LeaderChannel(self._context, host, num_followers)
         self._requests, requests = bind_private(self._context, host)
+        self._strays = StrayConnections([self._requests, *self._followers.sockets])
         self._store = open_store(host)
         return Addresses((host, self._store.port), requests, self._followers.addresses)
 
@@ -104,7 +106,7 @@ class RankActor:
     def lead(self, main: LeaderMain, arguments: tuple[Any, ...]) -> list[LogLine]:
         """On rank 0: runs `main` until it returns, then ends the followers. Returns what was logged last."""
         try:
-            main(RankExecutor.on(self._rank, self._followers), self._requests, self._log.take, *arguments)
+            main(RankExecutor.on(self._rank, self._followers), self._requests, self._take_logs, *arguments)
             self._followers.send(None)
             self._followers.receive()  # they have let go of the disk, which rank 0 sweeps
         except BaseException:
@@ -112,6 +114,10 @@ class RankActor:
             raise
         self._rank.close()
         self._rank.group.close()
+        return self._log.take()
+
+    def _take_logs(self) -> list[LogLine]:
+        self._strays.look()
         return self._log.take()
 
     def follow(self, address: Address) -> list[LogLine]:

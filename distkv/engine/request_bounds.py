@@ -1,0 +1,65 @@
+"""What a request may hold so that no rank reads beyond a tensor: token ids of the model, and no more tokens than it has
+positions. A front end checks it, and so does a leader, of whoever sends it requests."""
+
+from collections.abc import Collection
+from typing import Any
+
+from distkv.engine.protocol import EngineInfo, EngineRequest
+from distkv.errors import RequestError
+from distkv.sampling_params import SamplingParams
+from distkv.values import shown
+
+
+def check_tokens(token_ids: list[Any], info: EngineInfo) -> None:
+    """Raises RequestError for a prompt that is empty or too long, or has a token that the model does not know."""
+    _check_length(token_ids, info)
+    for token in token_ids:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < info.vocab_size:
+            raise RequestError(f"the prompt has token id {shown(token)}; ids are integers below {info.vocab_size}")
+
+
+def check_params_tokens(params: SamplingParams, info: EngineInfo) -> None:
+    """Raises RequestError for parameters with a token that the model does not know."""
+    for name in ("allowed_token_ids", "logit_bias"):
+        _check_ids(name, getattr(params, name) or (), info)
+
+
+def check_request(request: EngineRequest, info: EngineInfo) -> None:
+    """Raises RequestError for a request that no front end would send. Stop tokens may be any: others never come."""
+    _check_length(request.prompt_token_ids, info)
+    _check_ids("the prompt", request.prompt_token_ids, info)
+    check_params_tokens(request.params, info)
+    for word in request.bad_words_token_ids:
+        _check_ids("bad_words", word, info)
+        if not word:
+            raise RequestError("bad_words has a word of no token; leave it out")
+    room = info.max_model_len - len(request.prompt_token_ids)
+    if not 1 <= request.max_tokens <= room:
+        raise RequestError(f"max_tokens is {request.max_tokens}; the prompt leaves room for 1 to {room}")
+    n = request.params.n
+    if not all(0 <= index < n for index in request.begun):
+        raise RequestError(f"answers {sorted(request.begun)} were begun, and n is {n}; they are counted from 0")
+    for answer in request.begun.values():
+        _check_ids("an answer that was begun", answer, info)
+        if len(answer) >= request.max_tokens:
+            raise RequestError(
+                f"an answer that was begun has {len(answer)} tokens and max_tokens is {request.max_tokens}: it has "
+                "ended; ask for the others alone"
+            )
+
+
+def _check_length(token_ids: list[Any], info: EngineInfo) -> None:
+    if not token_ids:
+        raise RequestError("the prompt is empty; give at least one token")
+    if len(token_ids) >= info.max_model_len:
+        raise RequestError(
+            f"the prompt has {len(token_ids)} tokens and max_model_len is {info.max_model_len}, with one for "
+            "the answer; shorten the prompt or raise max_model_len"
+        )
+
+
+def _check_ids(name: str, token_ids: Collection[int], info: EngineInfo) -> None:
+    """By the extremes alone, since a leader that checks a million tokens does nothing else meanwhile."""
+    for extreme in (min(token_ids, default=0), max(token_ids, default=0)):
+        if not 0 <= extreme < info.vocab_size:
+            raise RequestError(f"{name} has {extreme}; ids are integers below {info.vocab_size}")
