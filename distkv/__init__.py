@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # the same names, for type checkers
     from distkv.outputs import RequestOutput as RequestOutput
     from distkv.sampling_params import RequestOutputKind as RequestOutputKind
     from distkv.sampling_params import SamplingParams as SamplingParams
+    from distkv.signals import exit_on_sigterm as exit_on_sigterm
     from distkv.structured_outputs.params import StructuredOutputsParams as StructuredOutputsParams
 
 _HOME = {
@@ -47,6 +48,7 @@ _HOME = {
     "StoreError": "errors",
     "WorkerDied": "errors",
     "Draining": "errors",
+    "exit_on_sigterm": "signals",
 }
 __all__ = ["__version__", *_HOME]
 

@@ -78,6 +78,10 @@ def _answer(
             print(delta.outputs[0].text, end="", flush=True)
     except KeyboardInterrupt:  # stops this answer, not the conversation
         pass
+    except SystemExit:  # of SIGTERM
+        if deltas:
+            conversation.add_output(join_deltas(deltas).outputs[0])
+        raise
     print()
     if not deltas:
         return

@@ -24,6 +24,7 @@ from distkv.commands.serve import serve
 from distkv.commands.stress import stress
 from distkv.commands.submit import submit
 from distkv.errors import ConfigError, DistKVError
+from distkv.signals import exit_on_sigterm
 
 # click's, which newer releases of typer carry under a name of their own
 UsageError: Any = typer.BadParameter.__bases__[0]
@@ -47,10 +48,11 @@ for each in chain.from_iterable(one.registered_commands for one in (app, *groups
 
 def main() -> None:
     """Runs the command line. An error that names its cure is one line on stderr and exit code 2; when the reader of
-    stdout has left, as `head` does, the exit code is 141, and after Ctrl-C it is 130, both without a word."""
+    stdout has left, as `head` does, the exit code is 141, after Ctrl-C it is 130 and after SIGTERM 143, all without a
+    word."""
     code, unexplained = 0, None
     try:
-        with streams.guarded() as stdout:
+        with exit_on_sigterm(), streams.guarded() as stdout:
             try:
                 code = _run()
             except (OSError, SystemExit) as error:  # what writing to stdout raises, and what typer makes of it
