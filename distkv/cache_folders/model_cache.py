@@ -2,6 +2,7 @@
 
 import os
 from contextlib import closing
+from itertools import count, islice, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from distkv.storage.disk.cache_folder import (
     read_description,
 )
 from distkv.storage.disk.catalogue import Catalogue, Entry
+from distkv.storage.page_spec import PageSpec
 
 
 class ModelCache:
@@ -27,11 +29,13 @@ class ModelCache:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._description, self._problem = None, f"{str(folder)!r} has no {DESCRIPTION}"
+        self._description: Description | None = None
+        self._problem = f"{str(folder)!r} has no {DESCRIPTION}"
+        self.problem: str | None = None  # what is wrong with the description, which may be missing
         try:
             self._description = read_description(folder)
         except (DamagedError, ConfigError) as error:
-            self._problem = str(error)
+            self._problem = self.problem = str(error)
 
     @property
     def description(self) -> Description:
@@ -39,6 +43,14 @@ class ModelCache:
         if self._description is None:
             raise DamagedError(self._problem)
         return self._description
+
+    @property
+    def spec(self) -> PageSpec | None:
+        """The pages of the whole model, where it is known what they are."""
+        known = self._description
+        if known is None:
+            return None
+        return PageSpec(known.num_layers, known.num_kv_heads, known.page_size, known.head_dim, known.dtype)
 
     @property
     def fingerprint(self) -> str:
@@ -59,33 +71,39 @@ class ModelCache:
         with closing(Catalogue(self.folder, read_only=True)) as catalogue:
             return catalogue.entries()
 
+    def listed(self) -> set[int]:
+        """See `Catalogue.slots`. Raises DamagedError or StoreError."""
+        with closing(Catalogue(self.folder, read_only=True)) as catalogue:
+            return catalogue.slots()
+
+    def check_catalogue(self) -> None:
+        """Raises DamagedError when it is damaged, be it where no row is, StoreError when it cannot be read now."""
+        with closing(Catalogue(self.folder, read_only=True)) as catalogue:
+            catalogue.check()
+
     def damage(self, entry: Entry) -> str | None:
-        """What is wrong with the files of a page, naming the first such file; None when they are whole. Raises
-        DamagedError when it is not known what they hold."""
-        shape = self.description.num_kv_heads, self.description.num_layers
-        if len(entry.crc32c) != 4 * shape[0] * shape[1]:
-            return (
-                f"the catalogue has {len(entry.crc32c)} bytes of checksums for slot {entry.slot}, and "
-                f"{4 * shape[0] * shape[1]} are due"
-            )
-        checksums = np.frombuffer(entry.crc32c, np.uint32)
-        size = self.description.page_bytes // shape[0]
-        memory = memoryview(bytearray(size + 1))  # one more, so that too long a file is noticed
-        for head, expected in enumerate(checksums.reshape(shape).tolist()):
-            path = self.folder / ARRAY / chunk_name(entry.slot, head)
+        """What is wrong with the files of a page, naming the first such file; None when they are whole. Where no
+        description says how many there are, those from the first head on count."""
+        files = (self.folder / ARRAY / chunk_name(entry.slot, head) for head in count())
+        if self._description is None:
+            paths = list(takewhile(Path.exists, files))
+        else:
+            paths = list(islice(files, self._description.num_kv_heads))
+        num_layers, rest = divmod(len(entry.crc32c), 4 * len(paths)) if paths else (0, 0)
+        if not num_layers or rest or (self._description and num_layers != self._description.num_layers):
+            return f"slot {entry.slot} has {len(entry.crc32c)} bytes of checksums, and not those of {len(paths)} files"
+        checksums = np.frombuffer(entry.crc32c, np.uint32).reshape(len(paths), num_layers)
+        for path, expected in zip(paths, checksums.tolist(), strict=True):
             try:
-                descriptor = os.open(path, os.O_RDONLY)
-                try:
-                    count = os.preadv(descriptor, [memory], 0)
-                finally:
-                    os.close(descriptor)
+                size = path.stat().st_size
+                if self._description is not None and size != (due := self._description.page_bytes // len(paths)):
+                    return f"{path} has not the {due} bytes of a page's head"
+                content = memoryview(path.read_bytes())
             except OSError as error:
                 return f"{path} cannot be read: {error.strerror}"
-            if count != size:
-                return f"{path} has not the {size} bytes of a page's head"
-            step = size // shape[1]
+            step = size // num_layers
             for layer, checksum in enumerate(expected):
-                if crc32c(memory[layer * step : (layer + 1) * step]) != checksum:
+                if crc32c(content[layer * step : (layer + 1) * step]) != checksum:
                     return f"{path} is damaged: the checksum of layer {layer} is wrong"
         return None
 

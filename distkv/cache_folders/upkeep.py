@@ -1,4 +1,4 @@
-"""What lies in a cache_dir, whether it is whole, and how to make it smaller: printed, and done."""
+"""What lies in a cache_dir, and how to make it smaller: printed, and done. `verify.py` looks whether it is whole."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -8,13 +8,11 @@ from itertools import accumulate
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from distkv.cache_folders.model_cache import ModelCache, find_caches
 from distkv.errors import ConfigError, StoreError
-from distkv.storage.disk.cache_folder import LOCK, SCRATCH, DamagedError, FolderLock
-from distkv.storage.disk.catalogue import Entry
+from distkv.storage.disk.cache_folder import LOCK, SCRATCH, FolderLock
 from distkv.storage.disk.file_lock import is_locked
 from distkv.storage.disk.removal import give_up, num_bytes, sizes, sweep
 from distkv.storage.disk.scratch import sweep_scratch
@@ -48,41 +46,6 @@ def list_caches(console: Console, cache_dir: Path) -> None:
     console.print(table, soft_wrap=True)
     console.print(f"{_size(total)} in all; disk_kv_bytes is for each model", soft_wrap=True, highlight=False)
     _print_problems(console, problems)
-
-
-def verify_caches(console: Console, cache_dir: Path, remove: bool) -> bool:
-    """Reads all pages and prints what is wrong with which; returns whether all are whole.
-
-    Args:
-        remove: take the damaged pages out, and those that follow them. Raises ConfigError when an engine uses them.
-    """
-    with ExitStack() as stack:
-        caches = find_caches(cache_dir)
-        if remove:
-            _lock(stack, caches)
-        whole, num_pages = True, 0
-        for cache in caches:
-            try:
-                entries = cache.entries()
-                pages = track(entries, f"reading {cache.folder.name}", console=console, transient=True)
-                found = {entry: problem for entry in pages if (problem := cache.damage(entry))}
-            except DamagedError as error:
-                _print_problems(console, [str(error)])
-                whole = False
-                continue
-            # what an engine has given up meanwhile was not damaged
-            damaged = {entry: problem for entry, problem in found.items() if entry.slot in _unchanged(cache, found)}
-            _print_problems(console, damaged.values())
-            num_pages += len(entries)
-            whole = whole and not damaged
-            if remove and damaged:
-                slots = _with_followers(entries, damaged)
-                give_up(cache.folder, slots)
-                console.print(
-                    f"{cache.name}: {len(slots)} pages taken out, {len(damaged)} of them damaged", soft_wrap=True
-                )
-    console.print(f"{num_pages} pages read" + (", all whole" if whole else ""))
-    return whole
 
 
 def prune_caches(console: Console, cache_dir: Path, max_bytes: int, model: str | None) -> None:
@@ -143,21 +106,6 @@ def _print_problems(console: Console, problems: Iterable[str]) -> None:
 def _lock(stack: ExitStack, caches: Iterable[ModelCache]) -> None:
     for cache in caches:
         stack.callback(FolderLock(cache.folder).release)
-
-
-def _unchanged(cache: ModelCache, entries: Iterable[Entry]) -> set[int]:
-    """The slots of those entries that are still listed as they were."""
-    now = {(entry.slot, entry.key, entry.crc32c) for entry in cache.entries()}
-    return {entry.slot for entry in entries if (entry.slot, entry.key, entry.crc32c) in now}
-
-
-def _with_followers(entries: list[Entry], damaged: Iterable[Entry]) -> set[int]:
-    """The slots of damaged pages and of all that follow them in their sequences."""
-    lost = {entry.key for entry in damaged}
-    for entry in sorted(entries, key=lambda entry: entry.index):
-        if entry.index and entry.parent in lost:
-            lost.add(entry.key)
-    return {entry.slot for entry in entries if entry.key in lost}
 
 
 def _by_last_use(number: int, cache: ModelCache) -> Iterator[tuple[float, int, int]]:

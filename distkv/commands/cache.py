@@ -25,14 +25,17 @@ def cache_ls(cache_dir: CacheFolder) -> None:
 @cache.command("verify")
 def cache_verify(
     cache_dir: CacheFolder,
-    remove: Annotated[bool, typer.Option("--remove", help="Take damaged pages out, and those that follow.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Take out what is damaged and what belongs to no page; no engine may run.")
+    ] = False,
 ) -> None:
-    """Read every page and compare its checksums; exit code 1 when one is damaged."""
+    """Read all that lies there and compare checksums; exit code 1 when anything was not whole."""
     from rich.console import Console
 
-    from distkv.cache_folders.upkeep import verify_caches
+    from distkv.cache_folders.verify import verify_caches
+    from distkv.frontend.session_folder import verify_sessions
 
-    if not verify_caches(Console(), cache_dir, remove):
+    if not verify_caches(Console(), cache_dir, repair, lambda: verify_sessions(cache_dir, repair)):
         raise typer.Exit(1)
 
 

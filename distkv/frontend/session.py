@@ -28,6 +28,10 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 
 
+class DamagedSessionError(ConfigError):
+    """The file of a session is no such file, or no more."""
+
+
 class FileVersion(msgspec.Struct):
     """What the file of any version says of itself."""
 
@@ -65,9 +69,9 @@ class Session(Conversation):
         self.name = name
         self.title = f"session {name}"
         self._path = folder / f"{name}.json"
-        self._lock = _lock(folder / f"{name}.lock", name)
+        self._lock = lock_session(folder / f"{name}.lock", name)
         try:
-            found = _load(self._path)
+            found = load_session(self._path)
         except ConfigError:
             self._lock.release()
             raise
@@ -102,8 +106,8 @@ class Session(Conversation):
         _save(self._path, SessionFile(FORMAT, self._tokenizer, messages))
 
 
-def _lock(path: Path, name: str) -> FileLock:
-    """Raises ConfigError when the file cannot be written or is locked."""
+def lock_session(path: Path, name: str) -> FileLock:
+    """The right to a session, by its lock file. Raises ConfigError when that cannot be written or is locked."""
     try:
         make_folder(path.parent, 0o700)
         _make_private(path.parent, 0o700)
@@ -126,8 +130,9 @@ def _make_private(path: Path, mode: int) -> None:
         path.chmod(mode)
 
 
-def _load(path: Path) -> SessionFile:
-    """The content of a session's file, or of a new session when there is none. Raises ConfigError for a damaged one."""
+def load_session(path: Path) -> SessionFile:
+    """The content of a session's file, or of a new session when there is none. Raises DamagedSessionError for a damaged
+    one, and ConfigError for one that cannot be read or is of a later version."""
     cure = "move it away to begin the session anew, or bring back a copy of it"
     try:
         content = path.read_bytes()
@@ -140,7 +145,7 @@ def _load(path: Path) -> SessionFile:
         if version == FORMAT:
             return msgspec.json.decode(content, type=SessionFile)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"session file {str(path)!r} is damaged ({error}); {cure}") from error
+        raise DamagedSessionError(f"session file {str(path)!r} is damaged ({error}); {cure}") from error
     raise ConfigError(
         f"session file {str(path)!r} has version {version} and this distkv reads version {FORMAT}; update distkv, or "
         "name another session"

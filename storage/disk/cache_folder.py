@@ -136,6 +136,17 @@ def remove_catalogue(folder: Path) -> None:
         sync_folder(folder)
 
 
+def take_away(path: Path) -> None:
+    """Removes a damaged file; a folder in its place is renamed, since nobody knows what it is. Raises StoreError."""
+    try:
+        if path.is_dir():
+            path.replace(path.with_name(path.name + DAMAGED))
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StoreError(f"{str(path)!r} is damaged and cannot be removed: {error.strerror}") from error
+
+
 def set_aside(path: Path, reason: object) -> None:
     """Renames what is damaged, with a warning, in place of what was set aside before. Raises StoreError when it cannot
     be renamed."""

@@ -102,6 +102,17 @@ class Catalogue:
         """All slots that are listed, those of pages that cannot be used too."""
         return {entry.slot for entry in self._rows()}
 
+    def check(self) -> None:
+        """Has SQLite look for damage that does not show when rows are read."""
+        if self._is_empty:
+            return
+        try:
+            [[found]] = self._database.execute("PRAGMA integrity_check(1)").fetchall()
+        except SQLITE_ERRORS as error:
+            raise self._failure("read", error) from error
+        if found != b"ok":
+            raise DamagedError(f"the catalogue in {self._folder} is damaged ({found.decode(errors='replace')})")
+
     def wait(self, seconds: float) -> None:
         """Sets how long a lock of another program is waited for from now on."""
         self._database.execute(f"PRAGMA busy_timeout = {int(seconds * 1000)}")

@@ -23,6 +23,7 @@ from distkv.storage.disk.cache_folder import (
     parse_chunk,
     remove_catalogue,
     set_aside,
+    take_away,
 )
 from distkv.storage.disk.files import make_folder, replace_file
 from distkv.storage.errors import ConfigError, StoreError
@@ -75,13 +76,44 @@ def find_slots(folder: Path, spec: PageSpec) -> int:
     return array.shape[0]
 
 
+def check_metadata(folder: Path, spec: PageSpec | None) -> None:
+    """Raises DamagedError when those of an array are damaged or lost, ConfigError when it was not made by distkv.
+
+    Args:
+        spec: the pages of the whole model, where they are known.
+    """
+    array = folder / ARRAY
+    if not array.exists():
+        return
+    if not array.is_dir():
+        raise _foreign(array)
+    if spec is not None and not has_array(folder):
+        raise DamagedError(f"{str(array)!r} has no {METADATA}")
+    if spec is not None:
+        find_slots(folder, spec)
+    elif has_array(folder) and _made_by_distkv(array) is None:
+        raise DamagedError(f"the metadata of {str(array)!r} cannot be read")
+
+
+def renew_metadata(folder: Path, spec: PageSpec | None, num_pages: int) -> None:
+    """Makes those of an array again, or removes them where its pages are not known, so that an engine makes them."""
+    take_away(folder / ARRAY / METADATA)
+    if spec is not None:
+        _write_metadata(folder, spec, num_pages)
+
+
 def mend_array(folder: Path, spec: PageSpec, num_pages: int) -> None:
-    """Makes damaged metadata of an array again. The pages in it stay, since they are checked when they are taken over,
-    unless they are other ones.
+    """Makes metadata of an array that are damaged or lost again. The pages in it stay, since they are checked when they
+    are taken over, unless they are other ones.
 
     Raises ConfigError when the array was not made by distkv, StoreError when it cannot be written.
     """
-    if has_array(folder):
+    array = folder / ARRAY
+    if array.exists() and not has_array(folder):
+        if not _is_named_as_ours(array):
+            raise _foreign(array)
+        _write_metadata(folder, spec, num_pages)
+    elif has_array(folder):
         try:
             find_slots(folder, spec)
         except DamagedError as error:
@@ -119,7 +151,7 @@ def remove_array(folder: Path) -> None:
     if array.exists():
         ours = _made_by_distkv(array)
         if ours is None:  # killed before it wrote the metadata, or while it swept; or they are damaged
-            ours = array.is_dir() and all(map(_is_named_by_distkv, array.iterdir()))
+            ours = _is_named_as_ours(array)
         if not ours:
             raise _foreign(array)
         left = [path for path in array.iterdir() if path.name != METADATA]
@@ -171,6 +203,10 @@ def _made_by_distkv(array: Path) -> bool | None:
         raise StoreError(f"{str(array / METADATA)!r} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def _is_named_as_ours(array: Path) -> bool:
+    return array.is_dir() and all(map(_is_named_by_distkv, array.iterdir()))
 
 
 def _is_named_by_distkv(path: Path) -> bool:

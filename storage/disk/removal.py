@@ -4,7 +4,7 @@ without any room left."""
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -29,6 +29,11 @@ def sizes(folder: Path) -> dict[int, int]:
 def num_bytes(folder: Path) -> int:
     """All that `sizes` has."""
     return sum(sizes(folder).values())
+
+
+def leftovers(folder: Path, listed: Container[int]) -> list[Path]:
+    """The files that belong to none of the pages that are listed."""
+    return [Path(file.path) for file, slot in _files(folder) if slot not in listed]
 
 
 def sweep(folder: Path) -> bool:

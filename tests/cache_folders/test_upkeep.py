@@ -96,8 +96,6 @@ def test_damaged_folders_are_listed_and_pruned(cache: Path, name: str) -> None:
     is_known = "zarr" in name
     assert code == 0 and row[3] == ("3" if is_known else "?") and row[6] == "9.00 KiB"
     assert is_known or str(folder) in text.split("disk_kv_bytes")[1], "what is wrong is said below"
-    code, text = distkv(cache, "verify")
-    assert code == (0 if is_known else 1) and ("all whole" in text) == is_known
     code, text = distkv(cache, "prune", "--max-bytes", "1GiB")
     assert code == 0 and chunks(folder) == (set() if name == CATALOGUE else {3, 0, 5})
     assert not list(cache.rglob(f"*{DAMAGED}")), "what nobody can use is swept"

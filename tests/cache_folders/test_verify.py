@@ -1,0 +1,147 @@
+"""`distkv cache verify` finds whatever is damaged, and with --repair leaves what an engine takes without a word."""
+
+import os
+import re
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from support.damage import cut_short, flip_bit
+from support.disk_process import DiskProcess
+from support.disks import disk_pool
+from support.pages import SPEC, random_page
+from typer.testing import CliRunner
+
+from distkv.commands.main import app
+from distkv.errors import ConfigError
+from distkv.frontend.session import Session
+from distkv.storage.disk.cache_folder import ARRAY, CATALOGUE, DAMAGED, DESCRIPTION, SCRATCH, FolderLock
+from distkv.storage.disk.catalogue import Catalogue
+
+NAME = "0123456789abcdef"
+SLOTS = [3, 0, 5]
+METADATA = f"{ARRAY}/zarr.json"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Pages in three slots, and a session."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # of which there are many, and no power fails here
+    process = DiskProcess(tmp_path / NAME, 8)
+    for slot in SLOTS:
+        process.write(slot, slot)
+    process.close()
+    with Session(tmp_path, "trip") as session:
+        session.save()
+    return tmp_path
+
+
+def verify(cache: Path, *options: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["cache", "verify", "--cache-dir", str(cache), *options])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output.strip()
+
+
+def chunk(cache: Path, slot: int, head: int = 0) -> Path:
+    return cache / NAME / ARRAY / f"c.{slot}.0.0.{head}.0.0"
+
+
+def holds(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda cache: (cache / NAME / name).write_bytes(content)
+
+
+def folder_instead(name: str) -> Callable[[Path], object]:
+    def damage(cache: Path) -> None:
+        (cache / NAME / name).unlink()
+        (cache / NAME / name).mkdir()
+
+    return damage
+
+
+def other_index(cache: Path) -> None:
+    """Rows can be read, and the index over their keys has others."""
+    path = cache / NAME / CATALOGUE
+    content = bytearray(path.read_bytes())
+    at = content.rindex(b"5")
+    assert at >= len(content) - 4096, "on the last page, which is the index"
+    content[at] = ord("6")
+    path.write_bytes(content)
+
+
+def row_alone(cache: Path) -> None:
+    with closing(Catalogue(cache / NAME)) as catalogue:
+        [first, *_] = catalogue.entries()
+        catalogue.update([], [first._replace(key=b"77", parent=b"gone", index=1, slot=6)])
+    for head in range(SPEC.num_kv_heads):
+        chunk(cache, 6, head).write_bytes(chunk(cache, first.slot, head).read_bytes())
+
+
+def scratch(cache: Path) -> None:
+    (cache / SCRATCH).mkdir()
+    disk_pool(cache / SCRATCH).store(1, random_page(SPEC, 1))
+
+
+ALL = set(SLOTS)
+DAMAGES: dict[str, tuple[Callable[[Path], object], set[int], str]] = {
+    "catalogue": (holds(CATALOGUE, b"garbage" * 999), set(), "nobody knows the pages that it listed"),
+    "index of the catalogue": (other_index, set(), "is damaged .*nobody knows the pages"),
+    "catalogue a folder": (folder_instead(CATALOGUE), set(), "is a folder and no catalogue"),
+    "description": (holds(DESCRIPTION, b"{}"), ALL, "does not describe KV pages"),
+    "description a folder": (folder_instead(DESCRIPTION), ALL, "does not describe KV pages"),
+    "metadata": (holds(METADATA, b"{}"), ALL, "metadata of"),
+    "metadata lost": (lambda cache: (cache / NAME / METADATA).unlink(), ALL, "has no zarr.json"),
+    "metadata a folder": (folder_instead(METADATA), ALL, "metadata of"),
+    "both": (lambda cache: [holds(name, b"")(cache) for name in (DESCRIPTION, METADATA)], ALL, "metadata of"),
+    "torn": (lambda cache: cut_short(chunk(cache, 3)), {0, 5}, r"c\.3\.0\.0\.0\.0\.0 has not the 1536 bytes"),
+    "empty": (lambda cache: chunk(cache, 3, 1).write_bytes(b""), {0, 5}, r"c\.3\.0\.0\.1\.0\.0 has not the"),
+    "flipped bit": (lambda cache: flip_bit(chunk(cache, 0)), {3, 5}, "the checksum of layer 1 is wrong"),
+    "missing": (lambda cache: chunk(cache, 0, 1).unlink(), {3, 5}, "cannot be read: No such file"),
+    "of no page": (lambda cache: chunk(cache, 7).write_bytes(b"x"), ALL, r"1 files in .* such as c\.7\.0\.0\.0"),
+    "partial": (holds(f"{ARRAY}/c.1.0.0.0.0.0.77.partial", b"x"), ALL, r"such as c\.1\.0\.0\.0\.0\.0\.77\.partial"),
+    "set aside": (holds(f"{CATALOGUE}{DAMAGED}", b"x"), ALL, f"such as {CATALOGUE}{DAMAGED}"),
+    "row alone": (row_alone, ALL, "1 pages in .* follow one that is not there"),
+    "scratch": (scratch, ALL, "scratch holds pages of an engine that was killed"),
+    "session": (lambda cache: cut_short(cache / "sessions/trip.json"), ALL, r"trip\.json' is damaged"),
+    "session cut off": (
+        lambda cache: (cache / "sessions/trip.json.partial").touch(),
+        ALL,
+        "what a kill left of a write",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage, left, said", DAMAGES.values(), ids=DAMAGES)
+def test_repairs(
+    cache: Path, damage: Callable[[Path], object], left: set[int], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert verify(cache) == (0, "3 pages read, all whole")
+    damage(cache)
+    before = sorted(cache.rglob("*"))
+    code, text = verify(cache)
+    assert code == 1 and re.search(said, text) and "all whole" not in text
+    assert sorted(cache.rglob("*")) == before, "a look changes nothing"
+    lock = FolderLock(cache / NAME)
+    with pytest.raises(ConfigError, match="in use by process"):
+        verify(cache, "--repair")
+    lock.release()
+    code, text = verify(cache, "--repair")
+    assert code == 1 and re.search(said, text)
+    assert verify(cache) == (0, f"{len(left)} pages read, all whole")
+    process = DiskProcess(cache / NAME, 8)
+    assert process.read() == left
+    process.close()
+    with Session(cache, "trip") as session:
+        session.save()
+    assert caplog.messages == [], "nothing is left to be said"
+
+
+def test_what_an_engine_is_writing_is_not_damaged(cache: Path) -> None:
+    lock = FolderLock(cache / NAME)
+    chunk(cache, 7).write_bytes(b"x")
+    with Session(cache, "trip"):
+        (cache / "sessions" / "trip.json.partial").touch()
+        assert verify(cache) == (0, "3 pages read, all whole")
+    lock.release()
+    assert verify(cache)[0] == 1
