@@ -112,6 +112,18 @@ def test_no_code_of_a_models_folder_is_run() -> None:
     assert found
 
 
+def test_nothing_is_unpickled() -> None:
+    """Neither from a network nor from a folder; what Ray itself does with the arguments of actors is Ray's."""
+    for name, others in IMPORTS.items():
+        roots = {other.split(".")[0] for other in others}
+        assert not roots & {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}, name
+    unsafe = ("torch.load", "np.load", "numpy.load", "yaml.load", "eval", "exec")
+    for path in MODULES.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func) not in unsafe, f"{path}:{node.lineno}"
+
+
 @pytest.mark.parametrize("room", WITHOUT_TENSOR)
 def test_policy_holds_no_tensor(room: str) -> None:
     """Nor does anything that it imports."""

@@ -5,11 +5,15 @@ import logging
 import os
 import random
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from subprocess import CompletedProcess
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.power_loss import PowerLoss
 from support.processes import run_code
 
@@ -195,6 +199,16 @@ def test_bad_names(tmp_path: Path, name: Any) -> None:
     with pytest.raises(ConfigError, match=r"session is .*; use up to 64 letters, digits"):
         Session(tmp_path, name)
     assert not list(tmp_path.iterdir())
+
+
+@given(st.text(st.sampled_from("ab./\\~\0\n:%-_é ") | st.characters(), max_size=66))
+def test_no_name_leaves_its_folder(name: str) -> None:
+    """Whatever is asked for: it is refused, or all that comes of it lies in the folder of the sessions."""
+    with TemporaryDirectory() as folder:
+        with suppress(ConfigError), Session(folder, name) as session:
+            session.save()
+        entries = {path.relative_to(folder) for path in Path(folder).rglob("*")}
+        assert entries <= {Path("sessions"), Path(f"sessions/{name}.json"), Path(f"sessions/{name}.lock")}
 
 
 @pytest.mark.parametrize("name", ["a", "A-b_c.9", "-", "x" * 64, "trip.json"])

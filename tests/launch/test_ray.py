@@ -24,7 +24,7 @@ from support import ray_cluster
 from support.checkpoints import edit_weights, save_llama
 from support.cpu_plans import plan_on_cpu, planned_bytes
 from support.damage import flip_bit
-from support.processes import ROOT, kill, read_line, start_python
+from support.processes import ROOT, kill, listening, read_line, start_python
 from support.prompts import random_prompt, random_prompts
 from support.ray_cluster import Cluster, await_no_ranks, rank_processes
 from support.rules import rule_requests, save_speaking_llama
@@ -356,6 +356,8 @@ def test_a_killed_rank_is_named_and_nothing_hangs(cluster: Cluster, tiny_model: 
         stream = llm.stream([5] * 10, SamplingParams(max_tokens=None, ignore_eos=True))
         next(stream)
         [pid] = rank_processes()[role]
+        elsewhere = [one for one in listening(pid) if one != "0100007F"]
+        assert len(elsewhere) <= 1, "nobody of another machine can reach it, but where Ray listens itself"
         [node] = ray.nodes()
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(WorkerDied) as caught:

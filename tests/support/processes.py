@@ -39,6 +39,18 @@ def kill(process: "subprocess.Popen[str]") -> None:
     process.communicate()
 
 
+def listening(pid: int) -> list[str]:
+    """The addresses of IPv4 and IPv6 that a process listens at, as `/proc` has them: "0100007F" is 127.0.0.1."""
+    descriptors = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()]
+    found = []
+    for kind in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{kind}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in descriptors:
+                found.append(fields[1].partition(":")[0])
+    return sorted(found)
+
+
 def _command(code: str, arguments: tuple[object, ...]) -> list[str]:
     return [sys.executable, "-c", code, *map(str, arguments)]
 

@@ -100,6 +100,13 @@ def test_malformed_index(sharded: Path, content: str) -> None:
         load_rank(sharded)
 
 
+@pytest.mark.parametrize("file", ["../other/model.safetensors", "/etc/passwd", "..", "shards/1.safetensors"])
+def test_index_that_leads_out_of_its_folder(sharded: Path, file: str) -> None:
+    edit_index(sharded, lambda index: index["weight_map"].update({"model.norm.weight": file}))
+    with pytest.raises(ConfigError, match=f"names '{file}', which is no file of that folder"):
+        load_rank(sharded)
+
+
 def test_index_that_lacks_a_tensor(sharded: Path) -> None:
     edit_index(sharded, lambda index: index["weight_map"].pop("model.norm.weight"))
     with pytest.raises(ConfigError, match=r"has no tensor 'model\.norm\.weight'"):

@@ -1,7 +1,9 @@
 """Collectives among the ranks of one tensor-parallel group."""
 
+import os
 from collections.abc import Sequence
 from datetime import timedelta
+from socket import create_server
 
 import torch
 import torch.distributed as dist
@@ -11,13 +13,21 @@ from distkv.workers.group.shared_memory import SharedMemory
 
 # A rank that waits for a dead one is ended by the group's supervisor, not by this limit.
 PATIENCE = timedelta(hours=1)
+LOOPBACK = "127.0.0.1"
 
 
 def open_store(host: str, port: int | None = None) -> dist.TCPStore:
     """Where the ranks of a group find each other: on rank 0 a new one, which has its port from the system and keeps it
-    (`store.port`); on the others the one that is there."""
+    (`store.port`); on the others the one that is there. Who asks at another address of the host finds nobody; where
+    that is loopback, gloo keeps to it as well."""
+    if host == LOOPBACK:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if port is None:
-        return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=PATIENCE)
+        listener = create_server((host, 0))
+        return dist.TCPStore(
+            host, listener.getsockname()[1], is_master=True, wait_for_workers=False, timeout=PATIENCE,
+            master_listen_fd=listener.detach(),
+        )  # fmt: skip
     return dist.TCPStore(host, port, is_master=False, timeout=PATIENCE)
 
 

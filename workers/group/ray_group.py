@@ -23,6 +23,7 @@ from distkv.workers.errors import ConfigError, DistKVError, WorkerDied
 from distkv.workers.group.log_lines import relay
 from distkv.workers.group.placement import CHECK_SECONDS, Fewer, place
 from distkv.workers.group.private_socket import Address
+from distkv.workers.group.process_group import LOOPBACK
 from distkv.workers.group.rank_actor import LeaderMain, RankActor, process_states
 from distkv.workers.group.ray_cluster import connect, disconnect
 from distkv.workers.group.ray_errors import TOKENS_DIFFER, cause_of, failure_of, tokens_differ
@@ -103,7 +104,7 @@ class RayGroup:
         """See `RankGroup.load`."""
         here = ray.get_runtime_context().get_node_id()
         alone = all(node.node_id == here for node in self.nodes)
-        host = "127.0.0.1" if alone else self.nodes[0].host
+        host = LOOPBACK if alone else self.nodes[0].host
         addresses = self._wait([self._actors[0].open.remote(host, self.size - 1)])[0]
         self.request_address, self._plan_addresses = addresses.requests, addresses.plans
         refs = []

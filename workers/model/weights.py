@@ -199,11 +199,17 @@ def tensor_files(folder: Path) -> Mapping[str, str]:
         )
     try:
         files = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
-        return {name: str(file) for name, file in files.items()}
+        found = {name: str(file) for name, file in files.items()}
     except OSError as error:
         raise cannot_read(folder / INDEX, error) from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{str(folder / INDEX)!r} is not a safetensors index: {error!r}") from error
+    elsewhere = next((file for file in found.values() if file != Path(file).name or file == ".."), None)
+    if elsewhere is not None:
+        raise ConfigError(
+            f"{str(folder / INDEX)!r} names {elsewhere!r}, which is no file of that folder; have all shards in it"
+        )
+    return found
 
 
 def open_tensors(path: Path, link: str | None = None) -> Any:
