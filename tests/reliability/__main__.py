@@ -49,15 +49,17 @@ def main() -> int:
                 if (name, seed) in done or time.monotonic() > deadline:
                     continue
                 began = time.monotonic()
-                record = runner.run(fault, seed)
+                try:
+                    record = runner.run(fault, seed)
+                except Exception:  # it could not be tried
+                    traceback.print_exc()
+                    clean = False
+                    continue
                 if last is not None:  # what its bench has left is known now
                     append(wanted.json, last)
                     clean &= last.is_clean
                 last = record
                 print(f"{time.monotonic() - began:6.1f} s  {record}", flush=True)
-    except Exception:
-        traceback.print_exc()
-        clean = False
     finally:
         runner.close()
         if last is not None:

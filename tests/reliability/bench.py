@@ -29,6 +29,7 @@ class Setting:
     nodes: tuple[int, ...] = ()  # CPUs of each node of a Ray cluster; without any the engine is in the driver's process
     model: str = "tiny"  # or "smollm2"
     options: tuple[tuple[str, Any], ...] = ()  # further ones of the engine
+    environment: tuple[tuple[str, str], ...] = ()  # further variables of all processes
 
 
 class Bench:
@@ -42,7 +43,7 @@ class Bench:
         """
         self.setting, self.limit, self._leave = setting, limit, leave
         self.folder = Path(tempfile.mkdtemp(prefix="distkv-rel-", dir="/tmp"))
-        self.family = Family(self.folder.name)
+        self.family = Family(self.folder.name, dict(setting.environment))
         self.cluster: RayNodes | None = None
         self._driver: DriverProcess | None = None
         self.known: dict[int, dict[int, list[int]]] = {}  # the answers to each request, by its key and theirs
@@ -121,7 +122,7 @@ class Bench:
                     found.append(f"the cluster has {told}")
             return found
 
-        held = self._settled(look)
+        held = self.settled(look)
         self.family.note_segments()
         return held
 
@@ -144,7 +145,11 @@ class Bench:
             found += [f"memory: {name}" for name in self._segments_of_engines()]
             return found
 
-        return self._settled(look)
+        return self.settled(look)
+
+    def what_runs(self) -> list[str]:
+        """Processes of the bench behind a driver and a cluster that have ended, once they have had time to leave."""
+        return self.settled(lambda: [f"process {pid}: {title}" for pid, title in self.family.members().items()])
 
     def what_is_in_folders(self) -> list[str]:
         """Files of work that has ended, behind an engine that has been closed in peace."""
@@ -164,7 +169,7 @@ class Bench:
                 left += self.what_is_in_folders()
             if self.cluster is not None:
                 self.cluster.stop()
-            left += self._settled(lambda: [f"process {pid}: {title}" for pid, title in self.family.members().items()])
+            left += self.what_runs()
             left += [f"memory: {name}" for name in self.family.left_segments()]
         finally:
             self.remove()
@@ -182,7 +187,7 @@ class Bench:
         """Ray's own memory has a name as long as the cluster runs."""
         return [name for name in self.family.left_segments() if self.cluster is None or "plasma" not in name]
 
-    def _settled(self, look: Callable[[], list[str]]) -> list[str]:
+    def settled(self, look: Callable[[], list[str]]) -> list[str]:
         """What a look finds when it finds nothing, or when its time is up."""
         deadline = time.monotonic() + self._leave
         while (found := look()) and time.monotonic() < deadline:
@@ -193,7 +198,7 @@ class Bench:
         if self.setting.model != "tiny":
             return fetch_model(self.setting.model, progress=False), requests(16, 40000, 160, 96)
         shape = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96, "max_position_embeddings": 1024}
-        return save_llama(self.folder / "model", **shape)[0], requests(16, 128, 240, 320)
+        return save_llama(self.folder / "model", **shape)[0], requests(16, 128, 240, 480)
 
     def _learn(self, driver: DriverProcess) -> None:
         """Has an engine that nothing disturbs answer all requests."""

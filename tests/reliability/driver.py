@@ -6,6 +6,7 @@ reads commands from stdin, writes events to stdout, and ends with stdin.
 
 import asyncio
 import json
+import logging
 import os
 import runpy
 import sys
@@ -124,6 +125,8 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    logging.getLogger("distkv").setLevel(logging.INFO)
     if len(sys.argv) > 1:
         runpy.run_path(sys.argv[1])
     asyncio.run(main())

@@ -82,6 +82,10 @@ class DriverProcess:
     def start(self, model: Path, options: dict[str, Any]) -> float:
         """Makes the engine; returns the seconds that took. Raises StartFailed."""
         self.tell("start", model=str(model), options=options)
+        return self.await_start()
+
+    def await_start(self) -> float:
+        """Waits for an engine that was told to start; as `start`."""
         event = self._await("started", "start_failed")
         if event["event"] == "start_failed":
             raise StartFailed(event["error"])
@@ -126,6 +130,10 @@ class DriverProcess:
     def close(self) -> str | None:
         """Closes the engine; returns the error that this raised."""
         self.tell("close")
+        return self.await_close()
+
+    def await_close(self) -> str | None:
+        """Waits for an engine that was told to close; as `close`."""
         return self._await("closed")["error"]
 
     def tell(self, command: str, **what: Any) -> None:

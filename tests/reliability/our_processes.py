@@ -15,12 +15,13 @@ class Family:
     """All processes that descend from those that were started with `environment`, in sessions that are noted here."""
 
     mark: str
+    variables: dict[str, str] = field(default_factory=dict)
     sessions: set[int] = field(default_factory=set)
     segments: set[str] = field(default_factory=set)  # shared memory that they were seen to use
 
     @property
     def environment(self) -> dict[str, str]:
-        return {MARK: self.mark}
+        return {MARK: self.mark, **self.variables}
 
     def members(self) -> dict[int, str]:
         """Their titles by process id. Those that are gone but for their exit status do not count."""

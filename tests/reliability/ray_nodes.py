@@ -51,6 +51,7 @@ class RayNodes:
         self._environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
         self._environment |= family.environment | {
             "HOME": str(folder), "RAY_TMPDIR": str(folder), "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}",
+            "RAY_raylet_start_wait_time_s": "120",  # on a machine that has other things to do
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }  # fmt: skip
         [port, *_] = free_ports(1)

@@ -10,6 +10,7 @@ from reliability.faults import Fault
 from reliability.trial import Trial
 
 LIMIT, LEAVE = 120.0, 60.0  # seconds, see `Bench`
+LOG_LINES = 60
 
 
 class Runner:
@@ -39,6 +40,9 @@ class Runner:
         except BaseException:
             self._remove()
             raise
+        if not record.is_clean:  # the next try is to begin anew
+            self._show_log()
+            self.close()
         return record
 
     def close(self) -> None:
@@ -60,8 +64,13 @@ class Runner:
         return self._bench
 
     def _remove(self) -> None:
+        self._show_log()
         bench, self._bench = self._bench, None
         if bench is not None:
-            log = bench.folder / "home" / "driver.log"
-            print("".join(log.read_text().splitlines(keepends=True)[-40:]) if log.exists() else "", file=sys.stderr)
             bench.remove()
+
+    def _show_log(self) -> None:
+        """What drivers have said, in which the reason may be."""
+        log = self._bench and self._bench.folder / "home" / "driver.log"
+        if log and log.exists():
+            print("".join(log.read_text().splitlines(keepends=True)[-LOG_LINES:]), file=sys.stderr)

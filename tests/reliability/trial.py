@@ -64,10 +64,16 @@ class Trial:
                 if error is None and len(tokens) < len(known):
                     self.record.unexplained.append(f"{where} ended after {len(tokens)} of {len(known)} tokens")
 
-    def finish(self, bench: Bench, load: Load, since: float) -> None:
-        """Waits for the answers, compares them, takes the pause after the fault, and looks what an idle engine
-        holds."""
+    def finish(self, bench: Bench, load: Load, since: float | None = None) -> None:
+        """Waits for the answers, compares them, and looks what an idle engine holds.
+
+        Args:
+            since: the monotonic time of a fault under this load, of which the pause is taken.
+        """
         bench.driver.finish(load)
-        self.record.pauses.append(load.pause_after(since))
+        if since is not None and load.times[-1] > since:
+            self.record.pauses.append(load.pause_after(since))
+        elif since is not None:
+            self.record.moment += ", when all tokens had come"
         self.compare(bench, load)
         self.record.leaked += bench.what_is_held(bench.driver)
