@@ -96,6 +96,7 @@ def _launch_on_ray(
     check: Callable[[], None],
     trace: TraceFile | None,
     fewer: "Fewer | None" = None,
+    in_pool: bool = False,
 ) -> "RayEngine":
     from distkv.launch.ray_engine import RayEngine
     from distkv.workers.group.ray_group import RayGroup
@@ -111,7 +112,8 @@ def _launch_on_ray(
             )  # fmt: skip
             config = _with_ranks(config, group.size)
         info = set_up(group, config, model, max_model_len)
-        return RayEngine(group, info, trace, HANG_SECONDS if config.hang_timeout is None else config.hang_timeout)
+        hang_timeout = HANG_SECONDS if config.hang_timeout is None else config.hang_timeout
+        return RayEngine(group, info, trace, hang_timeout, leaves=not in_pool)
     except BaseException:
         group.close()
         raise
@@ -137,7 +139,7 @@ def _launch_pool(
         if trace is not None and not traces:
             log.warning("the trace ends with the engine that was lost")
         return _launch_on_ray(
-            own, model, max_model_len, check, traces.pop() if traces else None, fewer if is_anew else None
+            own, model, max_model_len, check, traces.pop() if traces else None, fewer if is_anew else None, in_pool=True
         )
 
     # for longer than its engines, which come and go

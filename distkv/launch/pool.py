@@ -4,8 +4,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 import zmq
 from msgspec.structs import replace
@@ -15,6 +14,7 @@ from distkv.engine.protocol import EngineInfo, EngineRequest, RequestFailed, Ste
 from distkv.engine.replay import Replay
 from distkv.engine.stats import EngineStats, total
 from distkv.errors import CapacityError, DistKVError, RequestError, WorkerDied
+from distkv.launch.pool_member import Member
 from distkv.launch.ray_engine import REST, STEP_WAIT, RayEngine
 
 log = logging.getLogger(__name__)
@@ -28,24 +28,6 @@ MOST_RUNS = 3  # of a request whose engines are lost: it may be what they die of
 StartOne = Callable[[int, bool, Callable[[], None]], RayEngine]
 """Starts the engine with this number, told whether it has run before, and calls what it is given now and then, which
 raises when it is not wanted."""
-
-
-@dataclass
-class _Member:
-    """One of the engines, or the place of one."""
-
-    number: int
-    engine: RayEngine | None = None
-    starting: Future[RayEngine] | None = None
-    start_at: float = 0.0  # monotonic time of the next start, where it is neither started nor starting
-    has_run: bool = False
-    looked_at: float = 0.0  # monotonic time when its ranks were looked after last
-    trouble: str = ""  # why it does not run, or did not start the last time
-    replays: dict[str, Replay] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return str(self.number)
 
 
 class EnginePool:
@@ -78,7 +60,7 @@ class EnginePool:
         self._start_one, self._max_failures, self._release = start, max_rank_failures, release
         self._rebuild_timeout = rebuild_timeout
         self._failures: deque[float] = deque()  # monotonic times
-        self._members = [_Member(number) for number in range(size)]
+        self._members = [Member(number) for number in range(size)]
         self._waiting: dict[str, Replay] = {}  # for an engine that runs
         self._without_engine: float | None = None  # monotonic time since when there is none
         self._failed: list[StepOutput] = []  # to be told in the next step
@@ -184,7 +166,7 @@ class EnginePool:
             return
         self._closed = True
         try:
-            ends = [self._threads.submit(self._close_one, member) for member in self._members]
+            ends = [self._threads.submit(member.close) for member in self._members]
             wait(ends)
         finally:
             self._threads.shutdown()
@@ -216,10 +198,10 @@ class EnginePool:
         if replay.closed:
             member.engine.abort([(request.request_id, index) for index in replay.closed])
 
-    def _load(self, member: _Member) -> float:
+    def _load(self, member: Member) -> float:
         return sum(replay.num_open for replay in member.replays.values()) / self.info.max_num_seqs
 
-    def _passed_on(self, member: _Member, outputs: Iterable[StepOutput]) -> list[StepOutput]:
+    def _passed_on(self, member: Member, outputs: Iterable[StepOutput]) -> list[StepOutput]:
         """What callers do not have yet of an engine's outputs."""
         passed = []
         for output in outputs:
@@ -255,7 +237,7 @@ class EnginePool:
 
     # --- engines ---
 
-    def _start(self, member: _Member) -> None:
+    def _start(self, member: Member) -> None:
         member.starting = self._threads.submit(self._start_one, member.number, member.has_run, self._check_open)
 
     def _check_open(self) -> None:
@@ -281,8 +263,12 @@ class EnginePool:
         for member in self._members:
             if member.starting is not None and member.starting.done():
                 self._take_in(member)
-            elif member.engine is None and member.starting is None and now >= member.start_at:
+            elif member.leaving is not None and member.leaving.done():
+                self._start_elsewhere(member)
+            elif member.may_start and now >= member.start_at:
                 self._start(member)
+            elif member.leaves:
+                self._leave(member)
             elif member.engine is not None and not member.engine.has_work and now - member.looked_at >= REST:
                 member.looked_at = now
                 try:
@@ -291,7 +277,7 @@ class EnginePool:
                     self._lose(member, death)
         self._give_up_waiting(now)
 
-    def _take_in(self, member: _Member) -> None:
+    def _take_in(self, member: Member) -> None:
         """Has an engine that has started take part, or sees to one that could not be started."""
         starting, member.starting = member.starting, None
         assert starting is not None
@@ -315,7 +301,7 @@ class EnginePool:
                     exc_info=None if isinstance(error, DistKVError) else error,
                 )  # fmt: skip
 
-    def _lose(self, member: _Member, death: WorkerDied) -> None:
+    def _lose(self, member: Member, death: WorkerDied) -> None:
         """Sees to an engine that has ended by the death of a rank."""
         replays, member.replays, member.engine = member.replays, {}, None
         self._router.forget(member.name)
@@ -327,6 +313,29 @@ class EnginePool:
         )  # fmt: skip
         self._start(member)
         self._place_again(replays.values())
+
+    def _leave(self, member: Member) -> None:
+        """Has an engine save its pages and end before one of its nodes goes, which is no failure."""
+        engine, replays = member.engine, member.replays
+        assert engine is not None
+        member.engine, member.replays, member.trouble = None, {}, "Ray drains its node"
+        self._router.forget(member.name)
+        log.warning(
+            "engine %d of %d saves its pages and is started anew on other nodes, since Ray drains one of its own; its "
+            "%d requests go on where they stood", member.number + 1, len(self._members), len(replays),
+        )  # fmt: skip
+        member.leaving = self._threads.submit(engine.close)
+        for replay in replays.values():
+            replay.num_runs -= 1  # this one was not lost by what the request does
+        self._place_again(replays.values())
+
+    def _start_elsewhere(self, member: Member) -> None:
+        """Starts an engine in the place of one that has left its nodes."""
+        leaving, member.leaving = member.leaving, None
+        assert leaving is not None
+        if error := leaving.exception():
+            log.warning("engine %d of %d has left its node, but %s", member.number + 1, len(self._members), error)
+        self._start(member)
 
     def _count_failure(self, death: WorkerDied) -> None:
         """Raises the death if there were too many."""
@@ -355,7 +364,7 @@ class EnginePool:
         since = self._without_engine
         return 0.0 if since is None else time.monotonic() - since
 
-    def _wait_for(self, busy: list[_Member], wait_ms: int) -> None:
+    def _wait_for(self, busy: list[Member], wait_ms: int) -> None:
         """Waits until one of the engines has something to say, or another one has started."""
         if not busy:
             starting = [member.starting for member in self._members if member.starting is not None]
@@ -368,13 +377,6 @@ class EnginePool:
             assert member.engine is not None
             poller.register(member.engine.socket, zmq.POLLIN)
         poller.poll(wait_ms)
-
-    def _close_one(self, member: _Member) -> None:
-        if member.starting is not None and (member.starting.cancel() or member.starting.exception() is not None):
-            return
-        engine = member.starting.result() if member.starting is not None else member.engine
-        if engine is not None:
-            engine.close()
 
 
 def _what_happened(death: WorkerDied) -> str:

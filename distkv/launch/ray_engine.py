@@ -34,6 +34,7 @@ from distkv.errors import DistKVError, StoreError, WorkerDied
 from distkv.launch.leader import lead
 from distkv.launch.watchdog import Watchdog
 from distkv.metrics.trace_file import TraceFile
+from distkv.workers.group.drain_watch import Notice
 from distkv.workers.group.log_lines import relay
 from distkv.workers.group.private_socket import connect_private
 from distkv.workers.group.ray_group import RayGroup
@@ -45,6 +46,8 @@ DEATH_POLL = 200  # milliseconds of silence after which the ranks are checked
 REST = 1.0  # seconds after which an idle group is looked after
 FINISH_TIMEOUT = 60.0  # seconds without progress after which ranks that are to save the cache and end are cut off
 END_SECONDS = 10.0  # that ranks have to end beyond save_timeout, after which they are cut off
+LEAVE_SECONDS = 30.0  # before a node goes, at which its engine ends; half of the time that there is, if that is less
+LEAVE_MARGIN = 3.0  # seconds by which all is to be saved before that
 START_SECONDS = 900.0  # at least, for the first answer: nobody knows how long compiling takes
 LAST_WORD = 1000  # milliseconds that a leader whose group has lost a rank gets to say how much is lost
 
@@ -55,7 +58,12 @@ class RayEngine:
     """Owns the group of actors and speaks to its leader. An `EngineClient`."""
 
     def __init__(
-        self, group: RayGroup, info: EngineInfo, trace: TraceFile | None = None, hang_timeout: float = math.inf
+        self,
+        group: RayGroup,
+        info: EngineInfo,
+        trace: TraceFile | None = None,
+        hang_timeout: float = math.inf,
+        leaves: bool = True,
     ):
         """Takes over a group whose pools are allocated and starts its engine; raises WorkerDied when a rank is lost,
         having released everything.
@@ -63,7 +71,10 @@ class RayEngine:
         Args:
             trace: gets what the ranks do, and is closed in the end.
             hang_timeout: see `EngineConfig`.
+            leaves: it saves its pages and ends by itself before one of its nodes goes, as if a rank were lost; else
+                whoever owns it looks at `notice` and `has_to_leave`, and closes it.
         """
+        self._leaves = leaves
         self.info = info
         self._group, self._trace = group, trace
         self._context = zmq.Context()
@@ -105,6 +116,7 @@ class RayEngine:
     def step(self, wait: int = STEP_WAIT) -> list[StepOutput]:
         """See `EngineClient.step`: the group runs by itself, and this waits a moment, of so many milliseconds, for what
         it samples."""
+        self._leave_in_time()
         if not self._unread:
             reply = self._receive(wait)
             if reply is None:
@@ -134,6 +146,7 @@ class RayEngine:
         """See `EngineClient.rest`: a rank may die while nobody waits for it."""
         if self._closed:
             return None
+        self._leave_in_time()
         reply = self._receive(0, checks=False)
         if isinstance(reply, Tokens):  # of answers that were aborted
             self._unread.append(reply.outputs)
@@ -163,6 +176,31 @@ class RayEngine:
         self._send(ResetPrefixCache())
         self._answer()
 
+    @property
+    def notice(self) -> Notice | None:
+        """That one of its nodes is about to go, if the cluster says so."""
+        return self._group.notice
+
+    @property
+    def has_to_leave(self) -> bool:
+        """Whether it must end now if its pages are to be saved before one of its nodes goes."""
+        notice = self.notice
+        if notice is None:
+            return False
+        return notice.seconds_left <= min(LEAVE_SECONDS, (notice.end - notice.seen) / 2)
+
+    def _leave_in_time(self) -> None:
+        """Ends before one of the nodes goes, and raises WorkerDied for that."""
+        notice = self.notice
+        if self._leaves and notice is not None and self.has_to_leave:
+            rank = self._group.rank_on(notice.node_id)
+            cause = f"Ray drains the node, which goes in {notice.seconds_left:.0f} s, and the cache was saved before"
+            try:
+                self.close()
+            except (WorkerDied, StoreError) as error:
+                cause = f"Ray drains the node, and the cache could not be saved: {error}"
+            raise WorkerDied(rank, self._group.nodes[rank].host, cause)
+
     def close(self) -> None:
         """Has the ranks save the cache and end, and releases what they held of the cluster.
 
@@ -171,16 +209,24 @@ class RayEngine:
         """
         if self._closed:
             return
+        timeout = self._save_timeout()
         try:
-            self._send(Shutdown())
-            self._await_end()
+            self._send(Shutdown(timeout))
+            self._await_end(timeout)
         finally:
             self._end()
 
-    def _await_end(self) -> None:
-        """Waits for the ranks as long as there is progress, and beyond save_timeout for a moment."""
+    def _save_timeout(self) -> float | None:
+        """Seconds that the ranks have to save the cache."""
+        timeout, notice = self.info.save_timeout, self.notice
+        if notice is not None and notice.end < math.inf:
+            left = max(1.0, notice.seconds_left - LEAVE_MARGIN)
+            timeout = left if timeout is None else min(timeout, left)
+        return timeout
+
+    def _await_end(self, timeout: float | None) -> None:
+        """Waits for the ranks as long as there is progress, and beyond their time for a moment."""
         left, since = None, time.monotonic()
-        timeout = self.info.save_timeout
         end = math.inf if timeout is None else since + timeout + END_SECONDS
         while True:
             try:
@@ -194,9 +240,11 @@ class RayEngine:
                 left, since = reply.num_unsaved, time.monotonic()
             elif (now := time.monotonic()) > end or now - since > FINISH_TIMEOUT:
                 number = "an unknown number of" if left is None else left or "no"
-                what = f"have not ended {END_SECONDS:.0f} s after save_timeout, {timeout} s,"
-                if now <= end:
-                    what = f"did not get on with saving the cache, or with their end, for {FINISH_TIMEOUT:.0f} s"
+                what = f"did not get on with saving the cache, or with their end, for {FINISH_TIMEOUT:.0f} s"
+                if timeout is not None and now > end:
+                    what = (
+                        f"have not ended {END_SECONDS:.0f} s after the {timeout:.0f} s that they had to save the cache"
+                    )
                 raise StoreError(f"the ranks {what} and were ended; {number} KV pages are missing on disk")
         while self._receive(0, checks=False) is not None:
             """What was logged is behind it."""

@@ -1,9 +1,11 @@
 """Several engines as one, with engines that are made up: who gets what, and what becomes of it when one is lost."""
 
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +29,10 @@ class Engine(ScriptedEngine):
         super().__init__(script)
         self.death: Exception | None = None
         self.refusal: Exception | None = None
+        self.notice: SimpleNamespace | None = None
+        self.has_to_leave = False
+        self.may_close = threading.Event()
+        self.may_close.set()
         self.closed = False
 
     @property
@@ -55,7 +61,7 @@ class Engine(ScriptedEngine):
         return super().stats()
 
     def close(self) -> None:
-        assert not self.closed
+        assert not self.closed and self.may_close.wait(20)
         self.closed = True
 
 
@@ -168,6 +174,48 @@ def test_a_death_is_noticed_whoever_meets_it(
     pool.add([request(2)])
     assert finish(pool)["2"] == SCRIPT
     pool.close()
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_an_engine_whose_node_goes_moves_without_a_failure(engines: Engines, has_room: bool) -> None:
+    """At once where there is room elsewhere, and when it must where there is none. The next one has the cache after."""
+    pool = engines.pool(2, max_rank_failures=0)
+    pool.add([request(number) for number in range(4)])
+    answers: dict[str, list[int]] = {}
+    take(pool, answers)
+    moved = engines.made[0]
+    moved.may_close.clear()
+    moved.notice = SimpleNamespace(has_room=has_room)
+    if not has_room:
+        take(pool, answers)
+        assert not moved.may_close.is_set() and sum(one.engine is moved for one in pool._members) == 1
+        moved.has_to_leave = True
+    assert finish(pool, answers) == {str(number): SCRIPT for number in range(4)}
+    assert len(engines.made) == 2 and not moved.closed
+    moved.may_close.set()
+    while len(engines.made) == 2:
+        pool.rest()
+    assert moved.closed
+    pool.close()
+    assert all(engine.closed for engine in engines.made) and engines.num_starts.total() == 3
+
+
+def test_a_request_that_moves_again_and_again_is_not_blamed(engines: Engines, caplog: pytest.LogCaptureFixture) -> None:
+    pool = engines.pool(1)
+    pool.add([request(1)])
+    answers: dict[str, list[int]] = {}
+    for _ in range(4):
+        engines.made[-1].notice = SimpleNamespace(has_room=True)
+        number = len(engines.made)
+        while len(engines.made) == number:
+            take(pool, answers)
+    assert finish(pool, answers) == {"1": SCRIPT}
+    engines.made[-1].notice = SimpleNamespace(has_room=True)
+    engines.made[-1].may_close.clear()
+    pool.rest()
+    threading.Timer(0.05, engines.made[-1].may_close.set).start()
+    pool.close()
+    assert all(engine.closed for engine in engines.made)
 
 
 def test_too_many_deaths_are_told(engines: Engines) -> None:

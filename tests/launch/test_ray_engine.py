@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import zmq
 
-from distkv.engine.protocol import EngineInfo, Logged, Saving, Tokens, encode
+from distkv.engine.protocol import EngineInfo, Logged, Saving, Shutdown, Tokens, decode_command, encode
 from distkv.engine.stats import EngineStats
 from distkv.errors import StoreError, WorkerDied
 from distkv.launch import ray_engine
 from distkv.launch.ray_engine import RayEngine
+from distkv.workers.group import drain_watch
+from distkv.workers.group.drain_watch import Notice
 from distkv.workers.group.private_socket import bind_private
 
 INFO = EngineInfo(1 << 20, 64, 2048, 16, 1, 1, 1, 1, 1, 1, 128, (2,), 0, "/cache", fingerprint="f")
@@ -26,6 +28,8 @@ class Group:
     def __init__(self) -> None:
         self.looks: list[Callable[[], None]] = []
         self.closed = False
+        self.notice: Notice | None = None
+        self.nodes = [SimpleNamespace(host="node")]
         self.context = zmq.Context()
         self.leader, self.request_address = bind_private(self.context, "127.0.0.1")
 
@@ -126,4 +130,24 @@ def test_a_rank_that_dies_while_nobody_waits_is_noticed(
         engine.rest()
     assert group.closed and engine.rest() is None
     assert (f"{told} " in caplog.text and "not saved" in caplog.text) if told else not caplog.records
+    engine.close()
+
+
+def test_it_ends_before_its_node_goes_and_tells_its_owner(
+    group: Group, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the time that there is before that, or half a minute; the ranks have the rest of it."""
+    monkeypatch.setattr(drain_watch, "time", ray_engine.time)
+    engine = RayEngine(group, INFO)  # type: ignore[arg-type]
+    group.rank_on = lambda node_id: int(node_id)  # type: ignore[attr-defined]
+    assert engine.rest() is not None
+    group.notice = Notice("0", clock.now, clock.now + 40, has_room=False)
+    clock.now += 19
+    assert engine.rest() is not None and engine.step(0) == []
+    clock.now += 2
+    commands: list[Any] = []
+    group.looks = [lambda: commands.append(decode_command(group.leader.recv()))]
+    with pytest.raises(WorkerDied, match="Ray drains the node, which goes in 19 s, and the cache was saved"):
+        engine.step(0)
+    assert group.closed and commands == [Shutdown(save_timeout=16)]
     engine.close()

@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from distkv.workers.cache_place import CachePlace
 from distkv.workers.errors import ConfigError, DistKVError, WorkerDied
+from distkv.workers.group.drain_watch import DrainWatch, Notice
 from distkv.workers.group.log_lines import relay
 from distkv.workers.group.placement import CHECK_SECONDS, Fewer, place
 from distkv.workers.group.private_socket import Address
@@ -84,6 +85,7 @@ class RayGroup:
         self._actors: list[Any] = []
         self._mains: list[Any] = []  # the refs of lead() and follow(): whoever of them ends too early has died
         self.nodes: list[Node] = []
+        self._drain_watch: DrainWatch | None = None
         self.request_address = Address("", b"")
         try:
             connect(address, size)
@@ -146,6 +148,16 @@ class RayGroup:
         self._mains = [leader.lead.remote(main, arguments)]
         for actor, address in zip(followers, self._plan_addresses, strict=True):
             self._mains.append(actor.follow.remote(address))
+        self._drain_watch = DrainWatch((node.node_id for node in self.nodes), KINDS[self.device].resource)
+
+    @property
+    def notice(self) -> Notice | None:
+        """That one of the nodes is about to go, if the cluster says so."""
+        return None if self._drain_watch is None else self._drain_watch.notice
+
+    def rank_on(self, node_id: str) -> int:
+        """The first rank on a node."""
+        return next(rank for rank, node in enumerate(self.nodes) if node.node_id == node_id)
 
     def check(self) -> None:
         """Raises WorkerDied when a rank has ended. Returns at once."""
@@ -184,6 +196,8 @@ class RayGroup:
         actors, self._actors = self._actors, []
         placement, self._placement = self._placement, None
         try:
+            if self._drain_watch is not None:
+                self._drain_watch.close()
             for actor in actors:
                 ray.kill(actor, no_restart=True)
             _await_deaths(actors)
