@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # the same names, for type checkers
     from distkv.errors import ConfigError as ConfigError
     from distkv.errors import DistKVError as DistKVError
     from distkv.errors import Draining as Draining
+    from distkv.errors import QueueFull as QueueFull
     from distkv.errors import RequestError as RequestError
     from distkv.errors import StoreError as StoreError
     from distkv.errors import WorkerDied as WorkerDied
@@ -45,6 +46,7 @@ _HOME = {
     "ConfigError": "errors",
     "RequestError": "errors",
     "CapacityError": "errors",
+    "QueueFull": "errors",
     "StoreError": "errors",
     "WorkerDied": "errors",
     "Draining": "errors",

@@ -87,12 +87,21 @@ class AsyncLLM(Facade):
             priority: lower goes first; requests of one priority go in order of arrival.
             cache_salt: the prompt's pages are shared with requests of the same salt only; None is a salt too.
 
-        Raises RequestError or CapacityError for a prompt that cannot be answered, WorkerDied when a rank is lost,
-        DistKVError when the LLM is closed, and when the request cannot go on an error whose `output` has what there is
-        of it.
+        Raises RequestError or CapacityError for a prompt that cannot be answered, QueueFull when too many answers wait,
+        WorkerDied when a rank is lost, DistKVError when the LLM is closed, and when the request cannot go on an error
+        whose `output` has what there is of it.
         """
-        number = self._front_end.next_number()
         params = SamplingParams() if sampling_params is None else sampling_params
+        with self._front_end.place(params):
+            async with aclosing(self._answer(prompt, params, priority, cache_salt)) as outputs:
+                async for output in outputs:
+                    yield output
+
+    async def _answer(
+        self, prompt: Prompt, params: SamplingParams, priority: int, cache_salt: str | None
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """The outputs of a request that has its place."""
+        number = self._front_end.next_number()
         state = await asyncio.to_thread(self._front_end.request, number, prompt, params, priority, cache_salt)
         group, due = RequestGroup(self._front_end.thread, [state]), asyncio.Event()
         mailbox = self._mailbox_of_loop()
@@ -132,15 +141,20 @@ class AsyncLLM(Facade):
                 output has a StoreError as its `error` when the answer cannot be written.
             tools, chat_template_kwargs: as with `LLM.chat`.
         """
-        if session is not None:
-            params = SamplingParams() if sampling_params is None else sampling_params
-            outputs = self._chat_on(session, messages, params, priority, cache_salt, tools, chat_template_kwargs)
-        else:
-            prompt = await asyncio.to_thread(self.tokenizer.encode_chat, messages, tools, chat_template_kwargs)
-            outputs = self.generate(prompt, sampling_params, priority=priority, cache_salt=cache_salt)
-        async with aclosing(outputs):
-            async for output in outputs:
-                yield output
+        params = SamplingParams() if sampling_params is None else sampling_params
+        with self._front_end.place(params):  # before there is any work with it
+            if session is not None:
+                outputs = self._chat_on(session, messages, params, priority, cache_salt, tools, chat_template_kwargs)
+            else:
+                prompt = await asyncio.to_thread(self.tokenizer.encode_chat, messages, tools, chat_template_kwargs)
+                outputs = self._answer(prompt, params, priority, cache_salt)
+            async with aclosing(outputs):
+                async for output in outputs:
+                    yield output
+
+    def check_count(self, count: int) -> None:
+        """Raises CapacityError for more answers at once than can ever run and wait."""
+        self._front_end.queue.check(count)
 
     def check_health(self) -> None:
         """Raises what has ended the engine, if anything has; waits for nothing."""
@@ -153,7 +167,7 @@ class AsyncLLM(Facade):
 
     async def stats(self) -> EngineStats:
         """What the engine tells of itself: requests, tiers, what moves, how long things take."""
-        return await asyncio.wrap_future(self._front_end.thread.stats())
+        return self._front_end.told(await asyncio.wrap_future(self._front_end.thread.stats()))
 
     async def reset_prefix_cache(self) -> None:
         """Forgets the pages of ended requests that are kept for later ones."""
@@ -193,7 +207,7 @@ class AsyncLLM(Facade):
         # opened here and not in a thread: a task that is cancelled meanwhile would leave it open
         with self._front_end.session(name, params) as session:
             prompt = await asyncio.to_thread(session.prompt, self.tokenizer, messages, tools, chat_template_kwargs)
-            outputs = self.generate(prompt, params, priority=priority, cache_salt=cache_salt)
+            outputs = self._answer(prompt, params, priority, cache_salt)
             yielded: list[RequestOutput] = []  # that add up to the answer
             try:
                 async with aclosing(outputs):

@@ -36,6 +36,7 @@ class EngineOptions(TypedDict, total=False):
     dtype: str
     max_model_len: int | None
     max_num_seqs: int
+    max_queued_requests: int | None
     max_num_batched_tokens: int
     page_size: int
     seed: int
@@ -114,6 +115,12 @@ class EngineConfig:
     """
     max_num_seqs: int = 64
     """Most answers that run at a time."""
+    max_queued_requests: int | None = None
+    """Most answers that wait beside those that run.
+
+    What is asked for beyond them is refused with QueueFull, over HTTP with status 429. It counts all engines together.
+    None is for any number, as who calls LLM or AsyncLLM knows how much they ask for; serve has 1024.
+    """
     max_num_batched_tokens: int = 2048
     """Most tokens of a step.
 
@@ -221,6 +228,8 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 self._set(name, check_whole(name, getattr(self, name)))
         self._set("seed", check_whole("seed", self.seed, 0))
+        if self.max_queued_requests is not None:
+            self._set("max_queued_requests", check_whole("max_queued_requests", self.max_queued_requests, 0))
         if self.max_rank_failures is not None:
             self._set("max_rank_failures", check_whole("max_rank_failures", self.max_rank_failures, 0))
         for name in ("hang_timeout", "save_timeout", "rebuild_timeout"):

@@ -19,6 +19,10 @@ class Draining(DistKVError):
     then, or to the next engine. `output` has what there is of the answer, or is None."""
 
 
-for public in (DistKVError, ConfigError, RequestError, CapacityError, StoreError, WorkerDied, Draining):
+class QueueFull(CapacityError):
+    """As many answers wait for their turn as may; the same request may be taken later."""
+
+
+for public in (DistKVError, ConfigError, RequestError, CapacityError, QueueFull, StoreError, WorkerDied, Draining):
     public.__module__ = "distkv"  # where users find it, so that a traceback calls it by that name
 del public

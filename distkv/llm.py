@@ -65,8 +65,8 @@ class LLM(Facade):
 
         Returns one output per prompt, in their order; one that could not go on has its `error` set, and the others are
         whole. That is so for every `output_kind`: with DELTA the whole answer is one delta. Raises RequestError or
-        CapacityError, before anything runs, for a prompt that cannot be answered, WorkerDied when a rank is lost, and
-        DistKVError when the LLM is closed meanwhile.
+        CapacityError, before anything runs, for a prompt that cannot be answered, QueueFull when too many answers wait,
+        WorkerDied when a rank is lost, and DistKVError when the LLM is closed meanwhile.
         """
         prompts = plain_prompts(prompts)
         params = one_each("sampling_params", _or_default(sampling_params), len(prompts))
@@ -129,7 +129,7 @@ class LLM(Facade):
 
     def stats(self) -> EngineStats:
         """What the engine tells of itself: requests, tiers, what moves, how long things take."""
-        return self._front_end.thread.stats().result()
+        return self._front_end.told(self._front_end.thread.stats().result())
 
     def reset_prefix_cache(self) -> None:
         """Forgets the pages of ended requests that are kept for later ones."""
@@ -212,16 +212,17 @@ class LLM(Facade):
         release_threads()  # of the caller, who waits
         inbox: queue.SimpleQueue[list[Delivery]] = queue.SimpleQueue()
         group = RequestGroup(self._front_end.thread, states)
-        try:
-            group.start(inbox.put)
-            while group.unfinished:
-                due = group.take(inbox.get())
-                if group.error is not None:
-                    raise group.error
-                if due:
-                    yield due
-        finally:
-            group.end()
+        with self._front_end.queue.taken(sum(state.request.params.n for state in states)):
+            try:
+                group.start(inbox.put)
+                while group.unfinished:
+                    due = group.take(inbox.get())
+                    if group.error is not None:
+                        raise group.error
+                    if due:
+                        yield due
+            finally:
+                group.end()
 
 
 def _or_default(params: Any) -> Any:

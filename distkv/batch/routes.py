@@ -6,7 +6,6 @@ from msgspec import Raw
 from distkv.async_llm import AsyncLLM
 from distkv.batch.input_file import MOST_LINE_BYTES
 from distkv.batch.records import Response
-from distkv.option_checks import MOST
 from distkv.server.app import make_app
 from distkv.server.options import ServerOptions
 from distkv.server.service import Service
@@ -17,8 +16,7 @@ class Routes:
 
     def __init__(self, llm: AsyncLLM, names: list[str]):
         """`names` are what lines may call the model by."""
-        # a body has no more than its line and a seed; how many come is for the caller to bound
-        options = ServerOptions(max_queued_requests=MOST, max_body_bytes=2 * MOST_LINE_BYTES)
+        options = ServerOptions(max_body_bytes=2 * MOST_LINE_BYTES)  # a body has no more than its line and a seed
         self._headers = {"content-type": "application/json"}
         if options.api_key is not None:  # of the environment
             self._headers["x-api-key"] = options.api_key

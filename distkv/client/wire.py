@@ -48,7 +48,7 @@ class Failure(msgspec.Struct):
         for kind in known:
             if self.code == kind.__name__:
                 return kind(self.message)
-        kinds = {400: errors.RequestError, 401: errors.ConfigError, 413: errors.RequestError, 429: errors.CapacityError}
+        kinds = {400: errors.RequestError, 401: errors.ConfigError, 413: errors.RequestError, 429: errors.QueueFull}
         return kinds.get(status, DistKVError)(self.message)
 
 

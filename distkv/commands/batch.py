@@ -13,7 +13,7 @@ from distkv.server.options import ServerOptions
 RANK_FAILURES = 20  # that are made good unless the user says otherwise
 BatchFlags = Annotated[
     EngineOptions,
-    engine(*(field.name for field in fields(EngineConfig) if field.name != "model")),
+    engine(*(field.name for field in fields(EngineConfig) if field.name not in ("model", "max_queued_requests"))),
 ]
 
 

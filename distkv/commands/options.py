@@ -130,9 +130,11 @@ def measuring(**defaults: Any) -> Fields:
 
 
 EngineFlags = Annotated[
-    EngineOptions, engine(*(field.name for field in fields(EngineConfig) if field.name not in ("model", "seed")))
+    EngineOptions,
+    engine(*(one.name for one in fields(EngineConfig) if one.name not in ("model", "seed", "max_queued_requests"))),
 ]
-"""All options of the engine but the model, for which there is `Model`, and the seed: --seed is that of sampling."""
+"""All options of the engine but the model, for which there is `Model`, the seed (--seed is that of sampling) and the
+queue's limit, since nobody else asks."""
 
 
 def surviving(options: EngineOptions, max_rank_failures: int) -> EngineOptions:

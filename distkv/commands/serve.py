@@ -15,7 +15,7 @@ from distkv.config import EngineConfig, EngineOptions
 from distkv.engine.protocol import EngineInfo
 from distkv.planner.hardware import Hardware
 from distkv.ray_serve.options import ReplicaOptions
-from distkv.server.options import ServerOptions
+from distkv.server.options import QUEUED_REQUESTS, ServerOptions
 
 RANK_FAILURES = 10  # that are made good unless the user says otherwise
 
@@ -37,6 +37,8 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, with OpenAI's API and a page to look at."""
     tell = partial(_tell, model, sys.stdout)
+    if options["max_queued_requests"] is None:
+        options = {**options, "max_queued_requests": QUEUED_REQUESTS}
     with redirect_stdout(sys.stderr):  # Ray prints what it says of any worker's death
         if replicas.replicas is not None:
             from distkv.ray_serve.run import serve_replicas

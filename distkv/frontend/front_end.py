@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from msgspec.structs import replace
 from distkv.config import EngineConfig
 from distkv.engine.protocol import EngineInfo, EngineRequest
 from distkv.engine.request_bounds import check_tokens
+from distkv.engine.stats import EngineStats
 from distkv.engine.thread import EngineThread, RunningEngine
 from distkv.errors import ConfigError, RequestError
 from distkv.frontend.bad_words import bad_words_token_ids
@@ -21,6 +23,7 @@ from distkv.frontend.request_checks import (
     plain_prompt,
     plain_salt,
 )
+from distkv.frontend.request_queue import RequestQueue
 from distkv.frontend.request_state import RequestState
 from distkv.frontend.session import Session
 from distkv.frontend.tokenizer import Tokenizer
@@ -39,6 +42,7 @@ class FrontEnd:
         self.config = config
         self.thread: RunningEngine = EngineThread(partial(launch, config)) if engine is None else engine
         self.info: EngineInfo
+        self.queue: RequestQueue
         self._numbers = itertools.count()
         self._tokenizer: Tokenizer | None = None
 
@@ -53,6 +57,7 @@ class FrontEnd:
                 self._no_tokenizer = str(error)
                 log.warning(self._no_tokenizer)
             self.info = info
+            self.queue = RequestQueue(self.config.max_queued_requests, info.max_num_seqs * info.num_engines)
         except BaseException:
             self.thread.close()
             raise
@@ -63,6 +68,16 @@ class FrontEnd:
         if self._tokenizer is None:
             raise ConfigError(self._no_tokenizer)
         return self._tokenizer
+
+    def place(self, params: SamplingParams) -> AbstractContextManager[None]:
+        """Holds the places of a request's answers among those that run and wait; raises as `RequestQueue.taken` and
+        `check_params` do."""
+        check_params(params, self.info)
+        return self.queue.taken(params.n)
+
+    def told(self, stats: EngineStats) -> EngineStats:
+        """What the engine tells of itself, with what it does not know: the answers that it was not asked for."""
+        return replace(stats, num_refused=self.queue.num_refused)
 
     def next_number(self) -> int:
         """A new request's number, from which its seed is made where its parameters have none."""

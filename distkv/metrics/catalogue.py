@@ -28,6 +28,7 @@ class Metric:
     samples: Callable[[EngineStats, EngineInfo], Iterator[Sample]]
     labels: tuple[str, ...] = ()
     field: str = ""  # of `RequestStats`, where it is one of that
+    of_engine: bool = True  # else only its owner can tell
 
 
 def _one(value: Callable[[EngineStats], Value]) -> Callable[[EngineStats, EngineInfo], Iterator[Sample]]:
@@ -142,6 +143,13 @@ CATALOGUE = (
         lambda stats: stats.num_lacking_room,
     ),
     Metric("request_success", "counter", "Answers that have ended, by why.", _finished, ("finished_reason",)),
+    Metric(
+        "requests_refused",
+        "counter",
+        "Answers that were not begun since too many waited.",
+        _one(lambda stats: stats.num_refused),
+        of_engine=False,
+    ),
     _counter("prompt_tokens", "Tokens of prompts read or found.", lambda stats: stats.requests.prompt_tokens),
     _counter("generation_tokens", "Tokens sampled.", lambda stats: stats.requests.generation_tokens),
     _counter(

@@ -15,6 +15,7 @@ from distkv.engine.stats import EngineStats, Histogram
 from distkv.metrics.catalogue import CATALOGUE, PREFIX
 
 SECONDS = 1.0  # between updates
+METRICS = [metric for metric in CATALOGUE if metric.of_engine]
 
 
 class RayMetrics:
@@ -30,7 +31,7 @@ class RayMetrics:
         self._told: dict[tuple[str, tuple[str, ...]], float] = {}  # what counters stand at
         model_name = {"model_name": Path(info.model).name}
         self._metrics: dict[str, Counter | Gauge] = {}
-        for metric in CATALOGUE:
+        for metric in METRICS:
             name, keys = PREFIX.replace(":", "_") + metric.name, ("model_name", *metric.labels)
             if metric.kind == "histogram":
                 values = meter.distributions[metric.field]
@@ -49,7 +50,7 @@ class RayMetrics:
     def update(self, stats: EngineStats) -> None:
         """Tells Ray what has changed since the last call."""
         self._due = time.monotonic() + SECONDS
-        for metric in CATALOGUE:
+        for metric in METRICS:
             if metric.kind == "histogram":
                 continue
             for labels, value in metric.samples(stats, self._info):

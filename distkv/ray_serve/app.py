@@ -17,7 +17,7 @@ from distkv.option_checks import settle_path
 from distkv.ray_serve.config import check_names, parse_arguments
 from distkv.ray_serve.ingress import HEALTH_CHECK_SECONDS, Ingress
 from distkv.ray_serve.replica import EngineReplica
-from distkv.server.options import ServerOptions
+from distkv.server.options import QUEUED_REQUESTS, ServerOptions
 
 ENGINES, INGRESS = "engines", "ingress"  # names of the deployments
 SAVE_SECONDS = 600.0  # for a replica to save its cache when its last answer has ended
@@ -26,7 +26,8 @@ WITHOUT_END = 10.0 * 365 * 86400  # seconds
 # Serve's code and ours in one event loop: each hop of a token between threads costs more than what it protects from
 ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 ELSEWHERE_GIVEN = dict.fromkeys(("host", "port", "uvicorn_log_level"), "HTTP is Serve's; see its http_options") | {
-    "name": "it is that of the application"
+    "name": "it is that of the application",
+    "max_queued_requests": "it is a field of engine_kwargs",
 }
 OWN_OPTIONS = ("name", "request_router_config", "user_config", "placement_group_bundles")
 ROUTER = f"{__package__}.routing.PrefixRequestRouter"
@@ -68,6 +69,7 @@ def build_app(config: EngineConfig, server: dict[str, Any], names: list[str], de
     ingress_options = _checked("ingress_deployment_config", deployments.ingress)
     if "health_check_period_s" in ingress_options:
         raise ConfigError("ingress_deployment_config.health_check_period_s is distkv's own to give; leave it out")
+    queued = config.max_queued_requests
     to_end = WITHOUT_END if options.shutdown_timeout is None else float(options.shutdown_timeout)
     common = {
         "ray_actor_options": {"num_cpus": 0, "runtime_env": _runtime_env()},
@@ -82,7 +84,7 @@ def build_app(config: EngineConfig, server: dict[str, Any], names: list[str], de
     engines = of_engines.options(
         **common
         | {
-            "max_ongoing_requests": config.max_num_seqs + options.max_queued_requests,
+            "max_ongoing_requests": NO_LIMIT if queued is None else config.max_num_seqs + queued,
             "graceful_shutdown_timeout_s": to_end + SAVE_SECONDS,
         }
         | engine_options
@@ -112,7 +114,7 @@ def _engine_options(given: dict[str, Any]) -> dict[str, Any]:
             "engine_kwargs.ray_address would have no effect: engines run on Serve's cluster; leave it out"
         )
     check_names("engine_kwargs", given, EngineOptions.__annotations__)
-    return {**given, "ray_address": "auto"}
+    return {"max_queued_requests": QUEUED_REQUESTS, **given, "ray_address": "auto"}
 
 
 def _check_engine(config: EngineConfig) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from distkv.errors import RequestError
 from distkv.frontend.request_checks import check_params
 from distkv.outputs import CompletionOutput, RequestOutput
 from distkv.server.answers import Outputs, answer_all
@@ -45,7 +44,6 @@ class _Completion:
             "model": service.check_model(body.model),
         }
         self._usage = Usage()
-        self._check_count()
         check_params(self._params, service.llm.info)  # before so many answers have a place in the queue
 
     async def whole(self) -> dict[str, Any]:
@@ -75,16 +73,6 @@ class _Completion:
         if options.include_usage:
             yield event(self._head | {"choices": [], "usage": self._usage.openai()})
         yield DONE
-
-    def _check_count(self) -> None:
-        """Raises RequestError for more prompts than a server with nothing else to do has places for."""
-        info = self._service.llm.info
-        most = info.max_num_seqs * info.num_engines + self._service.options.max_queued_requests
-        if len(self._body.prompts) > most:
-            raise RequestError(
-                f"prompt has {len(self._body.prompts)} prompts, and {most} answers can run and wait; send them in "
-                "several requests, or have the server started with a higher --max-queued-requests"
-            )
 
     def _answers(self) -> AsyncGenerator:
         body, generate = self._body, self._service.llm.generate

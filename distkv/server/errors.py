@@ -6,7 +6,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from distkv.errors import CapacityError, ConfigError, DistKVError, Draining, RequestError
+from distkv.errors import CapacityError, ConfigError, DistKVError, Draining, QueueFull, RequestError
 from distkv.server.json import encode_ascii
 
 log = logging.getLogger(__name__)
@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 TYPES = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
 """Anthropic's words by status; below 500 there is else invalid_request_error."""
 DRAIN_RETRY_SECONDS = 5  # after which a server that is drained may be another one
+RETRY_SECONDS = 1  # after which a client may try again that has found the queue full
 CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 
 
@@ -42,6 +43,8 @@ def api_error(error: BaseException) -> ApiError:
         return error
     if isinstance(error, HTTPException):  # of the framework's: no such route or method, a body that is no JSON
         return ApiError(error.status_code, str(error.detail))
+    if isinstance(error, QueueFull):
+        return ApiError(429, str(error), retry_after=RETRY_SECONDS)
     if isinstance(error, RequestError | ConfigError | CapacityError):
         return ApiError(400, str(error), code=type(error).__name__)
     if isinstance(error, Draining):

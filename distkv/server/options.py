@@ -8,6 +8,7 @@ from distkv.option_checks import check_choice, check_name, check_whole, parse_by
 from distkv.option_help import explained
 
 KEY_VARIABLE = "DISTKV_API_KEY"
+QUEUED_REQUESTS = 1024  # `EngineConfig.max_queued_requests` of a server, unless it is given
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 
 
@@ -37,11 +38,6 @@ class ServerOptions:
     It guards all but /health and /livez, and comes as `Authorization: Bearer KEY` or `x-api-key: KEY`; a browser asks
     for a name, which may be any, and for the key as the password. None takes the environment's, if that has one.
     """
-    max_queued_requests: int = 1024
-    """Most answers that wait beside the max_num_seqs that run.
-
-    Requests that come while so many wait are refused with status 429.
-    """
     max_body_bytes: int | str = "64MiB"
     """Most bytes of a request's body."""
     shutdown_timeout: int | None = None
@@ -69,7 +65,6 @@ class ServerOptions:
                 f"{KEY_VARIABLE}, or none at all"
             )
         self._set("api_key", key)
-        self._set("max_queued_requests", check_whole("max_queued_requests", self.max_queued_requests, 0))
         self._set("max_body_bytes", parse_bytes("max_body_bytes", self.max_body_bytes))
         if self.shutdown_timeout is not None:
             self._set("shutdown_timeout", check_whole("shutdown_timeout", self.shutdown_timeout))

@@ -1,8 +1,6 @@
 """What all routes share: the model, once it is loaded, and who is being answered."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from distkv.async_llm import AsyncLLM
 from distkv.planner.hardware import Hardware
@@ -10,7 +8,6 @@ from distkv.server.errors import ApiError
 from distkv.server.options import ServerOptions
 from distkv.values import shown
 
-RETRY_SECONDS = 1
 LOADING_SECONDS = 5
 
 
@@ -24,7 +21,6 @@ class Service:
         self.is_draining = False  # whether what goes on without end is to end
         self.hardware: Hardware | None = None  # that the model runs on, if that is known
         self._llm: AsyncLLM | None = None
-        self._num_open = 0  # answers
 
     @property
     def llm(self) -> AsyncLLM:
@@ -63,19 +59,3 @@ class Service:
         if unknown is not None:
             raise ApiError(400, f"{name} has {shown(unknown)}; ids are integers below {vocab_size}", name)
         return token_ids
-
-    @contextmanager
-    def answering(self, count: int) -> Iterator[None]:
-        """Lets so many answers in, for as long as this lasts; raises ApiError when the queue is full."""
-        info = self.llm.info
-        num_queued = self._num_open - info.max_num_seqs * info.num_engines
-        if num_queued >= self.options.max_queued_requests:
-            raise ApiError(
-                429, f"{num_queued} answers wait for their turn already; try again later, or have the server started "
-                "with a higher --max-queued-requests", retry_after=RETRY_SECONDS,
-            )  # fmt: skip
-        self._num_open += count
-        try:
-            yield
-        finally:
-            self._num_open -= count

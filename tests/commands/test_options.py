@@ -100,7 +100,11 @@ def flag(name: str, text: str) -> list[str]:
 @pytest.mark.parametrize("command", ["generate", "chat"])
 def test_every_option_of_the_engine_has_a_flag_that_reaches_it(command: str, run: Any) -> None:
     assert run(command) == EngineConfig(Path("folder")), "the defaults are those of the fields"
-    assert GIVEN.keys() | OTHERS.keys() == {field.name for field in fields(EngineConfig)} - {"model", "seed"}
+    assert GIVEN.keys() | OTHERS.keys() == {field.name for field in fields(EngineConfig)} - {
+        "model",
+        "seed",
+        "max_queued_requests",
+    }
     for group in (GIVEN, OTHERS):
         arguments = [part for name, (text, _) in group.items() for part in flag(name, text)]
         values = {name: value for name, (_, value) in group.items()}

@@ -44,6 +44,7 @@ VLLM = {
 """vLLM's names and labels behind the prefix, as its dashboards use them; all of them have `model_name`, too."""
 
 OURS = {
+    "requests_refused_total": [],
     "num_requests_parked": [],
     "num_requests_lacking_room": [],
     "tier_used_bytes": ["tier"],

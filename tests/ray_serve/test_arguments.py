@@ -36,7 +36,7 @@ def arguments(model: Path, **changes: Any) -> dict[str, Any]:
             "leave one of them out",
         ),
         ({"top": {"server_kwargs": {"port": 1}}}, "HTTP is Serve's"),
-        ({"top": {"server_kwargs": {"max_queued": 1}}}, "did you mean max_queued_requests?"),
+        ({"top": {"server_kwargs": {"max_body": 1}}}, "did you mean max_body_bytes?"),
         ({"top": {"llm_configs": []}}, "llm_configs has 0 models, and an application serves one"),
         ({"top": {"ingress_cls_config": {}}}, "the ingress is distkv's server"),
     ],

@@ -218,7 +218,7 @@ def test_more_answers_than_can_run_take_no_place(here: HereServer, monkeypatch: 
     """Or all others would be told that the queue is full."""
     here.service.loaded(here.llm)
     asked: list[int] = []
-    monkeypatch.setattr(here.service, "answering", asked.append)
+    monkeypatch.setattr(here.llm._front_end.queue, "taken", asked.append)
     body = {"n": 10**6, "max_tokens": 1, "stream": True}
     body |= {"prompt": "a"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "a"}]}
     refused = httpx2.post(here.url + path, json=body)

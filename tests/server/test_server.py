@@ -18,7 +18,7 @@ import pytest
 from openai import OpenAI
 from support.servers import ServerProcess
 
-from distkv import CapacityError, Client, ConfigError, SamplingParams, __version__
+from distkv import Client, ConfigError, QueueFull, SamplingParams, __version__
 from distkv.server.options import ServerOptions
 
 KEY = "a-secret key"
@@ -95,8 +95,14 @@ def test_a_full_queue_is_told(guarded: ServerProcess) -> None:
         refused = guarded.post("/v1/completions", {"prompt": "a"}, headers=BEARER)
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
         assert refused.json()["error"]["code"] == "rate_limit_exceeded"
-        with Client(guarded.url, api_key=KEY) as client, pytest.raises(CapacityError, match="--max-queued-requests"):
+        with Client(guarded.url, api_key=KEY) as client, pytest.raises(QueueFull, match="--max-queued-requests"):
             client.generate("a", use_tqdm=False)
+        [line] = [
+            one
+            for one in guarded.get("/metrics", headers=BEARER).text.splitlines()
+            if one.startswith("distkv:requests_refused_total{")
+        ]
+        assert line.endswith(" 2.0"), line
     guarded.await_idle(KEY)
     allowed = guarded.post("/v1/completions", {"prompt": "a", "max_tokens": 1}, headers=BEARER)
     assert allowed.status_code == 200
