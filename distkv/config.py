@@ -35,6 +35,7 @@ class EngineOptions(TypedDict, total=False):
     min_tensor_parallel_size: int | None
     dtype: str
     max_model_len: int | None
+    max_prompt_tokens: int | None
     max_num_seqs: int
     max_queued_requests: int | None
     max_num_batched_tokens: int
@@ -46,6 +47,8 @@ class EngineOptions(TypedDict, total=False):
     host_kv_bytes: int | str | None
     disk_kv_bytes: int | str | None
     cache_dir: str | Path | None
+    max_sessions: int | None
+    max_session_bytes: int | str | None
     staging_pages: int | None
     enable_prefix_caching: bool
     disk_write_policy: str
@@ -113,6 +116,11 @@ class EngineConfig:
 
     None takes the model's limit.
     """
+    max_prompt_tokens: int | None = None
+    """Most tokens of a prompt.
+
+    A text that must have more is refused before it is encoded. None is for all that max_model_len has room for.
+    """
     max_num_seqs: int = 64
     """Most answers that run at a time."""
     max_queued_requests: int | None = None
@@ -160,6 +168,18 @@ class EngineConfig:
 
     It has a sub-folder for each model. A relative path begins where the process is when the engine is made, and ~ is
     the home folder. None is for no pages on disk.
+    """
+    max_sessions: int | None = None
+    """Most sessions that cache_dir holds.
+
+    A new one beyond them is refused, and the others go on. Responses that a server stores do not count. None is for any
+    number.
+    """
+    max_session_bytes: int | str | None = None
+    """Most bytes of a session's file, such as 1MiB.
+
+    A turn that has no room left is refused, and the session stays as it is. None is for as many as conversations of
+    max_model_len tokens take.
     """
     staging_pages: int | None = None
     """Pages of the ring that cold pages pass through.
@@ -224,14 +244,14 @@ class EngineConfig:
         sizes = ("tensor_parallel_size", "data_parallel_size", "max_num_seqs", "max_num_batched_tokens", "page_size")
         for name in sizes:
             self._set(name, check_whole(name, getattr(self, name)))
-        for name in ("max_model_len", "num_threads", "staging_pages", "min_tensor_parallel_size"):
+        whole = ("max_model_len", "max_prompt_tokens", "num_threads", "staging_pages", "min_tensor_parallel_size")
+        for name in whole:
             if getattr(self, name) is not None:
                 self._set(name, check_whole(name, getattr(self, name)))
         self._set("seed", check_whole("seed", self.seed, 0))
-        if self.max_queued_requests is not None:
-            self._set("max_queued_requests", check_whole("max_queued_requests", self.max_queued_requests, 0))
-        if self.max_rank_failures is not None:
-            self._set("max_rank_failures", check_whole("max_rank_failures", self.max_rank_failures, 0))
+        for name in ("max_queued_requests", "max_rank_failures", "max_sessions"):
+            if getattr(self, name) is not None:
+                self._set(name, check_whole(name, getattr(self, name), 0))
         for name in ("hang_timeout", "save_timeout", "rebuild_timeout"):
             if getattr(self, name) is not None:
                 self._set(name, check_amount(name, getattr(self, name)))
@@ -253,7 +273,8 @@ class EngineConfig:
                 f"max_num_batched_tokens {self.max_num_batched_tokens} is less than max_num_seqs {self.max_num_seqs}: "
                 "not every running answer could take a token in a step; raise the first or lower the second"
             )
-        for name in ("device_kv_bytes", "host_kv_bytes", "disk_kv_bytes", "max_cold_bytes_per_step"):
+        sizes = ("device_kv_bytes", "host_kv_bytes", "disk_kv_bytes", "max_cold_bytes_per_step", "max_session_bytes")
+        for name in sizes:
             if getattr(self, name) is not None:
                 self._set(name, parse_bytes(name, getattr(self, name), least=0 if name == "host_kv_bytes" else 1))
         least, size = self.min_tensor_parallel_size, self.tensor_parallel_size
@@ -311,6 +332,13 @@ class EngineConfig:
             ("rebuild_timeout", not self.max_rank_failures, *not_rebuilt),
             ("min_tensor_parallel_size", not self.max_rank_failures, *not_rebuilt),
             ("trace", self.data_parallel_size > 1, "data_parallel_size is more than 1", "trace a single engine"),
+            (
+                "max_prompt_tokens",
+                self.max_model_len is not None and (self.max_prompt_tokens or 0) >= self.max_model_len,
+                f"max_model_len is {self.max_model_len}, which no prompt may reach", "lower it, or leave it out",
+            ),
+            ("max_sessions", no_disk, "cache_dir is not, where they are kept", "name the folder in cache_dir"),
+            ("max_session_bytes", no_disk, "cache_dir is not, where they are kept", "name the folder in cache_dir"),
             ("disk_kv_bytes", no_disk, "cache_dir is not", "name the folder in cache_dir"),
             ("disk_write_policy", no_disk and policy == "idle", "cache_dir is not", "name the folder in cache_dir"),
             (

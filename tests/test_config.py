@@ -99,7 +99,15 @@ def test_numbers_of_other_libraries_are_taken() -> None:
         ({"cache_dir": "~nobody-of-this-name/kv"}, "cache_dir is '~nobody-of-this-name/kv', which leads nowhere"),
         ({"model": ""}, "model is ''"),
         ({"model": 7}, "model is 7"),
+        ({"max_queued_requests": -1}, "max_queued_requests is -1; it must be an integer from 0"),
+        ({"max_prompt_tokens": 0}, "max_prompt_tokens is 0; it must be an integer from 1"),
+        ({"max_prompt_tokens": 1.5}, r"max_prompt_tokens is 1\.5"),
+        ({"max_sessions": float("nan"), "cache_dir": "kv"}, "max_sessions is nan"),
+        ({"max_session_bytes": "0", "cache_dir": "kv"}, "max_session_bytes is '0'; give bytes as a positive"),
         # nothing would come of these
+        ({"max_sessions": 5}, "max_sessions is set and cache_dir is not, where they are kept; name the folder"),
+        ({"max_session_bytes": "1MiB"}, "max_session_bytes is set and cache_dir is not"),
+        ({"max_prompt_tokens": 100, "max_model_len": 100}, "max_prompt_tokens is set and max_model_len is 100, which"),
         ({"disk_kv_bytes": "1GiB"}, "disk_kv_bytes is set and cache_dir is not; name the folder"),
         ({"disk_write_policy": "idle"}, "disk_write_policy is set and cache_dir is not"),
         (

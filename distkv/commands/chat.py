@@ -2,13 +2,13 @@
 
 import time
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from distkv.commands.options import EngineFlags, Model, model_folder, piecemeal, sampling, spread
 from distkv.commands.streams import ask, check_stdin, complain
+from distkv.config import EngineConfig, EngineOptions
 from distkv.errors import CapacityError, ConfigError, RequestError, StoreError
 from distkv.sampling_params import SamplingParams
 
@@ -38,7 +38,7 @@ def chat(
 
     folder = model_folder(model)
     first = [] if system is None else [{"role": "system", "content": system}]
-    with _conversation(session, options["cache_dir"]) as conversation:
+    with _conversation(session, options) as conversation:
         conversation.check(first)
         if conversation.messages:
             _say(f"{conversation.title} goes on after {len(conversation.messages)} messages")
@@ -50,16 +50,18 @@ def chat(
                     complain(str(error))
 
 
-def _conversation(session: str | None, cache_dir: str | Path | None) -> AbstractContextManager["Conversation"]:
+def _conversation(session: str | None, options: EngineOptions) -> AbstractContextManager["Conversation"]:
     """One that is forgotten, or the session of that name in the cache folder."""
     from distkv.frontend.conversation import Conversation
     from distkv.frontend.session import Session
+    from distkv.frontend.session_limits import SessionLimits
 
     if session is None:
         return nullcontext(Conversation())
-    if cache_dir is None:
+    config = EngineConfig("/", **options)
+    if config.cache_dir is None:
         raise ConfigError("--session needs a folder to keep the conversation in; give it with --cache-dir")
-    return Session(cache_dir, session)
+    return Session(config.cache_dir, session, SessionLimits.of(config))
 
 
 def _answer(

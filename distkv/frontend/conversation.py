@@ -92,7 +92,8 @@ class Conversation:
         text. The new messages become part of the conversation with their answer; until then another prompt takes the
         place of this one. `tools` and `chat_template_kwargs` are those of `Tokenizer.encode_chat`, and are not kept.
 
-        Raises RequestError as `check` does, as `Tokenizer.encode_chat` does, and when nothing is new.
+        Raises RequestError as `check` does, as `Tokenizer.encode_chat` does, and when nothing is new, and CapacityError
+        when there is no room to keep the turn.
         """
         self._turn = None
         asked = self.check(new_messages)
@@ -108,7 +109,9 @@ class Conversation:
             self._tokenizer = tokenizer.fingerprint
         messages = [*self.messages, *map(msgspec.to_builtins, asked)]
         token_ids = tokenizer.encode_chat(messages, tools, chat_template_kwargs)
-        self._turn = Turn(asked, tokenizer, token_ids)
+        turn = Turn(asked, tokenizer, token_ids)
+        self._check_turn(turn)
+        self._turn = turn
         return token_ids
 
     def add_answer(self, text: str, token_ids: list[int] | None) -> None:
@@ -144,6 +147,9 @@ class Conversation:
         if self._turn is None:
             raise DistKVError(f"{self.title} has no prompt without an answer; call prompt() first")
         return self._turn
+
+    def _check_turn(self, turn: Turn) -> None:
+        """Called before a turn begins; when it raises, it does not."""
 
     def _save(self, messages: list[StoredMessage]) -> None:
         """Called before the messages become these; when it raises, they do not."""

@@ -19,6 +19,7 @@ from distkv.frontend.end_tokens import stop_reasons
 from distkv.frontend.request_checks import (
     Prompt,
     check_params,
+    check_prompt_length,
     plain_priority,
     plain_prompt,
     plain_salt,
@@ -26,7 +27,8 @@ from distkv.frontend.request_checks import (
 from distkv.frontend.request_queue import RequestQueue
 from distkv.frontend.request_state import RequestState
 from distkv.frontend.session import Session
-from distkv.frontend.tokenizer import Tokenizer
+from distkv.frontend.session_limits import SessionLimits
+from distkv.frontend.tokenizer import Tokenizer, TokenLimit
 from distkv.launch.launch import launch
 from distkv.sampling_params import SamplingParams
 from distkv.structured_outputs.grammars import make_grammar
@@ -51,7 +53,8 @@ class FrontEnd:
         try:
             info = self.thread.wait()
             try:
-                self._tokenizer = Tokenizer(Path(self.config.model), info.eos_token_ids, info.max_model_len)
+                limit = self._token_limit(info.max_model_len)
+                self._tokenizer = Tokenizer(Path(self.config.model), info.eos_token_ids, limit)
                 info = replace(info, eos_token_ids=tuple(sorted(self._tokenizer.end_token_ids)))
             except ConfigError as error:
                 self._no_tokenizer = str(error)
@@ -93,6 +96,7 @@ class FrontEnd:
         text, given, own_salt = plain_prompt(prompt)
         priority, cache_salt = plain_priority(priority), plain_salt(cache_salt, own_salt)
         token_ids = given if given is not None else self.tokenizer.encode(text or "")
+        check_prompt_length(token_ids, self.config.max_prompt_tokens)
         check_tokens(token_ids, self.info)
         if self._tokenizer is None and params.stop_strings:
             raise RequestError("stop strings need text, and the model has no tokenizer; use stop_token_ids")
@@ -114,15 +118,21 @@ class FrontEnd:
         return RequestState(request, text, self._tokenizer, reasons)
 
     def session(self, name: str, params: SamplingParams) -> Session:
-        """Opens a conversation for one more turn; raises ConfigError as `Session` does, RequestError for other than one
-        answer, DistKVError in a forked process."""
+        """Opens a conversation for one more turn; raises ConfigError and CapacityError as `Session` does, RequestError
+        for other than one answer, DistKVError in a forked process."""
         self.thread.check_process()
         if self.config.cache_dir is None:
             raise ConfigError(f"session {name!r} needs a folder to be kept in; set cache_dir")
         check_params(params, self.info)
         if params.n != 1:
             raise RequestError(f"n is {params.n}, and a session goes on with one answer; leave n out")
-        return Session(self.config.cache_dir, name)
+        return Session(self.config.cache_dir, name, SessionLimits.of(self.config))
+
+    def _token_limit(self, max_model_len: int) -> TokenLimit:
+        most = self.config.max_prompt_tokens
+        if most is None or most >= max_model_len:
+            return TokenLimit("max_model_len", max_model_len)
+        return TokenLimit("max_prompt_tokens", most)
 
 
 class Facade:

@@ -105,3 +105,12 @@ def plain_salt(cache_salt: Any, own: Any = None) -> str | None:
     if len(set(salts)) > 1:
         raise RequestError(f"cache_salt is {shown(salts[0])}, and {shown(salts[1])} in the prompt; give one of them")
     return salts[0] if salts else None
+
+
+def check_prompt_length(token_ids: list[Any], max_prompt_tokens: int | None) -> None:
+    """Raises RequestError for a prompt of more tokens than are allowed, if that is bounded."""
+    if max_prompt_tokens is not None and len(token_ids) > max_prompt_tokens:
+        raise RequestError(
+            f"the prompt has {len(token_ids)} tokens and max_prompt_tokens is {max_prompt_tokens}; shorten the prompt "
+            "or raise max_prompt_tokens"
+        )

@@ -16,7 +16,8 @@ from types import TracebackType
 import msgspec
 
 from distkv.errors import ConfigError, DistKVError, StoreError
-from distkv.frontend.conversation import Conversation, StoredMessage
+from distkv.frontend.conversation import Conversation, StoredMessage, Turn
+from distkv.frontend.session_limits import SessionLimits
 from distkv.option_checks import check_name
 from distkv.outputs import RequestOutput
 from distkv.storage.disk.cache_folder import SESSIONS
@@ -57,11 +58,11 @@ class Session(Conversation):
             session.add_answer(text, token_ids)
     """
 
-    def __init__(self, cache_dir: str | Path, name: str):
+    def __init__(self, cache_dir: str | Path, name: str, limits: SessionLimits | None = None):
         """Opens the session, or begins it; nothing is written before the first answer.
 
         Raises ConfigError when the name cannot be one, when another process has the session open, and when its file is
-        damaged or cannot be read.
+        damaged or cannot be read; CapacityError when it would be one session too many.
         """
         check_name("session", name)
         super().__init__()
@@ -69,6 +70,8 @@ class Session(Conversation):
         self.name = name
         self.title = f"session {name}"
         self._path = folder / f"{name}.json"
+        self._limits = limits or SessionLimits()
+        self._limits.check_number(self._path)  # before there is a lock of that name
         self._lock = lock_session(folder / f"{name}.lock", name)
         try:
             found = load_session(self._path)
@@ -99,11 +102,22 @@ class Session(Conversation):
             return replace(output, error=error)
         return output
 
+    def _check_turn(self, turn: Turn) -> None:
+        """Raises CapacityError where even an empty answer would make the file too large."""
+        if self._limits.most_bytes is not None:
+            grown = [*self._messages, *turn.asked, StoredMessage("assistant", "", [])]
+            self._limits.check_size(self.name, len(self._encoded(grown)))
+
     def _save(self, messages: list[StoredMessage]) -> None:
         """Writes the file, so that `add_answer` raises StoreError, and adds nothing, when that fails."""
         if not self._lock.is_held:
             raise DistKVError(f"session {self.name} is closed; open it again")
-        _save(self._path, SessionFile(FORMAT, self._tokenizer, messages))
+        content = self._encoded(messages)
+        self._limits.check_file(self._path, len(content))
+        _save(self._path, content)
+
+    def _encoded(self, messages: list[StoredMessage]) -> bytes:
+        return msgspec.json.encode(SessionFile(FORMAT, self._tokenizer, messages))
 
 
 def lock_session(path: Path, name: str) -> FileLock:
@@ -152,14 +166,14 @@ def load_session(path: Path) -> SessionFile:
     )
 
 
-def _save(path: Path, content: SessionFile) -> None:
+def _save(path: Path, content: bytes) -> None:
     """Replaces the file, which is the old one or the new one whatever happens, and the new one once this returns, power
     or no power. Raises StoreError when it cannot."""
     partial = path.with_name(f"{path.name}.partial")
     try:
         with open(partial, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
             os.fchmod(file.fileno(), 0o600)  # it may be left from a process that was killed
-            file.write(msgspec.json.encode(content))
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

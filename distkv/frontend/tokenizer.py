@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from functools import cached_property, lru_cache, partial
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from distkv.errors import ConfigError, RequestError
 from distkv.frontend.chat_pieces import text_around_answers
@@ -23,15 +23,22 @@ CACHED_TEXTS = 8192  # of single tokens
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
+class TokenLimit(NamedTuple):
+    """How many tokens a prompt may have, and the option that says so."""
+
+    option: str
+    most: int
+
+
 class Tokenizer:
     """The tokenizer and chat template of a model folder, through transformers. For use by several threads."""
 
-    def __init__(self, folder: Path, eos_token_ids: Iterable[int] = (), max_model_len: int | None = None):
+    def __init__(self, folder: Path, eos_token_ids: Iterable[int] = (), limit: "TokenLimit | None" = None):
         """Loads it, and runs no code that the folder may hold.
 
         Args:
             eos_token_ids: tokens that end an answer by what else the folder says.
-            max_model_len: how many tokens the model takes; texts that are too long for it are not encoded.
+            limit: of prompts; texts that are too long for it are not encoded.
 
         Raises ConfigError when the folder has no tokenizer that can be loaded.
         """
@@ -55,7 +62,7 @@ class Tokenizer:
         self.special_tokens = {token.content: index for index, token in added if token.special}
         """The tokens that `decode` leaves out, by their text."""
         self._text_ids = frozenset(vocabulary.values()).difference(self.special_tokens.values())
-        self._max_model_len = max_model_len
+        self._limit = limit
         self._longest_token = max(map(len, vocabulary), default=1)  # characters, or more than it has
         self._byte_ids = frozenset(index for token, index in vocabulary.items() if BYTE_TOKEN.fullmatch(token))
         own = self._tokenizer.eos_token_id
@@ -173,13 +180,14 @@ class Tokenizer:
 
     def _check_length(self, texts: list[str]) -> None:
         """Refuses what cannot fit however it is encoded: encoding takes seconds for megabytes, and others wait."""
-        if self._max_model_len is None:
+        if self._limit is None:
             return
-        length, most = sum(map(len, texts)), self._max_model_len * self._longest_token
-        if length > most:
+        option, most = self._limit
+        length = sum(map(len, texts))
+        if length > most * self._longest_token:
             raise RequestError(
-                f"the prompt has {length} characters, and max_model_len is {self._max_model_len} tokens of at most "
-                f"{self._longest_token}; shorten the prompt or raise max_model_len"
+                f"the prompt has {length} characters, and {option} is {most} tokens of at most {self._longest_token}; "
+                f"shorten the prompt or raise {option}"
             )
 
     def _render(self, options: TemplateOptions, messages: list[Message]) -> str:

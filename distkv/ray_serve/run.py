@@ -31,7 +31,7 @@ PROXY_ENVIRONMENT = {
     "RAY_SERVE_PROXY_USE_GRPC": "1",  # an object of Ray for each piece of a stream costs more
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # a proxy is dead after three; by default that takes half a minute
 }
-SERVER_FIELDS = ("api_key", "max_body_bytes", "shutdown_timeout", "served_model_name")
+SERVER_FIELDS = ("api_key", "max_stored_responses", "max_body_bytes", "shutdown_timeout", "served_model_name")
 
 
 def serve_replicas(

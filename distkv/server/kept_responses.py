@@ -7,19 +7,18 @@ from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
 
+from distkv.errors import StoreError
 from distkv.frontend.conversation import Conversation
 from distkv.frontend.session import Session
+from distkv.frontend.session_limits import RESPONSE_ID, SessionLimits
 from distkv.server.errors import ApiError
-from distkv.server.schemas.response import RESPONSE_ID
 from distkv.server.service import Service
 from distkv.storage.disk.cache_folder import SESSIONS
 from distkv.storage.disk.file_lock import FileLock, HeldError
 
-MOST_KEPT = 1024
-
 
 class KeptResponses:
-    """The conversations, of which the oldest are dropped beyond `MOST_KEPT`."""
+    """The conversations, of which the oldest are dropped beyond `ServerOptions.max_stored_responses`."""
 
     def __init__(self, service: Service):
         self._service = service
@@ -33,17 +32,19 @@ class KeptResponses:
         return conversation
 
     def keep(self, response_id: str, conversation: Conversation) -> None:
-        """Keeps a conversation that ends in an answer. Raises StoreError when it cannot be written."""
-        cache_dir = self._cache_dir
+        """Keeps a conversation that ends in an answer. Raises StoreError when it cannot be written, or must not be."""
+        cache_dir, most = self._cache_dir, self._service.options.max_stored_responses
+        if not most:
+            raise StoreError("max_stored_responses is 0, so that no response can be gone on from; send store: false")
         if cache_dir is None:
             self._held[response_id] = conversation
-            while len(self._held) > MOST_KEPT:
+            while len(self._held) > most:
                 self._held.popitem(last=False)
             return
-        with Session(cache_dir, response_id) as session:
+        with Session(cache_dir, response_id, SessionLimits.of(self._service.llm.config)) as session:
             session.go_on_from(conversation)
             session.save()
-        _drop_oldest(cache_dir / SESSIONS)
+        _drop_oldest(cache_dir / SESSIONS, most)
 
     def _find(self, response_id: str) -> Conversation:
         if RESPONSE_ID.fullmatch(response_id) is not None:
@@ -65,12 +66,12 @@ class KeptResponses:
         return None if found is None else Path(found)
 
 
-def _drop_oldest(folder: Path) -> None:
-    """Removes the files of the oldest responses; another thread may be at it as well."""
+def _drop_oldest(folder: Path, most: int) -> None:
+    """Removes the files of the oldest responses beyond so many; another thread may be at it as well."""
     found = [path for path in folder.glob("resp_*.json") if RESPONSE_ID.fullmatch(path.stem)]
-    if len(found) <= MOST_KEPT:
+    if len(found) <= most:
         return
-    for path in sorted(found, key=_age, reverse=True)[: len(found) - MOST_KEPT]:
+    for path in sorted(found, key=_age, reverse=True)[: len(found) - most]:
         lock = path.with_suffix(".lock")
         with suppress(HeldError):  # somebody reads it or drops it
             held = FileLock(lock)

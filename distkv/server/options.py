@@ -38,6 +38,11 @@ class ServerOptions:
     It guards all but /health and /livez, and comes as `Authorization: Bearer KEY` or `x-api-key: KEY`; a browser asks
     for a name, which may be any, and for the key as the password. None takes the environment's, if that has one.
     """
+    max_stored_responses: int = 1024
+    """Most responses of /v1/responses that are stored, to be gone on from.
+
+    The oldest are dropped beyond them. With 0 none is stored.
+    """
     max_body_bytes: int | str = "64MiB"
     """Most bytes of a request's body."""
     shutdown_timeout: int | None = None
@@ -65,6 +70,7 @@ class ServerOptions:
                 f"{KEY_VARIABLE}, or none at all"
             )
         self._set("api_key", key)
+        self._set("max_stored_responses", check_whole("max_stored_responses", self.max_stored_responses, 0))
         self._set("max_body_bytes", parse_bytes("max_body_bytes", self.max_body_bytes))
         if self.shutdown_timeout is not None:
             self._set("shutdown_timeout", check_whole("shutdown_timeout", self.shutdown_timeout))

@@ -15,7 +15,7 @@ import distkv.frontend.front_end
 from distkv import LLM, AsyncLLM, ConfigError, RequestError, SamplingParams
 from distkv.frontend.messages import Message
 from distkv.frontend.session import Session
-from distkv.frontend.tokenizer import Tokenizer
+from distkv.frontend.tokenizer import Tokenizer, TokenLimit
 
 TURN = "{% for one in messages %}<s>{{ one.role }}: {{ CONTENT }}</s>{% endfor %}"
 PLAIN = TURN.replace("CONTENT", "one.content")
@@ -232,7 +232,7 @@ def test_chats_give_them_to_the_template(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_what_cannot_fit_is_not_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Encoding megabytes takes long, and others wait for it."""
-    tokenizer = Tokenizer(save_tokenizer(tmp_path, chat_template=PLAIN), max_model_len=20)
+    tokenizer = Tokenizer(save_tokenizer(tmp_path, chat_template=PLAIN), limit=TokenLimit("max_model_len", 20))
     most = 20 * max(map(len, tokenizer._tokenizer.get_vocab()))
     assert tokenizer.encode("a" * most)
     monkeypatch.setattr(tokenizer._tokenizer, "encode", None)

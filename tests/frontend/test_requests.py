@@ -253,6 +253,20 @@ def test_more_answers_than_can_run_are_refused_before_they_are_made(llm: LLM, mo
         llm.generate([[None] * 2_000_000], use_tqdm=False)
 
 
+def test_a_prompt_of_more_tokens_than_may_be_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distkv.frontend.front_end, "launch", lambda *_: ScriptedEngine([40, 41, 42], (2, 3), 400))
+    with LLM(folder, max_prompt_tokens=4) as llm:
+        most = llm.generate([[5] * 4], use_tqdm=False)
+        assert most[0].finished
+        with pytest.raises(RequestError, match="has 5 tokens and max_prompt_tokens is 4; shorten the prompt or raise"):
+            llm.generate([[5] * 4, [5] * 5], use_tqdm=False)
+        with pytest.raises(RequestError, match=r"the prompt has \d+ tokens and max_prompt_tokens is 4"):
+            llm.generate(["a b c d e f"], use_tqdm=False)
+        monkeypatch.setattr(llm.tokenizer._tokenizer, "encode", None)
+        with pytest.raises(RequestError, match="100000000 characters, and max_prompt_tokens is 4 tokens of at most"):
+            llm.generate(["a" * 10**8], use_tqdm=False)
+
+
 IDS, TEXT = [5, 6], "Hello the"
 
 

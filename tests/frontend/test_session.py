@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from support.power_loss import PowerLoss
 from support.processes import run_code
 
-from distkv.errors import ConfigError, DistKVError, RequestError, StoreError
+from distkv.errors import CapacityError, ConfigError, DistKVError, RequestError, StoreError
 from distkv.frontend.conversation import Conversation, StoredMessage
 from distkv.frontend.messages import Message
 from distkv.frontend.session import Session
+from distkv.frontend.session_limits import SessionLimits
 from distkv.frontend.tokenizer import Tokenizer
 from distkv.outputs import CompletionOutput
 
@@ -435,3 +436,46 @@ def test_a_prompt_waits_for_one_answer(tokenizer: Tokenizer, tmp_path: Path) -> 
         session.prompt(tokenizer, QUESTIONS[1:2])
         session.add_answer("Lima.", [2])
         assert [message["content"] for message in session.messages] == [QUESTIONS[1]["content"], "Lima."]
+
+
+def test_a_session_too_many_is_refused_and_the_others_go_on(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    limits = SessionLimits(most=2)
+    with Session(tmp_path, "one", limits) as one, Session(tmp_path, "two", limits), Session(tmp_path, "three") as three:
+        answered(one, tokenizer, QUESTIONS[0], "Paris.")
+        answered(three, tokenizer, QUESTIONS[0], "Paris.")
+    with pytest.raises(CapacityError, match=r"session four would be a new one, and .* holds the 2 that max_sessions"):
+        Session(tmp_path, "four", limits)
+    assert not (tmp_path / "sessions" / "four.lock").exists(), "or files would pile up all the same"
+    with Session(tmp_path, "two") as late:  # as if it had been opened while there was room
+        late._limits = limits
+        with pytest.raises(StoreError, match="session two would be a new one"):
+            answered(late, tokenizer, QUESTIONS[0], "Paris.")
+        assert late.messages == []
+    with Session(tmp_path, "one", limits) as one:
+        answered(one, tokenizer, QUESTIONS[1], "Lima.")
+        assert len(one.messages) == 4
+    (tmp_path / "sessions" / "three.json").unlink()
+    with Session(tmp_path, "four", limits) as four:
+        answered(four, tokenizer, QUESTIONS[0], "Paris.")
+    with pytest.raises(CapacityError, match="holds the 0 that"):
+        Session(tmp_path / "not" / "there", "one", SessionLimits(most=0))
+    assert not (tmp_path / "not").exists()
+
+
+def test_a_session_that_is_full_stays_as_it_is(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "sessions" / "trip.json"
+    with Session(tmp_path, "trip") as session:
+        answered(session, tokenizer, QUESTIONS[0], "Paris.")
+    before = path.read_bytes()
+    most = len(before) + 200
+    with Session(tmp_path, "trip", SessionLimits(most_bytes=most)) as session:
+        session.prompt(tokenizer, [QUESTIONS[1]])
+        with pytest.raises(StoreError, match=rf"trip would take \d+ bytes, and max_session_bytes is {most};"):
+            session.add_answer("Lima. " * 50, None)
+        assert path.read_bytes() == before and len(session.messages) == 2
+        session.add_answer("Lima.", None)
+        with pytest.raises(CapacityError, match="begin another session, or raise it"):
+            session.prompt(tokenizer, [QUESTIONS[2] | {"content": "Thanks! " * 20}])
+        with pytest.raises(DistKVError, match="no prompt without an answer"):
+            session.add_answer("You are welcome.", None)
+        assert len(session.messages) == 4

@@ -11,10 +11,13 @@ from openai import BadRequestError as RefusedError
 from openai import NotFoundError, OpenAI
 from support.servers import ServerProcess, save_talker
 
+from distkv.config import EngineConfig
+from distkv.errors import StoreError
 from distkv.frontend.conversation import Conversation, StoredMessage
 from distkv.frontend.session import Session
 from distkv.server.errors import ApiError
 from distkv.server.kept_responses import KeptResponses
+from distkv.server.options import ServerOptions
 
 SHORT: dict[str, Any] = {"model": "talker", "temperature": 0, "max_output_tokens": 20}
 FULL: Any = {"extra_body": {"ignore_eos": True}}
@@ -90,25 +93,38 @@ def test_a_response_that_goes_while_it_is_opened_is_not_begun_anew(
     assert not path.is_file()
 
 
-def test_a_response_that_is_being_read_is_not_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distkv.server.kept_responses.MOST_KEPT", 0)
-    kept = KeptResponses(_service(tmp_path))
-    first, second = (f"resp_{number:032x}" for number in range(2))
+def test_a_response_that_is_being_read_is_not_dropped(tmp_path: Path) -> None:
+    kept = KeptResponses(_service(tmp_path, 1))
+    first, *others = (f"resp_{number:032x}" for number in range(3))
     with Session(tmp_path, first) as session:
         session.go_on_from(_conversation())
         session.save()
-        kept.keep(second, _conversation())
+        for other in others:
+            kept.keep(other, _conversation())
     kept.begin(first)
 
 
-def _service(cache_dir: Path | None) -> Any:
-    return SimpleNamespace(llm=SimpleNamespace(config=SimpleNamespace(cache_dir=cache_dir)))
+@pytest.mark.parametrize("with_folder", [False, True])
+def test_responses_that_must_not_be_kept_leave_nothing(tmp_path: Path, with_folder: bool) -> None:
+    """Those of chats' sessions have a limit of their own."""
+    folder, response_id = tmp_path if with_folder else None, "resp_" + "0" * 32
+    with pytest.raises(StoreError, match="max_stored_responses is 0"):
+        KeptResponses(_service(folder, 0)).keep(response_id, _conversation())
+    if with_folder:
+        with pytest.raises(StoreError, match=r"would take \d+ bytes, and max_session_bytes is 20"):
+            KeptResponses(_service(folder, 9, max_session_bytes=20)).keep(response_id, _conversation())
+        KeptResponses(_service(folder, 9, max_sessions=0)).keep("resp_" + "1" * 32, _conversation())
+        assert [path.name for path in (tmp_path / "sessions").glob("*.json")] == ["resp_" + "1" * 32 + ".json"]
+
+
+def _service(cache_dir: Path | None, most: int = 9, **options: Any) -> Any:
+    config = EngineConfig("m", cache_dir=cache_dir, **options)
+    return SimpleNamespace(llm=SimpleNamespace(config=config), options=ServerOptions(max_stored_responses=most))
 
 
 @pytest.mark.parametrize("with_folder", [False, True])
-def test_the_oldest_responses_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_folder: bool) -> None:
-    monkeypatch.setattr("distkv.server.kept_responses.MOST_KEPT", 3)
-    kept = KeptResponses(_service(tmp_path if with_folder else None))
+def test_the_oldest_responses_are_dropped(tmp_path: Path, with_folder: bool) -> None:
+    kept = KeptResponses(_service(tmp_path if with_folder else None, 3))
     (tmp_path / "sessions").mkdir()
     users = tmp_path / "sessions" / "resp_trip.json"
     users.write_text("a session of that name")

@@ -4,8 +4,8 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
+from distkv.frontend.session_limits import RESPONSE_ID
 from distkv.sampling_params import SamplingParams
-from distkv.server.schemas.response import RESPONSE_ID
 from distkv.server.schemas.sampling import OpenAIBody
 
 

@@ -1,6 +1,5 @@
 """The body of `/v1/responses`."""
 
-import re
 from itertools import chain
 from typing import Any, ClassVar, Self
 
@@ -13,7 +12,6 @@ from distkv.server.schemas.body import ANYTHING
 from distkv.server.schemas.sampling import SamplingBody
 from distkv.values import shown, text
 
-RESPONSE_ID = re.compile(r"resp_[0-9a-f]{32}")
 MESSAGE_FIELDS = {"type", "role", "content", "id", "status"}  # an answer's own too, which clients send back
 PART_FIELDS = {"type", "text", "annotations", "logprobs"}
 TEXT_PARTS = ("input_text", "output_text", "text")
