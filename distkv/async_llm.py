@@ -152,6 +152,11 @@ class AsyncLLM(Facade):
                 async for output in outputs:
                     yield output
 
+    @property
+    def num_open(self) -> int:
+        """Answers that are being computed or wait."""
+        return self._front_end.queue.num_open
+
     def check_count(self, count: int) -> None:
         """Raises CapacityError for more answers at once than can ever run and wait."""
         self._front_end.queue.check(count)

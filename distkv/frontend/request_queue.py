@@ -21,7 +21,7 @@ class RequestQueue:
             num_running: answers that run at a time.
         """
         self._most, self._num_running = most, num_running
-        self._num_open = 0
+        self.num_open = 0  # answers
         self._lock = threading.Lock()
         self.num_refused = 0  # answers
 
@@ -39,16 +39,16 @@ class RequestQueue:
         CapacityError as `check` does."""
         self.check(count)
         with self._lock:
-            places = None if self._most is None else self._num_running + self._most - self._num_open
+            places = None if self._most is None else self._num_running + self._most - self.num_open
             if places is not None and count > places:
                 self.num_refused += count
                 raise QueueFull(
-                    f"{max(0, self._num_open - self._num_running)} answers wait for their turn, and "
+                    f"{max(0, self.num_open - self._num_running)} answers wait for their turn, and "
                     f"max_queued_requests is {self._most}; try again later, or raise it (--max-queued-requests)"
                 )
-            self._num_open += count
+            self.num_open += count
         try:
             yield
         finally:
             with self._lock:
-                self._num_open -= count
+                self.num_open -= count

@@ -36,7 +36,7 @@ class Service:
     @property
     def num_open(self) -> int:
         """Answers that clients wait for."""
-        return self._num_open
+        return 0 if self._llm is None else self._llm.num_open
 
     def loaded(self, llm: AsyncLLM, hardware: Hardware | None = None) -> None:
         """Begins to serve."""
