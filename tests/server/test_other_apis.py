@@ -87,8 +87,16 @@ def test_a_response_that_goes_while_it_is_opened_is_not_begun_anew(
     response_id = "resp_" + "0" * 32
     path = tmp_path / "sessions" / f"{response_id}.json"
     kept.keep(response_id, _conversation())
-    monkeypatch.setattr(Path, "exists", lambda path: path.unlink() is None)
-    with pytest.raises(ApiError, match="there is no response"):
+    exists = Path.exists
+
+    def goes(one: Path) -> bool:
+        found = exists(one)
+        if one == path:
+            one.unlink()
+        return found
+
+    with monkeypatch.context() as patch, pytest.raises(ApiError, match="there is no response"):
+        patch.setattr(Path, "exists", goes)
         kept.begin(response_id)
     assert not path.is_file()
 
