@@ -102,9 +102,8 @@ class EngineConfig:
     """Fewest ranks that an engine is started anew with.
 
     Where all tensor_parallel_size have found no room for half a minute (or half of rebuild_timeout, if that is less),
-    as many are taken as there is room for. Sums over other ranks round otherwise, so answers that go on differ from
-    those that would have come without the loss, as a warning says. None always waits for all. It goes with
-    max_rank_failures.
+    as many are taken as there is room for and the heads allow. They take the parts of all in sums, so that answers stay
+    the same, but on CUDA without batch_invariant. None always waits for all. It goes with max_rank_failures.
     """
     dtype: str = "auto"
     """auto (the checkpoint's), float32, float16 or bfloat16.

@@ -53,7 +53,7 @@ class Rank:
         """
         self.config = config
         self.group = group
-        self.shard = Shard.of(config.model, group.rank, group.size)
+        self.shard = Shard.of(config.model, group.rank, group.size, config.num_parts)
         self.backend = make_backend(config.device, config.batch_invariant)
         self.page_spec = rank_page_spec(config, self.shard)
         use_threads(config.num_threads)

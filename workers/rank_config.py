@@ -27,6 +27,7 @@ class RankConfig:
     batch_invariant: bool | None  # see `EngineConfig`
     digest_weights: bool  # whether pages may be kept, so that the whole content of the weights must be known
     traces: bool = False  # whether reports tell of each piece of work by itself
+    num_parts: int | None = None  # of sums over ranks, see `Shard.of`; None for one of each rank
 
 
 def rank_page_spec(config: RankConfig, shard: Shard) -> PageSpec:

@@ -14,6 +14,7 @@ from distkv.engine.protocol import EngineInfo
 from distkv.engine.room import room_for
 from distkv.errors import ConfigError
 from distkv.launch.engine_info import engine_info
+from distkv.launch.fewer_ranks import fewer_after, fewer_sizes, with_fewer
 from distkv.launch.fingerprint import FOLDER_DIGITS, common_digest, common_kernels, make_fingerprint
 from distkv.metrics.step_trace import StepTrace
 from distkv.metrics.trace_file import TraceFile
@@ -43,8 +44,6 @@ if TYPE_CHECKING:  # they import ray
 log = logging.getLogger(__name__)
 
 HANG_SECONDS = 60.0  # `EngineConfig.hang_timeout` unless it is given
-
-FEWER_SECONDS = 30.0  # for which all ranks of an engine have found no room, when it may be started with fewer
 
 
 def launch(
@@ -86,6 +85,7 @@ def check_config(config: EngineConfig) -> tuple[ModelConfig, int]:
     max_model_len = _max_model_len(config, model)
     for rank in range(config.tensor_parallel_size):
         Shard.of(model, rank, config.tensor_parallel_size)  # refuses too many ranks
+    fewer_sizes(config, model)  # refuses what the heads do not allow
     return model, max_model_len
 
 
@@ -101,17 +101,12 @@ def _launch_on_ray(
     from distkv.launch.ray_engine import RayEngine
     from distkv.workers.group.ray_group import RayGroup
 
-    size = config.tensor_parallel_size
+    size, num_parts = config.tensor_parallel_size, None
     group = RayGroup(size, config.ray_address, config.device, check, config.data_parallel_size, fewer)
     try:
         if group.size < size:
-            log.warning(
-                "the cluster had no room for %d ranks, so the engine is started anew with %d: sums over them round "
-                "otherwise, and answers that go on differ from those that would have come without the loss; "
-                "all %d are tried when it is lost again", size, group.size, size,
-            )  # fmt: skip
-            config = _with_ranks(config, group.size)
-        info = set_up(group, config, model, max_model_len)
+            config, num_parts = with_fewer(config, group.size, group.device)
+        info = set_up(group, config, model, max_model_len, num_parts)
         hang_timeout = HANG_SECONDS if config.hang_timeout is None else config.hang_timeout
         return RayEngine(group, info, trace, hang_timeout, leaves=not in_pool)
     except BaseException:
@@ -131,8 +126,8 @@ def _launch_pool(
     from distkv.workers.group.ray_cluster import connect, disconnect
 
     traces = [] if trace is None else [trace]
-    least = config.min_tensor_parallel_size
-    fewer = None if least is None else Fewer(least, min(FEWER_SECONDS, config.seconds_to_rebuild / 2))
+    sizes = fewer_sizes(config, model)
+    fewer = Fewer(sizes, fewer_after(config)) if sizes else None
 
     def start(number: int, is_anew: bool, check: Callable[[], None]) -> "RayEngine":
         own = replace(config, cache_dir=engine_folder(config, number))
@@ -148,12 +143,6 @@ def _launch_pool(
     return EnginePool(start, size, max_rank_failures, config.seconds_to_rebuild, check, disconnect)
 
 
-def _with_ranks(config: EngineConfig, size: int) -> EngineConfig:
-    """The same options for fewer ranks, which are on Ray all the same."""
-    address = config.ray_address or "auto"
-    return replace(config, tensor_parallel_size=size, min_tensor_parallel_size=None, ray_address=address)
-
-
 def engine_folder(config: EngineConfig, number: int) -> str | Path | None:
     """The cache folder of one of several engines, which cannot share one."""
     if config.cache_dir is None or config.data_parallel_size == 1:
@@ -161,13 +150,18 @@ def engine_folder(config: EngineConfig, number: int) -> str | Path | None:
     return Path(config.cache_dir) / f"engine-{number}"
 
 
-def set_up(group: RankGroup, config: EngineConfig, model: ModelConfig, max_model_len: int) -> EngineInfo:
+def set_up(
+    group: RankGroup, config: EngineConfig, model: ModelConfig, max_model_len: int, num_parts: int | None = None
+) -> EngineInfo:
     """Has a group load the model and allocate its pools, and logs their sizes.
+
+    Args:
+        num_parts: see `RankConfig`.
 
     Raises CapacityError when a tier is too small to work with, ConfigError or StoreError when the checkpoint or the
     cache folder cannot be used, WorkerDied when a rank is lost.
     """
-    ranks = make_rank_config(config, model, group.device)
+    ranks = replace(make_rank_config(config, model, group.device), num_parts=num_parts)
     place = cache_place(config, ranks, group.load(ranks))
     capacity = group.capacity(config.device_kv_bytes is None) if needs_capacity(config) else None
     free_disk = None if place is None else group.free_disk_bytes(place.folder)

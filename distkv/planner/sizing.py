@@ -49,7 +49,8 @@ def staging_pages(config: EngineConfig, device: str) -> int:
 def page_specs(config: EngineConfig, ranks: RankConfig) -> list[PageSpec]:
     """The pages of each rank."""
     size = config.tensor_parallel_size
-    return [rank_page_spec(ranks, Shard.of(ranks.model, rank, size)) for rank in range(size)]
+    shards = (Shard.of(ranks.model, rank, size, ranks.num_parts) for rank in range(size))
+    return [rank_page_spec(ranks, shard) for shard in shards]
 
 
 def pool_sizes(

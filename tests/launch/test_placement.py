@@ -3,18 +3,21 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.checkpoints import TINY
 from support.processes import ROOT
 
-from distkv import CapacityError, EngineConfig
-from distkv.launch.launch import _with_ranks
+from distkv import CapacityError, ConfigError, EngineConfig
+from distkv.launch.fewer_ranks import fewer_sizes, with_fewer
 from distkv.workers.group import placement
 from distkv.workers.group.placement import PLACEMENT_REMARK, PLACEMENT_TIMEOUT, Fewer, place
+from distkv.workers.model.model_config import ModelConfig
 
 PLACE = """
 import ray
@@ -96,22 +99,24 @@ def test_fewer_ranks_are_placed_when_all_have_waited(
     monkeypatch: pytest.MonkeyPatch, free: int, made: list[int]
 ) -> None:
     crowded = Cluster(monkeypatch, free=free)
-    assert crowded.place(4, Fewer(2, after=20)) == free
+    assert crowded.place(4, Fewer((2, 3), after=20)) == free
     assert crowded.sizes == made and crowded.num_removed == 1 and crowded.now == 21
-    assert Cluster(monkeypatch, free=free, free_at=15).place(4, Fewer(2, after=20)) == 4
+    crowded = Cluster(monkeypatch, free=free)
+    assert crowded.place(4, Fewer((1, 2), after=20)) == 2 and crowded.sizes == [4, 2], "the heads allow no 3"
+    assert Cluster(monkeypatch, free=free, free_at=15).place(4, Fewer((2, 3), after=20)) == 4
 
 
 def test_a_cluster_that_has_lost_a_node_may_get_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """No group is made for which it has too few; for fewer than the least nobody waits."""
     shrunk = Cluster(monkeypatch, offered=3, free=3)
-    assert shrunk.place(4, Fewer(1, after=20)) == 3 and shrunk.sizes == [3] and shrunk.now == 21
+    assert shrunk.place(4, Fewer((1, 2, 3), after=20)) == 3 and shrunk.sizes == [3] and shrunk.now == 21
     grown = Cluster(monkeypatch, offered=3, free=3)
     monkeypatch.setattr(grown, "_pass", lambda seconds: grown.__dict__.update(now=grown.now + 1, offered=4, free=4))
     placement.time.sleep = grown._pass  # type: ignore[assignment]
-    assert grown.place(4, Fewer(1, after=20)) == 4 and grown.sizes == [4]
+    assert grown.place(4, Fewer((1, 2, 3), after=20)) == 4 and grown.sizes == [4]
     small = Cluster(monkeypatch, offered=2, free=2)
     with pytest.raises(CapacityError, match="needs 3 at least, of 4, CPUs and the cluster has 2"):
-        small.place(4, Fewer(3, after=20))
+        small.place(4, Fewer((3,), after=20))
     assert small.now == 0 and not small.sizes
 
 
@@ -119,11 +124,28 @@ def test_ranks_that_are_free_on_paper_become_fewer_still(monkeypatch: pytest.Mon
     """A node that has just died counts for some seconds."""
     stale = Cluster(monkeypatch, free=3)
     monkeypatch.setattr(stale, "_wait", lambda size, seconds: stale._pass(seconds) or size <= 1)  # type: ignore[func-returns-value]
-    assert stale.place(4, Fewer(1, after=20)) == 1 and stale.sizes == [4, 3, 2, 1]
+    assert stale.place(4, Fewer((1, 2, 3), after=20)) == 1 and stale.sizes == [4, 3, 2, 1]
 
 
-def test_one_of_two_ranks_stays_on_ray() -> None:
-    """With the options that need it."""
+def test_one_of_two_ranks_stays_on_ray(caplog: pytest.LogCaptureFixture) -> None:
+    """With the options that need it; sums keep their parts where bits are promised."""
     config = EngineConfig("/", tensor_parallel_size=2, max_rank_failures=1, hang_timeout=5, min_tensor_parallel_size=1)
-    alone = _with_ranks(config, 1)
+    alone, num_parts = with_fewer(config, 1, "cpu")
     assert alone.is_on_ray and alone.tensor_parallel_size == 1 and alone.hang_timeout == 5
+    assert num_parts == 2 and "so answers are the same" in caplog.messages[0]
+    assert with_fewer(config, 1, "cuda")[1] is None and "may differ" in caplog.messages[1]
+    assert with_fewer(replace(config, batch_invariant=True), 1, "cuda")[1] == 2
+
+
+def test_the_heads_say_how_many_ranks_will_do() -> None:
+    def sizes(least: int, size: int, heads: int, kv_heads: int) -> tuple[int, ...]:
+        options = {"tensor_parallel_size": size, "max_rank_failures": 1, "min_tensor_parallel_size": least}
+        model = ModelConfig.from_dict(TINY | {"num_attention_heads": heads, "num_key_value_heads": kv_heads})
+        return fewer_sizes(EngineConfig("/", **options), model)  # type: ignore[arg-type]
+
+    assert sizes(1, 8, 32, 8) == tuple(range(1, 8))
+    assert sizes(3, 8, 32, 8) == tuple(range(3, 8))
+    assert sizes(1, 16, 32, 8) == (1, 2, 4, 8), "two ranks hold each head, and must stay together"
+    assert sizes(1, 3, 4, 2) == (1, 2)
+    with pytest.raises(ConfigError, match="can be taken by 1, 2, 4, 8; lower it to 8 or less"):
+        sizes(9, 16, 32, 8)

@@ -16,10 +16,15 @@ from distkv.workers.rank_config import RankConfig
 from distkv.workers.sizes import PoolSizes
 
 
-def load_rank(
-    folder: Path, *, page_size: int = 16, num_pages: int = 32, dtype: str = "float32", **options: Any
-) -> Rank:
-    """A group of one rank on the CPU with its pool; `options` are fields of RankConfig."""
+def load_rank(folder: Path, *, num_pages: int = 32, **options: Any) -> Rank:
+    """A group of one rank on the CPU with its pool; `options` are those of `rank_config`."""
+    rank = Rank(rank_config(folder, **options), ProcessGroup())
+    rank.allocate(PoolSizes(device=num_pages))
+    return rank
+
+
+def rank_config(folder: Path, *, page_size: int = 16, dtype: str = "float32", **options: Any) -> RankConfig:
+    """What ranks on the CPU are told; `options` are fields of RankConfig."""
     fields: dict[str, Any] = {
         "folder": folder,
         "model": ModelConfig.load(folder),
@@ -36,9 +41,7 @@ def load_rank(
         "batch_invariant": None,
         "digest_weights": False,
     }
-    rank = Rank(RankConfig(**(fields | options)), ProcessGroup())
-    rank.allocate(PoolSizes(device=num_pages))
-    return rank
+    return RankConfig(**(fields | options))
 
 
 def run_chunks(

@@ -24,7 +24,7 @@ FEWER_AGAIN = 5.0  # seconds after which fewer bundles that have found no room e
 class Fewer:
     """When a group may have fewer ranks than it was asked for."""
 
-    least: int  # ranks
+    sizes: tuple[int, ...]  # numbers of ranks that will do, in rising order
     after: float  # seconds for which the asked number has found no room
 
 
@@ -38,7 +38,8 @@ def place(kind: str, size: int, fewer: Fewer | None, check: Callable[[], None]) 
 
     Raises CapacityError when the cluster has not so many, or others do not free them in time.
     """
-    least, fewer_at = (size, math.inf) if fewer is None else (fewer.least, fewer.after)
+    sizes, fewer_at = ((size,), math.inf) if fewer is None else (fewer.sizes, fewer.after)
+    least = sizes[0]
     if num_offered(kind) < least:
         raise _lacks(kind, size, least)
     count, group, is_told = size, None, False
@@ -53,9 +54,10 @@ def place(kind: str, size: int, fewer: Fewer | None, check: Callable[[], None]) 
             waited = time.monotonic() - start
             if waited >= fewer_at:
                 fewer_at += FEWER_AGAIN
-                if (room := min(count - 1, _num_free(kind))) >= least:
+                fitting = [one for one in sizes if one < count and one <= _num_free(kind)]
+                if fitting:
                     _remove(group)
-                    count, group = room, None
+                    count, group = fitting[-1], None
             if waited >= PLACEMENT_TIMEOUT:
                 raise CapacityError(
                     f"{size} {kind}s were not free within {PLACEMENT_TIMEOUT:.0f} s, {_num_free(kind)} are now; "

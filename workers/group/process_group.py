@@ -74,12 +74,36 @@ class ProcessGroup:
         if self._shared is not None:
             self._shared.all_reduce(own)
             return x if own is x else x.copy_(own)
-        parts = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(parts, own)
-        total = parts[0].float()
-        for part in parts[1:]:
+        total, *others = self._all_gather(own)
+        total = total.float()
+        for part in others:
             total += part
         return x.copy_(total)
+
+    def sum_parts(self, own: list[Tensor], num_parts: list[int]) -> Tensor:
+        """The sum of parts of one shape, of which each rank has so many: in fp32 and in their order, rounded once, as
+        `all_reduce` has it where each rank has one."""
+        self.num_sums += 1
+        parts = own
+        if self.size > 1:
+            most = max(num_parts)
+            given = torch.stack(own + own[:1] * (most - len(own)))
+            gathered = self._all_gather(given.cpu() if self._backend == "gloo" else given)
+            parts = [gathered[rank][part] for rank, count in enumerate(num_parts) for part in range(count)]
+        total = parts[0].float()
+        for part in parts[1:]:
+            total = total + part
+        return total.to(own[0])
+
+    def _all_gather(self, x: Tensor) -> Sequence[Tensor]:
+        """What each rank has given as x."""
+        if self._shared is not None:
+            gathered = self._shared.gather(x, wanted=True)
+            assert gathered is not None
+            return gathered.unbind()
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x)
+        return parts
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Rank 0's x on all ranks, in place; it has the same shape and dtype on each."""

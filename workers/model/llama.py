@@ -27,10 +27,27 @@ class Layer:
 
     input_norm: Tensor
     qkv: Linear  # E -> (H + 2 * K) * D
-    attention_out: Linear  # H * D -> E, a part of the sum
+    attention_out: "RowParallel"  # H * D -> E
     post_attention_norm: Tensor
     gate_up: Linear  # E -> intermediate of this rank, gated
-    down: Linear  # intermediate of this rank -> E, a part of the sum
+    down: "RowParallel"  # intermediate of this rank -> E
+
+
+@dataclass(frozen=True)
+class RowParallel:
+    """A weight of which each rank has some columns, and so a part of its product, or several: their sum."""
+
+    group: ProcessGroup
+    parts: list[Linear]
+    widths: list[int]  # input columns of each
+    num_parts: list[int]  # of each rank
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Maps `[T, columns of this rank]` to `[T, E]`, summed over the ranks."""
+        if max(self.num_parts) == 1:
+            return self.group.all_reduce(self.parts[0](x))
+        own = [part(columns.contiguous()) for part, columns in zip(self.parts, x.split(self.widths, 1), strict=True)]
+        return self.group.sum_parts(own, self.num_parts)
 
 
 @dataclass(frozen=True)
@@ -62,16 +79,16 @@ class LlamaModel:
             attended = batch.attention.attend(q_THD, k_TKD, v_TKD, layer_pool, stream)
             if index == len(self.layers) - 1:
                 x_TE, attended = x_TE[tokens.logit_rows], attended[tokens.logit_rows]
-            delta_TE = self.group.all_reduce(layer.attention_out(attended))
+            delta_TE = layer.attention_out(attended)
             gated = layer.gate_up(kernels.rms_norm(x_TE, layer.post_attention_norm, eps, delta_TE))
-            delta_TE = self.group.all_reduce(layer.down(gated))
+            delta_TE = layer.down(gated)
         assert delta_TE is not None
         return x_TE.add_(delta_TE)
 
     def logits(self, x: Tensor) -> Tensor | None:
         """fp32 logits `[rows, vocab_size]` of hidden states `[rows, E]` on rank 0; None on other ranks."""
         local = self.head(self.kernels.rms_norm(x, self.final_norm, self.config.rms_norm_eps))
-        parts = [Shard.of(self.config, rank, self.shard.size).vocab for rank in range(self.shard.size)]
+        parts = [shard.vocab for shard in _all_shards(self.config, self.shard)]
         logits = self.group.gather_columns(local, [last - first for first, last in parts])
         return None if logits is None else logits.float()
 
@@ -101,6 +118,9 @@ def load_llama(
     hidden, dim = config.hidden_size, config.head_dim
     heads = shard.query_heads[0] * dim, shard.query_heads[1] * dim
     kv = shard.kv_heads[0] * dim, shard.kv_heads[1] * dim
+    part_heads = [(first * dim, last * dim) for first, last in (part.query_heads for part in shard.parts)]
+    part_mlp = [part.mlp for part in shard.parts]
+    num_parts = [len(one.parts) for one in _all_shards(config, shard)]
 
     def read(name: str, shape: tuple[int, ...], rows: Rows = None, columns: Rows = None) -> Tensor:
         # always a copy: what is read is the file's memory, which changes when somebody writes to the file
@@ -114,11 +134,14 @@ def load_llama(
         bias = torch.cat([read(f"{name}.bias", (size,), rows) for name, size, rows in parts]) if biased else None
         return make(weight, bias)
 
-    def rows_of(name: str, size: int, columns: tuple[int, int], biased: bool) -> Linear:
-        """Row-parallel: the given input columns; rank 0 alone adds the bias to the sum."""
+    def rows_of(name: str, size: int, columns: list[tuple[int, int]], biased: bool) -> RowParallel:
+        """Row-parallel: the given input columns of each part; the first one of all adds the bias to the sum."""
         bias = read(f"{name}.bias", (hidden,)) if biased else None
-        weight = read(f"{name}.weight", (hidden, size), None, columns)
-        return kernels.make_linear(weight, bias if shard.rank == 0 else None)
+        parts = []
+        for index, own in enumerate(columns):
+            weight = read(f"{name}.weight", (hidden, size), None, own)
+            parts.append(kernels.make_linear(weight, bias if shard.rank == index == 0 else None))
+        return RowParallel(group, parts, [last - first for first, last in columns], num_parts)
 
     def layer(index: int) -> Layer:
         prefix = f"model.layers.{index}"
@@ -136,10 +159,10 @@ def load_llama(
         return Layer(
             input_norm=read(f"{prefix}.input_layernorm.weight", (hidden,)),
             qkv=qkv,
-            attention_out=rows_of(f"{attention}.o_proj", q_size, heads, config.attention_bias),
+            attention_out=rows_of(f"{attention}.o_proj", q_size, part_heads, config.attention_bias),
             post_attention_norm=read(f"{prefix}.post_attention_layernorm.weight", (hidden,)),
             gate_up=columns_of(gate_up, config.mlp_bias, kernels.make_gated_linear),
-            down=rows_of(f"{mlp}.down_proj", config.intermediate_size, shard.mlp, config.mlp_bias),
+            down=rows_of(f"{mlp}.down_proj", config.intermediate_size, part_mlp, config.mlp_bias),
         )
 
     vocab = (config.vocab_size, hidden)
@@ -157,3 +180,8 @@ def load_llama(
         final_norm=read("model.norm.weight", (hidden,)),
         head=kernels.make_linear(embedding if tied else read("lm_head.weight", vocab, shard.vocab)),
     )
+
+
+def _all_shards(config: ModelConfig, shard: Shard) -> list[Shard]:
+    """Those of all ranks beside one of them."""
+    return [Shard.of(config, rank, shard.size, shard.num_parts) for rank in range(shard.size)]

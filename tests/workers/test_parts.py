@@ -1,0 +1,66 @@
+"""Fewer ranks that take the parts of more in all sums: logits are the same bit for bit."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.checkpoints import save_llama
+from support.plans import sequence_step, step_plan
+from support.prompts import random_prompt
+from support.ranks import rank_config
+from torch import Tensor
+
+from distkv.workers.group.process_group import ProcessGroup, open_store
+from distkv.workers.group.shared_memory import SharedMemory
+from distkv.workers.rank import Rank
+from distkv.workers.sizes import PoolSizes
+
+
+class RankInThread(ProcessGroup):
+    """A rank among others of this process, which exchange through shared memory as ranks of one machine do."""
+
+    def __init__(self, rank: int, size: int, shared: SharedMemory | None):
+        super().__init__()
+        self.rank, self.size, self._shared = rank, size, shared
+
+
+def on_ranks(size: int, run: Callable[[int], Any]) -> list[Any]:
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(run, range(size)))
+
+
+def logits(folder: Path, size: int, num_parts: int | None, dtype: str) -> Tensor:
+    """Of all tokens of a prompt that is read in two steps."""
+    config = rank_config(folder, dtype=dtype, num_threads=1, num_parts=num_parts)
+    store = open_store("127.0.0.1")
+    prompt = random_prompt(40, 1)
+
+    def run(number: int) -> Tensor | None:
+        shared = SharedMemory.join(open_store("127.0.0.1", store.port), number, size) if size > 1 else None
+        rank = Rank(config, RankInThread(number, size, shared))
+        rank.allocate(PoolSizes(device=8))
+        steps = [sequence_step(prompt[:23], 0, [3, 1], 40, 23), sequence_step(prompt[23:], 23, [3, 1, 6], 40, 17)]
+        found = [rank.execute(step_plan([step])) for step in steps]
+        return torch.cat(found) if number == 0 else None  # type: ignore[arg-type]
+
+    return on_ranks(size, run)[0]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("kv_heads, num_parts, sizes", [(3, 3, (2, 1)), (2, 3, (2, 1)), (4, 2, (1,))])
+def test_fewer_ranks_change_no_bit(
+    tmp_path: Path, kv_heads: int, num_parts: int, sizes: tuple[int, ...], dtype: str
+) -> None:
+    """With 2 KV heads on 3 ranks two of them hold one head, and share out its query heads. Nothing is even."""
+    heads = 12
+    folder, _ = save_llama(
+        tmp_path, num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=16 * heads,
+        intermediate_size=113, vocab_size=130, attention_bias=True, mlp_bias=True,
+    )  # fmt: skip
+    expected = logits(folder, num_parts, None, dtype)
+    for size in sizes:
+        assert torch.equal(logits(folder, size, num_parts, dtype), expected), size
+        assert not torch.equal(logits(folder, size, None, dtype), expected), "what the parts are for"
