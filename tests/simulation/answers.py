@@ -7,6 +7,8 @@ from simulation.model import PlainModel, score
 from simulation.world import World
 
 from distkv.engine.protocol import EngineInfo, EngineRequest, PromptLogprobs, RequestFailed, StepOutput, TokenOutput
+from distkv.engine.scheduler import Scheduler
+from distkv.errors import CapacityError
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Callers:
         """
         self.world, self.info, self.model, self.errors = world, info, model, errors
         self.open: dict[str, Caller] = {}
+        self.refused: set[str] = set()
         self.num_tokens = 0  # that were compared
 
     def sent(self, request: EngineRequest) -> None:
@@ -51,6 +54,8 @@ class Callers:
         """Takes what has come; returns the callers who have all they asked for."""
         done = []
         for output in outputs:
+            if isinstance(output, RequestFailed) and output.request_id in self.refused:
+                continue  # others than those that it was sent with
             caller = self.open.get(output.request_id)
             assert caller is not None, f"nobody waits for {output}"
             match output:
@@ -60,7 +65,7 @@ class Callers:
                     assert output.first == 1 + len(caller.scores), "log-probabilities of a prompt come in order"
                     caller.scores += [one.logprob for one in output.tokens]
                 case RequestFailed():
-                    assert output.error in self.errors, f"no fault explains {output}"
+                    assert output.error in self.errors or self._never_fits(caller.request), f"not explained: {output}"
                     self.world.count(f"failed with {output.error}")
                     for answer in caller.answers:
                         answer.ended = answer.ended or "failed"
@@ -83,6 +88,14 @@ class Callers:
         self.world.note("closed", request_id, [answer.tokens for answer in caller.answers])
         for index, answer in enumerate(caller.answers):
             self._compare(caller, index, answer)
+
+    def _never_fits(self, request: EngineRequest) -> bool:
+        """Whether an engine refuses a request, which may be found out late, when one runs again."""
+        try:
+            Scheduler(self.info).check(request)
+        except CapacityError:
+            return True
+        return False
 
     def _token(self, caller: Caller, output: TokenOutput) -> None:
         answer = caller.answers[output.index]

@@ -5,11 +5,11 @@ from array import array
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from simulation.disk import Disk
 from simulation.model import PlainModel
-from simulation.world import Process, World
+from simulation.world import World
 
 from distkv.errors import StoreError
 from distkv.storage.disk import catalogue as catalogue_module
@@ -17,38 +17,27 @@ from distkv.storage.disk.cache_folder import CATALOGUE, DamagedError
 from distkv.storage.disk.catalogue import Catalogue, Entry
 from distkv.storage.ledger.prefix_index import page_key
 
-
-class Catalogues:
-    """What opens catalogues in a world."""
-
-    def __init__(self, world: World):
-        self.world = world
-        self.is_locked = False
-        self.is_true = True  # whether it was kept up to date all the time
-        self.process: Process | None = None  # that opens them
-
-    def open(self, folder: Path, read_only: bool = False, wait: float = 0.0) -> Catalogue:
-        """In the place of the class."""
-        assert self.process is not None
-        self.process.point("opening the catalogue")
-        return SimulatedCatalogue(self, self.process, folder, read_only, wait)
+if TYPE_CHECKING:
+    from simulation.node import Node
 
 
 class SimulatedCatalogue(Catalogue):
     """Is written while its process lives."""
 
-    def __init__(self, catalogues: Catalogues, process: Process, folder: Path, read_only: bool, wait: float):
-        self._catalogues, self._process = catalogues, process
+    def __init__(self, node: "Node", folder: Path, read_only: bool = False, wait: float = 0.0):
+        assert node.process is not None
+        self._node, self._process = node, node.process
+        self._process.point("opening the catalogue")
         super().__init__(folder, read_only, wait)
-        process.at_death.append(self.close)
+        self._process.at_death.append(self.close)
 
     def update(
         self, removed: Iterable[int], added: Iterable[Entry], touched: Iterable[int] = (), now: float = 0.0
     ) -> None:
         self._process.point("before the catalogue is written")
-        if self._catalogues.is_locked:
-            self._catalogues.is_true = False
-            self._catalogues.world.count("catalogue locked")
+        if self._node.is_locked:
+            self._node.is_true = False
+            self._node.world.count("catalogue locked")
             raise StoreError(f"the catalogue in {self._folder} cannot be written: database is locked")
         super().update(removed, added, touched, now)
         self._process.point("after the catalogue is written")
@@ -109,12 +98,16 @@ def break_catalogue(world: World, folder: Path) -> None:
     world.count(f"catalogue damaged: {kind}")
 
 
-def patches(world: World, catalogues: Catalogues) -> list[tuple[Any, str, Any]]:
+def patches(world: World, nodes: "list[Node]") -> list[tuple[Any, str, Any]]:
     """What of which module is to be replaced: (module, name, replacement)."""
     from distkv.engine import catalogue_writer
 
+    def open_catalogue(folder: Path, read_only: bool = False, wait: float = 0.0) -> Catalogue:
+        node = next(node for node in nodes if node.folder == folder)
+        return SimulatedCatalogue(node, folder, read_only, wait)
+
     return [
-        (catalogue_writer, "Catalogue", catalogues.open),
+        (catalogue_writer, "Catalogue", open_catalogue),
         (catalogue_writer, "time", world.time),
         (catalogue_module, "LOCK_WAIT", 0.0),
     ]

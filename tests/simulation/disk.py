@@ -19,6 +19,7 @@ class Disk:
         self.room: int | None = None  # files that it takes; None for any number
         self.read_faults = self.write_faults = 0.0  # how often it fails
         self.slowness = 1.0
+        self.num_damages = 0
         self.spoilt: set[int] = set()  # slots of which a file was changed behind the back of those who wrote it
 
     def seconds(self) -> float:
@@ -80,13 +81,24 @@ class Disk:
             self.files[place] = self.files[rng.choice(sorted(self.files))]
         elif kind == "zeros":
             self.files[place] = bytes(len(content))
+        self.num_damages += 1
         self.spoilt.add(place[0])
         self.world.note("damage", kind, place)
         self.world.count(f"file damaged: {kind}")
 
-    def fill_up(self) -> None:
-        """Somebody else takes the room that is left."""
-        self.room = max(0, len(self.files) - self.world.rng.choice([0, 0, 1, 3]))
+    def change(self) -> None:
+        """It becomes full, unreliable or slow, or well again."""
+        rng = self.world.rng
+        kind = rng.choice(["full", "full", "unreliable", "slow", "well", "well"])
+        self.world.count(f"disk is {kind}")
+        if kind == "full":  # somebody else takes the room that is left
+            self.room = max(0, len(self.files) - rng.choice([0, 0, 1, 3]))
+        elif kind == "unreliable":
+            self.read_faults, self.write_faults = rng.choice([0.0, 0.03, 0.3]), rng.choice([0.0, 0.03, 0.3])
+        elif kind == "slow":
+            self.slowness = rng.choice([10.0, 1000.0])
+        else:
+            self.heal()
 
     def heal(self) -> None:
         """All is well again, but for what is lost."""

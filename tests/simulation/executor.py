@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,10 @@ class StepFault(Exception):
 
 class DeviceFault(Exception):
     """The device has failed, which shows when tokens are read."""
+
+
+class Stuck(Exception):
+    """Nothing more comes of a step."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +62,15 @@ class SimulatedExecutor:
 
     def __init__(self, world: World, process: Process, info: EngineInfo, ranks: list[SimulatedRank]):
         self.world, self.process, self.info, self.ranks = world, process, info, ranks
-        self.step_faults = self.device_faults = 0.0  # how often there is one
-        self.num_plans = 0
+        self.step_faults = self.device_faults = self.hangs = 0.0  # how often there is one
+        self.is_stuck = False
+        self.group: Any = None  # that it runs in, where it does
         self._collector = ReportCollector(len(ranks))
         self._sampled: list[int] = []  # by the last run with rows
 
     def progress(self) -> int:
-        """See `RankExecutor.progress`."""
-        return self.num_plans
+        """See `RankExecutor.progress`: while a step takes long, its sums go on."""
+        return 0 if self.is_stuck else int(1000 * self.world.now)
 
     def warm_up(self) -> None:
         self.process.point("warming up")
@@ -76,7 +82,10 @@ class SimulatedExecutor:
         encoded = step_plan.encode(plan)
         world.note("plan", encoded)
         world.count("plans")
-        self.num_plans += 1
+        if plan.adopt is None and world.chance(self.hangs):  # nobody knows how long a start may take
+            self.is_stuck = True
+            world.count("hang")
+            raise Stuck
         stage = world.rng.choice(STAGES) if world.chance(self.step_faults) else ""
         try:
             self._fail_at("before", stage)
@@ -175,9 +184,12 @@ class StepThread:
     """In the place of the thread that steps run on. What is submitted runs at once or when somebody wants to know, and
     takes its time either way."""
 
-    def __init__(self, world: World):
-        self.world = world
-        self.pace = 0.01  # seconds that a step takes about
+    def __init__(self, world: World, pace: float):
+        """
+        Args:
+            pace: seconds that a step takes at most.
+        """
+        self.world, self.pace = world, pace
 
     def submit(self, work: Callable[..., Any], *arguments: Any) -> "StepFuture":
         future = StepFuture(self, lambda: work(*arguments))
@@ -205,6 +217,8 @@ class StepFuture:
         self._has_run = True
         try:
             self._outcome = self._work()
+        except Stuck:
+            self._end = inf
         except Exception as error:
             self._error = error
 
@@ -218,7 +232,7 @@ class StepFuture:
             self._world.sleep(timeout)
             raise TimeoutError
         if left > 0:
-            self._world.sleep(left)
+            self._world.wait(self.done, None if left == inf else left)
         if self._error is not None:
             raise self._error
         return self._outcome

@@ -9,6 +9,9 @@ from distkv.engine.fork_copies import ForkCopies
 from distkv.engine.replay import Replay
 from distkv.engine.scheduler import Scheduler
 from distkv.engine.step import Step
+from distkv.launch.pool import EnginePool
+from distkv.launch.ray_engine import RayEngine
+from distkv.launch.watchdog import Watchdog
 from distkv.storage.ledger import prefix_index
 from distkv.storage.ledger.disk_journal import DiskJournal
 from distkv.storage.ledger.held_pages import HeldPages
@@ -159,6 +162,26 @@ def _page_is_kept() -> Any:
         self.pages, self.num_tokens, self.num_committed = [], 0, 0
 
     return patch.object(PageTable, "release", release)
+
+
+def _lost_requests_are_forgotten() -> Any:
+    """The requests of an engine that was lost are given to no other one."""
+    return patch.object(EnginePool, "_place_again", lambda self, replays: None)
+
+
+def _answer_begins_again() -> Any:
+    """The next engine is not told what the caller has of an answer."""
+    return patch.object(Replay, "run", lambda self: self.request)
+
+
+def _hang_is_not_noticed() -> Any:
+    """A group of which nothing comes is waited for."""
+    return patch.object(Watchdog, "is_hung", lambda self: False)
+
+
+def _death_is_not_noticed() -> Any:
+    """Nobody looks whether the ranks of a silent group live."""
+    return patch.object(RayEngine, "_check", lambda self: None)
 
 
 MUTATIONS: dict[str, Callable[[], Any]] = {

@@ -4,6 +4,7 @@ import traceback
 from collections import Counter
 from dataclasses import dataclass
 
+from simulation.cluster import ClusterRun
 from simulation.local import LocalRun
 from simulation.world import World
 
@@ -23,7 +24,7 @@ def simulate(seed: int, num_plans: int) -> Outcome:
     """Runs a seed until its ranks have run so many plans."""
     world = World(seed)
     failure = ""
-    run = LocalRun(world)
+    run = (LocalRun, ClusterRun)[seed % 2](world)
     try:
         run.run(num_plans)
     except (Exception, AssertionError):

@@ -24,6 +24,8 @@ class Faults:
     broken_catalogue: float = 0.0  # it is damaged while nobody has it open, per restart
     steps: float = 0.0  # an exception in a step
     device: float = 0.0  # the device fails
+    hangs: float = 0.0  # a rank does not go on any more, per step
+    room: float = 0.0  # the cluster has no room for an engine, or has some again
 
 
 CALM = Faults()
@@ -36,7 +38,7 @@ def any_faults(rng: Random) -> Faults:
         return CALM
     rates = {
         "kills": 0.02, "damage": 0.02, "disk": 0.02, "catalogue": 0.02, "broken_catalogue": 0.3, "steps": 0.02,
-        "device": 0.002,
+        "device": 0.002, "hangs": 0.002, "room": 0.01,
     }  # fmt: skip
     return Faults(**{name: rate * rng.choice([0.3, 1, 3]) for name, rate in rates.items() if rng.random() < 0.4})
 
@@ -59,7 +61,7 @@ def any_info(rng: Random, folder: str) -> EngineInfo:
         vocab_size=VOCAB, eos_token_ids=(2,), seed=0, cache_dir=folder if disk else None,
         fingerprint="simulated" if caching and disk else "", enable_prefix_caching=caching,
         write_through=rng.random() < 0.6, max_cold_bytes_per_step=rng.choice([0, 0, 20, 50, 200]),
-        disk_cost=rng.choice([1.0, 3.0]),
+        disk_cost=rng.choice([1.0, 3.0]), save_timeout=rng.choice([None, None, 0.5]),
     )  # fmt: skip
 
 

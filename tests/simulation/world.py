@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from hashlib import blake2b
+from heapq import heappop, heappush
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,9 +30,11 @@ class World:
         self.seed = seed
         self.rng = random.Random(seed)
         self.now = 0.0  # seconds
+        self.end = 1e9  # when it is taken for hung
         self.counts: Counter[str] = Counter()  # of what has happened, for those who want to know that something did
         self._trace = blake2b()
         self._tasks: list[Task] = []
+        self._alarms: list[float] = []  # a heap of times at which something that others wait for may be there
         self._main = getcurrent()
         start = 1.7e9
         self.time = SimpleNamespace(
@@ -62,6 +65,10 @@ class World:
         task = Task(self, work)
         self._tasks.append(task)
         return task
+
+    def alarm(self, at: float) -> None:
+        """Has those who wait look again at a time."""
+        heappush(self._alarms, at)
 
     def sleep(self, seconds: float) -> None:
         """Lets time pass."""
@@ -96,9 +103,14 @@ class World:
             deadlines = [task.deadline for task in self._tasks if task.deadline is not None]
             if deadline is not None:
                 deadlines.append(deadline)
+            while self._alarms and self._alarms[0] <= self.now:
+                heappop(self._alarms)
+            deadlines += self._alarms[:1]
             if not deadlines:
                 raise Hung("all tasks wait for each other")
             self.now = max(self.now, min(deadlines))
+            if self.now > self.end:
+                raise Hung("what somebody waits for does not come")
 
 
 class Task:
