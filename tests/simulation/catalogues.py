@@ -100,7 +100,7 @@ def break_catalogue(world: World, folder: Path) -> None:
 
 def patches(world: World, nodes: "list[Node]") -> list[tuple[Any, str, Any]]:
     """What of which module is to be replaced: (module, name, replacement)."""
-    from distkv.engine import catalogue_writer
+    from distkv.engine import catalogue_writer, request_meter, saving, scheduler
 
     def open_catalogue(folder: Path, read_only: bool = False, wait: float = 0.0) -> Catalogue:
         node = next(node for node in nodes if node.folder == folder)
@@ -108,6 +108,6 @@ def patches(world: World, nodes: "list[Node]") -> list[tuple[Any, str, Any]]:
 
     return [
         (catalogue_writer, "Catalogue", open_catalogue),
-        (catalogue_writer, "time", world.time),
+        *((module, "time", world.time) for module in (catalogue_writer, request_meter, saving, scheduler)),
         (catalogue_module, "LOCK_WAIT", 0.0),
     ]

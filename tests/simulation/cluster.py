@@ -18,7 +18,8 @@ from distkv.launch import leader, pool, ray_engine, watchdog
 from distkv.launch.pool import EnginePool
 from distkv.launch.ray_engine import RayEngine
 
-HANG_TIMEOUT = 60.0
+HANG_TIMEOUT = 60.0  # seconds
+TURN = 100  # milliseconds for which a pool waits in a step; messages that come end it
 LOADING = 8.0  # seconds that a group takes to load at most
 
 
@@ -88,7 +89,7 @@ class ClusterRun(Driver):
     """A pool after the other, of one or two engines."""
 
     client: EnginePool | None
-    patience = 100_000  # turns of 10 ms, which is several deaths and hangs
+    patience = 20_000  # turns, which is several deaths and hangs
 
     def __init__(self, world: World):
         super().__init__(world)
@@ -115,6 +116,7 @@ class ClusterRun(Driver):
         idle = SimpleNamespace(is_due=False)
         return [
             *((module, "time", world.time) for module in (pool, ray_engine, watchdog, leader)),
+            (pool, "STEP_WAIT", TURN),
             (pool, "zmq", zmq), (ray_engine, "zmq", zmq),
             (pool, "ThreadPoolExecutor", lambda *_: Threads(world)),
             (pool, "wait", lambda *arguments: wait_for(world, *arguments)),
@@ -162,6 +164,8 @@ class ClusterRun(Driver):
             self.befall()
             if accepts:
                 self.callers_act()
+        if not self.has_room and world.chance(0.01):
+            self.has_room = True
         self.step(accepts)
         for group in self.groups:
             if group.process.is_dead and group.task is not None and group.task.is_done:
@@ -178,9 +182,9 @@ class ClusterRun(Driver):
             elif process.fuse is None:
                 process.fuse = world.rng.choice([1, 2, 10, 100, 300])
         if world.chance(faults.room):
-            self.has_room = not self.has_room
+            self.has_room = False
 
-    def _start(self, number: int, check: Any) -> RayEngine:
+    def _start(self, number: int, is_anew: bool, check: Any) -> RayEngine:
         """What `_launch_on_ray` does."""
         world = self.world
         group = SimulatedGroup(self, self.nodes[number])

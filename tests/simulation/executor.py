@@ -82,7 +82,7 @@ class SimulatedExecutor:
         encoded = step_plan.encode(plan)
         world.note("plan", encoded)
         world.count("plans")
-        if plan.adopt is None and world.chance(self.hangs):  # nobody knows how long a start may take
+        if world.chance(self.hangs):
             self.is_stuck = True
             world.count("hang")
             raise Stuck

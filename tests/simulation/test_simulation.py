@@ -15,6 +15,26 @@ from support.processes import run_python
 
 SEEDS, PLANS = 40, 200  # of the default suite
 MANY_PLANS, PLANS_PER_SEED = 1_000_000, 500  # of the slow one
+OFTEN = (
+    "device_to_host", "host_to_device", "host_to_disk", "disk_to_host", "host_to_disk failed",
+    "page streamed from disk", "wrong checksum", "disk full", "catalogue locked", "pages in catalogues", "aborted",
+    "idle checks", "killed at: from outside", "killed at: before a plan", "killed at: before the report",
+    "killed at: transfers are under way", "device fault", "no room in the cluster", "step fault: reported",
+)  # fmt: skip
+NOW_AND_THEN = (
+    "disk_to_host failed", "read error", "hang", "start failed", "failed with StoreError", "failed with CapacityError",
+    "failed with DistKVError", "killed at: opening the catalogue", "killed at: before the catalogue is written",
+    "killed at: after the catalogue is written", "killed at: before a page's files are removed",
+    "killed at: before a file of a page is written", "killed at: after a page's files are written",
+    "killed at: before the folder is swept", "killed at: after the folder is swept", "killed at: computed",
+    "killed at: amid computing", "killed at: tokens are read", "killed at: before a message is sent",
+    "killed at: after a message is sent", "killed at: wait", "catalogue damaged: flips", "catalogue damaged: cut",
+    "file damaged: flip", "file damaged: cut", "file damaged: lose", "file damaged: swap", "file damaged: zeros",
+)  # fmt: skip
+SOON_FOUND = (
+    "spill is not awaited", "location is not sent", "fork is not copied", "checksum is stale", "begun token is lost",
+    "clearing is left out", "page is kept", "lost requests are forgotten", "death is not noticed",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -35,20 +55,15 @@ def all_well(outcomes: list[Outcome]) -> Counter[str]:
     return total
 
 
-def check_variety(total: Counter[str]) -> None:
+def check_variety(total: Counter[str], what: tuple[str, ...]) -> None:
     """A simulation in which nothing happens finds nothing."""
-    for what in (
-        "device_to_host", "host_to_device", "host_to_disk", "disk_to_host", "host_to_disk failed",
-        "disk_to_host failed", "page streamed from disk", "wrong checksum", "disk full", "catalogue locked",
-        "pages in catalogues", "aborted", "idle checks", "killed at: before a plan", "killed at: before the report",
-        "killed at: transfers are under way", "step fault: reported",
-    ):  # fmt: skip
-        assert total[what], f"there was no {what!r}: {total}"
+    missing = [one for one in what if not total[one]]
+    assert not missing, f"there was none of {missing}: {total}"
 
 
 def test_answers_are_those_of_a_model_without_a_cache() -> None:
     total = all_well([simulate(seed, PLANS) for seed in range(SEEDS)])
-    check_variety(total)
+    check_variety(total, OFTEN)
     assert total["plans"] >= SEEDS * PLANS and total["tokens"] > 5000
 
 
@@ -62,9 +77,11 @@ def test_a_seed_is_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(set(here)) == 8
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in SOON_FOUND else pytest.mark.slow) for name in MUTATIONS]
+)
 def test_what_is_broken_is_found(name: str) -> None:
-    for seed in range(100):
+    for seed in range(500):
         with MUTATIONS[name]():
             if simulate(seed, 150).failure:
                 return
@@ -77,5 +94,5 @@ def test_a_million_steps() -> None:
     with ProcessPoolExecutor(os.cpu_count()) as processes:
         seeds = range(1_000_000, 1_000_000 + MANY_PLANS // PLANS_PER_SEED)
         total = all_well(list(processes.map(partial(simulate, num_plans=PLANS_PER_SEED), seeds, chunksize=8)))
-    check_variety(total)
+    check_variety(total, OFTEN + NOW_AND_THEN)
     assert total["plans"] >= MANY_PLANS
