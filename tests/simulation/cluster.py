@@ -17,6 +17,8 @@ from distkv.errors import CapacityError, StoreError, WorkerDied
 from distkv.launch import leader, pool, ray_engine, watchdog
 from distkv.launch.pool import EnginePool
 from distkv.launch.ray_engine import RayEngine
+from distkv.workers.group import drain_watch
+from distkv.workers.group.drain_watch import Notice
 
 HANG_TIMEOUT = 60.0  # seconds
 TURN = 100  # milliseconds for which a pool waits in a step; messages that come end it
@@ -33,6 +35,7 @@ class SimulatedGroup:
         self.task: Task | None = None
         self.executor: SimulatedExecutor | None = None
         self.engine: Engine | None = None
+        self.notice: Notice | None = None
         self._known_at = 0.0  # when Ray tells of a death
         self.process.at_death.append(self._note_death)
 
@@ -64,6 +67,19 @@ class SimulatedGroup:
         assert self.executor is not None
         assert self.executor.is_stuck, f"the group goes on and is blamed after {seconds} s"
         raise WorkerDied(0, "node", f"nothing has come of the ranks for {seconds:.0f} s")
+
+    def drain(self) -> None:
+        """The node is about to go, and goes."""
+        world, rng = self.world, self.world.rng
+        seconds = rng.choice([2.0, 20.0, 100.0])
+        self.notice = Notice("node", world.now, world.now + seconds, rng.random() < 0.5)
+        world.count("node drained")
+
+        def go() -> None:
+            world.sleep(seconds)
+            self.process.kill("the node is gone")
+
+        world.spawn(go)
 
     def close(self) -> None:
         """See `RayGroup.close`."""
@@ -103,7 +119,7 @@ class ClusterRun(Driver):
         self._num_plans = 0  # at the last turn
 
     def explained(self, faults: Faults) -> set[str]:
-        is_lost = faults.kills or faults.steps or faults.device or faults.hangs
+        is_lost = faults.kills or faults.steps or faults.device or faults.hangs or faults.drains
         return super().explained(faults) | ({"DistKVError"} if is_lost else set())
 
     def patches(self) -> list[tuple[Any, str, Any]]:
@@ -115,7 +131,7 @@ class ClusterRun(Driver):
 
         idle = SimpleNamespace(is_due=False)
         return [
-            *((module, "time", world.time) for module in (pool, ray_engine, watchdog, leader)),
+            *((module, "time", world.time) for module in (pool, ray_engine, watchdog, leader, drain_watch)),
             (pool, "STEP_WAIT", TURN),
             (pool, "zmq", zmq), (ray_engine, "zmq", zmq),
             (pool, "ThreadPoolExecutor", lambda *_: Threads(world)),
@@ -142,7 +158,7 @@ class ClusterRun(Driver):
         try:
             client.close()
         except WorkerDied:
-            assert self.world.counts["killed"]
+            assert self.world.counts["killed"] or self.world.counts["node drained"]
         except StoreError:  # they did not get on with saving
             assert self.world.counts["hang"]
         assert not self.groups, "a group outlives its pool"
@@ -181,6 +197,10 @@ class ClusterRun(Driver):
                 process.kill("from outside")
             elif process.fuse is None:
                 process.fuse = world.rng.choice([1, 2, 10, 100, 300])
+        if self.groups and world.chance(faults.drains):
+            group = world.rng.choice(self.groups)
+            if group.notice is None:
+                group.drain()
         if world.chance(faults.room):
             self.has_room = False
 
@@ -196,7 +216,7 @@ class ClusterRun(Driver):
         if world.chance(self.faults.kills):
             group.process.fuse = world.rng.randint(1, 30)
         self.groups.append(group)
-        return RayEngine(group, self._info(number), None, HANG_TIMEOUT)  # type: ignore[arg-type]
+        return RayEngine(group, self._info(number), None, HANG_TIMEOUT, leaves=False)  # type: ignore[arg-type]
 
     def _info(self, number: int) -> Any:
         from msgspec.structs import replace

@@ -25,6 +25,7 @@ class Faults:
     steps: float = 0.0  # an exception in a step
     device: float = 0.0  # the device fails
     hangs: float = 0.0  # a rank does not go on any more, per step
+    drains: float = 0.0  # Ray says that a node goes, per step
     room: float = 0.0  # the cluster has no room for an engine, or has some again
 
 
@@ -39,6 +40,7 @@ def any_faults(rng: Random) -> Faults:
     rates = {
         "kills": 0.02, "damage": 0.02, "disk": 0.02, "catalogue": 0.02, "broken_catalogue": 0.3, "steps": 0.02,
         "device": 0.002, "hangs": 0.002, "room": 0.01,
+        "drains": 0.005,
     }  # fmt: skip
     return Faults(**{name: rate * rng.choice([0.3, 1, 3]) for name, rate in rates.items() if rng.random() < 0.4})
 
