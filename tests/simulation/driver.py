@@ -181,6 +181,8 @@ class Driver:
                 engine.integrity_check()
                 stats = engine.stats()
                 assert stats.num_running == stats.num_waiting == stats.pages_in_use == 0
+                ranks = engine._runner.executor.ranks  # type: ignore[attr-defined]
+                assert not any(rank.directory._tables for rank in ranks), "ranks keep tables that nobody needs"
 
     def check_left(self) -> None:
         """What a process has left on disk is true, however it ended."""

@@ -9,6 +9,7 @@ from distkv.engine.fork_copies import ForkCopies
 from distkv.engine.replay import Replay
 from distkv.engine.scheduler import Scheduler
 from distkv.engine.step import Step
+from distkv.engine.step_runner import StepRunner
 from distkv.launch.pool import EnginePool
 from distkv.launch.ray_engine import RayEngine
 from distkv.launch.watchdog import Watchdog
@@ -16,9 +17,11 @@ from distkv.storage.ledger import prefix_index
 from distkv.storage.ledger.disk_journal import DiskJournal
 from distkv.storage.ledger.held_pages import HeldPages
 from distkv.storage.ledger.page_table import PageTable
+from distkv.storage.ledger.tier_ledger import TierLedger
 from distkv.storage.ledger.tiered_cache import TieredCache
 from distkv.storage.ledger.transfers import Transfers
 from distkv.workers.group.report import Report, ReportCollector
+from distkv.workers.sampling.sample_row import uniform_number
 
 
 def _step_is_not_undone() -> Any:
@@ -162,6 +165,57 @@ def _page_is_kept() -> Any:
         self.pages, self.num_tokens, self.num_committed = [], 0, 0
 
     return patch.object(PageTable, "release", release)
+
+
+def _undone_location_is_not_sent_again() -> Any:
+    """After a step that failed, ranks are not told once more where pages lie."""
+    return patch.object(HeldPages, "put_back", lambda self, relocated: None)
+
+
+def _undone_table_is_not_sent_again() -> Any:
+    """After a step that failed, ranks are not told once more of the pages that it had in its tables."""
+    undo = Step.undo
+
+    def forgetful(self: Step, reported: bool = False) -> None:
+        sent = {work.sequence: work.sequence.num_sent for work in self.work}
+        undo(self, reported)
+        for sequence, count in sent.items():
+            sequence.num_sent = count
+
+    return patch.object(Step, "undo", forgetful)
+
+
+def _bad_read_of_a_slot_given_up_is_ignored() -> Any:
+    """The page in a slot that could not be read is looked for where pages lie after the step was prepared."""
+    take = TierLedger.take_owners
+
+    def owners(self: TierLedger, disk_slots: set[int]) -> Any:
+        self._dropped.clear()
+        return take(self, disk_slots)
+
+    return patch.object(TierLedger, "take_owners", owners)
+
+
+def _lost_page_counts_as_there() -> Any:
+    """A page that could not be read is not computed again."""
+    return patch.object(HeldPages, "lose", lambda self, page: None)
+
+
+def _draw_is_of_another_place() -> Any:
+    """Every second token's draw is that of the one before it."""
+    return patch(
+        "distkv.engine.step.uniform_number", lambda seed, index, place: uniform_number(seed, index, place - place % 2)
+    )
+
+
+def _scores_are_told_twice() -> Any:
+    """What the caller knows of a prompt's log-probabilities is passed on once more."""
+    return patch.object(Replay, "_scores", lambda self, output: output)
+
+
+def _ended_table_is_kept() -> Any:
+    """Ranks are not told of tables that have ended."""
+    return patch.object(StepRunner, "take_ended", lambda self: [])
 
 
 def _lost_requests_are_forgotten() -> Any:
