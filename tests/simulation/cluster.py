@@ -115,6 +115,7 @@ class ClusterRun(Driver):
         for node in self.nodes:
             node.folder.mkdir()
         self.groups: list[SimulatedGroup] = []
+        self.max_failures = world.rng.choice([1_000_000, 1_000_000, 1_000_000, 2])  # in 600 s
         self.has_room = True  # the cluster
         self._num_plans = 0  # at the last turn
 
@@ -158,17 +159,29 @@ class ClusterRun(Driver):
         try:
             client.close()
         except WorkerDied:
-            assert self.world.counts["killed"] or self.world.counts["node drained"]
+            assert self.explained(self.given) >= {"DistKVError"}, "no rank was lost"
         except StoreError:  # they did not get on with saving
             assert self.world.counts["hang"]
         assert not self.groups, "a group outlives its pool"
         self.check_left()
 
     def _turn(self, accepts: bool) -> None:
+        try:
+            self._try_turn(accepts)
+        except WorkerDied:
+            assert self.max_failures < 1_000_000, "it is to be made good"
+            self.world.count("too many ranks lost")
+            self.close()
+            for request_id in list(self.callers.open):
+                self.callers.abort(request_id, None)
+
+    def _try_turn(self, accepts: bool) -> None:
         world = self.world
         if self.client is None:
             try:
-                self.client = EnginePool(self._start, self.num_engines, 10**9, 1e9, lambda: None, lambda: None)
+                self.client = EnginePool(
+                    self._start, self.num_engines, self.max_failures, 1e9, lambda: None, lambda: None
+                )
             except (CapacityError, WorkerDied):
                 world.count("start failed")
                 self.has_room = True

@@ -36,7 +36,7 @@ class Driver:
         self.info = any_info(rng, str(folder))
         self.num_heads = rng.choice([1, 1, 2, 3])
         self.model = PlainModel(self.num_heads, self.info.page_size)
-        self.faults = any_faults(rng)
+        self.faults = self.given = any_faults(rng)
         self.nodes = [Node(world, folder)]
         self.workload = Workload(rng, self.info)
         self.callers = Callers(world, self.info, self.model, self.explained(self.faults))

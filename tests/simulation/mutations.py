@@ -17,7 +17,6 @@ from distkv.storage.ledger import prefix_index
 from distkv.storage.ledger.disk_journal import DiskJournal
 from distkv.storage.ledger.held_pages import HeldPages
 from distkv.storage.ledger.page_table import PageTable
-from distkv.storage.ledger.tier_ledger import TierLedger
 from distkv.storage.ledger.tiered_cache import TieredCache
 from distkv.storage.ledger.transfers import Transfers
 from distkv.workers.group.report import Report, ReportCollector
@@ -183,17 +182,6 @@ def _undone_table_is_not_sent_again() -> Any:
             sequence.num_sent = count
 
     return patch.object(Step, "undo", forgetful)
-
-
-def _bad_read_of_a_slot_given_up_is_ignored() -> Any:
-    """The page in a slot that could not be read is looked for where pages lie after the step was prepared."""
-    take = TierLedger.take_owners
-
-    def owners(self: TierLedger, disk_slots: set[int]) -> Any:
-        self._dropped.clear()
-        return take(self, disk_slots)
-
-    return patch.object(TierLedger, "take_owners", owners)
 
 
 def _lost_page_counts_as_there() -> Any:

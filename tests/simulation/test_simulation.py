@@ -22,8 +22,8 @@ OFTEN = (
     "killed at: transfers are under way", "device fault", "no room in the cluster", "step fault: reported",
 )  # fmt: skip
 NOW_AND_THEN = (
-    "disk_to_host failed", "read error", "hang", "node drained", "killed at: the node is gone", "start failed",
-    "failed with StoreError", "failed with CapacityError",
+    "disk_to_host failed", "read error", "hang", "node drained", "too many ranks lost",
+    "killed at: the node is gone", "start failed", "failed with StoreError", "failed with CapacityError",
     "failed with DistKVError", "killed at: opening the catalogue", "killed at: before the catalogue is written",
     "killed at: after the catalogue is written", "killed at: before a page's files are removed",
     "killed at: before a file of a page is written", "killed at: after a page's files are written",
@@ -35,6 +35,7 @@ NOW_AND_THEN = (
 SOON_FOUND = (
     "spill is not awaited", "location is not sent", "fork is not copied", "checksum is stale", "begun token is lost",
     "clearing is left out", "page is kept", "lost requests are forgotten", "death is not noticed",
+    "ended table is kept", "draw is of another place",
 )  # fmt: skip
 
 
