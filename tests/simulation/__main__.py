@@ -15,13 +15,16 @@ def main() -> int:
     parser.add_argument("seed", type=int, help="the first one")
     parser.add_argument("--seeds", type=int, default=1, help="how many")
     parser.add_argument("--plans", type=int, default=300, help="that the ranks of each run")
+    parser.add_argument(
+        "--ends-at", type=int, help="the point at which the first process ends, nothing else goes wrong"
+    )
     parser.add_argument("--log", action="store_true", help="show what the engine logs")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO if options.log else logging.CRITICAL)
     total: Counter[str] = Counter()
     start, failures, tokens = time.perf_counter(), 0, 0
     for seed in range(options.seed, options.seed + options.seeds):
-        outcome = simulate(seed, options.plans)
+        outcome = simulate(seed, options.plans, options.ends_at)
         total += outcome.counts
         tokens += outcome.num_tokens
         if outcome.failure:

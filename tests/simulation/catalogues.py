@@ -11,6 +11,7 @@ from simulation.disk import Disk
 from simulation.model import PlainModel
 from simulation.world import World
 
+from distkv.engine import catalogue_writer, request_meter, saving, scheduler
 from distkv.errors import StoreError
 from distkv.storage.disk import catalogue as catalogue_module
 from distkv.storage.disk.cache_folder import CATALOGUE, DamagedError
@@ -100,7 +101,6 @@ def break_catalogue(world: World, folder: Path) -> None:
 
 def patches(world: World, nodes: "list[Node]") -> list[tuple[Any, str, Any]]:
     """What of which module is to be replaced: (module, name, replacement)."""
-    from distkv.engine import catalogue_writer, request_meter, saving, scheduler
 
     def open_catalogue(folder: Path, read_only: bool = False, wait: float = 0.0) -> Catalogue:
         node = next(node for node in nodes if node.folder == folder)

@@ -4,6 +4,7 @@ are made up."""
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
+from msgspec.structs import replace
 from simulation.driver import Driver
 from simulation.executor import SimulatedExecutor, StepFault, StepThread
 from simulation.node import Node
@@ -13,6 +14,7 @@ from simulation.world import Killed, Process, Task, World
 
 from distkv.engine import step_runner
 from distkv.engine.engine import Engine
+from distkv.engine.protocol import EngineInfo
 from distkv.errors import CapacityError, StoreError, WorkerDied
 from distkv.launch import leader, pool, pool_member, ray_engine, watchdog
 from distkv.launch.pool import EnginePool
@@ -231,8 +233,6 @@ class ClusterRun(Driver):
         self.groups.append(group)
         return RayEngine(group, self._info(number), None, HANG_TIMEOUT, leaves=False)  # type: ignore[arg-type]
 
-    def _info(self, number: int) -> Any:
-        from msgspec.structs import replace
-
+    def _info(self, number: int) -> EngineInfo:
         folder = None if self.info.cache_dir is None else str(self.nodes[number].folder)
         return replace(self.info, cache_dir=folder)

@@ -50,6 +50,7 @@ class LocalRun(Driver):
         super().__init__(world)
         self.replays: dict[str, Replay] = {}
         self.executor: SimulatedExecutor | None = None
+        self.ends_at: int | None = None  # the point at which the first process ends, if chance is not to say
 
     def explained(self, faults: Faults) -> set[str]:
         return super().explained(faults) | ({"DistKVError"} if faults.steps else set())
@@ -99,6 +100,8 @@ class LocalRun(Driver):
         executor.step_faults, executor.device_faults = self.faults.steps, self.faults.device
         if world.chance(self.faults.kills):
             self.process.fuse = world.rng.randint(1, 30)
+        if self.ends_at is not None:
+            self.process.fuse, self.ends_at = self.ends_at, None
         engine = ReplayingEngine(self.info, executor, thread=StepThread(world, self.pace))
         world.count("starts")
         engine.add_again(self.replays)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import count
 
 import pytest
 from simulation.mutations import MUTATIONS
@@ -73,10 +74,25 @@ def test_a_seed_is_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in a process whose hashes are others."""
     code = "from simulation.run import simulate; print(*(simulate(seed, 100).digest for seed in range(8)))"
     here = [simulate(seed, 100).digest for seed in range(8)]
-    for hash_seed in ("1", "2"):
-        monkeypatch.setenv("PYTHONHASHSEED", hash_seed)
-        assert run_python(code).split() == here
+    monkeypatch.setenv("PYTHONHASHSEED", "1")
+    assert run_python(code).split() == here
     assert len(set(here)) == 8
+
+
+@pytest.mark.parametrize("stride", [211, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", [22, 56])
+def test_a_process_may_end_at_every_point(seed: int, stride: int) -> None:
+    """One after the other, in a run in which nothing else goes wrong."""
+    killed: Counter[str] = Counter()
+    for point in count(1, stride):
+        outcome = simulate(seed, 30, point)
+        assert not outcome.failure, outcome.failure
+        ends = Counter({name: times for name, times in outcome.counts.items() if name.startswith("killed at")})
+        del ends["killed at: closed"]
+        if not ends:
+            break  # it has no more points
+        killed += ends
+    assert killed.total() > 500 / stride and len(killed) > 2
 
 
 @pytest.mark.parametrize(
