@@ -2,7 +2,6 @@
 
 import zlib
 from array import array
-from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from distkv.engine import catalogue_writer, request_meter, saving, scheduler
 from distkv.errors import StoreError
 from distkv.storage.disk import catalogue as catalogue_module
 from distkv.storage.disk.cache_folder import CATALOGUE, DamagedError
-from distkv.storage.disk.catalogue import Catalogue, Entry
+from distkv.storage.disk.catalogue import Catalogue
 from distkv.storage.ledger.prefix_index import page_key
 
 if TYPE_CHECKING:
@@ -32,15 +31,14 @@ class SimulatedCatalogue(Catalogue):
         super().__init__(folder, read_only, wait)
         self._process.at_death.append(self.close)
 
-    def update(
-        self, removed: Iterable[int], added: Iterable[Entry], touched: Iterable[int] = (), now: float = 0.0
-    ) -> None:
+    def update(self, *arguments: Any) -> None:
+        """Takes some entries out and others in; a process may end before and after."""
         self._process.point("before the catalogue is written")
         if self._node.is_locked:
             self._node.is_true = False
             self._node.world.count("catalogue locked")
             raise StoreError(f"the catalogue in {self._folder} cannot be written: database is locked")
-        super().update(removed, added, touched, now)
+        super().update(*arguments)
         self._process.point("after the catalogue is written")
 
     def wait(self, seconds: float) -> None:

@@ -25,8 +25,8 @@ class Socket:
     def has_message(self) -> bool:
         return bool(self._inbox) and self._inbox[0][0] <= self.world.now
 
-    def send(self, message: bytes) -> None:
-        """Sends a message, which takes its time."""
+    def send(self, message: bytes, flags: int = 0) -> None:
+        """Sends a message, which takes its time. There is always room for it."""
         world = self.world
         if self.process is not None:
             self.process.point("before a message is sent")
