@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
-from distkv.storage.disk.cache_folder import ARRAY, FULL, LOCK, FolderLock
+from distkv.storage.disk.cache_folder import ARRAY, FULL, LOCK, FolderLock, InUseError
 from distkv.storage.disk.file_lock import is_locked
 from distkv.storage.disk.files import make_folder
 from distkv.workers.errors import ConfigError
@@ -54,14 +54,20 @@ def join_folder(place: CachePlace, head: int, is_alone: bool = False) -> Iterato
             raise ConfigError(
                 f"cache_dir {str(place.folder)!r} cannot be used ({error.strerror}); name a folder that can be written"
             ) from error
-        is_first = False
+        is_first, others = False, []
         if signs or is_alone:
             others = [file for file in place.folder.glob(f"{WRITER}.*") if file != mine]
             is_first = not any(file.name.startswith(f"{WRITER}.{place.engine}.") for file in others)
-            if is_first:
+        if is_first:
+            try:
                 stack.callback(_lock(place).release)
-                for file in others:  # of engines that were killed
-                    file.unlink(missing_ok=True)
+            except InUseError as error:
+                if error.owner != place.engine:
+                    raise
+                is_first = False  # a rank on another node is, whose file is not seen here yet
+        if is_first:
+            for file in others:  # of engines that were killed
+                file.unlink(missing_ok=True)
         yield is_first, signs or is_alone
 
 
@@ -92,8 +98,8 @@ def _lock(place: CachePlace) -> FolderLock:
     deadline = time.monotonic() + (0.0 if place.fingerprint else SWEEP_WAIT)
     while True:
         try:
-            return FolderLock(place.folder)
-        except ConfigError:
+            return FolderLock(place.folder, place.engine)
+        except InUseError:
             if time.monotonic() >= deadline or not is_locked(place.folder / LOCK):
                 raise
         time.sleep(0.05)

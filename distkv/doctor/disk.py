@@ -9,10 +9,9 @@ from uuid import uuid4
 from distkv.doctor.finding import Finding, fine, problem, warning
 from distkv.planner.units import shown_bytes
 from distkv.storage.disk.file_lock import FileLock, HeldError, is_locked
+from distkv.storage.disk.mounts import IN_MEMORY, file_system
 from distkv.workers.bandwidth import disk_bandwidth
 
-MOUNTS = Path("/proc/self/mountinfo")
-IN_MEMORY = ("tmpfs", "ramfs")
 OF_NETWORK = ("nfs", "nfs4", "cifs", "smb3", "lustre", "beegfs", "ceph", "fuse.sshfs", "gpfs", "9p", "virtiofs")
 LEAST_FREE = 2**33  # bytes, of which the engine takes half
 LEAST_RATE = 5e8  # bytes per second that a fair SSD reads
@@ -65,7 +64,7 @@ def _check_place(what: str, folder: Path) -> Iterator[Finding]:
 
 
 def _check_lock(what: str, folder: Path) -> Iterator[Finding]:
-    cure = "name a folder whose file system has flock: without it two engines would write to one folder"
+    cure = "name a folder whose file system has locks: without it two engines would write to one folder"
     try:
         lock = FileLock(folder / "lock")
     except (OSError, HeldError) as error:
@@ -74,14 +73,3 @@ def _check_lock(what: str, folder: Path) -> Iterator[Finding]:
     if not is_locked(folder / "lock"):
         yield problem(what, "a lock there keeps nobody out", cure)
     lock.release()
-
-
-def file_system(folder: Path) -> str:
-    """The kind of the file system that a folder lies on, as `mount` names it."""
-    place, found, longest = folder.resolve(), "unknown", -1
-    for line in MOUNTS.read_text().splitlines():
-        left, _, right = line.partition(" - ")
-        mount = Path(left.split()[4].replace("\\040", " "))
-        if place.is_relative_to(mount) and len(mount.parts) >= longest:  # of two at one place the later one counts
-            found, longest = right.split()[0], len(mount.parts)
-    return found

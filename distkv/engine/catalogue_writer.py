@@ -3,11 +3,20 @@
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from uuid import uuid4
 
 from distkv.errors import StoreError
 from distkv.storage.disk.cache_folder import DamagedError
-from distkv.storage.disk.catalogue import LOCK_WAIT, Catalogue, Entry, read_catalogue, set_aside_catalogue
+from distkv.storage.disk.catalogue import (
+    LOCK_WAIT,
+    Catalogue,
+    Entry,
+    TakenOverError,
+    read_catalogue,
+    set_aside_catalogue,
+)
 from distkv.storage.ledger.disk_journal import DiskChanges
 from distkv.storage.ledger.page import PageKey
 from distkv.storage.ledger.tiered_cache import TieredCache
@@ -35,6 +44,8 @@ class CatalogueWriter:
         self._removed: set[int] = set()
         self._added: dict[int, Entry] = {}
         self._touched: set[int] = set()
+        self._owner = uuid4().hex
+        self._is_taken_over = False
         self._failure: StoreError | None = None  # of the last try
         self._next_try = 0.0  # monotonic seconds
 
@@ -49,6 +60,8 @@ class CatalogueWriter:
             if one.slot not in missing and (one.index == 0 or one.parent in kept):
                 kept[one.key] = one.slot
         self._removed = listed - set(kept.values())
+        with suppress(StoreError):  # when it is written it is tried again, and said
+            self._open(0.0)
         self._cache.adopt(
             (one.slot, one.index, PageKey(one.key, one.parent, one.tokens)) for one in entries if one.key in kept
         )
@@ -64,6 +77,8 @@ class CatalogueWriter:
             changes: since the last update.
             checksums: of pages written to disk, by transfer id.
         """
+        if self._is_taken_over:
+            return
         now = time.time()
         for slot in changes.vacated:
             self._added.pop(slot, None)
@@ -91,7 +106,7 @@ class CatalogueWriter:
         Args:
             wait: seconds for another program's lock, where the file is not open yet.
         """
-        if not (self._removed or self._added or self._touched):
+        if self._is_taken_over or not (self._removed or self._added or self._touched):
             return
         try:
             try:
@@ -99,6 +114,10 @@ class CatalogueWriter:
             except DamagedError as error:
                 self._make_again(error)
                 self._update(wait)
+        except TakenOverError as error:
+            log.error("%s while this one stood still; later processes will not find its pages", error)
+            self._is_taken_over = True
+            self._removed, self._added, self._touched = set(), {}, set()
         except StoreError as error:
             self._put_off(error)  # the file stays open, with the room that its log has
         else:
@@ -108,9 +127,19 @@ class CatalogueWriter:
             self._failure = None
 
     def _update(self, wait: float) -> None:
+        self._open(wait).update(self._removed, self._added.values(), self._touched, time.time(), self._owner)
+
+    def _open(self, wait: float) -> Catalogue:
+        """The catalogue, which is this engine's from now on."""
         if self._catalogue is None:
-            self._catalogue = Catalogue(self._folder, wait=wait)
-        self._catalogue.update(self._removed, self._added.values(), self._touched, time.time())
+            catalogue = Catalogue(self._folder, wait=wait)
+            try:
+                catalogue.claim(self._owner)
+            except BaseException:
+                catalogue.close()
+                raise
+            self._catalogue = catalogue
+        return self._catalogue
 
     def _make_again(self, reason: DamagedError) -> None:
         """Sets a damaged catalogue aside. Nobody has the checksums of the pages in it any more, but for what waits."""

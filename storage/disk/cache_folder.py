@@ -67,20 +67,38 @@ class Description(msgspec.Struct, frozen=True):
     created: float = msgspec.field(default_factory=time.time)  # unix seconds
 
 
+class InUseError(ConfigError):
+    """Another process uses a folder."""
+
+    def __init__(self, message: str, owner: str = ""):
+        """
+        Args:
+            owner: the other's nonce.
+        """
+        super().__init__(message)
+        self.owner = owner
+
+
 class FolderLock(FileLock):
     """The right to use a cache folder."""
 
-    def __init__(self, folder: Path):
-        """Makes the folder if need be. Raises ConfigError when it cannot be used or another process uses it."""
+    def __init__(self, folder: Path, owner: str = ""):
+        """Makes the folder if need be.
+
+        Args:
+            owner: see `FileLock`.
+
+        Raises ConfigError when it cannot be used, InUseError when another process uses it.
+        """
         try:
-            super().__init__(folder / LOCK)
+            super().__init__(folder / LOCK, owner)
         except OSError as error:
             raise ConfigError(
                 f"cache_dir {str(folder)!r} cannot be used ({error.strerror}); name a folder that can be written"
             ) from error
         except HeldError as holder:
-            raise ConfigError(
-                f"cache_dir {str(folder)!r} is in use by {holder}; end that, or name another folder"
+            raise InUseError(
+                f"cache_dir {str(folder)!r} is in use by {holder}; end that, or name another folder", holder.owner
             ) from None
 
 

@@ -40,6 +40,10 @@ class Entry(NamedTuple):
     index: int  # type: ignore[assignment]  # place in its sequence, 0 for a first page
 
 
+class TakenOverError(StoreError):
+    """The catalogue belongs to another engine now."""
+
+
 class Catalogue:
     """Table `pages`, a row per `Entry`. A kill at any moment leaves it consistent (write-ahead log)."""
 
@@ -67,14 +71,36 @@ class Catalogue:
             raise DamagedError(f"{str(path)!r} is the catalogue of another version or program")
         self._is_empty = found is None
 
-    def update(
-        self, removed: Iterable[int], added: Iterable[Entry], touched: Iterable[int] = (), now: float = 0.0
-    ) -> None:
-        """Takes the entries of some slots out, puts others in and sets the last use of the `touched` slots to `now`,
-        all at once."""
+    def claim(self, owner: str) -> None:
+        """Writes down who owns the pages from now on; see `update`."""
         try:
             with self._database:
                 self._database.execute("BEGIN IMMEDIATE")
+                self._database.execute("CREATE TABLE IF NOT EXISTS owner (id TEXT NOT NULL)")
+                self._database.execute("DELETE FROM owner")
+                self._database.execute("INSERT INTO owner VALUES (?)", (owner,))
+        except SQLITE_ERRORS as error:
+            raise self._failure("written", error) from error
+
+    def update(
+        self,
+        removed: Iterable[int],
+        added: Iterable[Entry],
+        touched: Iterable[int] = (),
+        now: float = 0.0,
+        owner: str | None = None,
+    ) -> None:
+        """Takes the entries of some slots out, puts others in and sets the last use of the `touched` slots to `now`,
+        all at once.
+
+        Args:
+            owner: who has claimed it. Raises TakenOverError when another one has done so since, and changes nothing.
+        """
+        try:
+            with self._database:
+                self._database.execute("BEGIN IMMEDIATE")
+                if owner is not None and self._owners() != [owner.encode()]:
+                    raise TakenOverError(f"another engine has taken the catalogue in {self._folder} over")
                 self._database.executemany("DELETE FROM pages WHERE slot = ?", [(slot,) for slot in removed])
                 self._database.executemany("INSERT OR REPLACE INTO pages VALUES (?, ?, ?, ?, ?, ?, ?)", added)
                 self._database.executemany(
@@ -82,6 +108,9 @@ class Catalogue:
                 )
         except SQLITE_ERRORS as error:
             raise self._failure("written", error) from error
+
+    def _owners(self) -> list[bytes]:
+        return [row[0] for row in self._database.execute("SELECT id FROM owner")]
 
     def entries(self) -> list[Entry]:
         """The pages that can be used, in the order in which they may be given up: the least recently used first, and a

@@ -1,40 +1,88 @@
-"""A file that one process at a time may hold, and that names its holder."""
+"""A file that one process at a time may hold, and that says who holds it.
 
+The lock is the kernel's, so it ends with its holder, and on a node's own disk that is all. Other nodes may not see it:
+Lustre with localflock, NFS with nolock and BeeGFS keep locks to a node. So the file has a nonce of its holder, who
+gives signs of life on such file systems, and whoever finds that another node held the lock waits for one first.
+"""
+
+import errno
 import fcntl
+import logging
 import os
 import socket
+import struct
+import threading
+import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from weakref import WeakSet
+from typing import IO
+from uuid import uuid4
+from weakref import WeakSet, ref
 
 from distkv.storage.disk.files import make_folder
+from distkv.storage.disk.mounts import LOCAL, file_system
+
+log = logging.getLogger(__name__)
+
+BEAT_SECONDS = 5.0  # between two signs of life
+SILENCE_SECONDS = 15.0  # without one, after which a holder on another node counts as dead
+CLAIM_SECONDS = 1.0  # in which another node that saw the lock free at the same time has written its nonce
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # tells kernels apart, of which each knows its own locks
+
+
+@dataclass(frozen=True)
+class Holder:
+    """What the file says of who holds it or, when it was killed, held it."""
+
+    name: str = ""  # for people
+    kernel: str = ""
+    owner: str = ""  # nonce
+
+    @classmethod
+    def read(cls, path: Path) -> "Holder":
+        """As the file is now, on whatever node it was written. Raises OSError."""
+        name, _, rest = path.read_text(encoding="utf-8", errors="replace").strip().partition("\n")
+        kernel, _, owner = rest.partition(" ")
+        return cls(name, kernel, owner)
 
 
 class HeldError(Exception):
     """The lock is held already; its text names the holder."""
 
+    def __init__(self, holder: Holder):
+        super().__init__(holder.name or "another process")
+        self.owner = holder.owner
+
 
 class FileLock:
     """A lock, held until `release` or the end of the process. A process that is forked meanwhile does not hold it."""
 
-    def __init__(self, path: Path):
-        """Makes the file and its folder if need be. Raises OSError when it cannot be opened or locked, HeldError
-        when another process or another part of this one holds it."""
+    def __init__(self, path: Path, owner: str = ""):
+        """Makes the file and its folder if need be.
+
+        Args:
+            owner: a nonce, one of its own unless it is given.
+
+        Raises OSError when it cannot be opened or locked, HeldError when another process or another part of this one
+        holds it.
+        """
         make_folder(path.parent)
+        self._path, self._owner = path, owner or uuid4().hex
         self._file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            self._file.close()
-            raise HeldError(holder) from None
-        except OSError:
+            try:
+                _take(self._file)
+            except BlockingIOError:
+                raise HeldError(Holder.read(path)) from None
+            try:
+                self._claim()
+            except BaseException:
+                _let_go(self._file)
+                raise
+        except BaseException:
             self._file.close()
             raise
-        with suppress(OSError):  # a full disk has no room for the name, which is there for the reader alone
-            os.ftruncate(self._file.fileno(), 0)
-            os.write(self._file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         _held.add(self)
 
     @property
@@ -44,29 +92,132 @@ class FileLock:
     def release(self) -> None:
         """Lets others have it. A second call does nothing."""
         if self.is_held:
-            fcntl.flock(self._file, fcntl.LOCK_UN)  # at once, though a process may be on its way from fork to exec
+            with suppress(OSError):
+                if Holder.read(self._path).owner == self._owner:  # and nobody took it over meanwhile
+                    os.ftruncate(self._file.fileno(), 0)
+            _let_go(self._file)  # at once, though a process may be on its way from fork to exec
             self._file.close()
+
+    def _claim(self) -> None:
+        """Writes down who has the lock, unless somebody has it where the lock does not reach. Raises HeldError."""
+        works, is_local = self._works(), file_system(self._path.parent) in LOCAL
+        left = Holder.read(self._path)
+        if left.name and not (works and (is_local or left.kernel == _kernel())):
+            self._wait_for_silence(left)
+        mine = f"process {os.getpid()} on {socket.gethostname()}\n{_kernel()} {self._owner}\n"
+        try:
+            os.ftruncate(self._file.fileno(), 0)
+            os.write(self._file.fileno(), mine.encode())
+        except OSError:  # a full disk has no room for that
+            return
+        if not (works and is_local):
+            time.sleep(CLAIM_SECONDS)
+            if (found := Holder.read(self._path)).owner != self._owner:
+                raise HeldError(found)
+            threading.Thread(target=_beat, args=(ref(self),), name="lock-beat", daemon=True).start()
+
+    def _works(self) -> bool:
+        """Whether the lock keeps anybody out."""
+        try:
+            return _is_taken(self._path)
+        except OSError:
+            return False
+
+    def _wait_for_silence(self, left: Holder) -> None:
+        """Raises HeldError when the holder gives a sign of life."""
+        log.info("%s may be in use by %s; waiting %g s for a sign of life", self._path, left.name, SILENCE_SECONDS)
+        before, end = _sign(self._path), time.monotonic() + SILENCE_SECONDS
+        while time.monotonic() < end:
+            time.sleep(BEAT_SECONDS / 5)
+            if _sign(self._path) != before:
+                raise HeldError(Holder.read(self._path))
 
 
 _held: WeakSet[FileLock] = WeakSet()
 
 
-def _let_go() -> None:
+def _forget() -> None:
     """In a forked process: it neither keeps a lock beyond its parent's end nor gives it away before."""
     for lock in list(_held):
         lock._file.close()
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_forget)
 
 
 def is_locked(path: Path) -> bool:
-    """Whether somebody, this process perhaps, holds the lock."""
+    """Whether somebody, this process perhaps, holds the lock or may do so on another node; looks and takes nothing."""
     try:
-        with open(path, encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        left = Holder.read(path)
+        elsewhere = left.kernel not in ("", _kernel()) and file_system(path.parent) not in LOCAL
+        return elsewhere or _is_taken(path)
     except FileNotFoundError:
         return False
     except OSError:
         return True
-    return False
+
+
+def _beat(held: "ref[FileLock]") -> None:
+    """Gives signs of life as long as the lock is held."""
+    while True:
+        time.sleep(BEAT_SECONDS)
+        lock = held()
+        if lock is None or not lock.is_held:
+            return
+        with suppress(OSError, ValueError):  # it is being released, or cannot be reached for a while
+            found = Holder.read(lock._path)
+            if found.owner not in ("", lock._owner):
+                log.error("%s took %s over while this process stood still; end one of them", found.name, lock._path)
+                return
+            os.utime(lock._file.fileno())
+        del lock
+
+
+def _sign(path: Path) -> tuple[int, bytes]:
+    """What changes with each sign of life; the file is opened for it, which has a network's file system look again."""
+    with open(path, "rb") as file:
+        return os.fstat(file.fileno()).st_mtime_ns, file.read()
+
+
+def _kernel() -> str:
+    with suppress(OSError):
+        return BOOT_ID.read_text().strip()
+    return socket.gethostname()
+
+
+# Locks of open files (F_OFD_*), which can be looked at without being taken
+
+
+def _take(file: IO[str]) -> None:
+    """Raises BlockingIOError when another open file has the lock."""
+    try:
+        _set(file, fcntl.F_WRLCK)
+    except PermissionError:  # POSIX lets systems say so
+        raise BlockingIOError(errno.EAGAIN, "locked") from None
+
+
+def _let_go(file: IO[str]) -> None:
+    _set(file, fcntl.F_UNLCK)
+
+
+def _set(file: IO[str], kind: int) -> None:
+    """Where there are no such locks it does nothing, and `FileLock` finds out."""
+    try:
+        fcntl.fcntl(file, fcntl.F_OFD_SETLK, _whole_file(kind))
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+
+
+def _is_taken(path: Path) -> bool:
+    """Whether another open file of this kernel, or of all where the file system sees to that, has the lock."""
+    with open(path, "rb") as file:
+        found = fcntl.fcntl(file, fcntl.F_OFD_GETLK, _whole_file(fcntl.F_WRLCK))
+    return bool(struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK)
+
+
+_FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, process
+
+
+def _whole_file(kind: int) -> bytes:
+    return struct.pack(_FLOCK, kind, os.SEEK_SET, 0, 0, 0)

@@ -20,6 +20,7 @@ from distkv.doctor.doctor import run
 from distkv.doctor.finding import Finding, State
 from distkv.errors import ConfigError
 from distkv.kernels.native.build import BuildError
+from distkv.storage.disk import mounts
 
 
 def doctor(*options: str, **limits: Any) -> subprocess.CompletedProcess[str]:
@@ -59,16 +60,16 @@ def test_a_folder_in_memory_is_no_disk() -> None:
 
 
 def test_file_systems_are_told_by_the_innermost_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mounts = tmp_path / "mountinfo"
-    monkeypatch.setattr(disk, "MOUNTS", mounts)
-    mounts.write_text(
+    table = tmp_path / "mountinfo"
+    monkeypatch.setattr(mounts, "MOUNTS", table)
+    table.write_text(
         "22 1 8:1 / / rw - ext4 /dev/sda1 rw\n"
         f"23 22 0:5 / {tmp_path} rw shared:1 - xfs /dev/nvme0n1 rw\n"
         f"24 23 0:6 / {tmp_path}/with\\040space rw - nfs4 server:/x rw\n"
         f"25 23 0:7 / {tmp_path}/over rw - ext4 /dev/sdb rw\n26 25 0:8 / {tmp_path}/over rw - tmpfs tmpfs rw\n"
     )
     for place, kind in (("", "xfs"), ("with space/kv", "nfs4"), ("over", "tmpfs"), ("overt", "xfs"), ("..", "ext4")):
-        assert disk.file_system(tmp_path / place) == kind
+        assert mounts.file_system(tmp_path / place) == kind
 
 
 def test_a_folder_that_cannot_be_is_a_problem() -> None:

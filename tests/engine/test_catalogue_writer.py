@@ -143,6 +143,24 @@ def test_a_catalogue_that_is_damaged_while_it_is_used(
     assert DAMAGED in set_aside and "will not find 2 of the pages on disk" in lost
 
 
+def test_an_engine_that_was_taken_over_changes_nothing(
+    tmp_path: Path, writer: CatalogueWriter, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It stood still, and another one took it for dead."""
+    kept_pages(tmp_path, [3, 0, 5])
+    writer.adopt(lambda plan: Report())
+    other = CatalogueWriter(tmp_path, TieredCache((2, 2, 8), 1))
+    other.adopt(lambda plan: Report())
+    writer.update(DiskChanges(vacated={3, 0, 5}), {})
+    write(writer, 1, "b")
+    writer.close()
+    assert listed(tmp_path) == {3, 0, 5}
+    assert "another engine has taken the catalogue" in caplog.text and len(caplog.messages) == 1
+    write(other, 1, "c")
+    other.close()
+    assert pages(tmp_path)[1] == "c"
+
+
 def test_pages_are_taken_over_though_the_catalogue_is_locked(tmp_path: Path, writer: CatalogueWriter) -> None:
     """One whose file is missing is not, and its row goes later."""
     kept_pages(tmp_path, [3, 0, 5])
