@@ -3,6 +3,7 @@
 See `docs/durability.md`, which says the same to users.
 """
 
+import errno
 import os
 import random
 import struct
@@ -24,6 +25,7 @@ from distkv.storage.disk import reopen as reopen_module
 from distkv.storage.disk.cache_folder import CATALOGUE_LOG
 from distkv.storage.disk.catalogue import read_catalogue
 from distkv.storage.disk.synced_pages import SyncedPages
+from distkv.storage.pools import disk_pool
 
 NUM_PAGES = 5
 NAME = "cache/0123456789abcdef"
@@ -71,7 +73,12 @@ def run(path: Path, seed: int, num_steps: int = 14, share: float = 0.15) -> list
             if what < 0.3:
                 process.sync()
                 synced = set(process.keys.values())
-            elif what < 0.5:
+            elif what < 0.4:
+                process.kill()
+                keys = process.keys
+                process = DiskProcess(root / NAME, process.pool.num_pages)
+                assert process.keys == keys, "a kill alone loses nothing"
+            elif what < 0.6:
                 process.close()
                 synced = set(process.keys.values())
                 num_pages = rng.randrange(2, 8)
@@ -115,6 +122,10 @@ def skip_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synced_pages, "sync_file", lambda path: path.name == CATALOGUE_LOG or real(path))
 
 
+def skip_left_by_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk_pool, "WRITE_BACK_SECONDS", -1000.0)
+
+
 def skip_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reopen_module, "sync_folder", lambda folder: None)
 
@@ -124,7 +135,9 @@ def skip_folders(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_disk")
-@pytest.mark.parametrize("skip", [skip_files, skip_names, skip_catalogue, skip_moves, skip_folders])
+@pytest.mark.parametrize(
+    "skip", [skip_files, skip_left_by_killed, skip_names, skip_catalogue, skip_moves, skip_folders]
+)
 def test_without_any_one_of_the_syncs_pages_are_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skip: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
@@ -133,6 +146,31 @@ def test_without_any_one_of_the_syncs_pages_are_lost(
         for seed in range(6):
             for one in run(tmp_path / str(seed), seed, share=0.3):
                 check(one)
+
+
+def test_a_disk_that_cannot_sync_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing else comes of it; a page that was given up meanwhile is no failure."""
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    process = DiskProcess(tmp_path / NAME, NUM_PAGES)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", fail)
+        for key in range(3):
+            process.write(key, key)
+            process._synced.sync()
+    assert caplog.messages == [
+        f"{tmp_path / NAME} cannot be synced (Input/output error): a loss of power may take its last pages, which are "
+        "computed again then"
+    ]
+    process.write(3, 3)
+    process.pool.chunk_path(3, 0).unlink()
+    process.sync()
+    assert process.read() == {0, 1, 2} and len(caplog.messages) == 1
+    process.close()
 
 
 # --- a real file system, whose power is switched off ---

@@ -68,6 +68,10 @@ class DiskProcess:
             found.add(key)
         return found
 
+    def kill(self) -> None:
+        """Leaves all as it is, but the lock, which ends with a process."""
+        self._lock.release()
+
     def close(self) -> None:
         self._writer.close()
         self.pool.close()
