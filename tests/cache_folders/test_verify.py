@@ -2,6 +2,7 @@
 
 import os
 import re
+import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -63,10 +64,11 @@ def folder_instead(name: str) -> Callable[[Path], object]:
 def other_index(cache: Path) -> None:
     """Rows can be read, and the index over their keys has others."""
     path = cache / NAME / CATALOGUE
+    with closing(sqlite3.connect(path)) as database:
+        [[number]] = database.execute("SELECT rootpage FROM sqlite_master WHERE type = 'index'").fetchall()
+        [[size]] = database.execute("PRAGMA page_size").fetchall()
     content = bytearray(path.read_bytes())
-    at = content.rindex(b"5")
-    assert at >= len(content) - 4096, "on the last page, which is the index"
-    content[at] = ord("6")
+    content[content.index(b"5", (number - 1) * size)] = ord("6")
     path.write_bytes(content)
 
 
