@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from distkv.errors import StoreError
+from distkv.storage.disk.files import sync_folder
 
 
 class LineFile:
@@ -15,6 +16,7 @@ class LineFile:
         self._fd: int | None = None
         self._size = 0
         self._is_synced = True
+        self._is_named = False  # for good
 
     def append(self, line: bytes) -> None:
         """Writes a line; the system has it when this returns, so that it outlives the process. Raises StoreError when
@@ -39,6 +41,10 @@ class LineFile:
         self._is_synced = True  # what is appended meanwhile, by another thread, may not be
         try:
             os.fsync(self._fd)
+            if not self._is_named:
+                with suppress(PermissionError):  # one may write to a folder that one may not read
+                    sync_folder(self.path.parent)
+                self._is_named = True
         except OSError as error:
             self._is_synced = False
             raise StoreError(unwritten(self.path, error)) from error

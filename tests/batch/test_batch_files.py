@@ -2,17 +2,20 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from msgspec import Raw
 from support.batches import answers, line, read_lines, start_batch, write_lines
+from support.power_loss import PowerLoss
 
 from distkv.batch import run as run_module
 from distkv.batch.files import BatchFiles, Claim
@@ -268,6 +271,18 @@ def test_no_line_is_lost_or_doubled_by_kills_at_any_moment(talker: Path, tmp_pat
         assert process.wait() == 0
     assert num_kills > 20
     assert answers(output) == answers(tmp_path / "out.jsonl")
+
+
+def test_a_line_that_was_synced_outlives_a_loss_of_power(tmp_path: Path) -> None:
+    disk, rng = tmp_path / "disk", random.Random(1)
+    disk.mkdir()
+    loss = PowerLoss(disk)
+    with loss.followed(), closing(LineFile(disk / "out.jsonl")) as file:
+        file.append(b"1\n")
+        file.sync()
+        for number in range(20):
+            loss.leave(tmp_path / str(number), rng)
+            assert (tmp_path / str(number) / "out.jsonl").read_bytes() == b"1\n"
 
 
 def test_line_files_are_made_with_their_first_line(tmp_path: Path) -> None:
