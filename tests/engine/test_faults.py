@@ -204,7 +204,7 @@ def test_a_catalogue_that_cannot_be_written_for_a_while(
         output = llm.generate([prompt], PARAMS, use_tqdm=False)[0]
         assert output.outputs[0].token_ids == expected
         assert bool(llm.stats().pages_recomputed) == (not recovers)
-    CliRunner().invoke(app, ["cache", "verify", "--remove", "--cache-dir", str(tmp_path)])
+    CliRunner().invoke(app, ["cache", "verify", "--repair", "--cache-dir", str(tmp_path)])
     assert check_catalogue(cache) > 10
 
 
