@@ -80,6 +80,7 @@ def test_a_second_engine_is_refused_and_wipes_nothing(
         assert caught.value.owner == "engine of a" and is_locked(folder / LOCK)
     assert files(folder) == before
     kill(first)
+    monkeypatch.setattr(file_lock, "SILENCE_SECONDS", 0.2)
     process = DiskProcess(folder, 8)
     assert process.read() == {0, 3, 5}
     process.close()

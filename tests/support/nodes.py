@@ -21,7 +21,7 @@ def enter_node(node: str, locks: str, patch: pytest.MonkeyPatch | None = None) -
     patch.setattr(file_lock, "_kernel", lambda: node)
     patch.setattr(file_lock, "file_system", lambda folder: "lustre")
     patch.setattr(file_lock, "BEAT_SECONDS", BEAT)
-    patch.setattr(file_lock, "SILENCE_SECONDS", 20 * BEAT)
+    patch.setattr(file_lock, "SILENCE_SECONDS", 60.0)  # which ends with the first sign of life
     patch.setattr(file_lock, "CLAIM_SECONDS", 2 * BEAT)
     if locks == "none":
         patch.setattr(file_lock, "_take", lambda file: None)
