@@ -127,7 +127,7 @@ class CatalogueWriter:
             self._failure = None
 
     def _update(self, wait: float) -> None:
-        self._open(wait).update(self._removed, self._added.values(), self._touched, time.time(), self._owner)
+        self._open(wait).update(self._removed, self._added.values(), self._touched, time.time())
 
     def _open(self, wait: float) -> Catalogue:
         """The catalogue, which is this engine's from now on."""

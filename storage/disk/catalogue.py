@@ -58,6 +58,7 @@ class Catalogue:
         opened or written now.
         """
         self._folder = folder
+        self._owner: str | None = None  # that has claimed it here
         path = folder / CATALOGUE
         if path.is_dir():
             raise DamagedError(f"{str(path)!r} is a folder and no catalogue")
@@ -81,25 +82,17 @@ class Catalogue:
                 self._database.execute("INSERT INTO owner VALUES (?)", (owner,))
         except SQLITE_ERRORS as error:
             raise self._failure("written", error) from error
+        self._owner = owner
 
     def update(
-        self,
-        removed: Iterable[int],
-        added: Iterable[Entry],
-        touched: Iterable[int] = (),
-        now: float = 0.0,
-        owner: str | None = None,
+        self, removed: Iterable[int], added: Iterable[Entry], touched: Iterable[int] = (), now: float = 0.0
     ) -> None:
         """Takes the entries of some slots out, puts others in and sets the last use of the `touched` slots to `now`,
-        all at once.
-
-        Args:
-            owner: who has claimed it. Raises TakenOverError when another one has done so since, and changes nothing.
-        """
+        all at once. Raises TakenOverError, and changes nothing, when another engine has claimed it after this one."""
         try:
             with self._database:
                 self._database.execute("BEGIN IMMEDIATE")
-                if owner is not None and self._owners() != [owner.encode()]:
+                if self._owner is not None and self._owners() != [self._owner.encode()]:
                     raise TakenOverError(f"another engine has taken the catalogue in {self._folder} over")
                 self._database.executemany("DELETE FROM pages WHERE slot = ?", [(slot,) for slot in removed])
                 self._database.executemany("INSERT OR REPLACE INTO pages VALUES (?, ?, ?, ?, ?, ?, ?)", added)
