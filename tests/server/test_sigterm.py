@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import pytest
 from support.servers import ServerProcess
 
-from distkv import LLM, SamplingParams
+from distkv import LLM, Client, Draining, SamplingParams
 from distkv.frontend.session import Session
 
 PAGE_SIZE = 16
@@ -39,6 +40,8 @@ def test_a_server_that_is_told_to_end(talker: Path, tmp_path: Path) -> None:
         for response in (health, refused):
             assert response.status_code == 503 and int(response.headers["retry-after"]) > 0
             assert response.json()["error"]["code"] == "Draining"
+        with Client(server.url) as client, pytest.raises(Draining, match="takes no more requests"):
+            client.generate("Hello", use_tqdm=False)
         server.process.send_signal(signal.SIGTERM)
         said = [first + b"".join(parts) for first, parts in streams]
         assert server.process.wait(60) == 0
