@@ -46,6 +46,33 @@ def _kill_node_of_three(trial: Trial) -> None:
     kill_node(trial, SPREAD)
 
 
+@fault("drain-node", "SIGTERM of a node with both ranks, which Ray drains; another one has room for them", 6)
+def _drain_node(trial: Trial) -> None:
+    drain_node(trial, SPARE)
+
+
+@fault("drain-node-3", "SIGTERM of a node under 3 ranks that need two nodes, which Ray drains; another one joins", 4)
+def _drain_node_of_three(trial: Trial) -> None:
+    drain_node(trial, SPREAD)
+
+
+def drain_node(trial: Trial, setting: Setting) -> None:
+    """Has Ray drain a node, for half a minute unless nothing runs there before, and another one join the cluster some
+    seconds later."""
+    bench = trial.bench_of(setting)
+    cluster, node = node_of_ranks(trial, bench)
+    load = trial.load(bench)
+    moment = trial.await_moment(bench.driver, load)
+    node.process.send_signal(signal.SIGTERM)
+    cluster.nodes.remove(node)
+    bench.driver.listen(lambda: load.is_done, trial.random.uniform(0.0, 8.0))
+    cluster.join(2)
+    trial.finish(bench, load, moment)
+    if left := bench.settled(lambda: [] if node.process.poll() is not None else ["a node that was to go"]):
+        trial.record.leaked += left
+        node.kill()
+
+
 @fault("kill-raylet", "SIGKILL of the raylet of the ranks' node", 6)
 def _kill_raylet(trial: Trial) -> None:
     bench = trial.bench_of(SPARE)
