@@ -46,6 +46,7 @@ class EngineOptions(TypedDict, total=False):
     device_kv_bytes: int | str | None
     host_kv_bytes: int | str | None
     disk_kv_bytes: int | str | None
+    max_share_per_salt: float | None
     cache_dir: str | Path | None
     max_sessions: int | None
     max_session_bytes: int | str | None
@@ -168,6 +169,12 @@ class EngineConfig:
     It has a sub-folder for each model. A relative path begins where the process is when the engine is made, and ~ is
     the home folder. None is for no pages on disk.
     """
+    max_share_per_salt: float | None = None
+    """Share of device and host that one cache_salt's pages may have.
+
+    A number above 0 and below 1. Beyond it they make room first, and requests of that salt wait for their own to end;
+    those without a salt count as one. None is for no limit.
+    """
     max_sessions: int | None = None
     """Most sessions that cache_dir holds.
 
@@ -265,6 +272,8 @@ class EngineConfig:
         if self.batch_invariant is not None:
             self._set("batch_invariant", check_flag("batch_invariant", self.batch_invariant))
         self._set("gpu_memory_utilization", check_share("gpu_memory_utilization", self.gpu_memory_utilization))
+        if self.max_share_per_salt is not None:
+            self._set("max_share_per_salt", check_share("max_share_per_salt", self.max_share_per_salt))
         check_ray_address(self.ray_address)
         check_page_size(self.page_size)
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -336,6 +345,7 @@ class EngineConfig:
                 self.max_model_len is not None and (self.max_prompt_tokens or 0) >= self.max_model_len,
                 f"max_model_len is {self.max_model_len}, which no prompt may reach", "lower it, or leave it out",
             ),
+            ("max_share_per_salt", self.max_share_per_salt == 1, "1, which is no limit", "lower it, or leave it out"),
             ("max_sessions", no_disk, "cache_dir is not, where they are kept", "name the folder in cache_dir"),
             ("max_session_bytes", no_disk, "cache_dir is not, where they are kept", "name the folder in cache_dir"),
             ("disk_kv_bytes", no_disk, "cache_dir is not", "name the folder in cache_dir"),

@@ -1,5 +1,7 @@
 """Makes the next step, mostly while the one before runs."""
 
+from collections import Counter
+from collections.abc import Mapping
 from itertools import chain
 
 from distkv.engine.fork_copies import ForkCopies
@@ -19,8 +21,10 @@ class Preparation:
 
     def make_step_room(self, scheduled: Scheduled, waits: bool) -> bool:
         """Frees the device pages of a step. False when `make_room` says so or a page was lost; raises as it does."""
-        needed = _num_fork_pages(scheduled) + sum(one.table.missing(count) for one, count in scheduled)
-        return self.make_room(needed, waits) and not self._cache.lost
+        needed: Counter[bytes] = Counter()
+        for one, count in scheduled:
+            needed[one.table.tenant or b""] += one.table.missing(count) + _num_fork_pages([(one, count)])
+        return self.make_room(needed.total(), waits, needed) and not self._cache.lost
 
     def prepare(self, scheduled: Scheduled, before: Step | None) -> Step:
         """A step that may be started, for which there is room.
@@ -35,10 +39,14 @@ class Preparation:
         self._scheduler.cold_budget.note_relocated(len(step.relocated))
         return step
 
-    def make_room(self, num_pages: int, waits: bool) -> bool:
+    def make_room(self, num_pages: int, waits: bool, coming: Mapping[bytes, int] | None = None) -> bool:
         """Frees device pages. False when transfers must end first and it does not wait for them. Raises CapacityError
-        when there is no room for what the pages hold."""
-        while not self._cache.reserve(num_pages):
+        when there is no room for what the pages hold.
+
+        Args:
+            coming: how many of them each tenant is to get.
+        """
+        while not self._cache.reserve(num_pages, coming):
             if not waits:
                 return False
             self._runner.wait_for(self._cache.awaited)
@@ -50,7 +58,7 @@ class Preparation:
         scheduler, cache = self._scheduler, self._cache
         cache.balance()
         if promotes and cache.may_promote and scheduler.cold_budget.is_steady:
-            running = (one for one in scheduler.running if not one.is_parked)
+            running = (one for one in scheduler.running if not one.is_parked and cache.may_come_up(one.table.tenant))
             cache.promote(chain.from_iterable(one.by_importance() for one in running))
         if promotes and scheduler.waiting:
             cache.promote(scheduler.expected_pages())

@@ -33,6 +33,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     disk_cost: float = 1.0  # how often a byte on disk counts towards it
     model: str = ""  # its folder
     tier_bytes: tuple[int, int, int] = (0, 0, 0)  # of device, host and disk, as allocated
+    max_share_per_salt: float | None = None  # of device and host, see `Shares`
     num_engines: int = 1  # that share the requests; all other figures are those of one
     save_timeout: float | None = None  # see `EngineConfig`
 

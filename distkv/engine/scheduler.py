@@ -41,7 +41,7 @@ class Scheduler:
         self._info = info
         step_pages = pages_for(min(info.max_num_batched_tokens, info.max_model_len), info.page_size)
         sizes = info.num_pages, info.num_host_pages, info.num_disk_pages
-        self.cache = TieredCache(sizes, step_pages, info.write_through)
+        self.cache = TieredCache(sizes, step_pages, info.write_through, info.max_share_per_salt)
         self.cold_budget = ColdBudget(info, self.cache)
         self.meter = RequestMeter()
         self._promises = PagePromises(self.cache)
@@ -62,6 +62,13 @@ class Scheduler:
                 f"prompt tokens and up to {request.max_tokens} more, n={request.params.n}; the tiers hold {held} "
                 f"({held * size} bytes; device {device}, host {host}, disk {disk}){self.cache.disk_refusal}; "
                 f"{self._cure(request, needed)}"
+            )
+        if needed > (most := self.cache.share_capacity):
+            tokens = most_tokens(request, self._info.page_size, most)
+            raise CapacityError(
+                f"the request may need {needed} KV pages ({needed * size} bytes), and those of one cache_salt hold at "
+                f"most {most} ({most * size} bytes) by max_share_per_salt {self._info.max_share_per_salt}; raise it"
+                + (f", or lower max_tokens to {tokens}" if tokens > 0 else ", or shorten the prompt")
             )
         if request.params.n > self._info.max_num_seqs:
             raise CapacityError(
@@ -87,13 +94,13 @@ class Scheduler:
         """Queues a request that passed `check`; what is known of its prefix counts as used from now on. Raises
         RequestError as `make_rules` does."""
         rules = make_rules(request, self._info)
-        root = None
-        if self._info.enable_prefix_caching and request.synthetic_kv_seed is None:
-            root = root_key(self._info.fingerprint, request.cache_salt)
+        tenant = root_key(self._info.fingerprint, request.cache_salt)
+        is_shared = self._info.enable_prefix_caching and request.synthetic_kv_seed is None
+        root = tenant if is_shared else None
         arrival = -1
         is_scored = request.num_to_read > len(request.prompt_token_ids)
         for index, tokens in (request.begun or {0: []}).items():
-            table = PageTable(self.cache, self._info.page_size)
+            table = PageTable(self.cache, self._info.page_size, tenant)
             sequence = Sequence(
                 request, index, next(self._numbers), table, [*request.prompt_token_ids, *tokens], root, arrival=arrival
             )
@@ -104,7 +111,7 @@ class Scheduler:
             sequence.is_guessed = request.params.max_tokens is None and self._may_read_again(request)
             sequence.num_scored = sequence.prompt_len - 1 if is_scored else 0
             sequence.expected = self._find_prefix(sequence)
-            self.cache.touch(sequence.expected)
+            self.cache.touch(sequence.expected, tenant)
             self._queue(sequence)
 
     def schedule(self, num_held: int, only: Sequence | None) -> Scheduled:
@@ -208,12 +215,18 @@ class Scheduler:
     def _admit(self) -> None:
         taken = sum(sequence.num_answers for sequence in self.running)
         chunk = max((self._chunk_pages(one.num_to_read) for one in self.running if one.is_prefilling), default=0)
+        at_their_share: set[bytes | None] = set()  # tenants, whose other requests wait behind
         for sequence in list(self.waiting):
             seats = taken + sequence.num_answers
             if seats > self._info.max_num_seqs:
                 return
+            if sequence.table.tenant in at_their_share:
+                continue
             prefix = self._find_prefix(sequence)
             if self._is_coming(sequence, len(prefix)):
+                continue
+            if not self._promises.has_share(self.running, sequence, prefix):
+                at_their_share.add(sequence.table.tenant)
                 continue
             if not self._promises.may_begin(self.running, sequence, prefix):
                 return

@@ -38,6 +38,7 @@ class Sequence:
     found_at: int = -1  # `TieredCache.num_findable_changes`
     awaits: "Sequence | None" = None  # computes a page that this one shares; it is not admitted before that is done
     lacks_room: bool = False  # waits for pages of others, see `PagePromises`
+    lacks_share: bool = False  # does so for those of its tenant alone
     is_guessed: bool = False  # may turn out to need more pages than are expected, and is preempted then, but once
     was_preempted: bool = False
     is_parked: bool = False  # waits, so that others need not stream beside it
@@ -229,7 +230,8 @@ class Sequence:
         assert not self.num_pending
         self.table.release()
         self.num_to_read, self.num_sent, self.found_at = len(self.token_ids), 0, -1
-        self.was_preempted, self.is_guessed, self.lacks_room, self.is_parked = True, False, False, False
+        self.was_preempted, self.is_guessed, self.is_parked = True, False, False
+        self.lacks_room = self.lacks_share = False
 
     def _pages_at(self, length: int) -> int:
         """Pages of all answers that it stands for when each, with the prompt, has so many tokens."""

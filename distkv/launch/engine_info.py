@@ -2,6 +2,7 @@
 
 from distkv.config import EngineConfig
 from distkv.engine.protocol import EngineInfo
+from distkv.errors import ConfigError
 from distkv.planner.sizing import page_specs, shares_prefixes
 from distkv.workers.cache_place import CachePlace
 from distkv.workers.rank_config import RankConfig
@@ -23,7 +24,14 @@ def engine_info(
         place: of the disk tier; needed where that has pages.
         pool_bytes: of device, host and disk, for each rank, as allocated.
         budget: see `cold_budget`.
+
+    Raises ConfigError for a share of the device that is less than a page.
     """
+    if config.max_share_per_salt is not None and config.max_share_per_salt * sizes.device < 1:
+        raise ConfigError(
+            f"max_share_per_salt {config.max_share_per_salt} of the {sizes.device} KV pages of the device is less than "
+            "one; raise it, or device_kv_bytes"
+        )
     specs = page_specs(config, ranks)
     max_cold_bytes, disk_cost = budget
     on_device, on_host, on_disk = (sum(tier) for tier in zip(*pool_bytes, strict=True))
@@ -49,5 +57,6 @@ def engine_info(
         disk_cost=disk_cost,
         model=str(ranks.folder),
         tier_bytes=(on_device, on_host, on_disk),
+        max_share_per_salt=config.max_share_per_salt,
         save_timeout=config.save_timeout,
     )

@@ -1,12 +1,13 @@
 """What leaves the device when a step needs its room, and where it goes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 
 from distkv.storage.errors import CapacityError
 from distkv.storage.ledger.page import Page
+from distkv.storage.ledger.shares import one_of
 from distkv.storage.ledger.tier_ledger import TierLedger
-from distkv.storage.ledger.write_back import WriteBack
+from distkv.storage.ledger.write_back import MAX_DISK_WRITES, WriteBack
 from distkv.storage.tier import DEVICE, DISK, HOST
 
 
@@ -17,16 +18,20 @@ class Eviction:
         self._ledger = ledger
         self._write_back = write_back
 
-    def reserve(self, count: int) -> bool:
+    def reserve(self, count: int, coming: Mapping[bytes, int]) -> bool:
         """See `TieredCache.reserve`."""
-        return self._ledger.make_room(DEVICE, self._victims(count), count)
+        return self._ledger.make_room(DEVICE, self._victims(count), count, coming)
 
     def _victims(self, count: int) -> Iterator[Page]:
         """Pages whose device copy may go, the first to go first, each safe below when it comes. They end when transfers
         must end first. Raises CapacityError when nothing can go, nor will be able to."""
         ledger = self._ledger
         while True:
-            page = ledger.idle.oldest(DEVICE, unread=False)
+            page = ledger.idle.surplus(DEVICE, unread=False)
+            if page is None and (held := self._surplus()) is not None:
+                yield held
+                continue
+            page = page or ledger.idle.oldest(DEVICE, unread=False)
             if page is not None:
                 self._keep_idle(page)
                 yield page
@@ -50,6 +55,15 @@ class Eviction:
                     raise
             yield page
 
+    def _surplus(self) -> Page | None:
+        """A held page of a tenant with more than its share, safe below; None where that would take transfers first."""
+        shares = self._ledger.shares
+        page = shares.surplus(DEVICE, (HOST, DISK)) or shares.surplus(DEVICE, unread=False)
+        try:
+            return page if page is not None and self._keep_held(page) else None
+        except CapacityError:
+            return None
+
     def _held_in_order(self) -> Iterator[Page]:
         """Held pages whose device copy may go, the first to go first."""
         yield from self._ledger.held.parked
@@ -63,25 +77,31 @@ class Eviction:
         ledger.force(page)
         if page.has(HOST) or page.has(DISK):
             return
-        if ledger.make_room(HOST, self._unused_for_longer(page)) and page.has(DEVICE):
+        if ledger.make_room(HOST, self._unused_for_longer(page), coming=one_of(page)) and page.has(DEVICE):
             ledger.start(page, DEVICE, HOST)
             ledger.force(page)
 
     def _keep_held(self, page: Page) -> bool:
         """Sees to a copy below the device; False when transfers must end first."""
         if page.slots[HOST] is None and not page.has(DISK):
-            if not self._make_host_room():
+            if not self._make_host_room(page):
                 return False
             self._ledger.start(page, DEVICE, HOST)
         self._ledger.force(page)
         return page.slots[DEVICE] is None or page.has(HOST) or page.has(DISK)
 
-    def _make_host_room(self) -> bool:
+    def _make_host_room(self, page: Page) -> bool:
         """Frees a host slot for a held page; False when transfers must end first. Raises CapacityError when it cannot
         be done."""
         ledger = self._ledger
-        if ledger.make_room(HOST, self._replaceable_on_host()):
+        if ledger.make_room(HOST, self._replaceable_on_host(page.tenant), coming=one_of(page)):
             return True
+        if ledger.shares.is_full(HOST, page.tenant):  # its tenant's own go to disk, if they can, before others give way
+            self._write_back.write(ledger.shares.unwritten(page.tenant, MAX_DISK_WRITES))
+            if ledger.transfers.disk_writes:
+                return False
+            if ledger.make_room(HOST, self._replaceable_on_host(None), coming=one_of(page)):
+                return True
         pages = [page for page in ledger.full[HOST] if not page.reading[HOST]]
         idle = ledger.idle.oldest(HOST)
         self._write_back.write(pages if idle is None else chain([idle], pages))
@@ -103,19 +123,38 @@ class Eviction:
     # --- who gives way on the host ---
 
     def _unused_for_longer(self, page: Page) -> Iterator[Page]:
-        """Idle pages whose host copies go for that of another one, the first to go first: one that lies elsewhere too,
-        one that was not used for longer."""
-        saved = self._ledger.idle.oldest(HOST, saved_in=(DEVICE, DISK))
+        """Pages whose host copies go for that of another, idle one, the first to go first: an idle one that lies
+        elsewhere too, a held one that does and is of a tenant with more than its share, an idle one of such a tenant,
+        one that was not used for longer. A page of such a tenant takes the place of idle pages like it alone."""
+        ledger = self._ledger
+        is_over = ledger.shares.is_over(HOST, page.tenant)
+        find = ledger.idle.surplus if is_over else ledger.idle.oldest
+        saved = find(HOST, saved_in=(DEVICE, DISK))
         if saved is not None:
             yield saved
-        oldest = self._ledger.idle.oldest(HOST)
-        if oldest is not None and oldest.stamp <= page.stamp:
+        held = None if is_over else ledger.shares.surplus(HOST, (DEVICE, DISK))
+        if held is not None:
+            yield held
+        oldest = find(HOST)
+        if oldest is not None and (oldest.stamp <= page.stamp or ledger.shares.is_over(HOST, oldest.tenant) > is_over):
             yield oldest
 
-    def _replaceable_on_host(self) -> Iterator[Page]:
-        """Pages whose host copies go for that of a held one, the first to go first: an idle one that lies elsewhere
-        too, a held one that lies on disk, an idle one that the disk has no room for."""
+    def _replaceable_on_host(self, tenant: bytes | None) -> Iterator[Page]:
+        """Pages whose host copies go for that of a held one, the first to go first: an idle or held one that lies
+        elsewhere too and is of a tenant with more than its share, an idle one that lies elsewhere too, a held one that
+        lies on disk, an idle one that the disk has no room for.
+
+        Args:
+            tenant: whose the page is, for which others than such tenants are not to give way if it is one of them.
+        """
         ledger = self._ledger
+        surplus = ledger.idle.surplus(HOST, (DEVICE, DISK)) or ledger.shares.surplus(HOST, (DEVICE, DISK))
+        if surplus is None and not ledger.slots[DISK].num_free:
+            surplus = ledger.idle.surplus(HOST)
+        if surplus is not None:
+            yield surplus
+        if ledger.shares.is_over(HOST, tenant):
+            return
         saved = ledger.idle.oldest(HOST, saved_in=(DEVICE, DISK))
         if saved is not None:
             yield saved

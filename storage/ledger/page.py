@@ -23,6 +23,7 @@ class Page(msgspec.Struct, eq=False, gc=False):
     index: int  # in its sequences
     id: int = -1  # by which ranks know it while it is held
     references: int = 1  # holders; an idle page has none, and may be found by its key
+    tenant: bytes | None = None  # whose it is, see `Shares`; None while nobody knows
     key: PageKey | None = None  # None: nobody else may find it
     twin: "Page | None" = None  # the page of the same content that is found instead of this one, which has no key
     stamp: int = 0  # when an idle page was used last, in order

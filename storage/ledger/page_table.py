@@ -11,8 +11,10 @@ class PageTable:
     Several steps may be prepared before the first of them has ended: `append` prepares one, `commit` ends it.
     """
 
-    def __init__(self, cache: TieredCache, page_size: int):
+    def __init__(self, cache: TieredCache, page_size: int, tenant: bytes | None = None):
+        """`tenant` is whose the pages are, see `Shares`."""
         self._cache = cache
+        self.tenant = tenant
         self.page_size = page_size
         self.pages: list[Page] = []
         self.num_tokens = 0  # with those of steps that have not ended
@@ -22,7 +24,7 @@ class PageTable:
         """Starts the sequence with the full pages of a known prefix."""
         assert not self.pages
         for page in pages:
-            self._cache.share(page)
+            self._cache.share(page, self.tenant)
         self.pages = list(pages)
         self.num_tokens = self.num_committed = len(pages) * self.page_size
 
@@ -37,7 +39,8 @@ class PageTable:
         """
         first = len(self.pages)
         for index in range(first, first + self.missing(num_tokens)):
-            self.pages.append(self._cache.allocate(index, self.pages[-1] if self.pages else None))
+            before = self.pages[-1] if self.pages else None
+            self.pages.append(self._cache.allocate(index, before, self.tenant))
         self.num_tokens += num_tokens
         return self.pages[first:]
 
@@ -65,11 +68,11 @@ class PageTable:
         Raises CapacityError as `append` does.
         """
         assert self.num_tokens == self.num_committed
-        other = PageTable(self._cache, self.page_size)
+        other = PageTable(self._cache, self.page_size, self.tenant)
         full = self.num_tokens // self.page_size
         copy = None
         if full < len(self.pages):
-            copy = self.pages[full], self._cache.allocate(full)
+            copy = self.pages[full], self._cache.allocate(full, tenant=self.tenant)
         for page in self.pages[:full]:
             self._cache.share(page)
         other.pages = self.pages[:full] + ([copy[1]] if copy else [])

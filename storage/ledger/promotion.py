@@ -52,7 +52,7 @@ class Promotion:
 
     def _make_room(self, tier: Tier, page: Page) -> bool:
         """Sees to a free slot to bring a page up; where too few are free, another page gives way."""
-        if not self._has_room(tier):
+        if not self._has_room(tier) or self._ledger.shares.is_full(tier, page.tenant):
             return False
         wanted = min(self._ledger.slots[tier].num_free, 2 * self._low[tier]) + 1
         return self._ledger.make_room(tier, self._victims(tier, page), wanted)
@@ -61,7 +61,8 @@ class Promotion:
         """Pages that lie below already and give way to another, the first to go first: an idle one, unless it was used
         after an idle one that comes; on the device the parked ones."""
         idle = self._ledger.idle.oldest(tier, saved_in=(HOST, DISK) if tier is DEVICE else (DISK,))
-        if idle is not None and not (page.is_idle and idle.stamp > page.stamp):
+        is_younger = idle is not None and page.is_idle and idle.stamp > page.stamp
+        if idle is not None and not (is_younger and not self._ledger.shares.is_over(tier, idle.tenant)):
             yield idle
         if tier is DEVICE and page.references:
             parked = (one for one in self._ledger.held.parked if not one.reading[DEVICE])

@@ -6,7 +6,7 @@ same prefix takes it up again or its room is needed.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from distkv.storage.ledger.disk_journal import DiskJournal
 from distkv.storage.ledger.disk_refusals import DiskRefusals
@@ -15,6 +15,7 @@ from distkv.storage.ledger.held_pages import HeldPages
 from distkv.storage.ledger.idle_pages import IdlePages
 from distkv.storage.ledger.page import Page
 from distkv.storage.ledger.prefix_index import PrefixIndex
+from distkv.storage.ledger.shares import Shares
 from distkv.storage.ledger.slot_allocator import SlotAllocator
 from distkv.storage.ledger.transfers import Transfers
 from distkv.storage.tier import ALL_TIERS, DEVICE, DISK, HOST, Tier, Transfer
@@ -33,13 +34,14 @@ class TierLedger:
     - `index.add`, `forget`: the page may be found by its key.
     """
 
-    def __init__(self, num_pages: tuple[int, int, int], write_through: bool):
+    def __init__(self, num_pages: tuple[int, int, int], write_through: bool, share: float | None = None):
         self.refusals = DiskRefusals()
         self._disk_slots = DiskSlots(num_pages[DISK], self.refusals)
         self.slots = SlotAllocator(num_pages[DEVICE]), SlotAllocator(num_pages[HOST]), self._disk_slots
         self.index = PrefixIndex()
         self.held = HeldPages()
-        self.idle = IdlePages()  # whole copies by tier, least recently used first
+        self.shares = Shares(num_pages, share)
+        self.idle = IdlePages(self.shares)  # whole copies by tier, the first to go first
         self.num_idle = 0
         self.full: tuple[dict[Page, None], ...] = ({}, {}, {})  # the same of held pages by tier, oldest first
         self.transfers = Transfers()
@@ -54,6 +56,7 @@ class TierLedger:
         """Gives a page a free slot, right behind slot `after` where that is free; raises CapacityError when none is."""
         [slot] = self.slots[tier].allocate(1, after)
         self.held.set_slot(page, tier, slot)
+        self.shares.take(page, tier)
 
     def enter(self, page: Page, tier: Tier) -> None:
         """Enters a copy that is whole now."""
@@ -61,13 +64,16 @@ class TierLedger:
             self.idle.add(page, tier)
         else:
             self.full[tier][page] = None
+            self.shares.enter(page, tier)
 
     def drop(self, page: Page, tier: Tier) -> None:
         """Gives a copy up; an idle page whose last copy this was is forgotten."""
         slot = page.slots[tier]
         assert slot is not None and page.filling[tier] is None and not page.reading[tier]
         self.held.set_slot(page, tier, None)
+        self.shares.free(page, tier)
         self.full[tier].pop(page, None)
+        self.shares.leave(page, tier)
         self.idle.discard(page, tier)
         self.slots[tier].free(slot)
         if tier is DEVICE:
@@ -86,17 +92,24 @@ class TierLedger:
         elif page.key is not None and page.lost:
             self.forget(page)
 
-    def make_room(self, tier: Tier, victims: Iterable[Page], wanted: int = 1) -> bool:
+    def make_room(
+        self, tier: Tier, victims: Iterable[Page], wanted: int = 1, coming: Mapping[bytes, int] | None = None
+    ) -> bool:
         """Drops the copies of victims in a tier, in the order given, until `wanted` slots are free; False when that
-        takes more victims. None is asked for before it is needed."""
+        takes more victims. None is asked for before it is needed.
+
+        Args:
+            coming: what tenants are about to take of the slots, which may be more than their share.
+        """
         slots, remaining = self.slots[tier], iter(victims)
-        while slots.num_free < wanted:
-            victim = next(remaining, None)
-            if victim is None:
-                return False
-            if victim.slots[tier] is not None:  # else it went when others gave way to it
-                self.drop(victim, tier)
-        return True
+        with self.shares.expecting(tier, coming or {}):
+            while slots.num_free < wanted:
+                victim = next(remaining, None)
+                if victim is None:
+                    return False
+                if victim.slots[tier] is not None:  # else it went when others gave way to it
+                    self.drop(victim, tier)
+            return True
 
     def start(self, page: Page, source: Tier, target: Tier) -> None:
         """Has the next plan copy a page into a free slot of another tier."""
@@ -141,6 +154,7 @@ class TierLedger:
         for tier in ALL_TIERS:
             if page.has(tier):
                 self.full[tier].pop(page, None)
+                self.shares.leave(page, tier)
                 self.idle.add(page, tier)
         if page.has(DISK):
             self.journal.touch(page.slots[DISK] or 0)
@@ -148,6 +162,18 @@ class TierLedger:
             # pages are released from the last to the first, and the first goes first
             self.unsaved[page] = None
             self.unsaved.move_to_end(page, last=False)
+        if self.shares.is_on and self.slots[HOST].num_slots and page.slots[HOST] is None and not page.has(DISK):
+            self.unspilled[page] = None  # it may have been passed over, see `WriteBack`
+
+    def claim(self, page: Page, tenant: bytes | None) -> None:
+        """Takes note whose a held page is, of which nobody knew."""
+        if page.tenant is None and tenant is not None:
+            page.tenant = tenant
+            for tier in ALL_TIERS:
+                if page.slots[tier] is not None:
+                    self.shares.take(page, tier)
+                if page in self.full[tier]:
+                    self.shares.enter(page, tier)
 
     def wake(self, page: Page) -> None:
         """Takes a page out of the idle ones."""
@@ -156,6 +182,7 @@ class TierLedger:
             if page.has(tier):
                 self.idle.discard(page, tier)
                 self.full[tier][page] = None
+                self.shares.enter(page, tier)
 
     def forget(self, page: Page) -> None:
         """Takes the key of a page. An idle one is free then, and so are idle ones that follow it, lost to searches."""
@@ -202,6 +229,7 @@ class TierLedger:
             for page in owners:
                 self.transfers.integrity_check(page, tier)
         self.held.integrity_check()
+        self.shares.integrity_check(pages)
         assert all(page.full or page.slots[HOST] is page.slots[DISK] is None for page in self.held)
         assert all(page.has(DEVICE) for page in self.unspilled)
         assert all(page.has(HOST) and page.slots[DISK] is None for page in (*self.unsaved, *self.put_off))

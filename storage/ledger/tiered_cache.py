@@ -12,7 +12,7 @@ What leaves the device is in `eviction.py`, what goes down ahead of need in `wri
 `promotion.py`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from distkv.storage.ledger.eviction import Eviction
 from distkv.storage.ledger.page import Page, PageKey
@@ -36,15 +36,18 @@ class TieredCache:
     next step plan (`take_transfers`), and `apply` takes in that it has ended.
     """
 
-    def __init__(self, num_pages: tuple[int, int, int], step_pages: int, write_through: bool = False):
+    def __init__(
+        self, num_pages: tuple[int, int, int], step_pages: int, write_through: bool = False, share: float | None = None
+    ):
         """
         Args:
             step_pages: device pages that a step may fill at most; twice as many are kept free on device and, if it is
                 large enough, host before pages are brought back up.
             write_through: pages with a key are written to disk as soon as they are full, not only when they are idle.
+            share: of device and host that a tenant may have, see `Shares`.
         """
         low = step_pages, min(step_pages, max(1, num_pages[HOST] // 4))  # free slots that device and host need
-        ledger = self._ledger = TierLedger(num_pages, write_through)
+        ledger = self._ledger = TierLedger(num_pages, write_through, share)
         self._held, self._transfers, self._refusals = ledger.held, ledger.transfers, ledger.refusals
         self._write_back = WriteBack(ledger, low[HOST])
         self._eviction = Eviction(ledger, self._write_back)
@@ -76,11 +79,35 @@ class TieredCache:
     @property
     def capacity(self) -> int:
         """Distinct pages that sequences may hold: all slots, unless the disk refuses more than it holds."""
-        device, host, disk = self.slots
-        on_disk = disk.num_slots
-        if self._refusals.paused:
-            on_disk = disk.num_used + disk.num_free - (self._ledger.idle.count(DISK) if self._refusals.hopeless else 0)
-        return device.num_slots + host.num_slots + on_disk
+        return self.slots[DEVICE].num_slots + self.slots[HOST].num_slots + self._disk_capacity
+
+    @property
+    def has_shares(self) -> bool:
+        """Whether tenants have shares of device and host."""
+        return self._ledger.shares.is_on
+
+    @property
+    def share_capacity(self) -> int:
+        """Distinct pages that sequences of one tenant may hold."""
+        shares = self._ledger.shares
+        return shares.num_slots + self._disk_capacity if shares.is_on else self.capacity
+
+    def num_pages_of(self, tenant: bytes | None) -> int:
+        """Distinct pages that sequences of a tenant hold, where there are shares."""
+        return 0 if tenant is None else self._ledger.shares.num_held(tenant)
+
+    def may_come_up(self, tenant: bytes | None) -> bool:
+        """Whether `promote` may bring pages of a tenant up."""
+        shares, held = self._ledger.shares, self._held
+        on_disk = held.num_above_disk < len(held)
+        return not shares.is_full(DEVICE, tenant) or (on_disk and not shares.is_full(HOST, tenant))
+
+    @property
+    def _disk_capacity(self) -> int:
+        disk = self.slots[DISK]
+        if not self._refusals.paused:
+            return disk.num_slots
+        return disk.num_used + disk.num_free - (self._ledger.idle.count(DISK) if self._refusals.hopeless else 0)
 
     @property
     def disk_refusal(self) -> str:
@@ -105,12 +132,13 @@ class TieredCache:
 
     # --- pages and who holds them ---
 
-    def allocate(self, index: int, after: Page | None = None) -> Page:
-        """A page to be filled, on the device, with the old content of its slot; behind page `after` where that is
-        free."""
-        page = Page(index, references=0)
+    def allocate(self, index: int, after: Page | None = None, tenant: bytes | None = None) -> Page:
+        """A tenant's page to be filled, on the device, with the old content of its slot; behind page `after` where that
+        is free."""
+        page = Page(index, references=0, tenant=tenant)
         self._ledger.take_slot(page, DEVICE, after.slots[DEVICE] if after else None)
         self._held.add(page)
+        self._ledger.shares.hold(page)
         return page
 
     def fill(self, page: Page, key: PageKey | None = None) -> None:
@@ -127,15 +155,17 @@ class TieredCache:
         if self.slots[HOST].num_slots:
             self._write_back.spill_later(page)
 
-    def share(self, page: Page) -> None:
-        """Adds a holder to a page that is held or idle."""
+    def share(self, page: Page, tenant: bytes | None = None) -> None:
+        """Adds a holder to a page that is held or idle; it is of this tenant, if nobody knew whose it is."""
         if page.references:
             self._held.unpark(page)
             page.references += 1
         else:
             assert page.is_idle
             self._ledger.wake(page)
+            self._ledger.claim(page, tenant)
             self._held.add(page)
+            self._ledger.shares.hold(page)
 
     def release(self, page: Page) -> None:
         """Drops a holder. What nobody holds is idle if it has a key, and else free once no transfer touches it."""
@@ -147,6 +177,7 @@ class TieredCache:
         if page.twin is not None:
             self.touch([page.twin])
         self._held.remove(page)
+        self._ledger.shares.let_go(page)
         if page.key is None:
             self._ledger.free_unheld(page)
         else:
@@ -187,11 +218,13 @@ class TieredCache:
         found = self.index.longest(keys)
         return next((found[:number] for number, page in enumerate(found) if page.lost), found)
 
-    def touch(self, pages: list[Page]) -> None:
-        """Makes idle pages of one prefix the most recently used, for a request that is about to take them up."""
+    def touch(self, pages: list[Page], tenant: bytes | None = None) -> None:
+        """Makes idle pages of one prefix the most recently used, for a request of a tenant that is about to take them
+        up."""
         for page in reversed(pages):
             if page.is_idle:
                 self._ledger.wake(page)
+                self._ledger.claim(page, tenant)
                 self._ledger.rest(page)
 
     def adopt(self, entries: Iterable[tuple[int, int, PageKey]]) -> None:
@@ -216,10 +249,14 @@ class TieredCache:
 
     # --- room ---
 
-    def reserve(self, count: int) -> bool:
+    def reserve(self, count: int, coming: Mapping[bytes, int] | None = None) -> bool:
         """Makes `count` device slots free. False: transfers must end first; run a plan that waits for `awaited`, and
-        ask again. Raises CapacityError when no tier has room for what must leave the device."""
-        return self._eviction.reserve(count)
+        ask again. Raises CapacityError when no tier has room for what must leave the device.
+
+        Args:
+            coming: how many of them each tenant is to get.
+        """
+        return self._eviction.reserve(count, coming or {})
 
     def balance(self) -> None:
         """Queues write-through to the host and to disk, and writes to disk while the host is nearly full."""

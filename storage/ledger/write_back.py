@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 
 from distkv.storage.ledger.page import Page
+from distkv.storage.ledger.shares import one_of
 from distkv.storage.ledger.tier_ledger import TierLedger
 from distkv.storage.tier import DEVICE, DISK, HOST
 
@@ -60,9 +61,10 @@ class WriteBack:
         while unspilled:
             page = next(iter(unspilled))
             if page.slots[HOST] is None and not page.has(DISK):
-                if not self._ledger.make_room(HOST, self._dispensable_on_host()):
-                    return
-                self._ledger.start(page, DEVICE, HOST)
+                if self._ledger.make_room(HOST, self._dispensable_on_host(page), coming=one_of(page)):
+                    self._ledger.start(page, DEVICE, HOST)
+                elif not self._ledger.shares.is_full(HOST, page.tenant):
+                    return  # else those of other tenants need not wait for it
             unspilled.pop(page, None)
 
     def _save(self) -> None:
@@ -88,11 +90,11 @@ class WriteBack:
     def _empty_host(self, wanted: int) -> None:
         """Frees host slots until `wanted` are free: drops what is on disk, and writes the oldest of the others."""
         ledger, host = self._ledger, self._ledger.slots[HOST]
-        victims = (page for page in self._unread_on_host() if page.has(DISK) or self._is_disk_full_for(page))
+        victims = (page for page in self._unread_on_host(wanted) if page.has(DISK) or self._is_disk_full_for(page))
         if ledger.make_room(HOST, list(islice(victims, max(0, wanted - host.num_free))), wanted):
             self._emptying_host = False
         elif host.num_free + len(ledger.transfers.disk_writes) < wanted:
-            unwritten = (page for page in self._unread_on_host() if page.slots[DISK] is None)
+            unwritten = (page for page in self._unread_on_host(wanted) if page.slots[DISK] is None)
             self.write(list(islice(unwritten, MAX_DISK_WRITES)))
 
     def _num_writes_left(self) -> int:
@@ -103,21 +105,36 @@ class WriteBack:
 
     # --- who gives way ---
 
-    def _unread_on_host(self) -> Iterator[Page]:
-        """Pages that no transfer reads there, the first to go first; none may come or go meanwhile."""
-        pages = chain(self._ledger.idle.pages(HOST), self._ledger.full[HOST])
+    def _unread_on_host(self, wanted: int) -> Iterator[Page]:
+        """Pages that no transfer reads there, the first to go first; none may come or go meanwhile. The surplus of
+        tenants with more than their share comes first, and alone where so many slots become free with it."""
+        ledger, surplus = self._ledger, dict[Page, None]()
+        for tenant in ledger.shares.over(HOST):
+            own = chain(ledger.idle.pages_of(tenant, HOST), ledger.shares.held(HOST, tenant))
+            surplus |= dict.fromkeys(islice(own, min(wanted, ledger.shares.excess(HOST, tenant))))
+        pages: Iterable[Page] = surplus
+        if len(surplus) < wanted - ledger.slots[HOST].num_free:
+            others = chain(ledger.idle.pages(HOST), ledger.full[HOST])
+            pages = chain(surplus, (page for page in others if page not in surplus))
         return (page for page in pages if not page.reading[HOST])
 
-    def _dispensable_on_host(self) -> Iterator[Page]:
+    def _dispensable_on_host(self, page: Page) -> Iterator[Page]:
         """Idle pages whose host copies may go for that of another page, the first to go first, since nothing is lost:
-        one that lies on disk, one that lies on the device and will never be written to disk."""
+        one that lies on disk, one that lies on the device and will never be written to disk. For one of a tenant that
+        would have more than its share they are that tenant's; others may take the place of its held pages that lie
+        elsewhere too."""
         ledger = self._ledger
-        on_disk = ledger.idle.oldest(HOST, saved_in=(DISK,))
+        is_over = ledger.shares.is_over(HOST, page.tenant)
+        find = ledger.idle.surplus if is_over else ledger.idle.oldest
+        on_disk = find(HOST, saved_in=(DISK,))
         if on_disk is not None:
             yield on_disk
-        on_device = ledger.idle.oldest(HOST, saved_in=(DEVICE,))
+        on_device = find(HOST, saved_in=(DEVICE,))
         if on_device is not None and self._is_disk_full_for(on_device):
             yield on_device
+        held = None if is_over else ledger.shares.surplus(HOST, (DEVICE, DISK))
+        if held is not None:
+            yield held
 
     def _outlived_on_disk(self, page: Page) -> Iterator[Page]:
         """The idle page on disk that goes for one which is held or was used later."""

@@ -12,6 +12,7 @@ from distkv.storage.ledger.idle_pages import IdlePages
 from distkv.storage.ledger.page import Page, PageKey
 from distkv.storage.ledger.page_table import PageTable
 from distkv.storage.ledger.prefix_index import PrefixIndex, page_key, page_keys, root_key
+from distkv.storage.ledger.shares import Shares
 from distkv.storage.ledger.tiered_cache import TieredCache
 from distkv.storage.tier import Tier
 
@@ -98,7 +99,7 @@ def test_equal_keys_of_other_tokens_are_no_match(monkeypatch: pytest.MonkeyPatch
 def test_the_oldest_idle_copy_of_each_tier(seed: int) -> None:
     """Against a plain list per tier."""
     rng = random.Random(seed)
-    idle, pages = IdlePages(), [Page(number, references=0) for number in range(6)]
+    idle, pages = IdlePages(Shares((0, 0, 0), None)), [Page(number, references=0) for number in range(6)]
     entered: list[list[Page]] = [[], [], []]
     for _ in range(40):
         page, tier = rng.choice(pages), rng.choice(list(Tier))

@@ -144,8 +144,10 @@ class Simulation:
         self.num_pages = *num_pages[:2], num_pages[DISK] if disk_room is None else min(num_pages[DISK], disk_room)
         self.faults = faults
         self.caching = self.rng.random() < 0.7
-        self.cache = TieredCache(num_pages, step_pages, write_through=self.rng.random() < 0.5)
-        self.histories: list[list[int]] = []  # of sequences that were there
+        share = self.rng.choice([None, 0.2, 0.5])
+        self.tenants = [b"a", b"b", b"c"] if share else [None]
+        self.cache = TieredCache(num_pages, step_pages, write_through=self.rng.random() < 0.5, share=share)
+        self.histories: list[tuple[bytes | None, list[int]]] = []  # of sequences that were there
         self.step_pages = step_pages
         self.ranks = Ranks(self.rng, faults, self.num_pages[DISK])
         self.counts = self.ranks.counts
@@ -186,9 +188,12 @@ class Simulation:
             self.repair()
             return
         if not self.tokens or self.rng.random() < 0.1:
-            self.tokens[PageTable(self.cache, PAGE_SIZE)] = []
+            self.tokens[PageTable(self.cache, PAGE_SIZE, self.rng.choice(self.tenants))] = []
         chosen = self.schedule()
-        if not self.make_room(sum(table.missing(count) for table, count in chosen)) or self.cache.lost:
+        needed: Counter[bytes] = Counter()
+        for table, count in chosen:
+            needed[table.tenant or b""] += table.missing(count)
+        if not self.make_room(needed.total(), needed) or self.cache.lost:
             return
         writes: dict[Page, Content] = {}
         for table, count in chosen:
@@ -207,26 +212,26 @@ class Simulation:
                 table.rewind(count)
                 del self.tokens[table][-count:]
             else:
-                table.commit(count, self.keys(self.tokens[table]) if self.caching else None)
+                table.commit(count, self.keys(table.tenant, self.tokens[table]) if self.caching else None)
 
     @staticmethod
-    def keys(tokens: list[int]) -> list[PageKey]:
-        return list(page_keys(b"root", tokens, PAGE_SIZE))
+    def keys(tenant: bytes | None, tokens: list[int]) -> list[PageKey]:
+        return list(page_keys(tenant or b"root", tokens, PAGE_SIZE))
 
     def begin(self) -> None:
         """A new sequence that has a prefix in common with one that was there."""
         if not self.histories:
             return
-        tokens = self.rng.choice(self.histories)
-        found = self.cache.find(self.keys(tokens)[: self.rng.randint(1, 4)])
+        tenant, tokens = self.rng.choice(self.histories)
+        found = self.cache.find(self.keys(tenant, tokens)[: self.rng.randint(1, 4)])
         if self.rng.random() < 0.3:
-            self.cache.touch(found)
+            self.cache.touch(found, tenant)
             self.cache.promote(found)
             return
         held = {page for page in found if page.references}
         if self.cache.num_pages + len(found) - len(held) > self.cache.capacity:
             return
-        table = PageTable(self.cache, PAGE_SIZE)
+        table = PageTable(self.cache, PAGE_SIZE, tenant)
         table.begin(found)
         self.tokens[table] = tokens[: len(found) * PAGE_SIZE]
         self.counts["found"] += len(found)
@@ -238,7 +243,7 @@ class Simulation:
     def reset(self) -> None:
         self.cache.reset()
         assert self.cache.num_idle == 0
-        assert not any(self.cache.find(self.keys(tokens)) for tokens in self.histories)
+        assert not any(self.cache.find(self.keys(*history)) for history in self.histories)
 
     def move(self) -> None:
         self.cache.balance()
@@ -266,12 +271,12 @@ class Simulation:
         unfilled |= {page for pair in self.copies for page in pair if not page.full}
         return self.cache.slots[DEVICE].num_slots - len(unfilled)
 
-    def make_room(self, count: int) -> bool:
+    def make_room(self, count: int, coming: Counter[bytes] | None = None) -> bool:
         """As the engine does; may be refused only when the pages do not fit indeed."""
         for _ in range(100):
             held = self.cache.num_pages - len(self.cache.lost)
             try:
-                if self.cache.reserve(count):
+                if self.cache.reserve(count, coming):
                     assert self.cache.slots[DEVICE].num_free >= count
                     return True
             except CapacityError as error:
@@ -305,7 +310,7 @@ class Simulation:
             self.drop(table)
 
     def drop(self, table: PageTable) -> None:
-        self.histories = [*self.histories[-5:], self.tokens[table]]
+        self.histories = [*self.histories[-5:], (table.tenant, self.tokens[table])]
         table.release()
         assert table.pages == [] and table.num_tokens == 0
         del self.tokens[table]

@@ -10,14 +10,22 @@ from distkv.storage.tier import Tier
 _tokens = count()
 
 
-def put(ledger: TierLedger, *tiers: Tier, index: int = 1, idle: bool = False, keyed: bool = False) -> Page:
+def put(
+    ledger: TierLedger,
+    *tiers: Tier,
+    index: int = 1,
+    idle: bool = False,
+    keyed: bool = False,
+    tenant: bytes | None = None,
+) -> Page:
     """A full page with a copy in each of these tiers, lost without any: held, with a key or without, or the idle one
     that was used last."""
-    page = Page(index, references=0, full=True)
+    page = Page(index, references=0, full=True, tenant=tenant)
     if idle or keyed:
         ledger.index.add(page, page_key(b"root", [next(_tokens)]))
     if not idle:
         ledger.held.add(page)
+        ledger.shares.hold(page)
     for tier in tiers:
         ledger.take_slot(page, tier)
         if not idle:
