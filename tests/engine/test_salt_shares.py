@@ -55,14 +55,19 @@ def test_a_flood_of_one_tenant_leaves_the_prefix_of_another(tiers: tuple[int, in
 
 def test_others_begin_beside_a_tenant_that_waits_for_its_own_requests() -> None:
     engine, _ = caching_engine(num_pages=40, max_model_len=400, max_num_seqs=8, max_share_per_salt=0.5)
-    engine.add([request(f"a{number}", 100, 60, "a") for number in range(9)])  # of 10 pages each, so two at a time
+    own = [request(f"a{number}", 100, 60, "a") for number in range(9)]  # of 10 pages each, so two at a time
+    engine.add([*own, large := request("large", 100, 140, "a"), small := request("small", 10, 5, "a")])
     for _ in range(12):
         engine.step()
     scheduler = engine._scheduler
     assert len(scheduler.running) == 2 and scheduler.cache.num_pages_of(scheduler.running[0].table.tenant) <= 20
     engine.add([request("b", 100, 5, "b"), request("c", 100, 5, None)])
-    ended = [output.request_id for output in drain(engine) if output.finish_reason]
-    assert set(ended[:2]) == {"b", "c"} and ended[2:] == [f"a{number}" for number in range(9)], "a waits in its order"
+    begun, ended = dict[str, None](), []
+    while engine.has_work:
+        ended += [output.request_id for output in engine.step() if output.finish_reason]
+        begun |= dict.fromkeys(one.request.request_id for one in scheduler.running if one.request.cache_salt == "a")
+    assert set(ended[:2]) == {"b", "c"}
+    assert list(begun) == [one.request_id for one in (*own, large, small)], "a waits in its own order"
     engine.integrity_check()
 
 
@@ -85,14 +90,18 @@ def test_answers_of_one_tenant_that_become_longer_than_expected_come_to_their_en
     engine, _ = caching_engine(num_pages=100, max_model_len=600, max_num_seqs=8, max_share_per_salt=0.4)
     engine.add([request(f"a{number}", 20, 500, "a", is_known=False) for number in range(4)])
     others = iter(range(10**6))
-    lacked, outputs = False, []
+    lacked, beside, outputs = False, set[str](), []
     while any(one.request.cache_salt == "a" for one in engine._scheduler.running + engine._scheduler.waiting):
         if len(engine._scheduler.running) < 6:  # b never stops
             engine.add([request(f"b{next(others)}", 20, 30, "b")])
+        before = {one.request.request_id for one in engine._scheduler.running}
         outputs += engine.step()
-        lacked |= any(one.lacks_share for one in engine._scheduler.running)
+        if lacked:
+            beside |= {one.request.request_id for one in engine._scheduler.running} - before
+        lacked = any(one.lacks_share for one in engine._scheduler.running)
     ended = [output for output in outputs if output.finish_reason and output.request_id.startswith("a")]
-    assert lacked and len(ended) == 4 and engine.stats().num_preemptions == 0
+    assert len(ended) == 4 and engine.stats().num_preemptions == 0
+    assert any(name.startswith("b") for name in beside), "others begin meanwhile"
     drain(engine)
     engine.integrity_check()
 

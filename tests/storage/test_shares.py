@@ -40,16 +40,18 @@ def test_what_a_tenant_is_about_to_take_counts() -> None:
 
 
 @pytest.mark.parametrize("share", [None, 0.5])
-def test_an_idle_page_takes_no_place_of_others_on_the_host_beyond_its_share(share: float | None) -> None:
+@pytest.mark.parametrize("is_idle", [True, False])
+def test_an_idle_page_takes_no_place_of_others_on_the_host_beyond_its_share(share: float | None, is_idle: bool) -> None:
     cache = TieredCache((4, 4, 0), 1, share=share)
     ledger = cache._ledger
     others = [put(ledger, HOST, idle=True, tenant=B) for _ in range(2)]
-    own = [put(ledger, HOST, idle=True, tenant=A) for _ in range(2)]
+    own = [put(ledger, HOST, idle=is_idle, tenant=A) for _ in range(2)]
     new = [put(ledger, DEVICE, idle=True, tenant=A) for _ in range(4)]
     assert cache.reserve(2)
-    assert left([*others, *own], HOST) == ([True, True, False, False] if share else [False, False, True, True])
+    assert left(others, HOST) == [share is not None] * 2
+    assert left(own, HOST) == [not (share and is_idle)] * 2
     end(ledger)
-    assert left(new[:2], HOST) == [True, True]
+    assert left(new[:2], HOST) == [not share or is_idle] * 2
 
 
 def test_held_pages_beyond_a_share_go_to_disk_before_others_leave_the_host() -> None:
