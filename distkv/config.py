@@ -124,10 +124,10 @@ class EngineConfig:
     max_num_seqs: int = 64
     """Most answers that run at a time."""
     max_queued_requests: int | None = None
-    """Most answers that wait beside those that run.
+    """Most answers that wait beside those that run; serve has 1024.
 
     What is asked for beyond them is refused with QueueFull, over HTTP with status 429. It counts all engines together.
-    None is for any number, as who calls LLM or AsyncLLM knows how much they ask for; serve has 1024.
+    None is for any number, as who calls LLM or AsyncLLM knows how much they ask for.
     """
     max_num_batched_tokens: int = 2048
     """Most tokens of a step.
@@ -170,7 +170,7 @@ class EngineConfig:
     the home folder. None is for no pages on disk.
     """
     max_share_per_salt: float | None = None
-    """Share of device and host that one cache_salt's pages may have.
+    """Share of device and host for pages of one cache_salt, such as 0.25.
 
     A number above 0 and below 1. Beyond it they make room first, and requests of that salt wait for their own to end;
     those without a salt count as one. None is for no limit.
