@@ -59,11 +59,10 @@ class PagePromises:
             one.lacks_room = one.lacks_share = False
         line = sorted(running, key=lambda one: (one is not only, one.place))
         everybody = self._line_of(line, self._all)
-        tenants = {}
-        if self._cache.has_shares:
-            for tenant in {one.table.tenant for one in running}:
-                own = [one for one in line if one.table.tenant == tenant]
-                tenants[tenant] = self._line_of(own, self._of(tenant))
+        of_tenants: dict[bytes | None, list[Sequence]] = {}
+        for one in line if self._cache.has_shares else []:
+            of_tenants.setdefault(one.table.tenant, []).append(one)
+        tenants = {tenant: self._line_of(own, self._of(tenant)) for tenant, own in of_tenants.items()}
         if everybody is None and not any(tenants.values()):
             return
         for sequence in line:
