@@ -9,6 +9,7 @@ from typing import Any
 from simulation.world import Process, World
 
 LATENCY = 0.003  # seconds at most, but now and then
+POLLIN = 1
 LOOK = 2e-5  # seconds that a look takes
 
 
@@ -37,9 +38,11 @@ class Socket:
         if self.process is not None:
             self.process.point("after a message is sent")
 
-    def poll(self, milliseconds: float) -> bool:
-        """Waits for a message; whether there is one."""
+    def poll(self, milliseconds: float, flags: int = POLLIN) -> bool:
+        """Waits for a message; whether there is one. There is always room for one to be sent: the owner lives."""
         self.world.now += LOOK
+        if flags != POLLIN:
+            return True
         return self.world.wait(lambda: self.has_message, milliseconds / 1e3)
 
     def recv(self) -> bytes:
@@ -75,7 +78,9 @@ def fake_zmq(world: World) -> Any:
         def poll(self, milliseconds: float) -> None:
             world.wait(lambda: any(socket.has_message for socket in self.sockets), milliseconds / 1e3)
 
-    return SimpleNamespace(Poller=Poller, POLLIN=1, Socket=Socket, Context=lambda: SimpleNamespace(destroy=_nothing))
+    return SimpleNamespace(
+        Poller=Poller, POLLIN=POLLIN, Socket=Socket, Context=lambda: SimpleNamespace(destroy=_nothing)
+    )
 
 
 def _nothing(linger: int = 0) -> None:
