@@ -28,6 +28,7 @@ class Setting:
     engines: int = 1
     nodes: tuple[int, ...] = ()  # CPUs of each node of a Ray cluster; without any the engine is in the driver's process
     model: str = "tiny"  # or "smollm2"
+    answer_len: int = 480  # tokens of the longest answers
     options: tuple[tuple[str, Any], ...] = ()  # further ones of the engine
     environment: tuple[tuple[str, str], ...] = ()  # further variables of all processes
 
@@ -196,9 +197,9 @@ class Bench:
 
     def _make_model(self) -> tuple[Path, list[Request]]:
         if self.setting.model != "tiny":
-            return fetch_model(self.setting.model, progress=False), requests(16, 40000, 160, 96)
+            return fetch_model(self.setting.model, progress=False), requests(16, 40000, 160, self.setting.answer_len)
         shape = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96, "max_position_embeddings": 1024}
-        return save_llama(self.folder / "model", **shape)[0], requests(16, 128, 240, 480)
+        return save_llama(self.folder / "model", **shape)[0], requests(16, 128, 240, self.setting.answer_len)
 
     def _learn(self, driver: DriverProcess) -> None:
         """Has an engine that nothing disturbs answer all requests."""

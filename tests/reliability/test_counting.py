@@ -34,7 +34,7 @@ AsyncLLM.generate = disturbed
 
 
 def disturb(trial: Trial) -> None:
-    bench = trial.bench_of(Setting())
+    bench = trial.bench_of(Setting(answer_len=32))
     driver = bench.new_driver(prelude=PRELUDE)
     driver.start(bench.model, bench.options)
     bench.adopt(driver)
