@@ -12,6 +12,7 @@ from reliability.trial import Trial
 
 ONE_NODE = Setting(size=2, nodes=(4,), environment=(("RAY_gcs_rpc_server_reconnect_timeout_s", "10"),))
 SPARE = Setting(size=2, nodes=(0, 2, 2))  # the driver's node has no room for ranks, and one of the others is enough
+STALL_SECONDS = 100.0  # in which Ray takes a node for dead whose raylet stands still
 SPREAD = Setting(size=3, nodes=(0, 2, 2))  # both nodes are needed
 
 
@@ -156,3 +157,28 @@ def kill_cluster(trial: Trial, title: str) -> None:
     bench.family.kill_all()
     bench.start_cluster()
     trial.finish(bench, trial.load(bench))
+
+
+@fault("lose-raylet", "SIGSTOP of the raylet of the ranks' node until Ray takes the node for dead, then SIGCONT", 2)
+def _lose_raylet(trial: Trial) -> None:
+    """Ranks whose node is taken for dead are there all the same, and must leave."""
+    bench = trial.bench_of(SPARE)
+    cluster, node = node_of_ranks(trial, bench)
+    driver, [raylet] = bench.driver, node.pids("raylet/raylet")
+    os.kill(raylet, signal.SIGSTOP)
+    moment, load = time.monotonic(), trial.load(bench)
+    while not cluster.rank_pids() == [] and node.pids("ray::RankActor") == cluster.rank_pids():
+        driver.finish(load)
+        trial.compare(bench, load)
+        load = trial.load(bench)
+        if time.monotonic() - moment > STALL_SECONDS:
+            break
+    trial.record.moment = f"{time.monotonic() - moment:.0f} s after SIGSTOP"
+    os.kill(raylet, signal.SIGCONT)
+    trial.finish(bench, load, moment)
+    trial.record.leaked += bench.settled(
+        lambda: [f"process {pid} of a dead node" for pid in node.pids("ray::RankActor")]
+    )
+    node.kill()
+    cluster.nodes.remove(node)
+    cluster.join(2)

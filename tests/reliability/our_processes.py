@@ -21,7 +21,9 @@ class Family:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {MARK: self.mark, **self.variables}
+        # kernels that have been built lie below the user's own home
+        caches = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        return {MARK: self.mark, "XDG_CACHE_HOME": caches, **self.variables}
 
     def members(self) -> dict[int, str]:
         """Their titles by process id. Those that are gone but for their exit status do not count."""

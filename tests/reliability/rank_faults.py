@@ -170,3 +170,13 @@ def restart(trial: Trial, bench: Bench) -> None:
 @fault("kill-engine", "SIGKILL of a rank of one of two engines, each of 2 ranks", 10)
 def _kill_one_engine(trial: Trial) -> None:
     signal_rank(trial, Setting(size=2, engines=2, nodes=(4,)), signal.SIGKILL)
+
+
+@fault("kill-rank-demo-2", "SIGKILL of one of 2 ranks of SmolLM2-135M", 10)
+def _kill_one_of_two_of_the_demo(trial: Trial) -> None:
+    signal_rank(trial, Setting(size=2, nodes=(4,), model="smollm2", answer_len=96), signal.SIGKILL)
+
+
+@fault("kill-rank-demo-3", "SIGKILL of one of 3 ranks of SmolLM2-135M", 5)
+def _kill_one_of_three_of_the_demo(trial: Trial) -> None:
+    signal_rank(trial, Setting(size=3, nodes=(4,), model="smollm2", answer_len=96), signal.SIGKILL)
