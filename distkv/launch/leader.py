@@ -1,5 +1,6 @@
 """What rank 0 of a Ray group runs: the engine loop, fed with requests over ZeroMQ."""
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -20,15 +21,16 @@ from distkv.engine.protocol import (
     Tokens,
     Traced,
     Working,
-    decode_command,
-    encode,
 )
 from distkv.engine.request_bounds import check_request
 from distkv.errors import CapacityError, RequestError
+from distkv.launch.owner import Owner
 from distkv.metrics.ray_metrics import RayMetrics
 from distkv.metrics.step_trace import StepTrace
 from distkv.workers.group.log_lines import LogLine
 from distkv.workers.group.rank_executor import RankExecutor
+
+log = logging.getLogger(__name__)
 
 IDLE_POLL = 1000  # milliseconds
 TOLD_SECONDS = 1.0  # after which the owner is told that steps go on
@@ -37,25 +39,27 @@ TOLD_SECONDS = 1.0  # after which the owner is told that steps go on
 def lead(
     executor: RankExecutor, client: zmq.Socket, take_log: Callable[[], list[LogLine]], info: EngineInfo, traces: bool
 ) -> None:
-    """Serves the owner of the group on a PAIR socket until it sends Shutdown, which may have asked for a trace."""
-    trace = StepTrace(lambda events: client.send(encode(Traced(events)))) if traces else None
-    sign = SignOfLife(client, executor.progress)
+    """Serves the owner of the group on a PAIR socket until it sends Shutdown or is gone. It may have asked for a
+    trace."""
+    owner = Owner(client)
+    trace = StepTrace(lambda events: owner.tell(Traced(events))) if traces else None
+    sign = SignOfLife(owner, executor.progress)
     try:
         engine = Engine(info, executor, survives=False, observer=trace, waiting=sign.waits)
-        _serve(engine, client, take_log, RayMetrics(info, engine.meter), sign)
+        _serve(engine, owner, take_log, RayMetrics(info, engine.meter), sign)
     finally:
-        client.send(encode(Logged(take_log())))
+        owner.tell(Logged(take_log()))
 
 
 class SignOfLife:
     """Tells the owner that the ranks go on while nothing comes of it, see `Watchdog`."""
 
-    def __init__(self, client: zmq.Socket, progress: Callable[[], int]):
+    def __init__(self, owner: Owner, progress: Callable[[], int]):
         """
         Args:
             progress: see `RankExecutor`.
         """
-        self._client, self._progress = client, progress
+        self._owner, self._progress = owner, progress
         self._seen = 0
         self._told = time.monotonic()
 
@@ -68,39 +72,43 @@ class SignOfLife:
     def goes_on(self) -> None:
         """A step has ended."""
         if time.monotonic() - self._told >= TOLD_SECONDS:
-            self._client.send(encode(Working()))
+            self._owner.tell(Working())
             self._told = time.monotonic()
 
 
 def _serve(
-    engine: Engine, client: zmq.Socket, take_log: Callable[[], list[LogLine]], metrics: RayMetrics, sign: SignOfLife
+    engine: Engine, owner: Owner, take_log: Callable[[], list[LogLine]], metrics: RayMetrics, sign: SignOfLife
 ) -> None:
     while True:
         if metrics.is_due:
             metrics.update(engine.stats())
-        while client.poll(0 if engine.has_work else IDLE_POLL):
-            match decode_command(client.recv()):
+        for command in owner.commands(0 if engine.has_work else IDLE_POLL):
+            match command:
                 case Add(requests):
                     try:
                         for request in requests:
                             check_request(request, engine.info)
                         engine.add(requests)
-                        client.send(encode(Accepted()))
+                        owner.tell(Accepted())
                     except (CapacityError, RequestError) as error:
-                        client.send(encode(Refused(str(error), type(error).__name__)))
+                        owner.tell(Refused(str(error), type(error).__name__))
                 case Abort(answers, reason):
                     engine.abort(answers, reason)
                 case GetStats():
-                    client.send(encode(engine.stats()))
+                    owner.tell(engine.stats())
                 case ResetPrefixCache():
                     engine.reset_prefix_cache()
-                    client.send(encode(Accepted()))
+                    owner.tell(Accepted())
                 case Shutdown(save_timeout):
-                    engine.close(lambda num_unsaved: client.send(encode(Saving(num_unsaved))), save_timeout)
+                    engine.close(lambda num_unsaved: owner.tell(Saving(num_unsaved)), save_timeout)
                     return
+        if owner.is_gone:
+            log.warning("the process that owns this engine is gone, or its connection is; the ranks end")
+            engine.close()
+            return
         if outputs := engine.step():
-            client.send(encode(Tokens(outputs)))
+            owner.tell(Tokens(outputs))
         elif engine.has_work:
             sign.goes_on()
         if lines := take_log():
-            client.send(encode(Logged(lines)))
+            owner.tell(Logged(lines))

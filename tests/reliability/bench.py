@@ -115,6 +115,8 @@ class Bench:
                 return [f"the engine has ended: {stats['error']}"]
             if stats["pages_in_use"] or stats["running"] or stats["waiting"]:
                 found.append(f"an idle engine has {stats}")
+            if stats["engines"] != self.setting.engines:
+                found.append(f"{stats['engines']} engines run instead of {self.setting.engines}")
             if self.cluster is not None:
                 if len(ranks := self.cluster.rank_pids()) != self.num_ranks:
                     found.append(f"{len(ranks)} processes of ranks for {self.num_ranks}")

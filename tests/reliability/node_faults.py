@@ -167,7 +167,7 @@ def _lose_raylet(trial: Trial) -> None:
     driver, [raylet] = bench.driver, node.pids("raylet/raylet")
     os.kill(raylet, signal.SIGSTOP)
     moment, load = time.monotonic(), trial.load(bench)
-    while not cluster.rank_pids() == [] and node.pids("ray::RankActor") == cluster.rank_pids():
+    while cluster.rank_pids() and node.pids("ray::RankActor") == cluster.rank_pids():
         driver.finish(load)
         trial.compare(bench, load)
         load = trial.load(bench)

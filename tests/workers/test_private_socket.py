@@ -4,6 +4,7 @@ import os
 import socket as sockets
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 
 import pytest
@@ -136,3 +137,31 @@ def await_strays(strays: StrayConnections, number: int) -> None:
     while strays.num_dropped < number and time.monotonic() < deadline:
         strays.look()
     assert strays.num_dropped == number
+
+
+def test_a_connection_that_is_cut_is_not_made_again(context: zmq.Context) -> None:
+    """What is sent meanwhile would be missing, and nobody would know."""
+    bound, address = bind_private(context, "127.0.0.1")
+    with sockets.create_server(("127.0.0.1", 0)) as door, ThreadPoolExecutor() as threads:
+
+        def pass_through() -> list[sockets.socket]:
+            pair = [door.accept()[0], sockets.create_connection(host_of(address))]
+            threads.submit(pump, *pair)
+            threads.submit(pump, *reversed(pair))
+            return pair
+
+        pair = threads.submit(pass_through)
+        connected = connect_private(context, Address(f"tcp://127.0.0.1:{door.getsockname()[1]}", address.key))
+        talk(bound, connected)
+        for end in pair.result():
+            end.shutdown(sockets.SHUT_RDWR)
+        door.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            door.accept()
+
+
+def pump(source: sockets.socket, target: sockets.socket) -> None:
+    """Passes on what comes until either end is cut."""
+    with suppress(OSError):
+        while data := source.recv(4096):
+            target.sendall(data)

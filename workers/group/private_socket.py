@@ -34,9 +34,11 @@ def bind_private(context: zmq.Context, host: str) -> tuple[zmq.Socket, Address]:
 
 
 def connect_private(context: zmq.Context, address: Address, seconds: float = HANDSHAKE_SECONDS) -> zmq.Socket:
-    """The other end, once it has met the one that was bound. Raises DistKVError when nobody who has its key answers
-    there within so many seconds."""
+    """The other end, once it has met the one that was bound. They meet once: over a connection that is made again
+    messages would be missed without a word. Raises DistKVError when nobody who has its key answers there within so many
+    seconds."""
     socket = _make(context)
+    socket.reconnect_ivl = -1
     socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
     socket.curve_serverkey = address.key
     with closing(monitor(socket, zmq.EVENT_HANDSHAKE_SUCCEEDED)) as met:
