@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 
 from reliability.counts import Try, append, read, table
-from reliability.faults import FAULTS, load_all
+from reliability.faults import FAULTS, kind_of, load_all
 from reliability.runner import Runner
 
 
@@ -25,6 +25,8 @@ def main() -> int:
     load_all()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fault", action="append", choices=sorted(FAULTS), metavar="NAME", help="of: %(choices)s")
+    kinds = sorted({kind_of(fault) for fault in FAULTS.values()})
+    parser.add_argument("--kind", action="append", choices=kinds, help="all faults of this kind: %(choices)s")
     parser.add_argument("--times", type=int, help="tries of each fault")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", metavar="SEED", help="the one try of this seed")
@@ -42,7 +44,7 @@ def main() -> int:
     runner, clean = Runner(), True
     last: Try | None = None
     try:
-        for name in wanted.fault or FAULTS:
+        for name in wanted.fault or [name for name, one in FAULTS.items() if kind_of(one) in (wanted.kind or kinds)]:
             fault = FAULTS[name]
             count = fault.times if wanted.times is None else wanted.times
             for seed in [wanted.only] if wanted.only else [f"{wanted.seed}.{number}" for number in range(count)]:

@@ -10,7 +10,7 @@ WRITE_SECONDS = 1.0  # in which the pages of ended requests are on disk, of an e
 TWO_RANKS = Setting(size=2, nodes=(4,))
 
 
-@fault("kill-driver", "SIGKILL of the driver: another one then goes on with the cache", 10)
+@fault("kill-driver", "SIGKILL of the driver: another one then goes on with the cache", 6)
 def _kill_driver(trial: Trial) -> None:
     bench = trial.bench_of(TWO_RANKS)
     driver = bench.driver
@@ -37,7 +37,7 @@ def _kill_driver(trial: Trial) -> None:
             trial.record.unexplained.append(f"{cached} tokens of a prompt were found on disk, which had {whole}")
 
 
-@fault("stop-driver", "SIGSTOP of the driver for up to 8 s, then SIGCONT", 8)
+@fault("stop-driver", "SIGSTOP of the driver for up to 8 s, then SIGCONT", 5)
 def _stop_driver(trial: Trial) -> None:
     bench = trial.bench_of(TWO_RANKS)
     driver, cluster = bench.driver, bench.cluster

@@ -35,6 +35,11 @@ def fault(name: str, text: str, times: int) -> "Callable[[Callable[[Trial], None
     return register
 
 
+def kind_of(fault: Fault) -> str:
+    """The module that a fault is in, as in `rank` for `rank_faults.py`."""
+    return fault.run.__module__.rpartition(".")[2].removesuffix("_faults")
+
+
 def load_all() -> None:
     """Imports all modules of this folder that are named `*_faults.py`."""
     for path in sorted(Path(__file__).parent.glob("*_faults.py")):

@@ -37,22 +37,22 @@ def kill_node(trial: Trial, setting: Setting) -> None:
     trial.finish(bench, load, moment)
 
 
-@fault("kill-node", "a node with both ranks killed whole; another one has room for them", 6)
+@fault("kill-node", "a node with both ranks killed whole; another one has room for them", 4)
 def _kill_node(trial: Trial) -> None:
     kill_node(trial, SPARE)
 
 
-@fault("kill-node-3", "a node killed whole under 3 ranks that need two nodes; another one joins", 6)
+@fault("kill-node-3", "a node killed whole under 3 ranks that need two nodes; another one joins", 4)
 def _kill_node_of_three(trial: Trial) -> None:
     kill_node(trial, SPREAD)
 
 
-@fault("drain-node", "SIGTERM of a node with both ranks, which Ray drains; another one has room for them", 6)
+@fault("drain-node", "SIGTERM of a node with both ranks, which Ray drains; another one has room for them", 3)
 def _drain_node(trial: Trial) -> None:
     drain_node(trial, SPARE)
 
 
-@fault("drain-node-3", "SIGTERM of a node under 3 ranks that need two nodes, which Ray drains; another one joins", 4)
+@fault("drain-node-3", "SIGTERM of a node under 3 ranks that need two nodes, which Ray drains; another one joins", 2)
 def _drain_node_of_three(trial: Trial) -> None:
     drain_node(trial, SPREAD)
 
@@ -74,7 +74,7 @@ def drain_node(trial: Trial, setting: Setting) -> None:
         node.kill()
 
 
-@fault("kill-raylet", "SIGKILL of the raylet of the ranks' node", 6)
+@fault("kill-raylet", "SIGKILL of the raylet of the ranks' node", 4)
 def _kill_raylet(trial: Trial) -> None:
     bench = trial.bench_of(SPARE)
     cluster, node = node_of_ranks(trial, bench)
@@ -90,7 +90,7 @@ def _kill_raylet(trial: Trial) -> None:
     cluster.join(2)
 
 
-@fault("stop-raylet", "SIGSTOP of the raylet of the ranks' node for up to 5 s, then SIGCONT", 6)
+@fault("stop-raylet", "SIGSTOP of the raylet of the ranks' node for up to 5 s, then SIGCONT", 4)
 def _stop_raylet(trial: Trial) -> None:
     bench = trial.bench_of(SPARE)
     _, node = node_of_ranks(trial, bench)
@@ -98,7 +98,7 @@ def _stop_raylet(trial: Trial) -> None:
     halt(trial, bench, raylet)
 
 
-@fault("stop-gcs", "SIGSTOP of Ray's GCS for up to 5 s, then SIGCONT", 6)
+@fault("stop-gcs", "SIGSTOP of Ray's GCS for up to 5 s, then SIGCONT", 4)
 def _stop_gcs(trial: Trial) -> None:
     bench = trial.bench_of(SPARE)
     cluster, _ = node_of_ranks(trial, bench)
@@ -120,12 +120,12 @@ def halt(trial: Trial, bench: Bench, pid: int) -> None:
         trial.record.unexplained.append("ranks were replaced though a process of Ray had only stood still")
 
 
-@fault("kill-gcs", "SIGKILL of Ray's GCS, `RAY_gcs_rpc_server_reconnect_timeout_s=10`; then another cluster", 4)
+@fault("kill-gcs", "SIGKILL of Ray's GCS, `RAY_gcs_rpc_server_reconnect_timeout_s=10`; then another cluster", 2)
 def _kill_gcs(trial: Trial) -> None:
     kill_cluster(trial, "gcs/gcs_server")
 
 
-@fault("kill-head-raylet", "SIGKILL of the raylet of the driver's and the ranks' node; then another cluster", 4)
+@fault("kill-head-raylet", "SIGKILL of the raylet of the driver's and the ranks' node; then another cluster", 2)
 def _kill_head_raylet(trial: Trial) -> None:
     kill_cluster(trial, "raylet/raylet")
 
@@ -159,7 +159,7 @@ def kill_cluster(trial: Trial, title: str) -> None:
     trial.finish(bench, trial.load(bench))
 
 
-@fault("lose-raylet", "SIGSTOP of the raylet of the ranks' node until Ray takes the node for dead, then SIGCONT", 2)
+@fault("lose-raylet", "SIGSTOP of the raylet of the ranks' node until Ray takes the node for dead, then SIGCONT", 1)
 def _lose_raylet(trial: Trial) -> None:
     """Ranks whose node is taken for dead are there all the same, and must leave."""
     bench = trial.bench_of(SPARE)

@@ -30,32 +30,32 @@ def signal_rank(trial: Trial, setting: Setting, what: signal.Signals) -> None:
     trial.finish(bench, load, moment)
 
 
-@fault("kill-rank-2", "SIGKILL of one of 2 ranks", 30)
+@fault("kill-rank-2", "SIGKILL of one of 2 ranks", 20)
 def _kill_one_of_two(trial: Trial) -> None:
     signal_rank(trial, Setting(size=2, nodes=(4,)), signal.SIGKILL)
 
 
-@fault("stop-rank-2", "SIGSTOP of one of 2 ranks, `hang_timeout=5`", 8)
+@fault("stop-rank-2", "SIGSTOP of one of 2 ranks, `hang_timeout=5`", 5)
 def _stop_one_of_two(trial: Trial) -> None:
     signal_rank(trial, Setting(size=2, nodes=(4,)), signal.SIGSTOP)
 
 
-@fault("term-rank-2", "SIGTERM of one of 2 ranks", 8)
+@fault("term-rank-2", "SIGTERM of one of 2 ranks", 5)
 def _end_one_of_two(trial: Trial) -> None:
     signal_rank(trial, Setting(size=2, nodes=(4,)), signal.SIGTERM)
 
 
-@fault("kill-rank-3", "SIGKILL of one of 3 ranks", 15)
+@fault("kill-rank-3", "SIGKILL of one of 3 ranks", 10)
 def _kill_one_of_three(trial: Trial) -> None:
     signal_rank(trial, Setting(size=3, nodes=(4,)), signal.SIGKILL)
 
 
-@fault("stop-rank-3", "SIGSTOP of one of 3 ranks, `hang_timeout=5`", 4)
+@fault("stop-rank-3", "SIGSTOP of one of 3 ranks, `hang_timeout=5`", 2)
 def _stop_one_of_three(trial: Trial) -> None:
     signal_rank(trial, Setting(size=3, nodes=(4,)), signal.SIGSTOP)
 
 
-@fault("halt-rank-2", "SIGSTOP of one of 2 ranks for up to 2 s, then SIGCONT", 10)
+@fault("halt-rank-2", "SIGSTOP of one of 2 ranks for up to 2 s, then SIGCONT", 6)
 def _halt_one_of_two(trial: Trial) -> None:
     bench = trial.bench_of(Setting(size=2, nodes=(4,)))
     driver, cluster = bench.driver, bench.cluster
@@ -71,7 +71,7 @@ def _halt_one_of_two(trial: Trial) -> None:
         trial.record.unexplained.append("a rank that had stood still for a moment was replaced")
 
 
-@fault("kill-all-ranks", "SIGKILL of both ranks at once", 8)
+@fault("kill-all-ranks", "SIGKILL of both ranks at once", 5)
 def _kill_all(trial: Trial) -> None:
     bench = trial.bench_of(Setting(size=2, nodes=(4,)))
     assert bench.driver and bench.cluster is not None
@@ -83,7 +83,7 @@ def _kill_all(trial: Trial) -> None:
     trial.finish(bench, load, moment)
 
 
-@fault("kill-rank-in-rebuild", "SIGKILL of a rank, and of one of those that are to replace it", 12)
+@fault("kill-rank-in-rebuild", "SIGKILL of a rank, and of one of those that are to replace it", 8)
 def _kill_in_rebuild(trial: Trial) -> None:
     bench = trial.bench_of(Setting(size=2, nodes=(4,)))
     driver, cluster = bench.driver, bench.cluster
@@ -96,7 +96,7 @@ def _kill_in_rebuild(trial: Trial) -> None:
     trial.finish(bench, load, moment)
 
 
-@fault("kill-rank-in-start", "SIGKILL of one of 2 ranks while the engine starts", 12)
+@fault("kill-rank-in-start", "SIGKILL of one of 2 ranks while the engine starts", 8)
 def _kill_in_start(trial: Trial) -> None:
     bench = trial.bench_of(Setting(size=2, nodes=(4,)))
     restart(trial, bench)
@@ -117,7 +117,7 @@ def _kill_in_start(trial: Trial) -> None:
     trial.finish(bench, load)
 
 
-@fault("kill-rank-in-close", "SIGKILL of one of 2 ranks while the engine closes and saves", 12)
+@fault("kill-rank-in-close", "SIGKILL of one of 2 ranks while the engine closes and saves", 6)
 def _kill_in_close(trial: Trial) -> None:
     bench = trial.bench_of(Setting(size=2, nodes=(4,)))
     cluster, driver = bench.cluster, bench.driver
@@ -167,16 +167,16 @@ def restart(trial: Trial, bench: Bench) -> None:
     driver.end()
 
 
-@fault("kill-engine", "SIGKILL of a rank of one of two engines, each of 2 ranks", 10)
+@fault("kill-engine", "SIGKILL of a rank of one of two engines, each of 2 ranks", 8)
 def _kill_one_engine(trial: Trial) -> None:
     signal_rank(trial, Setting(size=2, engines=2, nodes=(4,)), signal.SIGKILL)
 
 
-@fault("kill-rank-demo-2", "SIGKILL of one of 2 ranks of SmolLM2-135M", 10)
+@fault("kill-rank-demo-2", "SIGKILL of one of 2 ranks of SmolLM2-135M", 6)
 def _kill_one_of_two_of_the_demo(trial: Trial) -> None:
     signal_rank(trial, Setting(size=2, nodes=(4,), model="smollm2", answer_len=96), signal.SIGKILL)
 
 
-@fault("kill-rank-demo-3", "SIGKILL of one of 3 ranks of SmolLM2-135M", 5)
+@fault("kill-rank-demo-3", "SIGKILL of one of 3 ranks of SmolLM2-135M", 3)
 def _kill_one_of_three_of_the_demo(trial: Trial) -> None:
     signal_rank(trial, Setting(size=3, nodes=(4,), model="smollm2", answer_len=96), signal.SIGKILL)
