@@ -5,20 +5,46 @@ of all groups from ours up to the root counts. Version 2 has one tree of groups,
 """
 
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 PROC = Path("/proc")
+NO_MEMORY = (  # what libraries say, of errors that have no kind of their own
+    "can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "failed to map segment",
+    "can't start new thread",
+)  # fmt: skip
 
 
 def available_bytes(proc: Path = PROC) -> int:
-    """Memory that can be taken without swapping, within the limits of our control groups. Files that are cached and not
-    in use count as free, since the system gives them up."""
+    """Memory that can be taken without swapping, within the limits of our control groups and of this process's address
+    space. Files that are cached and not in use count as free, since the system gives them up."""
     fields = dict(line.split(":") for line in (proc / "meminfo").read_text().splitlines())
     rooms = [int(fields["MemAvailable"].split()[0]) * 1024]
     for group in _groups("memory", proc):
         rooms += _memory_rooms(group)
+    limit = address_space()
+    if limit is not None:
+        taken = int(_read(proc / "self/statm").split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        rooms.append(limit - taken)
     return max(0, min(rooms))
+
+
+def address_space() -> int | None:
+    """Bytes that this process may map (`ulimit -v`); None without a limit."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def lack_of_memory(error: BaseException) -> str | None:
+    """What is to be said of an error that means that there is no memory to be had; None for any other error."""
+    said = " ".join(str(error).split())
+    is_plain = isinstance(error, RuntimeError | ImportError | OSError) and any(one in said for one in NO_MEMORY)
+    if not (isinstance(error, MemoryError) or is_plain):
+        return None
+    limit = address_space()
+    cure = "free some, or give the tiers less" if limit is None else f"raise the limit of {limit} bytes (ulimit -v)"
+    return f"there is no memory to go on with ({said or type(error).__name__}); {cure}"
 
 
 def usable_cores(proc: Path = PROC) -> int:

@@ -25,6 +25,7 @@ from distkv.commands.stress import stress
 from distkv.commands.submit import submit
 from distkv.errors import ConfigError, DistKVError
 from distkv.signals import exit_on_sigterm
+from distkv.storage.process_limits import lack_of_memory
 
 # click's, which newer releases of typer carry under a name of their own
 UsageError: Any = typer.BadParameter.__bases__[0]
@@ -78,6 +79,10 @@ def _run() -> int:
         return _fail(str(error))
     except UsageError as error:
         return _fail(error.format_message().rstrip(".") + "; see distkv --help")
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if (lack := lack_of_memory(error)) is None:
+            raise
+        return _fail(lack)
     except typer.Abort as abort:  # what older releases of typer make of Ctrl-C, and all of them of EOFError
         if isinstance(abort.__cause__, EOFError):
             raise abort.__cause__ from None

@@ -12,7 +12,7 @@ from distkv.engine.engine import Engine
 from distkv.engine.observer import StepObserver
 from distkv.engine.protocol import EngineInfo
 from distkv.engine.room import room_for
-from distkv.errors import ConfigError
+from distkv.errors import CapacityError, ConfigError
 from distkv.launch.engine_info import engine_info
 from distkv.launch.fewer_ranks import fewer_after, fewer_sizes, with_fewer
 from distkv.launch.fingerprint import FOLDER_DIGITS, common_digest, common_kernels, make_fingerprint
@@ -28,6 +28,7 @@ from distkv.planner.sizing import (
 )
 from distkv.storage.disk.cache_folder import SCRATCH
 from distkv.storage.paging import pages_for
+from distkv.storage.process_limits import lack_of_memory
 from distkv.workers.cache_place import CachePlace
 from distkv.workers.group.local_group import LocalGroup
 from distkv.workers.group.rank_group import RankGroup
@@ -69,8 +70,10 @@ def launch(
             if trace is not None:
                 observer = StepTrace(trace.write, trace.close)
             return Engine(info, group.make_executor(), group.close, observer=observer)
-        except BaseException:
+        except BaseException as error:
             group.close()
+            if (lack := lack_of_memory(error)) is not None:
+                raise CapacityError(lack) from error
             raise
     except BaseException:
         if trace is not None:

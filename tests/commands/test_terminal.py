@@ -108,6 +108,16 @@ def test_closed_streams_are_refused_before_anything_is_loaded(command: str, word
     assert all(line.startswith("import time:") and not line.endswith(" distkv.llm") for line in imported)
 
 
+def test_no_memory_is_one_line(model: Path) -> None:
+    """Not even for torch."""
+    script = f"ulimit -v 300000; exec {sys.executable} -m distkv generate --model {model} --prompt hello"
+    ended = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
+    assert (
+        ended.stderr.startswith("distkv: error: there is no memory to go on with (") and "(ulimit -v)" in ended.stderr
+    )
+
+
 def test_an_empty_prompt_is_refused_before_anything_is_loaded(
     here: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

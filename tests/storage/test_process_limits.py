@@ -1,11 +1,14 @@
 """What a process may use where control groups say so, in trees of both versions as Docker, Slurm and systemd have."""
 
+import errno
 import os
+import resource
 from pathlib import Path
 
 import pytest
+import torch
 
-from distkv.storage.process_limits import available_bytes, usable_cores
+from distkv.storage.process_limits import available_bytes, lack_of_memory, usable_cores
 
 GIB = 2**30
 TOP_V1 = 9223372036854771712
@@ -91,3 +94,20 @@ def test_affinity_bounds_the_cores(machine: Machine, monkeypatch: pytest.MonkeyP
     for text, cores in (("max 100000", 12), ("800000 100000", 8), ("2000000 100000", 12), ("20000 100000", 1)):
         machine.write("/cg/job", cpu__max=text)
         assert usable_cores(machine.proc) == cores
+
+
+def test_a_limit_of_the_address_space(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is mapped counts, touched or not."""
+    (machine.proc / "self/statm").write_text(f"{3 * GIB // resource.getpagesize()} 100 50 1 0 90 0\n")
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (5 * GIB if which == resource.RLIMIT_AS else 64, -1))
+    assert available_bytes(machine.proc) == 2 * GIB
+    assert "raise the limit of 5368709120 bytes (ulimit -v)" in (lack_of_memory(MemoryError()) or "")
+
+
+def test_errors_that_mean_a_lack_of_memory() -> None:
+    with pytest.raises(RuntimeError) as of_torch:
+        torch.empty(2**50, dtype=torch.uint8)
+    for error in (MemoryError(), OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), of_torch.value):
+        assert (lack_of_memory(error) or "").startswith("there is no memory to go on with (")
+    for error in (RuntimeError("shapes differ"), ImportError("no such module"), ValueError("std::bad_alloc")):
+        assert lack_of_memory(error) is None
