@@ -128,22 +128,22 @@ def read_description(folder: Path) -> Description | None:
 
 
 def describe(folder: Path, description: Description) -> None:
-    """Writes down whose pages a folder holds, once. Raises ConfigError when they are another model's, StoreError when
-    it cannot be written."""
+    """Writes down whose pages a folder holds, once. A description that is damaged, or is of another model than the
+    folder's name, is set aside: keys begin with the fingerprint, so no page can be taken for another model's. Raises
+    StoreError when it cannot be written."""
+    path = folder / DESCRIPTION
     try:
         found = read_description(folder)
-    except DamagedError as error:  # keys begin with the fingerprint, so no page can be taken for another model's
-        set_aside(folder / DESCRIPTION, error)
+        if found is not None and found.fingerprint != description.fingerprint:
+            raise DamagedError(f"{str(path)!r} speaks of another model, {found.model!r}, than the name of its folder")
+    except DamagedError as error:
+        set_aside(path, error)
         found = None
     if found is None:
         try:
-            replace_file(folder / DESCRIPTION, msgspec.json.format(msgspec.json.encode(description)), syncs=True)
+            replace_file(path, msgspec.json.format(msgspec.json.encode(description)), syncs=True)
         except OSError as error:
-            raise StoreError(f"{str(folder / DESCRIPTION)!r} cannot be written: {error.strerror}") from error
-    elif found.fingerprint != description.fingerprint:
-        raise ConfigError(
-            f"{str(folder)!r} holds the KV pages of another model, {found.model}; remove it or name another cache_dir"
-        )
+            raise StoreError(f"{str(path)!r} cannot be written: {error.strerror}") from error
 
 
 def remove_catalogue(folder: Path) -> None:

@@ -12,6 +12,7 @@ from reliability.driver_process import DriverProcess
 from reliability.load import Load
 
 LOAD = 6  # requests at a time
+NONE = r"(?!)"  # a pattern of no error at all
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Trial:
         self.record.moment = f"after {count} of {load.num_expected} tokens"
         return time.monotonic()
 
-    def compare(self, bench: Bench, load: Load, explained: str = r"(?!)") -> None:
+    def compare(self, bench: Bench, load: Load, explained: str = NONE) -> None:
         """Compares what has come with the answers of an undisturbed run.
 
         Args:
@@ -64,16 +65,27 @@ class Trial:
                 if error is None and len(tokens) < len(known):
                     self.record.unexplained.append(f"{where} ended after {len(tokens)} of {len(known)} tokens")
 
-    def finish(self, bench: Bench, load: Load, since: float | None = None) -> None:
+    def finish(self, bench: Bench, load: Load, since: float | None = None, explained: str = NONE) -> None:
         """Waits for the answers, compares them, and looks what an idle engine holds.
 
         Args:
             since: the monotonic time of a fault under this load, of which the pause is taken.
+            explained: see `compare`.
         """
-        bench.driver.finish(load)
+        self.finish_on(bench, bench.driver, load, since, explained)
+
+    def finish_on(
+        self, bench: Bench, driver: DriverProcess, load: Load, since: float | None = None, explained: str = NONE
+    ) -> None:
+        """The same for a driver that is not the bench's."""
+        driver.finish(load)
         if since is not None and load.times[-1] > since:
             self.record.pauses.append(load.pause_after(since))
         elif since is not None:
             self.record.moment += ", when all tokens had come"
-        self.compare(bench, load)
-        self.record.leaked += bench.what_is_held(bench.driver)
+        self.compare(bench, load, explained)
+        self.record.leaked += bench.what_is_held(driver)
+        stats = driver.stats()
+        recomputed, wrong = stats.get("recomputed", 0), stats.get("checksum_failures", 0)
+        if recomputed or wrong:
+            self.record.moment += f"; {recomputed} pages computed again, {wrong} checksums wrong"
