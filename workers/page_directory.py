@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from distkv.storage.paging import pages_for
+from distkv.workers.errors import DistKVError
 from distkv.workers.group.step_plan import StepPlan
 
 
@@ -44,9 +45,14 @@ class PageDirectory:
                 last = one.first_page + len(one.pages)
                 table = self._tables[one.table] = _grown(table, last)
                 table[one.first_page : last] = one.pages
-            pages = table[: pages_for(one.start + len(one.token_ids), self._page_size)]
+            pages = table[: (count := pages_for(one.start + len(one.token_ids), self._page_size))]
+            if len(pages) < count or pages.max() >= len(self._locations):
+                raise DistKVError("a step plan has tokens whose pages nobody has placed")
+            locations = self._locations[pages]
+            if locations[one.start // self._page_size :].min() < 0:
+                raise DistKVError("a step plan writes to pages that are not on the device")
             wanted = len(one.scored) + one.num_logits
-            steps.append(SequenceStep(one.token_ids, one.start, self._locations[pages], one.prompt_len, wanted))
+            steps.append(SequenceStep(one.token_ids, one.start, locations, one.prompt_len, wanted))
         return steps
 
 

@@ -27,6 +27,7 @@ from distkv.workers.model.llama import LlamaModel, load_llama
 from distkv.workers.model.shard import Shard
 from distkv.workers.model.weights import CheckedSource, DummySource, SafetensorsSource
 from distkv.workers.page_directory import PageDirectory, SequenceStep
+from distkv.workers.plan_check import PlanCheck
 from distkv.workers.rank_config import RankConfig, rank_page_spec
 from distkv.workers.sampling.prompt_scores import PromptScores, score_prompts
 from distkv.workers.sizes import Bandwidth, Capacity, PoolSizes, host_kv_bytes, ring_bytes
@@ -128,6 +129,7 @@ class Rank:
         self.pools = KVPools(self.page_spec, sizes, self.backend.device, disk, meter)
         self._runner = self.backend.make_runner(self.model, self.pools, config.max_num_seqs)
         self.backend.tune(self.pools)
+        self.plan_check = PlanCheck(sizes, config.model.vocab_size, config.page_size, config.max_num_seqs)
         release_threads()  # steps run on another one
         return self.pools.nbytes
 

@@ -20,7 +20,7 @@ class Owner:
         """What has come; where nothing has, the first that comes within so many milliseconds."""
         while self._socket.poll(wait):
             self._is_met, wait = True, 0
-            yield decode_command(self._socket.recv())
+            yield decoded(decode_command, self._socket.recv())
 
     def tell(self, reply: msgspec.Struct) -> None:
         """Sends a message, or drops it when the owner `is_gone`. Before the first command it waits for the owner."""

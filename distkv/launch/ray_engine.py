@@ -36,7 +36,7 @@ from distkv.launch.watchdog import Watchdog
 from distkv.metrics.trace_file import TraceFile
 from distkv.workers.group.drain_watch import Notice
 from distkv.workers.group.log_lines import relay
-from distkv.workers.group.private_socket import connect_private
+from distkv.workers.group.private_socket import connect_private, decoded
 from distkv.workers.group.ray_group import RayGroup
 
 log = logging.getLogger(__name__)
@@ -299,7 +299,7 @@ class RayEngine:
 
     def _read(self) -> Reply | Working | Logged | Traced:
         try:
-            return decode_reply(self._socket.recv())
+            return decoded(decode_reply, self._socket.recv())
         except msgspec.MsgspecError as error:  # whatever it was, nothing is known of the engine any more
             self._end()
             raise WorkerDied(0, self._group.nodes[0].host, f"a message of it cannot be read ({error})") from error

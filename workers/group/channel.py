@@ -3,7 +3,7 @@
 import zmq
 
 from distkv.workers.group.log_lines import relay
-from distkv.workers.group.private_socket import Address, bind_private, connect_private
+from distkv.workers.group.private_socket import Address, bind_private, connect_private, decoded
 from distkv.workers.group.report import Report, decode_report, encode_report
 from distkv.workers.group.step_plan import StepPlan, decode, encode
 
@@ -24,7 +24,7 @@ class LeaderChannel:
 
     def receive(self) -> list[Report]:
         """Waits for each follower's report of a plan, in order of rank, and logs here what they have logged."""
-        reports = [decode_report(socket.recv()) for socket in self.sockets]
+        reports = [decoded(decode_report, socket.recv()) for socket in self.sockets]
         for rank, report in enumerate(reports, 1):
             relay(report.log, rank)
         return reports
@@ -39,7 +39,7 @@ class FollowerChannel:
     def receive(self) -> StepPlan | None:
         """Waits for the next plan; None means the end."""
         message = self._socket.recv()
-        return decode(message) if message else None
+        return decoded(decode, message) if message else None
 
     def send(self, report: Report) -> None:
         """Answers a plan."""

@@ -5,14 +5,17 @@ know them cannot connect, and what is sent is encrypted. Whatever else comes to 
 counted by `stray_connections.py`.
 """
 
+from collections.abc import Callable
 from contextlib import closing
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import msgspec
 import zmq
 
 from distkv.workers.errors import DistKVError
 from distkv.workers.group.stray_connections import monitor
 
+T = TypeVar("T")
 MOST_BYTES = 2**30  # of a message; a longer one ends its connection before memory is taken for it
 HANDSHAKE_SECONDS = 30.0  # in which the other end must show that it has the key; its process may be busy meanwhile
 
@@ -52,6 +55,14 @@ def connect_private(context: zmq.Context, address: Address, seconds: float = HAN
             "cluster reach each other at any port, and that no process of the engine is stopped"
         )
     return socket
+
+
+def decoded(decode: Callable[[bytes], T], message: bytes) -> T:
+    """A message of a peer's. Raises DistKVError when it is none: the peer is of another version, or broken."""
+    try:
+        return decode(message)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise DistKVError(f"a message of {len(message)} bytes within the group cannot be read ({error})") from error
 
 
 def _make(context: zmq.Context) -> zmq.Socket:

@@ -125,6 +125,7 @@ class RankActor:
         leader = FollowerChannel(self._context, address)
         self._rank.warm_up()
         while (plan := leader.receive()) is not None:
+            self._rank.plan_check.check(plan)
             self._rank.execute(plan)
             report = self._rank.take_report()
             report.log = self._log.take()

@@ -1,0 +1,79 @@
+"""Whether a plan that came over the network is one that a rank can run.
+
+The ranks' kernels go where plans send them, so a number that is out of range would be read or written outside of the
+pools, or take memory without end. Whoever knows the group's key is trusted (`private_socket.py`); this is for what is
+mangled, or of another version.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from distkv.storage.tier import DEVICE, Tier, Transfer, decode_location
+from distkv.workers.errors import DistKVError
+from distkv.workers.group.step_plan import SequencePlan, StepPlan
+from distkv.workers.sizes import PoolSizes
+
+
+@dataclass(frozen=True)
+class PlanCheck:
+    """What numbers of a plan must be less than."""
+
+    sizes: PoolSizes
+    vocab_size: int
+    page_size: int
+    max_num_seqs: int
+
+    def check(self, plan: StepPlan) -> None:
+        """Raises DistKVError for a plan that cannot be run, before anything of it is."""
+        try:
+            self._check(plan)
+        except _OutOfRange as error:
+            raise DistKVError(f"a step plan of the leader's cannot be run: {error}") from None
+
+    def _check(self, plan: StepPlan) -> None:
+        slots = self.sizes.device, self.sizes.host, self.sizes.disk
+        num_pages = 2 * sum(slots)  # lost ones have an id too
+        _below("a device slot", (slot for pair in plan.copies for slot in pair), slots[DEVICE])
+        _below("a device slot", plan.clear, slots[DEVICE])
+        _below("a device slot", (slot for slot, _ in plan.synthetic_pages), slots[DEVICE])
+        _below("a seed", (seed for _, seed in plan.synthetic_pages), 2**63)
+        _below("a page", (page for page, _ in plan.relocated), num_pages)
+        for _, location in plan.relocated:
+            tier, slot = decode_location(location)
+            _below(f"a slot of {tier.name}", [slot], slots[tier])
+        _below("a slot of DISK", plan.adopt or (), slots[Tier.DISK])
+        _below("the number of sampled tokens", [plan.num_sampled], self.max_num_seqs + 1)
+        for transfer in plan.transfers:
+            self._check_transfer(transfer, slots)
+        for one in plan.sequences:
+            self._check_sequence(one, num_pages, plan.num_sampled)
+
+    def _check_transfer(self, transfer: Transfer, slots: tuple[int, int, int]) -> None:
+        if abs(transfer.source - transfer.target) != 1:
+            raise _OutOfRange(f"no page goes from {transfer.source.name} to {transfer.target.name}")
+        _below(f"a slot of {transfer.source.name}", [transfer.source_slot], slots[transfer.source])
+        _below(f"a slot of {transfer.target.name}", [transfer.target_slot], slots[transfer.target])
+
+    def _check_sequence(self, one: SequencePlan, num_pages: int, num_sampled: int) -> None:
+        num_tokens, num_positions = len(one.token_ids), num_pages * self.page_size
+        if not num_tokens or min(one.token_ids) < -num_sampled:
+            raise _OutOfRange("a sequence has no token, or one that nobody has sampled")
+        _below("a token", (token for token in one.token_ids if token >= 0), self.vocab_size)
+        _below("a token", one.scored, self.vocab_size)
+        _below("a position", [one.start, one.start + num_tokens - 1], num_positions)
+        _below("the length of a prompt", [one.prompt_len], num_positions + 1)
+        _below("the number of logits", [one.num_logits, one.num_logits + len(one.scored)], num_tokens + 1)
+        _below("the number of likeliest tokens", [one.num_top], self.vocab_size + 1)
+        _below("a place in a page table", [one.first_page, one.first_page + len(one.pages)], num_pages + 1)
+        _below("a page", one.pages, num_pages)
+
+
+class _OutOfRange(Exception):
+    pass
+
+
+def _below(what: str, numbers: Iterable[int], limit: int) -> None:
+    """Raises _OutOfRange unless all are between 0 and the limit, without it."""
+    wrong = next((number for number in numbers if not 0 <= number < limit), None)
+    if wrong is not None:
+        raise _OutOfRange(f"{what} is {wrong}, of {limit}")
