@@ -312,3 +312,25 @@ def test_what_the_disk_tier_has_no_room_for_is_told_at_the_end(
     with tiered(tiny_model, (8, 8, 4), tmp_path) as llm:
         llm.generate([random_prompt(100, 5)], SamplingParams(max_tokens=2), use_tqdm=False)
     assert "2 KV pages were not saved (the disk tier is full of pages that were used later)" in caplog.text
+
+
+NO_THREAD = """
+import sys, threading
+from distkv import LLM, CapacityError
+
+def refuse(thread):
+    raise RuntimeError("can't start new thread")
+
+start, threading.Thread.start = threading.Thread.start, refuse
+try:
+    LLM(sys.argv[1], device_kv_bytes=2**20)
+except CapacityError as error:
+    print(error)
+threading.Thread.start = start
+"""
+
+
+def test_a_system_that_gives_no_thread_is_one_error_and_holds_no_end_up(tmp_path: Path) -> None:
+    ended = run_code(WATCHED + NO_THREAD, save_llama(tmp_path)[0])
+    assert ended.returncode == 0, ended.stderr
+    assert "there is no memory to go on with (can't start new thread)" in ended.stdout

@@ -13,7 +13,8 @@ from distkv.engine.client import EngineClient
 from distkv.engine.loop import EngineLoop, Sink, Start
 from distkv.engine.protocol import EngineInfo, EngineRequest
 from distkv.engine.stats import EngineStats
-from distkv.errors import DistKVError, WorkerDied
+from distkv.errors import CapacityError, DistKVError, WorkerDied
+from distkv.storage.process_limits import lack_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class EngineThread:
     """
 
     def __init__(self, start: Start):
+        """Raises CapacityError when the system gives no thread."""
         self._loop = EngineLoop(start)
         self._started: Future[EngineInfo] | None = self._loop.started
         self._pid = os.getpid()
@@ -94,7 +96,12 @@ class EngineThread:
         _alive[self._loop] = self._thread
         if _note_collection not in gc.callbacks:  # not before: Python drops an interrupt that meets it in there
             gc.callbacks.append(_note_collection)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # nobody is to wait for it
+            del _alive[self._loop]
+            self._loop.ended.set()
+            raise CapacityError(lack_of_memory(error) or str(error)) from error
 
     def wait(self) -> EngineInfo:
         """Waits until the engine has started; raises what that has failed with. To be called once."""

@@ -26,7 +26,7 @@ def restart(bench: Bench) -> DriverProcess:
     return bench.driver
 
 
-@fault("chunks-damaged", "Chunk files damaged under load: bits, lengths, removed, swapped", 40)
+@fault("chunks-damaged", "Chunk files damaged under load: bits, lengths, removed, swapped", 30)
 def _damage_chunks(trial: Trial) -> None:
     bench = trial.bench_of(COLD)
     load = trial.load(bench)
@@ -37,7 +37,7 @@ def _damage_chunks(trial: Trial) -> None:
     trial.finish(bench, load, moment)
 
 
-@fault("chunks-older", "Chunk files of older pages put back under load", 15)
+@fault("chunks-older", "Chunk files of older pages put back under load", 10)
 def _put_back_chunks(trial: Trial) -> None:
     bench = trial.bench_of(COLD)
     driver = bench.driver
@@ -51,7 +51,7 @@ def _put_back_chunks(trial: Trial) -> None:
     trial.compare(bench, other)
 
 
-@fault("records-damaged", "Catalogue, model.json, zarr.json damaged under load, then a restart", 20)
+@fault("records-damaged", "Catalogue, model.json, zarr.json damaged under load, then a restart", 12)
 def _damage_records(trial: Trial) -> None:
     bench = trial.bench_of(COLD)
     load = trial.load(bench)
@@ -62,7 +62,7 @@ def _damage_records(trial: Trial) -> None:
     trial.finish(bench, again)
 
 
-@fault("folder-damaged", "Any files of the folder damaged between two runs", 30)
+@fault("folder-damaged", "Any files of the folder damaged between two runs", 15)
 def _damage_folder(trial: Trial) -> None:
     bench = trial.bench_of(COLD)
     driver = bench.driver
@@ -75,7 +75,7 @@ def _damage_folder(trial: Trial) -> None:
     trial.finish(bench, load)
 
 
-@fault("disk-full", "Another program fills the disk (a small tmpfs) under load", 15)
+@fault("disk-full", "Another program fills the disk (a small tmpfs) under load", 8)
 def _fill_disk(trial: Trial) -> None:
     bench = trial.bench_of(COLD)
     with own_driver(trial, bench, small_disk(bench.folder / "small")) as (driver, folder):
@@ -89,7 +89,7 @@ def _fill_disk(trial: Trial) -> None:
         trial.finish_on(bench, driver, again)
 
 
-@fault("disk-errors", "Reads and writes of pages fail with EIO, one in three for a second", 15)
+@fault("disk-errors", "Reads and writes of pages fail with EIO, one in three for a second", 8)
 def _fail(trial: Trial) -> None:
     bench = trial.bench_of(COLD)
     sign = bench.folder / "fails"
@@ -104,7 +104,7 @@ def _fail(trial: Trial) -> None:
         trial.finish_on(bench, driver, again)
 
 
-@fault("read-only", "All of the folder becomes immutable under load, for a second", 15)
+@fault("read-only", "All of the folder becomes immutable under load, for a second", 8)
 def _lock_out(trial: Trial) -> None:
     bench = trial.bench_of(COLD)
     load = trial.load(bench)

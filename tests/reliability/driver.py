@@ -31,10 +31,10 @@ class Driver:
 
     async def start(self, model: str, options: dict[str, Any]) -> None:
         """Makes the engine."""
-        from distkv import AsyncLLM
-
         began = time.monotonic()
         try:
+            from distkv import AsyncLLM
+
             self.llm = await AsyncLLM.create(model, **options)
         except Exception as error:
             tell("start_failed", error=_name(error))
