@@ -4,12 +4,10 @@ Where it could not be written an entry may outlive its page. Its checksums are n
 the page counts as damaged when it is read.
 """
 
-import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from distkv.storage.disk.cache_folder import CATALOGUE, DamagedError, remove_catalogue, set_aside
@@ -23,10 +21,6 @@ COLUMNS = """(
 IS_ENTRY = """slot >= 0 AND typeof(key) = 'blob' AND typeof(parent) = 'blob' AND typeof(tokens) = 'blob' AND
     typeof(crc32c) = 'blob' AND typeof(last_use) = 'real' AND last_use BETWEEN 0 AND 1e11 AND
     typeof("index") = 'integer' AND "index" >= 0"""
-ALONE = "PRAGMA locking_mode = EXCLUSIVE"
-"""Else the index of the log lies in a file that is mapped, and a disk that fails or becomes read-only ends the process
-(SIGBUS). A connection that is alone has the index in memory, and whoever looks beside it reads a copy."""
-COPIES = 20  # that are tried
 LOCK_WAIT = 5.0  # seconds for which whoever is not in a hurry waits for a program that has locked the catalogue
 
 SQLITE_ERRORS = sqlite3.Error, UnicodeDecodeError  # the text of one may quote what is no text
@@ -58,7 +52,7 @@ class Catalogue:
 
         Args:
             read_only: for a look beside the process that uses it, or on a disk that has no room left.
-            wait: seconds for which a lock of another program is waited for, to write.
+            wait: seconds for which a lock of another program is waited for.
 
         Raises, as all methods do, DamagedError when the file is something else, and StoreError when it cannot be
         opened or written now.
@@ -69,8 +63,8 @@ class Catalogue:
         if path.is_dir():
             raise DamagedError(f"{str(path)!r} is a folder and no catalogue")
         try:
-            self._database = _open_to_read(path) if read_only else _open_to_write(path, wait)
-        except (*SQLITE_ERRORS, OSError) as error:
+            self._database = _open_to_read(path, wait) if read_only else _open_to_write(path, wait)
+        except SQLITE_ERRORS as error:
             raise self._failure("opened", error) from error
         found = _schema(self._database)
         if found not in (None, f"CREATE TABLE pages {COLUMNS}".encode()):
@@ -187,54 +181,27 @@ def set_aside_catalogue(folder: Path, reason: object) -> None:
 def _open_to_write(path: Path, wait: float) -> sqlite3.Connection:
     database = _connect(path, "rwc", wait)
     with _closed_on_error(database):
-        database.execute(ALONE)
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = NORMAL")
         database.execute(f"CREATE TABLE IF NOT EXISTS pages {COLUMNS}")
     return database
 
 
-def _open_to_read(path: Path) -> sqlite3.Connection:
+def _open_to_read(path: Path, wait: float) -> sqlite3.Connection:
+    """Connections share an index of the write-ahead log, in a file of its own; where there is no room for that, one
+    that is alone keeps it in its memory. Each may write, so that the last one takes these files away."""
     if not path.exists():
         return sqlite3.connect(":memory:")
     try:
-        return _connect_to_read(path)
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
-            raise
-        return _copy(path)
+        return _connect_to_read(path, wait, "NORMAL")
+    except sqlite3.OperationalError:
+        return _connect_to_read(path, wait, "EXCLUSIVE")
 
 
-def _copy(path: Path) -> sqlite3.Connection:
-    """What a process that has the catalogue for itself has written so far.
-
-    The log alone grows, and what goes from it to the file is in both until the log begins anew with another head.
-    """
-    log = path.with_name(f"{path.name}-wal")
-    with TemporaryDirectory(prefix="distkv-") as folder:
-        copy = Path(folder, path.name)
-        for _ in range(COPIES):
-            head = _head(log)
-            shutil.copyfile(path, copy)
-            copy.with_name(log.name).write_bytes(log.read_bytes() if log.exists() else b"")
-            if _head(log) == head:
-                return _connect_to_read(copy)  # which has both files open
-        raise sqlite3.OperationalError("it is written all the time")
-
-
-def _head(log: Path) -> bytes:
-    try:
-        with log.open("rb") as file:
-            return file.read(32)
-    except FileNotFoundError:
-        return b""
-
-
-def _connect_to_read(path: Path) -> sqlite3.Connection:
-    """It may write, so that what is left of a log is taken in when it closes."""
-    database = _connect(path, "rw", 0.0)
+def _connect_to_read(path: Path, wait: float, locking: str) -> sqlite3.Connection:
+    database = _connect(path, "rw", wait)
     with _closed_on_error(database):
-        database.execute(ALONE)
+        database.execute(f"PRAGMA locking_mode = {locking}")
         database.execute("PRAGMA query_only = ON")
         _schema(database)
     return database

@@ -2,11 +2,11 @@
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from support.disks import file_size_limit, kept_pages, listed
+from support.disks import kept_pages, listed
 
 from distkv.engine import catalogue_writer
 from distkv.engine.catalogue_writer import CatalogueWriter
@@ -53,11 +53,6 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def unwritable() -> AbstractContextManager[None]:
-    """The disk takes no change of the catalogue, which the writer has open: nobody else can lock it then."""
-    return file_size_limit(0)
-
-
 def write(writer: CatalogueWriter, slot: int, name: str) -> None:
     """A page of that name is written to a slot."""
     page = Page(0, key=PageKey(name.encode(), b"root", b"tokens"))
@@ -75,14 +70,14 @@ def last_use(folder: Path, slot: int) -> float:
         return next(entry.last_use for entry in catalogue.entries() if entry.slot == slot)
 
 
-def test_a_disk_that_refuses_is_not_waited_for_and_nothing_is_lost(
+def test_a_lock_is_not_waited_for_and_nothing_is_lost(
     tmp_path: Path, writer: CatalogueWriter, waits: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
     write(writer, 0, "a")
     write(writer, 1, "b")
     write(writer, 6, "old")
     before = last_use(tmp_path, 6)
-    with unwritable():
+    with locked(tmp_path):
         writer.update(DiskChanges(vacated={0}, touched={6}), {})
         write(writer, 7, "gone again")
         writer.update(DiskChanges(vacated={7}), {})
@@ -90,12 +85,12 @@ def test_a_disk_that_refuses_is_not_waited_for_and_nothing_is_lost(
         writer.update(DiskChanges(vacated={0, 1}), {})
         write(writer, 0, "d")
         write(writer, 2, "e")
-    assert pages(tmp_path) == {0: "a", 1: "b", 6: "old"}
+        assert pages(tmp_path) == {0: "a", 1: "b", 6: "old"}
     assert waits and set(waits) == {0.0}
-    assert len(caplog.messages) == 1 and "disk I/O error; it is tried again" in caplog.text
+    assert len(caplog.messages) == 1 and "database is locked; it is tried again" in caplog.text
     writer.update(DiskChanges(), {})
     assert pages(tmp_path) == {0: "d", 2: "e", 6: "old"} and last_use(tmp_path, 6) > before
-    with unwritable():
+    with locked(tmp_path):
         write(writer, 3, "f")
     assert len(caplog.messages) == 2, "another time"
     writer.close()
@@ -107,7 +102,7 @@ def test_a_catalogue_that_refuses_is_left_alone_for_a_while(
 ) -> None:
     write(writer, 0, "a")
     monkeypatch.setattr(catalogue_writer, "RETRY_SECONDS", 1000.0)
-    with unwritable():
+    with locked(tmp_path):
         write(writer, 1, "b")
     for slot in range(2, 6):
         write(writer, slot, "cdef"[slot - 2])
@@ -120,10 +115,10 @@ def test_an_end_that_cannot_wait_longer_says_what_is_lost(
     tmp_path: Path, writer: CatalogueWriter, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(writer, 0, "a")
-    with unwritable():
+    with locked(tmp_path):
         write(writer, 1, "b")
         writer.close()
-    assert "disk I/O error; later processes will not find 1 of the pages on disk" in caplog.text
+    assert "database is locked; later processes will not find 1 of the pages on disk" in caplog.text
 
 
 @pytest.mark.parametrize("closes", [False, True])
@@ -134,7 +129,7 @@ def test_a_catalogue_that_is_damaged_while_it_is_used(
     kept_pages(tmp_path, [3, 5])
     writer.adopt(lambda plan: Report())
     if closes:
-        with unwritable():
+        with locked(tmp_path):
             write(writer, 1, "b")
         caplog.clear()
     (tmp_path / CATALOGUE).write_bytes(b"somebody else's" * 1000)
