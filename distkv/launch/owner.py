@@ -7,6 +7,7 @@ import msgspec
 import zmq
 
 from distkv.engine.protocol import Abort, Add, GetStats, ResetPrefixCache, Shutdown, decode_command, encode
+from distkv.workers.group.private_socket import decoded
 
 
 class Owner:
