@@ -41,9 +41,11 @@ def test_memory_on_demand_holds_more_requests(
     written = json.loads(figures.read_text())
     assert written["benchmark"] == "paging" and written["wrong"] is None
     reserved, on_demand, unlimited = (row for row in written["rows"] if row["part"] == "policy")
-    assert reserved["most_running"] == 2 < on_demand["most_running"] < unlimited["most_running"] <= 24
-    assert on_demand["running"]["median"] > 1.5 * reserved["running"]["median"]
-    assert on_demand["held_share"]["median"] > 1.5 * reserved["held_share"]["median"]
+    assert reserved["most_running"] == 2
+    for row in (on_demand, unlimited):
+        assert 2 < row["most_running"] <= 24
+        assert row["running"]["median"] > 1.5 * reserved["running"]["median"]
+        assert row["held_share"]["median"] > 1.5 * reserved["held_share"]["median"]
     for row in (reserved, on_demand, unlimited):
         parts = ("held", "coming", "unused", "free")
         assert all(0 <= row[f"{part}_share"]["median"] <= 1 for part in parts)

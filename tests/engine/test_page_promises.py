@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from support.history import caching_engine
-from support.memory import PAGE_SIZE, drain
+from support.memory import PAGE_SIZE, drain, expect_short_answers
 
 from distkv.engine.answer_lengths import FIRST_GUESS, NUM_KEPT, AnswerLengths
 from distkv.engine.engine import Engine
@@ -28,10 +28,9 @@ def request(
 
 
 def promising_engine(**sizes: int) -> Engine:
-    """An engine whose answers so far had a token each: it lets more requests begin than there is room for."""
+    """An engine that lets more requests begin than there is room for."""
     engine, _ = caching_engine(**sizes)
-    for _ in range(NUM_KEPT):
-        engine._scheduler._lengths.add(1)
+    expect_short_answers(engine)
     return engine
 
 
@@ -157,8 +156,7 @@ def test_random_requests_of_known_and_unknown_length(first: int) -> None:
             max_share_per_salt=share,
         )  # fmt: skip
         if rng.random() < 0.8:
-            for _ in range(NUM_KEPT):
-                engine._scheduler._lengths.add(1)
+            expect_short_answers(engine)
         wanted: dict[tuple[str, int], int] = {}
         for number in range(8):
             one = request(

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from support.checkpoints import save_llama
 from support.damage import flip_bit
 from support.llms import PAGE_BYTES, idle_engine, tiered
-from support.memory import drain
+from support.memory import drain, expect_short_answers
 from support.prompts import random_prompt
 from support.speaker import make, requests
 
@@ -87,6 +87,7 @@ def test_a_request_that_fails_is_an_error() -> None:
 
 def test_a_preempted_answer_counts_its_tokens_once() -> None:
     engine, _ = make(num_pages=30, max_model_len=480)
+    expect_short_answers(engine)
     params = SamplingParams(temperature=1.0, max_tokens=None, ignore_eos=True)  # so nobody knows how long they will be
     added = requests(4, params, 400)
     engine.add(added)
