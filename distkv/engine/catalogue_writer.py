@@ -26,6 +26,7 @@ from distkv.workers.group.step_plan import StepPlan
 
 log = logging.getLogger(__name__)
 
+LEAST_SECONDS = 1e-3  # between two uses, whatever the clock says
 RETRY_SECONDS = 1.0  # after which a catalogue that could not be written is tried again
 
 
@@ -46,6 +47,7 @@ class CatalogueWriter:
         self._touched: set[int] = set()
         self._owner = uuid4().hex
         self._is_taken_over = False
+        self._latest = 0.0  # use of all, in unix seconds
         self._failure: StoreError | None = None  # of the last try
         self._next_try = 0.0  # monotonic seconds
 
@@ -62,6 +64,7 @@ class CatalogueWriter:
         self._removed = listed - set(kept.values())
         with suppress(StoreError):  # when it is written it is tried again, and said
             self._open(0.0)
+        self._latest = max((one.last_use for one in entries), default=0.0)
         self._cache.adopt(
             (one.slot, one.index, PageKey(one.key, one.parent, one.tokens)) for one in entries if one.key in kept
         )
@@ -79,7 +82,7 @@ class CatalogueWriter:
         """
         if self._is_taken_over:
             return
-        now = time.time()
+        now = self._now()
         for slot in changes.vacated:
             self._added.pop(slot, None)
         self._removed |= changes.vacated
@@ -127,7 +130,7 @@ class CatalogueWriter:
             self._failure = None
 
     def _update(self, wait: float) -> None:
-        self._open(wait).update(self._removed, self._added.values(), self._touched, time.time())
+        self._open(wait).update(self._removed, self._added.values(), self._touched, self._now())
 
     def _open(self, wait: float) -> Catalogue:
         """The catalogue, which is this engine's from now on."""
@@ -140,6 +143,12 @@ class CatalogueWriter:
                 raise
             self._catalogue = catalogue
         return self._catalogue
+
+    def _now(self) -> float:
+        """Unix seconds, but behind every earlier use: after a clock was set back, the next process would give up first
+        what was used last."""
+        self._latest = max(time.time(), self._latest + LEAST_SECONDS)
+        return self._latest
 
     def _make_again(self, reason: DamagedError) -> None:
         """Sets a damaged catalogue aside. Nobody has the checksums of the pages in it any more, but for what waits."""

@@ -170,3 +170,22 @@ def test_pages_are_taken_over_though_the_catalogue_is_locked(tmp_path: Path, wri
     assert writer._cache.num_idle == 2
     writer.update(DiskChanges(), {})
     assert listed(tmp_path) == {3, 5}
+
+
+def test_a_clock_that_is_set_back_does_not_make_pages_older(
+    tmp_path: Path, writer: CatalogueWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither while an engine runs nor between two: what was used last is given up last."""
+    monkeypatch.setattr("time.time", lambda: 2e9)
+    write(writer, 0, "a")
+    writer.close()
+    monkeypatch.setattr("time.time", lambda: 1e9)
+    later = CatalogueWriter(tmp_path, TieredCache((2, 2, 8), 1))
+    later.adopt(lambda plan: Report())
+    write(later, 1, "b")
+    later.update(DiskChanges(touched={0}), {})
+    monkeypatch.setattr("time.time", lambda: 2e9 + 1)
+    write(later, 2, "c")
+    later.close()
+    first, second, third = (last_use(tmp_path, slot) for slot in (0, 1, 2))
+    assert 2e9 < second < first < third == 2e9 + 1
