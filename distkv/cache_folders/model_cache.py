@@ -53,6 +53,12 @@ class ModelCache:
         return PageSpec(known.num_layers, known.num_kv_heads, known.page_size, known.head_dim, known.dtype)
 
     @property
+    def is_listed_elsewhere(self) -> bool:
+        """Whether the leader, and with it the catalogue, is on another node, so that only an engine knows which files
+        are of use."""
+        return not any(os.path.lexists(self.folder / name) for name in (CATALOGUE, DESCRIPTION))
+
+    @property
     def fingerprint(self) -> str:
         """As much of it as is known."""
         return self.folder.name if self._description is None else self._description.fingerprint
@@ -106,6 +112,11 @@ class ModelCache:
                 if crc32c(content[layer * step : (layer + 1) * step]) != checksum:
                     return f"{path} is damaged: the checksum of layer {layer} is wrong"
         return None
+
+
+def elsewhere(cache: ModelCache) -> str:
+    """Says of one that `is_listed_elsewhere` why it stays as it is."""
+    return f"{str(cache.folder)!r} stays as it is: its pages are listed on another node, where the engine's leader was"
 
 
 def find_caches(cache_dir: Path) -> list[ModelCache]:

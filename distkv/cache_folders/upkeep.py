@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from distkv.cache_folders.model_cache import ModelCache, find_caches
+from distkv.cache_folders.model_cache import ModelCache, elsewhere, find_caches
 from distkv.errors import ConfigError, StoreError
 from distkv.storage.disk.cache_folder import LOCK, SCRATCH, FolderLock
 from distkv.storage.disk.file_lock import is_locked
@@ -51,7 +51,7 @@ def list_caches(console: Console, cache_dir: Path) -> None:
 def prune_caches(console: Console, cache_dir: Path, max_bytes: int, model: str | None) -> None:
     """Gives up the pages that were used longest ago, of all models or of one, until their files take `max_bytes` at
     most; prints what that freed. What nobody can use goes first: files of pages that are not listed, and without
-    `model` those that an engine without prefix caching left when it was killed.
+    `model` those that an engine without prefix caching left when it was killed. Pages that another node lists stay.
 
     Args:
         model: the first digits of a fingerprint.
@@ -64,6 +64,8 @@ def prune_caches(console: Console, cache_dir: Path, max_bytes: int, model: str |
         caches = [cache for cache in caches if cache.fingerprint.startswith(model)]
         if len(caches) != 1:
             raise ConfigError(f"{len(caches)} models have a fingerprint that begins with {model!r}; there are: {known}")
+    _print_problems(console, [elsewhere(cache) for cache in caches if cache.is_listed_elsewhere])
+    caches = [cache for cache in caches if not cache.is_listed_elsewhere]
     with ExitStack() as stack:
         _lock(stack, caches)
         if model is None and (freed := sweep_scratch(cache_dir)):

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from distkv.cache_folders.model_cache import ModelCache, find_caches
+from distkv.cache_folders.model_cache import ModelCache, elsewhere, find_caches
 from distkv.errors import ConfigError
 from distkv.storage.disk.cache_folder import (
     CATALOGUE,
@@ -70,6 +70,9 @@ class _Folder:
     def verify(self) -> int:
         """Returns how many pages were read."""
         folder = self._cache.folder
+        if self._cache.is_listed_elsewhere:
+            _print(self._console, [elsewhere(self._cache)])
+            return 0
         is_known = self._repair or not is_locked(folder / LOCK)  # who uses it is at writing what is not listed yet
         try:
             self._cache.check_catalogue()

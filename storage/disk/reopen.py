@@ -8,7 +8,16 @@ import os
 from contextlib import closing
 from pathlib import Path
 
-from distkv.storage.disk.cache_folder import ARRAY, CATALOGUE, DamagedError, Description, chunk_name, describe
+from distkv.storage.disk.cache_folder import (
+    ARRAY,
+    CATALOGUE,
+    DESCRIPTION,
+    DamagedError,
+    Description,
+    chunk_name,
+    describe,
+    take_away,
+)
 from distkv.storage.disk.catalogue import Catalogue, read_catalogue, set_aside_catalogue
 from distkv.storage.disk.disk_array import fit_array, has_array, mend_array
 from distkv.storage.disk.files import sync_folder
@@ -37,10 +46,11 @@ def reopen(folder: Path, spec: PageSpec, num_pages: int, description: Descriptio
 
 
 def rejoin(folder: Path, spec: PageSpec, num_pages: int) -> None:
-    """Does the same for a rank on a node with a disk of its own. The catalogue lies with the leader; one that lies here
-    is of an engine that was led from this node, and is set aside. Raises as `reopen` does."""
+    """Does the same for a rank on a node with a disk of its own. Catalogue and description lie with the leader; those
+    that lie here are of an engine that was led from this node, and are set aside or removed. Raises as `reopen` does."""
     if os.path.lexists(folder / CATALOGUE):
         set_aside_catalogue(folder, f"{str(folder)!r} has pages of an engine that was led from here and are given up")
+    take_away(folder / DESCRIPTION)  # without both, `distkv cache` knows that the pages are listed elsewhere
     mend_array(folder, spec, num_pages)
     fit_array(folder, spec, num_pages)
 

@@ -19,6 +19,7 @@ from distkv.errors import ConfigError
 from distkv.frontend.session import Session
 from distkv.storage.disk.cache_folder import ARRAY, CATALOGUE, DAMAGED, DESCRIPTION, SCRATCH, FolderLock
 from distkv.storage.disk.catalogue import Catalogue
+from distkv.storage.disk.reopen import rejoin
 
 NAME = "0123456789abcdef"
 SLOTS = [3, 0, 5]
@@ -147,3 +148,16 @@ def test_what_an_engine_is_writing_is_not_damaged(cache: Path) -> None:
         assert verify(cache) == (0, "3 pages read, all whole")
     lock.release()
     assert verify(cache)[0] == 1
+
+
+def test_pages_that_another_node_lists_stay(cache: Path) -> None:
+    """They lie on the disk of a node that a rank alone is on, here one that led an engine before."""
+    rejoin(cache / NAME, SPEC, 8)
+    (cache / NAME / f"{CATALOGUE}{DAMAGED}").unlink()
+    before = sorted(cache.rglob("c.*"))
+    assert len(before) == len(SLOTS) * SPEC.num_kv_heads
+    code, text = verify(cache, "--repair")
+    assert code == 0 and "stays as it is: its pages are listed on another node" in text
+    result = CliRunner().invoke(app, ["cache", "prune", "--cache-dir", str(cache), "--max-bytes", "1"])
+    assert result.exit_code == 0 and "stays as it is" in result.output
+    assert sorted(cache.rglob("c.*")) == before
