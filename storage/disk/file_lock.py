@@ -130,7 +130,9 @@ class FileLock:
         while time.monotonic() < end:
             time.sleep(BEAT_SECONDS / 5)
             if _sign(self._path) != before:
-                raise HeldError(Holder.read(self._path))
+                if not (found := Holder.read(self._path)).name:
+                    return  # it has just been given back
+                raise HeldError(found)
 
 
 _held: WeakSet[FileLock] = WeakSet()

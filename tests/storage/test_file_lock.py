@@ -101,6 +101,22 @@ def test_a_lock_that_was_released_is_free_at_once(
     FolderLock(folder).release()
 
 
+def test_a_lock_that_is_released_while_its_holder_is_listened_for_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter_node("b", "none", monkeypatch)
+    path = tmp_path / LOCK
+    path.write_text("process 7 on a\na engine of a\n")
+    sleep = file_lock.time.sleep
+
+    def release(seconds: float) -> None:
+        monkeypatch.setattr(file_lock.time, "sleep", sleep)
+        path.write_text("")
+
+    monkeypatch.setattr(file_lock.time, "sleep", release)
+    FileLock(path, "engine of b").release()
+
+
 def test_of_a_holder_on_the_same_kernel_the_lock_says_enough(
     folder: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
