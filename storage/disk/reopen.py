@@ -47,7 +47,7 @@ def reopen(folder: Path, spec: PageSpec, num_pages: int, description: Descriptio
 
 def rejoin(folder: Path, spec: PageSpec, num_pages: int) -> None:
     """Does the same for a rank on a node with a disk of its own. Catalogue and description lie with the leader; those
-    that lie here are of an engine that was led from this node, and are set aside or removed. Raises as `reopen` does."""
+    that lie here are of an engine that was led from this node, and are taken away. Raises as `reopen` does."""
     if os.path.lexists(folder / CATALOGUE):
         set_aside_catalogue(folder, f"{str(folder)!r} has pages of an engine that was led from here and are given up")
     take_away(folder / DESCRIPTION)  # without both, `distkv cache` knows that the pages are listed elsewhere
