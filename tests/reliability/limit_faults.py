@@ -14,7 +14,6 @@ from reliability.trial import LOAD, NONE, Trial
 
 MIB = 2**20
 DAY = 86400.0
-FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 NO_MEMORY = r"CapacityError: .*memory|MemoryError|allocate memory|bad_alloc|failed to map segment|start new thread"
 
 
@@ -91,17 +90,22 @@ def _hide_home(trial: Trial) -> None:
     _with_own_driver(trial, environment={"HOME": "/nowhere", "TMPDIR": "/nowhere", "XDG_CACHE_HOME": "/nowhere"})
 
 
-@fault("clock", "The clock is set by up to a day, forth and back, under load", 4)
+CLOCK = """
+import pathlib, time
+of_system, offset = time.time, pathlib.Path({!r})
+time.time = lambda: of_system() + float(offset.read_text())
+time.time_ns = lambda: int(time.time() * 1e9)
+"""
+"""libfaketime, which would tell all of a process another time, has time.sleep raise (clock_nanosleep, EINVAL)."""
+
+
+@fault("clock", "Python's clock is set by up to a day, forth and back, under load", 10)
 def _set_clock(trial: Trial) -> None:
     bench = trial.bench_of(COLD)
     offset = bench.folder / "offset"
     offset.write_text("+0")
-    environment = {
-        "LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(offset), "FAKETIME_CACHE_DURATION": "1",
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-    }  # fmt: skip
     assert bench.driver
-    driver = bench.new_driver(environment=environment if FAKETIME.exists() else None, prelude=_clock(offset))
+    driver = bench.new_driver(prelude=CLOCK.format(str(offset)))
     driver.start(bench.model, bench.options | {"cache_dir": str(bench.folder / "clock")})
     load = trial.load(bench, driver)
     moment = trial.await_moment(driver, load)
@@ -112,18 +116,6 @@ def _set_clock(trial: Trial) -> None:
         driver.listen(lambda: load.is_done, 0.5)
     trial.finish_on(bench, driver, load, moment)
     _end(trial, driver)
-
-
-def _clock(offset: Path) -> str:
-    """Where there is no libfaketime, which tells all of a process another time, Python alone is told it."""
-    if FAKETIME.exists():
-        return ""
-    return f"""
-import pathlib, time
-of_system, offset = time.time, pathlib.Path({str(offset)!r})
-time.time = lambda: of_system() + float(offset.read_text())
-time.time_ns = lambda: int(time.time() * 1e9)
-"""
 
 
 def _with_own_driver(trial: Trial, explained: str = NONE, **how: Any) -> None:
