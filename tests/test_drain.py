@@ -6,8 +6,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from support.scripted_engine import ScriptedEngine
 
 from distkv import LLM, AsyncLLM, DistKVError, Draining, RequestOutput, SamplingParams
+from distkv.engine.thread import EngineThread
 
 LONG = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
 SHORT = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
@@ -69,3 +71,16 @@ def test_outputs_of_a_call_that_is_ended_are_returned(tiny_model: Path) -> None:
         caller.join()
     assert len(outputs) == 8 and isinstance(outputs[-1].error, Draining)
     assert all((output.error is None) == (output.outputs[0].finish_reason == "length") for output in outputs)
+
+
+def test_who_stops_waiting_for_a_drain_calls_nothing_off() -> None:
+    thread = EngineThread(lambda check: ScriptedEngine([5]))
+    thread.wait()
+    is_tried = threading.Event()
+    thread.call(lambda engine: is_tried.wait(20))
+    drained = thread.drain(at_once=True)
+    assert not drained.cancel()  # as a task that is cancelled would
+    is_tried.set()
+    drained.result(20)
+    thread.check_alive()
+    thread.close()

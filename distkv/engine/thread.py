@@ -161,6 +161,7 @@ class EngineThread:
         more. `at_once` ends those that run, with the same error and what there is of their answers. Raises DistKVError
         once closed."""
         drained: Future[None] = Future()
+        drained.set_running_or_notify_cancel()  # who gives up waiting, as a cancelled task does, calls nothing off
         self._post(lambda: self._loop.drain(drained, at_once))
         return drained
 

@@ -33,7 +33,7 @@ class TokenLimit(NamedTuple):
 class Tokenizer:
     """The tokenizer and chat template of a model folder, through transformers. For use by several threads."""
 
-    def __init__(self, folder: Path, eos_token_ids: Iterable[int] = (), limit: "TokenLimit | None" = None):
+    def __init__(self, folder: Path, eos_token_ids: Iterable[int] = (), limit: TokenLimit | None = None):
         """Loads it, and runs no code that the folder may hold.
 
         Args:

@@ -1,6 +1,6 @@
 """One of several engines, or the place of one that is lost."""
 
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from distkv.engine.replay import Replay
@@ -40,7 +40,7 @@ class Member:
     def close(self) -> None:
         """Closes its engine, and gives up one that starts. Raises what `RayEngine.close` does."""
         if self.leaving is not None:
-            wait([self.leaving])
+            return self.leaving.result()
         if self.starting is not None and (self.starting.cancel() or self.starting.exception() is not None):
             return
         engine = self.starting.result() if self.starting is not None else self.engine

@@ -139,5 +139,7 @@ class _Server(HttpServer):
             super().ask_to_end()
 
     def hurry(self) -> None:
-        """Has the drain wait no more."""
+        """Has the drain wait no more; after it, what is left are clients that do not take their answers."""
         self._hurried.set()
+        if self.should_exit:
+            super().hurry()

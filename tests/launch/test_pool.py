@@ -367,14 +367,23 @@ def test_a_start_that_is_not_wanted_any_more_ends(engines: Engines) -> None:
     assert engines.made == [] and engines.num_releases == 1
 
 
-def test_all_close_though_one_fails(engines: Engines, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("leaves", [False, True])
+def test_all_close_though_one_fails(engines: Engines, caplog: pytest.LogCaptureFixture, leaves: bool) -> None:
+    """Also one that has begun to close before, since its node goes."""
+
     class Failing(Engine):
         def close(self) -> None:
             super().close()
             raise DEATH
 
-    engines.next_ones = [Failing(), Engine()]
+    failing = Failing()
+    engines.next_ones = [failing, Engine()]
     pool = engines.pool(2)
+    if leaves:
+        failing.notice = SimpleNamespace(has_room=True)
+        failing.may_close.clear()
+        pool.rest()
+        threading.Timer(0.05, failing.may_close.set).start()
     with caplog.at_level(logging.ERROR), pytest.raises(WorkerDied):
         pool.close()
     assert all(engine.closed for engine in engines.made) and engines.num_releases == 1

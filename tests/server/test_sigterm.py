@@ -12,6 +12,9 @@ from support.servers import ServerProcess
 
 from distkv import LLM, Client, Draining, SamplingParams
 from distkv.frontend.session import Session
+from distkv.server.options import ServerOptions
+from distkv.server.serve import _Server
+from distkv.server.service import Service
 
 PAGE_SIZE = 16
 SIZES: dict[str, Any] = dict.fromkeys(("device_kv_bytes", "host_kv_bytes", "disk_kv_bytes"), "16MiB")
@@ -59,3 +62,13 @@ def test_a_server_that_is_told_to_end(talker: Path, tmp_path: Path) -> None:
         [output] = llm.chat(more, SamplingParams(max_tokens=1), session="tiers", use_tqdm=False)
         so_far = len(llm.tokenizer.encode_chat(kept[:1])) + len(kept[1]["token_ids"])
         assert so_far > 2 * PAGE_SIZE and output.num_cached_tokens >= so_far - so_far % PAGE_SIZE
+
+
+def test_a_second_signal_does_not_wait_for_clients_that_take_nothing() -> None:
+    """Their answers have ended then, as far as the engine goes."""
+    server = _Server(Service(["talker"], ServerOptions()), None)
+    with server.handling_signals():
+        signal.raise_signal(signal.SIGTERM)
+        assert server.should_exit and not server.force_exit
+        signal.raise_signal(signal.SIGTERM)
+        assert server.force_exit
