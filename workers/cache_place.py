@@ -33,7 +33,7 @@ class CachePlace:
 
 
 @contextmanager
-def join_folder(place: CachePlace, head: int, is_alone: bool = False) -> Iterator[tuple[bool, bool]]:
+def join_folder(place: CachePlace, head: int, is_alone: bool = False) -> Iterator[tuple[FolderLock | None, bool]]:
     """Makes a rank one of those that use the folder as its node sees it, after the ranks before it, until the end of
     the context.
 
@@ -41,9 +41,8 @@ def join_folder(place: CachePlace, head: int, is_alone: bool = False) -> Iterato
         head: the first KV head of the rank.
         is_alone: the engine has no other rank, so that no file need tell one of it.
 
-    Gives whether it is the first of its engine there, and so holds the folder's lock, and whether it is the first there
-    that has these heads, and so writes them. Raises ConfigError when the folder cannot be used or another engine uses
-    it.
+    Gives the folder's lock where it is the first of its engine there, and whether it is the first there that has these
+    heads, and so writes them. Raises ConfigError when the folder cannot be used or another engine uses it.
     """
     mine = place.folder / f"{WRITER}.{place.engine}.{head}"
     with ExitStack() as stack:
@@ -54,21 +53,21 @@ def join_folder(place: CachePlace, head: int, is_alone: bool = False) -> Iterato
             raise ConfigError(
                 f"cache_dir {str(place.folder)!r} cannot be used ({error.strerror}); name a folder that can be written"
             ) from error
-        is_first, others = False, []
+        lock, is_first, others = None, False, []
         if signs or is_alone:
             others = [file for file in place.folder.glob(f"{WRITER}.*") if file != mine]
             is_first = not any(file.name.startswith(f"{WRITER}.{place.engine}.") for file in others)
         if is_first:
             try:
-                stack.callback(_lock(place).release)
+                lock = _lock(place)
+                stack.callback(lock.release)
             except InUseError as error:
                 if error.owner != place.engine:
-                    raise
-                is_first = False  # a rank on another node is, whose file is not seen here yet
-        if is_first:
+                    raise  # else a rank on another node is the first, whose file is not seen here yet
+        if lock is not None:
             for file in others:  # of engines that were killed
                 file.unlink(missing_ok=True)
-        yield is_first, signs or is_alone
+        yield lock, signs or is_alone
 
 
 def _sign(place: CachePlace, mine: Path, stack: ExitStack) -> bool:

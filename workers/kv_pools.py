@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distkv.storage.device import Device
-from distkv.storage.disk.cache_folder import Description, DiskHeads
+from distkv.storage.disk.cache_folder import Description, DiskHeads, FolderLock
 from distkv.storage.meter import Meter
 from distkv.storage.moving.lane_times import LaneTimes
 from distkv.storage.moving.mover import Mover
@@ -124,7 +125,7 @@ class KVPools:
         self._open.close()
 
     def _open_disk(self, stack: ExitStack, disk: DiskTier, num_pages: int) -> "DiskPool":
-        from distkv.storage.disk.disk_array import make_array, remove_array
+        from distkv.storage.disk.disk_array import make_array
         from distkv.storage.disk.reopen import rejoin, reopen
         from distkv.storage.disk.scratch import sweep_scratch
         from distkv.storage.disk.synced_pages import SyncedPages
@@ -132,11 +133,11 @@ class KVPools:
 
         folder = disk.place.folder
         whole = replace(self._spec, num_kv_heads=disk.heads.total)
-        is_first, writes = stack.enter_context(join_folder(disk.place, disk.heads.first, disk.is_alone))
-        if is_first:
+        lock, writes = stack.enter_context(join_folder(disk.place, disk.heads.first, disk.is_alone))
+        if lock is not None:
             if disk.kept is None:
                 make_array(folder, whole, num_pages)
-                stack.callback(remove_array, folder)
+                stack.callback(_remove_array, folder, lock)
             else:
                 sweep_scratch(folder.parent)
                 if disk.rank == 0:
@@ -144,6 +145,16 @@ class KVPools:
                 else:  # a node with a disk of its own
                     rejoin(folder, whole, num_pages)
         synced = SyncedPages(folder, has_catalogue=disk.rank == 0) if disk.kept is not None else None
+        if synced is not None:
+            stack.callback(synced.close)  # its thread is to end though the pool cannot be made
         pool = DiskPool(self._spec, folder, num_pages, replace(disk.heads, writes=writes), self.meter, synced)
         stack.callback(pool.close)
         return pool
+
+
+def _remove_array(folder: Path, lock: FolderLock) -> None:
+    """Not where another engine has taken the folder over."""
+    from distkv.storage.disk.disk_array import remove_array  # imports zarr
+
+    if not lock.is_lost:
+        remove_array(folder)

@@ -89,6 +89,13 @@ class FileLock:
     def is_held(self) -> bool:
         return not self._file.closed
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether another process took it over while this one stood still."""
+        with suppress(OSError):
+            return Holder.read(self._path).owner not in ("", self._owner)
+        return False
+
     def release(self) -> None:
         """Lets others have it. A second call does nothing."""
         if self.is_held:

@@ -11,12 +11,16 @@ from subprocess import Popen
 import pytest
 from support.disk_process import DiskProcess
 from support.nodes import enter_node
+from support.pages import SPEC, load, random_page, same
 from support.processes import kill, read_line, start_python
 
+from distkv.storage.device import CpuDevice
 from distkv.storage.disk import file_lock
-from distkv.storage.disk.cache_folder import LOCK, FolderLock, InUseError
+from distkv.storage.disk.cache_folder import ARRAY, LOCK, SCRATCH, DiskHeads, FolderLock, InUseError
 from distkv.storage.disk.file_lock import FileLock, HeldError, is_locked
 from distkv.workers.cache_place import CachePlace, join_folder
+from distkv.workers.kv_pools import DiskTier, KVPools
+from distkv.workers.sizes import PoolSizes
 
 NAME = "0123456789abcdef"
 
@@ -160,6 +164,27 @@ def test_who_was_taken_over_finds_out(
     assert (tmp_path / LOCK).read_text() == "process 7 on a\na engine of a\n", "the other has it still"
 
 
+def test_who_was_taken_over_removes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an engine whose pages would go with it."""
+
+    def engine() -> KVPools:
+        tier = DiskTier(CachePlace(tmp_path / SCRATCH), DiskHeads(0, SPEC.num_kv_heads), 0, None, is_alone=True)
+        return KVPools(SPEC, PoolSizes(host=1, disk=4), CpuDevice(), tier)
+
+    enter_node("a", "none", monkeypatch)
+    monkeypatch.setattr(file_lock, "BEAT_SECONDS", 1000.0)
+    stood_still = engine()
+    enter_node("b", "none", monkeypatch)
+    monkeypatch.setattr(file_lock, "SILENCE_SECONDS", 0.1)
+    other = engine()
+    assert other.disk is not None
+    other.disk.store(2, random_page(SPEC, 2))
+    stood_still.close()
+    assert same(load(other.disk, 2), random_page(SPEC, 2))
+    other.close()
+    assert not (tmp_path / SCRATCH / ARRAY).exists()
+
+
 def test_where_there_are_no_such_locks_the_nonce_keeps_others_out(
     folder: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,7 +206,7 @@ def test_a_rank_knows_the_first_one_of_its_engine_by_the_lock(
     start("a", "of the node")
     enter_node("b", "of the node", monkeypatch)
     with join_folder(CachePlace(folder, "f", engine="engine of a"), 1) as found:
-        assert found == (False, True)
+        assert found == (None, True)
     with pytest.raises(InUseError), join_folder(CachePlace(folder, "f"), 1):
         pass
 

@@ -8,6 +8,7 @@ import os
 import random
 import struct
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from fcntl import ioctl
@@ -16,16 +17,22 @@ from typing import NamedTuple
 
 import pytest
 from support.disk_process import DiskProcess
+from support.disks import description
+from support.pages import SPEC
 from support.power_loss import PowerLoss
 from support.processes import start_python
 
 from distkv.frontend.session import Session
+from distkv.storage.device import CpuDevice
 from distkv.storage.disk import file_lock, synced_pages
 from distkv.storage.disk import reopen as reopen_module
-from distkv.storage.disk.cache_folder import CATALOGUE_LOG
+from distkv.storage.disk.cache_folder import CATALOGUE_LOG, DiskHeads
 from distkv.storage.disk.catalogue import read_catalogue
 from distkv.storage.disk.synced_pages import SyncedPages
 from distkv.storage.pools import disk_pool
+from distkv.workers.cache_place import CachePlace
+from distkv.workers.kv_pools import DiskTier, KVPools
+from distkv.workers.sizes import PoolSizes
 
 NUM_PAGES = 5
 NAME = "cache/0123456789abcdef"
@@ -171,6 +178,14 @@ def test_a_disk_that_cannot_sync_is_said_once(
     process.sync()
     assert process.read() == {0, 1, 2} and len(caplog.messages) == 1
     process.close()
+
+
+def test_no_thread_outlives_a_pool_that_could_not_be_made(tmp_path: Path) -> None:
+    tier = DiskTier(CachePlace(tmp_path / NAME, "f"), DiskHeads(0, SPEC.num_kv_heads), 0, description())
+    before = threading.enumerate()
+    with pytest.raises(MemoryError):
+        KVPools(SPEC, PoolSizes(host=1, disk=2**50), CpuDevice(), tier)
+    assert set(threading.enumerate()) <= set(before)
 
 
 # --- a real file system, whose power is switched off ---
