@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # the same names, for type checkers
     from distkv.errors import ConfigError as ConfigError
     from distkv.errors import DistKVError as DistKVError
     from distkv.errors import Draining as Draining
+    from distkv.errors import EngineUnavailable as EngineUnavailable
     from distkv.errors import QueueFull as QueueFull
     from distkv.errors import RequestError as RequestError
     from distkv.errors import StoreError as StoreError
@@ -50,6 +51,7 @@ _HOME = {
     "StoreError": "errors",
     "WorkerDied": "errors",
     "Draining": "errors",
+    "EngineUnavailable": "errors",
     "exit_on_sigterm": "signals",
 }
 __all__ = ["__version__", *_HOME]

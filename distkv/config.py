@@ -345,7 +345,7 @@ class EngineConfig:
                 self.max_model_len is not None and (self.max_prompt_tokens or 0) >= self.max_model_len,
                 f"max_model_len is {self.max_model_len}, which no prompt may reach", "lower it, or leave it out",
             ),
-            ("max_share_per_salt", self.max_share_per_salt == 1, "1, which is no limit", "lower it, or leave it out"),
+            ("max_share_per_salt", self.max_share_per_salt == 1, "1 is no limit", "lower it, or leave it out"),
             ("max_sessions", no_disk, "cache_dir is not, where they are kept", "name the folder in cache_dir"),
             ("max_session_bytes", no_disk, "cache_dir is not, where they are kept", "name the folder in cache_dir"),
             ("disk_kv_bytes", no_disk, "cache_dir is not", "name the folder in cache_dir"),

@@ -19,10 +19,17 @@ class Draining(DistKVError):
     then, or to the next engine. `output` has what there is of the answer, or is None."""
 
 
+class EngineUnavailable(DistKVError):
+    """No engine runs: all were lost, and none could be started anew as yet. The same request may be answered later."""
+
+
 class QueueFull(CapacityError):
     """As many answers wait for their turn as may; the same request may be taken later."""
 
 
-for public in (DistKVError, ConfigError, RequestError, CapacityError, QueueFull, StoreError, WorkerDied, Draining):
+for public in (
+    DistKVError, ConfigError, RequestError, CapacityError, QueueFull, StoreError, WorkerDied, Draining,
+    EngineUnavailable,
+):  # fmt: skip
     public.__module__ = "distkv"  # where users find it, so that a traceback calls it by that name
 del public

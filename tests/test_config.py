@@ -110,7 +110,7 @@ def test_numbers_of_other_libraries_are_taken() -> None:
         ({"max_share_per_salt": "half"}, "max_share_per_salt is 'half'"),
         ({"max_session_bytes": "0", "cache_dir": "kv"}, "max_session_bytes is '0'; give bytes as a positive"),
         # nothing would come of these
-        ({"max_share_per_salt": 1.0}, "max_share_per_salt is set and 1, which is no limit; lower it, or leave it out"),
+        ({"max_share_per_salt": 1.0}, "max_share_per_salt is set and 1 is no limit; lower it, or leave it out"),
         ({"max_sessions": 5}, "max_sessions is set and cache_dir is not, where they are kept; name the folder"),
         ({"max_session_bytes": "1MiB"}, "max_session_bytes is set and cache_dir is not"),
         ({"max_prompt_tokens": 100, "max_model_len": 100}, "max_prompt_tokens is set and max_model_len is 100, which"),

@@ -44,7 +44,10 @@ class Failure(msgspec.Struct):
 
     def error(self, status: int = 500) -> DistKVError:
         """The error to raise; what has no class of ours has one by its HTTP status."""
-        known = (errors.ConfigError, errors.RequestError, errors.CapacityError, errors.StoreError, errors.Draining)
+        known = (
+            errors.ConfigError, errors.RequestError, errors.CapacityError, errors.StoreError, errors.Draining,
+            errors.EngineUnavailable,
+        )  # fmt: skip
         for kind in known:
             if self.code == kind.__name__:
                 return kind(self.message)

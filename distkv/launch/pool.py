@@ -13,7 +13,7 @@ from distkv.engine.prefix_router import PrefixRouter, prefix_keys
 from distkv.engine.protocol import EngineInfo, EngineRequest, RequestFailed, StepOutput
 from distkv.engine.replay import Replay
 from distkv.engine.stats import EngineStats, total
-from distkv.errors import CapacityError, DistKVError, RequestError, WorkerDied
+from distkv.errors import CapacityError, DistKVError, EngineUnavailable, RequestError, WorkerDied
 from distkv.launch.pool_member import Member
 from distkv.launch.ray_engine import REST, STEP_WAIT, RayEngine
 
@@ -133,7 +133,7 @@ class EnginePool:
     def check_ready(self) -> None:
         """See `EngineClient.check_ready`."""
         if seconds := self._seconds_without_engine():
-            raise DistKVError(
+            raise EngineUnavailable(
                 f"no engine has run for {seconds:.0f} s, and one is started anew: {self._members[0].trouble}"
             )
 
@@ -357,7 +357,7 @@ class EnginePool:
             for replay in waiting.values():
                 self._fail(
                     replay, f"no engine could be started anew for {self._rebuild_timeout:g} s (rebuild_timeout), and "
-                    f"that is tried again: {self._members[0].trouble}", DistKVError,
+                    f"that is tried again: {self._members[0].trouble}", EngineUnavailable,
                 )  # fmt: skip
 
     def _seconds_without_engine(self) -> float:

@@ -19,7 +19,7 @@ from distkv.engine.loop import Broken, Delivery, Sink
 from distkv.engine.protocol import EngineInfo, EngineRequest, RequestFailed, StepOutput
 from distkv.engine.replay import Replay
 from distkv.engine.stats import EngineStats, total
-from distkv.errors import DistKVError
+from distkv.errors import DistKVError, EngineUnavailable
 from distkv.ray_serve.pieces import Piece, decode_info, decode_piece, decode_stats, encode
 
 log = logging.getLogger(__name__)
@@ -162,7 +162,8 @@ class ServeEngine:
                 if replay.num_runs >= MOST_RUNS:
                     self._fail(sent, f"the engines of this request were lost, {MOST_RUNS} times: {lost}; send it again")
         except DeploymentUnavailableError:
-            self._fail(sent, "the application has no engine that could answer; `serve status` says why")
+            why = "the application has no engine that could answer; `serve status` says why"
+            self._fail(sent, why, EngineUnavailable)
         except Exception as error:
             log.exception("request %s failed", request_id)
             self._fail(sent, f"the request failed: {type(error).__name__}; the server's log has more")
@@ -225,8 +226,8 @@ class ServeEngine:
             sent.sink(deliveries)
         return any(isinstance(one, RequestFailed) for one in deliveries)
 
-    def _fail(self, sent: _InFlight, message: str) -> None:
-        failed = sent.replay.pass_on(RequestFailed(sent.replay.request.request_id, "DistKVError", message))
+    def _fail(self, sent: _InFlight, message: str, kind: type[DistKVError] = DistKVError) -> None:
+        failed = sent.replay.pass_on(RequestFailed(sent.replay.request.request_id, kind.__name__, message))
         if failed is not None:
             sent.sink([failed])
 
@@ -246,7 +247,7 @@ class ServeEngine:
         except (DeploymentUnavailableError, TimeoutError):
             stats = []
         if not stats:
-            raise DistKVError("no engine runs at the moment; try again soon")
+            raise EngineUnavailable("no engine runs at the moment; try again soon")
         return total(stats)
 
     async def _ask_ready(self) -> None:
@@ -258,7 +259,7 @@ class ServeEngine:
         except TimeoutError:
             return
         if all(isinstance(one, BaseException) for one in failed):
-            raise DistKVError("no engine runs at the moment; Ray Serve starts one, and requests wait for it")
+            raise EngineUnavailable("no engine runs at the moment; Ray Serve starts one, and requests wait for it")
 
     async def _ask_reset(self) -> None:
         try:

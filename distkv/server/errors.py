@@ -6,14 +6,14 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from distkv.errors import CapacityError, ConfigError, DistKVError, Draining, QueueFull, RequestError
+from distkv.errors import CapacityError, ConfigError, DistKVError, Draining, EngineUnavailable, QueueFull, RequestError
 from distkv.server.json import encode_ascii
 
 log = logging.getLogger(__name__)
 
 TYPES = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
 """Anthropic's words by status; below 500 there is else invalid_request_error."""
-DRAIN_RETRY_SECONDS = 5  # after which a server that is drained may be another one
+ENGINE_RETRY_SECONDS = 5  # after which a server that is drained may be another one, and a lost engine be there again
 RETRY_SECONDS = 1  # after which a client may try again that has found the queue full
 CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 
@@ -47,8 +47,8 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError(429, str(error), retry_after=RETRY_SECONDS)
     if isinstance(error, RequestError | ConfigError | CapacityError):
         return ApiError(400, str(error), code=type(error).__name__)
-    if isinstance(error, Draining):
-        return ApiError(503, str(error), code=type(error).__name__, retry_after=DRAIN_RETRY_SECONDS)
+    if isinstance(error, Draining | EngineUnavailable):
+        return ApiError(503, str(error), code=type(error).__name__, retry_after=ENGINE_RETRY_SECONDS)
     if type(error) is DistKVError and error.output is not None:  # it would fail again, of NaN in the weights, say
         return ApiError(500, str(error), code=type(error).__name__)
     if isinstance(error, DistKVError):  # the engine has ended, or what it had stored cannot be read

@@ -13,7 +13,7 @@ from support.scripted_engine import ScriptedEngine
 
 from distkv.engine.protocol import EngineRequest, RequestFailed, StepOutput, TokenOutput
 from distkv.engine.stats import EngineStats
-from distkv.errors import CapacityError, ConfigError, DistKVError, WorkerDied
+from distkv.errors import CapacityError, ConfigError, DistKVError, EngineUnavailable, WorkerDied
 from distkv.launch import pool as pool_module
 from distkv.launch.pool import EnginePool
 from distkv.sampling_params import SamplingParams
@@ -286,7 +286,9 @@ def test_what_waits_for_room_runs_when_there_is_some(engines: Engines, monkeypat
     assert pool.stats().num_waiting == 3
     pool.abort([("2", None)])
     take(pool, answers)
-    with pytest.raises(DistKVError, match=r"no engine has run for 0 s, and one is started anew: (rank 0 .*|no room)"):
+    with pytest.raises(
+        EngineUnavailable, match=r"no engine has run for 0 s, and one is started anew: (rank 0 .*|no room)"
+    ):
         pool.check_ready()
     assert finish(pool, answers) == {"1": SCRIPT, "2": SCRIPT[:1], "3": SCRIPT}
     pool.rest()
@@ -303,7 +305,8 @@ def test_what_waits_for_too_long_is_told_so(engines: Engines) -> None:
     while pool.has_work:
         outputs += pool.step()
     [failed] = outputs
-    assert isinstance(failed, RequestFailed) and failed.message.startswith("no engine could be started anew for 0.01 s")
+    assert isinstance(failed, RequestFailed) and failed.error == "EngineUnavailable"
+    assert failed.message.startswith("no engine could be started anew for 0.01 s")
     pool.close()
 
 

@@ -14,9 +14,10 @@ from anthropic import Anthropic
 from anthropic import APIError as AnthropicError
 from openai import APIError, InternalServerError, OpenAI
 
-from distkv import AsyncLLM, Client, DistKVError, SamplingParams, WorkerDied
+from distkv import AsyncLLM, Client, DistKVError, EngineUnavailable, SamplingParams, WorkerDied
 from distkv.engine.client import EngineClient
 from distkv.engine.engine import Engine
+from distkv.engine.protocol import RequestFailed
 from distkv.errors import StoreError
 from distkv.server.app import make_app
 from distkv.server.errors import ApiError
@@ -187,6 +188,24 @@ def test_a_request_that_would_fail_again_is_no_503(here: HereServer) -> None:
     harsh = {"prompt": [5, 6, 7] * 9, "repetition_penalty": 1e-50, "temperature": 0}
     failed = httpx2.post(f"{here.url}/v1/completions", json=harsh)
     assert failed.status_code == 500 and "repetition_penalty 1e-50" in failed.json()["error"]["message"]
+
+
+def test_a_request_that_has_waited_for_an_engine_in_vain_may_come_again(
+    here: HereServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def give_up(engine: Engine) -> list[RequestFailed]:
+        names = [one.request.request_id for one in engine._scheduler.waiting]
+        engine.abort([(name, None) for name in names])
+        return [RequestFailed(name, "EngineUnavailable", "no room") for name in names]
+
+    here.service.loaded(here.llm)
+    monkeypatch.setattr(Engine, "step", give_up)
+    failed = httpx2.post(f"{here.url}/v1/completions", json={"prompt": "Hello"})
+    assert failed.status_code == 503 and int(failed.headers["retry-after"]) > 0
+    assert failed.json()["error"]["code"] == "EngineUnavailable"
+    with Client(here.url) as client:
+        [output] = client.generate("Hello", use_tqdm=False)
+    assert isinstance(output.error, EngineUnavailable) and str(output.error) == "no room"
 
 
 @pytest.mark.parametrize("body", [{"prompt": "ab"}, {"prompt": ["ab", "b"], "n": 2}])
