@@ -5,12 +5,13 @@ A kill at any moment leaves every page that the catalogue lists whole. It may le
 """
 
 import os
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from distkv.storage.disk.cache_folder import (
     ARRAY,
     CATALOGUE,
+    CATALOGUE_LOG,
     DESCRIPTION,
     DamagedError,
     Description,
@@ -20,7 +21,7 @@ from distkv.storage.disk.cache_folder import (
 )
 from distkv.storage.disk.catalogue import Catalogue, read_catalogue, set_aside_catalogue
 from distkv.storage.disk.disk_array import fit_array, has_array, mend_array
-from distkv.storage.disk.files import sync_folder
+from distkv.storage.disk.files import sync_file, sync_folder
 from distkv.storage.disk.removal import give_up, sweep
 from distkv.storage.errors import StoreError
 from distkv.storage.page_spec import PageSpec
@@ -82,6 +83,9 @@ def _fit(folder: Path, num_pages: int, num_heads: int) -> None:
         sync_folder(array)
         with closing(Catalogue(folder)) as catalogue:
             catalogue.update([entry.slot for entry, _ in moves], [entry._replace(slot=slot) for entry, slot in moves])
+        with suppress(FileNotFoundError):  # SQLite has taken it in, unless somebody looks at the catalogue meanwhile
+            sync_file(folder / CATALOGUE_LOG)
+            sync_folder(folder)
         for source in old:
             (array / chunk_name(*source)).unlink(missing_ok=True)
     except OSError as error:
