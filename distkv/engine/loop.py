@@ -49,7 +49,7 @@ class EngineLoop:
         self._sinks: dict[str, Sink] = {}  # of the requests with open answers
         self._error: BaseException | None = None  # that ended the engine
         self._error_is_known = False  # to some caller
-        self.is_draining = False
+        self._is_draining = False
         self._drained: list[Future[None]] = []  # that are done when no request runs any more
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None is the last
         self._pause: float | None = None  # seconds after which the idle engine wants to be called; None for never
@@ -98,7 +98,7 @@ class EngineLoop:
 
     def drain(self, drained: Future[None], at_once: bool) -> None:
         """Takes no more requests, and ends those that run if `at_once`; `drained` is done when none is left."""
-        self.is_draining = True
+        self._is_draining = True
         self._drained.append(drained)
         if at_once and self._sinks and self._error is None:
             log.warning("%d requests are ended before they are done, since the engine is drained", len(self._sinks))
@@ -108,7 +108,7 @@ class EngineLoop:
 
     def check_open(self) -> None:
         """Raises Draining when no more requests are taken."""
-        if self.is_draining:
+        if self._is_draining:
             raise Draining("the engine is about to end and takes no more requests; send them elsewhere, or later")
 
     def live_engine(self) -> EngineClient:

@@ -102,9 +102,9 @@ class Scheduler:
         for index, tokens in (request.begun or {0: []}).items():
             table = PageTable(self.cache, self._info.page_size, tenant)
             sequence = Sequence(
-                request, index, next(self._numbers), table, [*request.prompt_token_ids, *tokens], root, arrival=arrival
-            )
-            sequence.lengths = self._lengths
+                request, index, next(self._numbers), table, [*request.prompt_token_ids, *tokens], root,
+                lengths=self._lengths, arrival=arrival,
+            )  # fmt: skip
             sequence.arrived_at = time.perf_counter()
             sequence.rules = rules.fresh() if rules and arrival >= 0 else rules
             arrival = sequence.arrival

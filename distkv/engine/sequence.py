@@ -210,8 +210,9 @@ class Sequence:
     def fork(self, index: int, number: int) -> tuple["Sequence", tuple[Page, Page] | None]:
         """Another answer from the same state; also the page copy it needs, see `PageTable.fork`."""
         table, copy = self.table.fork()
-        fork = Sequence(self.request, index, number, table, list(self.token_ids), self.root, list(self.keys))
-        fork.lengths = self.lengths
+        fork = Sequence(
+            self.request, index, number, table, list(self.token_ids), self.root, list(self.keys), self.lengths
+        )
         fork.arrival, fork.is_guessed = self.arrival, self.is_guessed
         fork.turn, fork.cached_tiers = self.turn, self.cached_tiers
         fork.arrived_at, fork.admitted_at, fork.has_begun = self.arrived_at, self.admitted_at, self.has_begun

@@ -253,12 +253,12 @@ class ServeEngine:
     async def _ask_ready(self) -> None:
         try:
             told = self._engines.broadcast("check_health")
-            failed = await told.results_async(timeout_s=READY_SECONDS, return_exceptions=True)
+            results = await told.results_async(timeout_s=READY_SECONDS, return_exceptions=True)
         except DeploymentUnavailableError:
-            failed = []
+            results = []
         except TimeoutError:
             return
-        if all(isinstance(one, BaseException) for one in failed):
+        if all(isinstance(one, BaseException) for one in results):
             raise EngineUnavailable("no engine runs at the moment; Ray Serve starts one, and requests wait for it")
 
     async def _ask_reset(self) -> None:

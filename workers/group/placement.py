@@ -54,7 +54,8 @@ def place(kind: str, size: int, fewer: Fewer | None, check: Callable[[], None]) 
             waited = time.monotonic() - start
             if waited >= fewer_at:
                 fewer_at += FEWER_AGAIN
-                fitting = [one for one in sizes if one < count and one <= _num_free(kind)]
+                most = min(count - 1, _num_free(kind))
+                fitting = [one for one in sizes if one <= most]
                 if fitting:
                     _remove(group)
                     count, group = fitting[-1], None
