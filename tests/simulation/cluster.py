@@ -16,7 +16,7 @@ from distkv.engine import step_runner
 from distkv.engine.engine import Engine
 from distkv.engine.protocol import EngineInfo
 from distkv.errors import CapacityError, StoreError, WorkerDied
-from distkv.launch import leader, pool, pool_member, ray_engine, watchdog
+from distkv.launch import leader, pool, ray_engine, watchdog
 from distkv.launch.pool import EnginePool
 from distkv.launch.ray_engine import RayEngine
 from distkv.workers.group import drain_watch
@@ -138,7 +138,7 @@ class ClusterRun(Driver):
             (pool, "STEP_WAIT", TURN),
             (pool, "zmq", zmq), (ray_engine, "zmq", zmq),
             (pool, "ThreadPoolExecutor", lambda *_: Threads(world)),
-            *((module, "wait", lambda *arguments: wait_for(world, *arguments)) for module in (pool, pool_member)),
+            (pool, "wait", lambda *arguments: wait_for(world, *arguments)),
             (ray_engine, "connect_private", lambda _, address: address),
             (leader, "RayMetrics", lambda *_: idle),
             (leader, "Engine", make_engine),

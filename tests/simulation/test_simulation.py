@@ -101,8 +101,10 @@ def test_a_process_may_end_at_every_point(seed: int, stride: int) -> None:
 def test_what_is_broken_is_found(name: str) -> None:
     for seed in range(500):
         with MUTATIONS[name]():
-            if simulate(seed, 150).failure:
-                return
+            found = simulate(seed, 150).failure
+        if found:
+            assert not simulate(seed, 150).failure, "it fails by itself"
+            return
     pytest.fail(f"the simulation does not notice that {name}")
 
 
