@@ -150,6 +150,16 @@ def test_what_an_engine_is_writing_is_not_damaged(cache: Path) -> None:
     assert verify(cache)[0] == 1
 
 
+def test_a_session_that_cannot_be_locked_is_read_all_the_same(cache: Path) -> None:
+    """It is open, or nobody may write there; then it is not repaired either."""
+    with Session(cache, "trip"):
+        cut_short(cache / "sessions/trip.json")
+        for options in ([], ["--repair"]):
+            code, text = verify(cache, *options)
+            assert code == 1 and "trip.json' is damaged" in text
+        assert (cache / "sessions/trip.json").exists()
+
+
 def test_pages_that_another_node_lists_stay(cache: Path) -> None:
     """They lie on the disk of a node that a rank alone is on, here one that led an engine before."""
     rejoin(cache / NAME, SPEC, 8)
