@@ -5,12 +5,13 @@ the page counts as damaged when it is read.
 """
 
 import sqlite3
-from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 from distkv.storage.disk.cache_folder import CATALOGUE, DamagedError, remove_catalogue, set_aside
+from distkv.storage.disk.catalogue_file import close, open_to_read, open_to_write
 from distkv.storage.errors import StoreError
 
 COLUMNS = """(
@@ -52,7 +53,7 @@ class Catalogue:
 
         Args:
             read_only: for a look beside the process that uses it, or on a disk that has no room left.
-            wait: seconds for which a lock of another program is waited for.
+            wait: seconds for which a lock of another program is waited for, where need be.
 
         Raises, as all methods do, DamagedError when the file is something else, and StoreError when it cannot be
         opened or written now.
@@ -63,8 +64,8 @@ class Catalogue:
         if path.is_dir():
             raise DamagedError(f"{str(path)!r} is a folder and no catalogue")
         try:
-            self._database = _open_to_read(path, wait) if read_only else _open_to_write(path, wait)
-        except SQLITE_ERRORS as error:
+            self._database = open_to_read(path, wait) if read_only else open_to_write(path, wait, f"pages {COLUMNS}")
+        except (*SQLITE_ERRORS, OSError) as error:
             raise self._failure("opened", error) from error
         found = _schema(self._database)
         if found not in (None, f"CREATE TABLE pages {COLUMNS}".encode()):
@@ -140,7 +141,7 @@ class Catalogue:
         self._database.execute(f"PRAGMA busy_timeout = {int(seconds * 1000)}")
 
     def close(self) -> None:
-        self._database.close()
+        close(self._database)
 
     def _rows(self) -> list[Entry]:
         """In the order of `index`."""
@@ -178,53 +179,7 @@ def set_aside_catalogue(folder: Path, reason: object) -> None:
     remove_catalogue(folder)  # what is left of it would be taken for the new one's
 
 
-def _open_to_write(path: Path, wait: float) -> sqlite3.Connection:
-    database = _connect(path, "rwc", wait)
-    with _closed_on_error(database):
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = NORMAL")
-        database.execute(f"CREATE TABLE IF NOT EXISTS pages {COLUMNS}")
-    return database
-
-
-def _open_to_read(path: Path, wait: float) -> sqlite3.Connection:
-    """Connections share an index of the write-ahead log, in a file of its own; where there is no room for that, one
-    that is alone keeps it in its memory. Each may write, so that the last one takes these files away."""
-    if not path.exists():
-        return sqlite3.connect(":memory:")
-    try:
-        return _connect_to_read(path, wait, "NORMAL")
-    except sqlite3.OperationalError:
-        return _connect_to_read(path, wait, "EXCLUSIVE")
-
-
-def _connect_to_read(path: Path, wait: float, locking: str) -> sqlite3.Connection:
-    database = _connect(path, "rw", wait)
-    with _closed_on_error(database):
-        database.execute(f"PRAGMA locking_mode = {locking}")
-        database.execute("PRAGMA query_only = ON")
-        _schema(database)
-    return database
-
-
-def _connect(path: Path, mode: str, wait: float) -> sqlite3.Connection:
-    database = sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode={mode}", wait, isolation_level=None, check_same_thread=False, uri=True
-    )
-    database.text_factory = bytes  # what is no UTF-8 is found out by its type
-    return database
-
-
 def _schema(database: sqlite3.Connection) -> bytes | None:
     """How the table was made; None when there is none."""
     row = database.execute("SELECT sql FROM sqlite_master WHERE name = 'pages'").fetchone()
     return None if row is None else row[0]
-
-
-@contextmanager
-def _closed_on_error(database: sqlite3.Connection) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        database.close()
-        raise

@@ -21,7 +21,7 @@ from uuid import uuid4
 from weakref import WeakSet, ref
 
 from distkv.storage.disk.files import make_folder
-from distkv.storage.disk.mounts import LOCAL, file_system
+from distkv.storage.disk.mounts import is_local
 
 log = logging.getLogger(__name__)
 
@@ -107,9 +107,9 @@ class FileLock:
 
     def _claim(self) -> None:
         """Writes down who has the lock, unless somebody has it where the lock does not reach. Raises HeldError."""
-        works, is_local = self._works(), file_system(self._path.parent) in LOCAL
+        works, is_of_node = self._works(), is_local(self._path.parent)
         left = Holder.read(self._path)
-        if left.name and not (works and (is_local or left.kernel == _kernel())):
+        if left.name and not (works and (is_of_node or left.kernel == _kernel())):
             self._wait_for_silence(left)
         mine = f"process {os.getpid()} on {socket.gethostname()}\n{_kernel()} {self._owner}\n"
         try:
@@ -117,7 +117,7 @@ class FileLock:
             os.write(self._file.fileno(), mine.encode())
         except OSError:  # a full disk has no room for that
             return
-        if not (works and is_local):
+        if not (works and is_of_node):
             time.sleep(CLAIM_SECONDS)
             if (found := Holder.read(self._path)).owner != self._owner:
                 raise HeldError(found)
@@ -158,7 +158,7 @@ def is_locked(path: Path) -> bool:
     """Whether somebody, this process perhaps, holds the lock or may do so on another node; looks and takes nothing."""
     try:
         left = Holder.read(path)
-        elsewhere = left.kernel not in ("", _kernel()) and file_system(path.parent) not in LOCAL
+        elsewhere = left.kernel not in ("", _kernel()) and not is_local(path.parent)
         return elsewhere or _is_taken(path)
     except FileNotFoundError:
         return False

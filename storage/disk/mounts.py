@@ -24,3 +24,8 @@ def file_system(folder: Path) -> str:
         if place.is_relative_to(mount) and len(mount.parts) >= longest:  # of two at one place the later one counts
             found, longest = right.split()[0], len(mount.parts)
     return found
+
+
+def is_local(folder: Path) -> bool:
+    """Whether a folder is known to lie on a file system of this node alone."""
+    return file_system(folder) in LOCAL

@@ -10,6 +10,7 @@ from support.disks import kept_pages, listed
 
 from distkv.engine import catalogue_writer
 from distkv.engine.catalogue_writer import CatalogueWriter
+from distkv.storage.disk import mounts
 from distkv.storage.disk.cache_folder import CATALOGUE, DAMAGED
 from distkv.storage.disk.catalogue import Catalogue
 from distkv.storage.ledger.disk_journal import DiskChanges
@@ -144,9 +145,10 @@ def test_a_catalogue_that_is_damaged_while_it_is_used(
 
 
 def test_an_engine_that_was_taken_over_changes_nothing(
-    tmp_path: Path, writer: CatalogueWriter, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, writer: CatalogueWriter, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It stood still, and another one took it for dead."""
+    """It stood still, and another one took it for dead, on a file system of several nodes."""
+    monkeypatch.setattr(mounts, "file_system", lambda folder: "lustre")
     kept_pages(tmp_path, [3, 0, 5])
     writer.adopt(lambda plan: Report())
     other = CatalogueWriter(tmp_path, TieredCache((2, 2, 8), 1))

@@ -101,8 +101,7 @@ def put_back(before: dict[Path, bytes]) -> str:
 @contextmanager
 def immutable(folder: Path) -> Iterator[None]:
     """Nobody, root included, can make, rename or remove files in a folder, or write those in it."""
-    # SQLite maps the index of its log: a disk that refuses under that ends the process with SIGBUS
-    paths = [folder, *(path for path in folder.rglob("*") if not path.name.endswith("-shm"))]
+    paths = [folder, *folder.rglob("*")]
     _set_immutable(paths, "+i")
     try:
         yield

@@ -5,7 +5,7 @@ from typing import IO
 
 import pytest
 
-from distkv.storage.disk import file_lock
+from distkv.storage.disk import file_lock, mounts
 
 BEAT = 0.05
 
@@ -19,7 +19,7 @@ def enter_node(node: str, locks: str, patch: pytest.MonkeyPatch | None = None) -
     """
     patch = patch or pytest.MonkeyPatch()
     patch.setattr(file_lock, "_kernel", lambda: node)
-    patch.setattr(file_lock, "file_system", lambda folder: "lustre")
+    patch.setattr(mounts, "file_system", lambda folder: "lustre")
     patch.setattr(file_lock, "BEAT_SECONDS", BEAT)
     patch.setattr(file_lock, "SILENCE_SECONDS", 60.0)  # which ends with the first sign of life
     patch.setattr(file_lock, "CLAIM_SECONDS", 2 * BEAT)
