@@ -25,7 +25,7 @@ from distkv.engine.protocol import (
 )
 from distkv.engine.repairs import Repairs
 from distkv.engine.request_meter import RequestMeter
-from distkv.engine.saving import Saving
+from distkv.engine.saving import FinalSave
 from distkv.engine.scheduler import Scheduler
 from distkv.engine.sequence import Scheduled, Sequence
 from distkv.engine.stats import EngineStats, TierStats
@@ -142,14 +142,14 @@ class Engine:
             save_timeout: seconds that this may take for it; None for those that the engine was started with.
         """
         try:
-            saving = Saving(self._cache, progress, self.info.save_timeout if save_timeout is None else save_timeout)
+            save = FinalSave(self._cache, progress, self.info.save_timeout if save_timeout is None else save_timeout)
             if self._failure is not None:
                 raise self._failure
             self.abort([(one.request.request_id, None) for one in self._scheduler.running + self._scheduler.waiting])
             if self._running is not None:
                 self._complete(self._running, None)
             self._read()  # the device has done with it, then
-            saving.run(self._runner)
+            save.run(self._runner)
         except Exception as error:
             log.warning(
                 "the cache was not saved to its end, %d KV pages are missing: %s", self._cache.num_unsaved, error

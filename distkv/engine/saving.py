@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 PROGRESS_SECONDS = 1.0  # after which it is told how it gets on
 
 
-class Saving:
+class FinalSave:
     """Has the pages that are not on disk yet written there, within a time.
 
     Those of the requests that ran last come first, and of each of them the first page before the next: a page is of no
