@@ -90,6 +90,14 @@ class FileLock:
         return not self._file.closed
 
     @property
+    def keeps_others_out(self) -> bool:
+        """Whether the kernel does so for it, at least on this node."""
+        try:
+            return _is_taken(self._path)
+        except OSError:
+            return False
+
+    @property
     def is_lost(self) -> bool:
         """Whether another process took it over while this one stood still."""
         with suppress(OSError):
@@ -107,7 +115,7 @@ class FileLock:
 
     def _claim(self) -> None:
         """Writes down who has the lock, unless somebody has it where the lock does not reach. Raises HeldError."""
-        works, is_of_node = self._works(), is_local(self._path.parent)
+        works, is_of_node = self.keeps_others_out, is_local(self._path.parent)
         left = Holder.read(self._path)
         if left.name and not (works and (is_of_node or left.kernel == _kernel())):
             self._wait_for_silence(left)
@@ -122,13 +130,6 @@ class FileLock:
             if (found := Holder.read(self._path)).owner != self._owner:
                 raise HeldError(found)
             threading.Thread(target=_beat, args=(ref(self),), name="lock-beat", daemon=True).start()
-
-    def _works(self) -> bool:
-        """Whether the lock keeps anybody out."""
-        try:
-            return _is_taken(self._path)
-        except OSError:
-            return False
 
     def _wait_for_silence(self, left: Holder) -> None:
         """Raises HeldError when the holder gives a sign of life."""
