@@ -124,7 +124,9 @@ class FileLock:
             os.ftruncate(self._file.fileno(), 0)
             os.write(self._file.fileno(), mine.encode())
         except OSError:  # a full disk has no room for that
-            return
+            if works and is_of_node:
+                return
+            raise
         if not (works and is_of_node):
             time.sleep(CLAIM_SECONDS)
             if (found := Holder.read(self._path)).owner != self._owner:

@@ -18,6 +18,7 @@ from distkv.storage.device import CpuDevice
 from distkv.storage.disk import file_lock
 from distkv.storage.disk.cache_folder import ARRAY, LOCK, SCRATCH, DiskHeads, FolderLock, InUseError
 from distkv.storage.disk.file_lock import FileLock, HeldError, is_locked
+from distkv.storage.errors import ConfigError
 from distkv.workers.cache_place import CachePlace, join_folder
 from distkv.workers.kv_pools import DiskTier, KVPools
 from distkv.workers.sizes import PoolSizes
@@ -119,6 +120,25 @@ def test_a_lock_that_is_released_while_its_holder_is_listened_for_is_free(
 
     monkeypatch.setattr(file_lock.time, "sleep", release)
     FileLock(path, "engine of b").release()
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_on_a_full_disk_the_lock_is_enough_where_nobody_can_pass_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_shared: bool
+) -> None:
+    """Where locks may not reach others, the nonce that has no room there is all that would keep them out."""
+
+    def write(descriptor: int, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if is_shared:
+        enter_node("a", "of the node", monkeypatch)
+    monkeypatch.setattr(os, "write", write)
+    if is_shared:
+        with pytest.raises(ConfigError, match="cannot be used .No space left on device."):
+            FolderLock(tmp_path)
+    else:
+        FolderLock(tmp_path).release()
 
 
 def test_of_a_holder_on_the_same_kernel_the_lock_says_enough(
