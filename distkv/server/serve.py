@@ -112,7 +112,7 @@ class _Server(HttpServer):
         timeout = self._service.options.shutdown_timeout
         if self._service.num_open:
             log.warning(
-                "%d answers have %s to end, and new requests are refused; a second signal ends them at once",
+                "new requests are refused; open answers: %d, which have %s to end; a second signal ends them at once",
                 self._service.num_open, "all the time that they need" if timeout is None else f"{timeout} s",
             )  # fmt: skip
         draining = asyncio.create_task(llm.drain(timeout))

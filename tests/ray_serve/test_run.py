@@ -95,7 +95,10 @@ def test_stdout_has_the_url_alone(
     monkeypatch.setattr(run, "serve_replicas", serve)
     how: Any = command.serve
     getattr(how, "__wrapped__", how)(
-        "m", replicas=ReplicaOptions(replicas), server=ServerOptions(), options={"max_rank_failures": 0}
+        "m",
+        replicas=ReplicaOptions(replicas),
+        server=ServerOptions(),
+        options={"max_rank_failures": 0, "max_queued_requests": None},
     )
     told = capsys.readouterr()
     assert told.out == "distkv serves m at http://here\n"

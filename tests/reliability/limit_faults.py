@@ -14,6 +14,7 @@ from reliability.trial import LOAD, NONE, Trial
 
 MIB = 2**20
 DAY = 86400.0
+NO_FOLDER = "/proc/nowhere"  # nor can root make one there
 NO_MEMORY = r"CapacityError: .*memory|MemoryError|allocate memory|bad_alloc|failed to map segment|start new thread"
 
 
@@ -87,7 +88,7 @@ def _take_files(trial: Trial) -> None:
 
 @fault("no-home", "No HOME, and a folder for temporary files that is not there", 2)
 def _hide_home(trial: Trial) -> None:
-    _with_own_driver(trial, environment={"HOME": "/nowhere", "TMPDIR": "/nowhere", "XDG_CACHE_HOME": "/nowhere"})
+    _with_own_driver(trial, environment={"HOME": NO_FOLDER, "TMPDIR": NO_FOLDER, "XDG_CACHE_HOME": NO_FOLDER})
 
 
 CLOCK = """
