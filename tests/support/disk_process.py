@@ -69,7 +69,9 @@ class DiskProcess:
         return found
 
     def kill(self) -> None:
-        """Leaves all as it is, but the lock, which ends with a process."""
+        """Leaves all as it is, but the lock and the thread, which end with a process."""
+        self._synced._end.set()
+        self._synced._thread.join()
         self._lock.release()
 
     def close(self) -> None:
