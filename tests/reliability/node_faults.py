@@ -17,10 +17,15 @@ SPREAD = Setting(size=3, nodes=(0, 2, 2))  # both nodes are needed
 
 
 def node_of_ranks(trial: Trial, bench: Bench) -> tuple[RayNodes, RayNode]:
-    """The cluster, and one of its nodes that has ranks of a running engine."""
+    """The cluster, and one of its nodes that has ranks of a running engine, which may be on its way there still."""
     assert bench.driver and bench.cluster is not None
-    with_ranks = [node for node in bench.cluster.nodes if node.pids("ray::RankActor")]
-    return bench.cluster, trial.random.choice(with_ranks)
+    cluster = bench.cluster
+
+    def with_ranks() -> list[RayNode]:
+        return [node for node in cluster.nodes if node.pids("ray::RankActor")]
+
+    bench.driver.listen(lambda: bool(with_ranks()), STALL_SECONDS)
+    return cluster, trial.random.choice(with_ranks())
 
 
 def kill_node(trial: Trial, setting: Setting) -> None:
