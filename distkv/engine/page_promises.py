@@ -57,6 +57,8 @@ class PagePromises:
         """
         for one in running:
             one.lacks_room = one.lacks_share = False
+        if not self._cache.has_shares and self.num_promised(running) <= self._cache.capacity:
+            return
         line = sorted(running, key=lambda one: (one is not only, one.place))
         everybody = self._line_of(line, self._all)
         of_tenants: dict[bytes | None, list[Sequence]] = {}

@@ -6,7 +6,7 @@ from itertools import chain
 
 from distkv.engine.fork_copies import ForkCopies
 from distkv.engine.scheduler import Scheduler
-from distkv.engine.sequence import Scheduled
+from distkv.engine.sequence import Scheduled, Sequence
 from distkv.engine.step import Step
 from distkv.engine.step_runner import StepRunner
 
@@ -23,7 +23,7 @@ class Preparation:
         """Frees the device pages of a step. False when `make_room` says so or a page was lost; raises as it does."""
         needed: Counter[bytes] = Counter()
         for one, count in scheduled:
-            needed[one.table.tenant or b""] += one.table.missing(count) + _num_fork_pages([(one, count)])
+            needed[one.table.tenant or b""] += one.table.missing(count) + _num_fork_pages(one, count)
         return self.make_room(needed.total(), waits, needed) and not self._cache.lost
 
     def prepare(self, scheduled: Scheduled, before: Step | None) -> Step:
@@ -32,7 +32,8 @@ class Preparation:
         Args:
             before: the step before it, while its tokens are not read.
         """
-        forks = _num_fork_pages(scheduled) > 0  # as long as the step's tokens have no pages
+        # as long as the step's tokens have no pages
+        forks = any(_num_fork_pages(one, count) for one, count in scheduled)
         step = Step(scheduled, before, self._cache, self._copies, self._runner)
         self._move_pages(promotes=not forks)
         step.fix_pages()
@@ -65,6 +66,6 @@ class Preparation:
         self.peak_pages = max(self.peak_pages, cache.num_pages)
 
 
-def _num_fork_pages(scheduled: Scheduled) -> int:
-    """Pages that the other answers of requests need which begin with the step."""
-    return sum(one.num_fork_pages(count) for one, count in scheduled if one.is_prefilling)
+def _num_fork_pages(sequence: Sequence, count: int) -> int:
+    """Pages that the other answers of its request need, if they begin with the step."""
+    return sequence.num_fork_pages(count) if sequence.is_prefilling else 0

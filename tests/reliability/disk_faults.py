@@ -84,9 +84,7 @@ def _fill_disk(trial: Trial) -> None:
         fill(folder / "other")
         driver.listen(lambda: load.is_done, trial.random.random() * 3)
         (folder / "other").unlink()
-        trial.finish_on(bench, driver, load, moment, NO_ROOM)
-        again = trial.load(bench, driver)
-        trial.finish_on(bench, driver, again)
+        trial.finish_and_go_on(bench, driver, load, moment, NO_ROOM)
 
 
 @fault("disk-errors", "Reads and writes of pages fail with EIO, one in three for a second", 8)
@@ -99,9 +97,7 @@ def _fail(trial: Trial) -> None:
         sign.touch()
         driver.listen(lambda: load.is_done, 1.0)
         sign.unlink()
-        trial.finish_on(bench, driver, load, moment, NO_ROOM)
-        again = trial.load(bench, driver)
-        trial.finish_on(bench, driver, again)
+        trial.finish_and_go_on(bench, driver, load, moment, NO_ROOM)
 
 
 @fault("read-only", "All of the folder becomes immutable under load, for a second", 8)

@@ -66,9 +66,7 @@ def _take_memory(trial: Trial) -> None:
     resource.prlimit(pid, resource.RLIMIT_AS, (mapped, resource.RLIM_INFINITY))
     bench.driver.listen(lambda: load.is_done, 1.0)
     resource.prlimit(pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    trial.finish(bench, load, moment, NO_MEMORY)
-    again = trial.load(bench)
-    trial.finish(bench, again)
+    trial.finish_and_go_on(bench, bench.driver, load, moment, NO_MEMORY)
 
 
 @fault("files-gone", "No more files can be opened under load, for a second", 10)
@@ -81,9 +79,7 @@ def _take_files(trial: Trial) -> None:
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (trial.random.randrange(3, 40), before[1]))
     bench.driver.listen(lambda: load.is_done, 1.0)
     resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
-    trial.finish(bench, load, moment, r"CapacityError|StoreError")
-    again = trial.load(bench)
-    trial.finish(bench, again)
+    trial.finish_and_go_on(bench, bench.driver, load, moment, r"CapacityError|StoreError")
 
 
 @fault("no-home", "No HOME, and a folder for temporary files that is not there", 2)

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Callable
 
 from reliability.bench import Bench, Setting
 from reliability.driver_process import Gone
@@ -28,18 +29,29 @@ def node_of_ranks(trial: Trial, bench: Bench) -> tuple[RayNodes, RayNode]:
     return cluster, trial.random.choice(with_ranks())
 
 
-def kill_node(trial: Trial, setting: Setting) -> None:
-    """Kills all processes of a node at once, and has another one join the cluster some seconds later."""
+def lose_node(trial: Trial, setting: Setting, end: Callable[[Bench, RayNode], None]) -> tuple[Bench, RayNode]:
+    """Takes a node with ranks away under load, and has another one join the cluster some seconds later; returns what
+    was lost."""
     bench = trial.bench_of(setting)
     cluster, node = node_of_ranks(trial, bench)
     load = trial.load(bench)
     moment = trial.await_moment(bench.driver, load)
-    bench.family.note_segments()
-    node.kill()
+    end(bench, node)
     cluster.nodes.remove(node)
     bench.driver.listen(lambda: load.is_done, trial.random.uniform(0.0, 8.0))
     cluster.join(2)
     trial.finish(bench, load, moment)
+    return bench, node
+
+
+def kill_node(trial: Trial, setting: Setting) -> None:
+    """Kills all processes of a node at once."""
+
+    def kill(bench: Bench, node: RayNode) -> None:
+        bench.family.note_segments()
+        node.kill()
+
+    lose_node(trial, setting, kill)
 
 
 @fault("kill-node", "a node with both ranks killed whole; another one has room for them", 4)
@@ -63,17 +75,8 @@ def _drain_node_of_three(trial: Trial) -> None:
 
 
 def drain_node(trial: Trial, setting: Setting) -> None:
-    """Has Ray drain a node, for half a minute unless nothing runs there before, and another one join the cluster some
-    seconds later."""
-    bench = trial.bench_of(setting)
-    cluster, node = node_of_ranks(trial, bench)
-    load = trial.load(bench)
-    moment = trial.await_moment(bench.driver, load)
-    node.process.send_signal(signal.SIGTERM)
-    cluster.nodes.remove(node)
-    bench.driver.listen(lambda: load.is_done, trial.random.uniform(0.0, 8.0))
-    cluster.join(2)
-    trial.finish(bench, load, moment)
+    """Has Ray drain a node, for half a minute unless nothing runs there before."""
+    bench, node = lose_node(trial, setting, lambda _, node: node.process.send_signal(signal.SIGTERM))
     if left := bench.settled(lambda: [] if node.process.poll() is not None else ["a node that was to go"]):
         trial.record.leaked += left
         node.kill()

@@ -74,6 +74,14 @@ class Trial:
         """
         self.finish_on(bench, bench.driver, load, since, explained)
 
+    def finish_and_go_on(
+        self, bench: Bench, driver: DriverProcess, load: Load, since: float, explained: str = NONE
+    ) -> None:
+        """As `finish_on`; then, with the fault over, some more requests, which nothing may end."""
+        self.finish_on(bench, driver, load, since, explained)
+        again = self.load(bench, driver)
+        self.finish_on(bench, driver, again)
+
     def finish_on(
         self, bench: Bench, driver: DriverProcess, load: Load, since: float | None = None, explained: str = NONE
     ) -> None:
