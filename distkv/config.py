@@ -16,6 +16,7 @@ from distkv.option_checks import (
     settle_path,
 )
 from distkv.option_help import explained
+from distkv.storage.page_spec import DISK_CODECS
 from distkv.storage.paging import NUM_BUFFERS, PREFILL_SPLIT, check_page_size
 
 REBUILD_SECONDS = 600.0  # `EngineConfig.rebuild_timeout` unless it is given
@@ -48,6 +49,7 @@ class EngineOptions(TypedDict, total=False):
     disk_kv_bytes: int | str | None
     max_share_per_salt: float | None
     cache_dir: str | Path | None
+    disk_kv_codec: str
     max_sessions: int | None
     max_session_bytes: int | str | None
     staging_pages: int | None
@@ -169,6 +171,12 @@ class EngineConfig:
     It has a sub-folder for each model. A relative path begins where the process is when the engine is made, and ~ is
     the home folder. None is for no pages on disk.
     """
+    disk_kv_codec: str = "none"
+    """How KV pages are stored on disk: none (as they are) or lossless.
+
+    lossless compresses them without changing a bit, to three quarters or so where they are bfloat16. That takes time of
+    a core, so it is faster where the disk is slow. What one of them has written is not read with the other.
+    """
     max_share_per_salt: float | None = None
     """Share of device and host for pages of one cache_salt, such as 0.25.
 
@@ -266,6 +274,7 @@ class EngineConfig:
             ("device", ("auto", "cuda", "cpu")),
             ("load_format", ("auto", "dummy")),
             ("disk_write_policy", ("write_through", "idle")),
+            ("disk_kv_codec", DISK_CODECS),
         ):
             check_choice(name, getattr(self, name), choices)
         self._set("enable_prefix_caching", check_flag("enable_prefix_caching", self.enable_prefix_caching))
@@ -331,7 +340,7 @@ class EngineConfig:
     def _check_effects(self) -> None:
         """Raises ConfigError for an option that nothing would come of."""
         no_disk, no_cold = self.cache_dir is None, self.host_kv_bytes == 0
-        policy = self.disk_write_policy
+        policy, codec = self.disk_write_policy, self.disk_kv_codec
         no_pages = "host_kv_bytes is 0, so that no page leaves the device"
         not_rebuilt = "max_rank_failures is not, so that no lost engine is started anew", "set both, or leave it out"
         for name, is_idle, why, cure in (
@@ -350,6 +359,7 @@ class EngineConfig:
             ("max_session_bytes", no_disk, "cache_dir is not, where they are kept", "name the folder in cache_dir"),
             ("disk_kv_bytes", no_disk, "cache_dir is not", "name the folder in cache_dir"),
             ("disk_write_policy", no_disk and policy == "idle", "cache_dir is not", "name the folder in cache_dir"),
+            ("disk_kv_codec", no_disk and codec != "none", "cache_dir is not", "name the folder in cache_dir"),
             (
                 "disk_write_policy", policy == "idle" and not self.enable_prefix_caching,
                 "enable_prefix_caching is off, so that no page is written for later requests", "leave one of them out",

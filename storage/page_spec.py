@@ -6,6 +6,12 @@ from distkv.storage.dtypes import ITEM_BYTES
 from distkv.storage.paging import check_page_size, pages_for
 from distkv.storage.tier import Tier
 
+DISK_CODECS = ("none", "lossless")
+"""How pages may be stored on disk, see `storage/disk/disk_codec.py`."""
+
+BLOSC_HEADER_BYTES, CHECKSUM_BYTES, INDEX_ENTRY_BYTES = 16, 4, 16
+"""What "lossless" adds to keys or values of a layer which it cannot make smaller, or to an index (a checksum)."""
+
 
 @dataclass(frozen=True)
 class PageSpec:
@@ -19,6 +25,7 @@ class PageSpec:
     page_size: int  # tokens
     head_dim: int
     dtype: str  # a key of `ITEM_BYTES`
+    disk_codec: str = "none"  # one of `DISK_CODECS`
 
     def __post_init__(self) -> None:
         check_page_size(self.page_size)
@@ -44,12 +51,17 @@ class PageSpec:
         return self.layer_slice_bytes
 
     def page_bytes_in(self, tier: Tier) -> int:
-        """Bytes that a page takes in a tier."""
-        return self.slice_bytes_in(tier) * self.num_layers
+        """Bytes that a page takes in a tier; of one that is compressed the most that it can take."""
+        size = self.slice_bytes_in(tier) * self.num_layers
+        if tier is Tier.DISK and self.disk_codec == "lossless":
+            added = BLOSC_HEADER_BYTES + CHECKSUM_BYTES + INDEX_ENTRY_BYTES
+            size += self.num_kv_heads * (2 * self.num_layers * added + CHECKSUM_BYTES)
+        return size
 
     def route_bytes(self, source: Tier, target: Tier) -> int:
-        """Bytes that cross when a page is copied between neighbouring tiers: it has the form of the slower one."""
-        return self.page_bytes_in(max(source, target))
+        """Bytes that cross when a page is copied between neighbouring tiers: it has the form of the slower one. Whether
+        the disk compresses them does not count."""
+        return self.slice_bytes_in(max(source, target)) * self.num_layers
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that `num_tokens` tokens take, the last one perhaps partly filled."""

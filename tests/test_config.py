@@ -116,6 +116,8 @@ def test_numbers_of_other_libraries_are_taken() -> None:
         ({"max_prompt_tokens": 100, "max_model_len": 100}, "max_prompt_tokens is set and max_model_len is 100, which"),
         ({"disk_kv_bytes": "1GiB"}, "disk_kv_bytes is set and cache_dir is not; name the folder"),
         ({"disk_write_policy": "idle"}, "disk_write_policy is set and cache_dir is not"),
+        ({"disk_kv_codec": "lossless"}, "disk_kv_codec is set and cache_dir is not; name the folder"),
+        ({"disk_kv_codec": "zstd", "cache_dir": "kv"}, "disk_kv_codec is 'zstd'; use one of none, lossless"),
         (
             {"disk_write_policy": "idle", "cache_dir": "kv", "enable_prefix_caching": False},
             "disk_write_policy is set and enable_prefix_caching is off",

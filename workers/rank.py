@@ -233,6 +233,7 @@ class Rank:
             num_kv_heads=model.num_key_value_heads,
             head_dim=model.head_dim,
             page_bytes=whole.page_bytes_in(Tier.DISK),
+            disk_codec=config.disk_codec,
         )
 
     def _fill_synthetic(self, slot: int, seed: int) -> None:

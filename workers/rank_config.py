@@ -27,10 +27,13 @@ class RankConfig:
     batch_invariant: bool | None  # see `EngineConfig`
     digest_weights: bool  # whether pages may be kept, so that the whole content of the weights must be known
     traces: bool = False  # whether reports tell of each piece of work by itself
+    disk_codec: str = "none"  # see `EngineConfig.disk_kv_codec`
     num_parts: int | None = None  # of sums over ranks, see `Shard.of`; None for one of each rank
 
 
 def rank_page_spec(config: RankConfig, shard: Shard) -> PageSpec:
     """The pages of one rank: all layers, that rank's KV heads."""
     model = config.model
-    return PageSpec(model.num_hidden_layers, shard.num_kv_heads, config.page_size, model.head_dim, config.dtype)
+    return PageSpec(
+        model.num_hidden_layers, shard.num_kv_heads, config.page_size, model.head_dim, config.dtype, config.disk_codec
+    )

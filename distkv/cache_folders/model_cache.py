@@ -6,8 +6,8 @@ from itertools import count, islice, takewhile
 from pathlib import Path
 
 import numpy as np
-from crc32c import crc32c
 
+from distkv.cache_folders.file_damage import file_damage
 from distkv.errors import ConfigError
 from distkv.storage.disk.cache_folder import (
     ARRAY,
@@ -50,7 +50,9 @@ class ModelCache:
         known = self._description
         if known is None:
             return None
-        return PageSpec(known.num_layers, known.num_kv_heads, known.page_size, known.head_dim, known.dtype)
+        return PageSpec(
+            known.num_layers, known.num_kv_heads, known.page_size, known.head_dim, known.dtype, known.disk_codec
+        )
 
     @property
     def is_listed_elsewhere(self) -> bool:
@@ -100,17 +102,8 @@ class ModelCache:
             return f"slot {entry.slot} has {len(entry.crc32c)} bytes of checksums, and not those of {len(paths)} files"
         checksums = np.frombuffer(entry.crc32c, np.uint32).reshape(len(paths), num_layers)
         for path, expected in zip(paths, checksums.tolist(), strict=True):
-            try:
-                size = path.stat().st_size
-                if self._description is not None and size != (due := self._description.page_bytes // len(paths)):
-                    return f"{path} has not the {due} bytes of a page's head"
-                content = memoryview(path.read_bytes())
-            except OSError as error:
-                return f"{path} cannot be read: {error.strerror}"
-            step = size // num_layers
-            for layer, checksum in enumerate(expected):
-                if crc32c(content[layer * step : (layer + 1) * step]) != checksum:
-                    return f"{path} is damaged: the checksum of layer {layer} is wrong"
+            if problem := file_damage(path, expected, self.spec):
+                return f"{path} {problem}"
         return None
 
 

@@ -28,11 +28,11 @@ def list_caches(console: Console, cache_dir: Path) -> None:
         console.print(f"{cache_dir} holds no KV pages", soft_wrap=True, highlight=False)
         return
     if not console.is_terminal:
-        console.width = 160  # of a path and eight columns; a pipe has no width of its own
-    table = Table("model", "fingerprint", "kernels", "pages", "prefixes", "tokens", "bytes", "last use")
+        console.width = 160  # of a path and nine columns; a pipe has no width of its own
+    table = Table("model", "fingerprint", "kernels", "codec", "pages", "prefixes", "tokens", "bytes", "last use")
     total, problems = in_scratch, []
     for cache in caches:
-        columns, last_use = ["?", "?", "?", "?"], "?"
+        columns, last_use = ["?", "?", "?", "?", "?"], "?"
         try:
             columns, last_use = _count(cache)
         except StoreError as error:
@@ -42,7 +42,7 @@ def list_caches(console: Console, cache_dir: Path) -> None:
         table.add_row(cache.model, cache.folder.name, *columns, _size(size), last_use)
     if in_scratch:
         left_by = "an engine that runs" if is_locked(scratch / LOCK) else "an engine that was killed"
-        table.add_row(f"no prefix caching, {left_by}", SCRATCH, "-", "-", "-", "-", _size(in_scratch), "-")
+        table.add_row(f"no prefix caching, {left_by}", SCRATCH, "-", "-", "-", "-", "-", _size(in_scratch), "-")
     console.print(table, soft_wrap=True)
     console.print(f"{_size(total)} in all; disk_kv_bytes is for each model", soft_wrap=True, highlight=False)
     _print_problems(console, problems)
@@ -91,13 +91,14 @@ def prune_caches(console: Console, cache_dir: Path, max_bytes: int, model: str |
 
 
 def _count(cache: ModelCache) -> tuple[list[str], str]:
-    """Kernels, pages, prefixes and tokens of a model, and when one was used last. Raises StoreError when that is not
-    known."""
+    """Kernels, codec, pages, prefixes and tokens of a model, and when one was used last. Raises StoreError when that is
+    not known."""
     entries = cache.entries()
     ends = {entry.key for entry in entries} - {entry.parent for entry in entries}
     tokens = len(entries) * cache.description.page_size
     last_use = _date(max(entry.last_use for entry in entries)) if entries else "-"
-    return [cache.description.kernels or "?", str(len(entries)), str(len(ends)), str(tokens)], last_use
+    known = cache.description
+    return [known.kernels or "?", known.disk_codec, str(len(entries)), str(len(ends)), str(tokens)], last_use
 
 
 def _print_problems(console: Console, problems: Iterable[str]) -> None:

@@ -21,7 +21,9 @@ FOLDER_DIGITS = 16  # of a fingerprint, that name a folder
 OTHER_FIELDS = ("dtype", "eos_token_ids", "max_position_embeddings", "tie_word_embeddings")
 
 
-def make_fingerprint(weights: str, kernels: str, model: ModelConfig, dtype: str, page_size: int) -> str:
+def make_fingerprint(
+    weights: str, kernels: str, model: ModelConfig, dtype: str, page_size: int, disk_codec: str = "none"
+) -> str:
     """64 hex digits of the weights' digest, the kernels' name, the model's shape, the dtype and the layout of pages.
     The number of ranks has no part in it, since the layout of pages on disk does not depend on it."""
     shape = {name: value for name, value in asdict(model).items() if name not in OTHER_FIELDS}
@@ -33,6 +35,8 @@ def make_fingerprint(weights: str, kernels: str, model: ModelConfig, dtype: str,
         "page_size": page_size,
         "format": FORMAT,
     }
+    if disk_codec != "none":  # names of folders that are there already have no codec in them
+        parts["disk_codec"] = disk_codec
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -26,4 +26,5 @@ def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> R
         batch_invariant=config.batch_invariant,
         digest_weights=keeps_cache(config, model),
         traces=config.trace is not None,
+        disk_codec=config.disk_kv_codec,
     )

@@ -62,7 +62,8 @@ class Description(msgspec.Struct, frozen=True):
     num_layers: Count
     num_kv_heads: Count
     head_dim: Count
-    page_bytes: Count
+    page_bytes: Count  # on disk, at most
+    disk_codec: Annotated[str, msgspec.Meta(pattern="^(none|lossless)$")] = "none"  # one of `DISK_CODECS`
     kernels: str = ""  # by which the pages were computed
     created: float = msgspec.field(default_factory=time.time)  # unix seconds
 

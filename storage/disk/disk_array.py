@@ -1,7 +1,8 @@
 """The Zarr array of a cache folder, plain for whoever opens it.
 
-Zarr v3 `[slot, layer, 2, kv_head, page_size, head_dim]` over the model's KV heads, no compressor, no filter; a chunk is
-one KV head of a page, over all layers. bfloat16 is stored as uint16, since Zarr has no such type.
+Zarr v3 `[slot, layer, 2, kv_head, page_size, head_dim]` over the model's KV heads. A file is one KV head of a page,
+over all layers: a chunk without compressor or filter, or else a shard, see `lossless_codec.py`. bfloat16 is stored as
+uint16, since Zarr has no such type.
 """
 
 import json
@@ -10,8 +11,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import zarr
 from zarr.abc.store import Store
+from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore, MemoryStore
 
@@ -26,6 +29,7 @@ from distkv.storage.disk.cache_folder import (
     take_away,
 )
 from distkv.storage.disk.files import make_folder, replace_file
+from distkv.storage.disk.lossless_codec import COMPRESSOR, LEVEL
 from distkv.storage.errors import ConfigError, StoreError
 from distkv.storage.page_spec import PageSpec
 
@@ -175,18 +179,33 @@ def _write_metadata(folder: Path, spec: PageSpec, num_pages: int) -> None:
 
 
 def _make(store: Store, spec: PageSpec, num_pages: int) -> Any:
+    dtype = STORED_DTYPES[spec.dtype]
     return zarr.create_array(
         store=store,
         shape=(num_pages, *spec.page_shape),
-        chunks=(1, spec.num_layers, 2, 1, spec.page_size, spec.head_dim),
-        dtype=STORED_DTYPES[spec.dtype],
-        compressors=None,
-        filters=None,
+        dtype=dtype,
+        **_stored_as(spec, np.dtype(dtype).itemsize),
         fill_value=0,
         chunk_key_encoding={"name": "default", "separator": "."},  # one flat folder
         dimension_names=("slot", "layer", "kv", "kv_head", "token", "head_dim"),
         attributes={"distkv": FORMAT, "dtype": spec.dtype},
     )
+
+
+def _stored_as(spec: PageSpec, item_bytes: int) -> dict[str, Any]:
+    """What Zarr has to know of the files."""
+    head = 1, spec.num_layers, 2, 1, spec.page_size, spec.head_dim
+    if spec.disk_codec == "none":
+        return {"chunks": head, "compressors": None, "filters": None}
+    return {
+        "shards": {"shape": head, "index_location": "start"},
+        "chunks": (1, 1, 1, 1, spec.page_size, spec.head_dim),
+        "filters": [TransposeCodec(order=(0, 1, 2, 3, 5, 4))],
+        "compressors": [
+            BloscCodec(typesize=item_bytes, cname=COMPRESSOR, clevel=LEVEL, shuffle="bitshuffle", blocksize=0),
+            Crc32cCodec(),
+        ],
+    }
 
 
 def _made_by_distkv(array: Path) -> bool | None:

@@ -1,6 +1,6 @@
-"""The disk tier: one rank's heads of a plain Zarr array, whose chunks are written and read as the files that they are.
+"""The disk tier: one rank's heads of a Zarr array, whose files are written and read here, each by a `FileCodec`.
 
-A chunk is written to a temporary file and renamed, so a killed write leaves no torn chunk. zarr itself reads a missing
+A file is written to a temporary file and renamed, so a killed write leaves no torn one. zarr itself reads a missing
 chunk as zeros and a damaged one without a word, at a third of the speed, and when the disk takes one head of a page no
 more it does not say when its writes of the others have ended.
 """
@@ -11,12 +11,15 @@ import time
 from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from crc32c import crc32c
 from torch import Tensor
 
 from distkv.storage.disk.cache_folder import ARRAY, FULL, DiskHeads, chunk_name, parse_chunk
+from distkv.storage.disk.disk_codec import disk_codec
+from distkv.storage.disk.file_codec import ChecksumDamage, FileDamage
 from distkv.storage.disk.files import replace_file
 from distkv.storage.disk.synced_pages import SyncedPages
 from distkv.storage.errors import StoreError
@@ -29,6 +32,8 @@ from distkv.storage.tier import Tier
 MAX_OPEN = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4  # files that `OpenPages` holds open
 
 WRITE_BACK_SECONDS = 60.0  # in which the system has written by itself what a killed process left to it
+
+_UNREAD = object()  # in place of a file's index
 
 Parts = list[list[memoryview]]
 """The memory of a layer slice, for each head the pieces in file order: keys, values."""
@@ -57,6 +62,7 @@ class DiskPool:
         self.meter = meter or Meter()
         self.num_pages = num_pages
         self._spec = spec
+        self.codec = disk_codec(spec)
         self._heads = heads
         self._synced = synced
         self._held = range(heads.first, heads.first + spec.num_kv_heads)
@@ -147,23 +153,21 @@ class DiskPool:
         """crc32c by head and layer."""
         return self._crcs[slot].tolist()
 
-    @property
-    def slice_bytes(self) -> int:
-        """Bytes of a head's part of a layer slice."""
-        return self._spec.slice_bytes_in(Tier.DISK) // self._spec.num_kv_heads
-
     def _write(self, slot: int, page: Tensor) -> None:
         """What lay in the slot is removed first, so that on a full disk its room does, whoever else is writing. Leaves
         no part of a page. Raises OSError."""
         bits, start = as_integers(page), now()
         self._remove(slot)
         try:
+            num_bytes = 0
             for head, name in enumerate(self._names(slot)):
-                replace_file(Path(name), np.ascontiguousarray(bits[:, :, head]).data)
+                content = self.codec.encode(bits[:, :, head])
+                replace_file(Path(name), content)
+                num_bytes += memoryview(content).nbytes
         except OSError:
             self._remove(slot)
             raise
-        self.meter.add("disk_write", start, self._spec.page_bytes_in(Tier.DISK))
+        self.meter.add("disk_write", start, num_bytes)
         if self._synced is not None:
             self._synced.add(self._names(slot))
 
@@ -175,15 +179,16 @@ class DiskPool:
         return [f"{self._array}/{chunk_name(slot, head)}" for head in self._held]
 
     def _split(self, layer_slice: memoryview) -> Parts:
-        half, size = len(layer_slice) // 2, self.slice_bytes // 2
+        half = len(layer_slice) // 2
+        size = half // self._spec.num_kv_heads
         return [
             [layer_slice[first : first + size], layer_slice[half + first : half + first + size]]
             for first in range(0, half, size)
         ]
 
     def _sweep(self, kept: Container[int]) -> Iterator[tuple[int, int]]:
-        """Removes the files of slots that are not kept; gives slot and head of each other chunk of the right size."""
-        size = self.slice_bytes * self._spec.num_layers
+        """Removes the files of slots that are not kept; gives slot and head of each other chunk of a size that can be
+        right."""
         recent = time.time() - WRITE_BACK_SECONDS
         try:
             with os.scandir(self._array) as files:
@@ -196,12 +201,12 @@ class DiskPool:
                         continue
                     elif chunk[0] in kept and not is_partial:
                         swept = False
-                        with suppress(FileNotFoundError):
+                        with suppress(FileNotFoundError, FileDamage):
                             found = file.stat()
-                            if found.st_size == size:
-                                if self._synced is not None and found.st_mtime > recent:
-                                    self._synced.add([file.path])
-                                yield chunk
+                            self.codec.check_size(found.st_size)
+                            if self._synced is not None and found.st_mtime > recent:
+                                self._synced.add([file.path])
+                            yield chunk
                     else:
                         swept = True
                     if swept and self._heads.writes:
@@ -218,10 +223,11 @@ class OpenPages:
 
     def __init__(self, pool: DiskPool, slots: Sequence[int]):
         """Raises StoreError for a slot that holds no page."""
-        self._slice_bytes, self._meter = pool.slice_bytes, pool.meter
+        self._codec, self._meter = pool.codec, pool.meter
         self._files = [pool.files(slot) for slot in slots]
         self._checksums = [pool.layer_checksums(slot) for slot in slots]
         self._descriptors: list[list[int | None]] = [[None] * len(files) for files in self._files]
+        self._indexes: list[list[Any]] = [[_UNREAD] * len(files) for files in self._files]
         room = MAX_OPEN
         for files, descriptors in zip(self._files, self._descriptors, strict=True):
             for head, file in enumerate(files[: max(0, room)]):
@@ -231,21 +237,19 @@ class OpenPages:
 
     def read(self, index: int, layer: int, parts: Parts) -> None:
         """Reads and checks one layer of the index-th page. Raises StoreError when it cannot be read back."""
-        offset, checksums, start = layer * self._slice_bytes, self._checksums[index], now()
-        for head, (descriptor, pieces) in enumerate(zip(self._descriptors[index], parts, strict=True)):
+        checksums, start, num_bytes = self._checksums[index], now(), 0
+        for head, pieces in enumerate(parts):
             try:
-                if descriptor is None:
-                    count = self._read_closed(index, head, pieces, offset)
-                else:
-                    count = os.preadv(descriptor, pieces, offset)
+                num_bytes += self._read(index, head, layer, pieces)
+                if _checksum(pieces) != checksums[head][layer]:
+                    raise ChecksumDamage(f"is damaged: the checksum of layer {layer} is wrong")
             except OSError as error:
                 raise StoreError(f"{self._files[index][head]} cannot be read: {error.strerror}") from error
-            if count != self._slice_bytes:
-                raise StoreError(f"{self._files[index][head]} is cut short in layer {layer}")
-            if _checksum(pieces) != checksums[head][layer]:
-                self._meter.count_checksum_failure()
-                raise StoreError(f"{self._files[index][head]} is damaged: the checksum of layer {layer} is wrong")
-        self._meter.add("disk_read", start, self._slice_bytes * len(parts), layer=layer)
+            except FileDamage as damage:
+                if isinstance(damage, ChecksumDamage):
+                    self._meter.count_checksum_failure()
+                raise StoreError(f"{self._files[index][head]} {damage}") from damage
+        self._meter.add("disk_read", start, num_bytes, layer=layer)
 
     def close(self) -> None:
         for descriptors in self._descriptors:
@@ -260,12 +264,18 @@ class OpenPages:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _read_closed(self, index: int, head: int, pieces: list[memoryview], offset: int) -> int:
-        descriptor = os.open(self._files[index][head], os.O_RDONLY)
+    def _read(self, index: int, head: int, layer: int, pieces: list[memoryview]) -> int:
+        """Returns how many bytes the file gave. Raises OSError or FileDamage."""
+        kept = self._descriptors[index][head]
+        descriptor = os.open(self._files[index][head], os.O_RDONLY) if kept is None else kept
         try:
-            return os.preadv(descriptor, pieces, offset)
+            found = self._indexes[index][head]
+            if found is _UNREAD:  # of two threads that read it at once, both find the same
+                found = self._indexes[index][head] = self._codec.read_index(descriptor)
+            return self._codec.read(descriptor, found, layer, pieces)
         finally:
-            os.close(descriptor)
+            if kept is None:
+                os.close(descriptor)
 
 
 def _bytes(x: Tensor) -> memoryview:

@@ -94,7 +94,7 @@ def test_damaged_folders_are_listed_and_pruned(cache: Path, name: str) -> None:
     code, text = distkv(cache, "ls")
     [row] = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if f"│ {NAME}" in line]
     is_known = "zarr" in name
-    assert code == 0 and row[3] == ("3" if is_known else "?") and row[6] == "9.00 KiB"
+    assert code == 0 and row[4] == ("3" if is_known else "?") and row[7] == "9.00 KiB"
     assert is_known or str(folder) in text.split("disk_kv_bytes")[1], "what is wrong is said below"
     code, text = distkv(cache, "prune", "--max-bytes", "1GiB")
     assert code == 0 and chunks(folder) == (set() if name == CATALOGUE else {3, 0, 5})

@@ -5,6 +5,7 @@ import re
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from distkv.frontend.session import Session
 from distkv.storage.disk.cache_folder import ARRAY, CATALOGUE, DAMAGED, DESCRIPTION, SCRATCH, FolderLock
 from distkv.storage.disk.catalogue import Catalogue
 from distkv.storage.disk.reopen import rejoin
+from distkv.storage.page_spec import PageSpec
 
 NAME = "0123456789abcdef"
 SLOTS = [3, 0, 5]
@@ -27,10 +29,16 @@ METADATA = f"{ARRAY}/zarr.json"
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def spec() -> PageSpec:
+    """The pages of `cache`."""
+    return SPEC
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: PageSpec) -> Path:
     """Pages in three slots, and a session."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # of which there are many, and no power fails here
-    process = DiskProcess(tmp_path / NAME, 8)
+    process = DiskProcess(tmp_path / NAME, 8, spec)
     for slot in SLOTS:
         process.write(slot, slot)
     process.close()
@@ -115,10 +123,45 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], set[int], str]] = {
 }
 
 
+COMPRESSED = {
+    **{name: DAMAGES[name] for name in ("description", "both", "metadata lost", "row alone")},
+    "torn": (lambda cache: cut_short(chunk(cache, 3)), {0, 5}, r"c\.3\.0\.0\.0\.0\.0 is cut short in layer 1"),
+    "empty": (lambda cache: chunk(cache, 3, 1).write_bytes(b""), {0, 5}, r"c\.3\.0\.0\.1\.0\.0 has not the"),
+    "flipped bit": (lambda cache: flip_bit(chunk(cache, 0)), {3, 5}, "the checksum of layer 0 is wrong"),
+    "of another page": (
+        lambda cache: chunk(cache, 0).write_bytes(chunk(cache, 5).read_bytes()),
+        {3, 5},
+        "the checksum of layer 0 is wrong",
+    ),
+    "unknown, with a flipped bit": (
+        lambda cache: [damage(cache) for damage in (DAMAGES["both"][0], lambda cache: flip_bit(chunk(cache, 0)))],
+        {3, 5},
+        "the checksum of layer 0 is wrong",
+    ),
+}
+"""The same of pages that are compressed, where it differs."""
+
+
 @pytest.mark.parametrize("damage, left, said", DAMAGES.values(), ids=DAMAGES)
 def test_repairs(
     cache: Path, damage: Callable[[Path], object], left: set[int], said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    check_repair(cache, SPEC, damage, left, said)
+    assert caplog.messages == [], "nothing is left to be said"
+
+
+@pytest.mark.parametrize("spec", [replace(SPEC, disk_codec="lossless")], ids=["lossless"])
+@pytest.mark.parametrize("damage, left, said", COMPRESSED.values(), ids=COMPRESSED)
+def test_repairs_of_compressed_pages(
+    cache: Path, spec: PageSpec, damage: Callable[[Path], object], left: set[int], said: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    check_repair(cache, spec, damage, left, said)
+    assert caplog.messages == []
+
+
+def check_repair(cache: Path, spec: PageSpec, damage: Callable[[Path], object], left: set[int], said: str) -> None:
+    """Verifies what is whole, then what is damaged, twice, and takes it over as an engine does."""
     assert verify(cache) == (0, "3 pages read, all whole")
     damage(cache)
     before = sorted(cache.rglob("*"))
@@ -132,12 +175,11 @@ def test_repairs(
     code, text = verify(cache, "--repair")
     assert code == 1 and re.search(said, text)
     assert verify(cache) == (0, f"{len(left)} pages read, all whole")
-    process = DiskProcess(cache / NAME, 8)
+    process = DiskProcess(cache / NAME, 8, spec)
     assert process.read() == left
     process.close()
     with Session(cache, "trip") as session:
         session.save()
-    assert caplog.messages == [], "nothing is left to be said"
 
 
 def test_what_an_engine_is_writing_is_not_damaged(cache: Path) -> None:

@@ -34,6 +34,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "host_kv_bytes": ("8MiB", 8 << 20),
     "disk_kv_bytes": ("16MiB", 16 << 20),
     "cache_dir": ("kv", Path("kv")),
+    "disk_kv_codec": ("lossless", "lossless"),
     "max_share_per_salt": ("0.3", 0.3),
     "max_sessions": ("7", 7),
     "max_session_bytes": ("2MiB", 2 << 20),

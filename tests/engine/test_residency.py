@@ -43,6 +43,15 @@ def test_tiers_change_no_bit(folder: Path, tmp_path: Path, page_size: int, dtype
     assert on_disk.moved("disk_streamed") > 0.6 * slices * on_disk.page_bytes
     assert on_disk.peak[2] >= 7
 
+    if page_size == 64:
+        packed = run(
+            folder, [prompt], pages=(3, 2, 40), cache_dir=tmp_path / "packed", disk_kv_codec="lossless", **options
+        )
+        packed.assert_same(resident)
+        streamed = packed.moved("disk_streamed")
+        assert packed.moved("host_streamed") + streamed == slices * packed.page_bytes and streamed
+        assert 0.5 < packed.stats.disk_read_bytes / (streamed + packed.moved("disk_to_host")) < 1
+
 
 def cold_slices(prompt_len: int, new_tokens: int, page_size: int, window: int) -> int:
     """Pages times steps that a single sequence must stream at least, with chunks of two pages: in each step all full

@@ -26,7 +26,7 @@ from support.ranks import load_rank
 from torch import Tensor
 from typer.testing import CliRunner
 
-from distkv import LLM
+from distkv import LLM, SamplingParams
 from distkv.commands.main import app
 from distkv.config import EngineConfig
 from distkv.errors import ConfigError, DistKVError, StoreError
@@ -49,7 +49,7 @@ from distkv.storage.disk.catalogue import Catalogue, Entry
 from distkv.storage.disk.disk_array import find_slots, make_array
 from distkv.storage.disk.reopen import reopen
 from distkv.storage.dtypes import torch_dtype
-from distkv.storage.page_spec import PageSpec
+from distkv.storage.page_spec import DISK_CODECS, PageSpec
 from distkv.storage.pools.disk_pool import DiskPool
 from distkv.storage.tier import Tier, Transfer
 from distkv.workers.cache_place import CachePlace, free_bytes
@@ -88,13 +88,15 @@ def description(fingerprint: str = FINGERPRINT) -> Description:
     )  # fmt: skip
 
 
-def rank_pools(folder: Path, size: int, num_pages: int = NUM_PAGES) -> list[tuple[range, DiskPool]]:
+def rank_pools(
+    folder: Path, size: int, num_pages: int = NUM_PAGES, spec: PageSpec = SPEC
+) -> list[tuple[range, DiskPool]]:
     """The pools of all ranks of a group on one node, with the heads that each holds."""
     pools = []
     for shard in (Shard.of(model(), rank, size) for rank in range(size)):
         first = shard.holder == 0
-        heads = DiskHeads(shard.kv_heads[0], SPEC.num_kv_heads, reports=first, writes=first)
-        own = replace(SPEC, num_kv_heads=shard.num_kv_heads)
+        heads = DiskHeads(shard.kv_heads[0], spec.num_kv_heads, reports=first, writes=first)
+        own = replace(spec, num_kv_heads=shard.num_kv_heads)
         pools.append((range(*shard.kv_heads), DiskPool(own, folder, num_pages, heads)))
     return pools
 
@@ -103,9 +105,9 @@ def heads_of(page: Tensor, held: range) -> Tensor:
     return page[:, :, held.start : held.stop].contiguous()
 
 
-def store(folder: Path, size: int, slot: int, page: Tensor, num_pages: int = NUM_PAGES) -> bytes:
+def store(folder: Path, size: int, slot: int, page: Tensor, num_pages: int = NUM_PAGES, spec: PageSpec = SPEC) -> bytes:
     """A group of ranks writes a page, the last rank first; returns the checksums of the whole model."""
-    pools = rank_pools(folder, size, num_pages)
+    pools = rank_pools(folder, size, num_pages, spec)
     for held, pool in reversed(pools):
         pool.store(slot, heads_of(page, held))
     return b"".join(pool.checksums(slot) for _, pool in pools)
@@ -130,12 +132,14 @@ def load(pool: DiskPool, slot: int, held: range) -> Tensor:
 
 @pytest.mark.parametrize("readers", [1, 2, 3, 5, 9])
 @pytest.mark.parametrize("writers", [1, 2, 3, 5])
-def test_pages_do_not_depend_on_the_number_of_ranks(tmp_path: Path, writers: int, readers: int) -> None:
-    make_array(tmp_path, SPEC, NUM_PAGES)
-    pages = {slot: random_page(SPEC, slot) for slot in (4, 0)}
-    checksums = {slot: store(tmp_path, writers, slot, page) for slot, page in pages.items()}
+@pytest.mark.parametrize("codec", DISK_CODECS)
+def test_pages_do_not_depend_on_the_number_of_ranks(tmp_path: Path, codec: str, writers: int, readers: int) -> None:
+    spec = replace(SPEC, disk_codec=codec)
+    make_array(tmp_path, spec, NUM_PAGES)
+    pages = {slot: random_page(spec, slot) for slot in (4, 0)}
+    checksums = {slot: store(tmp_path, writers, slot, page, spec=spec) for slot, page in pages.items()}
     assert files(tmp_path) == chunks(0, 4), "one file per head, whoever holds it"
-    for held, pool in rank_pools(tmp_path, readers):
+    for held, pool in rank_pools(tmp_path, readers, spec=spec):
         assert pool.adopt(checksums) == []
         for slot, page in pages.items():
             assert same(load(pool, slot, held), heads_of(page, held))
@@ -616,6 +620,7 @@ def test_what_a_fingerprint_is_of() -> None:
         make_fingerprint("other", "native amx", model(), "bfloat16", 256),
         make_fingerprint("weights", "native amx", model(), "float16", 256),
         make_fingerprint("weights", "native amx", model(), "bfloat16", 128),
+        make_fingerprint("weights", "native amx", model(), "bfloat16", 256, "lossless"),
         *(
             make_fingerprint("weights", "native amx", changed, "bfloat16", 256)
             for changed in (model(rope_theta=5e5), model(rms_norm_eps=1e-5), model(num_hidden_layers=2))
@@ -656,6 +661,24 @@ def test_the_folder_is_named_after_the_fingerprint(tiny_model: Path, tmp_path: P
     described = json.loads((Path(info.cache_dir) / DESCRIPTION).read_text())
     assert described["fingerprint"] == info.fingerprint and described["model"] == str(tiny_model)
     assert described["page_bytes"] == info.page_bytes
+
+
+def test_each_codec_has_a_folder(tiny_model: Path, tmp_path: Path) -> None:
+    """Nothing is found of what the other one has written, and both find their own; the answers are the same."""
+    prompt, params = [list(range(5, 60))], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    found = []
+    for codec in (*DISK_CODECS, *DISK_CODECS):
+        with LLM(tiny_model, **options(tmp_path, disk_kv_codec=codec)) as llm:
+            [output] = llm.generate(prompt, params, use_tqdm=False)
+            folder = Path(llm.info.cache_dir or "")
+        assert json.loads((folder / DESCRIPTION).read_text())["disk_codec"] == codec
+        found.append((folder.name, output.num_cached_tokens_by_tier["disk"], output.outputs[0].token_ids))
+    assert [one[1] for one in found] == [0, 0, 48, 48]
+    assert len({one[0] for one in found}) == 2 and all(one[2] == found[0][2] for one in found)
+    code, text = distkv("verify", "--cache-dir", str(tmp_path))
+    assert code == 0 and "all whole" in text
+    code, text = distkv("ls", "--cache-dir", str(tmp_path))
+    assert "lossless" in text and "none" in text
 
 
 def test_ranks_have_no_part_in_the_folder(tiny_model: Path, tmp_path: Path) -> None:
@@ -778,11 +801,11 @@ def test_cache_ls(cache: Path) -> None:
     lock.release()
     assert code == 0
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "/models/one" in line]
-    assert [row[:6] for row in rows] == [
-        ["/models/one", FINGERPRINT[:16], "native amx", "4", "2", "64"],
-        ["/models/one", "fedcba9876543210", "?", "1", "1", "16"],
+    assert [row[:7] for row in rows] == [
+        ["/models/one", FINGERPRINT[:16], "native amx", "none", "4", "2", "64"],
+        ["/models/one", "fedcba9876543210", "?", "none", "1", "1", "16"],
     ]
-    assert all("KiB" in row[6] and row[7].startswith("19") for row in rows)
+    assert all("KiB" in row[7] and row[8].startswith("19") for row in rows)
 
 
 def test_cache_verify(cache: Path) -> None:

@@ -28,7 +28,7 @@ from distkv.storage.disk.cache_folder import ARRAY, DiskHeads, FolderLock
 from distkv.storage.disk.catalogue import Catalogue
 from distkv.storage.disk.disk_array import make_array, remove_array
 from distkv.storage.dtypes import DTYPES, torch_dtype
-from distkv.storage.page_spec import PageSpec
+from distkv.storage.page_spec import DISK_CODECS, PageSpec
 from distkv.storage.pools.device_pool import DevicePool
 from distkv.storage.pools.disk_pool import DiskPool
 from distkv.storage.pools.host_pool import HostPool
@@ -46,7 +46,7 @@ def spec(request: pytest.FixtureRequest) -> PageSpec:
     return PageSpec(3, 2, 16, 4, request.param)
 
 
-@pytest.fixture(params=["device", "host", "disk", "disk, second rank"])
+@pytest.fixture(params=["device", "host", "disk", "disk, lossless", "disk, second rank"])
 def pool(request: pytest.FixtureRequest, spec: PageSpec, tmp_path: Path) -> Iterator[AnyPool]:
     made: AnyPool
     if request.param == "device":
@@ -55,6 +55,8 @@ def pool(request: pytest.FixtureRequest, spec: PageSpec, tmp_path: Path) -> Iter
         made = HostPool(spec, NUM_PAGES, pinned=False)
     elif request.param == "disk":
         made = disk_pool(tmp_path, spec)
+    elif request.param == "disk, lossless":
+        made = disk_pool(tmp_path, replace(spec, disk_codec="lossless"))
     else:
         make_array(tmp_path, replace(spec, num_kv_heads=3), NUM_PAGES)
         made = DiskPool(spec, tmp_path, NUM_PAGES, DiskHeads(first=1, total=3))
@@ -325,8 +327,9 @@ def check_refused(pool: DiskPool, folder: Path, slot: int, page: Tensor, message
         load(pool, slot, LARGE)
 
 
-def test_a_write_that_fails_midway(tmp_path: Path) -> None:
-    pool = disk_pool(tmp_path, LARGE)
+@pytest.mark.parametrize("codec", DISK_CODECS)
+def test_a_write_that_fails_midway(tmp_path: Path, codec: str) -> None:
+    pool = disk_pool(tmp_path, replace(LARGE, disk_codec=codec))
     first, second = random_page(LARGE, 0), random_page(LARGE, 1)
     pool.store(0, first)
     pool.store(1, first)
@@ -351,8 +354,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_full_disk(small_disk: Path) -> None:
-    pool = disk_pool(small_disk, LARGE)
+@pytest.mark.parametrize("codec", DISK_CODECS)
+def test_a_full_disk(small_disk: Path, codec: str) -> None:
+    """Random bits take no less room when they are compressed."""
+    pool = disk_pool(small_disk, replace(LARGE, disk_codec=codec))
     pages = [random_page(LARGE, seed) for seed in range(4)]
     for slot in range(3):
         pool.store(slot, pages[slot])

@@ -11,6 +11,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from dataclasses import replace
 from fcntl import ioctl
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,7 @@ from distkv.storage.disk import reopen as reopen_module
 from distkv.storage.disk.cache_folder import CATALOGUE_LOG, DiskHeads
 from distkv.storage.disk.catalogue import Catalogue, read_catalogue
 from distkv.storage.disk.synced_pages import SyncedPages
+from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools import disk_pool
 from distkv.workers.cache_place import CachePlace
 from distkv.workers.kv_pools import DiskTier, KVPools
@@ -53,7 +55,7 @@ class Left(NamedTuple):
     synced: set[int]
 
 
-def run(path: Path, seed: int, num_steps: int = 14, share: float = 0.15) -> list[Left]:
+def run(path: Path, seed: int, num_steps: int = 14, share: float = 0.15, spec: PageSpec = SPEC) -> list[Left]:
     """Writes, gives up and syncs pages, with clean restarts in any number of slots; power may fail after each call that
     changes anything, and now and then does."""
     rng, cuts = random.Random(seed), random.Random(seed + 1)
@@ -69,7 +71,7 @@ def run(path: Path, seed: int, num_steps: int = 14, share: float = 0.15) -> list
 
     loss.called = fail
     with loss.followed():
-        process = DiskProcess(root / NAME, NUM_PAGES)
+        process = DiskProcess(root / NAME, NUM_PAGES, spec)
         for key in range(num_steps):
             slot = rng.randrange(process.pool.num_pages)
             if slot in process.keys:
@@ -83,7 +85,7 @@ def run(path: Path, seed: int, num_steps: int = 14, share: float = 0.15) -> list
             elif what < 0.4:
                 process.kill()
                 keys = process.keys
-                process = DiskProcess(root / NAME, process.pool.num_pages)
+                process = DiskProcess(root / NAME, process.pool.num_pages, spec)
                 assert process.keys == keys, "a kill alone loses nothing"
             elif what < 0.6:
                 process.close()
@@ -91,17 +93,17 @@ def run(path: Path, seed: int, num_steps: int = 14, share: float = 0.15) -> list
                 num_pages = rng.randrange(2, 8)
                 entries, _ = read_catalogue(root / NAME)
                 synced &= {int(one.key) for one in entries[max(0, len(entries) - num_pages) :]}
-                process = DiskProcess(root / NAME, num_pages)
+                process = DiskProcess(root / NAME, num_pages, spec)
                 assert process.read() == synced, "nothing is lost without a loss of power"
         process.close()
     return left
 
 
-def check(left: Left, num_pages: int = 8) -> int:
+def check(left: Left, num_pages: int = 8, spec: PageSpec = SPEC) -> int:
     """Starts on what is left, twice; returns how many pages are there."""
     folder = left.folder / NAME
     for again in (False, True):
-        process = DiskProcess(folder, num_pages)
+        process = DiskProcess(folder, num_pages, spec)
         found = process.read()
         if again:
             process.write(0, 99)
@@ -114,6 +116,14 @@ def check(left: Left, num_pages: int = 8) -> int:
 def test_what_was_synced_outlives_a_loss_of_power(tmp_path: Path) -> None:
     found = [check(one) for seed in range(3) for one in run(tmp_path / str(seed), seed)]
     assert len(found) > 40 and sum(found) > 40
+
+
+@pytest.mark.usefixtures("no_disk")
+def test_so_does_what_was_synced_and_is_compressed(tmp_path: Path) -> None:
+    """Sizes of files say less of what is missing."""
+    spec = replace(SPEC, disk_codec="lossless")
+    found = [check(one, spec=spec) for one in run(tmp_path, 3, spec=spec)]
+    assert len(found) > 10 and sum(found) > 10
 
 
 def skip_files(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,20 +14,22 @@ from distkv.storage.errors import StoreError
 from distkv.storage.ledger.disk_journal import DiskChanges
 from distkv.storage.ledger.page import Page, PageKey
 from distkv.storage.ledger.tiered_cache import TieredCache
+from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools.disk_pool import DiskPool
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan
 
 
 class DiskProcess:
-    """Opens a folder as an engine does. The page of key N has the bits of `random_page(SPEC, N)`."""
+    """Opens a folder as an engine does. The page of key N has the bits of `random_page(spec, N)`."""
 
-    def __init__(self, folder: Path, num_pages: int):
+    def __init__(self, folder: Path, num_pages: int, spec: PageSpec = SPEC):
+        self.spec = spec
         self._lock = FolderLock(folder)
-        reopen(folder, SPEC, num_pages, description())
+        reopen(folder, spec, num_pages, description(spec))
         self._synced = SyncedPages(folder, has_catalogue=True)
-        heads = DiskHeads(0, SPEC.num_kv_heads)
-        self.pool = DiskPool(SPEC, folder, num_pages, heads, synced=self._synced)
+        heads = DiskHeads(0, spec.num_kv_heads)
+        self.pool = DiskPool(spec, folder, num_pages, heads, synced=self._synced)
         self._writer = CatalogueWriter(folder, TieredCache((2, 2, num_pages), 1))
         entries, _ = read_catalogue(folder)
         missing: list[int] = []
@@ -46,7 +48,7 @@ class DiskProcess:
 
     def write(self, slot: int, key: int) -> None:
         """Raises StoreError."""
-        self.pool.store(slot, random_page(SPEC, key))
+        self.pool.store(slot, random_page(self.spec, key))
         page = Page(0, key=PageKey(b"%d" % key, b"root", b"tokens"))
         self._writer.update(DiskChanges(written={slot: (0, page)}), {0: self.pool.checksums(slot)})
         self.keys[slot] = key
@@ -61,10 +63,10 @@ class DiskProcess:
         found = set()
         for slot, key in self.keys.items():
             try:
-                page = load(self.pool, slot)
+                page = load(self.pool, slot, self.spec)
             except StoreError:  # which has it computed again
                 continue
-            assert same(page, random_page(SPEC, key)), "a page was taken for another"
+            assert same(page, random_page(self.spec, key)), "a page was taken for another"
             found.add(key)
         return found
 

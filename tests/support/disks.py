@@ -38,7 +38,7 @@ def description(spec: PageSpec = SPEC) -> Description:
     """Of the pages of a model whose folder is to be named "0123456789abcdef"."""
     return Description(
         "0123456789abcdef" * 4, "/models/one", spec.dtype, spec.page_size, spec.num_layers,
-        spec.num_kv_heads, spec.head_dim, spec.page_bytes,
+        spec.num_kv_heads, spec.head_dim, spec.page_bytes, spec.disk_codec,
     )  # fmt: skip
 
 
