@@ -18,6 +18,7 @@ from distkv.option_checks import (
 from distkv.option_help import explained
 from distkv.storage.page_spec import DISK_CODECS
 from distkv.storage.paging import NUM_BUFFERS, PREFILL_SPLIT, check_page_size
+from distkv.workers.attention.policies.registry import FULL, policy_name
 
 REBUILD_SECONDS = 600.0  # `EngineConfig.rebuild_timeout` unless it is given
 
@@ -62,6 +63,7 @@ class EngineOptions(TypedDict, total=False):
     num_threads: int | None
     trace: str | Path | None
     batch_invariant: bool | None
+    attention_policy: str
 
 
 @explained
@@ -253,6 +255,13 @@ class EngineConfig:
     distkv instead of cuBLAS. None is off on CUDA. A CPU always does so, and refuses False.
     """
 
+    attention_policy: str = FULL
+    """Which KV pages an answer's tokens attend to: full, sink_window(sinks=4, window=4096), top_pages(share=0.1).
+
+    top_pages(pages=64) takes a number of pages instead. Tokens of a prompt attend to all pages. Anything but full
+    changes answers, and needs the native kernels of a CPU.
+    """
+
     def __post_init__(self) -> None:
         self._set("model", settle_path("model", self.model))
         sizes = ("tensor_parallel_size", "data_parallel_size", "max_num_seqs", "max_num_batched_tokens", "page_size")
@@ -283,6 +292,7 @@ class EngineConfig:
         self._set("gpu_memory_utilization", check_share("gpu_memory_utilization", self.gpu_memory_utilization))
         if self.max_share_per_salt is not None:
             self._set("max_share_per_salt", check_share("max_share_per_salt", self.max_share_per_salt))
+        self._set("attention_policy", policy_name(self.attention_policy))
         check_ray_address(self.ray_address)
         check_page_size(self.page_size)
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -307,6 +317,11 @@ class EngineConfig:
     def is_on_ray(self) -> bool:
         """Whether the ranks are Ray actors."""
         return self.tensor_parallel_size > 1 or self.data_parallel_size > 1 or self.ray_address is not None
+
+    @property
+    def kv_policy(self) -> str | None:
+        """What answers differ by from those of the exact cache: options, by their names; None where nothing does."""
+        return None if self.attention_policy == FULL else self.attention_policy
 
     @property
     def seconds_to_rebuild(self) -> float:

@@ -44,6 +44,9 @@ class RequestOutput:
     `prompt_logprobs`, when asked for, has a table as `CompletionOutput.logprobs` has for each token of the prompt, and
     None for the first one, which follows nothing. With DELTA the first output alone has it, and no output of a request
     that failed before its prompt was read.
+
+    `kv_policy` names the options by which the answer may differ from that of the whole and exact cache, such as
+    `top_pages(share=0.1)`, see `EngineConfig.attention_policy`; None where there are none.
     """
 
     request_id: str
@@ -54,6 +57,7 @@ class RequestOutput:
     error: DistKVError | None = None  # why it could not go on, or with a session why its answer was not kept
     num_cached_tokens_by_tier: dict[str, int] = field(default_factory=dict)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    kv_policy: str | None = None
 
     @property
     def num_cached_tokens(self) -> int:

@@ -18,6 +18,8 @@ from typing import Protocol
 from distkv.kernels.token_kernels import TokenKernels
 from distkv.storage.device import Device
 from distkv.storage.page_spec import PageSpec
+from distkv.workers.attention.policies.policy import PagePolicy, name_of
+from distkv.workers.errors import ConfigError
 from distkv.workers.kinds import KINDS
 from distkv.workers.kv_pools import KVPools
 from distkv.workers.model.llama import LlamaModel
@@ -56,6 +58,9 @@ class Backend(Protocol):
         """What runs steps over the pools."""
         ...
 
+    def use_policy(self, policy: PagePolicy) -> None:
+        """Has steps run by a policy of attention from now on. Raises ConfigError where there are no kernels for it."""
+
     def room(self, model: LlamaModel, demand: Demand) -> Room:
         """Looks, or finds out by trial, how much memory is left beside the model. All ranks of a group at a time.
         Raises CapacityError when a step does not fit."""
@@ -65,11 +70,24 @@ class Backend(Protocol):
         """Chooses what depends on how fast this machine is, in pools that hold nothing yet."""
 
 
-def make_backend(kind: str, batch_invariant: bool | None = None) -> Backend:
+def make_backend(kind: str, batch_invariant: bool | None = None, policy: PagePolicy | None = None) -> Backend:
     """The backend of this process, for a key of `KINDS`.
 
     Args:
-        batch_invariant: as in `EngineConfig`. Raises ConfigError where the backend cannot do as it says.
+        batch_invariant: as in `EngineConfig`.
+        policy: of attention, None for all pages.
+
+    Raises ConfigError where the backend cannot do as these say.
     """
     backend: Backend = import_module(KINDS[kind].module).make_backend(batch_invariant)
+    if policy is not None:
+        backend.use_policy(policy)
     return backend
+
+
+def refused_policy(policy: PagePolicy, kernels: str) -> ConfigError:
+    """The error of kernels that attend to all pages alone."""
+    return ConfigError(
+        f"attention_policy is {name_of(policy)}, which the native kernels of a CPU alone can follow, and this rank has "
+        f"{kernels}; use full"
+    )

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from distkv.storage.device import Device
 from distkv.storage.disk.cache_folder import Description, DiskHeads, FolderLock
@@ -12,10 +12,12 @@ from distkv.storage.meter import Meter
 from distkv.storage.moving.lane_times import LaneTimes
 from distkv.storage.moving.mover import Mover
 from distkv.storage.moving.read_ahead import ReadAhead
+from distkv.storage.moving.slices_on_demand import SlicesOnDemand
 from distkv.storage.moving.staging_ring import STREAMED, Load, StagingRing, Stream
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools.device_pool import DevicePool
 from distkv.storage.pools.host_pool import HostPool
+from distkv.storage.pools.page_summaries import PageSummaries
 from distkv.storage.tier import Tier, route_name
 from distkv.workers.cache_place import CachePlace, join_folder
 from distkv.workers.group.report import Report
@@ -23,6 +25,8 @@ from distkv.workers.sizes import PoolSizes
 
 if TYPE_CHECKING:
     from distkv.storage.pools.disk_pool import DiskPool
+
+AnyStream = TypeVar("AnyStream", bound=Stream)
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,13 @@ class KVPools:
         device: Device,
         disk: DiskTier | None = None,
         meter: Meter | None = None,
+        summarises: bool = False,
     ):
         """
         Args:
             disk: needed where the disk has pages.
             meter: is told what moving takes.
+            summarises: keeps `summaries` of pages, which a policy of attention chooses by.
         """
         self._spec, self.meter = spec, meter or Meter()
         on_device, on_host, on_disk = (spec.page_bytes_in(tier) for tier in Tier)
@@ -59,6 +65,7 @@ class KVPools:
         self._missing: list[int] = []
         self._bad_reads: dict[int, str] = {}
         self._reported: dict[str, int] = {}
+        self.summaries = PageSummaries(spec, device) if summarises else None
         with ExitStack() as stack:  # what is open is closed again if something fails on the way
             self.device = DevicePool(spec, sizes.device, device)
             stack.callback(self.device.close)
@@ -96,7 +103,18 @@ class KVPools:
         if not loads:
             yield None
             return
-        stream = self.ring.begin(loads)
+        with self._noting(self.ring.begin(loads)) as stream:
+            yield stream
+
+    @contextmanager
+    def stream_on_demand(self, loads: list[Load]) -> Iterator[SlicesOnDemand]:
+        """A stream of a step's loads, of which there may be none, and of what the step asks for; on a CPU."""
+        with self._noting(SlicesOnDemand(self.ring, loads)) as stream:
+            yield stream
+
+    @contextmanager
+    def _noting(self, stream: AnyStream) -> Iterator[AnyStream]:
+        """Closes a stream and takes down what it could not read."""
         try:
             yield stream
         finally:

@@ -1,6 +1,6 @@
 """What ranks remember between step plans: the pages of each sequence, and where each page lies."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,6 +20,8 @@ class SequenceStep:
     pages: np.ndarray
     prompt_len: int
     num_logits: int  # of the last new tokens, those whose logits score what follows them among them
+    # int64, by which names the leader knows the pages; where a policy of attention chooses among them
+    page_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
 class PageDirectory:
@@ -52,7 +54,7 @@ class PageDirectory:
             if locations[one.start // self._page_size :].min() < 0:
                 raise DistKVError("a step plan writes to pages that are not on the device")
             wanted = len(one.scored) + one.num_logits
-            steps.append(SequenceStep(one.token_ids, one.start, locations, one.prompt_len, wanted))
+            steps.append(SequenceStep(one.token_ids, one.start, locations, one.prompt_len, wanted, pages.copy()))
         return steps
 
 

@@ -38,6 +38,7 @@ class PlanCheck:
         _below("a device slot", [slot for slot, _ in plan.synthetic_pages], slots[DEVICE])
         _below("a seed", [seed for _, seed in plan.synthetic_pages], 2**63)
         _below("a page", [page for page, _ in plan.relocated], num_pages)
+        _below("a page", plan.new_pages, num_pages)
         for _, location in plan.relocated:
             tier, slot = decode_location(location)
             _below(f"a slot of {tier.name}", [slot], slots[tier])

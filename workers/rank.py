@@ -15,6 +15,7 @@ from distkv.storage.moving.streams import Lane
 from distkv.storage.process_limits import available_bytes
 from distkv.storage.synthetic_pages import synthetic_slice
 from distkv.storage.tier import Tier
+from distkv.workers.attention.policies.registry import parse_policy
 from distkv.workers.backend import Demand, make_backend
 from distkv.workers.bandwidth import measure_bandwidth
 from distkv.workers.cache_place import CachePlace
@@ -55,7 +56,9 @@ class Rank:
         self.config = config
         self.group = group
         self.shard = Shard.of(config.model, group.rank, group.size, config.num_parts)
-        self.backend = make_backend(config.device, config.batch_invariant)
+        policy = parse_policy(config.attention_policy)
+        self._summarises = policy is not None and policy.needs_summaries
+        self.backend = make_backend(config.device, config.batch_invariant, policy)
         self.page_spec = rank_page_spec(config, self.shard)
         use_threads(config.num_threads)
         self.model, digest = self._load(check)
@@ -126,7 +129,7 @@ class Rank:
             kept = self._description(place) if place.fingerprint else None
             disk = DiskTier(place, heads, shard.rank, kept, is_alone=self.group.size == 1)
         meter = Meter(shard.rank, config.traces)
-        self.pools = KVPools(self.page_spec, sizes, self.backend.device, disk, meter)
+        self.pools = KVPools(self.page_spec, sizes, self.backend.device, disk, meter, self._summarises)
         self._runner = self.backend.make_runner(self.model, self.pools, config.max_num_seqs)
         self.backend.tune(self.pools)
         self.plan_check = PlanCheck(sizes, config.model.vocab_size, config.page_size, config.max_num_seqs)
@@ -155,6 +158,8 @@ class Rank:
         pools = self.pools
         self._scores = None  # of a step that raised
         steps = self._directory.update(plan)
+        if pools.summaries is not None:
+            pools.summaries.forget(plan.new_pages)
         sampled = self._share_sampled(plan.num_sampled, sampled)
         if plan.adopt is not None:
             pools.adopt(plan.adopt)
@@ -162,8 +167,11 @@ class Rank:
         for source, target in plan.copies:
             pools.device.copy(source, target)
         pools.device.clear(plan.clear)
+        ids = {location: id for id, location in plan.relocated}
         for slot, seed in plan.synthetic_pages:
             self._fill_synthetic(slot, seed)
+            if pools.summaries is not None:
+                pools.summaries.add(ids[slot], pools.device.data[:, 0, slot])
         if not steps:
             pools.mover.wait(plan.await_ids)  # such a plan is sent to learn of their end
             return None

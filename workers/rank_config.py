@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distkv.storage.page_spec import PageSpec
+from distkv.workers.attention.policies.registry import FULL
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import Shard
 
@@ -28,6 +29,7 @@ class RankConfig:
     digest_weights: bool  # whether pages may be kept, so that the whole content of the weights must be known
     traces: bool = False  # whether reports tell of each piece of work by itself
     disk_codec: str = "none"  # see `EngineConfig.disk_kv_codec`
+    attention_policy: str = FULL  # see `parse_policy`
     num_parts: int | None = None  # of sums over ranks, see `Shard.of`; None for one of each rank
 
 

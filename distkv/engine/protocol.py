@@ -4,6 +4,7 @@ import msgspec
 
 from distkv.engine.stats import EngineStats
 from distkv.sampling_params import SamplingParams
+from distkv.workers.attention.policies.registry import FULL
 from distkv.workers.group.log_lines import LogLine
 from distkv.workers.sampling.sampled_token import TokenLogprobs
 
@@ -36,6 +37,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     max_share_per_salt: float | None = None  # of device and host, see `Shares`
     num_engines: int = 1  # that share the requests; all other figures are those of one
     save_timeout: float | None = None  # see `EngineConfig`
+    attention_policy: str = FULL  # see `EngineConfig`
+    kv_policy: str | None = None  # what outputs say of it
 
 
 class EngineRequest(msgspec.Struct, frozen=True):

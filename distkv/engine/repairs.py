@@ -43,8 +43,10 @@ class Repairs:
         transfers, await_ids = self._cache.take_transfers()
         relocated = self._cache.take_relocated()
         locations = [(page.id, page.location) for page in relocated]
+        new_pages = [page.id for page in self._cache.take_new(relocated)]
+        plan = StepPlan(parts, [], [slot], transfers, await_ids, synthetic_pages, locations, new_pages)
         try:
-            damaged = self._runner.run(StepPlan(parts, [], [slot], transfers, await_ids, synthetic_pages, locations))
+            damaged = self._runner.run(plan)
         except BaseException:
             self._cache.put_back([], [], relocated)
             owner.num_sent = 0

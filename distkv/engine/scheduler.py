@@ -19,6 +19,7 @@ from distkv.storage.ledger.page_table import PageTable
 from distkv.storage.ledger.prefix_index import root_key
 from distkv.storage.ledger.tiered_cache import TieredCache
 from distkv.storage.paging import pages_for
+from distkv.workers.attention.policies.registry import FULL
 
 MAX_EXPECTED = 8  # waiting requests whose known pages are brought up ahead
 
@@ -103,7 +104,7 @@ class Scheduler:
             table = PageTable(self.cache, self._info.page_size, tenant)
             sequence = Sequence(
                 request, index, next(self._numbers), table, [*request.prompt_token_ids, *tokens], root,
-                lengths=self._lengths, arrival=arrival,
+                keeps_answer=self._info.attention_policy == FULL, lengths=self._lengths, arrival=arrival,
             )  # fmt: skip
             sequence.arrived_at = time.perf_counter()
             sequence.rules = rules.fresh() if rules and arrival >= 0 else rules

@@ -27,6 +27,7 @@ class Sequence:
     token_ids: list[int]  # prompt and answer
     root: bytes | None  # of the chain of page keys; None when its pages are its own
     keys: list[PageKey] = field(default_factory=list)  # of its first full pages
+    keeps_answer: bool = True  # whether pages with tokens of the answer have keys: not where those do not attend to all
     lengths: AnswerLengths = field(default_factory=AnswerLengths)  # of answers before it
     num_pending: int = 0  # tokens that steps under way sample, which are not known yet
     num_sent: int = 0  # pages that the ranks' table holds
@@ -74,7 +75,8 @@ class Sequence:
         """Full pages of what is to be read that may be taken over: without its last token, which must be run for its
         logits, and without the tokens whose logits score the prompt."""
         is_scored = self.request.params.prompt_logprobs is None or self.num_scored == self.prompt_len - 1
-        return (self.num_to_read - 1 if is_scored else self.num_scored) // self.table.page_size
+        most = self.num_to_read - 1 if is_scored else self.num_scored
+        return self._num_keys(most)
 
     @property
     def num_cached(self) -> tuple[int, int, int]:
@@ -153,12 +155,13 @@ class Sequence:
         return is_ahead and not self.finished and self.keys[index].digest == key.digest
 
     def page_keys(self, num_tokens: int) -> list[PageKey] | None:
-        """The keys of the full pages of its first tokens, at least; None when its pages are its own."""
+        """The keys of the full pages of its first tokens, at least, as far as those have any; None when all its pages
+        are its own."""
         if self.root is None:
             return None
         assert num_tokens <= len(self.token_ids), "a key takes the tokens themselves"
         size = self.table.page_size
-        for index in range(len(self.keys), num_tokens // size):
+        for index in range(len(self.keys), self._num_keys(num_tokens)):
             parent = self.keys[-1].digest if self.keys else self.root
             self.keys.append(page_key(parent, self.token_ids[index * size : (index + 1) * size]))
         return self.keys
@@ -211,8 +214,9 @@ class Sequence:
         """Another answer from the same state; also the page copy it needs, see `PageTable.fork`."""
         table, copy = self.table.fork()
         fork = Sequence(
-            self.request, index, number, table, list(self.token_ids), self.root, list(self.keys), self.lengths
-        )
+            self.request, index, number, table, list(self.token_ids), self.root, list(self.keys), self.keeps_answer,
+            self.lengths,
+        )  # fmt: skip
         fork.arrival, fork.is_guessed = self.arrival, self.is_guessed
         fork.turn, fork.cached_tiers = self.turn, self.cached_tiers
         fork.arrived_at, fork.admitted_at, fork.has_begun = self.arrived_at, self.admitted_at, self.has_begun
@@ -233,6 +237,10 @@ class Sequence:
         self.num_to_read, self.num_sent, self.found_at = len(self.token_ids), 0, -1
         self.was_preempted, self.is_guessed, self.is_parked = True, False, False
         self.lacks_room = self.lacks_share = False
+
+    def _num_keys(self, num_tokens: int) -> int:
+        """How many of the pages of its first tokens may have keys."""
+        return (num_tokens if self.keeps_answer else min(num_tokens, self.prompt_len)) // self.table.page_size
 
     def _pages_at(self, length: int) -> int:
         """Pages of all answers that it stands for when each, with the prompt, has so many tokens."""

@@ -115,7 +115,7 @@ class FrontEnd:
             stop_token_ids=frozenset(reasons),
             bad_words_token_ids=bad_words_token_ids(params.bad_words or [], self._tokenizer),
         )
-        return RequestState(request, text, self._tokenizer, reasons)
+        return RequestState(request, text, self._tokenizer, reasons, self.info.kv_policy)
 
     def session(self, name: str, params: SamplingParams) -> Session:
         """Opens a conversation for one more turn; raises ConfigError and CapacityError as `Session` does, RequestError

@@ -18,8 +18,13 @@ class RequestState:
     between two outputs, which then merge.
     """
 
-    def __init__(self, request: EngineRequest, prompt: str | None, tokenizer: Tokenizer | None, reasons: StopReasons):
+    def __init__(
+        self, request: EngineRequest, prompt: str | None, tokenizer: Tokenizer | None, reasons: StopReasons,
+        kv_policy: str | None = None,
+    ):  # fmt: skip
+        """`kv_policy` is what outputs say of it."""
         self.request = request
+        self._kv_policy = kv_policy
         self.error: DistKVError | None = None
         self._prompt = prompt
         self._kind = request.params.output_kind
@@ -91,6 +96,7 @@ class RequestState:
             error=self.error,
             num_cached_tokens_by_tier=dict(zip(TIERS, self._num_cached_tokens, strict=True)),
             prompt_logprobs=prompt_logprobs,
+            kv_policy=self._kv_policy,
         )
         if self.error is not None:
             self.error.output = output

@@ -59,4 +59,6 @@ def engine_info(
         tier_bytes=(on_device, on_host, on_disk),
         max_share_per_salt=config.max_share_per_salt,
         save_timeout=config.save_timeout,
+        attention_policy=config.attention_policy,
+        kv_policy=config.kv_policy,
     )

@@ -27,4 +27,5 @@ def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> R
         digest_weights=keeps_cache(config, model),
         traces=config.trace is not None,
         disk_codec=config.disk_kv_codec,
+        attention_policy=config.attention_policy,
     )

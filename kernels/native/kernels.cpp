@@ -11,6 +11,7 @@
 #include "attention.hpp"
 #include "collectives.hpp"
 #include "linear.hpp"
+#include "page_bounds.hpp"
 #include "tokens.hpp"
 
 namespace {
@@ -102,6 +103,15 @@ void attention(int dtype, const void* q, int64_t q_stride, int64_t heads, int64_
         auto* all = reinterpret_cast<const Chunk*>(chunks);
         if (num_few) attend_few(call, all, num_few);
         if (num_chunks > num_few) attend_many(call, all + num_few, num_chunks - num_few);
+    });
+}
+
+void page_bounds(int dtype, const void* q, int64_t num_rows, int64_t heads, int64_t kv_heads, int64_t dim,
+                 const void* summaries, const int64_t* ids, int64_t num_pages, float* out, int num_threads) {
+    by_dtype(dtype, [&](auto one) {
+        using T = decltype(one);
+        page_bounds(static_cast<const T*>(q), num_rows, heads, kv_heads, dim, static_cast<const T*>(summaries), ids,
+                    num_pages, out, num_threads);
     });
 }
 

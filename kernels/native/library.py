@@ -29,6 +29,7 @@ _ARGUMENTS = {
     "attention": [
         _INT, _ADDRESS, *[_SIZE] * 5, _ADDRESS, _SIZE, *[_ADDRESS] * 3, _SIZE, _SIZE, _ADDRESS, _ADDRESS, _INT,
     ],
+    "page_bounds": [_INT, _ADDRESS, *[_SIZE] * 4, _ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _INT],
     "shared_size": [_SIZE, _INT],
     "all_reduce": [_INT, _ADDRESS, _SIZE, _INT, _INT, _ADDRESS, _SIZE, _INT],
     "gather": [_ADDRESS, _SIZE, _INT, _INT, _ADDRESS, _SIZE, _ADDRESS],
@@ -48,6 +49,7 @@ class Library:
     rms_norm: Callable[..., None]
     rope_and_write: Callable[..., None]
     attention: Callable[..., None]
+    page_bounds: Callable[..., None]
     shared_size: Callable[..., int]
     all_reduce: Callable[..., int]
     gather: Callable[..., int]

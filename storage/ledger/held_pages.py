@@ -12,6 +12,8 @@ class HeldPages:
     Each verb has one that closes it, and something holds in between:
 
     - `add`, `remove`: the page has an id that no other has, and is counted in the tiers where it has slots.
+    - `add`, `take_new`: the page's id named another one before, or none; the ranks forget what they know of that.
+      `put_back` undoes the taking.
     - `relocate`, `take_relocated`: the ranks look for the page elsewhere; no plan may read it before its location was
       sent. `put_back` undoes the taking.
     - `park`, `unpark`: the sequences of the page wait, and its device copy goes before those of others.
@@ -25,6 +27,7 @@ class HeldPages:
         self.num_above_disk = 0  # with one there or on the host
         self._pages: dict[Page, None] = {}
         self._relocated: dict[Page, None] = {}  # whose location has not been sent
+        self._new: dict[Page, None] = {}  # whose id the ranks may know as another page's
         self._free_ids: list[int] = []
         self._next_id = 0
 
@@ -45,7 +48,7 @@ class HeldPages:
             page.id = self._next_id
             self._next_id += 1
         self._count(page, 1)
-        self._relocated[page] = None
+        self._relocated[page] = self._new[page] = None
 
     def remove(self, page: Page) -> None:
         """Takes the last holder of a page."""
@@ -53,6 +56,7 @@ class HeldPages:
         page.references = 0
         del self._pages[page]
         self._relocated.pop(page, None)
+        self._new.pop(page, None)
         self.parked.pop(page, None)
         self._free_ids.append(page.id)
         self._count(page, -1)
@@ -76,11 +80,19 @@ class HeldPages:
         self._relocated = {page: None for page in self._relocated if page.lost}
         return taken
 
+    def take_new(self, relocated: Iterable[Page]) -> list[Page]:
+        """Those of some pages whose ids have come to name them since they were sent last."""
+        taken = [page for page in relocated if page in self._new]
+        for page in taken:
+            del self._new[page]
+        return taken
+
     def put_back(self, relocated: Iterable[Page]) -> None:
-        """Undoes `take_relocated`, as far as the pages are held still."""
+        """Undoes `take_relocated` and `take_new`, as far as the pages are held still. Ranks that are told again that a
+        page is new do some work once more, and no harm."""
         for page in relocated:
             if page.references:
-                self._relocated[page] = None
+                self._relocated[page] = self._new[page] = None
 
     def park(self, page: Page) -> None:
         self.parked[page] = None

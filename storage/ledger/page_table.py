@@ -54,12 +54,13 @@ class PageTable:
         """Takes note that the next `num_tokens` tokens are in their pages; those that are full never change again.
 
         Args:
-            keys: of all full pages of the sequence, by which others may find them; None keeps them to this sequence.
+            keys: of the first full pages of the sequence, by which others may find them. Those behind them, or all with
+                None, are kept to this sequence.
         """
         first = self.num_committed // self.page_size
         self.num_committed += num_tokens
         for index in range(first, self.num_committed // self.page_size):
-            self._cache.fill(self.pages[index], None if keys is None else keys[index])
+            self._cache.fill(self.pages[index], keys[index] if keys is not None and index < len(keys) else None)
 
     def fork(self) -> tuple["PageTable", tuple[Page, Page] | None]:
         """A second table over the same tokens. Full pages are shared; a partly filled last page is the new table's own.

@@ -30,7 +30,8 @@ class TieredCache:
     - `allocate`, `share`: `release`. In between the page is held, and lies somewhere unless it is in `lost`.
     - `restore` a lost page: `fill`, or `forget` when that fails.
     - `park`: `unpark`.
-    - `take_transfers`, `take_relocated`: `put_back`, if the plan may not have reached the ranks; else `apply`.
+    - `take_transfers`, `take_relocated`, `take_new`: `put_back`, if the plan may not have reached the ranks; else
+      `apply`.
 
     Device slots are taken in `allocate`, after `reserve` has made room. Everything else that moves is queued for the
     next step plan (`take_transfers`), and `apply` takes in that it has ended.
@@ -280,6 +281,10 @@ class TieredCache:
     def take_relocated(self) -> list[Page]:
         """Held pages that lie elsewhere than the ranks know; to be sent with the next plan that reads pages."""
         return self._held.take_relocated()
+
+    def take_new(self, relocated: Iterable[Page]) -> list[Page]:
+        """Those of the relocated pages whose ids named other pages before, or none; to be sent with them."""
+        return self._held.take_new(relocated)
 
     def put_back(self, transfers: list[Transfer], wait: list[int], relocated: Iterable[Page] = ()) -> None:
         """Undoes the takings for a plan that may not have reached the ranks; they pass over what they know."""

@@ -127,6 +127,10 @@ class StagingRing:
         """Takes down that so many layer slices were streamed."""
         self.bytes[tier] += num_slices * self.spec.slice_bytes_in(tier)
 
+    def count_heads(self, tier: Tier, num_slices: int) -> None:
+        """The same of slices of a single KV head."""
+        self.bytes[tier] += num_slices * self.spec.slice_bytes_in(tier) // self.spec.num_kv_heads
+
     def close(self) -> None:
         """Gives back the buffers, into which nothing may be on its way."""
         self.parts, self.sources, self.targets = [], [], []

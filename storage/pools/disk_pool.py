@@ -218,27 +218,42 @@ class DiskPool:
 class OpenPages:
     """Pages of a `DiskPool` that are read layer by layer, from several threads if need be. A context manager.
 
-    MAX_OPEN files stay open, so that the system reads ahead in them; the others are opened for each read.
+    MAX_OPEN files stay open, so that the system reads ahead in them; the others are opened for each read. Pages that
+    are added later stay closed until `keep_open`.
     """
 
     def __init__(self, pool: DiskPool, slots: Sequence[int]):
         """Raises StoreError for a slot that holds no page."""
-        self._codec, self._meter = pool.codec, pool.meter
+        self._pool, self._codec, self._meter = pool, pool.codec, pool.meter
         self._files = [pool.files(slot) for slot in slots]
         self._checksums = [pool.layer_checksums(slot) for slot in slots]
         self._descriptors: list[list[int | None]] = [[None] * len(files) for files in self._files]
         self._indexes: list[list[Any]] = [[_UNREAD] * len(files) for files in self._files]
-        room = MAX_OPEN
-        for files, descriptors in zip(self._files, self._descriptors, strict=True):
-            for head, file in enumerate(files[: max(0, room)]):
-                with suppress(OSError):  # `read` says why
-                    descriptors[head] = os.open(file, os.O_RDONLY)
-            room -= len(files)
+        self._room = MAX_OPEN
+        for index, files in enumerate(self._files):
+            for head in range(len(files)):
+                self.keep_open(index, head)
 
-    def read(self, index: int, layer: int, parts: Parts) -> None:
-        """Reads and checks one layer of the index-th page. Raises StoreError when it cannot be read back."""
+    def add(self, slot: int) -> int:
+        """The index of one page more. Raises StoreError when the slot holds none."""
+        self._files.append(self._pool.files(slot))
+        self._checksums.append(self._pool.layer_checksums(slot))
+        self._descriptors.append([None] * len(self._files[-1]))
+        self._indexes.append([_UNREAD] * len(self._files[-1]))
+        return len(self._files) - 1
+
+    def keep_open(self, index: int, head: int) -> None:
+        """Opens the file of one head of a page, if it is not and there is room, until `close`."""
+        if self._room > 0 and self._descriptors[index][head] is None:
+            with suppress(OSError):  # `read` says why
+                self._descriptors[index][head] = os.open(self._files[index][head], os.O_RDONLY)
+                self._room -= 1
+
+    def read(self, index: int, layer: int, parts: Parts, first_head: int = 0) -> None:
+        """Reads and checks one layer of the index-th page: of the heads from `first_head` on, as many as there are
+        parts. Raises StoreError when it cannot be read back."""
         checksums, start, num_bytes = self._checksums[index], now(), 0
-        for head, pieces in enumerate(parts):
+        for head, pieces in enumerate(parts, first_head):
             try:
                 num_bytes += self._read(index, head, layer, pieces)
                 if _checksum(pieces) != checksums[head][layer]:

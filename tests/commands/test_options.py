@@ -44,6 +44,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "max_cold_bytes_per_step": ("123", 123),
     "load_format": ("dummy", "dummy"),
     "num_threads": ("2", 2),
+    "attention_policy": ("top_pages(share=0.25)", "top_pages(share=0.25)"),
 }
 """What the command line is given for a field, and what the field is then."""
 OTHERS: dict[str, tuple[str, Any]] = {

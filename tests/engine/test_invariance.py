@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from support.checkpoints import save_llama
-from support.damage import all_damages
+from support.damage import all_damages, flip_bit
 from support.invariance import WHOLE, answers_alone, assert_answers, random_requests, said
 from support.llms import idle_engine
 from support.processes import run_code
@@ -34,14 +34,25 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return folder, request.param
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 60))])
-def test_answers_do_not_depend_on_what_else_happens(model: tuple[Path, str], tmp_path: Path, seed: int) -> None:
+CHOOSING = "top_pages(share=0.3)"
+SEEDS = [
+    *((seed, "full") for seed in range(3)),
+    *((seed, CHOOSING) for seed in (100, 101)),
+    *(pytest.param(seed, "full", marks=pytest.mark.slow) for seed in range(3, 60)),
+    *(pytest.param(seed, CHOOSING, marks=pytest.mark.slow) for seed in range(102, 130)),
+]
+
+
+@pytest.mark.parametrize(("seed", "policy"), SEEDS)
+def test_answers_do_not_depend_on_what_else_happens(
+    model: tuple[Path, str], tmp_path: Path, seed: int, policy: str
+) -> None:
     """Neighbours in the batch, borders of chunks, hits of any length in any tier, tiers, rings, threads, restarts."""
     folder, dtype = model
     rng = random.Random(seed)
     prompts, params = random_requests(rng)
-    page_size = rng.choice([16, 32, 64, 256])
-    common = {"dtype": dtype, "page_size": page_size}
+    page_size = rng.choice([16, 32, 64, 256] if policy == "full" else [16, 32])
+    common = {"dtype": dtype, "page_size": page_size, "attention_policy": policy}
     with LLM(folder, device_kv_bytes="64MiB", enable_prefix_caching=False, **common, **WHOLE) as alone:
         expected = answers_alone(alone, prompts, params)
     page = 2 * 2 * 3 * 24 * page_size * 4  # bytes at most
@@ -71,9 +82,22 @@ def cold_request(dtype: str, cache_dir: Path) -> tuple[list[int], SamplingParams
 @pytest.mark.parametrize("model", ["bfloat16"], indirect=True)
 def test_a_repair_leaves_no_trace(model: tuple[Path, str], tmp_path: Path, damage: Callable[[Path], None]) -> None:
     """Files of pages are damaged while a request decodes, and before the next process reads them."""
+    assert_repairs_leave_no_trace(model, tmp_path, damage, "full")
+
+
+@pytest.mark.parametrize("model", ["bfloat16"], indirect=True)
+def test_a_repair_leaves_no_trace_where_pages_are_chosen(model: tuple[Path, str], tmp_path: Path) -> None:
+    """Tokens of the answer that are computed again choose the pages that they chose before."""
+    assert_repairs_leave_no_trace(model, tmp_path, flip_bit, CHOOSING)
+
+
+def assert_repairs_leave_no_trace(
+    model: tuple[Path, str], tmp_path: Path, damage: Callable[[Path], None], policy: str
+) -> None:
     folder, dtype = model
     prompt, params, options = cold_request(dtype, tmp_path)
-    with LLM(folder, dtype=dtype, page_size=16, **WHOLE) as alone:
+    options["attention_policy"] = policy
+    with LLM(folder, dtype=dtype, page_size=16, attention_policy=policy, **WHOLE) as alone:
         expected = said(alone.generate([prompt], params, use_tqdm=False)[0])
     with LLM(folder, **options) as llm:
         engine = idle_engine(llm)

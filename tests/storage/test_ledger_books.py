@@ -76,6 +76,19 @@ def test_a_location_is_told_once_and_again_when_the_plan_was_lost() -> None:
     assert ledger.held.take_relocated() == [], "nobody looks for it"
 
 
+def test_that_an_id_names_another_page_is_told_with_its_location() -> None:
+    ledger = ledger_of(5, 5, 5)
+    first, second = put(ledger, DEVICE), put(ledger, DEVICE)
+    assert ledger.held.take_new([first]) == [first] and ledger.held.take_new([first, second]) == [second]
+    ledger.held.relocate(first)
+    assert ledger.held.take_new(ledger.held.take_relocated()) == [], "one that has moved is the same"
+    ledger.drop(second, DEVICE)
+    ledger.held.remove(second)
+    ledger.held.put_back([first, second])
+    assert ledger.held.take_new([first, second]) == [first], "of a plan that was lost, and of pages that are held still"
+    assert ledger.held.take_new([put(ledger, DEVICE)]) and not ledger.held.take_new([second])
+
+
 def test_pages_are_counted_where_they_lie() -> None:
     ledger = ledger_of(5, 5, 5)
     for tiers in ((DEVICE,), (DEVICE, HOST), (HOST, DISK), (DISK,), (DEVICE, DISK)):

@@ -32,9 +32,9 @@ def on_ranks(size: int, run: Callable[[int], Any]) -> list[Any]:
         return list(pool.map(run, range(size)))
 
 
-def logits(folder: Path, size: int, num_parts: int | None, dtype: str) -> Tensor:
+def logits(folder: Path, size: int, num_parts: int | None, dtype: str, prompt_len: int = 40, **more: Any) -> Tensor:
     """Of all tokens of a prompt that is read in two steps."""
-    config = rank_config(folder, dtype=dtype, num_threads=1, num_parts=num_parts)
+    config = rank_config(folder, dtype=dtype, num_threads=1, num_parts=num_parts, **more)
     store = open_store("127.0.0.1")
     prompt = random_prompt(40, 1)
 
@@ -42,11 +42,25 @@ def logits(folder: Path, size: int, num_parts: int | None, dtype: str) -> Tensor
         shared = SharedMemory.join(open_store("127.0.0.1", store.port), number, size) if size > 1 else None
         rank = Rank(config, RankInThread(number, size, shared))
         rank.allocate(PoolSizes(device=8))
-        steps = [sequence_step(prompt[:23], 0, [3, 1], 40, 23), sequence_step(prompt[23:], 23, [3, 1, 6], 40, 17)]
+        steps = [
+            sequence_step(prompt[:23], 0, [3, 1], prompt_len, 23),
+            sequence_step(prompt[23:], 23, [3, 1, 6], prompt_len, 17),
+        ]
         found = [rank.execute(step_plan([step])) for step in steps]
         return torch.cat(found) if number == 0 else None  # type: ignore[arg-type]
 
     return on_ranks(size, run)[0]
+
+
+def test_ranks_choose_pages_for_their_own_heads(tmp_path: Path) -> None:
+    """Where that is all of them, logits are those of full attention, which other choices change."""
+    folder, _ = save_llama(tmp_path, num_attention_heads=6, num_key_value_heads=3, hidden_size=96)
+    full, all_pages, some = (
+        logits(folder, 2, None, "bfloat16", prompt_len=10, attention_policy=policy)
+        for policy in ("full", "top_pages(share=1)", "top_pages(pages=2)")
+    )
+    assert torch.equal(all_pages, full)
+    assert torch.equal(some[:32], full[:32]) and not torch.equal(some, full), "they have two pages in any case"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

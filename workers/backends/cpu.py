@@ -11,7 +11,9 @@ from distkv.storage.dtypes import torch_dtype
 from distkv.storage.tier import Tier
 from distkv.workers.attention.cpu import CpuAttention, plan_cpu_attention
 from distkv.workers.attention.native import NativeAttention, plan_native_attention
-from distkv.workers.backend import Backend, Demand, Room
+from distkv.workers.attention.policies.policy import PagePolicy
+from distkv.workers.attention.policy_attention import PolicyAttention, Tools, plan_policy_attention
+from distkv.workers.backend import Backend, Demand, Room, refused_policy
 from distkv.workers.errors import ConfigError
 from distkv.workers.kv_pools import KVPools
 from distkv.workers.model.llama import LlamaModel
@@ -43,6 +45,9 @@ class CpuBackend:
 
         return plan
 
+    def use_policy(self, policy: PagePolicy) -> None:
+        raise refused_policy(policy, "torch's operators")
+
     def room(self, model: LlamaModel, demand: Demand) -> Room:
         return Room(
             demand.host_bytes - demand.staging_bytes,
@@ -61,6 +66,23 @@ class NativeBackend(CpuBackend):
         super().__init__()
         self.kernels = native_token_kernels(library)
         self._library = library
+        self._policy: PagePolicy | None = None
+
+    def use_policy(self, policy: PagePolicy) -> None:
+        self._policy = policy
+
+    def make_runner(self, model: LlamaModel, pools: KVPools, max_num_seqs: int) -> Runner:
+        if self._policy is None:
+            return super().make_runner(model, pools, max_num_seqs)
+        spec = pools.device.spec
+        tools = Tools(
+            self._library, self._policy, pools.summaries, spec.page_size, spec.num_kv_heads, spec.num_layers
+        )  # fmt: skip
+
+        def plan(steps: list[SequenceStep]) -> NativeAttention | PolicyAttention:
+            return plan_policy_attention(tools, steps, pools.ring.buffer_pages)
+
+        return CpuRunner(model, pools, plan, pools.stream_on_demand)
 
     def attention(self, model: LlamaModel, pools: KVPools) -> PlanAttention:
         def plan(steps: list[SequenceStep]) -> NativeAttention:

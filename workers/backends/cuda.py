@@ -8,7 +8,8 @@ from distkv.kernels.cuda.cuda_kernels import BATCH_INVARIANT_KERNELS, CUDA_KERNE
 from distkv.kernels.cuda.page_copy import copy_pages
 from distkv.storage.device import CudaDevice, Device
 from distkv.storage.tier import Tier
-from distkv.workers.backend import Backend, Demand, Room
+from distkv.workers.attention.policies.policy import PagePolicy
+from distkv.workers.backend import Backend, Demand, Room, refused_policy
 from distkv.workers.bandwidth import choose_copies
 from distkv.workers.gpu_memory import find_memory_in_use
 from distkv.workers.kv_pools import KVPools
@@ -31,6 +32,9 @@ class CudaBackend:
         num_programs = decode_programs(self._properties.multi_processor_count, pools.device.spec.num_kv_heads)
         captures = self.captures and model.group.is_capturable
         return CudaRunner(model, pools, max_num_seqs, num_programs, captures, self._batch_invariant)
+
+    def use_policy(self, policy: PagePolicy) -> None:
+        raise refused_policy(policy, "those of CUDA")
 
     def room(self, model: LlamaModel, demand: Demand) -> Room:
         spec, device = demand.spec, self.device.torch_device

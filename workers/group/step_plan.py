@@ -45,6 +45,7 @@ class StepPlan(msgspec.Struct, array_like=True):
     await_ids: list[int] = []
     synthetic_pages: list[tuple[int, int]] = []  # (device slot, seed): filled with random numbers, for stress tests
     relocated: list[tuple[int, int]] = []  # (page id, where it lies now, see `encode_location`)
+    new_pages: list[int] = []  # ids of these that name another page than before
     ended: list[int] = []  # numbers of tables that are not needed any more
     # the pages on disk that an earlier process left, by slot with their checksums, see `DiskPool.adopt`; given once,
     # before anything is written there

@@ -1,10 +1,12 @@
 """Runs the model on a CPU."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from torch import Tensor
 
+from distkv.storage.moving.staging_ring import Load, Stream
 from distkv.workers.kv_pools import KVPools
 from distkv.workers.model.llama import LlamaModel
 from distkv.workers.page_directory import SequenceStep
@@ -13,6 +15,7 @@ from distkv.workers.runners.host_copies import send
 from distkv.workers.sampling.placeholders import resolve_placeholders
 
 PlanAttention = Callable[[list[SequenceStep]], Attention]
+OpenStream = Callable[[list[Load]], AbstractContextManager[Stream | None]]
 
 
 class CpuRunner:
@@ -20,12 +23,14 @@ class CpuRunner:
 
     num_parts = 0
 
-    def __init__(self, model: LlamaModel, pools: KVPools, plan: PlanAttention):
+    def __init__(self, model: LlamaModel, pools: KVPools, plan: PlanAttention, stream: OpenStream | None = None):
         """
         Args:
             plan: plans the attention of a step over the pools.
+            stream: opens the stream of its loads; that of the pools unless it is given.
         """
         self._model, self._pools, self._plan = model, pools, plan
+        self._stream: OpenStream = stream or pools.stream
 
     def run(self, steps: list[SequenceStep], sampled: Tensor | None) -> Tensor:
         """See `Runner`."""
@@ -33,7 +38,7 @@ class CpuRunner:
         attention = self._plan(steps)
         tokens: Tokens[Tensor] = send(step_tokens(steps, pool.spec.page_size), pool.device)
         tokens = replace(tokens, token_ids=resolve_placeholders(tokens.token_ids, sampled))
-        with self._pools.stream(attention.loads) as stream:
+        with self._stream(attention.loads) as stream:
             return self._model.forward(Batch(tokens, attention), pool, stream)
 
     def warm_up(self) -> Iterator[None]:

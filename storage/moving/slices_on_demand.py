@@ -1,0 +1,100 @@
+"""Streaming on a CPU where a layer's queries say which pages it reads: slices of single KV heads are brought as they
+are asked for."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from distkv.storage.errors import StoreError
+from distkv.storage.meter import now
+from distkv.storage.moving.staging_ring import STREAMED, Load, LoadsInTurn, StagingRing
+from distkv.storage.pools.host_memory import as_integers
+from distkv.storage.tier import Tier, decode_locations
+
+if TYPE_CHECKING:
+    from distkv.storage.pools.disk_pool import OpenPages
+
+
+class SlicesOnDemand:
+    """A `Stream` that also brings what is asked for, into the same buffers: so what either has brought holds until the
+    next call of any of the two."""
+
+    def __init__(self, ring: StagingRing, loads: list[Load]):
+        """
+        Args:
+            loads: what `take` gives.
+        """
+        self._ring = ring
+        self._loads = LoadsInTurn(ring, loads) if loads else None
+        self.bad_reads: dict[int, str] = {} if self._loads is None else self._loads.bad_reads
+        buffer = ring.buffers[0]
+        pages, _, kv_heads, page_size, head_dim = buffer.shape
+        self._buffer = buffer.view(pages * kv_heads, 2, 1, page_size, head_dim)
+        self._slices = as_integers(self._buffer).reshape(pages * kv_heads, 2, page_size * head_dim)
+        self._memory = self._slices.reshape(-1).view(np.uint8).data
+        self._host = as_integers(ring.host.rows())  # [page, layer * 2, kv_head * page_size * head_dim]
+        self._pages: OpenPages | None = None
+        self._opened: dict[int, int] = {}  # by slot on disk, its index in them
+
+    @property
+    def capacity(self) -> int:
+        """How many slices can be brought at a time."""
+        return len(self._buffer)
+
+    def take(self) -> Tensor:
+        """See `Stream`."""
+        assert self._loads is not None
+        return self._loads.take()
+
+    def bring(self, layer: int, locations: np.ndarray, heads: np.ndarray) -> Tensor:
+        """The slices of KV heads of cold pages in a layer: `[slices, 2, 1, page_size, head_dim]` on the device.
+
+        Slices that cannot be read back are zeros and noted in `bad_reads`.
+
+        Args:
+            locations: see `encode_location`; int64, as many as `heads`, which count on the rank.
+        """
+        count = len(locations)
+        assert count <= self.capacity
+        on_disk, slots = decode_locations(locations)
+        wanted = list(zip(slots.tolist(), heads.tolist(), range(count), on_disk.tolist(), strict=True))
+        for tier, read in ((Tier.HOST, self._copy), (Tier.DISK, self._read)):
+            start = now()
+            own = [one for *one, is_on_disk in wanted if is_on_disk == (tier is Tier.DISK)]
+            for slot, head, index in own:
+                read(layer, slot, head, index)
+            if own:
+                self._ring.count_heads(tier, len(own))
+                self._ring.meter.add(STREAMED[tier], start, layer=layer, pages=len(own))
+        return self._buffer[:count]
+
+    def close(self) -> None:
+        """See `Stream`."""
+        try:
+            if self._loads is not None:
+                self._loads.close()
+        finally:
+            if self._pages is not None:
+                self._pages.close()
+
+    def _copy(self, layer: int, slot: int, head: int, index: int) -> None:
+        size = self._slices.shape[2]
+        self._slices[index] = self._host[slot, 2 * layer : 2 * layer + 2, head * size : (head + 1) * size]
+
+    def _read(self, layer: int, slot: int, head: int, index: int) -> None:
+        half = self._slices[index, 0].nbytes
+        keys = self._memory[2 * index * half : (2 * index + 1) * half]
+        values = self._memory[(2 * index + 1) * half : (2 * index + 2) * half]
+        try:
+            if self._pages is None:
+                assert self._ring.disk is not None
+                self._pages = self._ring.disk.open([])
+            if slot not in self._opened:
+                self._opened[slot] = self._pages.add(slot)
+            page = self._opened[slot]
+            self._pages.keep_open(page, head)
+            self._pages.read(page, layer, [[keys, values]], head)
+        except StoreError as error:
+            self.bad_reads[slot] = str(error)
+            self._slices[index] = 0

@@ -1,0 +1,66 @@
+"""The least and the largest key of each channel of full pages, by which policies of attention choose among them."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distkv.storage.device import Device
+from distkv.storage.dtypes import torch_dtype
+from distkv.storage.page_spec import PageSpec
+
+
+class PageSummaries:
+    """By layer, `[id, 2, kv_head, head_dim]`, the least first, in the dtype of the pages: `1 / page_size` of their
+    bytes. Pages are known by their ids, as `PageDirectory` has them.
+
+    A page is known once `complete` was called for it, and until `forget` is, when its id is given to another one.
+    """
+
+    def __init__(self, spec: PageSpec, device: Device):
+        shape = (0, 2, spec.num_kv_heads, spec.head_dim)
+        dtype, place = torch_dtype(spec.dtype), device.torch_device
+        self._layers = [torch.zeros(shape, dtype=dtype, device=place) for _ in range(spec.num_layers)]
+        self._known = np.zeros(0, dtype=bool)
+
+    def layer(self, index: int) -> Tensor:
+        """All summaries of a layer; those that are not known hold anything finite or nothing but what was put."""
+        return self._layers[index]
+
+    def unknown(self, ids: np.ndarray) -> np.ndarray:
+        """Which of the pages are not known, as a mask."""
+        self._grow(ids)
+        return ~self._known[ids]
+
+    def put(self, layer: int, ids: np.ndarray, keys: Tensor) -> None:
+        """Takes in keys `[pages, kv_head, page_size, head_dim]` of one layer of whole pages."""
+        self._grow(ids)
+        self._layers[layer][torch.from_numpy(ids)] = torch.stack(torch.aminmax(keys, dim=2), 1)
+
+    def add(self, id: int, keys: Tensor) -> None:
+        """Takes in a whole page's keys `[layer, kv_head, page_size, head_dim]`."""
+        ids = np.array([id])
+        for layer, own in enumerate(keys):
+            self.put(layer, ids, own[None])
+        self.complete(ids)
+
+    def complete(self, ids: np.ndarray) -> None:
+        """Takes note that all layers of the pages were put."""
+        self._grow(ids)
+        self._known[ids] = True
+
+    def forget(self, ids: Iterable[int]) -> None:
+        """Takes note that ids name other pages now."""
+        renewed = np.fromiter(ids, dtype=np.int64)
+        self._known[renewed[renewed < len(self._known)]] = False
+
+    def _grow(self, ids: np.ndarray) -> None:
+        size, needed = len(self._known), int(ids.max(initial=-1)) + 1
+        if needed <= size:
+            return
+        size = max(needed, 2 * size)
+        self._known = np.concatenate([self._known, np.zeros(size - len(self._known), dtype=bool)])
+        for index, old in enumerate(self._layers):
+            new = self._layers[index] = old.new_zeros(size, *old.shape[1:])
+            new[: len(old)] = old

@@ -1,0 +1,138 @@
+"""Policies of attention in whole engines: what they choose changes answers, and nothing else does."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.checkpoints import save_llama
+from support.invariance import said
+from support.llms import PAGE_BYTES, idle_engine
+from support.prompts import random_prompt
+
+from distkv import LLM, ConfigError, EngineConfig, SamplingParams
+from distkv.engine.drive import drive
+from distkv.engine.protocol import EngineRequest
+from distkv.launch.launch import launch
+from distkv.outputs import RequestOutput
+from distkv.workers.backends import cpu
+from distkv.workers.errors import ConfigError as RankConfigError
+
+PARAMS = SamplingParams(temperature=1, seed=7, max_tokens=40, logprobs=5, ignore_eos=True)
+PROMPT = random_prompt(300, 2)
+TOP = "top_pages(share=0.3)"
+OPTIONS: dict[str, Any] = {"page_size": 16, "max_num_batched_tokens": 64, "max_num_seqs": 4, "num_threads": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("model"), max_position_embeddings=4096)[0]
+
+
+def sizes(cache_dir: Path | None, dtype: str = "float32") -> dict[str, Any]:
+    """All pages on the device, or nearly none."""
+    if cache_dir is None:
+        return {"device_kv_bytes": "16MiB"}
+    page = PAGE_BYTES // (1 if dtype == "float32" else 2)
+    tiers = {"device_kv_bytes": 7 * page, "host_kv_bytes": 6 * page, "disk_kv_bytes": 100 * page}
+    return {**tiers, "cache_dir": cache_dir}
+
+
+def ask(folder: Path, policy: str, prompt: list[int] = PROMPT, **options: Any) -> tuple[RequestOutput, dict[str, int]]:
+    """An answer, and the bytes that moved for it."""
+    with LLM(folder, attention_policy=policy, **(OPTIONS | sizes(None) | options)) as llm:
+        [output] = llm.generate([prompt], PARAMS, use_tqdm=False)
+        assert output.error is None
+        idle_engine(llm).integrity_check()
+        return output, llm.stats().bytes_moved
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_all_pages_are_full_attention(folder: Path, tmp_path: Path, dtype: str) -> None:
+    """Bit for bit, in memory and from disk; and outputs say by what they were made."""
+    full, _ = ask(folder, "full", dtype=dtype)
+    assert full.kv_policy is None
+    for policy in ("top_pages(share=1.0)", "sink_window(sinks=0, window=4096)"):
+        for cache_dir in (None, tmp_path / policy):
+            found, moved = ask(folder, policy, dtype=dtype, **sizes(cache_dir, dtype))
+            assert said(found) == said(full) and found.kv_policy == policy
+            assert (moved.get("disk_streamed", 0) > 0) == (cache_dir is not None)
+    assert said(ask(folder, TOP, dtype=dtype)[0]) != said(full)
+
+
+def test_only_what_is_chosen_is_streamed(folder: Path, tmp_path: Path) -> None:
+    """By single KV heads; the summaries of pages that fill here cost no read."""
+    cold = sizes(tmp_path / "full")
+    full = ask(folder, "full", **cold)[1]
+    some = ask(folder, "top_pages(pages=5)", **(cold | {"cache_dir": tmp_path / "some"}))[1]
+    streamed = [one.get("disk_streamed", 0) + one.get("host_streamed", 0) for one in (full, some)]
+    # of about 20 pages 5 are chosen, and the first and the own one are on the device
+    assert 0 < streamed[1] < 0.4 * streamed[0]
+    assert streamed[1] % (PAGE_BYTES // 4) == 0, "slices of one layer and KV head"
+
+
+def test_an_answer_that_was_begun_elsewhere_goes_on(folder: Path) -> None:
+    """Its tokens are read in chunks with the prompt, and choose as they did one by one; so do those behind them."""
+    config = EngineConfig(folder, attention_policy=TOP, **OPTIONS, **sizes(None))
+    params = SamplingParams(temperature=1, max_tokens=40, ignore_eos=True)
+    engine = launch(config)
+
+    def answer(begun: dict[int, list[int]], length: int = 40) -> list[int]:
+        request = EngineRequest(str(len(begun)), PROMPT, params, length, 5, begun=begun)
+        return [output.token_id for step in drive(engine, [request]) for output in step]
+
+    try:
+        whole = answer({})
+        for count in (1, 20, 37):
+            assert answer({0: whole[:count]}) == whole[count:]
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_pages_of_an_answer_are_nobodys_prompt(folder: Path, tmp_path: Path, cold: bool) -> None:
+    """A prompt that repeats an answer is read anew behind the first prompt's own pages, with the bits of a fresh
+    engine; and whoever runs without a policy may take over the pages of a prompt."""
+    kept = sizes(tmp_path) if cold else sizes(None)
+    with LLM(folder, attention_policy=TOP, **OPTIONS, **kept) as llm:
+        first = llm.generate([PROMPT], PARAMS, use_tqdm=False)[0]
+        again = PROMPT + first.outputs[0].token_ids
+        second = llm.generate([again], PARAMS, use_tqdm=False)[0]
+        assert second.num_cached_tokens == len(PROMPT) // 16 * 16
+    assert said(second) == said(ask(folder, TOP, again)[0])
+    if cold:
+        full, _ = ask(folder, "full", again, **kept)
+        assert full.num_cached_tokens == (len(again) - 1) // 16 * 16
+        assert said(full) == said(ask(folder, "full", again)[0])
+        third, _ = ask(folder, TOP, again, **kept)  # whose pages this engine has made no summaries of
+        assert third.num_cached_tokens == (len(again) - 1) // 16 * 16
+        assert said(third) == said(second)
+
+
+def test_summaries_are_those_of_the_pages_that_have_an_id_now(folder: Path) -> None:
+    """Prompts that are known take turns, each with the ids that the one before has let go."""
+    prompts = [PROMPT, random_prompt(300, 3), random_prompt(150, 4)]
+    expected = [said(ask(folder, TOP, prompt)[0]) for prompt in prompts]
+    with LLM(folder, attention_policy=TOP, **OPTIONS, **sizes(None)) as llm:
+        for index in (0, 1, 2, 0, 2, 1, 0):
+            assert said(llm.generate([prompts[index]], PARAMS, use_tqdm=False)[0]) == expected[index]
+
+
+def test_forked_answers_choose_for_themselves(folder: Path) -> None:
+    params = SamplingParams(temperature=1, seed=3, n=3, max_tokens=20, ignore_eos=True, logprobs=1)
+    with LLM(folder, attention_policy=TOP, **OPTIONS, **sizes(None)) as llm:
+        together = said(llm.generate([PROMPT], params, use_tqdm=False)[0])
+    with LLM(folder, attention_policy=TOP, **(OPTIONS | {"max_num_seqs": 3}), device_kv_bytes=30 * PAGE_BYTES) as llm:
+        assert said(llm.generate([PROMPT], params, use_tqdm=False)[0]) == together
+
+
+def test_kernels_that_cannot_choose_refuse(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also CUDA's, of which the backend says so, as `test_backend.py` has it."""
+
+    def none() -> None:
+        raise cpu.BuildError("there is no g++ on the path")
+
+    monkeypatch.setattr(cpu, "load_best", none)
+    with pytest.raises(RankConfigError, match=r"top_pages\(share=0.3\), which the native kernels of a CPU alone"):
+        LLM(folder, attention_policy=TOP, **OPTIONS, **sizes(None))
+    with pytest.raises(ConfigError, match="attention_policy is 'all', which is none of full"):
+        LLM(folder, attention_policy="all")

@@ -1,0 +1,277 @@
+"""Policies of attention: what they choose, by which bounds, and attention over what they have chosen."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.attention_steps import Sequences, place
+from support.measures import TOLERANCE, relative_error
+from support.pages import store
+from support.plans import sequence_step
+from support.prompts import seeded
+from torch import Tensor
+
+from distkv.kernels.native.instruction_sets import INSTRUCTION_SETS
+from distkv.kernels.native.library import Library, load, load_best
+from distkv.kernels.native.page_bounds import page_bounds
+from distkv.storage.device import CpuDevice
+from distkv.storage.moving.slices_on_demand import SlicesOnDemand
+from distkv.storage.moving.staging_ring import StagingRing
+from distkv.storage.page_spec import PageSpec
+from distkv.storage.paging import NUM_BUFFERS
+from distkv.storage.pools.host_pool import HostPool
+from distkv.storage.pools.page_summaries import PageSummaries
+from distkv.storage.tier import Tier, encode_location
+from distkv.workers.attention.policies.policy import Choice, PagePolicy, Rows, name_of
+from distkv.workers.attention.policies.registry import parse_policy
+from distkv.workers.attention.policies.sink_window import SinkWindow
+from distkv.workers.attention.policies.top_pages import TopPages, highest
+from distkv.workers.attention.policy_attention import Tools, plan_policy_attention
+from distkv.workers.attention.summarising import Summarising
+from distkv.workers.errors import ConfigError
+
+LIBRARIES = [load(one) for one in INSTRUCTION_SETS if one.is_here]
+
+
+# --- the text ---
+
+
+@pytest.mark.parametrize(
+    ("text", "policy", "name"),
+    [
+        ("full", None, ""),
+        ("sink_window", SinkWindow(4, 4096), "sink_window(sinks=4, window=4096)"),
+        (" sink_window( window=100,sinks=0 )", SinkWindow(0, 100), "sink_window(sinks=0, window=100)"),
+        ("top_pages", TopPages(share=0.1), "top_pages(share=0.1)"),
+        ("top_pages(share=1)", TopPages(share=1.0), "top_pages(share=1.0)"),
+        ("top_pages(pages=64)", TopPages(pages=64), "top_pages(pages=64)"),
+    ],
+)
+def test_a_policy_is_read_and_named(text: str, policy: PagePolicy | None, name: str) -> None:
+    assert parse_policy(text) == policy
+    if policy is not None:
+        assert name_of(policy) == name and parse_policy(name) == policy
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("best_pages", r"is none of full, sink_window\(sinks, window\), top_pages\(share, pages\)"),
+        ("top_pages(", "use one of full"),
+        ("", "use one of full"),
+        ("full(x=1)", "full has no options"),
+        ("top_pages(0.1)", r"a value that has no name; use top_pages\(share, pages\)"),
+        ("top_pages(k=3)", r"no option k; use top_pages\(share, pages\)"),
+        ("top_pages(share=print)", "share must be a number"),
+        ("top_pages(share=0)", "share is 0; use a number above 0 and at most 1"),
+        ("top_pages(share=0.1, pages=2)", "both given; leave one of them out"),
+        ("top_pages(pages=1)", "pages is 1; use a whole number, 2 or more"),
+        ("sink_window(window=0)", "window is 0; use a whole number, 1 or more"),
+    ],
+)
+def test_a_text_that_is_no_policy_is_refused(text: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        parse_policy(text)
+
+
+# --- what is chosen ---
+
+
+def rows_of(positions: list[int], page_size: int, bounds: np.ndarray | None = None, kv_heads: int = 1) -> Rows:
+    unused: Any = None
+    return Rows(np.array(positions), page_size, kv_heads, unused, unused, lambda: bounds)  # type: ignore[arg-type, return-value]
+
+
+@given(st.integers(0, 400), st.integers(0, 70), st.integers(1, 300), st.sampled_from([16, 64]))
+def test_a_window_is_rounded_up_to_pages(position: int, sinks: int, window: int, page_size: int) -> None:
+    policy = SinkWindow(sinks, window)
+    tokens = [token for token in range(position + 1) if token < sinks or token > position - window]
+    expected = sorted({token // page_size for token in tokens})
+    [[first, second]] = policy.choose(rows_of([position], page_size, kv_heads=2))
+    assert first.tolist() == second.tolist() == expected
+    assert len(expected) <= policy.num_chosen(position // page_size + 1, page_size)
+
+
+@given(st.lists(st.sampled_from([-1.0, 0.0, 2.5, 3.0]), min_size=1, max_size=40), st.integers(0, 40))
+def test_the_highest_are_chosen_and_of_equal_ones_the_first(bounds: list[float], count: int) -> None:
+    count = min(count, len(bounds))
+    expected = sorted(sorted(range(len(bounds)), key=lambda index: (-bounds[index], index))[:count])
+    assert highest(np.array(bounds, dtype=np.float32), count).tolist() == expected
+
+
+def test_the_first_page_and_the_own_one_are_always_among_the_top() -> None:
+    bounds = np.array([[[0, 5, 9, 7, 1, 8, 99]], [[0, 1, 2, 3, 4, 5, 0]]], dtype=np.float32)
+    rows = rows_of([16 * 5 + 3, 16 * 6], 16, bounds)
+    assert [[pages.tolist() for pages in row] for row in TopPages(pages=3).choose(rows)] == [[[0, 2, 5]], [[0, 5, 6]]]
+    assert [row[0].tolist() for row in TopPages(pages=2).choose(rows)] == [[0, 5], [0, 6]]
+    assert [len(row[0]) for row in TopPages(share=0.5).choose(rows)] == [3, 4], "rounded up"
+    assert [row[0].tolist() for row in TopPages(share=1).choose(rows)] == [[*range(6)], [*range(7)]]
+    assert TopPages(share=0.1).num_chosen(30, 16) == 3 and TopPages(share=0.1).num_chosen(31, 16) == 4
+
+
+@given(
+    st.sampled_from(LIBRARIES), st.sampled_from(list(TOLERANCE)), st.integers(0, 2**32 - 1), st.integers(1, 6),
+    st.integers(1, 3), st.integers(1, 4), st.sampled_from([2, 16, 24, 64, 80]),
+)  # fmt: skip
+def test_bounds(
+    library: Library, dtype: torch.dtype, seed: int, rows: int, kv_heads: int, group: int, dim: int
+) -> None:
+    """They are the formula's and above all scores; an element is the same bits whatever is computed beside it."""
+    generator, pages = seeded(seed), 7
+    keys = torch.randn(pages, kv_heads, 16, dim, generator=generator).to(dtype)
+    q = torch.randn(rows, kv_heads * group, dim, generator=generator).to(dtype)
+    spec = PageSpec(1, kv_heads, 16, dim, str(dtype).removeprefix("torch."))
+    summaries, ids = PageSummaries(spec, CpuDevice()), np.array([8, 3, 0, 11, 4, 5, 1])
+    summaries.put(0, ids, keys)
+    bounds = page_bounds(library, q, summaries.layer(0), ids)
+    q_RKGD, keys = q.unflatten(1, (kv_heads, group)).double(), keys.double()
+    terms = torch.maximum(*(torch.einsum("rkgd,pkd->rkgpd", q_RKGD, end) for end in (keys.amin(2), keys.amax(2))))
+    exact = terms.sum(-1).amax(2)
+    slack = 1e-5 * terms.abs().sum(-1).amax(2)
+    assert (abs(torch.from_numpy(bounds).double() - exact) <= slack).all()
+    scores = torch.einsum("rkgd,pksd->rkgps", q_RKGD, keys).amax((2, 4))
+    assert (scores <= torch.from_numpy(bounds).double() + slack).all()
+    for row, page in itertools.product(range(rows), range(pages)):
+        alone = page_bounds(library, q[row : row + 1], summaries.layer(0), ids[page : page + 1])
+        assert np.array_equal(alone[0, :, 0], bounds[row, :, page])
+
+
+def test_what_could_not_be_read_has_no_summary() -> None:
+    """Until it is read again: `forget` is for ids that name other pages."""
+    spec, unreadable = PageSpec(1, 2, 16, 4, "float32"), encode_location(Tier.HOST, 0)
+    summaries, host = PageSummaries(spec, CpuDevice()), HostPool(spec, 1, pinned=False)
+    store(host, 0, torch.randn(1, 2, 2, 16, 4))
+    step = replace(sequence_step([7], 40, [unreadable, 0, 1], 20, 1), page_ids=np.array([5, 3, 4]))
+    pool = torch.randn(2, 2, 2, 16, 4)
+    for reason in ({0: "damaged"}, {}):
+        assert summaries.unknown(np.array([5, 3, 4])).tolist() == [True, True, True]
+        summarising, stream = Summarising(summaries, [step], [step], 16), on_demand(spec, host, 1)
+        summarising.fill(0, pool, stream)
+        stream.bad_reads |= reason
+        summarising.end(stream)
+    assert summaries.unknown(np.array([5, 3, 4])).tolist() == [False, False, True], "the last one is not full"
+    assert torch.equal(summaries.layer(0)[5, 1], host.page(0)[0, 0].amax(1))
+    assert torch.equal(summaries.layer(0)[3, 0], pool[0, 0].amin(1))
+    summaries.forget([3, 17])
+    assert summaries.unknown(np.array([5, 3])).tolist() == [False, True]
+
+
+# --- attention over it ---
+
+
+class SomePages:
+    """Chooses by a generator, other pages for each row, KV head and layer."""
+
+    needs_summaries, looks_at_queries = False, True
+
+    def __init__(self, seed: int):
+        self.random, self.chosen = np.random.default_rng(seed), []
+
+    def choose(self, rows: Rows) -> Choice:
+        choice = [
+            [np.flatnonzero([*(self.random.random(own) < 0.5), True]) for _ in range(rows.num_kv_heads)]
+            for own in rows.own_pages.tolist()
+        ]
+        self.chosen += choice
+        return choice
+
+    def num_chosen(self, num_pages: int, page_size: int) -> int:
+        return num_pages
+
+
+def on_demand(spec: PageSpec, host: HostPool, buffer_pages: int) -> SlicesOnDemand:
+    return SlicesOnDemand(StagingRing(spec, NUM_BUFFERS * buffer_pages, host, None, None, CpuDevice()), [])
+
+
+def attend(
+    policy: PagePolicy, sequences: Sequences, num_prompt: list[int], cold: float = 0, buffer_pages: int = 1
+) -> tuple[Tensor, Any]:
+    """Attention of a step whose sequences have prompts of so many tokens; a share of their full pages is cold."""
+    s = sequences
+    step = place(s, torch.randperm(s.num_pages, generator=seeded(s.seed)).tolist())
+    spec = PageSpec(1, s.kv_heads, s.page_size, s.head_dim, str(s.dtype).removeprefix("torch."))
+    host, pool = HostPool(spec, s.num_pages, pinned=False), step.pool.clone()
+    parts = []
+    is_cold = np.random.default_rng(s.seed).random(s.num_pages + 2) < cold
+    for one, (start, _), length in zip(step.steps, s.lengths, num_prompt, strict=True):
+        pages = one.pages.copy()
+        for index, slot in enumerate(one.pages.tolist()):
+            if is_cold[slot] and index < start // s.page_size:
+                store(host, slot, step.pool[:, slot].contiguous()[None])
+                pages[index] = encode_location(Tier.HOST, slot)
+        parts.append(replace(one, pages=pages, prompt_len=length, page_ids=one.pages))
+    for one, part in zip(step.steps, parts, strict=True):
+        pool[:, one.pages[part.pages < 0]] = 6e4
+    tools = Tools(load_best(), policy, None, s.page_size, s.kv_heads, 1)
+    attention = plan_policy_attention(tools, parts, buffer_pages)
+    stream = on_demand(spec, host, buffer_pages)
+    assert not attention.loads
+    return attention.attend(step.q, *step.new_kv(pool), pool, stream), step
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 200), st.integers(1, 40)), min_size=1, max_size=3), st.integers(1, 3),
+    st.integers(1, 3), st.sampled_from(list(TOLERANCE)), st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.5, 1.0]),
+)  # fmt: skip
+def test_tokens_attend_to_what_they_have_chosen(
+    lengths: list[tuple[int, int]], kv_heads: int, group: int, dtype: torch.dtype, seed: int, cold: float
+) -> None:
+    """Against float64 over the chosen pages of each token and KV head, through a buffer of one page at a time."""
+    s = Sequences(lengths, [2] * len(lengths), kv_heads=kv_heads, group=group, dtype=dtype, seed=seed)
+    policy = SomePages(seed)
+    out, step = attend(policy, s, [0] * len(lengths), cold)
+    positions = [(i, start + n) for i, (start, count) in enumerate(lengths) for n in range(count)]
+    for row, ((sequence, position), choice) in enumerate(zip(positions, policy.chosen, strict=True)):
+        slots = step.steps[sequence].pages
+        for head, pages in enumerate(choice):
+            tokens = (pages[:, None] * 16 + np.arange(16)).reshape(-1)
+            seen = tokens[tokens <= position]
+            keys, values = step.pool[:, slots[seen // 16], head, seen % 16].double()
+            q = step.q[row].unflatten(0, (kv_heads, group))[head].double()
+            weights = (q @ keys.T * s.head_dim**-0.5).softmax(-1)
+            found = out[row].view(kv_heads, group, -1)[head]
+            assert relative_error(found, weights @ values) < TOLERANCE[dtype]
+
+
+@given(st.data())
+def test_all_pages_give_the_bits_of_full_attention(data: st.DataObject) -> None:
+    """Some rows in the prompt, some behind it; resident, cold, and in loads of any size."""
+    lengths = data.draw(st.lists(st.tuples(st.integers(0, 150), st.integers(1, 30)), min_size=1, max_size=3))
+    s = Sequences(
+        lengths, [3] * len(lengths), kv_heads=data.draw(st.integers(1, 3)), group=data.draw(st.integers(1, 4)),
+        head_dim=data.draw(st.sampled_from([16, 24, 64])), dtype=data.draw(st.sampled_from(list(TOLERANCE))),
+        seed=data.draw(st.integers(0, 2**32 - 1)),
+    )  # fmt: skip
+    full, _ = attend(SinkWindow(), s, [10_000] * len(lengths))
+    middle = [start + count // 2 for start, count in lengths]
+    is_cold = data.draw(st.sampled_from([0.0, 0.5, 1.0]))
+    if is_cold:
+        middle = [start for start, _ in lengths]  # rows of prompts would have loads of their own
+    found, _ = attend(SinkWindow(window=10_000), s, middle, is_cold, data.draw(st.integers(1, 4)))
+    assert torch.equal(found, full)
+
+
+def test_a_needle_is_found(set_threads: Callable[[int], None]) -> None:
+    """A page has a key that is much like the query of one KV head's group: that head chooses it, on any threads."""
+    generator, dim = seeded(0), 64
+    keys = torch.randn(100, 2, 16, dim, generator=generator)
+    q = torch.randn(1, 4, dim, generator=generator)
+    keys[37, 1, 5] = 3 * q[0, 3]
+    spec, ids = PageSpec(1, 2, 16, dim, "bfloat16"), np.arange(100)
+    summaries = PageSummaries(spec, CpuDevice())
+    summaries.put(0, ids, keys.bfloat16())
+    bounds = partial(page_bounds, load_best(), q.bfloat16(), summaries.layer(0), ids)
+    rows = replace(rows_of([1599], 16, kv_heads=2), upper_bounds=bounds)
+    chosen = []
+    for threads in (1, 2):
+        set_threads(threads)
+        [[other, found]] = TopPages(pages=3).choose(rows)
+        chosen.append((other.tolist(), found.tolist()))
+    assert chosen[0] == chosen[1] and chosen[0][1] == [0, 37, 99] != chosen[0][0]

@@ -1,0 +1,78 @@
+"""What a policy of attention is: of the pages before a token, those that its query heads attend to.
+
+A policy is options in a frozen dataclass and one choice; it knows no kernel, and nothing of where pages lie. To add
+one, write its file in this folder and enter it in `registry.py`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+
+from distkv.workers.errors import ConfigError
+
+if TYPE_CHECKING:  # the leader parses policies, and has no torch
+    from torch import Tensor
+
+Choice = list[list[np.ndarray]]
+"""By row and KV head, indexes of pages in their sequence, int64 and rising; the last one is the row's own page."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokens of one sequence that choose their pages in one layer.
+
+    Dims: R rows, K KV heads of the rank, G query heads to each, P pages up to that of the last row, D head_dim.
+    """
+
+    positions: np.ndarray  # int64 [R], rising
+    page_size: int
+    num_kv_heads: int
+    queries: "Tensor"  # [R, K * G, D]
+    # of full pages, the least and the largest key of each channel: [P, 2, K, D]; of what is not full yet, anything.
+    # Both this and `upper_bounds` are for policies with `needs_summaries`
+    summaries: Callable[[], "Tensor"]
+    # fp32 [R, K, P]: no query head of a KV head has a higher product with a key of the page. An element is a function
+    # of its query heads and its page alone, bit for bit
+    upper_bounds: Callable[[], np.ndarray]
+
+    @property
+    def own_pages(self) -> np.ndarray:
+        """The index of the page of each row."""
+        return self.positions // self.page_size
+
+
+class PagePolicy(Protocol):
+    """Which pages a token of an answer attends to.
+
+    A choice must be a function of the row: of its position, its queries and the pages up to it. So it is the same
+    whatever else runs, and however many of the sequence's tokens a step computes.
+    """
+
+    needs_summaries: ClassVar[bool]
+    looks_at_queries: ClassVar[bool]  # else the choice is the same in all layers
+
+    def choose(self, rows: Rows) -> Choice:
+        """The pages of each row."""
+
+    def num_chosen(self, num_pages: int, page_size: int) -> int:
+        """How many pages the last token of so many pages chooses at most, at least one."""
+
+
+def name_of(policy: PagePolicy) -> str:
+    """The policy as a user writes it, with all options that are set."""
+    values: dict[str, Any] = {one.name: getattr(policy, one.name) for one in fields(policy)}  # type: ignore[arg-type]
+    options = ", ".join(f"{name}={value}" for name, value in values.items() if value is not None)
+    return f"{snake_case(type(policy).__name__)}({options})"
+
+
+def snake_case(name: str) -> str:
+    """SinkWindow -> sink_window."""
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).lstrip("_")
+
+
+def check_count(policy: str, option: str, value: object, least: int) -> None:
+    """Raises ConfigError unless an option is a whole number, `least` at least."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"attention_policy {policy}: {option} is {value!r}; use a whole number, {least} or more")

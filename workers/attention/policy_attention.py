@@ -1,0 +1,170 @@
+"""Attention of a step in which some tokens choose their pages, by the native kernels of a CPU.
+
+A page of one KV head is to these kernels a page of a model that has but one: the pool `[2, slots, K, S, D]` is viewed
+as `[2, slots * K, 1, S, D]`, and each token's query heads of a KV head are a token of their own. So each of these meets
+the pages that it has chosen in logical order, by the arithmetic of any other: one that chooses all of them has the
+bits of full attention.
+
+Tokens of prompts attend to everything, as they do without a policy.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from distkv.kernels.native.library import Library
+from distkv.kernels.native.page_bounds import page_bounds
+from distkv.kernels.native.paged_attention import attend_pages, kept_states
+from distkv.storage.moving.slices_on_demand import SlicesOnDemand
+from distkv.storage.moving.staging_ring import Load, Stream
+from distkv.storage.pools.page_summaries import PageSummaries
+from distkv.workers.attention.chosen_pages import ChosenCalls, ChosenPages, plan_chosen
+from distkv.workers.attention.native import NativeAttention, plan_native_attention
+from distkv.workers.attention.policies.policy import PagePolicy, Rows
+from distkv.workers.attention.summarising import Summarising
+from distkv.workers.page_directory import SequenceStep
+
+
+@dataclass(frozen=True)
+class Choosers:
+    """The tokens of one sequence's answer in a step."""
+
+    step: SequenceStep
+    positions: np.ndarray  # int64
+    rows: slice  # among all that choose in the step
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What attention by a policy needs of a rank."""
+
+    library: Library
+    policy: PagePolicy
+    summaries: PageSummaries | None  # needed where the policy chooses by them
+    page_size: int
+    num_kv_heads: int
+    num_layers: int
+
+
+class PolicyAttention:
+    """An `Attention`, see `batch.py`, whose stream is a `SlicesOnDemand`."""
+
+    def __init__(
+        self, tools: Tools, full: NativeAttention | None, full_rows: np.ndarray, choosers: list[Choosers],
+        choosing_rows: np.ndarray, summarising: Summarising | None,
+    ):  # fmt: skip
+        """
+        Args:
+            full: the attention of all rows that do not choose, if there are any.
+            full_rows, choosing_rows: which rows of the step attend how, in the order of `full` and of `choosers`.
+        """
+        self._tools, self._full, self._choosers, self._summarising = tools, full, choosers, summarising
+        self._full_rows, self._choosing_rows = full_rows, choosing_rows
+        self._layer = 0
+        self._calls: ChosenCalls | None = None  # where they are the same in all layers
+
+    @property
+    def loads(self) -> list[Load]:
+        """See `Attention`: those of full attention."""
+        return [] if self._full is None else self._full.loads
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer_pool: Tensor, stream: Stream | None) -> Tensor:
+        """See `Attention`."""
+        assert isinstance(stream, SlicesOnDemand)
+        layer, self._layer = self._layer, self._layer + 1
+        if self._summarising is not None:
+            self._summarising.fill(layer, layer_pool, stream)
+        if not self._choosers:
+            assert self._full is not None
+            out = self._full.attend(q, k, v, layer_pool, stream)
+        else:
+            out = q.new_empty(len(q), q.shape[1] * q.shape[2])
+            if self._full is not None:
+                out[self._full_rows] = self._full.attend(q[self._full_rows], k, v, layer_pool, stream)
+            out[self._choosing_rows] = self._attend_chosen(layer, q[self._choosing_rows], layer_pool, stream)
+        if self._summarising is not None and self._layer == self._tools.num_layers:
+            self._summarising.end(stream)
+        return out
+
+    def _attend_chosen(self, layer: int, q: Tensor, layer_pool: Tensor, stream: SlicesOnDemand) -> Tensor:
+        """q `[R, K * G, D]` of the rows that choose -> `[R, K * G * D]`."""
+        tools = self._tools
+        calls = self._calls
+        if calls is None:
+            chosen = self._choose(layer, q)
+            calls = plan_chosen(chosen, tools.page_size, tools.num_kv_heads, stream.capacity)
+            if not tools.policy.looks_at_queries:
+                self._calls = calls
+        by_head = q.view(len(q) * tools.num_kv_heads, -1, q.shape[2])
+        pool = layer_pool.view(2, -1, 1, *layer_pool.shape[3:])
+        out = q.new_empty(len(by_head), by_head.shape[1] * by_head.shape[2])
+        kept = kept_states(*by_head.shape) if len(calls.calls) > 1 else None
+        for index, chunks in enumerate(calls.calls):
+            buffer = stream.bring(layer, *calls.loads[index]) if calls.loads else None
+            attend_pages(tools.library, by_head, pool, buffer, calls.table, chunks, kept, out)
+        return out.view(len(q), -1)
+
+    def _choose(self, layer: int, q: Tensor) -> ChosenPages:
+        """The pages of all rows, those of the KV heads of a row one after the other."""
+        tools, kv_heads = self._tools, self._tools.num_kv_heads
+        indexes: list[np.ndarray] = []
+        locations: list[np.ndarray] = []
+        offsets: list[np.ndarray] = []
+        for one in self._choosers:
+            own = [pages for row in tools.policy.choose(self._rows(one, layer, q[one.rows])) for pages in row]
+            indexes += own
+            locations += [one.step.pages[pages] for pages in own]
+            offsets.append(np.repeat(one.positions % tools.page_size, kv_heads))
+        counts = np.array([len(pages) for pages in indexes])
+        heads = np.tile(np.arange(kv_heads), len(q))
+        return ChosenPages(
+            np.concatenate(locations), np.concatenate(indexes), counts, heads, np.concatenate(offsets)
+        )  # fmt: skip
+
+    def _rows(self, one: Choosers, layer: int, q: Tensor) -> Rows:
+        """What the policy is told of a sequence's rows."""
+        tools, ids = self._tools, one.step.page_ids
+
+        def summaries() -> Tensor:
+            assert tools.summaries is not None
+            return tools.summaries.layer(layer)[ids]
+
+        def upper_bounds() -> np.ndarray:
+            assert tools.summaries is not None
+            return page_bounds(tools.library, q, tools.summaries.layer(layer), ids)
+
+        return Rows(one.positions, tools.page_size, tools.num_kv_heads, q, summaries, upper_bounds)
+
+
+def plan_policy_attention(
+    tools: Tools, steps: list[SequenceStep], buffer_pages: int
+) -> NativeAttention | PolicyAttention:
+    """The attention of a step for a rank with `buffer_pages` pages in a buffer of its staging ring."""
+    full, full_rows, choosers, choosing_rows = [], [], [], []
+    first = num_choosing = 0
+    for one in steps:
+        count = len(one.token_ids)
+        num_full = min(max(one.prompt_len - one.start, 0), count)
+        if num_full:
+            pages = one.pages[: -(-(one.start + num_full) // tools.page_size)]
+            full.append(SequenceStep(one.token_ids[:num_full], one.start, pages, one.prompt_len, 0))
+            full_rows.append(np.arange(first, first + num_full))
+        if num_full < count:
+            positions = np.arange(one.start + num_full, one.start + count)
+            choosers.append(Choosers(one, positions, slice(num_choosing, num_choosing + len(positions))))
+            choosing_rows.append(np.arange(first + num_full, first + count))
+            num_choosing += len(positions)
+        first += count
+    by_full = plan_native_attention(tools.library, full, tools.page_size, buffer_pages) if full else None
+    summarising = None
+    if tools.summaries is not None:
+        summarising = Summarising(tools.summaries, steps, [one.step for one in choosers], tools.page_size)
+    if summarising is None and not choosers:
+        assert by_full is not None
+        return by_full
+    nothing = np.zeros(0, dtype=np.int64)
+    return PolicyAttention(
+        tools, by_full, np.concatenate([nothing, *full_rows]), choosers, np.concatenate([nothing, *choosing_rows]),
+        summarising,
+    )  # fmt: skip
