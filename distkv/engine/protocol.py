@@ -61,6 +61,9 @@ class EngineRequest(msgspec.Struct, frozen=True):
     # Where an engine that was lost had begun it: the answers that are still wanted, each with its tokens so far, behind
     # which it goes on. None of them has ended, and the log-probabilities of the prompt are known if any has a token.
     begun: dict[int, list[int]] = {}
+    # Where the caller has begun the one answer: how many of the likeliest tokens to return in the place of each of its
+    # tokens, which are scored as those of a prompt can be. The request ends with the next token. None scores none.
+    begun_logprobs: int | None = None
 
     @property
     def num_to_read(self) -> int:
@@ -82,11 +85,11 @@ class TokenOutput(msgspec.Struct, frozen=True, tag=True):
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True, tag=True):
-    """Log-probabilities of some of a prompt's tokens. They come in order, and all before the first token of an answer;
-    the first token of a prompt has none."""
+    """Log-probabilities of some of a prompt's tokens, or of those of an answer that the caller has begun. They come in
+    order, and all before the first token that is sampled; the first token of a prompt has none."""
 
     request_id: str
-    first: int  # index in the prompt
+    first: int  # index in the prompt and what was begun
     tokens: list[TokenLogprobs]
 
 

@@ -46,6 +46,19 @@ def check_request(request: EngineRequest, info: EngineInfo) -> None:
                 f"an answer that was begun has {len(answer)} tokens and max_tokens is {request.max_tokens}: it has "
                 "ended; ask for the others alone"
             )
+    if request.begun_logprobs is not None:
+        _check_scored(request, request.begun_logprobs, info)
+
+
+def _check_scored(request: EngineRequest, num_top: int, info: EngineInfo) -> None:
+    begun = request.begun.get(0, [])
+    if not 0 <= num_top <= info.vocab_size:
+        raise RequestError(f"begun_logprobs is {num_top}; it must be from 0 to the model's {info.vocab_size} tokens")
+    if request.params.n != 1 or not begun or request.max_tokens != len(begun) + 1:
+        raise RequestError(
+            f"begun_logprobs goes with one answer that was begun and ends with the next token; n is "
+            f"{request.params.n}, {len(begun)} tokens were begun, and max_tokens is {request.max_tokens}"
+        )
 
 
 def _check_length(token_ids: list[Any], info: EngineInfo) -> None:

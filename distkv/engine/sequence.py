@@ -32,7 +32,7 @@ class Sequence:
     num_pending: int = 0  # tokens that steps under way sample, which are not known yet
     num_sent: int = 0  # pages that the ranks' table holds
     rules: TokenRules | None = None  # None where its parameters let every token be
-    num_scored: int = 0  # tokens of the prompt behind its first whose log-probabilities are known, if wanted
+    num_scored: int = 0  # tokens behind the first one whose log-probabilities are known, if wanted
     cached_tiers: list[Tier | None] = field(default_factory=list)  # where its first pages were found; None: lost since
     expected: list[Page] = field(default_factory=list)  # what was found when it was queued
     found: list[Page] = field(default_factory=list)  # what is known of its prefix, as of `found_at`
@@ -58,6 +58,10 @@ class Sequence:
     def __post_init__(self) -> None:
         self.prompt_len = len(self.request.prompt_token_ids)
         self.arrival = self.number if self.arrival < 0 else self.arrival
+        # tokens that are scored, with the first one, and how many likeliest ones go with each; None where none is
+        scores_begun = self.request.begun_logprobs is not None
+        self.num_to_score = len(self.token_ids) if scores_begun else self.prompt_len
+        self.num_top = self.request.begun_logprobs if scores_begun else self.request.params.prompt_logprobs
         # tokens that are read in chunks; with those of the answer where it was preempted, or begun elsewhere
         self.num_to_read = self.prompt_len
         seed = self.request.synthetic_kv_seed
@@ -73,8 +77,8 @@ class Sequence:
     @property
     def num_prefix_pages(self) -> int:
         """Full pages of what is to be read that may be taken over: without its last token, which must be run for its
-        logits, and without the tokens whose logits score the prompt."""
-        is_scored = self.request.params.prompt_logprobs is None or self.num_scored == self.prompt_len - 1
+        logits, and without the tokens whose logits score others."""
+        is_scored = self.num_top is None or self.num_scored == self.num_to_score - 1
         most = self.num_to_read - 1 if is_scored else self.num_scored
         return self._num_keys(most)
 
@@ -183,10 +187,10 @@ class Sequence:
         return SequencePlan(self.number, token_ids, start, self.prompt_len, num_logits, sent, pages)
 
     def add_scored(self, plan: SequencePlan) -> None:
-        """Has its part of a step score the tokens of the prompt behind those that it runs, as far as they are not."""
+        """Has its part of a step score the tokens behind those that it runs, as far as they are to be and are not."""
         first, end = max(plan.start, self.num_scored), plan.start + len(plan.token_ids)
-        plan.scored = self.request.prompt_token_ids[first + 1 : end + 1]
-        plan.num_top = self.request.params.prompt_logprobs or 0
+        plan.scored = self.token_ids[first + 1 : min(end + 1, self.num_to_score)]
+        plan.num_top = self.num_top or 0
 
     def ending(self, eos_token_ids: tuple[int, ...]) -> tuple[str | None, int | None]:
         """Why the answer ends with its newest token, if it does, and the token that was asked to stop it."""

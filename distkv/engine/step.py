@@ -179,7 +179,7 @@ class Step:
             self.forks |= not sequence.is_alone
             sequence.num_pending += 1
         work.plan = sequence.plan(start, count, int(is_last), work.pending_index)
-        if sequence.request.params.prompt_logprobs is not None:
+        if sequence.num_top is not None:
             sequence.add_scored(work.plan)
         self.plan.sequences.append(work.plan)
         return work

@@ -1,23 +1,29 @@
 """The log-probabilities of a prompt's own tokens, against transformers; bit for bit the same however it is read."""
 
 import random
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from support.checkpoints import save_llama
-from support.llms import idle_engine, tiered
+from support.llms import idle_engine, tiered, tiered_options
 from support.memory import VOCAB, drain, engine_info
 from support.prompts import random_prompt
 from support.speaker import Speaker, speak
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from distkv import LLM, RequestOutputKind, SamplingParams
+from distkv import LLM, RequestError, RequestOutputKind, SamplingParams
+from distkv.config import EngineConfig
+from distkv.engine.client import EngineClient
 from distkv.engine.engine import Engine
-from distkv.engine.protocol import EngineRequest, PromptLogprobs
+from distkv.engine.protocol import EngineRequest, PromptLogprobs, TokenOutput
+from distkv.engine.request_bounds import check_request
+from distkv.launch.launch import launch
 from distkv.outputs import RequestOutput, join_deltas
 from distkv.workers import rank
 from distkv.workers.group.rank_executor import RankExecutor
@@ -165,3 +171,45 @@ def test_outputs_of_each_kind_have_them(model: tuple[Path, LlamaForCausalLM], ki
         last = join_deltas(outputs)
     check(last, expected_logprobs(model[1], PROMPTS[4]), 1)
     assert [len(answer.token_ids) for answer in last.outputs] == [5, 5]
+
+
+@pytest.mark.parametrize("budget", [8, 100])
+def test_an_answer_that_was_begun_is_scored_as_a_prompt_is(
+    model: tuple[Path, LlamaForCausalLM], budget: int, tmp_path: Path
+) -> None:
+    """In every bit, while its own prompt may be found in the cache; the token that ends the request is the same."""
+    [*_, prompt] = PROMPTS
+    request = EngineRequest("0", prompt, SCORED, 1, seed=0)
+    options = tiered_options((14, 20, 60), tmp_path, max_num_batched_tokens=budget)
+    with closing(launch(EngineConfig(model[0], **options))) as engine:
+        engine.add([request])
+        alone, [token] = _outputs(engine)
+        for place in (1, 16, 100, 149):
+            continued = replace(
+                request, prompt_token_ids=prompt[:place], params=GREEDY, begun={0: prompt[place:]}, begun_logprobs=3,
+                max_tokens=1 + len(prompt) - place,
+            )  # fmt: skip
+            before = sum(engine.stats().requests.prefix_hits.values())
+            engine.add([continued])
+            scores, [last] = _outputs(engine)
+            assert scores == {at: one for at, one in alone.items() if at >= place}
+            assert last.token_id == token.token_id and last.finish_reason == "length"
+            found = sum(engine.stats().requests.prefix_hits.values())
+            assert found - before == (place - 1) // 16 * 16
+        for wrong in ({"begun": {}}, {"max_tokens": 90}, {"begun_logprobs": 129}, {"begun_logprobs": -1}):
+            with pytest.raises(RequestError, match="begun_logprobs"):
+                check_request(replace(continued, **wrong), engine.info)
+
+
+def _outputs(engine: EngineClient) -> tuple[dict[int, TokenLogprobs], list[TokenOutput]]:
+    """Scores by their places, and tokens, until a request has ended."""
+    scores: dict[int, TokenLogprobs] = {}
+    tokens: list[TokenOutput] = []
+    while not tokens or tokens[-1].finish_reason is None:
+        for output in engine.step():
+            if isinstance(output, PromptLogprobs):
+                scores |= dict(enumerate(output.tokens, output.first))
+            else:
+                assert isinstance(output, TokenOutput)
+                tokens.append(output)
+    return scores, tokens
