@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 from _pytest.mark.expression import Expression
+from support.interpreted_calls import use_quick_calls
 from support.interpreted_dot import use_double_products
 
 KERNEL_RINGS = {"interpreter": "test_triton_*.py", "aot": "test_aot*.py"}
@@ -91,6 +92,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
         if sys.platform == "linux":  # Triton exists for Linux only
             use_double_products()
+            use_quick_calls()
         torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
 
