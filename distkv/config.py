@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from distkv.errors import ConfigError
+from distkv.kernels.codec_format import FORMATS
 from distkv.option_checks import (
     check_amount,
     check_choice,
@@ -36,6 +37,7 @@ class EngineOptions(TypedDict, total=False):
     rebuild_timeout: float | None
     min_tensor_parallel_size: int | None
     dtype: str
+    kv_cache_dtype: str
     max_model_len: int | None
     max_prompt_tokens: int | None
     max_num_seqs: int
@@ -114,6 +116,13 @@ class EngineConfig:
     """auto (the checkpoint's), float32, float16 or bfloat16.
 
     It is the type of weights, activations and KV.
+    """
+    kv_cache_dtype: str = "auto"
+    """What full KV pages are rounded to, and lie as below the device: auto (dtype), fp8_e4m3, int8 or int4.
+
+    Answers are then not those of auto, though still the same bits wherever a page lies; `distkv bench quality` says
+    what is lost. Pages on the device keep the size of dtype, for speed. It needs head_dim a multiple of 16 and, for
+    now, a CPU with native kernels.
     """
     max_model_len: int | None = None
     """Most tokens of prompt and answer together.
@@ -280,6 +289,7 @@ class EngineConfig:
                 self._set(name, check_amount(name, getattr(self, name)))
         for name, choices in (
             ("dtype", ("auto", "float32", "float16", "bfloat16")),
+            ("kv_cache_dtype", ("auto", *FORMATS)),
             ("device", ("auto", "cuda", "cpu")),
             ("load_format", ("auto", "dummy")),
             ("disk_write_policy", ("write_through", "idle")),
@@ -374,6 +384,10 @@ class EngineConfig:
             ("max_session_bytes", no_disk, "cache_dir is not, where they are kept", "name the folder in cache_dir"),
             ("disk_kv_bytes", no_disk, "cache_dir is not", "name the folder in cache_dir"),
             ("disk_write_policy", no_disk and policy == "idle", "cache_dir is not", "name the folder in cache_dir"),
+            (
+                "disk_kv_codec", codec != "none" and self.kv_cache_dtype != "auto",
+                "kv_cache_dtype is too, whose codes would hardly become smaller", "leave one of them out",
+            ),
             ("disk_kv_codec", no_disk and codec != "none", "cache_dir is not", "name the folder in cache_dir"),
             (
                 "disk_write_policy", policy == "idle" and not self.enable_prefix_caching,
@@ -384,6 +398,11 @@ class EngineConfig:
                 "save_timeout", not self.enable_prefix_caching,
                 "enable_prefix_caching is off, so that no page is written for later processes", "leave one of them out",
             ),
+            (
+                "kv_cache_dtype", self.kv_cache_dtype != "auto" and self.attention_policy != FULL,
+                "attention_policy is too, which does not know codes yet", "leave one of them out",
+            ),
+            ("kv_cache_dtype", no_cold and self.kv_cache_dtype != "auto", no_pages, "leave one of them out"),
             ("staging_pages", no_cold, no_pages, "leave one of them out"),
             ("max_cold_bytes_per_step", no_cold, no_pages, "leave one of them out"),
             (

@@ -1,8 +1,11 @@
 """Shapes and bytes of the pages of a KV cache: the one place that knows them."""
 
 from dataclasses import dataclass
+from math import prod
 
+from distkv.kernels.codec_format import FORMATS, LANES, CodecFormat
 from distkv.storage.dtypes import ITEM_BYTES
+from distkv.storage.errors import ConfigError
 from distkv.storage.paging import check_page_size, pages_for
 from distkv.storage.tier import Tier
 
@@ -25,10 +28,16 @@ class PageSpec:
     page_size: int  # tokens
     head_dim: int
     dtype: str  # a key of `ITEM_BYTES`
+    kv_cache_dtype: str = "auto"  # or a key of `FORMATS`: how full pages are rounded, and lie below the device
     disk_codec: str = "none"  # one of `DISK_CODECS`
 
     def __post_init__(self) -> None:
         check_page_size(self.page_size)
+        if self.format is not None and self.head_dim % LANES:
+            raise ConfigError(
+                f"kv_cache_dtype {self.kv_cache_dtype} needs a head_dim that is a multiple of {LANES}, and the model's "
+                f"is {self.head_dim}; leave it out"
+            )
 
     @property
     def bytes_per_token(self) -> int:
@@ -46,9 +55,10 @@ class PageSpec:
         return self.layer_slice_bytes * self.num_layers
 
     def slice_bytes_in(self, tier: Tier) -> int:
-        """Bytes that a layer slice takes in a tier, and on the way out of it, which is what streaming moves. All tiers
-        hold pages as attention reads them; one that does not says so here."""
-        return self.layer_slice_bytes
+        """Bytes that a layer slice takes in a tier, and on the way out of it, which is what streaming moves."""
+        if self.format is None or tier is Tier.DEVICE:
+            return self.layer_slice_bytes
+        return prod(self.stored_slice_shape)
 
     def page_bytes_in(self, tier: Tier) -> int:
         """Bytes that a page takes in a tier; of one that is compressed the most that it can take."""
@@ -68,14 +78,32 @@ class PageSpec:
         return pages_for(num_tokens, self.page_size)
 
     @property
+    def format(self) -> CodecFormat | None:
+        """How pages lie below the device, None where as on it."""
+        return FORMATS.get(self.kv_cache_dtype)
+
+    @property
+    def stored_slice_shape(self) -> tuple[int, int, int, int]:
+        """A layer slice below the device; with a codec `[2, kv_head, page_size, row_bytes]`."""
+        if self.format is None:
+            return self.slice_shape
+        row = self.format.row_bytes(self.page_size, self.head_dim, ITEM_BYTES[self.dtype])
+        return 2, self.num_kv_heads, self.page_size, row
+
+    @property
+    def stored_dtype(self) -> str:
+        """Of the numbers below the device; uint8 with a codec."""
+        return self.dtype if self.format is None else "uint8"
+
+    @property
     def slice_shape(self) -> tuple[int, int, int, int]:
-        """One page's part for one layer: `[2, kv_head, page_size, head_dim]`, K first."""
+        """One page's part for one layer, on the device: `[2, kv_head, page_size, head_dim]`, K first."""
         return 2, self.num_kv_heads, self.page_size, self.head_dim
 
     @property
     def page_shape(self) -> tuple[int, int, int, int, int]:
-        """A page below the device: `[layer, 2, kv_head, page_size, head_dim]`."""
-        return self.num_layers, *self.slice_shape
+        """A page below the device: `[layer, 2, kv_head, page_size, head_dim]`, or with bytes of codes as the last."""
+        return self.num_layers, *self.stored_slice_shape
 
     def device_shape(self, num_pages: int) -> tuple[int, int, int, int, int, int]:
         """`[layer, 2, device_page, kv_head, page_size, head_dim]`: all K pages of a layer lie together, so a run of

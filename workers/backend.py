@@ -18,6 +18,7 @@ from typing import Protocol
 from distkv.kernels.token_kernels import TokenKernels
 from distkv.storage.device import Device
 from distkv.storage.page_spec import PageSpec
+from distkv.storage.pools.page_pool import PageCodec
 from distkv.workers.attention.policies.policy import PagePolicy, name_of
 from distkv.workers.errors import ConfigError
 from distkv.workers.kinds import KINDS
@@ -64,6 +65,10 @@ class Backend(Protocol):
     def room(self, model: LlamaModel, demand: Demand) -> Room:
         """Looks, or finds out by trial, how much memory is left beside the model. All ranks of a group at a time.
         Raises CapacityError when a step does not fit."""
+        ...
+
+    def make_codec(self, spec: PageSpec) -> PageCodec | None:
+        """What encodes and decodes pages that have a codec. Raises ConfigError where there is none for it."""
         ...
 
     def tune(self, pools: KVPools) -> None:

@@ -17,6 +17,7 @@ from distkv.storage.moving.staging_ring import STREAMED, Load, StagingRing, Stre
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools.device_pool import DevicePool
 from distkv.storage.pools.host_pool import HostPool
+from distkv.storage.pools.page_pool import PageCodec
 from distkv.storage.pools.page_summaries import PageSummaries
 from distkv.storage.tier import Tier, route_name
 from distkv.workers.cache_place import CachePlace, join_folder
@@ -51,12 +52,14 @@ class KVPools:
         disk: DiskTier | None = None,
         meter: Meter | None = None,
         summarises: bool = False,
+        codec: PageCodec | None = None,
     ):
         """
         Args:
             disk: needed where the disk has pages.
             meter: is told what moving takes.
             summarises: keeps `summaries` of pages, which a policy of attention chooses by.
+            codec: of `spec`, where that has one.
         """
         self._spec, self.meter = spec, meter or Meter()
         on_device, on_host, on_disk = (spec.page_bytes_in(tier) for tier in Tier)
@@ -67,7 +70,7 @@ class KVPools:
         self._reported: dict[str, int] = {}
         self.summaries = PageSummaries(spec, device) if summarises else None
         with ExitStack() as stack:  # what is open is closed again if something fails on the way
-            self.device = DevicePool(spec, sizes.device, device)
+            self.device = DevicePool(spec, sizes.device, device, codec)
             stack.callback(self.device.close)
             self.host = HostPool(spec, sizes.host, pinned=device.pinned)
             stack.callback(self.host.close)

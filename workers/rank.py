@@ -63,7 +63,8 @@ class Rank:
         use_threads(config.num_threads)
         self.model, digest = self._load(check)
         self.loaded = Loaded(digest, self.backend.kernels.name)
-        self.pools = KVPools(self.page_spec, PoolSizes(), self.backend.device)
+        self._codec = self.backend.make_codec(self.page_spec)
+        self.pools = KVPools(self.page_spec, PoolSizes(), self.backend.device, codec=self._codec)
         self._runner = self.backend.make_runner(self.model, self.pools, config.max_num_seqs)
         self._directory = PageDirectory(config.page_size)
         # a device has been tried with the logits of max_num_seqs rows
@@ -129,7 +130,7 @@ class Rank:
             kept = self._description(place) if place.fingerprint else None
             disk = DiskTier(place, heads, shard.rank, kept, is_alone=self.group.size == 1)
         meter = Meter(shard.rank, config.traces)
-        self.pools = KVPools(self.page_spec, sizes, self.backend.device, disk, meter, self._summarises)
+        self.pools = KVPools(self.page_spec, sizes, self.backend.device, disk, meter, self._summarises, self._codec)
         self._runner = self.backend.make_runner(self.model, self.pools, config.max_num_seqs)
         self.backend.tune(self.pools)
         self.plan_check = PlanCheck(sizes, config.model.vocab_size, config.page_size, config.max_num_seqs)
@@ -236,6 +237,7 @@ class Rank:
             kernels=place.kernels,
             model=str(config.folder),
             dtype=config.dtype,
+            kv_cache_dtype=config.kv_cache_dtype,
             page_size=config.page_size,
             num_layers=model.num_hidden_layers,
             num_kv_heads=model.num_key_value_heads,
@@ -249,4 +251,7 @@ class Rank:
         spec, heads, device = self.page_spec, range(*self.shard.kv_heads), self.backend.device.torch_device
         for layer in range(spec.num_layers):
             values = synthetic_slice(seed, layer, heads, spec.page_size, spec.head_dim, device)
-            self.pools.device.data[layer, :, slot] = values.to(torch_dtype(spec.dtype))
+            pool = self.pools.device.layer(layer)
+            pool[:, slot] = values.to(torch_dtype(spec.dtype))
+            if self._codec is not None:
+                self._codec.round(pool, torch.tensor([slot]))

@@ -18,6 +18,7 @@ class RankConfig:
     load_format: str  # "auto" for safetensors, or "dummy"
     seed: int  # of dummy weights
     dtype: str  # one of `DTYPES`
+    kv_cache_dtype: str  # "auto", or a key of `FORMATS`
     device: str  # a key of `KINDS`
     page_size: int  # tokens
     max_num_seqs: int
@@ -37,5 +38,6 @@ def rank_page_spec(config: RankConfig, shard: Shard) -> PageSpec:
     """The pages of one rank: all layers, that rank's KV heads."""
     model = config.model
     return PageSpec(
-        model.num_hidden_layers, shard.num_kv_heads, config.page_size, model.head_dim, config.dtype, config.disk_codec
-    )
+        model.num_hidden_layers, shard.num_kv_heads, config.page_size, model.head_dim, config.dtype,
+        config.kv_cache_dtype, config.disk_codec,
+    )  # fmt: skip

@@ -4,6 +4,7 @@ import msgspec
 
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import NUM_BUFFERS
+from distkv.storage.tier import Tier
 
 # Share of the memory free at start that each KV pool in CPU memory may grow to, unless a size is given.
 CPU_KV_SHARE = 0.25
@@ -51,4 +52,4 @@ def host_kv_bytes(available: int, pinned: bool, ranks_on_node: int) -> int:
 
 def ring_bytes(spec: PageSpec, staging_pages: int, num_buffers: int) -> int:
     """Bytes of a rank's staging ring of `num_buffers` buffers, where the option counts pages of NUM_BUFFERS of them."""
-    return staging_pages * spec.layer_slice_bytes * num_buffers // NUM_BUFFERS
+    return staging_pages * spec.slice_bytes_in(Tier.HOST) * num_buffers // NUM_BUFFERS

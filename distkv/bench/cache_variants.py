@@ -99,10 +99,10 @@ class SmallModel:
     def __init__(self, folder: Path, longest: int, page_size: int):
         """With room for `longest` tokens."""
         config = RankConfig(
-            folder=folder, model=ModelConfig.load(folder), load_format="auto", seed=0, dtype="float32", device="cpu",
-            page_size=page_size, max_num_seqs=1, max_num_batched_tokens=longest, gpu_memory_utilization=0.9,
-            num_threads=None, staging_pages=max(NUM_BUFFERS, NUM_BUFFERS * PREFILL_SPLIT // page_size),
-            batch_invariant=None, digest_weights=False,
+            folder=folder, model=ModelConfig.load(folder), load_format="auto", seed=0, dtype="float32",
+            kv_cache_dtype="auto", device="cpu", page_size=page_size, max_num_seqs=1, max_num_batched_tokens=longest,
+            gpu_memory_utilization=0.9, num_threads=None, batch_invariant=None, digest_weights=False,
+            staging_pages=max(NUM_BUFFERS, NUM_BUFFERS * PREFILL_SPLIT // page_size),
         )  # fmt: skip
         self._rank = Rank(config, ProcessGroup())
         self._rank.allocate(PoolSizes(device=pages_for(longest, page_size)))

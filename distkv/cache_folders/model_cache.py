@@ -51,8 +51,9 @@ class ModelCache:
         if known is None:
             return None
         return PageSpec(
-            known.num_layers, known.num_kv_heads, known.page_size, known.head_dim, known.dtype, known.disk_codec
-        )
+            known.num_layers, known.num_kv_heads, known.page_size, known.head_dim, known.dtype, known.kv_cache_dtype,
+            known.disk_codec,
+        )  # fmt: skip
 
     @property
     def is_listed_elsewhere(self) -> bool:

@@ -21,7 +21,7 @@ class ColdBudget:
     always runs, whatever it streams, and so do sequences that stream nothing."""
 
     def __init__(self, info: EngineInfo, cache: TieredCache):
-        self._limit = info.max_cold_bytes_per_step / info.page_bytes  # pages
+        self._limit = info.max_cold_bytes_per_step / info.cold_page_bytes  # pages
         self._disk_cost = info.disk_cost
         self._cache = cache
         self._steps = 0  # since the last review

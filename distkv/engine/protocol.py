@@ -20,7 +20,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     num_pages: int  # on the device
     num_host_pages: int
     num_disk_pages: int
-    page_bytes: int
+    page_bytes: int  # on the device
     pool_bytes: int  # of the device pools as allocated
     kv_bytes_per_token: int
     vocab_size: int
@@ -39,6 +39,12 @@ class EngineInfo(msgspec.Struct, frozen=True):
     save_timeout: float | None = None  # see `EngineConfig`
     attention_policy: str = FULL  # see `EngineConfig`
     kv_policy: str | None = None  # what outputs say of it
+    coded_page_bytes: int = 0  # of a page below the device where a codec makes it another size
+
+    @property
+    def cold_page_bytes(self) -> int:
+        """Of a page below the device."""
+        return self.coded_page_bytes or self.page_bytes
 
 
 class EngineRequest(msgspec.Struct, frozen=True):

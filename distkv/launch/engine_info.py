@@ -4,6 +4,7 @@ from distkv.config import EngineConfig
 from distkv.engine.protocol import EngineInfo
 from distkv.errors import ConfigError
 from distkv.planner.sizing import page_specs, shares_prefixes
+from distkv.storage.tier import Tier
 from distkv.workers.cache_place import CachePlace
 from distkv.workers.rank_config import RankConfig
 from distkv.workers.sizes import PoolSizes
@@ -44,6 +45,7 @@ def engine_info(
         num_host_pages=sizes.host,
         num_disk_pages=sizes.disk,
         page_bytes=sum(spec.page_bytes for spec in specs),
+        coded_page_bytes=sum(spec.page_bytes_in(Tier.HOST) for spec in specs),
         pool_bytes=on_device,
         kv_bytes_per_token=sum(spec.bytes_per_token for spec in specs),
         vocab_size=ranks.model.vocab_size,

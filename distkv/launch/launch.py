@@ -200,7 +200,9 @@ def cache_place(config: EngineConfig, ranks: RankConfig, loaded: list[Loaded]) -
     cache_dir = Path(config.cache_dir).absolute()
     if not keeps_cache(config, ranks.model):
         return CachePlace(cache_dir / SCRATCH)
-    fingerprint = make_fingerprint(weights, kernels, ranks.model, ranks.dtype, ranks.page_size, ranks.disk_codec)
+    fingerprint = make_fingerprint(
+        weights, kernels, ranks.model, ranks.dtype, ranks.page_size, ranks.kv_cache_dtype, ranks.disk_codec
+    )
     return CachePlace(cache_dir / fingerprint[:FOLDER_DIGITS], fingerprint, kernels)
 
 

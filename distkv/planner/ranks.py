@@ -16,6 +16,7 @@ def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> R
         load_format=config.load_format,
         seed=config.seed,
         dtype=model.run_dtype(config.dtype),
+        kv_cache_dtype=config.kv_cache_dtype,
         device=device,
         page_size=config.page_size,
         max_num_seqs=config.max_num_seqs,

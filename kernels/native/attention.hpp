@@ -7,6 +7,7 @@
 
 #include <cmath>
 
+#include "codecs.hpp"
 #include "gemm.hpp"
 #include "scratch.hpp"
 
@@ -28,18 +29,48 @@ struct Chunk {
     int64_t table;       // where its pages begin in the table
     int64_t first, end;  // the pages
     int64_t is_last;     // whether the result is wanted: else the states are kept
+    int64_t exact;       // where the page of its own tokens lies in `Pages::exact`; -1: where the table says
 };
 
-// Where pages lie: an entry of the table is a slot of the pool, or -1 - an index in the buffer.
+// A head's keys and values of a page, as numbers or as codes.
+template <class T>
+struct Part {
+    const T *keys, *values;
+    const uint8_t *coded_keys = nullptr, *coded_values = nullptr;
+};
+
+// Where pages lie: an entry of the table is a slot of the pool, or -1 - an index in the buffer. Pages in the buffer are
+// codes, if there is a codec; a chunk that has its last tokens in a page that was full with them, and lies in the pool
+// as its codes have it, finds it in `exact` as it was.
 template <class T>
 struct Pages {
-    const T *pool, *buffer;
+    const T* pool;
     int64_t num_slots;
+    const void* buffer;
+    Codec codec;
+    int64_t block;   // bytes of a head's coded keys, or values, of a page
+    const T* exact;  // `[pages][2][kv_heads][page_size][dim]`
 
-    // the keys of a head, and how far behind them its values lie
-    std::pair<const T*, int64_t> find(int64_t entry, int64_t head, const Shape& shape) const {
-        if (entry >= 0) return {pool + entry * shape.page() + head * shape.part(), num_slots * shape.page()};
-        return {buffer + (-1 - entry) * 2 * shape.page() + head * shape.part(), shape.page()};
+    Part<T> find(int64_t entry, int64_t head, const Shape& shape) const {
+        if (entry >= 0) {
+            const T* keys = pool + entry * shape.page() + head * shape.part();
+            return {keys, keys + num_slots * shape.page()};
+        }
+        if (codec == Codec::NONE) return side_by_side(static_cast<const T*>(buffer), -1 - entry, head, shape);
+        auto* keys = static_cast<const uint8_t*>(buffer) + ((-1 - entry) * 2 * shape.kv_heads + head) * block;
+        return {nullptr, nullptr, keys, keys + shape.kv_heads * block};
+    }
+
+    Part<T> find(const Chunk& chunk, const int64_t* table, int64_t page, int64_t head, const Shape& shape) const {
+        if (chunk.exact >= 0 && page == chunk.start / shape.page_size)
+            return side_by_side(exact, chunk.exact, head, shape);
+        return find(table[chunk.table + page], head, shape);
+    }
+
+  private:
+    static Part<T> side_by_side(const T* pages, int64_t index, int64_t head, const Shape& shape) {
+        const T* keys = pages + index * 2 * shape.page() + head * shape.part();
+        return {keys, keys + shape.page()};
     }
 };
 
@@ -80,30 +111,99 @@ inline void transpose(Vec* rows) {
 #endif
 }
 
-// Sixteen 32-bit units of a row of keys from element d on: pairs of bf16, or single elements widened.
+// Rows of keys, or values, that are numbers already: sixteen of row r from element d on.
 template <class T>
-inline Vec units(const T* row, int64_t d, int64_t dim) {
-    if constexpr (IN_PAIRS<T>) {
-        if (d + 32 <= dim) return load(reinterpret_cast<const float*>(row + d));
-        alignas(64) bf16 held[32] = {};
-        std::memcpy(held, row + d, sizeof(T) * (dim - d));
-        return load(reinterpret_cast<const float*>(held));
-    } else {
-        return load(row + d, static_cast<int>(std::min<int64_t>(LANES, dim - d)));
+struct PlainRows {
+    const T* data;
+    int64_t dim;
+
+    void begin(int64_t, int64_t) {}
+
+    int lanes(int64_t d) const { return static_cast<int>(std::min<int64_t>(LANES, dim - d)); }
+
+    Vec numbers(int64_t r, int64_t d) const { return load(data + r * dim + d, lanes(d)); }
+
+#ifdef __AVX512F__
+    // as bf16
+    __m512i pairs(int64_t r, int64_t d) const {
+        if (d + 32 <= dim) return _mm512_loadu_si512(data + r * dim + d);
+        alignas(64) T held[32] = {};
+        std::memcpy(held, data + r * dim + d, sizeof(T) * (dim - d));
+        return _mm512_loadu_si512(held);
     }
+    __m256i bits(int64_t r, int64_t d) const {
+        if (lanes(d) == LANES) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + r * dim + d));
+        alignas(64) T held[LANES] = {};
+        std::memcpy(held, data + r * dim + d, sizeof(T) * lanes(d));
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(held));
+    }
+#endif
+};
+
+// What codes stand for, as it would lie in a page of numbers.
+template <class T>
+inline Vec as_stored(Vec numbers) {
+    if constexpr (std::is_same_v<T, float>) return numbers;
+    alignas(64) T held[LANES];
+    store(held, numbers);
+    return load(held);
 }
 
+// The same of coded keys, sixteen rows from `first` on at a time, which share the scales of a channel.
+template <class T, Codec C>
+struct CodedKeyRows {
+    CodedKeys<T, C> keys;
+    int64_t dim;
+    Scales<T, C> scales[2];
+
+    void begin(int64_t first, int64_t d) {
+        scales[0] = keys.scales(first, d);
+        if (IN_PAIRS<T> && d + LANES < dim) scales[1] = keys.scales(first, d + LANES);
+    }
+
+    Vec numbers(int64_t r, int64_t d) const { return as_stored<T>(scales[0].numbers(keys.codes(r, d))); }
+
+#ifdef __AVX512F__
+    __m512i pairs(int64_t r, int64_t d) const {
+        alignas(64) T held[32] = {};
+        Vec low = scales[0].numbers(keys.codes(r, d));
+        if (d + LANES < dim)
+            store(held, low, scales[1].numbers(keys.codes(r, d + LANES)));
+        else
+            store(held, low);
+        return _mm512_load_si512(held);
+    }
+#endif
+};
+
+// And of coded values.
+template <class T, Codec C>
+struct CodedValueRows {
+    CodedValues<T, C> values;
+
+    Vec numbers(int64_t r, int64_t d) const { return as_stored<T>(values.numbers(r, d)); }
+#ifdef __AVX512F__
+    __m256i bits(int64_t r, int64_t d) const { return rounded(values.numbers(r, d)); }
+#endif
+};
+
 // Keys `[count, dim]` as panels of 16 keys, `dim` deep.
-template <class T>
-void pack_keys(const T* keys, int64_t count, int64_t dim, RowElement<T>* panels) {
+template <class T, class KeyRows>
+void pack_keys(KeyRows keys, int64_t count, int64_t dim, RowElement<T>* panels) {
     constexpr int64_t UNIT = IN_PAIRS<T> ? 2 : 1;
     int64_t size = panel_size<RowElement<T>>(dim), units_deep = padded_depth<RowElement<T>>(dim) / UNIT;
+    auto units = [&](int64_t r, int64_t d) {  // 32 bits each: pairs of bf16, or single elements widened
+#ifdef __AVX512F__
+        if constexpr (IN_PAIRS<T>) return Vec{_mm512_castsi512_ps(keys.pairs(r, d))};
+#endif
+        return keys.numbers(r, d);
+    };
     for (int64_t first = 0; first < count; first += LANES) {
         auto* panel = reinterpret_cast<float*>(panels + first / LANES * size);
         for (int64_t unit = 0; unit < units_deep; unit += LANES) {
+            keys.begin(first, unit * UNIT);
             Vec rows[16];
-            for (int64_t i = 0; i < 16; ++i)
-                rows[i] = first + i < count ? units(keys + (first + i) * dim, unit * UNIT, dim) : zeros();
+            for (int64_t i = 0; i < 16; ++i) rows[i] = first + i < count ? units(first + i, unit * UNIT) : zeros();
             transpose(rows);
             for (int64_t i = 0; i < std::min<int64_t>(16, units_deep - unit); ++i)
                 store(panel + (unit + i) * LANES, rows[i]);
@@ -112,33 +212,20 @@ void pack_keys(const T* keys, int64_t count, int64_t dim, RowElement<T>* panels)
 }
 
 // Values `[count, dim]` as panels of 16 of their dimensions, `count` deep, and zeros up to `depth`.
-template <class T>
-void pack_values(const T* values, int64_t count, int64_t dim, int64_t depth, RowElement<T>* panels) {
+template <class T, class ValueRows>
+void pack_values(ValueRows values, int64_t count, int64_t dim, int64_t depth, RowElement<T>* panels) {
     for (int64_t d = 0; d < dim; d += LANES, panels += depth * LANES) {
-        int lanes = static_cast<int>(std::min<int64_t>(LANES, dim - d));
         if constexpr (IN_PAIRS<T>) {
-            for (int64_t k = 0; k < depth; k += 2) {
-                alignas(64) bf16 held[2][16] = {};
-                const bf16* pair[2];
-                for (int64_t i = 0; i < 2; ++i) {
-                    const bf16* row = values + (k + i) * dim + d;
-                    pair[i] = held[i];
-                    if (k + i < count && lanes == LANES)
-                        pair[i] = row;
-                    else if (k + i < count)
-                        std::memcpy(held[i], row, sizeof(bf16) * lanes);
-                }
 #ifdef __AVX512F__
-                auto wide = [](const bf16* p) {
-                    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-                };
-                __m512i both = _mm512_or_si512(wide(pair[0]), _mm512_slli_epi32(wide(pair[1]), 16));
-                _mm512_storeu_si512(panels + k * LANES, both);
+            auto wide = [&](int64_t k) {
+                return k < count ? _mm512_cvtepu16_epi32(values.bits(k, d)) : _mm512_setzero_si512();
+            };
+            for (int64_t k = 0; k < depth; k += 2)
+                _mm512_storeu_si512(panels + k * LANES, _mm512_or_si512(wide(k), _mm512_slli_epi32(wide(k + 1), 16)));
 #endif
-            }
         } else {
             for (int64_t k = 0; k < depth; ++k)
-                store(panels + k * LANES, k < count ? load(values + k * dim + d, lanes) : zeros());
+                store(panels + k * LANES, k < count ? values.numbers(k, d) : zeros());
         }
     }
 }
@@ -219,10 +306,16 @@ class PageAttention {
     int64_t dim() const { return dim_; }      // of a row of a state
     int64_t depth() const { return depth_; }  // of a row of queries
 
-    void pack(std::pair<const T*, int64_t> page, int64_t count) {
+    void pack(const Part<T>& page, Codec codec, int64_t count) {
         values_depth_ = padded_depth<E>(round_up(count, LANES));
-        pack_keys(page.first, count, shape_.dim, keys_);
-        pack_values(page.first + page.second, count, shape_.dim, values_depth_, values_);
+        if (!page.coded_keys)
+            pack_rows(PlainRows<T>{page.keys, shape_.dim}, PlainRows<T>{page.values, shape_.dim}, count);
+        else if (codec == Codec::FP8)
+            pack_coded<Codec::FP8>(page, count);
+        else if (codec == Codec::INT8)
+            pack_coded<Codec::INT8>(page, count);
+        else
+            pack_coded<Codec::INT4>(page, count);
     }
 
     // Gives the states of the rows of queries `[rows][depth]` over the page to `use(first row, count, states)`, up to
@@ -292,6 +385,19 @@ class PageAttention {
 #endif
 
   private:
+    template <Codec C>
+    void pack_coded(const Part<T>& page, int64_t count) {
+        Coded<T, C> coded{shape_.page_size, shape_.dim};
+        pack_rows(CodedKeyRows<T, C>{{page.coded_keys, coded}, shape_.dim, {}},
+                  CodedValueRows<T, C>{{page.coded_values, coded}}, count);
+    }
+
+    template <class KeyRows, class ValueRows>
+    void pack_rows(KeyRows keys, ValueRows values, int64_t count) {
+        pack_keys<T>(keys, count, shape_.dim, keys_);
+        pack_values<T>(values, count, shape_.dim, values_depth_, values_);
+    }
+
     // Of up to TILE_ROWS rows.
     struct Slot {
         float* scores;
@@ -482,7 +588,7 @@ void attend_few(const Call<T>& call, const Chunk* chunks, int64_t num_chunks) {
                 int64_t page = chunk.first + number - firsts[at], rows = chunk.num_tokens * group;
                 int64_t count = visible_keys(chunk, chunk.num_tokens - 1, page, shape.page_size);
                 call.pack_queries(chunk.row, head, 0, rows, one.depth(), queries);
-                one.pack(call.pages.find(call.table[chunk.table + page], head, shape), count);
+                one.pack(call.pages.find(chunk, call.table, page, head, shape), call.pages.codec, count);
                 States to = states_at(states, number - from, head);
                 Tiles tiles(rows);
                 auto visible = [&](int64_t r) { return visible_keys(chunk, r / group, page, shape.page_size); };
@@ -543,7 +649,7 @@ void attend_many(const Call<T>& call, const Chunk* chunks, int64_t num_chunks) {
             for (int64_t page = chunk.first; page < chunk.end; ++page) {
                 int64_t count = visible_keys(chunk, token + num_tokens - 1, page, shape.page_size);
                 if (!count) break;
-                one.pack(call.pages.find(call.table[chunk.table + page], head, shape), count);
+                one.pack(call.pages.find(chunk, call.table, page, head, shape), call.pages.codec, count);
                 auto visible = [&](int64_t r) {
                     return visible_keys(chunk, (first + r) / group, page, shape.page_size);
                 };

@@ -9,6 +9,7 @@
 #endif
 
 #include "attention.hpp"
+#include "codecs.hpp"
 #include "collectives.hpp"
 #include "linear.hpp"
 #include "page_bounds.hpp"
@@ -24,6 +25,21 @@ void by_dtype(int dtype, Run run) {
         run(fp16{});
     else
         run(bf16{});
+}
+
+template <Codec C>
+struct Number {
+    static constexpr Codec CODEC = C;
+};
+
+template <class Run>
+void by_codec(int codec, Run run) {
+    if (codec == 1)
+        run(Number<Codec::FP8>{});
+    else if (codec == 2)
+        run(Number<Codec::INT8>{});
+    else
+        run(Number<Codec::INT4>{});
 }
 
 }  // namespace
@@ -86,14 +102,15 @@ void rope_and_write(int dtype, void* qkv, int64_t stride, int64_t num_rows, int6
     });
 }
 
-// `chunks` are `Chunk`s; the first `num_few` of them have few tokens.
+// `chunks` are `Chunk`s; the first `num_few` of them have few tokens. Codecs: 0 none, 1 fp8, 2 int8, 3 int4.
 void attention(int dtype, const void* q, int64_t q_stride, int64_t heads, int64_t kv_heads, int64_t dim,
-               int64_t page_size, const void* pool, int64_t num_slots, const void* buffer, const int64_t* table,
-               const int64_t* chunks, int64_t num_chunks, int64_t num_few, float* kept, void* out, int num_threads) {
+               int64_t page_size, const void* pool, int64_t num_slots, const void* buffer, int codec, int64_t block,
+               const void* exact, const int64_t* table, const int64_t* chunks, int64_t num_chunks, int64_t num_few,
+               float* kept, void* out, int num_threads) {
     by_dtype(dtype, [&](auto one) {
         using T = decltype(one);
         Call<T> call{{heads, kv_heads, dim, page_size},
-                     {static_cast<const T*>(pool), static_cast<const T*>(buffer), num_slots},
+                     {static_cast<const T*>(pool), num_slots, buffer, Codec{codec}, block, static_cast<const T*>(exact)},
                      table,
                      static_cast<const T*>(q),
                      q_stride,
@@ -112,6 +129,40 @@ void page_bounds(int dtype, const void* q, int64_t num_rows, int64_t heads, int6
         using T = decltype(one);
         page_bounds(static_cast<const T*>(q), num_rows, heads, kv_heads, dim, static_cast<const T*>(summaries), ids,
                     num_pages, out, num_threads);
+    });
+}
+
+// The page in a slot of a pool `[parts, num_slots, kv_heads, page_size, dim]` as codes, and back.
+void encode_page(int dtype, int codec, const void* pool, int64_t num_parts, int64_t num_slots, int64_t kv_heads,
+                 int64_t page_size, int64_t dim, int64_t slot, void* to) {
+    by_dtype(dtype, [&](auto one) {
+        using T = decltype(one);
+        by_codec(codec, [&](auto number) {
+            encode_page<T, number.CODEC>(static_cast<const T*>(pool), {num_parts, num_slots, kv_heads, page_size, dim},
+                                         slot, static_cast<uint8_t*>(to));
+        });
+    });
+}
+
+void decode_page(int dtype, int codec, const void* from, int64_t num_parts, int64_t num_slots, int64_t kv_heads,
+                 int64_t page_size, int64_t dim, int64_t slot, void* pool) {
+    by_dtype(dtype, [&](auto one) {
+        using T = decltype(one);
+        by_codec(codec, [&](auto number) {
+            decode_page<T, number.CODEC>(static_cast<const uint8_t*>(from),
+                                         {num_parts, num_slots, kv_heads, page_size, dim}, slot, static_cast<T*>(pool));
+        });
+    });
+}
+
+void round_pages(int dtype, int codec, void* pool, int64_t num_parts, int64_t num_slots, int64_t kv_heads,
+                 int64_t page_size, int64_t dim, const int64_t* slots, int64_t count, void* exact, int num_threads) {
+    by_dtype(dtype, [&](auto one) {
+        using T = decltype(one);
+        by_codec(codec, [&](auto number) {
+            round_pages<T, number.CODEC>(static_cast<T*>(pool), {num_parts, num_slots, kv_heads, page_size, dim}, slots,
+                                         count, static_cast<T*>(exact), num_threads);
+        });
     });
 }
 

@@ -27,9 +27,13 @@ _ARGUMENTS = {
     "rms_norm": [_INT, _ADDRESS, _ADDRESS, _ADDRESS, _FLOAT, _SIZE, _SIZE, _ADDRESS, _INT],
     "rope_and_write": [_INT, _ADDRESS, *[_SIZE] * 5, *[_ADDRESS] * 3, _SIZE, _SIZE, _ADDRESS, _ADDRESS, _INT],
     "attention": [
-        _INT, _ADDRESS, *[_SIZE] * 5, _ADDRESS, _SIZE, *[_ADDRESS] * 3, _SIZE, _SIZE, _ADDRESS, _ADDRESS, _INT,
+        _INT, _ADDRESS, *[_SIZE] * 5, _ADDRESS, _SIZE, _ADDRESS, _INT, _SIZE, *[_ADDRESS] * 3, _SIZE, _SIZE, _ADDRESS,
+        _ADDRESS, _INT,
     ],
     "page_bounds": [_INT, _ADDRESS, *[_SIZE] * 4, _ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _INT],
+    "encode_page": [_INT, _INT, _ADDRESS, *[_SIZE] * 6, _ADDRESS],
+    "decode_page": [_INT, _INT, _ADDRESS, *[_SIZE] * 6, _ADDRESS],
+    "round_pages": [_INT, _INT, _ADDRESS, *[_SIZE] * 5, _ADDRESS, _SIZE, _ADDRESS, _INT],
     "shared_size": [_SIZE, _INT],
     "all_reduce": [_INT, _ADDRESS, _SIZE, _INT, _INT, _ADDRESS, _SIZE, _INT],
     "gather": [_ADDRESS, _SIZE, _INT, _INT, _ADDRESS, _SIZE, _ADDRESS],
@@ -50,6 +54,9 @@ class Library:
     rope_and_write: Callable[..., None]
     attention: Callable[..., None]
     page_bounds: Callable[..., None]
+    encode_page: Callable[..., None]
+    decode_page: Callable[..., None]
+    round_pages: Callable[..., None]
     shared_size: Callable[..., int]
     all_reduce: Callable[..., int]
     gather: Callable[..., int]

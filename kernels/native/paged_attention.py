@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distkv.kernels.codec_format import CodecFormat
 from distkv.kernels.native.library import DTYPES, Library
 
 LANES = 16  # of `simd.hpp`
@@ -14,13 +15,23 @@ LANES = 16  # of `simd.hpp`
 class Chunks:
     """New tokens of some sequences, and which of their pages they meet in a call.
 
-    Shapes: `numbers` int64 `[chunks, 7]`, by columns: the first row of q, the number of rows, the position of the
-    first, the first entry of the table, the first page and the end of those that it meets, and whether the result is
-    wanted after them. Those of few tokens come first, `num_few` of them: their pages are shared out among the threads.
+    Shapes: `numbers` int64 `[chunks, 8]`, by columns: the first row of q, the number of rows, the position of the
+    first, the first entry of the table, the first page and the end of those that it meets, whether the result is
+    wanted after them, and where the page of its own tokens lies in `CodedPages.exact`, -1 where the table says. Those
+    of few tokens come first, `num_few` of them: their pages are shared out among the threads.
     """
 
     numbers: Tensor
     num_few: int
+
+
+@dataclass(frozen=True)
+class CodedPages:
+    """Where pages in a buffer are codes: of which format, and what pages that were filled in this step held before
+    they were rounded, `[pages, 2, K, S, D]`."""
+
+    format: CodecFormat
+    exact: Tensor
 
 
 def kept_states(num_tokens: int, heads: int, head_dim: int) -> Tensor:
@@ -37,21 +48,28 @@ def attend_pages(
     chunks: Chunks,
     kept: Tensor | None,
     out: Tensor,
+    coded: CodedPages | None = None,
 ) -> None:
     """Attention of each chunk over some of its pages, which it must meet in logical order, all of them together in as
     many calls as need be.
 
     Shapes:
         q `[T, H, D]`, rows may lie apart; out `[T, H * D]`, written where the result of a chunk is wanted
-        layer_pool `[2, pages, K, S, D]`; buffer `[pages, 2, K, S, D]`, None when no entry lies in one
+        layer_pool `[2, pages, K, S, D]`; buffer `[pages, 2, K, S, D]`, None when no entry lies in one; of codes uint8
+            `[pages, 2, K, S, CodecFormat.row_bytes]`
         table int64, see `page_entries.py`
         kept: of `kept_states`, None when all chunks meet all their pages in this call
     """
     _, heads, dim = q.shape
     assert q.stride(1) == dim and q.stride(2) == 1 and layer_pool.is_contiguous() and q.dtype == layer_pool.dtype
     _, num_slots, kv_heads, page_size, _ = layer_pool.shape
+    codec, block, exact = 0, 0, None
+    if coded is not None:
+        codec, exact = coded.format.number, coded.exact.data_ptr()
+        block = page_size * coded.format.row_bytes(page_size, dim, q.element_size())
     library.attention(
         DTYPES[q.dtype], q.data_ptr(), q.stride(0), heads, kv_heads, dim, page_size, layer_pool.data_ptr(), num_slots,
-        None if buffer is None else buffer.data_ptr(), table.data_ptr(), chunks.numbers.data_ptr(), len(chunks.numbers),
-        chunks.num_few, None if kept is None else kept.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+        None if buffer is None else buffer.data_ptr(), codec, block, exact, table.data_ptr(),
+        chunks.numbers.data_ptr(), len(chunks.numbers), chunks.num_few, None if kept is None else kept.data_ptr(),
+        out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip

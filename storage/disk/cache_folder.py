@@ -64,6 +64,7 @@ class Description(msgspec.Struct, frozen=True):
     head_dim: Count
     page_bytes: Count  # on disk, at most
     disk_codec: Annotated[str, msgspec.Meta(pattern="^(none|lossless)$")] = "none"  # one of `DISK_CODECS`
+    kv_cache_dtype: Annotated[str, msgspec.Meta(pattern="^(auto|fp8_e4m3|int8|int4)$")] = "auto"
     kernels: str = ""  # by which the pages were computed
     created: float = msgspec.field(default_factory=time.time)  # unix seconds
 

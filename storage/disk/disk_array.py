@@ -16,8 +16,10 @@ import zarr
 from zarr.abc.store import Store
 from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec
 from zarr.core.buffer import Buffer
+from zarr.core.common import JSON
 from zarr.storage import LocalStore, MemoryStore
 
+from distkv.kernels.codec_format import CodecFormat, group_size
 from distkv.storage.disk.cache_folder import (
     ARRAY,
     DAMAGED,
@@ -36,7 +38,7 @@ from distkv.storage.page_spec import PageSpec
 log = logging.getLogger(__name__)
 
 METADATA = "zarr.json"  # in the array's folder
-STORED_DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
+STORED_DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16", "uint8": "uint8"}
 
 
 class OtherPagesError(DamagedError):
@@ -179,7 +181,7 @@ def _write_metadata(folder: Path, spec: PageSpec, num_pages: int) -> None:
 
 
 def _make(store: Store, spec: PageSpec, num_pages: int) -> Any:
-    dtype = STORED_DTYPES[spec.dtype]
+    dtype = STORED_DTYPES[spec.stored_dtype]
     return zarr.create_array(
         store=store,
         shape=(num_pages, *spec.page_shape),
@@ -187,24 +189,40 @@ def _make(store: Store, spec: PageSpec, num_pages: int) -> Any:
         **_stored_as(spec, np.dtype(dtype).itemsize),
         fill_value=0,
         chunk_key_encoding={"name": "default", "separator": "."},  # one flat folder
-        dimension_names=("slot", "layer", "kv", "kv_head", "token", "head_dim"),
-        attributes={"distkv": FORMAT, "dtype": spec.dtype},
+        dimension_names=("slot", "layer", "kv", "kv_head", "token", "head_dim" if spec.format is None else "byte"),
+        attributes={"distkv": FORMAT, "dtype": spec.dtype, **_codec_attributes(spec)},
     )
 
 
 def _stored_as(spec: PageSpec, item_bytes: int) -> dict[str, Any]:
     """What Zarr has to know of the files."""
-    head = 1, spec.num_layers, 2, 1, spec.page_size, spec.head_dim
+    rows = spec.page_shape[-2:]
+    head = 1, spec.num_layers, 2, 1, *rows
     if spec.disk_codec == "none":
         return {"chunks": head, "compressors": None, "filters": None}
     return {
         "shards": {"shape": head, "index_location": "start"},
-        "chunks": (1, 1, 1, 1, spec.page_size, spec.head_dim),
+        "chunks": (1, 1, 1, 1, *rows),
         "filters": [TransposeCodec(order=(0, 1, 2, 3, 5, 4))],
         "compressors": [
             BloscCodec(typesize=item_bytes, cname=COMPRESSOR, clevel=LEVEL, shuffle="bitshuffle", blocksize=0),
             Crc32cCodec(),
         ],
+    }
+
+
+def _codec_attributes(spec: PageSpec) -> dict[str, JSON]:
+    """Enough to read pages of codes without distkv."""
+    if spec.format is None:
+        return {}
+    group = group_size(spec.page_size, spec.head_dim)
+    return {
+        "codec": spec.format.name,
+        "head_dim": spec.head_dim,
+        "group": group,
+        "num_scales": spec.format.num_scales,
+        "formula": spec.format.formula,
+        "layout": " ".join(str(CodecFormat.__doc__).split()),
     }
 
 

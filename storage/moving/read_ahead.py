@@ -32,7 +32,7 @@ class ReadAhead:
 
     def __init__(self, spec: PageSpec, num_slices: int, disk: "DiskPool", pinned: bool):
         self.spec, self.num_slices = spec, num_slices
-        self.buffer = HostBuffer((num_slices, *spec.slice_shape), torch_dtype(spec.dtype), pinned)
+        self.buffer = HostBuffer((num_slices, *spec.stored_slice_shape), torch_dtype(spec.stored_dtype), pinned)
         self.parts = [disk.parts(layer_slice) for layer_slice in self.buffer.data]
         self.threads = ThreadPoolExecutor(READ_THREADS, "kv-read")
         self.freed = 0  # slices below may be overwritten once they are copied

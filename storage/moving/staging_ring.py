@@ -88,8 +88,8 @@ class StagingRing:
         self.buffers = torch.zeros(
             self.num_buffers,
             self.buffer_pages,
-            *spec.slice_shape,
-            dtype=torch_dtype(spec.dtype),
+            *spec.stored_slice_shape,
+            dtype=torch_dtype(spec.stored_dtype),
             device=device.torch_device,
         )
         # both sides of the copies of a load as `PageCopies` takes them, by layer and by buffer

@@ -9,7 +9,7 @@ from distkv.storage.device import Device
 from distkv.storage.dtypes import torch_dtype
 from distkv.storage.errors import CapacityError
 from distkv.storage.page_spec import PageSpec
-from distkv.storage.pools.page_pool import check_slot
+from distkv.storage.pools.page_pool import PageCodec, check_slot
 from distkv.storage.tier import Tier
 
 
@@ -19,14 +19,15 @@ class DevicePool:
     A slot always holds finite numbers: attention reads whole pages and masks what is not filled, and a masked NaN
     would still spread. Hence `clear` for a slot that changes hands.
 
-    On a GPU whole pages cross by `rows`, in lanes of their own (`copier.py`). Raises CapacityError when the memory
-    cannot be had.
+    On a GPU whole pages cross by `rows`, in lanes of their own (`copier.py`). With a codec, pages that are stored and
+    loaded are codes. Raises CapacityError when the memory cannot be had.
     """
 
-    def __init__(self, spec: PageSpec, num_pages: int, device: Device):
+    def __init__(self, spec: PageSpec, num_pages: int, device: Device, codec: PageCodec | None = None):
         self.spec = spec
         self.num_pages = num_pages
         self.device = device
+        self.codec = codec
         try:
             self.data = device.zeros(spec.device_shape(num_pages), torch_dtype(spec.dtype))
         except (MemoryError, torch.OutOfMemoryError):
@@ -46,11 +47,17 @@ class DevicePool:
 
     def store(self, slot: int, page: Tensor) -> None:
         check_slot(slot, self.num_pages)
-        self.device.copy(page, self.data[:, :, slot])
+        if self.codec is None:
+            self.device.copy(page, self.data[:, :, slot])
+        else:
+            self.codec.decode(page, self.data, slot)
 
     def load(self, slot: int, page: Tensor) -> None:
         check_slot(slot, self.num_pages)
-        self.device.copy(self.data[:, :, slot], page)
+        if self.codec is None:
+            self.device.copy(self.data[:, :, slot], page)
+        else:
+            self.codec.encode(self.data, slot, page)
 
     def clear(self, slots: Sequence[int]) -> None:
         """Fills newly taken slots with zeros, over all layers."""

@@ -17,7 +17,7 @@ class HostPool:
 
     def __init__(self, spec: PageSpec, num_pages: int, pinned: bool):
         self.num_pages = num_pages
-        self._buffer = HostBuffer((num_pages, *spec.page_shape), torch_dtype(spec.dtype), pinned)
+        self._buffer = HostBuffer((num_pages, *spec.page_shape), torch_dtype(spec.stored_dtype), pinned)
         self.piece_pages = self._buffer.piece_rows  # no copy may reach over a multiple of it
 
     def page(self, slot: int) -> Tensor:

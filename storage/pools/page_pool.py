@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class PagePool(Protocol):
-    """`num_pages` slots of whole pages, each of `PageSpec.page_shape` and dtype.
+    """`num_pages` slots of whole pages, each of `PageSpec.page_shape` and `stored_dtype`.
 
     Each method takes a slot from 0 to `num_pages - 1` and raises IndexError for any other. Pages passed in and out lie
     in host memory. What was never stored reads as anything at all, or as an error.
@@ -22,6 +22,20 @@ class PagePool(Protocol):
 
     def close(self) -> None:
         """Gives back what the pool holds."""
+
+
+class PageCodec(Protocol):
+    """Pages of a pool `[layers, 2, slots, K, S, D]` on the device, or of one layer of it, as codes `[layers, 2, K, S,
+    row_bytes]` below it, see `kernels/codec_format.py`."""
+
+    def encode(self, pool: Tensor, slot: int, codes: Tensor) -> None:
+        """Writes the page in a slot as codes."""
+
+    def decode(self, codes: Tensor, pool: Tensor, slot: int) -> None:
+        """Writes codes as a page into a slot."""
+
+    def round(self, layer_pool: Tensor, slots: Tensor) -> None:
+        """Gives the pages in some slots of a layer the values of their codes."""
 
 
 def check_slot(slot: int, num_pages: int) -> None:

@@ -19,6 +19,9 @@ from support.runs import GREEDY, run
 
 from distkv import LLM, SamplingParams
 
+HEAD_DIM = 48
+CODECS = ["auto", "int4", "int8", "fp8_e4m3"]
+
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16", "float16"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
@@ -29,7 +32,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     rope = {"rope_parameters": dynamic} if request.param == "float16" else {}  # no prefix of such a model is kept
     folder = save_llama(
         tmp_path_factory.mktemp("model"), max_position_embeddings=256 if rope else 4096, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, hidden_size=96, head_dim=24, intermediate_size=113, attention_bias=biased, **rope,
+        num_key_value_heads=kv_heads, hidden_size=96, head_dim=HEAD_DIM, intermediate_size=113, attention_bias=biased,
+        **rope,
     )[0]  # fmt: skip
     return folder, request.param
 
@@ -47,15 +51,18 @@ SEEDS = [
 def test_answers_do_not_depend_on_what_else_happens(
     model: tuple[Path, str], tmp_path: Path, seed: int, policy: str
 ) -> None:
-    """Neighbours in the batch, borders of chunks, hits of any length in any tier, tiers, rings, threads, restarts."""
+    """Neighbours in the batch, borders of chunks, hits of any length in any tier, tiers, rings, threads, restarts;
+    with each codec, and where a policy chooses."""
     folder, dtype = model
     rng = random.Random(seed)
     prompts, params = random_requests(rng)
     page_size = rng.choice([16, 32, 64, 256] if policy == "full" else [16, 32])
-    common = {"dtype": dtype, "page_size": page_size, "attention_policy": policy}
+    codec = CODECS[(seed + ["float32", "bfloat16", "float16"].index(dtype)) % len(CODECS)]
+    common: dict[str, Any] = {"dtype": dtype, "page_size": page_size, "host_kv_bytes": "64MiB"}
+    common |= {"kv_cache_dtype": codec} if policy == "full" else {"attention_policy": policy}
     with LLM(folder, device_kv_bytes="64MiB", enable_prefix_caching=False, **common, **WHOLE) as alone:
         expected = answers_alone(alone, prompts, params)
-    page = 2 * 2 * 3 * 24 * page_size * 4  # bytes at most
+    page = 2 * 2 * 3 * HEAD_DIM * page_size * 4  # bytes at most
     for round in range(2):  # the second finds what the first has left
         budget = rng.choice([16, 17, 64, 100, 333, 4096] if round == 0 else [16, 256])
         options: dict[str, Any] = {
@@ -63,19 +70,24 @@ def test_answers_do_not_depend_on_what_else_happens(
             "num_threads": rng.choice([1, 2]), "host_kv_bytes": 12 * page, "disk_kv_bytes": 600 * page,
             "device_kv_bytes": page * (12 + -(-budget // page_size)), "cache_dir": str(tmp_path),
         }  # fmt: skip
-        with LLM(folder, **common, **options) as llm:
+        with LLM(folder, **common | options) as llm:
             assert_answers(llm, rng, prompts, params, expected, round)
 
 
 def cold_request(dtype: str, cache_dir: Path) -> tuple[list[int], SamplingParams, dict[str, Any]]:
     """A request, and options with which nearly all of its pages lie on disk while it runs."""
-    page = 2 * 2 * 3 * 24 * 16 * 2
+    page = 2 * 2 * 3 * HEAD_DIM * 16 * 2
     options = {
         "dtype": dtype, "page_size": 16, "max_num_batched_tokens": 32, "max_num_seqs": 4, "device_kv_bytes": 4 * page,
         "host_kv_bytes": 6 * page, "disk_kv_bytes": 60 * page, "cache_dir": str(cache_dir),
     }  # fmt: skip
     params = SamplingParams(temperature=1, seed=7, max_tokens=40, logprobs=5, ignore_eos=True)
     return random_prompt(500, 2), params, options
+
+
+def page_files(cache_dir: Path) -> list[Path]:
+    """Those that are written."""
+    return sorted(path for path in cache_dir.rglob("c.*") if path.suffix != ".partial")
 
 
 @all_damages
@@ -105,14 +117,14 @@ def assert_repairs_leave_no_trace(
 
         def spy(plan: Any, drawn: Any) -> Any:
             if [len(one.token_ids) for one in plan.sequences] == [1] and next(steps) in (1, 8, 21):
-                for file in sorted(tmp_path.rglob("c.*"))[::5]:
+                for file in page_files(tmp_path)[::5]:
                     damage(file)
             return forward(plan, drawn)
 
         engine._runner.executor.forward = spy
         assert said(llm.generate([prompt], params, use_tqdm=False)[0]) == expected
         assert llm.stats().pages_recomputed >= 3
-    for file in sorted(tmp_path.rglob("c.*"))[1::7]:
+    for file in page_files(tmp_path)[1::7]:
         damage(file)
     with LLM(folder, **options) as llm:
         assert said(llm.generate([prompt], params, use_tqdm=False)[0]) == expected

@@ -155,7 +155,7 @@ def test_attention(
         out, first = q.new_empty(tokens, q.shape[1] * head_dim), 0
         kept = kept_states(tokens, q.shape[1], head_dim) if len(ends) > 1 else None
         for end in ends:
-            chunk = torch.tensor([[0, tokens, start, 0, first, end, int(end == count)]])
+            chunk = torch.tensor([[0, tokens, start, 0, first, end, int(end == count), -1]])
             attend_pages(kernels_of, q, pool, None, table, Chunks(chunk, int(few)), kept, out)
             first = end
         return out

@@ -30,6 +30,7 @@ from distkv import LLM, SamplingParams
 from distkv.commands.main import app
 from distkv.config import EngineConfig
 from distkv.errors import ConfigError, DistKVError, StoreError
+from distkv.kernels.codec_format import FORMATS
 from distkv.kernels.cpu_kernels import CPU_KERNELS
 from distkv.launch.fingerprint import make_fingerprint
 from distkv.launch.launch import cache_place, launch
@@ -620,16 +621,15 @@ def test_what_a_fingerprint_is_of() -> None:
         make_fingerprint("other", "native amx", model(), "bfloat16", 256),
         make_fingerprint("weights", "native amx", model(), "float16", 256),
         make_fingerprint("weights", "native amx", model(), "bfloat16", 128),
-        make_fingerprint("weights", "native amx", model(), "bfloat16", 256, "lossless"),
+        make_fingerprint("weights", "native amx", model(), "bfloat16", 256, "auto", "lossless"),
+        *(make_fingerprint("weights", "native amx", model(), "bfloat16", 256, codec) for codec in FORMATS),
         *(
             make_fingerprint("weights", "native amx", changed, "bfloat16", 256)
             for changed in (model(rope_theta=5e5), model(rms_norm_eps=1e-5), model(num_hidden_layers=2))
         ),
         *(
-            make_fingerprint(
-                DummySource(seed, torch.bfloat16, CPU).digest(whole=True), "native amx", model(), "bfloat16", 256
-            )
-            for seed in (0, 1)
+            make_fingerprint(weights.digest(whole=True), "native amx", model(), "bfloat16", 256)
+            for weights in (DummySource(seed, torch.bfloat16, CPU) for seed in (0, 1))
         ),
     ]
     assert len({base, *others}) == 1 + len(others)

@@ -31,6 +31,7 @@ def rank_config(folder: Path, *, page_size: int = 16, dtype: str = "float32", **
         "load_format": "auto",
         "seed": 0,
         "dtype": dtype,
+        "kv_cache_dtype": "auto",
         "device": "cpu",
         "page_size": page_size,
         "max_num_seqs": 64,

@@ -4,10 +4,13 @@ import logging
 
 from distkv.kernels.cpu_kernels import CPU_KERNELS
 from distkv.kernels.native.build import BuildError
+from distkv.kernels.native.codec_pages import NativeCodec
 from distkv.kernels.native.library import Library, load_best
 from distkv.kernels.native.token_kernels import native_token_kernels
 from distkv.storage.device import CpuDevice, Device
 from distkv.storage.dtypes import torch_dtype
+from distkv.storage.page_spec import PageSpec
+from distkv.storage.pools.page_pool import PageCodec
 from distkv.storage.tier import Tier
 from distkv.workers.attention.cpu import CpuAttention, plan_cpu_attention
 from distkv.workers.attention.native import NativeAttention, plan_native_attention
@@ -48,6 +51,14 @@ class CpuBackend:
     def use_policy(self, policy: PagePolicy) -> None:
         raise refused_policy(policy, "torch's operators")
 
+    def make_codec(self, spec: PageSpec) -> PageCodec | None:
+        if spec.format is not None:
+            raise ConfigError(
+                f"kv_cache_dtype is {spec.kv_cache_dtype}, which only the native kernels of a CPU know, and those are "
+                "not to be had here; see the warning above, or leave it out"
+            )
+        return None
+
     def room(self, model: LlamaModel, demand: Demand) -> Room:
         return Room(
             demand.host_bytes - demand.staging_bytes,
@@ -84,9 +95,15 @@ class NativeBackend(CpuBackend):
 
         return CpuRunner(model, pools, plan, pools.stream_on_demand)
 
+    def make_codec(self, spec: PageSpec) -> NativeCodec | None:
+        return None if spec.format is None else NativeCodec(self._library, spec.format)
+
     def attention(self, model: LlamaModel, pools: KVPools) -> PlanAttention:
+        codec = self.make_codec(pools.device.spec)
+
         def plan(steps: list[SequenceStep]) -> NativeAttention:
-            return plan_native_attention(self._library, steps, pools.device.spec.page_size, pools.ring.buffer_pages)
+            page_size, buffer_pages = pools.device.spec.page_size, pools.ring.buffer_pages
+            return plan_native_attention(self._library, steps, page_size, buffer_pages, codec)
 
         return plan
 
