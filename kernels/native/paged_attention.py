@@ -61,6 +61,7 @@ def attend_pages(
         kept: of `kept_states`, None when all chunks meet all their pages in this call
     """
     _, heads, dim = q.shape
+    assert chunks.numbers.is_contiguous() and chunks.numbers.shape[1] == 8
     assert q.stride(1) == dim and q.stride(2) == 1 and layer_pool.is_contiguous() and q.dtype == layer_pool.dtype
     _, num_slots, kv_heads, page_size, _ = layer_pool.shape
     codec, block, exact = 0, 0, None

@@ -72,7 +72,7 @@ def plan_chosen(chosen: ChosenPages, page_size: int, num_kv_heads: int, capacity
     calls, begins = [], np.zeros_like(counts)
     for load in range(max(1, len(loads))):
         ends = next_cold[min(load + 1, len(loads))]
-        columns = np.stack([rows, ones, starts, firsts, begins, ends, ends == counts], axis=1)[ends > begins]
+        columns = np.stack([rows, ones, starts, firsts, begins, ends, ends == counts, -ones], axis=1)[ends > begins]
         calls.append(Chunks(torch.from_numpy(np.ascontiguousarray(columns, dtype=np.int64)), len(columns)))
         begins = ends
     return ChosenCalls(torch.from_numpy(table), loads, calls)
