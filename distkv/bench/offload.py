@@ -9,7 +9,8 @@ import random
 import statistics
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from distkv.reporting.out_file import temporary_folder
 from distkv.reporting.tables import Column
 from distkv.storage.dtypes import ITEM_BYTES
 from distkv.storage.ledger.write_back import MAX_DISK_WRITES
+from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import NUM_BUFFERS, check_page_size
+from distkv.storage.tier import Tier
 from distkv.workers.kinds import KINDS
 from distkv.workers.model.model_config import ModelConfig
 
@@ -44,62 +47,86 @@ COLUMNS = [
 LEAST_DEVICE_PAGES = 2  # the page that is being written, and the context's first, which is the last to leave
 
 
-def run(
-    model: Path, context: int, new_tokens: int, dtype: str, page_size: int, num_threads: int | None,
-    cache_dir: Path | None, options: BenchOptions,
-) -> None:  # fmt: skip
+@dataclass(frozen=True)
+class Sizes:
+    """What is decoded."""
+
+    model: Path
+    context: int  # tokens, in whole pages
+    new_tokens: int
+    dtype: str
+    page_size: int
+    kv_cache_dtype: str = "auto"
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        """Of the model."""
+        return ModelConfig.load(self.model)
+
+    @cached_property
+    def spec(self) -> PageSpec:
+        """The pages of the one rank. Raises ConfigError for a codec that the model cannot have."""
+        model = self.config
+        return PageSpec(
+            model.num_hidden_layers, model.num_key_value_heads, self.page_size, model.head_dim,
+            model.run_dtype(self.dtype), self.kv_cache_dtype,
+        )  # fmt: skip
+
+    @property
+    def formula(self) -> str:
+        """The bytes of a token below the device, which are those that a step streams for it."""
+        spec = self.spec
+        numbers = f"{spec.head_dim} head_dim * {ITEM_BYTES[spec.dtype]} bytes"
+        if spec.format is not None:
+            scales = spec.stored_slice_shape[-1] - spec.head_dim * spec.format.bits // 8
+            numbers = f"({spec.head_dim} head_dim * {spec.format.bits / 8:g} bytes + {scales} of scales)"
+        return f"2 * {spec.num_layers} layers * {spec.num_kv_heads} KV heads * {numbers}"
+
+
+def run(sizes: Sizes, num_threads: int | None, cache_dir: Path | None, options: BenchOptions) -> None:
     """Measures and prints a table; see `distkv bench offload --help`.
 
     Raises ConfigError for options that do not go together, DistKVError when bytes or answers are not what they must be.
     """
-    with make_bench(model, context, new_tokens, dtype, page_size, num_threads, options) as bench:
-        measure(bench, model, context, new_tokens, dtype, page_size, num_threads, cache_dir)
+    with make_bench(sizes, num_threads, options) as bench:
+        measure(bench, sizes, num_threads, cache_dir)
         _print(bench)
 
 
-def make_bench(
-    model: Path, context: int, new_tokens: int, dtype: str, page_size: int, num_threads: int | None,
-    options: BenchOptions, console: Console | None = None,
-) -> Bench:  # fmt: skip
+def make_bench(sizes: Sizes, num_threads: int | None, options: BenchOptions, console: Console | None = None) -> Bench:
     """The run of this benchmark. Raises ConfigError for sizes that do not go together."""
-    config = ModelConfig.load(model)
-    _check_sizes(context, page_size, least_tokens(new_tokens), config.max_position_embeddings)
-    itemsize = ITEM_BYTES[config.run_dtype(dtype)]
-    layers, heads, dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+    _check_sizes(sizes.context, sizes.page_size, least_tokens(sizes.new_tokens), sizes.config.max_position_embeddings)
     return Bench(
-        "offload", options, num_threads, console, model=model.name, dtype=dtype, context=context, page_size=page_size,
-        bytes_per_token=2 * layers * heads * dim * itemsize, new_tokens=new_tokens,
-        formula=f"2 * {layers} layers * {heads} KV heads * {dim} head_dim * {itemsize} bytes",
+        "offload", options, num_threads, console, model=sizes.model.name, dtype=sizes.dtype,
+        kv_cache_dtype=sizes.kv_cache_dtype, context=sizes.context, page_size=sizes.page_size,
+        bytes_per_token=sizes.spec.page_bytes_in(Tier.HOST) // sizes.page_size, new_tokens=sizes.new_tokens,
+        formula=sizes.formula,
     )  # fmt: skip
 
 
-def measure(
-    bench: Bench, model: Path, context: int, new_tokens: int, dtype: str, page_size: int, num_threads: int | None,
-    cache_dir: Path | None,
-) -> None:  # fmt: skip
+def measure(bench: Bench, sizes: Sizes, num_threads: int | None, cache_dir: Path | None) -> None:
     """Adds a row for each place where the context may lie, that on the device first."""
-    config = ModelConfig.load(model)
-    token_bytes, layers = bench.facts["bytes_per_token"], config.num_hidden_layers
-    rng = random.Random(context)
-    prompt = [rng.randrange(10, config.vocab_size) for _ in range(context + 1)]
+    config, spec, page_size = sizes.config, sizes.spec, sizes.page_size
+    rng = random.Random(sizes.context)
+    prompt = [rng.randrange(10, config.vocab_size) for _ in range(sizes.context + 1)]
     with ExitStack() as stack:
         folder = stack.enter_context(temporary_folder()) if cache_dir is None else cache_dir
         decoders = []
         bench.doing("loading the model")
-        for variant in _variants(context // page_size):
-            options = _engine_options(variant, page_size * token_bytes, page_size, layers, folder)
+        for variant in _variants(sizes.context // page_size, spec.format is not None):
             engine_config = EngineConfig(
-                model, dtype=dtype, page_size=page_size, num_threads=num_threads, max_model_len=context + page_size,
-                max_num_seqs=1, max_num_batched_tokens=page_size, **options,
+                sizes.model, dtype=sizes.dtype, kv_cache_dtype=sizes.kv_cache_dtype, page_size=page_size,
+                num_threads=num_threads, max_model_len=sizes.context + page_size, max_num_seqs=1,
+                max_num_batched_tokens=page_size, **_engine_options(variant, spec, folder),
             )  # fmt: skip
-            cold_bytes = token_bytes * variant.cold_pages * page_size
+            cold_bytes = variant.cold_pages * spec.page_bytes_in(Tier.HOST)
             decoders.append(stack.enter_context(closing(Decoder(variant, engine_config, cold_bytes))))
         bench.doing("warming up")
         for decoder in decoders:
-            decoder.turn(prompt, new_tokens)
-        reads = stack.enter_context(closing(ReadCeiling(decoders[-1].files, layers)))
+            decoder.turn(prompt, sizes.new_tokens)
+        reads = stack.enter_context(closing(ReadCeiling(decoders[-1].files, spec.num_layers)))
         copies = stack.enter_context(closing(CopyCeiling(max(decoder.cold_bytes for decoder in decoders))))
-        _in_turns(bench, decoders, prompt, copies, reads, new_tokens, page_size)
+        _in_turns(bench, decoders, prompt, copies, reads, sizes.new_tokens, page_size)
 
 
 def check_answers(answers: dict[str, Answer]) -> None:
@@ -130,31 +157,33 @@ def _check_sizes(context: int, page_size: int, answer: int, positions: int) -> N
         )
 
 
-def _variants(num_pages: int) -> list[Variant]:
-    """Where a context of `num_pages` full pages may lie, beside which one page is being written."""
+def _variants(num_pages: int, coded: bool) -> list[Variant]:
+    """Where a context of `num_pages` full pages may lie, beside which one page is being written. What is `coded` needs
+    a host, to which pages are copied that stay on the device."""
     half, least = num_pages // 2 + 1, LEAST_DEVICE_PAGES
     return [
-        Variant("all on device", num_pages + 1, 0, 0, 0),
+        Variant("all on device", num_pages + 1, num_pages + 1 if coded else 0, 0, 0),
         Variant("half on host", half, num_pages + 1, 0, num_pages - (half - 1)),
         Variant("all on host", least, num_pages + 1, 0, num_pages - (least - 1)),
         Variant("all on disk", least, 1, num_pages + 1, num_pages - (least - 1)),
     ]
 
 
-def _engine_options(variant: Variant, page_bytes: int, page_size: int, num_layers: int, folder: Path) -> dict[str, Any]:
+def _engine_options(variant: Variant, spec: PageSpec, folder: Path) -> dict[str, Any]:
     """Sizes of the tiers as `EngineConfig` takes them."""
+    on_host = spec.page_bytes_in(Tier.HOST)
     options: dict[str, Any] = {
-        "device_kv_bytes": variant.device * page_bytes,
-        "host_kv_bytes": variant.host * page_bytes,
+        "device_kv_bytes": variant.device * spec.page_bytes_in(Tier.DEVICE),
+        "host_kv_bytes": variant.host * on_host,
         "enable_prefix_caching": False,
     }
     if variant.disk:
-        ring = EngineConfig(folder, page_size=page_size).min_staging_pages * KINDS["cuda"].load_pieces
+        ring = EngineConfig(folder, page_size=spec.page_size).min_staging_pages * KINDS["cuda"].load_pieces
         # the least, which CUDA takes out of the host's
-        read_ahead = -(-(ring // NUM_BUFFERS) // num_layers) if torch.cuda.is_available() else 0
+        read_ahead = -(-(ring // NUM_BUFFERS) // spec.num_layers) if torch.cuda.is_available() else 0
         spare = MAX_DISK_WRITES  # for pages on their way to disk
-        options["host_kv_bytes"] = (variant.host + read_ahead) * page_bytes
-        options["disk_kv_bytes"] = (variant.disk + spare) * page_bytes
+        options["host_kv_bytes"] = (variant.host + read_ahead) * on_host
+        options["disk_kv_bytes"] = (variant.disk + spare) * spec.page_bytes_in(Tier.DISK)
         options["cache_dir"] = folder
     return options
 

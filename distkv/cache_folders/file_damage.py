@@ -11,6 +11,7 @@ from distkv.storage.disk.disk_codec import PlainCodec, disk_codec
 from distkv.storage.disk.file_codec import FileCodec, FileDamage
 from distkv.storage.disk.lossless_codec import read_chunks, read_index
 from distkv.storage.page_spec import PageSpec
+from distkv.storage.tier import Tier
 
 
 def file_damage(path: Path, checksums: Sequence[int], spec: PageSpec | None) -> str | None:
@@ -36,7 +37,7 @@ def _damage(descriptor: int, checksums: Sequence[int], spec: PageSpec | None) ->
     size, num_layers = os.fstat(descriptor).st_size, len(checksums)
     codec: FileCodec
     if spec is not None:
-        slice_bytes = spec.layer_slice_bytes // spec.num_kv_heads
+        slice_bytes = spec.slice_bytes_in(Tier.DISK) // spec.num_kv_heads
         codec = disk_codec(replace(spec, num_kv_heads=1))
         codec.check_size(size)
     elif _is_whole_shard(descriptor, num_layers, size):

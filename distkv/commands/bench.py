@@ -63,17 +63,17 @@ def bench_offload(
         4096, 2048
     ),
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode in each turn.", min=1)] = sized(32, 8),
-    options: Annotated[EngineOptions, engine("dtype", "page_size", "num_threads", dtype="bfloat16")],
+    options: Annotated[EngineOptions, engine("dtype", "kv_cache_dtype", "page_size", "num_threads", dtype="bfloat16")],
     cache_dir: Annotated[Path | None, path_option(help="Folder of the disk tier; else a temporary one.")] = None,
     measured: Annotated[BenchOptions, measuring(repeats=sized(5, 2))],
 ) -> None:
     """Decode ms/token with the context on the device, half or wholly on the host, and on disk."""
-    from distkv.bench.offload import run
+    from distkv.bench.offload import Sizes, run
 
-    run(
-        model_folder(model), context, new_tokens, options["dtype"], options["page_size"],
-        options["num_threads"], cache_dir, measured,
-    )  # fmt: skip
+    sizes = Sizes(
+        model_folder(model), context, new_tokens, options["dtype"], options["page_size"], options["kv_cache_dtype"]
+    )
+    run(sizes, options["num_threads"], cache_dir, measured)
 
 
 @bench.command("prefix")

@@ -97,9 +97,9 @@ def measure(
         _check(of_gqa, gqa.measure(of_gqa, shape)[1])
 
     say("4 of 5: the cache below the device")
-    context = sizes.offload_context, sizes.offload_tokens, DTYPE, sizes.offload_page_size, num_threads
-    with offload.make_bench(model, *context, options, quiet) as of_offload:
-        offload.measure(of_offload, model, *context, None)
+    context = offload.Sizes(model, sizes.offload_context, sizes.offload_tokens, DTYPE, sizes.offload_page_size)
+    with offload.make_bench(context, num_threads, options, quiet) as of_offload:
+        offload.measure(of_offload, context, num_threads, None)
 
     say("5 of 5: this machine's rates, for the planner")
     hardware = measured_cpu()

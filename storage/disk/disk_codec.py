@@ -8,6 +8,7 @@ import numpy as np
 from distkv.storage.disk.file_codec import FileCodec, FileDamage
 from distkv.storage.disk.lossless_codec import LosslessCodec
 from distkv.storage.page_spec import PageSpec
+from distkv.storage.tier import Tier
 
 
 class PlainCodec:
@@ -39,5 +40,5 @@ class PlainCodec:
 def disk_codec(spec: PageSpec) -> FileCodec:
     """That of `spec.disk_codec`."""
     if spec.disk_codec == "none":
-        return PlainCodec(spec.layer_slice_bytes // spec.num_kv_heads, spec.num_layers)
+        return PlainCodec(spec.slice_bytes_in(Tier.DISK) // spec.num_kv_heads, spec.num_layers)
     return LosslessCodec(spec)

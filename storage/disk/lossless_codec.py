@@ -20,6 +20,7 @@ from numcodecs import blosc
 
 from distkv.storage.disk.file_codec import ChecksumDamage, FileDamage
 from distkv.storage.page_spec import BLOSC_HEADER_BYTES, CHECKSUM_BYTES, INDEX_ENTRY_BYTES, PageSpec
+from distkv.storage.tier import Tier
 
 COMPRESSOR: Final = "lz4"
 LEVEL = 9  # of Blosc's codecs the fastest; its levels differ in what packing takes, not in unpacking
@@ -41,7 +42,7 @@ class LosslessCodec:
     def __init__(self, spec: PageSpec):
         self._shape = spec.page_size, spec.head_dim
         self._num_layers = spec.num_layers
-        self._chunk_bytes = spec.layer_slice_bytes // spec.num_kv_heads // 2
+        self._chunk_bytes = spec.slice_bytes_in(Tier.DISK) // spec.num_kv_heads // 2
         self._dtype = np.dtype(f"i{self._chunk_bytes // (spec.page_size * spec.head_dim)}")
         self._index_bytes = _index_bytes(spec.num_layers)
 
