@@ -9,6 +9,7 @@ from distkv.engine.sequence import Sequence
 from distkv.storage.ledger.page import Page
 from distkv.storage.ledger.tiered_cache import TieredCache
 from distkv.storage.tier import DEVICE, HOST
+from distkv.workers.attention.policies.registry import parse_policy
 
 REVIEW_STEPS = 16  # between two reviews, unless sequences come or go, or so many pages move that the limit is in doubt
 DOUBT_STEPS = 2  # between two reviews at least in that case
@@ -24,6 +25,7 @@ class ColdBudget:
         self._limit = info.max_cold_bytes_per_step / info.cold_page_bytes  # pages
         self._disk_cost = info.disk_cost
         self._cache = cache
+        self._policy = parse_policy(info.attention_policy)
         self._steps = 0  # since the last review
         self._slack = 0.0  # pages under the limit that were left then; fewer by what has moved since
         self._members: list[Sequence] = []  # of the last review
@@ -75,7 +77,8 @@ class ColdBudget:
             runs = not index or not cost or total + cost <= limit
             if runs:
                 total += cost
-                streamed.update(cold)
+                if self._share(sequence) == 1:
+                    streamed.update(cold)  # else the others choose for themselves
                 if sequence.is_parked:
                     self._cache.unpark(sequence.table.pages)
             else:
@@ -87,15 +90,23 @@ class ColdBudget:
         """The pages that a sequence streams and no other does, and what they cost, in pages of the host; not all of
         them where they cost more than the limit, since a context may have a million."""
         cold: list[Page] = []
-        cost = 0.0
+        cost, share = 0.0, self._share(sequence)
         for page in sequence.table.pages:
             if (page.slots[DEVICE] is not None and page.filling[DEVICE] is None) or page in streamed:
                 continue
             cold.append(page)
-            cost += 1.0 if page.has(HOST) else self._disk_cost
+            cost += share * (1.0 if page.has(HOST) else self._disk_cost)
             if cost > limit:
                 break
         return cold, cost
+
+    def _share(self, sequence: Sequence) -> float:
+        """The part of its pages that its next step is expected to read: what the policy of attention chooses, as if
+        from all tiers alike. What is read in chunks is mostly the prompt, which attends to everything."""
+        table = sequence.table
+        if self._policy is None or sequence.is_prefilling or not table.pages:
+            return 1.0
+        return self._policy.num_chosen(len(table.pages), table.page_size) / len(table.pages)
 
     def _unpark(self, running: list[Sequence]) -> None:
         for sequence in running:

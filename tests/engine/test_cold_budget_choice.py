@@ -36,9 +36,11 @@ class Cache:
 class Line:
     """Running sequences under a budget."""
 
-    def __init__(self, limit: int = LIMIT, disk_cost: float = 1.0):
+    def __init__(self, limit: int = LIMIT, disk_cost: float = 1.0, policy: str = "full"):
         self.cache: Any = Cache()
-        info = engine_info(max_cold_bytes_per_step=1000 * limit, page_bytes=1000, disk_cost=disk_cost)
+        info = engine_info(
+            max_cold_bytes_per_step=1000 * limit, page_bytes=1000, disk_cost=disk_cost, attention_policy=policy
+        )
         self.budget = ColdBudget(info, self.cache)
         self.running: list[Sequence] = []
 
@@ -113,6 +115,20 @@ def test_a_page_on_disk_costs_what_the_disk_costs() -> None:
     assert line.step(REVIEW_STEPS) == [0]
     line.running[0].table.pages.pop()
     assert line.step(REVIEW_STEPS) == [0, 1]
+
+
+def test_a_policy_streams_its_share_of_the_cold_pages() -> None:
+    """Once an answer is being written: a prompt is read with attention to everything. Who chooses a page that others
+    choose too may have chosen other ones in another layer, so each counts."""
+    line, shared = Line(disk_cost=2.0, policy="top_pages(share=0.25)"), pages(host=8, device=8)
+    for own in (shared, pages(disk=8, device=8), shared, shared):
+        one = line.add(own)
+        one.table.num_tokens = one.num_to_read
+    assert line.step() == [0, 1, 2, 3], "2 + 4 + 2 + 2 of 10"
+    line.add(pages(host=1))
+    assert line.step() == [0, 1, 2, 3], "that of a prompt is one more"
+    line.running[0].table.num_tokens = 0  # as if it had been preempted: 8, which serve the others too, and 1
+    assert line.step(REVIEW_STEPS) == [0, 2, 3, 4]
 
 
 @pytest.mark.parametrize("priorities, expected", [((0, 0, 0), 0), ((1, 0, 0), 1), ((1, 1, 0), 2)])
