@@ -66,6 +66,7 @@ class EngineOptions(TypedDict, total=False):
     trace: str | Path | None
     batch_invariant: bool | None
     attention_policy: str
+    attention_audit: int | None
 
 
 @explained
@@ -270,13 +271,26 @@ class EngineConfig:
     top_pages(pages=64) takes a number of pages instead. Tokens of a prompt attend to all pages. Anything but full
     changes answers, and needs the native kernels of a CPU.
     """
+    attention_audit: int | None = None
+    """Measure in one of so many steps how much of all attention the chosen pages have.
+
+    Those steps read all pages of the answers that are being written; the answers stay as they are. It goes with
+    attention_policy, and stats tell what was found. None measures nothing.
+    """
 
     def __post_init__(self) -> None:
         self._set("model", settle_path("model", self.model))
         sizes = ("tensor_parallel_size", "data_parallel_size", "max_num_seqs", "max_num_batched_tokens", "page_size")
         for name in sizes:
             self._set(name, check_whole(name, getattr(self, name)))
-        whole = ("max_model_len", "max_prompt_tokens", "num_threads", "staging_pages", "min_tensor_parallel_size")
+        whole = (
+            "max_model_len",
+            "max_prompt_tokens",
+            "num_threads",
+            "staging_pages",
+            "min_tensor_parallel_size",
+            "attention_audit",
+        )
         for name in whole:
             if getattr(self, name) is not None:
                 self._set(name, check_whole(name, getattr(self, name)))
@@ -403,6 +417,7 @@ class EngineConfig:
                 "attention_policy is too, which does not know codes yet", "leave one of them out",
             ),
             ("kv_cache_dtype", no_cold and self.kv_cache_dtype != "auto", no_pages, "leave one of them out"),
+            ("attention_audit", self.attention_policy == FULL, "attention_policy is full", "set both, or leave it out"),
             ("staging_pages", no_cold, no_pages, "leave one of them out"),
             ("max_cold_bytes_per_step", no_cold, no_pages, "leave one of them out"),
             (

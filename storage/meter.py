@@ -8,6 +8,7 @@ and `disk_write`.
 import threading
 import time
 from collections import Counter
+from typing import Any
 
 import msgspec
 
@@ -30,10 +31,15 @@ class Measures(msgspec.Struct, array_like=True):
     num_bytes: dict[str, int] = {}  # of disk_read and disk_write
     checksum_failures: int = 0  # layer slices of one head
     spans: list[Span] = []
+    # of pages that tokens have chosen, see `PolicyStats`: pages_visible, pages_chosen, num_audited, mass_covered
+    counts: dict[str, float] = {}
 
     def add(self, other: "Measures") -> None:
         """Takes in what was measured elsewhere, or later."""
-        for sums, more in ((self.nanoseconds, other.nanoseconds), (self.num_bytes, other.num_bytes)):
+        pairs: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+            (self.nanoseconds, other.nanoseconds), (self.num_bytes, other.num_bytes), (self.counts, other.counts)
+        )  # fmt: skip
+        for sums, more in pairs:
             for kind, count in more.items():
                 sums[kind] = sums.get(kind, 0) + count
         self.checksum_failures += other.checksum_failures
@@ -56,6 +62,7 @@ class Meter:
         self._nanoseconds: Counter[str] = Counter()
         self._num_bytes: Counter[str] = Counter()
         self._checksum_failures = 0
+        self._counts: dict[str, float] = {}
         self._spans: list[Span] = []
 
     def add(self, kind: str, start: int, num_bytes: int = 0, **details: int) -> None:
@@ -91,13 +98,20 @@ class Meter:
         with self._lock:
             self._checksum_failures += 1
 
+    def count(self, kind: str, amount: float) -> None:
+        """Takes down so many more of something."""
+        with self._lock:
+            self._counts[kind] = self._counts.get(kind, 0) + amount
+
     def take(self) -> Measures:
         """All since the last call."""
         with self._lock:
-            taken = Measures(dict(self._nanoseconds), dict(self._num_bytes), self._checksum_failures, self._spans)
+            taken = Measures(
+                dict(self._nanoseconds), dict(self._num_bytes), self._checksum_failures, self._spans, self._counts
+            )
             self._nanoseconds.clear()
             self._num_bytes.clear()
-            self._checksum_failures, self._spans = 0, []
+            self._checksum_failures, self._spans, self._counts = 0, [], {}
         return taken
 
 

@@ -59,8 +59,9 @@ class Backend(Protocol):
         """What runs steps over the pools."""
         ...
 
-    def use_policy(self, policy: PagePolicy) -> None:
-        """Has steps run by a policy of attention from now on. Raises ConfigError where there are no kernels for it."""
+    def use_policy(self, policy: PagePolicy, audit: int | None) -> None:
+        """Has steps run by a policy of attention, and one of every `audit` of them measure what it covers, if that is
+        given. Raises ConfigError where there are no kernels for it."""
 
     def room(self, model: LlamaModel, demand: Demand) -> Room:
         """Looks, or finds out by trial, how much memory is left beside the model. All ranks of a group at a time.
@@ -75,18 +76,21 @@ class Backend(Protocol):
         """Chooses what depends on how fast this machine is, in pools that hold nothing yet."""
 
 
-def make_backend(kind: str, batch_invariant: bool | None = None, policy: PagePolicy | None = None) -> Backend:
+def make_backend(
+    kind: str, batch_invariant: bool | None = None, policy: PagePolicy | None = None, audit: int | None = None
+) -> Backend:
     """The backend of this process, for a key of `KINDS`.
 
     Args:
         batch_invariant: as in `EngineConfig`.
         policy: of attention, None for all pages.
+        audit: see `Backend.use_policy`.
 
     Raises ConfigError where the backend cannot do as these say.
     """
     backend: Backend = import_module(KINDS[kind].module).make_backend(batch_invariant)
     if policy is not None:
-        backend.use_policy(policy)
+        backend.use_policy(policy, audit)
     return backend
 
 

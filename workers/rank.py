@@ -58,7 +58,7 @@ class Rank:
         self.shard = Shard.of(config.model, group.rank, group.size, config.num_parts)
         policy = parse_policy(config.attention_policy)
         self._summarises = policy is not None and policy.needs_summaries
-        self.backend = make_backend(config.device, config.batch_invariant, policy)
+        self.backend = make_backend(config.device, config.batch_invariant, policy, config.attention_audit)
         self.page_spec = rank_page_spec(config, self.shard)
         use_threads(config.num_threads)
         self.model, digest = self._load(check)

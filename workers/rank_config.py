@@ -31,6 +31,7 @@ class RankConfig:
     traces: bool = False  # whether reports tell of each piece of work by itself
     disk_codec: str = "none"  # see `EngineConfig.disk_kv_codec`
     attention_policy: str = FULL  # see `parse_policy`
+    attention_audit: int | None = None  # see `EngineConfig`
     num_parts: int | None = None  # of sums over ranks, see `Shard.of`; None for one of each rank
 
 

@@ -24,6 +24,7 @@ from distkv.errors import DistKVError, RequestError
 
 MADE_WITH = (
     "dtype", "seed", "device", "load_format", "max_model_len", "tensor_parallel_size", "page_size", "batch_invariant",
+    "attention_policy",
 )  # fmt: skip
 """Options that answers depend on. On CUDA others change last bits too, without `batch_invariant`."""
 SYNC_SECONDS = 1.0

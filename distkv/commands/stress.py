@@ -13,6 +13,7 @@ StressFlags = Annotated[
     engine(
         "device_kv_bytes", "host_kv_bytes", "disk_kv_bytes", "cache_dir", "staging_pages", "page_size",
         "tensor_parallel_size", "ray_address", "dtype", "num_threads", "trace",
+        "attention_policy", "attention_audit",
     ),
 ]  # fmt: skip
 

@@ -10,6 +10,8 @@ import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor as Thread
 
+import msgspec
+
 from distkv.engine.fault_search import FaultSearch
 from distkv.engine.fork_copies import ForkCopies
 from distkv.engine.no_token import no_token
@@ -28,7 +30,7 @@ from distkv.engine.request_meter import RequestMeter
 from distkv.engine.saving import FinalSave
 from distkv.engine.scheduler import Scheduler
 from distkv.engine.sequence import Scheduled, Sequence
-from distkv.engine.stats import EngineStats, TierStats
+from distkv.engine.stats import EngineStats, PolicyStats, TierStats
 from distkv.engine.step import Step
 from distkv.engine.step_runner import StepRunner
 from distkv.errors import CapacityError, DistKVError, RequestError
@@ -205,6 +207,7 @@ class Engine:
             pages_recomputed=self._repairs.num_pages,
             num_preemptions=self._num_preemptions,
             requests=scheduler.meter.stats(),
+            policy=msgspec.convert(measures.counts, PolicyStats, strict=False),
         )
 
     @property

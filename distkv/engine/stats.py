@@ -43,6 +43,26 @@ class RequestStats(msgspec.Struct, frozen=True):
     answer_length: Histogram = Histogram()
 
 
+class PolicyStats(msgspec.Struct, frozen=True):
+    """What tokens of answers have read by a policy of attention since the start, over all layers and ranks; nothing but
+    zeros with attention to all pages."""
+
+    pages_visible: int = 0  # for each token, layer and KV head: those up to its own
+    pages_chosen: int = 0  # of these
+    num_audited: int = 0  # for each token of the steps with an audit, layer and query head: 1
+    mass_covered: float = 0.0  # the sum, over these, of the part of all attention that lies on the chosen pages
+
+    @property
+    def share_chosen(self) -> float | None:
+        """The share of pages that was read; None before anything was."""
+        return self.pages_chosen / self.pages_visible if self.pages_visible else None
+
+    @property
+    def mean_covered(self) -> float | None:
+        """How much of the attention to all pages the chosen ones have, between 0 and 1; None without an audit."""
+        return self.mass_covered / self.num_audited if self.num_audited else None
+
+
 class EngineStats(msgspec.Struct, frozen=True, tag=True):
     """State of an engine. A page that lies in several tiers counts for each, and once in `pages_in_use`."""
 
@@ -73,6 +93,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     seconds_without_engine: float = 0.0  # since the last one of a pool was lost
     num_refused: int = 0  # answers that found the queue full; whoever owns the engine counts them
     requests: RequestStats = RequestStats()
+    policy: PolicyStats = PolicyStats()
 
 
 def total(stats: Sequence[EngineStats]) -> EngineStats:

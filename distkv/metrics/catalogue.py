@@ -175,6 +175,22 @@ CATALOGUE = (
     Metric("tier_capacity_bytes", "gauge", "KV bytes that a tier may hold.", _tier("capacity_bytes"), TIER),
     _counter("prefix_cache_queries", "Tokens of prompts looked for.", lambda stats: stats.requests.prefix_queries),
     Metric("prefix_cache_hits", "counter", "Tokens of prompts found, by where they lay.", _prefix_hits, TIER),
+    _counter(
+        "attention_pages_visible",
+        "With attention_policy: pages that tokens of answers could attend to, by token, layer and KV head.",
+        lambda stats: stats.policy.pages_visible,
+    ),
+    _counter("attention_pages_chosen", "Of these, those that they chose.", lambda stats: stats.policy.pages_chosen),
+    _counter(
+        "attention_audited",
+        "With attention_audit: query heads of tokens whose attention to all pages was measured, over all layers.",
+        lambda stats: stats.policy.num_audited,
+    ),
+    _counter(
+        "attention_mass_covered",
+        "Of these, the sum of the parts of it that lay on the chosen pages.",
+        lambda stats: stats.policy.mass_covered,
+    ),
     # what moves
     Metric("transfer_bytes", "counter", "KV bytes moved, all ranks together.", _routes("bytes_moved"), ENDS),
     Metric("transfer_seconds", "counter", "Time that this took, summed over ranks.", _routes("seconds_moved"), ENDS),

@@ -29,4 +29,5 @@ def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> R
         traces=config.trace is not None,
         disk_codec=config.disk_kv_codec,
         attention_policy=config.attention_policy,
+        attention_audit=config.attention_audit,
     )

@@ -81,7 +81,11 @@ def print_table(console: Console, info: EngineInfo, stages: list[Stage], formula
     row("stream B/token", (str(one["streamed_bytes_per_step"]) for one in facts))
     row("  by formula", (str(one["expected_streamed_per_step"]) for one in facts))
     console.print(table)
-    console.print(f"[dim]formula: {formula} * cold tokens, those of pages below the device alone[/dim]", soft_wrap=True)
+    console.print(
+        f"[dim]formula: {formula} * cold tokens, those of pages below the device alone, where attention is to all "
+        "pages[/dim]",
+        soft_wrap=True,
+    )
 
 
 def write_plot(path: Path, info: EngineInfo, stages: list[Stage], title: str) -> None:

@@ -33,6 +33,7 @@ from distkv.stress.report import print_table, write_json, write_plot
 from distkv.stress.stage import Stage, run_stage
 from distkv.stress.verify import Verdict, compare_runs, compare_with_reference
 from distkv.stress.view import StressView
+from distkv.workers.attention.policies.registry import FULL
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.weights import DummySource, SafetensorsSource
 
@@ -75,10 +76,11 @@ def run(options: StressOptions) -> bool:
             info = engine.info
             resident = _all_resident(config, info)
             is_small = _kv_bytes(resident) <= free // 2
-            if options.verify and not is_small and not synthetic_fill:
+            has_reference = synthetic_fill and config.attention_policy == FULL
+            if options.verify and not is_small and not has_reference:
                 raise ConfigError(
                     f"--verify needs all KV pages in memory, {_kv_bytes(resident)} bytes, and at most half of the "
-                    f"{free} that are free may be taken; lower --context, or use --fill random"
+                    f"{free} that are free may be taken; lower --context, or use --fill random and no policy"
                 )
             _check_room(options, info)
             requests = _requests(options, _prompt(folder, model, options, synthetic_fill), synthetic_fill)
@@ -240,7 +242,7 @@ def _verify(
             with closing(launch(resident)) as engine:
                 return compare_runs(stages, _run_stages(console, engine, requests))
         except CapacityError:
-            if any(request.synthetic_kv_seed is None for request in requests):
+            if config.attention_policy != FULL or any(request.synthetic_kv_seed is None for request in requests):
                 raise
     console.print("verifying by a float64 reference ...")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

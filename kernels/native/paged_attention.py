@@ -9,6 +9,7 @@ from distkv.kernels.codec_format import CodecFormat
 from distkv.kernels.native.library import DTYPES, Library
 
 LANES = 16  # of `simd.hpp`
+WANTED = 6  # the column of `Chunks.numbers` that says whether the result is wanted
 
 
 @dataclass(frozen=True)

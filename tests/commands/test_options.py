@@ -44,6 +44,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "max_cold_bytes_per_step": ("123", 123),
     "load_format": ("dummy", "dummy"),
     "num_threads": ("2", 2),
+    "attention_audit": ("16", 16),
     "attention_policy": ("top_pages(share=0.25)", "top_pages(share=0.25)"),
 }
 """What the command line is given for a field, and what the field is then."""
@@ -52,6 +53,7 @@ OTHERS: dict[str, tuple[str, Any]] = {
     "trace": ("steps.json", Path("steps.json")),
     "gpu_memory_utilization": ("0.5", 0.5),
     "batch_invariant": ("no", False),
+    "kv_cache_dtype": ("int8", "int8"),
 }
 """The same for fields that would make some of these useless."""
 

@@ -13,6 +13,7 @@ from distkv import LLM, ConfigError, EngineConfig, SamplingParams
 from distkv.engine.drive import drive
 from distkv.engine.protocol import EngineRequest
 from distkv.launch.launch import launch
+from distkv.metrics.exposition import exposition
 from distkv.outputs import RequestOutput
 from distkv.workers.backends import cpu
 from distkv.workers.errors import ConfigError as RankConfigError
@@ -68,6 +69,29 @@ def test_only_what_is_chosen_is_streamed(folder: Path, tmp_path: Path) -> None:
     # of about 20 pages 5 are chosen, and the first and the own one are on the device
     assert 0 < streamed[1] < 0.4 * streamed[0]
     assert streamed[1] % (PAGE_BYTES // 4) == 0, "slices of one layer and KV head"
+
+
+def test_what_was_read_is_told(folder: Path, tmp_path: Path) -> None:
+    """And an audit of every fifth step changes no bit."""
+    expected = said(ask(folder, TOP)[0])
+    audited = OPTIONS | sizes(tmp_path) | {"attention_policy": TOP, "attention_audit": 5}
+    with LLM(folder, **audited) as llm:
+        assert said(llm.generate([PROMPT], PARAMS, use_tqdm=False)[0]) == expected
+        found = llm.stats().policy
+        page = exposition(llm.stats(), llm.info, "model").decode()
+    own = [(300 + step) // 16 + 1 for step in range(39)]  # the last token is never run
+    heads, layers = 2, 2
+    assert found.pages_visible == sum(own) * heads * layers
+    assert found.pages_chosen == sum(-(-3 * count // 10) for count in own) * heads * layers
+    assert found.num_audited == 8 * 4 * layers
+    assert 0.3 < found.share_chosen < 0.4 < found.mean_covered < 1
+    assert f'attention_pages_chosen_total{{model_name="model"}} {float(found.pages_chosen)}' in page
+    with LLM(folder, **(audited | {"attention_policy": "top_pages(share=1)"})) as llm:
+        llm.generate([PROMPT], PARAMS, use_tqdm=False)
+        assert llm.stats().policy.mean_covered == pytest.approx(1, abs=1e-6)
+        assert llm.stats().policy.share_chosen == 1
+    with pytest.raises(ConfigError, match="attention_audit is set and attention_policy is full; set both, or leave"):
+        LLM(folder, attention_audit=5)
 
 
 def test_an_answer_that_was_begun_elsewhere_goes_on(folder: Path) -> None:

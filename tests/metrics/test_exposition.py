@@ -53,6 +53,10 @@ OURS = {
     "prefix_cache_hits_total": ["tier"],
     "transfer_bytes_total": ["from", "to"],
     "transfer_seconds_total": ["from", "to"],
+    "attention_pages_visible_total": [],
+    "attention_pages_chosen_total": [],
+    "attention_audited_total": [],
+    "attention_mass_covered_total": [],
     "checksum_failures_total": [],
     "pages_recomputed_total": [],
 }

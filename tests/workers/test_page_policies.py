@@ -22,6 +22,7 @@ from distkv.kernels.native.instruction_sets import INSTRUCTION_SETS
 from distkv.kernels.native.library import Library, load, load_best
 from distkv.kernels.native.page_bounds import page_bounds
 from distkv.storage.device import CpuDevice
+from distkv.storage.meter import Meter
 from distkv.storage.moving.slices_on_demand import SlicesOnDemand
 from distkv.storage.moving.staging_ring import StagingRing
 from distkv.storage.page_spec import PageSpec
@@ -192,8 +193,9 @@ def on_demand(spec: PageSpec, host: HostPool, buffer_pages: int) -> SlicesOnDema
 
 def attend(
     policy: PagePolicy, sequences: Sequences, num_prompt: list[int], cold: float = 0, buffer_pages: int = 1
-) -> tuple[Tensor, Any]:
-    """Attention of a step whose sequences have prompts of so many tokens; a share of their full pages is cold."""
+) -> tuple[Tensor, Any, dict[str, float]]:
+    """Attention of a step whose sequences have prompts of so many tokens, and what was counted; a share of their full
+    pages is cold."""
     s = sequences
     step = place(s, torch.randperm(s.num_pages, generator=seeded(s.seed)).tolist())
     spec = PageSpec(1, s.kv_heads, s.page_size, s.head_dim, str(s.dtype).removeprefix("torch."))
@@ -209,11 +211,12 @@ def attend(
         parts.append(replace(one, pages=pages, prompt_len=length, page_ids=one.pages))
     for one, part in zip(step.steps, parts, strict=True):
         pool[:, one.pages[part.pages < 0]] = 6e4
-    tools = Tools(load_best(), policy, None, s.page_size, s.kv_heads, 1)
+    meter = Meter()
+    tools = Tools(load_best(), policy, None, s.page_size, s.kv_heads, 1, meter, audit=1)
     attention = plan_policy_attention(tools, parts, buffer_pages)
     stream = on_demand(spec, host, buffer_pages)
     assert not attention.loads
-    return attention.attend(step.q, *step.new_kv(pool), pool, stream), step
+    return attention.attend(step.q, *step.new_kv(pool), pool, stream), step, meter.take().counts
 
 
 @given(
@@ -226,18 +229,28 @@ def test_tokens_attend_to_what_they_have_chosen(
     """Against float64 over the chosen pages of each token and KV head, through a buffer of one page at a time."""
     s = Sequences(lengths, [2] * len(lengths), kv_heads=kv_heads, group=group, dtype=dtype, seed=seed)
     policy = SomePages(seed)
-    out, step = attend(policy, s, [0] * len(lengths), cold)
+    out, step, counts = attend(policy, s, [0] * len(lengths), cold)
+    visible = masses = 0.0
     positions = [(i, start + n) for i, (start, count) in enumerate(lengths) for n in range(count)]
     for row, ((sequence, position), choice) in enumerate(zip(positions, policy.chosen, strict=True)):
         slots = step.steps[sequence].pages
         for head, pages in enumerate(choice):
+            visible += position // 16 + 1
             tokens = (pages[:, None] * 16 + np.arange(16)).reshape(-1)
             seen = tokens[tokens <= position]
             keys, values = step.pool[:, slots[seen // 16], head, seen % 16].double()
             q = step.q[row].unflatten(0, (kv_heads, group))[head].double()
-            weights = (q @ keys.T * s.head_dim**-0.5).softmax(-1)
+            scores = q @ keys.T * s.head_dim**-0.5
+            tokens = np.arange(position + 1)
+            every = q @ step.pool[0, slots[tokens // 16], head, tokens % 16].double().T * s.head_dim**-0.5
+            masses += float((scores.logsumexp(-1) - every.logsumexp(-1)).exp().sum())
+            weights = scores.softmax(-1)
             found = out[row].view(kv_heads, group, -1)[head]
             assert relative_error(found, weights @ values) < TOLERANCE[dtype]
+    assert counts["pages_visible"] == visible
+    assert counts["pages_chosen"] == sum(len(pages) for choice in policy.chosen for pages in choice)
+    assert counts["num_audited"] == len(positions) * kv_heads * group
+    assert counts["mass_covered"] == pytest.approx(masses, rel=TOLERANCE[dtype])
 
 
 @given(st.data())
@@ -249,12 +262,13 @@ def test_all_pages_give_the_bits_of_full_attention(data: st.DataObject) -> None:
         head_dim=data.draw(st.sampled_from([16, 24, 64])), dtype=data.draw(st.sampled_from(list(TOLERANCE))),
         seed=data.draw(st.integers(0, 2**32 - 1)),
     )  # fmt: skip
-    full, _ = attend(SinkWindow(), s, [10_000] * len(lengths))
+    full, _, counts = attend(SinkWindow(), s, [10_000] * len(lengths))
+    assert not counts
     middle = [start + count // 2 for start, count in lengths]
     is_cold = data.draw(st.sampled_from([0.0, 0.5, 1.0]))
     if is_cold:
         middle = [start for start, _ in lengths]  # rows of prompts would have loads of their own
-    found, _ = attend(SinkWindow(window=10_000), s, middle, is_cold, data.draw(st.integers(1, 4)))
+    found, _, _ = attend(SinkWindow(window=10_000), s, middle, is_cold, data.draw(st.integers(1, 4)))
     assert torch.equal(found, full)
 
 

@@ -8,20 +8,24 @@ bits of full attention.
 Tokens of prompts attend to everything, as they do without a policy.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
 
 import numpy as np
 from torch import Tensor
 
 from distkv.kernels.native.library import Library
 from distkv.kernels.native.page_bounds import page_bounds
-from distkv.kernels.native.paged_attention import attend_pages, kept_states
+from distkv.storage.meter import Meter
 from distkv.storage.moving.slices_on_demand import SlicesOnDemand
 from distkv.storage.moving.staging_ring import Load, Stream
 from distkv.storage.pools.page_summaries import PageSummaries
+from distkv.workers.attention.chosen_attention import attend_chosen, covered, total_weights
 from distkv.workers.attention.chosen_pages import ChosenCalls, ChosenPages, plan_chosen
 from distkv.workers.attention.native import NativeAttention, plan_native_attention
-from distkv.workers.attention.policies.policy import PagePolicy, Rows
+from distkv.workers.attention.policies.policy import Choice, PagePolicy, Rows
 from distkv.workers.attention.summarising import Summarising
 from distkv.workers.page_directory import SequenceStep
 
@@ -45,6 +49,13 @@ class Tools:
     page_size: int
     num_kv_heads: int
     num_layers: int
+    meter: Meter
+    audit: int | None = None  # of how many steps in which tokens choose one is audited
+    num_steps: Iterator[int] = field(default_factory=count)  # in which tokens choose
+
+    def audits(self) -> bool:
+        """Whether the next of these steps is audited; to be asked once for each."""
+        return self.audit is not None and next(self.num_steps) % self.audit == 0
 
 
 class PolicyAttention:
@@ -52,17 +63,20 @@ class PolicyAttention:
 
     def __init__(
         self, tools: Tools, full: NativeAttention | None, full_rows: np.ndarray, choosers: list[Choosers],
-        choosing_rows: np.ndarray, summarising: Summarising | None,
+        choosing_rows: np.ndarray, summarising: Summarising | None, is_audited: bool,
     ):  # fmt: skip
         """
         Args:
             full: the attention of all rows that do not choose, if there are any.
             full_rows, choosing_rows: which rows of the step attend how, in the order of `full` and of `choosers`.
+            is_audited: it is measured how much of all attention the chosen pages have.
         """
         self._tools, self._full, self._choosers, self._summarising = tools, full, choosers, summarising
         self._full_rows, self._choosing_rows = full_rows, choosing_rows
+        self._is_audited = is_audited
         self._layer = 0
         self._calls: ChosenCalls | None = None  # where they are the same in all layers
+        self._all_calls: ChosenCalls | None = None  # where everything is chosen, for an audit
 
     @property
     def loads(self) -> list[Load]:
@@ -92,35 +106,55 @@ class PolicyAttention:
         tools = self._tools
         calls = self._calls
         if calls is None:
-            chosen = self._choose(layer, q)
-            calls = plan_chosen(chosen, tools.page_size, tools.num_kv_heads, stream.capacity)
+            calls = self._plan(self._choose(layer, q), stream)
             if not tools.policy.looks_at_queries:
                 self._calls = calls
+        tools.meter.count("pages_chosen", len(calls.table))
+        tools.meter.count("pages_visible", self._num_visible)
         by_head = q.view(len(q) * tools.num_kv_heads, -1, q.shape[2])
         pool = layer_pool.view(2, -1, 1, *layer_pool.shape[3:])
-        out = q.new_empty(len(by_head), by_head.shape[1] * by_head.shape[2])
-        kept = kept_states(*by_head.shape) if len(calls.calls) > 1 else None
-        for index, chunks in enumerate(calls.calls):
-            buffer = stream.bring(layer, *calls.loads[index]) if calls.loads else None
-            attend_pages(tools.library, by_head, pool, buffer, calls.table, chunks, kept, out)
-        return out.view(len(q), -1)
+        bring = partial(stream.bring, layer)
+        if self._is_audited:
+            if self._all_calls is None:
+                everything = [
+                    [np.arange(own + 1)] * tools.num_kv_heads
+                    for one in self._choosers
+                    for own in (one.positions // tools.page_size).tolist()
+                ]
+                self._all_calls = self._plan(self._gather(everything), stream)
+            chosen, all_of_it = (
+                total_weights(tools.library, each, by_head, pool, bring) for each in (calls, self._all_calls)
+            )
+            tools.meter.count("num_audited", by_head.shape[0] * by_head.shape[1])
+            tools.meter.count("mass_covered", float(covered(chosen, all_of_it).sum()))
+        return attend_chosen(tools.library, calls, by_head, pool, bring).view(len(q), -1)
+
+    def _plan(self, chosen: ChosenPages, stream: SlicesOnDemand) -> ChosenCalls:
+        return plan_chosen(chosen, self._tools.page_size, self._tools.num_kv_heads, stream.capacity)
 
     def _choose(self, layer: int, q: Tensor) -> ChosenPages:
-        """The pages of all rows, those of the KV heads of a row one after the other."""
-        tools, kv_heads = self._tools, self._tools.num_kv_heads
-        indexes: list[np.ndarray] = []
-        locations: list[np.ndarray] = []
-        offsets: list[np.ndarray] = []
-        for one in self._choosers:
-            own = [pages for row in tools.policy.choose(self._rows(one, layer, q[one.rows])) for pages in row]
-            indexes += own
-            locations += [one.step.pages[pages] for pages in own]
-            offsets.append(np.repeat(one.positions % tools.page_size, kv_heads))
+        """The pages of all rows."""
+        return self._gather(
+            [row for one in self._choosers for row in self._tools.policy.choose(self._rows(one, layer, q[one.rows]))]
+        )
+
+    def _gather(self, choice: Choice) -> ChosenPages:
+        """What all rows have chosen, that of the KV heads of a row one after the other."""
+        page_size, kv_heads = self._tools.page_size, self._tools.num_kv_heads
+        indexes = [pages for row in choice for pages in row]
+        locations = [one.step.pages[pages] for one in self._choosers for row in choice[one.rows] for pages in row]
         counts = np.array([len(pages) for pages in indexes])
-        heads = np.tile(np.arange(kv_heads), len(q))
+        offsets = np.concatenate([one.positions for one in self._choosers]) % page_size
+        heads = np.tile(np.arange(kv_heads), len(choice))
         return ChosenPages(
-            np.concatenate(locations), np.concatenate(indexes), counts, heads, np.concatenate(offsets)
-        )  # fmt: skip
+            np.concatenate(locations), np.concatenate(indexes), counts, heads, np.repeat(offsets, kv_heads)
+        )
+
+    @property
+    def _num_visible(self) -> int:
+        """Pages that the rows could choose from, for each KV head."""
+        own = np.concatenate([one.positions for one in self._choosers]) // self._tools.page_size
+        return int((own + 1).sum()) * self._tools.num_kv_heads
 
     def _rows(self, one: Choosers, layer: int, q: Tensor) -> Rows:
         """What the policy is told of a sequence's rows."""
@@ -166,5 +200,5 @@ def plan_policy_attention(
     nothing = np.zeros(0, dtype=np.int64)
     return PolicyAttention(
         tools, by_full, np.concatenate([nothing, *full_rows]), choosers, np.concatenate([nothing, *choosing_rows]),
-        summarising,
+        summarising, bool(choosers) and tools.audits(),
     )  # fmt: skip

@@ -48,7 +48,7 @@ class CpuBackend:
 
         return plan
 
-    def use_policy(self, policy: PagePolicy) -> None:
+    def use_policy(self, policy: PagePolicy, audit: int | None) -> None:
         raise refused_policy(policy, "torch's operators")
 
     def make_codec(self, spec: PageSpec) -> PageCodec | None:
@@ -78,16 +78,18 @@ class NativeBackend(CpuBackend):
         self.kernels = native_token_kernels(library)
         self._library = library
         self._policy: PagePolicy | None = None
+        self._audit: int | None = None
 
-    def use_policy(self, policy: PagePolicy) -> None:
-        self._policy = policy
+    def use_policy(self, policy: PagePolicy, audit: int | None) -> None:
+        self._policy, self._audit = policy, audit
 
     def make_runner(self, model: LlamaModel, pools: KVPools, max_num_seqs: int) -> Runner:
         if self._policy is None:
             return super().make_runner(model, pools, max_num_seqs)
         spec = pools.device.spec
         tools = Tools(
-            self._library, self._policy, pools.summaries, spec.page_size, spec.num_kv_heads, spec.num_layers
+            self._library, self._policy, pools.summaries, spec.page_size, spec.num_kv_heads, spec.num_layers,
+            pools.meter, self._audit,
         )  # fmt: skip
 
         def plan(steps: list[SequenceStep]) -> NativeAttention | PolicyAttention:

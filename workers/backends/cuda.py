@@ -36,7 +36,7 @@ class CudaBackend:
         captures = self.captures and model.group.is_capturable
         return CudaRunner(model, pools, max_num_seqs, num_programs, captures, self._batch_invariant)
 
-    def use_policy(self, policy: PagePolicy) -> None:
+    def use_policy(self, policy: PagePolicy, audit: int | None) -> None:
         raise refused_policy(policy, "those of CUDA")
 
     def room(self, model: LlamaModel, demand: Demand) -> Room:

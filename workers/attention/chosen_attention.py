@@ -1,0 +1,46 @@
+"""Attention over chosen pages, and how much of the weight of all pages these have.
+
+Dims: C choices, each of the query heads of one KV head of one token; G query heads to each, S page_size, D head_dim.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distkv.kernels.native.library import Library
+from distkv.kernels.native.paged_attention import WANTED, attend_pages, kept_states
+from distkv.workers.attention.chosen_pages import ChosenCalls
+
+Bring = Callable[[np.ndarray, np.ndarray], Tensor]
+"""`SlicesOnDemand.bring` in a layer."""
+
+
+def attend_chosen(library: Library, calls: ChosenCalls, q: Tensor, pool: Tensor, bring: Bring) -> Tensor:
+    """The attention `[C, G * D]` of queries `[C, G, D]`; see `ChosenCalls` for what `pool` is to look like."""
+    out = q.new_empty(len(q), q.shape[1] * q.shape[2])
+    kept = kept_states(*q.shape) if len(calls.calls) > 1 else None
+    for index, chunks in enumerate(calls.calls):
+        buffer = bring(*calls.loads[index]) if calls.loads else None
+        attend_pages(library, q, pool, buffer, calls.table, chunks, kept, out)
+    return out
+
+
+def total_weights(library: Library, calls: ChosenCalls, q: Tensor, pool: Tensor, bring: Bring) -> Tensor:
+    """The sums of the weights that each query gives to keys, as float64 logarithms to the base 2: `[C, G]`."""
+    kept = kept_states(*q.shape)
+    nothing = q.new_empty(0)
+    for index, chunks in enumerate(calls.calls):
+        buffer = bring(*calls.loads[index]) if calls.loads else None
+        numbers = chunks.numbers.clone()
+        numbers[:, WANTED] = 0  # so that states are kept
+        attend_pages(library, q, pool, buffer, calls.table, replace(chunks, numbers=numbers), kept, nothing)
+    highest, sums = kept[..., -2].double(), kept[..., -1].double()
+    return highest + torch.log2(sums)
+
+
+def covered(chosen: Tensor, everything: Tensor) -> Tensor:
+    """Which part of all weight the chosen pages have, by what `total_weights` gives for both."""
+    return torch.exp2(chosen - everything)
