@@ -14,6 +14,7 @@ from distkv.engine.engine import Engine
 from distkv.engine.stats import EngineStats
 from distkv.outputs import RequestOutput
 from distkv.storage.page_spec import PageSpec
+from distkv.storage.tier import Tier
 from distkv.workers.model.model_config import ModelConfig
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -26,7 +27,7 @@ class Run:
     logits: list[Tensor]  # of each step that wanted any
     outputs: list[RequestOutput]
     stats: EngineStats
-    page_bytes: int
+    page_bytes: int  # below the device
     peak: tuple[int, int, int]  # most pages in use by tier
     tiers: tuple[int, int, int]
 
@@ -59,13 +60,14 @@ def run(
     model = ModelConfig.load(folder)
     dtype = model.run_dtype(options.get("dtype", "auto"))
     spec = PageSpec(
-        model.num_hidden_layers, model.num_key_value_heads, options["page_size"], model.head_dim, dtype
+        model.num_hidden_layers, model.num_key_value_heads, options["page_size"], model.head_dim, dtype,
+        options.get("kv_cache_dtype", "auto"),
     )  # fmt: skip
-    page_bytes = spec.page_bytes
+    page_bytes, on_host, on_disk = (spec.page_bytes_in(tier) for tier in Tier)
     sizes: dict[str, Any] = {"device_kv_bytes": "1GiB" if pages[0] is None else pages[0] * page_bytes}
-    sizes["host_kv_bytes"] = pages[1] * page_bytes
+    sizes["host_kv_bytes"] = pages[1] * on_host
     if pages[2]:
-        sizes |= {"cache_dir": cache_dir, "disk_kv_bytes": pages[2] * page_bytes}
+        sizes |= {"cache_dir": cache_dir, "disk_kv_bytes": pages[2] * on_disk}
     logits: list[Tensor] = []
     peak = [0, 0, 0]
     with LLM(folder, **sizes, **({"enable_prefix_caching": False} | options)) as llm:
@@ -96,5 +98,5 @@ def run(
         assert all(count <= size for count, size in zip(peak, tiers, strict=True))
         if info.cache_dir is not None:
             files = sum(file.stat().st_size for file in Path(info.cache_dir, "kv.zarr").iterdir())
-            assert files <= pages[2] * page_bytes + 4096
-        return Run(logits, outputs, llm.stats(), page_bytes, (peak[0], peak[1], peak[2]), tiers)
+            assert files <= pages[2] * on_disk + 4096
+        return Run(logits, outputs, llm.stats(), on_host, (peak[0], peak[1], peak[2]), tiers)
