@@ -5,6 +5,7 @@ import sysconfig
 from itertools import cycle
 from pathlib import Path
 
+from distkv.errors import ConfigError
 from distkv.frontend.tokenizer import TOKENIZER_FILES, Tokenizer
 from distkv.workers.model.model_config import ModelConfig
 
@@ -32,6 +33,15 @@ class Prompts:
                 break
             token_ids += self._tokenizer.encode(path.read_text(encoding="utf-8", errors="replace") + "\n")
         return token_ids[:count]
+
+    def file(self, path: Path) -> list[int]:
+        """The tokens of a text file. Raises ConfigError when there are none to be had."""
+        if self._tokenizer is None:
+            raise ConfigError("--text is given and the model has no tokenizer; leave it out")
+        try:
+            return self._tokenizer.encode(path.read_text(encoding="utf-8", errors="replace"))
+        except OSError as error:
+            raise ConfigError(f"--text {str(path)!r} cannot be read: {error.strerror}; name another file") from error
 
     def question(self, number: int) -> list[int]:
         """A few dozen tokens that follow a text and are others for each number, from the first one on."""

@@ -76,6 +76,26 @@ def bench_offload(
     run(sizes, options["num_threads"], cache_dir, measured)
 
 
+@bench.command("disk-codec")
+@spread
+def bench_disk_codec(
+    *,
+    model: Model = "smollm2",
+    context: Annotated[int, typer.Option(help="Tokens of the text, in whole pages.")] = sized(4096, 1024),
+    text: Annotated[Path | None, path_option(help="A text file; else the sources of Python's library.")] = None,
+    options: Annotated[EngineOptions, engine("dtype", "page_size", "num_threads", dtype="bfloat16")],
+    cache_dir: Annotated[Path | None, path_option(help="Where to make the folder of the disk tier.")] = None,
+    measured: Annotated[BenchOptions, measuring(repeats=sized(5, 2))],
+) -> None:
+    """Size of a text's KV pages on disk, as they are and without loss, and how fast they come back."""
+    from distkv.bench.disk_codecs import run
+
+    run(
+        model_folder(model), context, text, options["dtype"], options["page_size"], options["num_threads"], cache_dir,
+        measured,
+    )  # fmt: skip
+
+
 @bench.command("prefix")
 @spread
 def bench_prefix(

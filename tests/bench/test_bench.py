@@ -2,6 +2,7 @@
 print and write, and that they end with exit code 1 when what must be equal is not. Of those that need a GPU, what can
 be seen without one: a clock that stands still takes its place (`test_triton_bench.py` calls the kernels)."""
 
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ from distkv.commands.main import app
 from distkv.errors import CapacityError, ConfigError, DistKVError, StoreError
 from distkv.models.shapes import shape_folder
 from distkv.reporting.machine import machine_facts, percentile
+from distkv.storage.pools.disk_pool import DiskPool
 from distkv.stress.stage import Stage
 from distkv.workers.group.rank_executor import RankExecutor
 from distkv.workers.model.model_config import ModelConfig
@@ -153,6 +155,40 @@ def test_bench_offload_counts_coded_bytes(tiny_model: Path, tmp_path: Path, monk
     streamed = [row["host_bytes_per_step"] + row["disk_bytes_per_step"] for row in rows]
     assert streamed == [row["cold_tokens"] * written["bytes_per_token"] for row in rows]
     assert [row["cold_tokens"] for row in rows] == [0, 64, 96, 96]
+
+
+# --- disk-codec ---
+
+
+def test_bench_disk_codec(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes are those of the files, and what does not come back ends it."""
+    given = ("--model", str(tiny_model), "--context", "128", "--page-size", "64", "--repeats", "2", "--cache-dir")
+    result, written = bench(tmp_path, "disk-codec", *given, str(tmp_path))
+    assert result.exit_code == 0, result.output
+    plain, packed = check_written(written, "disk-codec", 2)
+    assert (plain["codec"], packed["codec"]) == ("none", "lossless")
+    assert plain["file_bytes"] == written["kv_bytes"] == 128 * 2 * 2 * 2 * 16 * 2, "2 layers, 2 KV heads of 16, bf16"
+    assert plain["share"] == 1 and 0.5 < packed["share"] < 1.1
+    assert all(row[f"{name}_gb_per_s"]["min"] > 0 for row in (plain, packed) for name in ("encode", "cached", "disk"))
+    assert "brings KV" in result.output
+    others = itertools.count()
+    monkeypatch.setattr(DiskPool, "load", lambda pool, slot, page: page.fill_(next(others)))
+    with pytest.raises(DistKVError, match="is not what it was when it was stored as none"):
+        CliRunner().invoke(app, ["bench", "disk-codec", *given, str(tmp_path)], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    "context, words",
+    [
+        (100, "not a whole number of pages of 64 tokens; use 128"),
+        (4096, "--text is given and the model has no tokenizer"),
+    ],
+)
+def test_bench_disk_codec_refuses(tiny_model: Path, tmp_path: Path, context: int, words: str) -> None:
+    given = ["--text", str(tmp_path / "none")] if "text" in words else []
+    sizes = ["--context", str(context), "--page-size", "64", *given]
+    with pytest.raises(ConfigError, match=words):
+        CliRunner().invoke(app, ["bench", "disk-codec", "--model", str(tiny_model), *sizes], catch_exceptions=False)
 
 
 # --- prefix ---

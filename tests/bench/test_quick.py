@@ -15,6 +15,7 @@ from distkv.reporting.machine import machine_facts
 COMMANDS = {
     "cache": "--model MODEL",
     "decode": "--model MODEL",
+    "disk-codec": "--model MODEL",
     "gqa": "",
     "offload": "--model MODEL",
     "paging": "--model MODEL",
@@ -22,7 +23,7 @@ COMMANDS = {
     "scheduler": "",
     "serve-offline": "--model MODEL",
 }
-SLOW = {"gqa", "offload", "paging", "prefix", "scheduler"}  # they have tests with smaller sizes too
+SLOW = {"disk-codec", "gqa", "offload", "paging", "prefix", "scheduler"}  # they have tests with smaller sizes too
 
 
 @pytest.fixture(scope="module")
