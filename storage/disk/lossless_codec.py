@@ -40,10 +40,10 @@ class LosslessCodec:
     """A `FileCodec`."""
 
     def __init__(self, spec: PageSpec):
-        self._shape = spec.page_size, spec.head_dim
+        self._shape = rows, columns = spec.page_shape[-2:]
         self._num_layers = spec.num_layers
         self._chunk_bytes = spec.slice_bytes_in(Tier.DISK) // spec.num_kv_heads // 2
-        self._dtype = np.dtype(f"i{self._chunk_bytes // (spec.page_size * spec.head_dim)}")
+        self._dtype = np.dtype(f"i{self._chunk_bytes // (rows * columns)}")
         self._index_bytes = _index_bytes(spec.num_layers)
 
     def encode(self, head: np.ndarray) -> bytes:

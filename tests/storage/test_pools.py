@@ -22,6 +22,7 @@ from support.pages import SPEC, bits, load, random_page, same, store
 from support.processes import kill, read_line, start_python
 from torch import Tensor
 
+from distkv.cache_folders.file_damage import file_damage
 from distkv.errors import CapacityError, ConfigError, StoreError
 from distkv.storage.device import CpuDevice
 from distkv.storage.disk.cache_folder import ARRAY, DiskHeads, FolderLock
@@ -214,6 +215,24 @@ def test_the_array_is_plain_zarr_over_the_heads_of_all_ranks(spec: PageSpec, tmp
     files = {path.name for path in (tmp_path / ARRAY).iterdir()}
     assert files == {"zarr.json"} | {f"c.{slot}.0.0.{head}.0.0" for slot in (0, 3) for head in range(3)}
     assert ranks[0].chunk_path(3, 1).name == "c.3.0.0.1.0.0" and ranks[1].chunk_path(3, 0).name == "c.3.0.0.2.0.0"
+
+
+@pytest.mark.parametrize("codec", DISK_CODECS)
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "int4"])
+def test_pages_of_codes(tmp_path: Path, kv_cache_dtype: str, codec: str) -> None:
+    """Bytes, of which there are fewer than on the device; `distkv cache verify` knows how many."""
+    spec = PageSpec(3, 2, 64, 16, "bfloat16", kv_cache_dtype, codec)
+    pool, page = disk_pool(tmp_path, spec), torch.randint(256, spec.page_shape, dtype=torch.uint8)
+    pool.store(2, page)
+    found = torch.zeros_like(page)
+    pool.load(2, found)
+    assert torch.equal(found, page) and page.nbytes < 0.7 * spec.page_bytes
+    assert np.asarray(zarr.open_array(tmp_path / ARRAY, mode="r")[2]).tobytes() == page.numpy().tobytes()
+    assert pool.adopt({2: pool.checksums(2)}) == []
+    checksums = np.frombuffer(pool.checksums(2), np.uint32).reshape(2, 3)
+    for head in range(2):
+        assert file_damage(pool.chunk_path(2, head), checksums[head].tolist(), spec) is None
+        assert file_damage(pool.chunk_path(2, head), checksums[head - 1].tolist(), spec) is not None
 
 
 def test_chunks_are_raw(tmp_path: Path) -> None:
