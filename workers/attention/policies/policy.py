@@ -6,16 +6,15 @@ one, write its file in this folder and enter it in `registry.py`.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 from distkv.workers.errors import ConfigError
 
-if TYPE_CHECKING:  # the leader parses policies, and has no torch
+if TYPE_CHECKING:  # the leader parses policies, and has no torch; a plan has no numpy either, to be there at once
+    import numpy as np
     from torch import Tensor
 
-Choice = list[list[np.ndarray]]
+Choice: TypeAlias = "list[list[np.ndarray]]"
 """By row and KV head, indexes of pages in their sequence, int64 and rising; the last one is the row's own page."""
 
 
@@ -26,7 +25,7 @@ class Rows:
     Dims: R rows, K KV heads of the rank, G query heads to each, P pages up to that of the last row, D head_dim.
     """
 
-    positions: np.ndarray  # int64 [R], rising
+    positions: "np.ndarray"  # int64 [R], rising
     page_size: int
     num_kv_heads: int
     queries: "Tensor"  # [R, K * G, D]
@@ -35,10 +34,10 @@ class Rows:
     summaries: Callable[[], "Tensor"]
     # fp32 [R, K, P]: no query head of a KV head has a higher product with a key of the page. An element is a function
     # of its query heads and its page alone, bit for bit
-    upper_bounds: Callable[[], np.ndarray]
+    upper_bounds: Callable[[], "np.ndarray"]
 
     @property
-    def own_pages(self) -> np.ndarray:
+    def own_pages(self) -> "np.ndarray":
         """The index of the page of each row."""
         return self.positions // self.page_size
 

@@ -4,8 +4,6 @@ https://arxiv.org/abs/2309.17453."""
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from distkv.workers.attention.policies.policy import Choice, Rows, check_count
 
 
@@ -26,6 +24,8 @@ class SinkWindow:
 
     def choose(self, rows: Rows) -> Choice:
         """See `PagePolicy`."""
+        import numpy as np  # see policy.py
+
         num_sinks = -(-self.sinks // rows.page_size)
         firsts = np.maximum(rows.positions + 1 - self.window, 0) // rows.page_size
         choice = []

@@ -3,12 +3,13 @@ https://arxiv.org/abs/2406.10774."""
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
-
-import numpy as np
+from typing import TYPE_CHECKING, ClassVar
 
 from distkv.workers.attention.policies.policy import Choice, Rows, check_count
 from distkv.workers.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 DEFAULT_SHARE = 0.1
 LEAST = 2  # the first page and the row's own
@@ -38,6 +39,8 @@ class TopPages:
 
     def choose(self, rows: Rows) -> Choice:
         """See `PagePolicy`."""
+        import numpy as np  # see policy.py
+
         bounds = rows.upper_bounds()
         choice = []
         for row, own in enumerate(rows.own_pages.tolist()):
@@ -57,8 +60,10 @@ class TopPages:
         return min(num_pages, max(LEAST, -(-part.numerator // part.denominator)))
 
 
-def highest(bounds: np.ndarray, count: int) -> np.ndarray:
+def highest(bounds: "np.ndarray", count: int) -> "np.ndarray":
     """The indexes of the `count` highest numbers of some more, rising; of equal ones the first."""
+    import numpy as np
+
     if not count:
         return np.zeros(0, dtype=np.int64)
     bounds = np.nan_to_num(bounds, nan=np.inf)  # of keys that are no numbers, whose request ends
