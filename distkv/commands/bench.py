@@ -219,6 +219,44 @@ def bench_gqa(
         raise typer.Exit(1)
 
 
+@bench.command("quality")
+@spread
+def bench_quality(
+    *,
+    model: Model = "smollm2",
+    row: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OPTIONS",
+            help='Row to measure, by dtype, kv_cache_dtype, attention_policy and page_size: "kv_cache_dtype=int4; '
+            'page_size=64", or full; may be given again. Without it, those of docs/quality.md.',
+        ),
+    ] = None,
+    text: Annotated[Path | None, path_option(help="File to read instead of licences and sources.")] = None,
+    text_tokens: Annotated[int, typer.Option(help="Tokens of each text.", min=2)] = sized(8191, 2047),
+    read_tokens: Annotated[
+        int, typer.Option(help="First tokens of a text that are its prompt; those behind them are scored.", min=1)
+    ] = sized(1024, 256),
+    shape: Annotated[str, typer.Option(help="Random weights to time steps with, as in distkv stress.")] = "small",
+    context: Annotated[list[int], typer.Option(help="Context to time steps at; may be given again.", min=4096)] = sized(
+        [8192, 65536, 524288], [8192, 65536]
+    ),
+    new_tokens: Annotated[int, typer.Option(help="Tokens to time at each context.", min=1)] = sized(8, 4),
+    options: Annotated[EngineOptions, engine("num_threads")],
+    plot_file: Annotated[Path | None, path_option("--plot", help="Also draw quality over bytes here, a .png.")] = None,
+    measured: Annotated[BenchOptions, measuring(repeats=1)],
+) -> None:
+    """What codecs and policies of attention cost: perplexity and divergence on long texts, questions about long texts,
+    bytes and ms per token at contexts beyond the model's."""
+    from distkv.bench.quality.quality import Sizes, run
+
+    sizes = Sizes(
+        model_folder(model), tuple(row or ()), text_tokens, read_tokens, text, shape, tuple(dict.fromkeys(context)),
+        new_tokens,
+    )  # fmt: skip
+    run(sizes, options["num_threads"], plot_file, measured)
+
+
 @bench.command("plan")
 @spread
 def bench_plan(

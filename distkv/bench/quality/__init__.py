@@ -1,0 +1,1 @@
+"""`distkv bench quality`: what codecs and policies of attention cost in answers, beside the whole and exact cache."""

@@ -1,0 +1,173 @@
+"""`distkv bench quality`: what codecs and policies of attention cost, and what they save.
+
+Each row is an engine of the same model with other options. It reads long texts, whose tokens it is told one after the
+other: how likely it holds each gives the perplexity, and how its distributions differ from those of the whole and exact
+cache the divergence. It answers questions about long texts. And a shape with random weights decodes at contexts that no
+model at hand can read, which says what a step takes and reads.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from statistics import fmean
+
+from distkv.bench.harness import Bench, Row
+from distkv.bench.options import BenchOptions
+from distkv.bench.quality.answers import NUM_TOP, Answers, page_spec
+from distkv.bench.quality.divergence import divergence, means, perplexity, unlisted
+from distkv.bench.quality.plot import write_plot
+from distkv.bench.quality.report import columns, explain
+from distkv.bench.quality.tasks import QUICK_TASKS, TASKS, Question, Task, split_sentences
+from distkv.bench.quality.texts import long_texts
+from distkv.bench.quality.timing import time_steps
+from distkv.bench.quality.variants import QUICK_ROWS, ROWS, Variant, with_references
+from distkv.errors import ConfigError
+from distkv.frontend.tokenizer import Tokenizer
+from distkv.models.shapes import shape_folder
+from distkv.reporting.out_file import check_plot_file
+from distkv.storage.tier import Tier
+from distkv.workers.model.model_config import ModelConfig
+from distkv.workers.sampling.sampled_token import TokenLogprobs
+
+PARTS = 7  # of a text's scored tokens, whose divergence is shown apart
+ANSWER_TOKENS = 16
+SEED = 1
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured."""
+
+    model: Path
+    rows: tuple[str, ...]  # see `parse_row`; empty for those of the table in docs/quality.md
+    text_tokens: int
+    read_tokens: int  # the first ones of each text, which are its prompt
+    text: Path | None  # in place of licences and sources
+    shape: str  # that is timed
+    contexts: tuple[int, ...]
+    new_tokens: int
+
+
+def run(sizes: Sizes, num_threads: int | None, plot_file: Path | None, options: BenchOptions) -> None:
+    """Measures, prints a table and draws it; see `distkv bench quality --help`. Raises ConfigError for what cannot be
+    measured."""
+    check_plot_file(plot_file)
+    variants = with_references(sizes.rows or (QUICK_ROWS if options.quick else ROWS))
+    _check_sizes(sizes)
+    texts, missing = long_texts(sizes.model, sizes.text_tokens, sizes.text)
+    with Bench(
+        "quality", options, num_threads, model=sizes.model.name, text_tokens=sizes.text_tokens,
+        read_tokens=sizes.read_tokens, num_top=NUM_TOP, shape=sizes.shape, new_tokens=sizes.new_tokens,
+    ) as bench:  # fmt: skip
+        bench.facts["missing"] = missing
+        for one in missing:
+            bench.line(f"missing: {one}")
+        measure(bench, sizes, variants, texts, QUICK_TASKS if options.quick else TASKS, num_threads)
+        bench.table(columns(list(texts), sizes.contexts, bench.rows), across=True)
+        explain(bench)
+        if plot_file is not None:
+            write_plot(plot_file, bench.facts, bench.rows)
+
+
+def measure(
+    bench: Bench, sizes: Sizes, variants: list[Variant], texts: dict[str, list[int]], tasks: tuple[Task, ...],
+    num_threads: int | None,
+) -> None:  # fmt: skip
+    """Adds a row for each variant; references come before those that are compared with them."""
+    questions = make_questions(sizes.model, texts, tasks)
+    longest = max(sizes.text_tokens + 1, *(len(one.prompt) + len(one.lead) + ANSWER_TOKENS for one in questions))
+    exact: dict[Variant, dict[str, list[TokenLogprobs]]] = {}
+    with shape_folder(sizes.shape, max_position_embeddings=2 * max(sizes.contexts)) as folder:
+        for variant in variants:
+            what = f"{variant.name}, pages of {variant.page_size}: "
+            bench.doing(what + "starting")
+            start = time.perf_counter()
+            with Answers(sizes.model, variant, longest, num_threads) as engine:
+                bench.doing(what + "reading texts")
+                scores = {name: engine.score(text, sizes.read_tokens) for name, text in texts.items()}
+                bench.doing(what + "answering questions")
+                tasks_row = answer(engine, sizes.model, questions)
+            if variant == variant.reference:
+                exact[variant] = scores
+            spec = page_spec(ModelConfig.load(sizes.model), variant)
+            row: Row = {"name": variant.name, **variant.options} | {
+                f"{tier.name.lower()}_bytes_per_token": spec.page_bytes_in(tier) / spec.page_size for tier in Tier
+            }
+            read_texts = {name: text[sizes.read_tokens :] for name, text in texts.items()}
+            row |= compare(read_texts, exact[variant.reference], scores) | tasks_row
+            bench.doing(what + "decoding at long contexts")
+            for context, timed in time_steps(
+                folder, variant, list(sizes.contexts), sizes.new_tokens, bench.options.repeats, num_threads
+            ).items():
+                row |= {f"ms_{context}": timed.ms, f"read_bytes_{context}": timed.read_bytes}
+                row["read_share"] = timed.read_share  # at the longest context
+            bench.add(row | {"seconds": time.perf_counter() - start})
+
+
+def compare(
+    texts: dict[str, list[int]], exact: dict[str, list[TokenLogprobs]], scores: dict[str, list[TokenLogprobs]]
+) -> Row:
+    """What the scores of some tokens of each text say beside those of the reference."""
+    row: Row = {}
+    nats, apart = [], []
+    for name, text in texts.items():
+        pairs = zip(text, exact[name], scores[name], strict=True)
+        divergences = [divergence(token, ours, theirs) for token, ours, theirs in pairs]
+        row |= {
+            f"perplexity_{name}": perplexity(scores[name]),
+            f"added_{name}": perplexity(scores[name]) / perplexity(exact[name]) - 1,
+            f"divergence_{name}": fmean(divergences),
+            f"divergence_by_position_{name}": means(divergences, PARTS),
+            f"unlisted_{name}": unlisted(exact[name]),
+        }
+        apart += divergences
+        nats += [ours.logprob - theirs.logprob for ours, theirs in zip(exact[name], scores[name], strict=True)]
+    return row | {"added": math.expm1(fmean(nats)), "divergence": fmean(apart)}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A question as tokens."""
+
+    question: Question
+    prompt: list[int]
+    lead: list[int]
+
+
+def make_questions(model: Path, texts: dict[str, list[int]], tasks: tuple[Task, ...]) -> list[Tokens]:
+    """All questions, about texts that are made of the sentences of the first text."""
+    tokenizer = Tokenizer(model)
+    [token_ids, *_] = texts.values()
+    text = tokenizer.decode(token_ids)
+    sentences = split_sentences(text)
+    per_word = len(token_ids) / len(text.split())
+    found = []
+    for question in (one for task in tasks for one in task.questions(sentences, per_word, SEED)):
+        whole, prompt = tokenizer.encode(question.prompt + question.lead), tokenizer.encode(question.prompt)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, prompt, strict=False)))
+        found.append(Tokens(question, whole[:same], whole[same:]))
+    return found
+
+
+def answer(engine: Answers, model: Path, questions: list[Tokens]) -> Row:
+    """The mean score of each task."""
+    tokenizer = Tokenizer(model)
+    answers = engine.continue_all([(one.prompt, one.lead) for one in questions], ANSWER_TOKENS)
+    scores: dict[str, list[float]] = {}
+    for one, token_ids in zip(questions, answers, strict=True):
+        scores.setdefault(one.question.task, []).append(one.question.score(tokenizer.decode(token_ids)))
+    return {f"score_{task}": fmean(of) for task, of in scores.items()} | {
+        "score": fmean(fmean(of) for of in scores.values()),
+        "num_questions": {task: len(of) for task, of in scores.items()},
+    }
+
+
+def _check_sizes(sizes: Sizes) -> None:
+    positions = ModelConfig.load(sizes.model).max_position_embeddings
+    if not 1 <= sizes.read_tokens < sizes.text_tokens < positions:
+        raise ConfigError(
+            f"text-tokens is {sizes.text_tokens} and read-tokens {sizes.read_tokens}; use less for the second than for "
+            f"the first, and for that less than {positions}, the model's positions"
+        )

@@ -1,0 +1,55 @@
+"""What the models read: long texts that lie on the machine."""
+
+from pathlib import Path
+
+from distkv.bench.prompts import STDLIB, Prompts
+from distkv.errors import ConfigError
+from distkv.frontend.tokenizer import Tokenizer
+
+LICENCES = Path("/usr/share/common-licenses")
+LEAST = 512  # tokens of a text of one's own
+
+
+def long_texts(model: Path, count: int, given: Path | None) -> tuple[dict[str, list[int]], list[str]]:
+    """Texts of `count` tokens by what they are, and what is missing on this machine, in sentences.
+
+    Args:
+        given: a file that is read in place of them, as far as it goes.
+
+    Raises ConfigError when there is none, or the model has no tokenizer.
+    """
+    tokenizer = Tokenizer(model)
+    if given is not None:
+        token_ids = tokenizer.encode(read(given))[:count]
+        if len(token_ids) < LEAST:
+            raise ConfigError(f"--text {str(given)!r} has {len(token_ids)} tokens; name a text of {LEAST} at least")
+        return {given.name: token_ids}, []
+    licences: list[int] = []
+    for path in licence_files():
+        licences += tokenizer.encode(read(path) + "\n", special=not licences)
+    texts = {"licences": licences[:count], "sources": Prompts(model).text(count)}
+    missing = [
+        f"{what} has {len(texts[name])} tokens of text and {count} are wanted; {cure}"
+        for name, what, cure in (
+            ("licences", str(LICENCES), "it is of Debian's base-files"),
+            ("sources", STDLIB, "install them, or name a file with --text"),
+        )
+        if len(texts[name]) < count
+    ]  # fmt: skip
+    texts = {name: token_ids for name, token_ids in texts.items() if len(token_ids) == count}
+    if not texts:
+        raise ConfigError(f"no text to read: {'; '.join(missing)}")
+    return texts, missing
+
+
+def licence_files() -> list[Path]:
+    """The licence texts of this machine, each once, in the order of their names."""
+    return [path for path in sorted(LICENCES.glob("*")) if path.is_file() and not path.is_symlink()]
+
+
+def read(path: Path) -> str:
+    """A text file as it is. Raises ConfigError."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ConfigError(f"{str(path)!r} cannot be read: {error.strerror}; name another file with --text") from error
