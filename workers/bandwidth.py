@@ -8,13 +8,21 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from distkv.storage.dtypes import torch_dtype
 from distkv.storage.moving.page_copies import Gather, PageCopies
 from distkv.storage.moving.streams import Lane
+from distkv.storage.pools.host_memory import as_integers
+from distkv.storage.synthetic_pages import synthetic_slice
 from distkv.workers.kv_pools import KVPools
 from distkv.workers.sizes import Bandwidth
+
+if TYPE_CHECKING:
+    from distkv.storage.pools.disk_pool import DiskPool  # imports zarr
 
 log = logging.getLogger(__name__)
 
@@ -31,11 +39,13 @@ FREE_PROBES = 8  # times what is written must be free, since others need room to
 
 def measure_bandwidth(pools: KVPools) -> Bandwidth:
     """Copies from the host through the staging ring's memory, and reads a file beside the disk tier past the page
-    cache."""
-    return Bandwidth(
-        _host_bandwidth(pools) if pools.host.num_pages else 0.0,
-        0.0 if pools.disk is None else disk_bandwidth(pools.disk.folder, int(pools.disk.nbytes * PROBE_SHARE)),
-    )
+    cache; what is compressed there is waited for and then decoded."""
+    disk = 0.0
+    if pools.disk is not None:
+        disk = disk_bandwidth(pools.disk.folder, int(pools.disk.nbytes * PROBE_SHARE))
+        if disk and pools.disk.spec.disk_codec != "none":
+            disk = _decoded_bandwidth(pools.disk, disk)
+    return Bandwidth(_host_bandwidth(pools) if pools.host.num_pages else 0.0, disk)
 
 
 def choose_copies(pools: KVPools, kernel: Gather) -> None:
@@ -72,6 +82,24 @@ def _host_bandwidth(pools: KVPools) -> float:
     slices = pools.host.slices(0, pages, 0)
     slices.zero_()  # memory that was never written is not there yet
     return slices.nbytes / fastest(partial(seconds_of, partial(buffer[:pages].copy_, slices)))
+
+
+def _decoded_bandwidth(disk: "DiskPool", rate: float) -> float:
+    """Bytes of KV per second that one thread has of a disk of so many bytes per second, by a page's head of normal
+    numbers that lies in memory."""
+    spec, codec = disk.spec, disk.codec
+    numbers = synthetic_slice(0, 0, range(1), spec.page_size, spec.head_dim, torch.device("cpu"))[:, 0]
+    head = numbers.to(torch_dtype(spec.dtype)).expand(spec.num_layers, *numbers.shape).contiguous()
+    content, layer = codec.encode(as_integers(head)), memoryview(bytearray(head[0].nbytes))
+    pieces = [layer[: len(layer) // 2], layer[len(layer) // 2 :]]
+    descriptor = os.memfd_create("distkv-probe")
+    try:
+        os.write(descriptor, content)
+        index = codec.read_index(descriptor)
+        seconds = fastest(partial(seconds_of, partial(codec.read, descriptor, index, 0, pieces)))
+    finally:
+        os.close(descriptor)
+    return head.nbytes / (len(content) / rate + spec.num_layers * seconds)
 
 
 def _ends(pools: KVPools, lane: Lane) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
-from distkv.storage.disk.cache_folder import ARRAY, FULL, LOCK, FolderLock, InUseError
+from distkv.storage.disk.cache_folder import (
+    ARRAY,
+    FULL,
+    LOCK,
+    DamagedError,
+    FolderLock,
+    InUseError,
+    parse_chunk,
+    read_description,
+)
 from distkv.storage.disk.file_lock import is_locked
 from distkv.storage.disk.files import make_folder
 from distkv.workers.errors import ConfigError
@@ -106,16 +115,19 @@ def _lock(place: CachePlace) -> FolderLock:
 
 def free_bytes(folder: Path) -> int:
     """What is free on this node where the folder is or will be, or is taken by the pages in it; twice as much as these
-    at least, so that a tier of half of it holds them though somebody else fills the disk.
+    count with at least, so that a tier of half of it holds them though somebody else fills the disk.
 
     Raises ConfigError where no folder can be.
     """
-    taken, place = 0, folder
+    taken, counted, place = 0, 0, folder
     try:
+        most = _most_file_bytes(folder)
         with suppress(FileNotFoundError), os.scandir(folder / ARRAY) as files:
             for file in files:
                 with suppress(FileNotFoundError):  # whoever uses the folder removes and renames files
-                    taken += file.stat().st_size
+                    size = file.stat().st_size
+                    taken += size
+                    counted += max(size, most if parse_chunk(file.name) else 0)
         while not place.exists():
             place = place.parent
         usage = shutil.disk_usage(place)
@@ -127,4 +139,12 @@ def free_bytes(folder: Path) -> int:
         raise ConfigError(
             f"cache_dir {str(folder)!r} cannot be used: {str(place)!r} is no place for files; name a folder on a disk"
         )
-    return max(usage.free, taken) + taken
+    return max(usage.free + taken, 2 * counted)
+
+
+def _most_file_bytes(folder: Path) -> int:
+    """What a file of the pages there counts with in a tier, compressed or not; 0 where that is not known."""
+    with suppress(DamagedError, ConfigError):
+        known = read_description(folder)
+        return 0 if known is None else -(-known.page_bytes // known.num_kv_heads)
+    return 0

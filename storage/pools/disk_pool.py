@@ -61,7 +61,7 @@ class DiskPool:
         """
         self.meter = meter or Meter()
         self.num_pages = num_pages
-        self._spec = spec
+        self.spec = spec
         self.codec = disk_codec(spec)
         self._heads = heads
         self._synced = synced
@@ -79,7 +79,7 @@ class DiskPool:
         """
         check_slot(slot, self.num_pages)
         self._stored[slot] = False
-        for layer in range(self._spec.num_layers):
+        for layer in range(self.spec.num_layers):
             for head, parts in enumerate(self.parts(page[layer])):
                 self._crcs[slot, head, layer] = _checksum(parts)
         if self._heads.writes:
@@ -92,8 +92,8 @@ class DiskPool:
 
     def load(self, slot: int, page: Tensor) -> None:
         with OpenPages(self, [slot]) as pages:
-            memory, size = _bytes(page), self._spec.slice_bytes_in(Tier.DISK)
-            for layer in range(self._spec.num_layers):
+            memory, size = _bytes(page), self.spec.slice_bytes_in(Tier.DISK)
+            for layer in range(self.spec.num_layers):
                 pages.read(0, layer, self._split(memory[layer * size : (layer + 1) * size]))
 
     def open(self, slots: Sequence[int]) -> "OpenPages":
@@ -111,7 +111,7 @@ class DiskPool:
         heads that this rank writes. Raises StoreError when the folder cannot be read.
         """
         self._stored[:] = False
-        shape = self._heads.total, self._spec.num_layers
+        shape = self._heads.total, self.spec.num_layers
         whole = set(self._sweep(entries))
         missing = []
         for slot, checksums in entries.items():
@@ -180,7 +180,7 @@ class DiskPool:
 
     def _split(self, layer_slice: memoryview) -> Parts:
         half = len(layer_slice) // 2
-        size = half // self._spec.num_kv_heads
+        size = half // self.spec.num_kv_heads
         return [
             [layer_slice[first : first + size], layer_slice[half + first : half + first + size]]
             for first in range(0, half, size)

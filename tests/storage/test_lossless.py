@@ -141,7 +141,7 @@ def stored(tmp_path: Path) -> tuple[DiskPool, Tensor, Path, bytes]:
 def refused(pool: DiskPool) -> bool:
     """Whether the page cannot be read, which is the only other thing that may happen than that it is right."""
     try:
-        load(pool, 1, pool._spec)
+        load(pool, 1, pool.spec)
     except StoreError as error:
         assert str(pool.chunk_path(1, 0)) in str(error)
         return True
@@ -175,13 +175,13 @@ def test_every_flipped_bit_is_found(
         assert refused(pool), f"byte {place}"
         write(path, content[place : place + 1], place)
     assert pool.meter.take().checksum_failures == len(content)
-    assert same(load(pool, 1, pool._spec), page)
+    assert same(load(pool, 1, pool.spec), page)
 
 
 def test_every_truncation_is_found(stored: tuple[DiskPool, Tensor, Path, bytes]) -> None:
     pool, page, path, content = stored
     path.write_bytes(content + b"more")
-    assert same(load(pool, 1, pool._spec), page)
+    assert same(load(pool, 1, pool.spec), page)
     for size in range(len(content) - 1, -1, -1):
         os.truncate(path, size)
         assert refused(pool), f"{size} bytes of {len(content)}"
@@ -223,7 +223,7 @@ def test_what_blosc_gets_may_be_anything(stored: tuple[DiskPool, Tensor, Path, b
         if refused(pool):
             num_damaged += 1
         else:
-            assert same(load(pool, 1, pool._spec), page)
+            assert same(load(pool, 1, pool.spec), page)
         write(path, content[offset : offset + size], offset)
     assert num_damaged > 700
 

@@ -209,8 +209,8 @@ def test_the_array_is_plain_zarr_over_the_heads_of_all_ranks(spec: PageSpec, tmp
     assert array.attrs["dtype"] == spec.dtype
     for slot, page in pages.items():
         assert np.asarray(array[slot]).tobytes() == bits(page).tobytes()
-        assert same(load(ranks[0], slot, ranks[0]._spec), page[:, :, :2])
-        assert same(load(ranks[1], slot, ranks[1]._spec), page[:, :, 2:])
+        assert same(load(ranks[0], slot, ranks[0].spec), page[:, :, :2])
+        assert same(load(ranks[1], slot, ranks[1].spec), page[:, :, 2:])
     assert not np.asarray(array[1]).any()
     files = {path.name for path in (tmp_path / ARRAY).iterdir()}
     assert files == {"zarr.json"} | {f"c.{slot}.0.0.{head}.0.0" for slot in (0, 3) for head in range(3)}

@@ -19,6 +19,7 @@ from distkv.storage.disk.reopen import reopen
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools import disk_pool as disk_module
 from distkv.storage.pools.disk_pool import DiskPool
+from distkv.storage.tier import Tier
 
 NUM_PAGES = 8
 
@@ -38,7 +39,7 @@ def description(spec: PageSpec = SPEC) -> Description:
     """Of the pages of a model whose folder is to be named "0123456789abcdef"."""
     return Description(
         "0123456789abcdef" * 4, "/models/one", spec.dtype, spec.page_size, spec.num_layers,
-        spec.num_kv_heads, spec.head_dim, spec.page_bytes, spec.disk_codec,
+        spec.num_kv_heads, spec.head_dim, spec.page_bytes_in(Tier.DISK), spec.disk_codec,
     )  # fmt: skip
 
 

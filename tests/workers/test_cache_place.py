@@ -4,16 +4,22 @@ import errno
 import os
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from support.disks import description, disk_pool
 from support.llms import PAGE_BYTES, tiered_options
+from support.pages import SPEC
 
 from distkv.config import EngineConfig
 from distkv.launch.launch import set_up
-from distkv.storage.disk.cache_folder import ARRAY, FolderLock
+from distkv.storage.disk.cache_folder import ARRAY, FolderLock, describe
+from distkv.storage.page_spec import PageSpec
+from distkv.storage.tier import Tier
 from distkv.workers import bandwidth
 from distkv.workers.bandwidth import PROBE_BYTES, READ_BYTES, measure_bandwidth
 from distkv.workers.cache_place import CachePlace, free_bytes, join_folder
@@ -55,6 +61,19 @@ def test_free_bytes_while_others_remove_what_is_counted(tmp_path: Path, monkeypa
     assert free_bytes(folder) > 0, "the folder is not there yet, or no more"
 
 
+def test_pages_that_are_compressed_have_room_at_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of what counts as free has a slot for each, though the disk is full."""
+    spec = replace(SPEC, disk_codec="lossless", page_size=128)
+    pool = disk_pool(tmp_path, spec)
+    describe(tmp_path, description(spec))
+    for slot in range(7):
+        pool.store(slot, torch.zeros(spec.page_shape))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=0))
+    assert sum(file.stat().st_size for file in (tmp_path / ARRAY).iterdir()) < 4 * spec.page_bytes
+    assert free_bytes(tmp_path) // 2 // spec.page_bytes_in(Tier.DISK) == 7
+
+
 def test_the_disk_is_measured_where_the_ranks_write(tiny_model: Path, tmp_path: Path) -> None:
     class ElsewhereGroup(LocalGroup):
         def free_disk_bytes(self, folder: Path) -> int:
@@ -84,7 +103,8 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def rate(folder: Path, nbytes: int) -> float:
     """What is measured beside a disk tier of so many bytes."""
-    pools: Any = SimpleNamespace(disk=SimpleNamespace(folder=folder, nbytes=nbytes), host=SimpleNamespace(num_pages=0))
+    disk = SimpleNamespace(folder=folder, nbytes=nbytes, spec=SPEC)
+    pools: Any = SimpleNamespace(disk=disk, host=SimpleNamespace(num_pages=0))
     return measure_bandwidth(pools).disk
 
 
@@ -93,6 +113,19 @@ def test_what_is_written_to_measure_a_disk_is_a_small_share_of_the_tier(tmp_path
         written.clear()
         assert bool(rate(tmp_path, nbytes)) == bool(expected) and sum(written) == expected <= nbytes / 32
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_compressed_is_read_and_then_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = PageSpec(6, 2, 64, 16, "bfloat16", disk_codec="lossless")
+    pools: Any = SimpleNamespace(disk=disk_pool(tmp_path, spec), host=SimpleNamespace(num_pages=0))
+    monkeypatch.setattr(bandwidth, "disk_bandwidth", lambda folder, room: 1e6)
+    monkeypatch.setattr(bandwidth, "fastest", lambda measure: 0.001 if measure() > 0 else None)
+    head_bytes = spec.page_bytes // 2
+    decoded = measure_bandwidth(pools).disk
+    seconds = head_bytes / decoded - 6 * 0.001  # of reading what is stored
+    assert 0.6 < seconds * 1e6 / head_bytes < 1
+    monkeypatch.setattr(bandwidth, "disk_bandwidth", lambda folder, room: 0.0)
+    assert measure_bandwidth(pools).disk == 0
 
 
 def test_a_disk_that_is_full_or_becomes_so_is_not_measured(
