@@ -5,7 +5,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: a thread that waits leaves its core to the rings
 
+import gc
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +27,10 @@ pytest_plugins = ["support.rings"]
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for what it starts in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# The suite starts some hundred Python processes, each of which would compile distkv anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 # The same examples on every run, so that a red suite means a changed tree. `pytest --hypothesis-profile explore`
 # searches further and at random.
 settings.register_profile(
@@ -37,6 +43,12 @@ settings.load_profile("suite")
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.fail("it needs a CUDA device, and torch sees none", pytrace=False)
+
+
+def pytest_collection_finish() -> None:
+    """What all modules have made stays until the end: the garbage collector looks at it no more."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

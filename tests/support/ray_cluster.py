@@ -52,7 +52,8 @@ def start(folder: Path, num_cpus: int) -> tuple[Cluster, subprocess.Popen[bytes]
         head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=folder)
     _sessions.add(head.pid)
     deadline = time.monotonic() + START_TIMEOUT
-    while cluster.ray("job", "list", "--address", cluster.dashboard).returncode or not _is_noted(gcs):
+    # the note comes late, and to ask for jobs takes a Python that imports Ray
+    while not _is_noted(gcs) or cluster.ray("job", "list", "--address", cluster.dashboard).returncode:
         if head.poll() is not None or time.monotonic() > deadline:
             stop(head)
             raise RuntimeError("the Ray cluster did not start:\n" + (folder / "ray.log").read_text())
