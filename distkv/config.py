@@ -345,7 +345,9 @@ class EngineConfig:
     @property
     def kv_policy(self) -> str | None:
         """What answers differ by from those of the exact cache: options, by their names; None where nothing does."""
-        return None if self.attention_policy == FULL else self.attention_policy
+        parts = [] if self.attention_policy == FULL else [self.attention_policy]
+        parts += [] if self.kv_cache_dtype == "auto" else [f"kv_cache_dtype={self.kv_cache_dtype}"]
+        return ", ".join(parts) or None
 
     @property
     def seconds_to_rebuild(self) -> float:
@@ -411,10 +413,6 @@ class EngineConfig:
             (
                 "save_timeout", not self.enable_prefix_caching,
                 "enable_prefix_caching is off, so that no page is written for later processes", "leave one of them out",
-            ),
-            (
-                "kv_cache_dtype", self.kv_cache_dtype != "auto" and self.attention_policy != FULL,
-                "attention_policy is too, which does not know codes yet", "leave one of them out",
             ),
             ("kv_cache_dtype", no_cold and self.kv_cache_dtype != "auto", no_pages, "leave one of them out"),
             ("attention_audit", self.attention_policy == FULL, "attention_policy is full", "set both, or leave it out"),

@@ -60,6 +60,20 @@ def test_all_pages_are_full_attention(folder: Path, tmp_path: Path, dtype: str) 
     assert said(ask(folder, TOP, dtype=dtype)[0]) != said(full)
 
 
+@pytest.mark.parametrize("codec", ["int4", "int8"])
+def test_pages_of_codes_are_chosen_alike(folder: Path, tmp_path: Path, codec: str) -> None:
+    """Resident or cold, in chunks of any size, in a process that has made no summaries of the prompt's pages: one
+    answer. All pages are what full attention to codes is."""
+    coded = {"kv_cache_dtype": codec, "dtype": "bfloat16"}
+    cold = sizes(tmp_path, "bfloat16") | coded
+    found, _ = ask(folder, TOP, **coded)
+    assert found.kv_policy == f"{TOP}, kv_cache_dtype={codec}"
+    for options in (cold | {"max_num_batched_tokens": 16}, coded | {"max_num_batched_tokens": 333}, cold):
+        assert said(ask(folder, TOP, **options)[0]) == said(found)
+    assert said(ask(folder, "full", **coded)[0]) == said(ask(folder, "top_pages(share=1)", **cold)[0])
+    assert_begun_answers_go_on(folder, coded)
+
+
 def test_only_what_is_chosen_is_streamed(folder: Path, tmp_path: Path) -> None:
     """By single KV heads; the summaries of pages that fill here cost no read."""
     cold = sizes(tmp_path / "full")
@@ -96,12 +110,15 @@ def test_what_was_read_is_told(folder: Path, tmp_path: Path) -> None:
 
 def test_an_answer_that_was_begun_elsewhere_goes_on(folder: Path) -> None:
     """Its tokens are read in chunks with the prompt, and choose as they did one by one; so do those behind them."""
-    config = EngineConfig(folder, attention_policy=TOP, **OPTIONS, **sizes(None))
-    params = SamplingParams(temperature=1, max_tokens=40, ignore_eos=True)
-    engine = launch(config)
+    assert_begun_answers_go_on(folder, {})
 
-    def answer(begun: dict[int, list[int]], length: int = 40) -> list[int]:
-        request = EngineRequest(str(len(begun)), PROMPT, params, length, 5, begun=begun)
+
+def assert_begun_answers_go_on(folder: Path, options: dict[str, Any]) -> None:
+    engine = launch(EngineConfig(folder, attention_policy=TOP, **(OPTIONS | sizes(None) | options)))
+    params = SamplingParams(temperature=1, max_tokens=40, ignore_eos=True)
+
+    def answer(begun: dict[int, list[int]]) -> list[int]:
+        request = EngineRequest(str(len(begun)), PROMPT, params, 40, 5, begun=begun)
         return [output.token_id for step in drive(engine, [request]) for output in step]
 
     try:

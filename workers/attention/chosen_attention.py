@@ -11,24 +11,28 @@ import torch
 from torch import Tensor
 
 from distkv.kernels.native.library import Library
-from distkv.kernels.native.paged_attention import WANTED, attend_pages, kept_states
+from distkv.kernels.native.paged_attention import WANTED, CodedPages, attend_pages, kept_states
 from distkv.workers.attention.chosen_pages import ChosenCalls
 
 Bring = Callable[[np.ndarray, np.ndarray], Tensor]
 """`SlicesOnDemand.bring` in a layer."""
 
 
-def attend_chosen(library: Library, calls: ChosenCalls, q: Tensor, pool: Tensor, bring: Bring) -> Tensor:
+def attend_chosen(
+    library: Library, calls: ChosenCalls, q: Tensor, pool: Tensor, bring: Bring, coded: CodedPages | None
+) -> Tensor:
     """The attention `[C, G * D]` of queries `[C, G, D]`; see `ChosenCalls` for what `pool` is to look like."""
     out = q.new_empty(len(q), q.shape[1] * q.shape[2])
     kept = kept_states(*q.shape) if len(calls.calls) > 1 else None
     for index, chunks in enumerate(calls.calls):
         buffer = bring(*calls.loads[index]) if calls.loads else None
-        attend_pages(library, q, pool, buffer, calls.table, chunks, kept, out)
+        attend_pages(library, q, pool, buffer, calls.table, chunks, kept, out, coded)
     return out
 
 
-def total_weights(library: Library, calls: ChosenCalls, q: Tensor, pool: Tensor, bring: Bring) -> Tensor:
+def total_weights(
+    library: Library, calls: ChosenCalls, q: Tensor, pool: Tensor, bring: Bring, coded: CodedPages | None
+) -> Tensor:
     """The sums of the weights that each query gives to keys, as float64 logarithms to the base 2: `[C, G]`."""
     kept = kept_states(*q.shape)
     nothing = q.new_empty(0)
@@ -36,7 +40,8 @@ def total_weights(library: Library, calls: ChosenCalls, q: Tensor, pool: Tensor,
         buffer = bring(*calls.loads[index]) if calls.loads else None
         numbers = chunks.numbers.clone()
         numbers[:, WANTED] = 0  # so that states are kept
-        attend_pages(library, q, pool, buffer, calls.table, replace(chunks, numbers=numbers), kept, nothing)
+        wanted = replace(chunks, numbers=numbers)
+        attend_pages(library, q, pool, buffer, calls.table, wanted, kept, nothing, coded)
     highest, sums = kept[..., -2].double(), kept[..., -1].double()
     return highest + torch.log2(sums)
 

@@ -22,6 +22,7 @@ class ChosenPages:
     counts: np.ndarray  # [C]
     heads: np.ndarray  # [C], the KV head
     offsets: np.ndarray  # [C], of the token in its page, which is the last one of its choice
+    exact: np.ndarray  # [C], where that page lies in `CodedPages.exact`, -1 where it is read from the table
 
     @property
     def owners(self) -> np.ndarray:
@@ -72,7 +73,8 @@ def plan_chosen(chosen: ChosenPages, page_size: int, num_kv_heads: int, capacity
     calls, begins = [], np.zeros_like(counts)
     for load in range(max(1, len(loads))):
         ends = next_cold[min(load + 1, len(loads))]
-        columns = np.stack([rows, ones, starts, firsts, begins, ends, ends == counts, -ones], axis=1)[ends > begins]
-        calls.append(Chunks(torch.from_numpy(np.ascontiguousarray(columns, dtype=np.int64)), len(columns)))
+        columns = [rows, ones, starts, firsts, begins, ends, ends == counts, chosen.exact]
+        numbers = np.stack(columns, axis=1)[ends > begins].astype(np.int64)
+        calls.append(Chunks(torch.from_numpy(numbers), len(numbers)))
         begins = ends
     return ChosenCalls(torch.from_numpy(table), loads, calls)

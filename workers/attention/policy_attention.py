@@ -16,14 +16,17 @@ from itertools import count
 import numpy as np
 from torch import Tensor
 
+from distkv.kernels.native.codec_pages import NativeCodec
 from distkv.kernels.native.library import Library
 from distkv.kernels.native.page_bounds import page_bounds
+from distkv.kernels.native.paged_attention import CodedPages
 from distkv.storage.meter import Meter
 from distkv.storage.moving.slices_on_demand import SlicesOnDemand
 from distkv.storage.moving.staging_ring import Load, Stream
 from distkv.storage.pools.page_summaries import PageSummaries
 from distkv.workers.attention.chosen_attention import attend_chosen, covered, total_weights
 from distkv.workers.attention.chosen_pages import ChosenCalls, ChosenPages, plan_chosen
+from distkv.workers.attention.filled_pages import FilledPages, plan_filled
 from distkv.workers.attention.native import NativeAttention, plan_native_attention
 from distkv.workers.attention.policies.policy import Choice, PagePolicy, Rows
 from distkv.workers.attention.summarising import Summarising
@@ -50,6 +53,7 @@ class Tools:
     num_kv_heads: int
     num_layers: int
     meter: Meter
+    codec: NativeCodec | None = None  # of full pages
     audit: int | None = None  # of how many steps in which tokens choose one is audited
     num_steps: Iterator[int] = field(default_factory=count)  # in which tokens choose
 
@@ -63,17 +67,18 @@ class PolicyAttention:
 
     def __init__(
         self, tools: Tools, full: NativeAttention | None, full_rows: np.ndarray, choosers: list[Choosers],
-        choosing_rows: np.ndarray, summarising: Summarising | None, is_audited: bool,
+        choosing_rows: np.ndarray, summarising: Summarising | None, filled: FilledPages | None, is_audited: bool,
     ):  # fmt: skip
         """
         Args:
             full: the attention of all rows that do not choose, if there are any.
             full_rows, choosing_rows: which rows of the step attend how, in the order of `full` and of `choosers`.
+            filled: needed where there is a codec and some rows choose.
             is_audited: it is measured how much of all attention the chosen pages have.
         """
         self._tools, self._full, self._choosers, self._summarising = tools, full, choosers, summarising
         self._full_rows, self._choosing_rows = full_rows, choosing_rows
-        self._is_audited = is_audited
+        self._filled, self._is_audited = filled, is_audited
         self._layer = 0
         self._calls: ChosenCalls | None = None  # where they are the same in all layers
         self._all_calls: ChosenCalls | None = None  # where everything is chosen, for an audit
@@ -87,21 +92,24 @@ class PolicyAttention:
         """See `Attention`."""
         assert isinstance(stream, SlicesOnDemand)
         layer, self._layer = self._layer, self._layer + 1
+        out = q.new_empty(len(q), q.shape[1] * q.shape[2])
+        if self._full is not None:
+            out[self._full_rows] = self._full.attend(q[self._full_rows], k, v, layer_pool, stream)
+        coded = None
+        if self._filled is not None:  # behind the tokens of the prompt, whose own page may be one of these
+            assert self._tools.codec is not None
+            coded = self._filled.round(self._tools.codec, layer_pool)
         if self._summarising is not None:
             self._summarising.fill(layer, layer_pool, stream)
-        if not self._choosers:
-            assert self._full is not None
-            out = self._full.attend(q, k, v, layer_pool, stream)
-        else:
-            out = q.new_empty(len(q), q.shape[1] * q.shape[2])
-            if self._full is not None:
-                out[self._full_rows] = self._full.attend(q[self._full_rows], k, v, layer_pool, stream)
-            out[self._choosing_rows] = self._attend_chosen(layer, q[self._choosing_rows], layer_pool, stream)
+        if self._choosers:
+            out[self._choosing_rows] = self._attend_chosen(layer, q[self._choosing_rows], layer_pool, stream, coded)
         if self._summarising is not None and self._layer == self._tools.num_layers:
             self._summarising.end(stream)
         return out
 
-    def _attend_chosen(self, layer: int, q: Tensor, layer_pool: Tensor, stream: SlicesOnDemand) -> Tensor:
+    def _attend_chosen(
+        self, layer: int, q: Tensor, layer_pool: Tensor, stream: SlicesOnDemand, coded: CodedPages | None
+    ) -> Tensor:
         """q `[R, K * G, D]` of the rows that choose -> `[R, K * G * D]`."""
         tools = self._tools
         calls = self._calls
@@ -123,11 +131,11 @@ class PolicyAttention:
                 ]
                 self._all_calls = self._plan(self._gather(everything), stream)
             chosen, all_of_it = (
-                total_weights(tools.library, each, by_head, pool, bring) for each in (calls, self._all_calls)
+                total_weights(tools.library, each, by_head, pool, bring, coded) for each in (calls, self._all_calls)
             )
             tools.meter.count("num_audited", by_head.shape[0] * by_head.shape[1])
             tools.meter.count("mass_covered", float(covered(chosen, all_of_it).sum()))
-        return attend_chosen(tools.library, calls, by_head, pool, bring).view(len(q), -1)
+        return attend_chosen(tools.library, calls, by_head, pool, bring, coded).view(len(q), -1)
 
     def _plan(self, chosen: ChosenPages, stream: SlicesOnDemand) -> ChosenCalls:
         return plan_chosen(chosen, self._tools.page_size, self._tools.num_kv_heads, stream.capacity)
@@ -146,8 +154,10 @@ class PolicyAttention:
         counts = np.array([len(pages) for pages in indexes])
         offsets = np.concatenate([one.positions for one in self._choosers]) % page_size
         heads = np.tile(np.arange(kv_heads), len(choice))
+        own = np.full(len(choice), -1) if self._filled is None else self._filled.of_rows
+        exact = np.where(np.repeat(own, kv_heads) < 0, -1, np.repeat(own, kv_heads) * kv_heads + heads)
         return ChosenPages(
-            np.concatenate(locations), np.concatenate(indexes), counts, heads, np.repeat(offsets, kv_heads)
+            np.concatenate(locations), np.concatenate(indexes), counts, heads, np.repeat(offsets, kv_heads), exact
         )
 
     @property
@@ -190,15 +200,19 @@ def plan_policy_attention(
             choosing_rows.append(np.arange(first + num_full, first + count))
             num_choosing += len(positions)
         first += count
-    by_full = plan_native_attention(tools.library, full, tools.page_size, buffer_pages) if full else None
-    summarising = None
+    by_full = None
+    if full:
+        by_full = plan_native_attention(tools.library, full, tools.page_size, buffer_pages, tools.codec)
+    summarising = filled = None
     if tools.summaries is not None:
-        summarising = Summarising(tools.summaries, steps, [one.step for one in choosers], tools.page_size)
+        summarising = Summarising(tools.summaries, steps, [one.step for one in choosers], tools.page_size, tools.codec)
+    if tools.codec is not None and choosers:
+        filled = plan_filled([(one.step, one.positions) for one in choosers], tools.page_size)
     if summarising is None and not choosers:
         assert by_full is not None
         return by_full
     nothing = np.zeros(0, dtype=np.int64)
     return PolicyAttention(
         tools, by_full, np.concatenate([nothing, *full_rows]), choosers, np.concatenate([nothing, *choosing_rows]),
-        summarising, bool(choosers) and tools.audits(),
+        summarising, filled, bool(choosers) and tools.audits(),
     )  # fmt: skip

@@ -89,7 +89,7 @@ class NativeBackend(CpuBackend):
         spec = pools.device.spec
         tools = Tools(
             self._library, self._policy, pools.summaries, spec.page_size, spec.num_kv_heads, spec.num_layers,
-            pools.meter, self._audit,
+            pools.meter, self.make_codec(spec), self._audit,
         )  # fmt: skip
 
         def plan(steps: list[SequenceStep]) -> NativeAttention | PolicyAttention:
