@@ -3,11 +3,12 @@
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import save_llama
+from support.checkpoints import edit_config, save_llama
 from support.tokenizers import save_tokenizer
 from torch.nn.functional import kl_div, log_softmax
 from transformers import LlamaForCausalLM
@@ -128,6 +129,11 @@ def test_the_command_measures_a_text_of_ones_own(tmp_path: Path) -> None:
     assert (full["name"], full["added"], full["divergence"], full["read_share"]) == ("full", 0, 0, 1)
     assert window["divergence"] > 0.01 and window["read_share"] < 0.2
     assert window["host_bytes_per_token"] == 2 * 2 * 2 * 16 * 4
-    for wrong, words in ((("--text-tokens", "20000"), "positions"), (("--text", "/none"), "cannot be read")):
+    edit_config(folder, lambda raw: raw.update(max_position_embeddings=900))
+    for wrong, words in (
+        (("--text-tokens", "20000"), "less than 900"),
+        (("--text", "/none"), "cannot be read"),
+        (("--text", str(text)), "needle takes [0-9]+ tokens, and the model has 900 positions"),
+    ):
         result = CliRunner().invoke(app, ["bench", "quality", "--model", str(folder), *sizes, *wrong])
-        assert isinstance(result.exception, ConfigError) and words in str(result.exception)
+        assert isinstance(result.exception, ConfigError) and re.search(words, str(result.exception))

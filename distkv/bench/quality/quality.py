@@ -9,7 +9,6 @@ model at hand can read, which says what a step takes and reads.
 import math
 import time
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from statistics import fmean
 
@@ -18,13 +17,13 @@ from distkv.bench.options import BenchOptions
 from distkv.bench.quality.answers import NUM_TOP, Answers, page_spec
 from distkv.bench.quality.divergence import divergence, means, perplexity, unlisted
 from distkv.bench.quality.plot import write_plot
+from distkv.bench.quality.questions import Tokens, answer, make_questions
 from distkv.bench.quality.report import columns, explain
-from distkv.bench.quality.tasks import QUICK_TASKS, TASKS, Question, Task, split_sentences
+from distkv.bench.quality.tasks import QUICK_TASKS, TASKS
 from distkv.bench.quality.texts import long_texts
 from distkv.bench.quality.timing import time_steps
 from distkv.bench.quality.variants import QUICK_ROWS, ROWS, Variant, with_references
 from distkv.errors import ConfigError
-from distkv.frontend.tokenizer import Tokenizer
 from distkv.models.shapes import shape_folder
 from distkv.reporting.out_file import check_plot_file
 from distkv.storage.tier import Tier
@@ -32,8 +31,6 @@ from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.sampling.sampled_token import TokenLogprobs
 
 PARTS = 7  # of a text's scored tokens, whose divergence is shown apart
-ANSWER_TOKENS = 16
-SEED = 1
 
 
 @dataclass(frozen=True)
@@ -61,10 +58,11 @@ def run(sizes: Sizes, num_threads: int | None, plot_file: Path | None, options: 
         "quality", options, num_threads, model=sizes.model.name, text_tokens=sizes.text_tokens,
         read_tokens=sizes.read_tokens, num_top=NUM_TOP, shape=sizes.shape, new_tokens=sizes.new_tokens,
     ) as bench:  # fmt: skip
-        bench.facts["missing"] = missing
-        for one in missing:
+        questions, too_long = make_questions(sizes.model, texts, QUICK_TASKS if options.quick else TASKS)
+        bench.facts["missing"] = missing + too_long
+        for one in bench.facts["missing"]:
             bench.line(f"missing: {one}")
-        measure(bench, sizes, variants, texts, QUICK_TASKS if options.quick else TASKS, num_threads)
+        measure(bench, sizes, variants, texts, questions, num_threads)
         bench.table(columns(list(texts), sizes.contexts, bench.rows), across=True)
         explain(bench)
         if plot_file is not None:
@@ -72,12 +70,11 @@ def run(sizes: Sizes, num_threads: int | None, plot_file: Path | None, options: 
 
 
 def measure(
-    bench: Bench, sizes: Sizes, variants: list[Variant], texts: dict[str, list[int]], tasks: tuple[Task, ...],
+    bench: Bench, sizes: Sizes, variants: list[Variant], texts: dict[str, list[int]], questions: list[Tokens],
     num_threads: int | None,
 ) -> None:  # fmt: skip
     """Adds a row for each variant; references come before those that are compared with them."""
-    questions = make_questions(sizes.model, texts, tasks)
-    longest = max(sizes.text_tokens + 1, *(len(one.prompt) + len(one.lead) + ANSWER_TOKENS for one in questions))
+    longest = max(sizes.text_tokens + 1, *(one.num_tokens for one in questions))
     exact: dict[Variant, dict[str, list[TokenLogprobs]]] = {}
     with shape_folder(sizes.shape, max_position_embeddings=2 * max(sizes.contexts)) as folder:
         for variant in variants:
@@ -125,43 +122,6 @@ def compare(
         apart += divergences
         nats += [ours.logprob - theirs.logprob for ours, theirs in zip(exact[name], scores[name], strict=True)]
     return row | {"added": math.expm1(fmean(nats)), "divergence": fmean(apart)}
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A question as tokens."""
-
-    question: Question
-    prompt: list[int]
-    lead: list[int]
-
-
-def make_questions(model: Path, texts: dict[str, list[int]], tasks: tuple[Task, ...]) -> list[Tokens]:
-    """All questions, about texts that are made of the sentences of the first text."""
-    tokenizer = Tokenizer(model)
-    [token_ids, *_] = texts.values()
-    text = tokenizer.decode(token_ids)
-    sentences = split_sentences(text)
-    per_word = len(token_ids) / len(text.split())
-    found = []
-    for question in (one for task in tasks for one in task.questions(sentences, per_word, SEED)):
-        whole, prompt = tokenizer.encode(question.prompt + question.lead), tokenizer.encode(question.prompt)
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, prompt, strict=False)))
-        found.append(Tokens(question, whole[:same], whole[same:]))
-    return found
-
-
-def answer(engine: Answers, model: Path, questions: list[Tokens]) -> Row:
-    """The mean score of each task."""
-    tokenizer = Tokenizer(model)
-    answers = engine.continue_all([(one.prompt, one.lead) for one in questions], ANSWER_TOKENS)
-    scores: dict[str, list[float]] = {}
-    for one, token_ids in zip(questions, answers, strict=True):
-        scores.setdefault(one.question.task, []).append(one.question.score(tokenizer.decode(token_ids)))
-    return {f"score_{task}": fmean(of) for task, of in scores.items()} | {
-        "score": fmean(fmean(of) for of in scores.values()),
-        "num_questions": {task: len(of) for task, of in scores.items()},
-    }
 
 
 def _check_sizes(sizes: Sizes) -> None:

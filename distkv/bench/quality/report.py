@@ -50,7 +50,7 @@ def explain(bench: Bench) -> None:
         if most is not None:
             what = f"{row['name']}, pages of {row['page_size']}: at most {most:.1%} of perplexity added"
             bench.line(target(what, f"{row['added']:+.2%}", row["added"] <= most))
-        if row["attention_policy"] == TENTH:
+        if row["attention_policy"] == TENTH and "score_needle" in row:
             [full] = (one for one in bench.rows if one["name"] == "full" and one["page_size"] == row["page_size"])
             figure = f"{row['score_needle']:.0%} beside {full['score_needle']:.0%}"
             what = f"{row['name']}, pages of {row['page_size']}: finds the needle as full does"
