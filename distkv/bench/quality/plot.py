@@ -22,16 +22,19 @@ def write_plot(path: Path, facts: dict[str, Any], rows: list[Row]) -> None:
         (left, "added", "added to perplexity, %"),
         (right, "score", "mean score of the tasks, %"),
     ):
+        labelled: set[tuple[float, float]] = set()  # the references of all page sizes lie together
         for row in rows:
-            x, y = 100 * row["read_share"], 100 * row[field]
-            label_row = f"{row['name']}, {row['page_size']}"
+            at = 100 * row["read_share"], 100 * row[field]
             marker = "o" if row["attention_policy"] == "full" else "s"
-            axis.plot(x, y, marker, color=COLORS.get(row["kv_cache_dtype"], "tab:grey"))
-            axis.annotate(label_row, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7)
+            axis.plot(*at, marker, color=COLORS.get(row["kv_cache_dtype"], "tab:grey"))
+            if at not in labelled:
+                text = f"{row['name']}, pages of {row['page_size']}"
+                axis.annotate(text, at, textcoords="offset points", xytext=(5, 4), fontsize=7)
+            labelled.add(at)
         axis.set(xscale="log", xlabel="bytes that a step reads of its KV cache, % of full", ylabel=label)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3, which="both")
-        axis.margins(0.15)
+        axis.margins(0.2, 0.1)
     left.set_yscale("symlog", linthresh=0.1)
     left.yaxis.set_major_formatter("{x:g}")
     figure.suptitle(f"{facts['model']}, {facts['machine']}, {facts['date']}", fontsize=10)

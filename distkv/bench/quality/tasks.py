@@ -130,7 +130,7 @@ def scatter(rng: random.Random, text: list[str], facts: list[str]) -> None:
 
 
 TASKS = (
-    Task("needle", 3600, 8, single_needle),
+    Task("needle", 3600, 16, single_needle),
     Task("needles", 1800, 4, several_needles),
     Task("key-value", 1800, 4, key_value),
     Task("variables", 1800, 8, variables),
