@@ -51,6 +51,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else bindings would say at the end of the process that their objects have leaked
+
+
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """The folder of SmolLM2-135M, fetched on first use."""
