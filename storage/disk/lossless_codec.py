@@ -106,6 +106,8 @@ def read_index(descriptor: int, num_layers: int, most_bytes: int) -> Index:
         if not sizes_fit or keys + key_bytes != values or values > MAX_OFFSET:
             raise FileDamage(f"is damaged: its index is wrong in layer {layer}")
         index.append((keys, values, values + value_bytes))
+    if os.fstat(descriptor).st_size != (end := index[-1][2]):
+        raise FileDamage(f"has not the {end} bytes that its index tells of")
     return index
 
 

@@ -125,7 +125,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], set[int], str]] = {
 
 COMPRESSED = {
     **{name: DAMAGES[name] for name in ("description", "both", "metadata lost", "row alone")},
-    "torn": (lambda cache: cut_short(chunk(cache, 3)), {0, 5}, r"c\.3\.0\.0\.0\.0\.0 is cut short in layer 1"),
+    "torn": (lambda cache: cut_short(chunk(cache, 3)), {0, 5}, r"c\.3\.0\.0\.0\.0\.0 has not the \d+ bytes that its"),
     "empty": (lambda cache: chunk(cache, 3, 1).write_bytes(b""), {0, 5}, r"c\.3\.0\.0\.1\.0\.0 has not the"),
     "flipped bit": (lambda cache: flip_bit(chunk(cache, 0)), {3, 5}, "the checksum of layer 0 is wrong"),
     "of another page": (

@@ -179,12 +179,23 @@ def test_every_flipped_bit_is_found(
 
 
 def test_every_truncation_is_found(stored: tuple[DiskPool, Tensor, Path, bytes]) -> None:
+    """At once, or when it comes while the file is being read."""
     pool, page, path, content = stored
-    path.write_bytes(content + b"more")
-    assert same(load(pool, 1, pool.spec), page)
+    with pool.open([1]) as opened:
+        layer = torch.empty(pool.spec.slice_shape, dtype=page.dtype)
+        opened.read(0, 0, pool.parts(layer))
+        os.truncate(path, len(content) - 1)
+        opened.read(0, 1, pool.parts(layer))
+        assert same(layer, page[1])
+        with pytest.raises(StoreError, match="is cut short in layer 2"):
+            opened.read(0, 2, pool.parts(layer))
     for size in range(len(content) - 1, -1, -1):
         os.truncate(path, size)
         assert refused(pool), f"{size} bytes of {len(content)}"
+    path.write_bytes(content + b"more")
+    assert refused(pool)
+    path.write_bytes(content)
+    assert same(load(pool, 1, pool.spec), page)
 
 
 def entries_of(content: bytes) -> np.ndarray:
