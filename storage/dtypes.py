@@ -12,8 +12,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 STORED_DTYPES = ("float64", *DTYPES)
 """What a checkpoint may be stored in."""
 
-ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1, "int8": 1}
-"""Bytes of a number. Nothing runs in the last two: plans tell what KV in them would take."""
+ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of a number. Those of KV as codes are in `PageSpec.slice_bytes_in`."""
 
 
 def torch_dtype(name: str) -> "torch.dtype":

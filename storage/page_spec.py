@@ -68,6 +68,10 @@ class PageSpec:
             size += self.num_kv_heads * (2 * self.num_layers * added + CHECKSUM_BYTES)
         return size
 
+    def bytes_per_token_in(self, tier: Tier) -> int:
+        """Bytes of a token of a full page over all layers in a tier, and on the way out of it."""
+        return self.slice_bytes_in(tier) * self.num_layers // self.page_size
+
     def route_bytes(self, source: Tier, target: Tier) -> int:
         """Bytes that cross when a page is copied between neighbouring tiers: it has the form of the slower one. Whether
         the disk compresses them does not count."""

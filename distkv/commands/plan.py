@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SERVER_FIELDS = ("host", "port", "api_key", "uvicorn_log_level")
 
 SERVER_FLAGS = {f"--{name.replace('_', '-')}" for name in SERVER_FIELDS}
-GUESS_FLAGS = {"--kinds", "--guess", "--context", "--kv-dtype", "--json"}
+GUESS_FLAGS = {"--kinds", "--guess", "--context", "--dtype", "--json"}
 TABLE_FLAGS = {"--solve", "--ms-per-token", "--price-per-hour", "--kinds", "--guess", "--json", "--plot"}
 
 ServerFlags = Annotated[ServerOptions, Fields(ServerOptions, SERVER_FIELDS, {})]
@@ -49,7 +49,12 @@ def plan(
         typer.Option("--gpus", "--tensor-parallel-size", help="GPUs that share the model, such as 1,2,4,8."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
-    kv_dtype: Annotated[str, typer.Option(help="Of KV, to see what another would change: also fp8 and int8.")] = "auto",
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help="Codes of KV below the device: fp8_e4m3, int8 or int4; auto is dtype.")
+    ] = "auto",
+    attention_policy: Annotated[
+        str, typer.Option(help="Which pages a token reads: full, top_pages(share=0.1), ... (docs/policies.md).")
+    ] = "full",
     device_kv_bytes: Annotated[
         str | None, typer.Option(help="KV memory on the devices, all together; else what is left.")
     ] = None,
@@ -102,8 +107,9 @@ def plan(
         _refuse(_given(call) - GUESS_FLAGS, "has no effect on a guess; leave it out")
 
     fields = {
-        "dtype": dtype, "kv_dtype": kv_dtype, "device_kv_bytes": device_kv_bytes, "host_kv_bytes": host_kv_bytes,
-        "disk_kv_bytes": disk_kv_bytes, "page_size": page_size, "max_num_batched_tokens": max_num_batched_tokens,
+        "dtype": dtype, "kv_cache_dtype": kv_cache_dtype, "attention_policy": attention_policy,
+        "device_kv_bytes": device_kv_bytes, "host_kv_bytes": host_kv_bytes, "disk_kv_bytes": disk_kv_bytes,
+        "page_size": page_size, "max_num_batched_tokens": max_num_batched_tokens,
         "gpu_memory_utilization": gpu_memory_utilization,
     }  # fmt: skip
     options = PlanOptions(

@@ -1,7 +1,6 @@
 """What is said of an engine that has started: what its model takes, what fits where, what a token costs then."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 from distkv.config import EngineConfig
@@ -12,11 +11,13 @@ from distkv.planner.model_shape import ModelShape
 from distkv.planner.plan import make_plan
 from distkv.planner.ranks import make_rank_config
 from distkv.planner.request import PlanRequest
-from distkv.planner.sizing import page_specs
-from distkv.planner.units import shown_bytes, shown_seconds
+from distkv.planner.sizing import page_bytes, page_specs
+from distkv.planner.units import shown_bytes, shown_seconds, shown_share
 from distkv.storage.dtypes import ITEM_BYTES
+from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import pages_for
 from distkv.storage.tier import Tier
+from distkv.workers.attention.policies.registry import FULL
 from distkv.workers.model.model_config import ModelConfig
 
 
@@ -42,9 +43,17 @@ def _sizes(config: EngineConfig, model: ModelShape) -> str:
     dtype, size = model.config.run_dtype(config.dtype), config.tensor_parallel_size
     ranks = [model.rank_parameters(rank, size).total * ITEM_BYTES[dtype] for rank in range(size)]
     shape = model.config
-    token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * ITEM_BYTES[dtype]
+    spec = PageSpec(
+        shape.num_hidden_layers, shape.num_key_value_heads, config.page_size, shape.head_dim, dtype,
+        config.kv_cache_dtype,
+    )  # fmt: skip
     most = f", at most {shown_bytes(max(ranks))} on one of {size} ranks" if size > 1 else ""
-    return f"{model.name} in {dtype}: weights {shown_bytes(sum(ranks))}{most}; KV {shown_bytes(token)} a token"
+    kv = f"KV {shown_bytes(spec.bytes_per_token)} a token"
+    if spec.format is not None:
+        kv += f", {shown_bytes(spec.bytes_per_token_in(Tier.HOST))} below the device as {config.kv_cache_dtype}"
+    if config.attention_policy != FULL:
+        kv += f", attended to by {config.attention_policy}"
+    return f"{model.name} in {dtype}: weights {shown_bytes(sum(ranks))}{most}; {kv}"
 
 
 def _room(pages: Iterable[int], tier_bytes: Iterable[int], page_size: int, max_model_len: int) -> str:
@@ -61,15 +70,13 @@ def _room(pages: Iterable[int], tier_bytes: Iterable[int], page_size: int, max_m
 def _room_elsewhere(config: EngineConfig) -> list[str]:
     """Of each engine that starts where its memory is not known here: the tiers whose sizes the options give."""
     model, max_model_len = check_config(config)
-    specs = page_specs(config, make_rank_config(config, model, "cpu"))  # pages are the same on any kind
-    whole = replace(specs[0], num_kv_heads=model.num_key_value_heads)
-    page_bytes = [sum(spec.page_bytes_in(tier) for spec in specs) for tier in (Tier.DEVICE, Tier.HOST)]
-    page_bytes.append(whole.page_bytes_in(Tier.DISK))
+    ranks = make_rank_config(config, model, "cpu")  # pages are the same on any kind
+    sizes = page_bytes(ranks, page_specs(config, ranks))
     given = config.device_kv_bytes, config.host_kv_bytes, config.disk_kv_bytes
-    pages = [int(size or 0) // one for size, one in zip(given, page_bytes, strict=True)]
+    pages = [int(size or 0) // one for size, one in zip(given, sizes, strict=True)]
     if not any(pages):
         return []
-    tier_bytes = [count * one for count, one in zip(pages, page_bytes, strict=True)]
+    tier_bytes = [count * one for count, one in zip(pages, sizes, strict=True)]
     other = "" if None not in given[:2] else "; a tier that no option sizes is found where the engine runs"
     return [_room(pages, tier_bytes, config.page_size, max_model_len) + other]
 
@@ -81,13 +88,15 @@ def _cost(config: EngineConfig, info: EngineInfo, model: ModelShape, hardware: H
     device, host, disk = info.tier_bytes
     request = PlanRequest(
         model, hardware, tensor_parallel_size=config.tensor_parallel_size, dtype=config.dtype, context=context,
+        kv_cache_dtype=config.kv_cache_dtype if host else "auto", attention_policy=config.attention_policy,
         device_kv_bytes=device, host_kv_bytes=host, disk_kv_bytes=disk, page_size=info.page_size,
         max_num_seqs=info.max_num_seqs, max_num_batched_tokens=info.max_num_batched_tokens,
     )  # fmt: skip
     decode = make_plan(request).decode
     if decode is None:
         return []
+    part = f" and reads {shown_share(share)} of them" if (share := request.share_read) < 1 else ""
     return [
-        f"a token takes about {shown_seconds(decode.seconds)} at {context:,} tokens, bound by {decode.limit} "
+        f"a token takes about {shown_seconds(decode.seconds)} at {context:,} tokens{part}, bound by {decode.limit} "
         f"({hardware.name}, {hardware.source})"
     ]

@@ -5,11 +5,13 @@ from dataclasses import replace
 from distkv.planner.fit import Fit
 from distkv.planner.request import PlanRequest
 from distkv.planner.roofline import DISK, KV, LINK, PEERS, WEIGHTS, Cost
-from distkv.planner.room import cold_bytes, enough_below, fewest_ranks
+from distkv.planner.room import codec_that_fits, enough_below, fewest_ranks
 from distkv.planner.sizing import STREAM_SECONDS
 from distkv.planner.units import option_bytes, shown_bytes, shown_seconds, shown_tokens
+from distkv.workers.attention.policies.registry import FULL
 
 GPUS_OF_A_MACHINE = 8
+_LOSS = "at a loss that docs/quality.md has"
 
 
 def advise(request: PlanRequest, fit: Fit, decode: Cost | None) -> list[str]:
@@ -37,6 +39,9 @@ def _to_fit(request: PlanRequest, fit: Fit) -> list[str]:
     if enough is not None:
         tier, size = ("disk", enough.disk_kv_bytes) if fit.tiers[2].pages else ("host", enough.host_kv_bytes)
         cures.append(f"--{tier}-kv-bytes {option_bytes(size)} would hold the rest")
+    codec = codec_that_fits(request)
+    if codec is not None:
+        cures.append(f"--kv-cache-dtype {codec} would make room for all, {_LOSS}")
     ranks = None if request.hardware.is_cpu else fewest_ranks(request, fit_all=True)
     if ranks is not None:
         cures.append(f"--gpus {ranks} would hold all on the GPUs")
@@ -73,17 +78,18 @@ def _to_be_faster(request: PlanRequest, fit: Fit, decode: Cost | None) -> list[s
         return [f"A step is bound by reading the weights{ranks}."]
     if decode.limit == KV:
         ranks = "" if request.hardware.is_cpu else "more ranks, "
-        return [f"A step is bound by reading KV: {ranks}a shorter context or KV of fewer bytes make it shorter."]
+        policy = f" or an --attention-policy, {_LOSS}," if _may_choose(request) else ""
+        return [f"A step is bound by reading KV: {ranks}a shorter context{policy} make it shorter."]
     if decode.limit == LINK:
         links = "" if request.hardware.is_cpu else ", and each GPU has a link of its own"
         return [
-            f"A step waits for {shown_bytes(cold_bytes(fit, 1, 2))} of cold KV: more room on the devices helps most, "
-            f"since what lies there is not streamed{links}."
+            f"A step waits for {shown_bytes(_streamed_bytes(request, fit))} of cold KV: more room on the devices helps "
+            f"most, since what lies there is not streamed{links}{_fewer_bytes(request)}."
         ]
     if decode.limit == DISK:
         enough = enough_below(replace(request, disk_kv_bytes=0), "host")
         size = "more" if enough is None else option_bytes(enough.host_kv_bytes)
-        return [f"A step waits for the disk: --host-kv-bytes {size} would hold all without it."]
+        return [f"A step waits for the disk: --host-kv-bytes {size} would hold all without it{_fewer_bytes(request)}."]
     if decode.limit == PEERS:
         links = "" if request.hardware.is_cpu else ", or GPUs with NVLink,"
         return [f"A step waits for the links between ranks: fewer ranks{links} make it shorter."]
@@ -121,8 +127,27 @@ def _to_know(request: PlanRequest, fit: Fit, decode: Cost | None) -> list[str]:
             f"More than {GPUS_OF_A_MACHINE} GPUs are seldom in one machine; links between machines are slower than the "
             f"{request.hardware.peer_link / 1e9:.3g} GB/s that are reckoned with."
         )
-    if request.stored_dtype != request.run_dtype:
+    for option in request.unknown_options:
         found.append(
-            f"distkv stores KV in {request.run_dtype}; {request.stored_dtype} shows what another would change."
+            f"The engine refuses {option} on GPUs, whose kernels do not know it yet, so that this shows what it would "
+            "take and cannot be served."
         )
     return found
+
+
+def _streamed_bytes(request: PlanRequest, fit: Fit) -> int:
+    """Of the running requests, what a step reads from below the devices, over all ranks."""
+    cold_pages = sum(tier.used_pages for tier in fit.tiers[1:])
+    return int(cold_pages * request.share_read * request.page_size * fit.cold_kv_bytes_per_token)
+
+
+def _may_choose(request: PlanRequest) -> bool:
+    """Whether a policy of attention could be set."""
+    return request.attention_policy == FULL and request.kind.follows_policies
+
+
+def _fewer_bytes(request: PlanRequest) -> str:
+    """What would have a step stream less, as the end of a sentence; nothing where that is done or cannot be."""
+    options = ["--kv-cache-dtype"] * (request.kv_cache_dtype == "auto" and request.kind.reads_codes)
+    options += ["--attention-policy"] * _may_choose(request)
+    return f"; {' or '.join(options)} streams fewer bytes, {_LOSS}" if options else ""

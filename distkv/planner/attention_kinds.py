@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from distkv.errors import ConfigError
 from distkv.option_checks import check_choice, check_whole
 from distkv.planner.plan import Plan, make_plan
-from distkv.planner.request import KV_DTYPES, PlanRequest
-from distkv.storage.dtypes import ITEM_BYTES
+from distkv.planner.request import PlanRequest
+from distkv.storage.dtypes import DTYPES, ITEM_BYTES
 
 GUESSED = ("layers", "heads", "kv_heads", "head_dim")
 """What a guess at an unpublished configuration may say; `kv_heads` is `heads` if left out."""
@@ -60,6 +60,6 @@ def guessed_kv(guess: Mapping[str, int], dtype: str) -> GuessedKv:
     layers, heads, head_dim = (
         check_whole(f"{name} of the guess", guess[name]) for name in ("layers", "heads", "head_dim")
     )
-    check_choice("kv_dtype", dtype, KV_DTYPES)
+    check_choice("dtype", dtype, DTYPES)
     kv_heads = check_whole("kv_heads of the guess", guess.get("kv_heads", heads), most=heads)
     return GuessedKv(layers, heads, kv_heads, head_dim, 2 * layers * kv_heads * head_dim * ITEM_BYTES[dtype])

@@ -68,7 +68,7 @@ def _solve(options: PlanOptions) -> Found:
 
 
 def _kinds(options: PlanOptions) -> Found:
-    guess, dtype = options.guesses(), str(options.request.get("kv_dtype", "auto"))
+    guess, dtype = options.guesses(), str(options.request.get("dtype", "auto"))
     kv = None if guess is None else guessed_kv(guess, "float16" if dtype == "auto" else dtype)
     context = options.only_context("--kinds")
     is_unpublished = options.model.lower() == UNPUBLISHED

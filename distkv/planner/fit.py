@@ -4,13 +4,13 @@ Pages and pools are those of the engine (`sizing.py`): every rank holds the same
 KV heads, so the rank with the least room decides.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from distkv.config import EngineConfig
 from distkv.errors import CapacityError
 from distkv.planner.ranks import make_rank_config
 from distkv.planner.request import PlanRequest
-from distkv.planner.sizing import page_specs, pool_sizes
+from distkv.planner.sizing import page_bytes, page_specs, pool_sizes
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import CPU_BUFFERS, NUM_BUFFERS
 from distkv.storage.tier import Tier
@@ -36,8 +36,9 @@ class RankMemory:
     context: int  # assumed
     staging: int
     left: int  # for pages; below 0 where even the rest does not fit
-    kv_bytes_per_token: int  # of this rank's heads
-    page_bytes: int
+    kv_bytes_per_token: int  # of this rank's heads, on the device
+    cold_kv_bytes_per_token: int  # the same below it
+    page_bytes: int  # on the device
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class TierRoom:
     """Room of one tier, over all ranks."""
 
     name: str  # device, host or disk
+    page_bytes: int  # of one page, also where there are none
     num_bytes: int  # of its pages
     pages: int
     tokens: int
@@ -58,8 +60,9 @@ class Fit:
 
     ranks: list[RankMemory]
     tiers: list[TierRoom]
-    kv_bytes_per_token: int  # of all ranks: KV heads that several ranks hold count for each
-    kv_bytes_per_request: int  # in whole pages
+    kv_bytes_per_token: int  # on the devices of all ranks: KV heads that several ranks hold count for each
+    cold_kv_bytes_per_token: int  # the same of full pages below them, which is what streaming moves
+    kv_bytes_per_request: int  # on the devices, in whole pages
     pages_per_request: int
     most_requests: int  # that all tiers hold
     running: int  # of those that are asked for
@@ -91,7 +94,6 @@ def find_fit(request: PlanRequest) -> Fit:
         sizes = pool_sizes(config, ranks, request.context, Capacity(room, 0), free_disk)
     except CapacityError as error:
         refusal = str(error)
-    whole = replace(specs[0], num_kv_heads=request.model.config.num_key_value_heads)
     each = specs[0].pages_for(request.context)
     if sizes.device > room and not request.hardware.is_cpu:
         refusal = _too_much(request, sizes.device, room, memories)
@@ -99,19 +101,19 @@ def find_fit(request: PlanRequest) -> Fit:
     pages = device, sizes.host, sizes.disk
     most = sum(pages) // each if device else 0  # a page that is being filled lies on the device
     running = min(request.concurrency, most, request.num_seqs)
-    page_bytes = [sum(spec.page_bytes_in(tier) for spec in specs) for tier in (Tier.DEVICE, Tier.HOST)]
-    page_bytes.append(whole.page_bytes_in(Tier.DISK))
+    sizes_of_one = page_bytes(ranks, specs)
     tiers, left = [], running * each
-    for tier, count, size in zip(Tier, pages, page_bytes, strict=True):
+    for tier, count, size in zip(Tier, pages, sizes_of_one, strict=True):
         used = min(left, count)
         left -= used
         name = tier.name.lower()
-        tiers.append(TierRoom(name, count * size, count, count * request.page_size, count // each, used))
+        tiers.append(TierRoom(name, size, count * size, count, count * request.page_size, count // each, used))
     return Fit(
         ranks=memories,
         tiers=tiers,
         kv_bytes_per_token=sum(one.kv_bytes_per_token for one in memories),
-        kv_bytes_per_request=each * page_bytes[0],
+        cold_kv_bytes_per_token=sum(one.cold_kv_bytes_per_token for one in memories),
+        kv_bytes_per_request=each * sizes_of_one[0],
         pages_per_request=each,
         most_requests=most,
         running=running,
@@ -125,8 +127,7 @@ def _configs(request: PlanRequest) -> tuple[EngineConfig, RankConfig]:
     cache_dir = "/" if request.disk_kv_bytes else None
     config = EngineConfig("/", **request.engine_options, cache_dir=cache_dir)
     device = "cpu" if request.hardware.is_cpu else "cuda"
-    ranks = make_rank_config(config, request.model.config, device)
-    return config, replace(ranks, dtype=request.stored_dtype)
+    return config, make_rank_config(config, request.model.config, device)
 
 
 def _rank_memory(request: PlanRequest, staging_pages: int, rank: int, spec: PageSpec) -> RankMemory:
@@ -149,7 +150,7 @@ def _rank_memory(request: PlanRequest, staging_pages: int, rank: int, spec: Page
         left = memory - weights - workspace - context - staging
     return RankMemory(
         rank, spec.num_kv_heads, memory, weights, workspace, context, staging, left, spec.bytes_per_token,
-        spec.page_bytes_in(Tier.DEVICE),
+        spec.bytes_per_token_in(Tier.HOST), spec.page_bytes_in(Tier.DEVICE),
     )  # fmt: skip
 
 
@@ -167,10 +168,10 @@ def _workspace_bytes(request: PlanRequest, shard: Shard) -> int:
 
 def _too_much(request: PlanRequest, pages: int, room: int, ranks: list[RankMemory]) -> str:
     """Why pages that are given in bytes have no place on the GPUs."""
-    page_bytes = sum(one.page_bytes for one in ranks)
+    size = sum(one.page_bytes for one in ranks)
     return (
         f"device_kv_bytes {request.device_kv_bytes} holds {pages} pages, and beside weights and workspace there is "
-        f"room for {room}, {room * page_bytes} bytes over all ranks; lower it or leave it out"
+        f"room for {room}, {room * size} bytes over all ranks; lower it or leave it out"
     )
 
 

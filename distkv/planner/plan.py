@@ -42,13 +42,13 @@ class Plan:
     def command(self) -> str | None:
         """The command that serves the model as planned; None where nothing fits or the engine does otherwise."""
         request, model = self.request, self.request.model
-        if not self.fit.running or request.stored_dtype != request.run_dtype or request.is_too_long:
+        if not self.fit.running or request.unknown_options or request.is_too_long:
             return None
         is_fetched = model.name in MODELS and model.folder in (None, default_cache_dir() / model.name)
         folder = model.name if is_fetched else str(model.folder or f"path/to/{model.name}")
         options = request.engine_options | ({"cache_dir": "path/to/cache"} if request.disk_kv_bytes else {})
         flags = [
-            f"--{name.replace('_', '-')} {option_bytes(value) if name.endswith('_bytes') else value}"
+            f"--{name.replace('_', '-')} {option_bytes(value) if name.endswith('_bytes') else shlex.quote(str(value))}"
             for name, value in options.items()
         ]
         return " ".join(["distkv serve", shlex.quote(folder), *flags])
@@ -73,7 +73,8 @@ class Plan:
             "request": {
                 "tensor_parallel_size": request.tensor_parallel_size,
                 "dtype": request.run_dtype,
-                "kv_dtype": request.stored_dtype,
+                "kv_cache_dtype": request.kv_cache_dtype,
+                "attention_policy": request.attention_policy,
                 "context": request.context,
                 "concurrency": request.concurrency,
                 "device_kv_bytes": request.device_kv_bytes,
@@ -90,6 +91,8 @@ class Plan:
             "usual_requests": fit.usual_requests,
             "capacity_limit": self.capacity_limit,
             "kv_bytes_per_token": fit.kv_bytes_per_token,
+            "cold_kv_bytes_per_token": fit.cold_kv_bytes_per_token,
+            "share_read": request.share_read,
             "kv_bytes_per_request": fit.kv_bytes_per_request,
             "ranks": [asdict(one) for one in fit.ranks],
             "tiers": [asdict(one) for one in fit.tiers],

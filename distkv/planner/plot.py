@@ -26,7 +26,7 @@ def write_plot(path: Path, plans: list[Plan]) -> None:
     setups = {_label(plan.request): plan for plan in plans}
     _draw_memory(memory_axis, setups)
     _draw_times(time_axis, plans)
-    figure.suptitle(f"{plans[0].request.model.name}, KV in {plans[0].request.stored_dtype}")
+    figure.suptitle(f"{plans[0].request.model.name}, KV in {plans[0].request.kv_shown}")
     with writing(path):
         figure.savefig(path, dpi=120, format="png")
 

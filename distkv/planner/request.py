@@ -1,19 +1,19 @@
 """What a plan is asked for, checked."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distkv.config import EngineConfig
 from distkv.errors import ConfigError
+from distkv.kernels.codec_format import FORMATS
 from distkv.option_checks import check_choice, check_share, check_whole, parse_bytes
 from distkv.planner.hardware import Hardware
 from distkv.planner.model_shape import ModelShape
 from distkv.storage.dtypes import DTYPES, ITEM_BYTES
-from distkv.storage.paging import check_page_size
+from distkv.storage.paging import check_page_size, pages_for
+from distkv.workers.attention.policies.registry import FULL, parse_policy, policy_name
+from distkv.workers.kinds import KINDS, Kind
 
-KV_DTYPES = (*DTYPES, "fp8", "int8")
-"""Of KV. The engine stores it in its `dtype`; the last two, reckoned without scales, are for telling what quantising
-would change."""
 MOST_TOKENS = 2**40
 
 
@@ -27,8 +27,9 @@ class PlanRequest:
         model: its shape.
         hardware: of each rank.
         tensor_parallel_size: ranks, a GPU each.
-        dtype: of weights and activations; auto is the checkpoint's.
-        kv_dtype: of KV, one of `KV_DTYPES`; auto is `dtype`, which is what the engine does.
+        dtype: of weights, activations and KV; auto is the checkpoint's.
+        kv_cache_dtype: what KV lies and moves as below the device; auto is `dtype`.
+        attention_policy: which part of a request's pages a token of the answer reads.
         context: tokens of a request, prompt and answer together.
         concurrency: requests that are to run at a time.
         device_kv_bytes: of all ranks together; None takes what is left beside the weights and the workspace.
@@ -45,7 +46,8 @@ class PlanRequest:
     hardware: Hardware
     tensor_parallel_size: int = 1
     dtype: str = "auto"
-    kv_dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
+    attention_policy: str = FULL
     context: int = 4096
     concurrency: int = 1
     device_kv_bytes: int | None = None
@@ -63,7 +65,8 @@ class PlanRequest:
         if self.max_num_seqs is not None:
             self._set("max_num_seqs", check_whole("max_num_seqs", self.max_num_seqs))
         check_choice("dtype", self.dtype, ("auto", *DTYPES))
-        check_choice("kv_dtype", self.kv_dtype, ("auto", *KV_DTYPES))
+        check_choice("kv_cache_dtype", self.kv_cache_dtype, ("auto", *FORMATS))
+        self._set("attention_policy", policy_name(self.attention_policy))
         check_page_size(self.page_size)
         self._set("gpu_memory_utilization", check_share("gpu_memory_utilization", self.gpu_memory_utilization))
         for name in ("host_kv_bytes", "disk_kv_bytes"):
@@ -83,13 +86,33 @@ class PlanRequest:
 
     @property
     def run_dtype(self) -> str:
-        """Of weights and activations."""
+        """Of weights, activations and KV on the device."""
         return self.model.config.run_dtype(self.dtype)
 
     @property
-    def stored_dtype(self) -> str:
-        """Of KV."""
-        return self.run_dtype if self.kv_dtype == "auto" else self.kv_dtype
+    def kv_shown(self) -> str:
+        """What KV is stored and read as, for people."""
+        codes = "" if self.kv_cache_dtype == "auto" else f" and {self.kv_cache_dtype} below the device"
+        policy = "" if self.attention_policy == FULL else f", read by {self.attention_policy}"
+        return self.run_dtype + codes + policy
+
+    @property
+    def share_read(self) -> float:
+        """The part of its pages that a token at the end of a request reads, one when it reads all."""
+        policy, pages = parse_policy(self.attention_policy), pages_for(self.context, self.page_size)
+        return 1.0 if policy is None else policy.num_chosen(pages, self.page_size) / pages
+
+    @property
+    def kind(self) -> Kind:
+        """Of the machine that the hardware is."""
+        return KINDS["cpu" if self.hardware.is_cpu else "cuda"]
+
+    @property
+    def unknown_options(self) -> list[str]:
+        """Those that are set and that the engine refuses on such hardware, since no kernel there knows them."""
+        codes = "kv_cache_dtype" if self.kv_cache_dtype != "auto" and not self.kind.reads_codes else None
+        policy = "attention_policy" if self.attention_policy != FULL and not self.kind.follows_policies else None
+        return [name for name in (codes, policy) if name]
 
     @property
     def item_bytes(self) -> int:
@@ -111,6 +134,7 @@ class PlanRequest:
     def engine_options(self) -> dict[str, Any]:
         """The options of the engine that do as planned, without those that are as by default."""
         options: dict[str, Any] = {"tensor_parallel_size": self.tensor_parallel_size, "dtype": self.dtype}
+        options |= {"kv_cache_dtype": self.kv_cache_dtype, "attention_policy": self.attention_policy}
         options |= {"device_kv_bytes": self.device_kv_bytes, "host_kv_bytes": self.host_kv_bytes}
         options |= {"disk_kv_bytes": self.disk_kv_bytes or None, "page_size": self.page_size}
         is_whole = self.context >= self.model.config.most_positions
@@ -118,6 +142,10 @@ class PlanRequest:
         options |= {"max_num_seqs": self.num_seqs, "max_num_batched_tokens": self.max_num_batched_tokens}
         options |= {"gpu_memory_utilization": self.gpu_memory_utilization}
         return {name: value for name, value in options.items() if value != getattr(EngineConfig, name)}
+
+    def on_devices_alone(self, **changes: Any) -> "PlanRequest":
+        """The same without memory below the devices, where no codec has a part, but with `changes`."""
+        return replace(self, **{"host_kv_bytes": 0, "disk_kv_bytes": 0, "kv_cache_dtype": "auto", **changes})
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from distkv.planner.fit import Fit, RankMemory
 from distkv.planner.request import PlanRequest
+from distkv.storage.paging import pages_for
+from distkv.workers.attention.policies.registry import parse_policy
 from distkv.workers.model.shard import Shard
 
 FP32_SHARE = 0.5  # of the matrix rate, at best (TF32 where it is switched on)
@@ -49,18 +51,17 @@ def _decode_of(request: PlanRequest, fit: Fit, rank: RankMemory) -> Cost:
     parameters = request.model.rank_parameters(rank.rank, request.tensor_parallel_size)
     tokens = fit.running * request.context
     resident, host, disk = _tokens_by_tier(request, fit, tokens)
-    cold = host + disk
-    operations = 2 * fit.running * (parameters.layers + parameters.head_products)
-    operations += 4 * tokens * shard.num_query_heads * config.head_dim * config.num_hidden_layers
-    kv_read = resident + cold * _times_through_memory(request)
+    operations = 2.0 * fit.running * (parameters.layers + parameters.head_products)
+    operations += 4 * request.share_read * tokens * shard.num_query_heads * config.head_dim * config.num_hidden_layers
+    resident += _summary_tokens(request) * fit.running
     return _combine(
         request,
         {
             WEIGHTS: parameters.read_per_step * request.item_bytes / hardware.memory_bandwidth,
-            KV: kv_read * rank.kv_bytes_per_token / hardware.kv_bandwidth,
+            KV: _read_seconds(request, rank, resident, host + disk),
             COMPUTE: operations / _matrix_rate(request),
             LINK: _link_seconds(request, rank, host, disk),
-            DISK: disk * fit.kv_bytes_per_token / hardware.disk_bandwidth,
+            DISK: disk * fit.cold_kv_bytes_per_token / hardware.disk_bandwidth,
             PEERS: _all_reduce_seconds(request, fit.running),
             FIXED: hardware.step_seconds,
         },
@@ -78,17 +79,16 @@ def _prefill_of(request: PlanRequest, fit: Fit, rank: RankMemory) -> Cost:
     operations += 2 * tokens * tokens * shard.num_query_heads * config.head_dim * config.num_hidden_layers
     device, host = (fit.tiers[index].tokens for index in (0, 1))
     all_of_it, cold, disk = (_read_beyond(tokens, chunk, room) for room in (0, device, device + host))
-    kv_read = all_of_it - cold + cold * _times_through_memory(request)
     # the head is read once, for the only logits that are wanted
     weights = steps * (parameters.read_per_step - parameters.head_products) + parameters.head_products
     return _combine(
         request,
         {
             WEIGHTS: weights * request.item_bytes / hardware.memory_bandwidth,
-            KV: kv_read * rank.kv_bytes_per_token / hardware.kv_bandwidth,
+            KV: _read_seconds(request, rank, all_of_it - cold, cold),
             COMPUTE: operations / _matrix_rate(request),
             LINK: _link_seconds(request, rank, cold - disk, disk),
-            DISK: disk * fit.kv_bytes_per_token / hardware.disk_bandwidth,
+            DISK: disk * fit.cold_kv_bytes_per_token / hardware.disk_bandwidth,
             PEERS: _all_reduce_seconds(request, tokens),
             FIXED: steps * hardware.step_seconds,
         },
@@ -111,21 +111,32 @@ def _combine(request: PlanRequest, parts: dict[str, float]) -> Cost:
     return Cost(parts, sum(in_turn.values()), max(in_turn, key=lambda name: in_turn[name]))
 
 
-def _tokens_by_tier(request: PlanRequest, fit: Fit, tokens: int) -> tuple[int, int, int]:
-    """Tokens on the device, on the host and on disk: whole pages from below, the rest where pages are filled."""
+def _tokens_by_tier(request: PlanRequest, fit: Fit, tokens: int) -> tuple[float, float, float]:
+    """Tokens that are read on the device, on the host and on disk: whole pages from below, the rest where pages are
+    filled. A policy of attention is taken to choose from all tiers alike, as the engine expects."""
     host, disk = (min(tier.used_pages * request.page_size, tokens) for tier in fit.tiers[1:])
-    return max(0, tokens - host - disk), host, disk
+    share = request.share_read
+    return share * max(0, tokens - host - disk), share * host, share * disk
 
 
-def _times_through_memory(request: PlanRequest) -> int:
-    """How often streamed KV crosses the memory of the device: on CUDA it is written to the ring and read from there."""
-    return 1 if request.hardware.is_cpu else 2
+def _summary_tokens(request: PlanRequest) -> int:
+    """What choosing reads for each request, in tokens of KV: two rows of keys for each page, see `PageSummaries`."""
+    policy = parse_policy(request.attention_policy)
+    return 0 if policy is None or not policy.needs_summaries else pages_for(request.context, request.page_size)
 
 
-def _link_seconds(request: PlanRequest, rank: RankMemory, host: int, disk: int) -> float:
+def _read_seconds(request: PlanRequest, rank: RankMemory, resident: float, cold: float) -> float:
+    """Of tokens on the device and of streamed ones, which cross its memory twice on CUDA: they are written to the ring
+    and read from there."""
+    times = 1 if request.hardware.is_cpu else 2
+    num_bytes = resident * rank.kv_bytes_per_token + times * cold * rank.cold_kv_bytes_per_token
+    return num_bytes / request.hardware.kv_bandwidth
+
+
+def _link_seconds(request: PlanRequest, rank: RankMemory, host: float, disk: float) -> float:
     """On CUDA pages from disk cross the link as well; on a CPU they are read into place."""
     tokens = host if request.hardware.is_cpu else host + disk
-    return tokens * rank.kv_bytes_per_token / request.hardware.host_link
+    return tokens * rank.cold_kv_bytes_per_token / request.hardware.host_link
 
 
 def _read_beyond(tokens: int, chunk: int, room: int) -> int:

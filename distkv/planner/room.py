@@ -5,11 +5,12 @@ from typing import Any, Literal
 
 from distkv.errors import ConfigError
 from distkv.option_checks import MOST_BYTES
-from distkv.planner.fit import Fit, find_fit
+from distkv.planner.fit import find_fit
 from distkv.planner.request import PlanRequest
 from distkv.planner.units import rounded_up
 
 MOST_RANKS = 64  # that are tried
+CODECS = "int8", "int4"  # that are tried; fp8_e4m3 takes as much as the first
 TRIALS = 8  # the staging ring and what reads ahead take some of what is added
 
 
@@ -23,9 +24,8 @@ def enough_below(request: PlanRequest, tier: Literal["host", "disk"]) -> PlanReq
         lacking = request.concurrency * fit.pages_per_request - sum(one.pages for one in fit.tiers)
         if not fit.tiers[0].pages or request.num_seqs < request.concurrency or lacking <= 0:
             return None
-        page_bytes = fit.kv_bytes_per_request // fit.pages_per_request
-        now = request.host_kv_bytes if tier == "host" else request.disk_kv_bytes
-        enough = rounded_up(now + lacking * page_bytes)
+        now, room = (request.host_kv_bytes, fit.tiers[1]) if tier == "host" else (request.disk_kv_bytes, fit.tiers[2])
+        enough = rounded_up(now + lacking * room.page_bytes)
         if enough > MOST_BYTES:  # than an option may be
             return None
         changed: dict[str, Any] = {f"{tier}_kv_bytes": enough}
@@ -40,7 +40,7 @@ def fewest_ranks(request: PlanRequest, fit_all: bool = False) -> int | None:
     while size < MOST_RANKS:
         size *= 2
         try:
-            fit = find_fit(replace(request, tensor_parallel_size=size, host_kv_bytes=0, disk_kv_bytes=0))
+            fit = find_fit(request.on_devices_alone(tensor_parallel_size=size))
         except ConfigError:  # more ranks than heads
             return None
         if fit.running == request.concurrency if fit_all else fit.tiers[0].pages:
@@ -48,6 +48,16 @@ def fewest_ranks(request: PlanRequest, fit_all: bool = False) -> int | None:
     return None
 
 
-def cold_bytes(fit: Fit, *tiers: int) -> int:
-    """Bytes of the running requests that lie in these of the tiers, counted as on the devices."""
-    return sum(fit.tiers[index].used_pages for index in tiers) * fit.kv_bytes_per_request // fit.pages_per_request
+def codec_that_fits(request: PlanRequest) -> str | None:
+    """The codec of the most bits with which all requests fit into the tiers that there are; None where none makes room,
+    since no page leaves the devices, or no kernel there knows codes."""
+    if not request.host_kv_bytes or request.kv_cache_dtype != "auto" or not request.kind.reads_codes:
+        return None
+    for name in CODECS:
+        try:
+            fit = find_fit(replace(request, kv_cache_dtype=name))
+        except ConfigError:  # a head_dim that codes do not go with
+            return None
+        if fit.running == request.concurrency:
+            return name
+    return None

@@ -53,6 +53,13 @@ def page_specs(config: EngineConfig, ranks: RankConfig) -> list[PageSpec]:
     return [rank_page_spec(ranks, shard) for shard in shards]
 
 
+def page_bytes(ranks: RankConfig, specs: list[PageSpec]) -> tuple[int, int, int]:
+    """Bytes of a page in each tier, over all ranks: a head that several of them hold lies on disk once."""
+    on_device, on_host = (sum(spec.page_bytes_in(tier) for spec in specs) for tier in (Tier.DEVICE, Tier.HOST))
+    whole = replace(specs[0], num_kv_heads=ranks.model.num_key_value_heads)
+    return on_device, on_host, whole.page_bytes_in(Tier.DISK)
+
+
 def pool_sizes(
     config: EngineConfig, ranks: RankConfig, max_model_len: int, capacity: Capacity | None, free_disk: int | None
 ) -> PoolSizes:
@@ -66,8 +73,7 @@ def pool_sizes(
     Raises CapacityError when a tier is too small to work with.
     """
     specs = page_specs(config, ranks)
-    on_device, on_host = (sum(spec.page_bytes_in(tier) for spec in specs) for tier in (Tier.DEVICE, Tier.HOST))
-    on_disk = replace(specs[0], num_kv_heads=ranks.model.num_key_value_heads).page_bytes_in(Tier.DISK)
+    on_device, on_host, on_disk = page_bytes(ranks, specs)
     most = config.max_num_seqs * specs[0].pages_for(max_model_len)  # that running requests can fill
     window = _window_pages(config, max_model_len)
     device = _given(config, "device_kv_bytes", on_device, 1 if config.host_kv_bytes == 0 else window)

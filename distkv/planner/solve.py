@@ -11,7 +11,7 @@ from distkv.planner.plan import Plan, make_plan
 from distkv.planner.request import PlanRequest
 from distkv.planner.room import enough_below
 
-LEAST_DISK = 2**30  # bytes that are tried first
+LEAST_BYTES = 2**30  # of disk that are tried first, and of the host
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,16 @@ def solve(
 def _setups(target: PlanRequest, size: int) -> list[Plan]:
     """Plans for this number of GPUs: without memory below them, with some of the host, and with some of the disk."""
     try:
-        devices = replace(target, tensor_parallel_size=size, host_kv_bytes=0, disk_kv_bytes=0)
+        devices = target.on_devices_alone(tensor_parallel_size=size)
     except ConfigError:  # more ranks than query heads
         return []
     plans = [make_plan(devices)]
     if target.host_kv_bytes:
-        whole_host = replace(devices, host_kv_bytes=target.host_kv_bytes)
-        plans.append(_least(devices, whole_host, "host"))
+        whole_host = replace(target, tensor_parallel_size=size, disk_kv_bytes=0)
+        least = 0 if target.kv_cache_dtype == "auto" else min(LEAST_BYTES, target.host_kv_bytes)  # for codes
+        plans.append(_least(replace(whole_host, host_kv_bytes=least), whole_host, "host"))
         if target.disk_kv_bytes and not plans[-1].fits:
-            some_disk = replace(whole_host, disk_kv_bytes=min(LEAST_DISK, target.disk_kv_bytes))
+            some_disk = replace(whole_host, disk_kv_bytes=min(LEAST_BYTES, target.disk_kv_bytes))
             plans.append(_least(some_disk, replace(whole_host, disk_kv_bytes=target.disk_kv_bytes), "disk"))
     return plans
 

@@ -58,7 +58,7 @@ def print_kinds(console: Console, kinds: list[AttentionKind]) -> None:
     print_line(
         console,
         f": {config.num_hidden_layers} layers of {config.num_attention_heads} query heads of {config.head_dim}, KV in "
-        f"{request.stored_dtype}, on {request.tensor_parallel_size} x {request.hardware.name}",
+        f"{request.kv_shown}, on {request.tensor_parallel_size} x {request.hardware.name}",
         request.model.name,
     )
     context = shown_tokens(request.context)

@@ -9,8 +9,10 @@ from rich.text import Text
 from distkv.planner.fit import RankMemory
 from distkv.planner.hardware import Hardware
 from distkv.planner.plan import Plan
-from distkv.planner.units import shown_bytes, shown_count, shown_rate, shown_seconds, shown_tokens
-from distkv.storage.dtypes import ITEM_BYTES
+from distkv.planner.units import shown_bytes, shown_count, shown_rate, shown_seconds, shown_share, shown_tokens
+from distkv.storage.page_spec import PageSpec
+from distkv.storage.tier import Tier
+from distkv.workers.attention.policies.registry import FULL
 
 MOST_ADVICE = 8  # sentences for a kind of hardware
 
@@ -70,8 +72,10 @@ def right_table(title: str, columns: Iterable[str], last_left: bool = False) -> 
 
 def _print_model(console: Console, plan: Plan) -> None:
     request, config = plan.request, plan.request.model.config
-    item = ITEM_BYTES[request.stored_dtype]
-    whole = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * item
+    spec = PageSpec(
+        config.num_hidden_layers, config.num_key_value_heads, request.page_size, config.head_dim, request.run_dtype,
+        request.kv_cache_dtype,
+    )  # fmt: skip
     print_line(
         console,
         f": {shown_count(request.model.num_parameters)} parameters in {request.run_dtype}, "
@@ -81,9 +85,23 @@ def _print_model(console: Console, plan: Plan) -> None:
     )
     print_line(
         console,
-        f"KV of a token in {request.stored_dtype}: 2 * {config.num_hidden_layers} layers * "
-        f"{config.num_key_value_heads} KV heads * {config.head_dim} * {item} bytes = {shown_bytes(whole)}",
+        f"KV of a token in {request.run_dtype}: 2 * {config.num_hidden_layers} layers * "
+        f"{config.num_key_value_heads} KV heads * {config.head_dim} * {request.item_bytes} bytes = "
+        f"{shown_bytes(spec.bytes_per_token)}",
     )
+    if spec.format is not None:
+        size, ratio = spec.bytes_per_token_in(Tier.HOST), spec.page_bytes / spec.page_bytes_in(Tier.HOST)
+        print_line(
+            console,
+            f"Below the device, as {request.kv_cache_dtype} with its scales: {shown_bytes(size)}, {ratio:.2f} times "
+            "less",
+        )
+    if request.attention_policy != FULL:
+        print_line(
+            console,
+            f"By {request.attention_policy} a token of an answer reads {shown_share(request.share_read)} of its pages "
+            f"at {shown_tokens(request.context)} tokens",
+        )
 
 
 def _print_hardware(console: Console, hardware: Hardware) -> None:

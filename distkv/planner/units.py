@@ -69,6 +69,11 @@ def shown_seconds(seconds: float) -> str:
     return f"{_three(seconds / 60)} min" if seconds < 36000 else f"{_three(seconds / 3600)} h"
 
 
+def shown_share(share: float) -> str:
+    """In percent."""
+    return f"{_three(100 * share)} %"
+
+
 def shown_rate(rate: float) -> str:
     """Per second, without an exponent."""
     return f"{rate:,.0f}" if rate >= 100 else _three(rate)

@@ -23,6 +23,8 @@ def _own_start(service: Service) -> PlanStart:
     fields = {
         "tensor_parallel_size": config.tensor_parallel_size,
         "dtype": config.dtype,
+        "kv_cache_dtype": config.kv_cache_dtype if host else "auto",
+        "attention_policy": config.attention_policy,
         "context": info.max_model_len,
         "host_kv_bytes": option_bytes(int(config.host_kv_bytes or host)),
         "disk_kv_bytes": option_bytes(int(config.disk_kv_bytes or disk)),

@@ -9,19 +9,20 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from distkv.errors import ConfigError
+from distkv.kernels.codec_format import FORMATS
 from distkv.option_checks import parse_bytes
 from distkv.planner.hardware import GPUS, Hardware, find_hardware, with_disk
 from distkv.planner.model_shape import ModelShape, find_known_model, known_models
 from distkv.planner.options import DEFAULT_GPU, DEFAULT_MODEL
 from distkv.planner.plan import make_plan
-from distkv.planner.request import KV_DTYPES, PlanRequest
+from distkv.planner.request import PlanRequest
 from distkv.planner.units import parse_tokens, shown_tokens
 from distkv.server.json import encode_ascii
 from distkv.server.page_files import page_file
 from distkv.server.schemas.plan import PlanBody
 from distkv.storage.dtypes import DTYPES
 
-MAIN_FIELDS = ("tensor_parallel_size", "context", "concurrency", "kv_dtype", "host_kv_bytes", "disk_kv_bytes")
+MAIN_FIELDS = ("tensor_parallel_size", "context", "concurrency", "kv_cache_dtype", "host_kv_bytes", "disk_kv_bytes")
 """That the page always shows, beside model and GPU."""
 HERE = "here"
 """What a server runs on, by the name that clients have for it."""
@@ -99,7 +100,7 @@ def _choices(start: PlanStart) -> dict[str, Any]:
         ],
         "gpus": [{"name": name, "title": title} for name, title in devices.items()],
         "dtypes": ["auto", *DTYPES],
-        "kv_dtypes": ["auto", *KV_DTYPES],
+        "kv_cache_dtypes": ["auto", *FORMATS],
         "defaults": defaults,
         "start": begin,
         "has_chat": start.has_chat,

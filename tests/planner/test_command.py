@@ -111,7 +111,7 @@ def test_a_folder_is_served_by_the_command_that_is_shown(tmp_path: Path) -> None
     "why, sentence",
     [
         (("--context", "8193"), "for 8192 positions and the engine refuses more"),
-        (("--kv-dtype", "fp8"), "distkv stores KV in bfloat16"),
+        (("--attention-policy", "top_pages"), "The engine refuses attention_policy on GPUs"),
         (("--device-kv-bytes", "1TiB"), "device_kv_bytes 1099511627776 holds"),
     ],
 )

@@ -50,7 +50,7 @@ REQUESTS = st.fixed_dictionaries(
         "concurrency": st.integers(1, 256),
         "host_kv_bytes": SIZES,
         "disk_kv_bytes": SIZES,
-        "kv_dtype": st.sampled_from(["auto", "fp8"]),
+        "kv_cache_dtype": st.sampled_from(["auto", "int8", "int4"]),
         "page_size": st.sampled_from([16, 256]),
     }
 )
@@ -62,7 +62,7 @@ def test_more_memory_never_fits_less_and_never_takes_longer(model: str, options:
     if model == "smollm2-135m":
         options = {**options, "tensor_parallel_size": min(options["tensor_parallel_size"], 9)}
     if not options["host_kv_bytes"]:
-        options = {**options, "disk_kv_bytes": 0}
+        options = {**options, "disk_kv_bytes": 0, "kv_cache_dtype": "auto"}
     one = plan(model, **options)
     fit = one.fit
     used = sum(tier.used_pages for tier in fit.tiers)
@@ -75,9 +75,12 @@ def test_more_memory_never_fits_less_and_never_takes_longer(model: str, options:
     for other, better in ((larger, larger.fit.most_requests >= fit.most_requests),
                           (longer, longer.fit.most_requests <= fit.most_requests)):  # fmt: skip
         assert better, other
-    if options["kv_dtype"] == "auto":
-        halved = plan(model, **{**options, "kv_dtype": "fp8"})
-        assert halved.fit.most_requests >= fit.most_requests
+    if options["host_kv_bytes"] and options["kv_cache_dtype"] != "int4":
+        smaller = plan(model, **{**options, "kv_cache_dtype": "int4"})
+        assert smaller.fit.most_requests >= fit.most_requests
+    few = plan(model, **{**options, "kv_cache_dtype": "auto", "attention_policy": "top_pages(share=0.5)"})
+    all_of_them = plan(model, **{**options, "kv_cache_dtype": "auto"})
+    assert few.fit == all_of_them.fit and few.first_token == all_of_them.first_token
     more = plan(model, **{**options, "concurrency": options["concurrency"] + 1})
     if one.decode is not None:
         assert more.decode is not None and more.decode.seconds >= one.decode.seconds
@@ -94,7 +97,8 @@ def test_more_memory_never_fits_less_and_never_takes_longer(model: str, options:
         ({"context": 0}, "context is 0"), ({"context": float("nan")}, "context is nan"),
         ({"concurrency": -1}, "concurrency is -1"), ({"concurrency": True}, "concurrency is True"),
         ({"tensor_parallel_size": 33}, "more than the model's 32 query heads"), ({"page_size": 100}, "page_size 100"),
-        ({"kv_dtype": "int3"}, "kv_dtype is 'int3'"), ({"dtype": "fp8"}, "dtype is 'fp8'"),
+        ({"kv_cache_dtype": "int3"}, "kv_cache_dtype is 'int3'"), ({"kv_cache_dtype": "int8"}, "host_kv_bytes is 0"),
+        ({"attention_policy": "top"}, "attention_policy is 'top'"), ({"dtype": "fp8"}, "dtype is 'fp8'"),
         ({"disk_kv_bytes": "1TiB"}, "host_kv_bytes is 0"), ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization"),
         ({"concurrency": 4096}, "max_num_batched_tokens 2048 is less"), ({"host_kv_bytes": -5}, "host_kv_bytes is -5"),
     ],

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distkv.config import EngineConfig
 from distkv.kernels.activation import swiglu
+from distkv.kernels.codec_format import FORMATS
 from distkv.kernels.cpu_kernels import CPU_KERNELS
 from distkv.kernels.linear import plain_linear
 from distkv.kernels.token_kernels import gated
@@ -52,19 +53,25 @@ def engine_config(plan: Plan, folder: Path, cache_dir: Path, **more: Any) -> Eng
     return EngineConfig(folder, device="cpu", **options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tiers", [DEVICE_ONLY, ALL_TIERS], ids=["device", "all"])
-def test_an_engine_allocates_what_was_planned(
-    tiny_model: Path, tmp_path: Path, dtype: str, tiers: dict[str, int]
-) -> None:
-    plan = planned(tiny_model, dtype=dtype, **tiers)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"dtype": dtype, **tiers} for dtype in DTYPES for tiers in (DEVICE_ONLY, ALL_TIERS)),
+        *({"kv_cache_dtype": codec, "dtype": "bfloat16", **ALL_TIERS} for codec in FORMATS),
+    ],
+    ids=" ".join,
+)
+def test_an_engine_allocates_what_was_planned(tiny_model: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    plan = planned(tiny_model, **options)
     with closing(launch(engine_config(plan, tiny_model, tmp_path))) as engine:
         info = engine.info
     assert info.max_model_len == plan.request.context
     assert info.tier_bytes == planned_bytes(plan)
     assert (info.num_pages, info.num_host_pages, info.num_disk_pages) == tuple(tier.pages for tier in plan.fit.tiers)
     assert info.kv_bytes_per_token == plan.fit.kv_bytes_per_token
-    assert info.pool_bytes and bool(info.num_disk_pages) == ("disk_kv_bytes" in tiers)
+    assert info.cold_page_bytes == plan.fit.cold_kv_bytes_per_token * info.page_size == plan.fit.tiers[1].page_bytes
+    assert (info.cold_page_bytes < info.page_bytes) == ("kv_cache_dtype" in options)
+    assert info.pool_bytes and bool(info.num_disk_pages) == ("disk_kv_bytes" in options)
 
 
 def test_what_is_left_to_the_engine_is_planned_too(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,11 +84,13 @@ def test_what_is_left_to_the_engine_is_planned_too(tiny_model: Path, monkeypatch
         assert engine.info.tier_bytes[:2] == planned_bytes(plan)[:2]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype, codec", [*((dtype, "auto") for dtype in DTYPES), ("bfloat16", "int8"), ("float32", "int4")]
+)
 @pytest.mark.parametrize("size", [1, 2, 4])  # of three KV heads: all, two and one, one of them held twice
-def test_ranks_hold_what_was_planned(tmp_path: Path, size: int, dtype: str) -> None:
+def test_ranks_hold_what_was_planned(tmp_path: Path, size: int, dtype: str, codec: str) -> None:
     folder, _ = save_llama(tmp_path / "model", **UNEVEN, attention_bias=True, mlp_bias=True)
-    plan = planned(folder, dtype=dtype, tensor_parallel_size=size, **ALL_TIERS)
+    plan = planned(folder, dtype=dtype, kv_cache_dtype=codec, tensor_parallel_size=size, **ALL_TIERS)
     config = engine_config(plan, folder, tmp_path)
     ranks = make_rank_config(config, plan.request.model.config, "cpu")
     sizes = pool_sizes(config, ranks, 200, Capacity(0, 0), 2**40)
@@ -93,6 +102,8 @@ def test_ranks_hold_what_was_planned(tmp_path: Path, size: int, dtype: str) -> N
             assert rank.allocate(sizes, place) == rank.pools.nbytes
             pools = rank.pools
             assert pools.device.data.nbytes == pools.nbytes[0] == sizes.device * expected.page_bytes
+            assert pools.nbytes[1] == sizes.host * expected.cold_kv_bytes_per_token * 16
+            assert pools.host.rows().nbytes == pools.nbytes[1]
             assert pools.ring.buffers.nbytes == expected.staging
             in_all = [sum(pair) for pair in zip(in_all, pools.nbytes, strict=True)]
     assert tuple(in_all) == planned_bytes(plan)

@@ -59,6 +59,44 @@ def test_a_cpu_copies_and_computes_in_turn() -> None:
     assert faster is not None and found.seconds - faster.seconds == pytest.approx(half / 20e9)
 
 
+@pytest.mark.parametrize("codec, cold_token", [("int8", TOKEN * 33 // 64), ("int4", TOKEN * 9 // 32)])
+def test_codes_are_what_streams(codec: str, cold_token: int) -> None:
+    """A byte a number and a scale for 64 of them, or half a byte and two scales; of two requests of 4096 tokens one
+    lies on the device, in 16 pages, and the other 4 pages on the host and 12 on disk."""
+    page = 256
+    sizes = {"device_kv_bytes": 16 * page * TOKEN, "host_kv_bytes": 4 * page * cold_token}
+    sizes["disk_kv_bytes"] = 12 * page * cold_token
+    found = plan(CPU, context=4096, concurrency=2, kv_cache_dtype=codec, **sizes)
+    assert [tier.used_pages for tier in found.fit.tiers] == [16, 4, 12] and found.decode is not None
+    parts = found.decode.parts
+    assert parts["KV"] == pytest.approx(4096 * (TOKEN + cold_token) / 20e9)
+    assert parts["host link"] == pytest.approx(1024 * cold_token / 10e9)
+    assert parts["disk"] == pytest.approx(3072 * cold_token / 2e9)
+    first = plan(CPU, context=8192, kv_cache_dtype=codec, **sizes).first_token
+    assert first is not None
+    cold = 2048  # of the tokens before the last of four chunks, 4096 lie on the device
+    assert first.parts["KV"] == pytest.approx(((2048 + 4096 + 4096) * TOKEN + cold * cold_token) / 20e9)
+    assert first.parts["disk"] == pytest.approx(1024 * cold_token / 2e9)
+
+
+def test_a_policy_reads_its_share_of_every_tier() -> None:
+    """Of 64 pages 7 each, a tenth rounded up, and a summary of all; a first token reads all."""
+    half, quarter = 16384 * TOKEN, 4096 * TOKEN
+    sizes = {"device_kv_bytes": half, "host_kv_bytes": half - quarter, "disk_kv_bytes": quarter}
+    every, few = (
+        plan(CPU, context=16384, concurrency=2, attention_policy=policy, **sizes)
+        for policy in ("full", "top_pages(share=0.1)")
+    )
+    assert few.request.share_read == 7 / 64 and few.fit == every.fit and few.first_token == every.first_token
+    assert few.decode is not None and every.decode is not None
+    for part in ("host link", "disk"):
+        assert few.decode.parts[part] == pytest.approx(every.decode.parts[part] * 7 / 64) and few.decode.parts[part]
+    assert few.decode.parts["KV"] == pytest.approx((2 * half * 7 / 64 + 2 * 64 * TOKEN) / 20e9)
+    window = plan(CPU, context=16384, attention_policy="sink_window(sinks=4, window=1024)", **sizes)
+    assert window.decode is not None and window.request.share_read == 6 / 64, "a page of sinks, and five of the window"
+    assert window.decode.parts["KV"] == pytest.approx(half * 6 / 64 / 20e9)
+
+
 def test_ranks_share_out_what_they_read_and_sum_over_links() -> None:
     found = plan(context=8192, concurrency=16, tensor_parallel_size=8).decode
     assert found is not None

@@ -1,6 +1,8 @@
 """The smallest setup, and what sharing KV heads saves."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 from support.cpu_plans import CPU
@@ -13,6 +15,9 @@ from distkv.planner.plan import make_plan
 from distkv.planner.request import PlanRequest
 from distkv.planner.room import enough_below, fewest_ranks
 from distkv.planner.solve import solve
+from distkv.storage.page_spec import PageSpec
+from distkv.workers.attention.policies.sink_window import SinkWindow
+from distkv.workers.kinds import KINDS
 
 TARGET = PlanRequest(
     find_model("llama-3.1-8b"), find_hardware("l40s"), context=2**17, concurrency=8, host_kv_bytes=2**40,
@@ -88,6 +93,45 @@ def test_what_is_advised_makes_room() -> None:
     assert f"use --gpus {fewest_ranks(too_large)} or more" in make_plan(too_large).advice[0]
 
 
+def test_a_codec_is_named_where_it_makes_room() -> None:
+    """Not for GPUs as long as their kernels know none, and not where it would not be enough."""
+    cpu = replace(TARGET, hardware=replace(CPU, memory_bytes=2**37), context=2**16, device_kv_bytes=2**34)
+    for gib, codec in ((60, None), (36, "int8"), (20, "int4"), (6, None)):
+        target = replace(cpu, concurrency=9, host_kv_bytes=gib * 2**30, disk_kv_bytes=0)
+        advice = make_plan(target).advice[0]
+        assert ("--kv-cache-dtype" in advice) == (codec is not None), advice
+        if codec is not None:
+            assert f"--kv-cache-dtype {codec} would make room for all" in advice and "docs/quality.md" in advice
+            assert make_plan(replace(target, kv_cache_dtype=codec)).fits
+    on_gpus = make_plan(replace(TARGET, concurrency=32, host_kv_bytes=2**37, disk_kv_bytes=0))
+    assert not on_gpus.fits and "--kv-cache-dtype" not in " ".join(on_gpus.advice)
+    small = replace(cpu, concurrency=9, host_kv_bytes=2**40, disk_kv_bytes=0)
+    found = [
+        solve(replace(small, kv_cache_dtype=codec), [cpu.hardware], SIZES, None, {})[0] for codec in ("auto", "int4")
+    ]
+    assert all(one.reached for one in found)
+    assert found[1].plan.request.host_kv_bytes * 3 < found[0].plan.request.host_kv_bytes
+
+
+def test_plans_know_which_kernels_know_codes_and_policies() -> None:
+    from distkv.workers.backends.cpu import NativeBackend
+    from distkv.workers.backends.cuda import CudaBackend
+
+    spec = PageSpec(1, 1, 16, 16, "bfloat16", "int8")
+    for kind, backend in (("cpu", NativeBackend), ("cuda", CudaBackend)):
+        assert KINDS[kind].reads_codes == _takes(backend.make_codec, spec)
+        assert KINDS[kind].follows_policies == _takes(backend.use_policy, SinkWindow(), None)
+
+
+def _takes(method: Callable[..., object], *values: object) -> bool:
+    """Whether a method of a backend, which is not there, takes values."""
+    try:
+        method(Mock(), *values)
+    except ConfigError:
+        return False
+    return True
+
+
 def test_shared_kv_heads_save_what_is_published() -> None:
     """For 32 query heads MQA takes a 32nd and GQA with 8 KV heads a quarter; the model's own row is its plan."""
     kinds = {one.name: one for one in attention_kinds(TARGET)}
@@ -106,7 +150,7 @@ def test_gpt_4_is_a_guess_or_nothing() -> None:
     for guess in ({"layers": 120}, {"layers": 1, "heads": 1, "head_dim": 1, "experts": 16}):
         with pytest.raises(ConfigError, match="the guess"):
             guessed_kv(guess, "float16")
-    with pytest.raises(ConfigError, match="kv_dtype is 'float13'"):
+    with pytest.raises(ConfigError, match="dtype is 'float13'"):
         guessed_kv({"layers": 1, "heads": 1, "head_dim": 1}, "float13")
     with pytest.raises(ConfigError, match="not published"):
         find_model("gpt-4")

@@ -38,6 +38,9 @@ def test_the_lines_say_what_the_engine_has_and_what_the_plan_says(
     assert plan.decode is not None and len(lines) == 3
     found = re.match(r"plan: a token takes about ([\d.]+) ms at 256 tokens, bound by weights \(a slow CPU,", lines[2])
     assert found is not None and float(found[1]) == pytest.approx(1e3 * plan.decode.seconds, rel=0.01)
+    chosen = start.start_lines(replace(config, attention_policy="top_pages(pages=4)"), engine.info, slow)
+    assert chosen[0] == f"{lines[0]}, attended to by top_pages(pages=4)" and chosen[1] == lines[1]
+    assert " at 256 tokens and reads 25.0 % of them, bound by weights" in chosen[2]
 
 
 def test_of_engines_elsewhere_the_sizes_of_the_model_are_said(tiny_model: Path) -> None:
@@ -48,3 +51,7 @@ def test_of_engines_elsewhere_the_sizes_of_the_model_are_said(tiny_model: Path) 
     assert start.start_lines(replace(config, **sizes, page_size=16))[1] == (
         "plan: KV on device 400 KiB for 800 tokens: 3 requests of 256 tokens, max_model_len"
     )
+    sizes = {"device_kv_bytes": 200 * KIB, "host_kv_bytes": 200 * KIB, "kv_cache_dtype": "int4"}
+    coded = start.start_lines(replace(config, **sizes, page_size=16))
+    assert coded[0] == f"{line}, 128 B below the device as int4", "half a byte a number, two scales for 16 of them"
+    assert "device 200 KiB for 400 tokens, host 200 KiB for 1,600 tokens" in coded[1]

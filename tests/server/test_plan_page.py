@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, urlencode, urlsplit
 
 import pytest
 from playwright.sync_api import Locator, Page, expect
@@ -75,6 +75,24 @@ def test_what_cannot_be_planned_is_said_where_it_is(page: Page) -> None:
     page.get_by_role("button", name="Reset").click()
     expect(page.get_by_role("status")).to_contain_text("The request fits")
     expect(page.get_by_label("Tokens of a page")).not_to_have_attribute("aria-invalid", "true")
+
+
+def test_a_codec_makes_the_bars_below_the_device_smaller(page: Page, planner: PlannerProcess) -> None:
+    asked = {"model": "llama-3-8b", "gpu": "l4", "context": "8k", "concurrency": 6, "host_kv_bytes": "8GiB"}
+    page.goto(f"{planner.url}/plan?{urlencode(asked)}")
+    _expect_plan(page, planner.post("/plan", asked).json())
+    page.get_by_label("KV below the device").select_option("int4")
+    plan = planner.post("/plan", asked | {"kv_cache_dtype": "int4"}).json()
+    assert plan["tiers"][1]["used_pages"] and plan["kv_bytes_per_token"] > 3 * plan["cold_kv_bytes_per_token"]
+    expect(page.locator("#figures")).to_contain_text("128 KiB; 36.0 KiB below")
+    _expect_plan(page, plan)
+    page.get_by_text("More options").click()
+    page.get_by_label("Attention policy").fill("sink_window(sinks=4, window=1024)")
+    expect(page.locator("#figures")).to_contain_text("18.8 %")
+    page.get_by_label("Host memory for KV, exactly").fill("0")
+    expect(page.get_by_role("status")).to_contain_text("kv_cache_dtype is set and host_kv_bytes is 0")
+    expect(page.get_by_label("KV below the device")).to_have_attribute("aria-invalid", "true")
+    assert parse_qs(urlsplit(page.url).query)["attention_policy"] == ["sink_window(sinks=4, window=1024)"]
 
 
 def test_what_was_refused_is_shown(page: Page, planner: PlannerProcess) -> None:

@@ -49,7 +49,7 @@ def test_the_planner_needs_no_torch() -> None:
 
 
 def test_a_plan_is_the_planners(planner: PlannerProcess) -> None:
-    more: dict[str, Any] = {"tensor_parallel_size": 2, "concurrency": 40, "kv_dtype": "fp8", "page_size": 64}
+    more: dict[str, Any] = {"tensor_parallel_size": 2, "concurrency": 40, "kv_cache_dtype": "int4", "page_size": 64}
     body = ASKED | more | {"context": "128k", "host_kv_bytes": "1TiB", "disk_kv_bytes": 2**42, "disk_bandwidth": "3GB"}
     hardware = with_disk(find_hardware("a100"), 3e9)
     sizes: Any = {"context": 128 * 1024, "host_kv_bytes": 2**40, "disk_kv_bytes": 2**42}

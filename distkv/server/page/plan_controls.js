@@ -27,12 +27,13 @@ export const FIELDS = [
   { name: "tensor_parallel_size", label: "Tensor-parallel ranks", whole: true, read: Number, ladder: () => steps(128).map(String) },
   { name: "context", label: "Context, tokens of a request", read: readTokens, ladder: () => CONTEXTS },
   { name: "concurrency", label: "Requests at a time", whole: true, read: Number, ladder: () => steps(2048).map(String) },
-  { name: "kv_dtype", label: "KV dtype", options: (choices) => choices.kv_dtypes.map(dtypeOption("the model's")) },
+  { name: "kv_cache_dtype", label: "KV below the device", options: (choices) => choices.kv_cache_dtypes.map(dtypeOption("the model's dtype")) },
   { name: "host_kv_bytes", label: "Host memory for KV", read: readBytes, ladder: () => sizes(1 / 16, 8192) },
   { name: "disk_kv_bytes", label: "Disk for KV", read: readBytes, ladder: () => sizes(1, 131072) },
 ];
 export const MORE = [
   { name: "dtype", label: "Model dtype", options: (choices) => choices.dtypes.map(dtypeOption("the checkpoint's")) },
+  { name: "attention_policy", label: "Attention policy", hint: "full, or top_pages(share=0.1)" },
   { name: "device_kv_bytes", label: "Device memory for KV", hint: "auto" },
   { name: "disk_bandwidth", label: "Disk reads, per second", hint: "auto" },
   { name: "page_size", label: "Tokens of a page", whole: true },

@@ -66,6 +66,10 @@ function headline(plan) {
     ["requests that fit", plan.most_requests.toLocaleString("en")],
     ["tokens that fit", longest.toLocaleString("en")],
     ["KV of a request", shownBytes(plan.kv_bytes_per_request)],
+    ...(plan.request.kv_cache_dtype === "auto" ? [] : [
+      ["KV of a token", `${shownBytes(plan.kv_bytes_per_token)}; ${shownBytes(plan.cold_kv_bytes_per_token)} below`],
+    ]),
+    ...(plan.share_read === 1 ? [] : [["of its pages a token reads", `${figures(100 * plan.share_read)} %`]]),
   ];
 }
 
@@ -93,7 +97,7 @@ function bars(plan) {
       lacking: Math.max(0, -rank.left), tier: device,
     },
     ...below.map((tier) => {
-      const one = tier.pages ? tier.num_bytes / tier.pages : 0;
+      const one = tier.page_bytes;
       const asked = plan.request[`${tier.name}_kv_bytes`];
       const parts = [[tier.name, "KV", tier.used_pages * one], ["free", "free for KV", (tier.pages - tier.used_pages) * one]];
       return {

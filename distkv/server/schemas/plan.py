@@ -19,7 +19,8 @@ class PlanBody(Body):
     disk_bandwidth: Amount | None = None
     tensor_parallel_size: int | None = None
     dtype: Text | None = None
-    kv_dtype: Text | None = None
+    kv_cache_dtype: Text | None = None
+    attention_policy: Text | None = None
     context: Amount | None = None
     concurrency: int | None = None
     device_kv_bytes: Amount | None = None
