@@ -31,6 +31,9 @@ class PlainCodec:
     def read_index(self, descriptor: int) -> None:
         return None
 
+    def span(self, index: None, layer: int) -> tuple[int, int]:
+        return layer * self._slice_bytes, self._slice_bytes
+
     def read(self, descriptor: int, index: None, layer: int, pieces: Sequence[memoryview]) -> int:
         if os.preadv(descriptor, pieces, layer * self._slice_bytes) != self._slice_bytes:
             raise FileDamage(f"is cut short in layer {layer}")

@@ -26,6 +26,9 @@ class FileCodec(Protocol):
     def read_index(self, descriptor: int) -> Any:
         """What `read` has to know of an open file. Raises OSError or FileDamage."""
 
+    def span(self, index: Any, layer: int) -> tuple[int, int]:
+        """Where a layer's keys and values begin in the file, and how many bytes they take there."""
+
     def read(self, descriptor: int, index: Any, layer: int, pieces: Sequence[memoryview]) -> int:
         """Reads a layer's keys and values, each into its own contiguous memory; returns how many bytes the file gave.
 

@@ -61,6 +61,10 @@ class LosslessCodec:
     def read_index(self, descriptor: int) -> Index:
         return read_index(descriptor, self._num_layers, self._chunk_bytes + BLOSC_HEADER_BYTES + CHECKSUM_BYTES)
 
+    def span(self, index: Index, layer: int) -> tuple[int, int]:
+        keys, _, end = index[layer]
+        return keys, end - keys
+
     def read(self, descriptor: int, index: Index, layer: int, pieces: Sequence[memoryview]) -> int:
         chunks = read_chunks(descriptor, index, layer)
         for chunk, piece in zip(chunks, pieces, strict=True):

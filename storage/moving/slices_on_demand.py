@@ -13,7 +13,7 @@ from distkv.storage.pools.host_memory import as_integers
 from distkv.storage.tier import Tier, decode_locations
 
 if TYPE_CHECKING:
-    from distkv.storage.pools.disk_pool import OpenPages
+    from distkv.storage.pools.disk_slices import DiskSlices
 
 
 class SlicesOnDemand:
@@ -34,8 +34,7 @@ class SlicesOnDemand:
         self._slices = as_integers(self._buffer).reshape(pages * kv_heads, 2, page_size * head_dim)
         self._memory = self._slices.reshape(-1).view(np.uint8).data
         self._host = as_integers(ring.host.rows())  # [page, layer * 2, kv_head * page_size * head_dim]
-        self._pages: OpenPages | None = None
-        self._opened: dict[int, int] = {}  # by slot on disk, its index in them
+        self._disk: DiskSlices | None = None
 
     @property
     def capacity(self) -> int:
@@ -46,6 +45,13 @@ class SlicesOnDemand:
         """See `Stream`."""
         assert self._loads is not None
         return self._loads.take()
+
+    def expect(self, layer: int, locations: np.ndarray, heads: np.ndarray) -> None:
+        """Tells that slices are about to be brought, as `bring` has them, however many: they are read from disk side by
+        side then."""
+        on_disk, slots = decode_locations(locations)
+        if on_disk.any():
+            self._on_disk().expect(layer, list(zip(slots[on_disk].tolist(), heads[on_disk].tolist(), strict=True)))
 
     def bring(self, layer: int, locations: np.ndarray, heads: np.ndarray) -> Tensor:
         """The slices of KV heads of cold pages in a layer: `[slices, 2, 1, page_size, head_dim]` on the device.
@@ -60,11 +66,13 @@ class SlicesOnDemand:
         on_disk, slots = decode_locations(locations)
         wanted = list(zip(slots.tolist(), heads.tolist(), range(count), on_disk.tolist(), strict=True))
         for tier, read in ((Tier.HOST, self._copy), (Tier.DISK, self._read)):
-            start = now()
+            start, num_bytes = now(), 0
             own = [one for *one, is_on_disk in wanted if is_on_disk == (tier is Tier.DISK)]
             for slot, head, index in own:
-                read(layer, slot, head, index)
+                num_bytes += read(layer, slot, head, index)
             if own:
+                if tier is Tier.DISK:
+                    self._ring.meter.add("disk_read", start, num_bytes, layer=layer)
                 self._ring.count_heads(tier, len(own))
                 self._ring.meter.add(STREAMED[tier], start, layer=layer, pages=len(own))
         return self._buffer[:count]
@@ -75,26 +83,29 @@ class SlicesOnDemand:
             if self._loads is not None:
                 self._loads.close()
         finally:
-            if self._pages is not None:
-                self._pages.close()
+            if self._disk is not None:
+                self._disk.close()
 
-    def _copy(self, layer: int, slot: int, head: int, index: int) -> None:
+    def _copy(self, layer: int, slot: int, head: int, index: int) -> int:
+        """Brings a slice from the host; returns its bytes."""
         size = self._slices.shape[2]
         self._slices[index] = self._host[slot, 2 * layer : 2 * layer + 2, head * size : (head + 1) * size]
+        return self._slices[index].nbytes
 
-    def _read(self, layer: int, slot: int, head: int, index: int) -> None:
-        half = self._slices[index, 0].nbytes
-        keys = self._memory[2 * index * half : (2 * index + 1) * half]
-        values = self._memory[(2 * index + 1) * half : (2 * index + 2) * half]
+    def _read(self, layer: int, slot: int, head: int, index: int) -> int:
+        """Brings a slice from disk; returns the bytes that its file gave."""
+        size = 2 * self._slices[index, 0].nbytes
         try:
-            if self._pages is None:
-                assert self._ring.disk is not None
-                self._pages = self._ring.disk.open([])
-            if slot not in self._opened:
-                self._opened[slot] = self._pages.add(slot)
-            page = self._opened[slot]
-            self._pages.keep_open(page, head)
-            self._pages.read(page, layer, [[keys, values]], head)
+            return self._on_disk().read(layer, slot, head, self._memory[index * size : (index + 1) * size])
         except StoreError as error:
             self.bad_reads[slot] = str(error)
             self._slices[index] = 0
+            return 0
+
+    def _on_disk(self) -> "DiskSlices":
+        if self._disk is None:
+            from distkv.storage.pools.disk_slices import DiskSlices  # imports zarr
+
+            assert self._ring.disk is not None
+            self._disk = DiskSlices(self._ring.disk)
+        return self._disk

@@ -81,7 +81,7 @@ class DiskPool:
         self._stored[slot] = False
         for layer in range(self.spec.num_layers):
             for head, parts in enumerate(self.parts(page[layer])):
-                self._crcs[slot, head, layer] = _checksum(parts)
+                self._crcs[slot, head, layer] = checksum(parts)
         if self._heads.writes:
             try:
                 self._write(slot, page)
@@ -148,6 +148,18 @@ class DiskPool:
         if not self._stored[slot]:
             raise StoreError(f"slot {slot} of {self._array} holds no page")
         return self._names(slot)
+
+    def checksum(self, slot: int, head: int, layer: int) -> int:
+        """crc32c of one head's layer slice."""
+        return int(self._crcs[slot, head, layer])
+
+    def told(self, file: str, error: OSError | FileDamage) -> StoreError:
+        """The error of a file that cannot be read back, which is counted if its content is another than was written."""
+        if isinstance(error, OSError):
+            return StoreError(f"{file} cannot be read: {error.strerror}")
+        if isinstance(error, ChecksumDamage):
+            self.meter.count_checksum_failure()
+        return StoreError(f"{file} {error}")
 
     def layer_checksums(self, slot: int) -> list[list[int]]:
         """crc32c by head and layer."""
@@ -218,53 +230,34 @@ class DiskPool:
 class OpenPages:
     """Pages of a `DiskPool` that are read layer by layer, from several threads if need be. A context manager.
 
-    MAX_OPEN files stay open, so that the system reads ahead in them; the others are opened for each read. Pages that
-    are added later stay closed until `keep_open`.
+    MAX_OPEN files stay open, so that the system reads ahead in them; the others are opened for each read.
     """
 
     def __init__(self, pool: DiskPool, slots: Sequence[int]):
         """Raises StoreError for a slot that holds no page."""
-        self._pool, self._codec, self._meter = pool, pool.codec, pool.meter
+        self._pool, self._codec = pool, pool.codec
         self._files = [pool.files(slot) for slot in slots]
         self._checksums = [pool.layer_checksums(slot) for slot in slots]
         self._descriptors: list[list[int | None]] = [[None] * len(files) for files in self._files]
         self._indexes: list[list[Any]] = [[_UNREAD] * len(files) for files in self._files]
-        self._room = MAX_OPEN
-        for index, files in enumerate(self._files):
-            for head in range(len(files)):
-                self.keep_open(index, head)
+        room = MAX_OPEN
+        for files, descriptors in zip(self._files, self._descriptors, strict=True):
+            for head, file in enumerate(files[: max(0, room)]):
+                with suppress(OSError):  # `read` says why
+                    descriptors[head] = os.open(file, os.O_RDONLY)
+            room -= len(files)
 
-    def add(self, slot: int) -> int:
-        """The index of one page more. Raises StoreError when the slot holds none."""
-        self._files.append(self._pool.files(slot))
-        self._checksums.append(self._pool.layer_checksums(slot))
-        self._descriptors.append([None] * len(self._files[-1]))
-        self._indexes.append([_UNREAD] * len(self._files[-1]))
-        return len(self._files) - 1
-
-    def keep_open(self, index: int, head: int) -> None:
-        """Opens the file of one head of a page, if it is not and there is room, until `close`."""
-        if self._room > 0 and self._descriptors[index][head] is None:
-            with suppress(OSError):  # `read` says why
-                self._descriptors[index][head] = os.open(self._files[index][head], os.O_RDONLY)
-                self._room -= 1
-
-    def read(self, index: int, layer: int, parts: Parts, first_head: int = 0) -> None:
-        """Reads and checks one layer of the index-th page: of the heads from `first_head` on, as many as there are
-        parts. Raises StoreError when it cannot be read back."""
+    def read(self, index: int, layer: int, parts: Parts) -> None:
+        """Reads and checks one layer of the index-th page. Raises StoreError when it cannot be read back."""
         checksums, start, num_bytes = self._checksums[index], now(), 0
-        for head, pieces in enumerate(parts, first_head):
+        for head, pieces in enumerate(parts):
             try:
                 num_bytes += self._read(index, head, layer, pieces)
-                if _checksum(pieces) != checksums[head][layer]:
+                if checksum(pieces) != checksums[head][layer]:
                     raise ChecksumDamage(f"is damaged: the checksum of layer {layer} is wrong")
-            except OSError as error:
-                raise StoreError(f"{self._files[index][head]} cannot be read: {error.strerror}") from error
-            except FileDamage as damage:
-                if isinstance(damage, ChecksumDamage):
-                    self._meter.count_checksum_failure()
-                raise StoreError(f"{self._files[index][head]} {damage}") from damage
-        self._meter.add("disk_read", start, num_bytes, layer=layer)
+            except (OSError, FileDamage) as error:
+                raise self._pool.told(self._files[index][head], error) from error
+        self._pool.meter.add("disk_read", start, num_bytes, layer=layer)
 
     def close(self) -> None:
         for descriptors in self._descriptors:
@@ -299,7 +292,8 @@ def _bytes(x: Tensor) -> memoryview:
     return as_integers(x).reshape(-1).view(np.uint8).data
 
 
-def _checksum(pieces: list[memoryview]) -> int:
+def checksum(pieces: list[memoryview]) -> int:
+    """crc32c over pieces of memory, one after the other."""
     value = 0
     for piece in pieces:
         value = crc32c(piece, value)

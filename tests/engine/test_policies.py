@@ -1,5 +1,6 @@
 """Policies of attention in whole engines: what they choose changes answers, and nothing else does."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from distkv.engine.protocol import EngineRequest
 from distkv.launch.launch import launch
 from distkv.metrics.exposition import exposition
 from distkv.outputs import RequestOutput
+from distkv.storage.pools import disk_slices
 from distkv.workers.backends import cpu
 from distkv.workers.errors import ConfigError as RankConfigError
 
@@ -83,6 +85,19 @@ def test_only_what_is_chosen_is_streamed(folder: Path, tmp_path: Path) -> None:
     # of about 20 pages 5 are chosen, and the first and the own one are on the device
     assert 0 < streamed[1] < 0.4 * streamed[0]
     assert streamed[1] % (PAGE_BYTES // 4) == 0, "slices of one layer and KV head"
+
+
+@pytest.mark.parametrize("codec", ["none", "lossless"])
+def test_files_are_read_whether_they_stay_open_or_not(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str
+) -> None:
+    """A process may have too few descriptors for all files of a step; none is left open behind it."""
+    monkeypatch.setattr(disk_slices, "MAX_OPEN", 3)
+    expected = said(ask(folder, TOP)[0])
+    found, moved = ask(folder, TOP, **sizes(tmp_path), disk_kv_codec=codec)
+    assert said(found) == expected and moved["disk_streamed"] > 0
+    left = [os.readlink(one) for one in Path("/proc/self/fd").iterdir() if one.is_symlink()]
+    assert not [file for file in left if str(tmp_path) in file]
 
 
 def test_what_was_read_is_told(folder: Path, tmp_path: Path) -> None:

@@ -122,6 +122,8 @@ class PolicyAttention:
         by_head = q.view(len(q) * tools.num_kv_heads, -1, q.shape[2])
         pool = layer_pool.view(2, -1, 1, *layer_pool.shape[3:])
         bring = partial(stream.bring, layer)
+        for load in calls.loads:
+            stream.expect(layer, *load)
         if self._is_audited:
             if self._all_calls is None:
                 everything = [
