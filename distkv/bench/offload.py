@@ -23,9 +23,9 @@ from distkv.bench.harness import Bench, Figure
 from distkv.bench.options import BenchOptions
 from distkv.config import EngineConfig
 from distkv.errors import ConfigError, DistKVError
+from distkv.reporting.kv_formula import kv_formula
 from distkv.reporting.out_file import temporary_folder
 from distkv.reporting.tables import Column
-from distkv.storage.dtypes import ITEM_BYTES
 from distkv.storage.ledger.write_back import MAX_DISK_WRITES
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import NUM_BUFFERS, check_page_size
@@ -72,16 +72,6 @@ class Sizes:
             model.run_dtype(self.dtype), self.kv_cache_dtype,
         )  # fmt: skip
 
-    @property
-    def formula(self) -> str:
-        """The bytes of a token below the device, which are those that a step streams for it."""
-        spec = self.spec
-        numbers = f"{spec.head_dim} head_dim * {ITEM_BYTES[spec.dtype]} bytes"
-        if spec.format is not None:
-            scales = spec.stored_slice_shape[-1] - spec.head_dim * spec.format.bits // 8
-            numbers = f"({spec.head_dim} head_dim * {spec.format.bits / 8:g} bytes + {scales} of scales)"
-        return f"2 * {spec.num_layers} layers * {spec.num_kv_heads} KV heads * {numbers}"
-
 
 def run(sizes: Sizes, num_threads: int | None, cache_dir: Path | None, options: BenchOptions) -> None:
     """Measures and prints a table; see `distkv bench offload --help`.
@@ -100,7 +90,7 @@ def make_bench(sizes: Sizes, num_threads: int | None, options: BenchOptions, con
         "offload", options, num_threads, console, model=sizes.model.name, dtype=sizes.dtype,
         kv_cache_dtype=sizes.kv_cache_dtype, context=sizes.context, page_size=sizes.page_size,
         bytes_per_token=sizes.spec.page_bytes_in(Tier.HOST) // sizes.page_size, new_tokens=sizes.new_tokens,
-        formula=sizes.formula,
+        formula=kv_formula(sizes.spec),
     )  # fmt: skip
 
 

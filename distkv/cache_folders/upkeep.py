@@ -98,7 +98,8 @@ def _count(cache: ModelCache) -> tuple[list[str], str]:
     tokens = len(entries) * cache.description.page_size
     last_use = _date(max(entry.last_use for entry in entries)) if entries else "-"
     known = cache.description
-    return [known.kernels or "?", known.disk_codec, str(len(entries)), str(len(ends)), str(tokens)], last_use
+    codec = known.disk_codec if known.kv_cache_dtype == "auto" else known.kv_cache_dtype
+    return [known.kernels or "?", codec, str(len(entries)), str(len(ends)), str(tokens)], last_use
 
 
 def _print_problems(console: Console, problems: Iterable[str]) -> None:

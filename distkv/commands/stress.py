@@ -12,7 +12,7 @@ StressFlags = Annotated[
     EngineOptions,
     engine(
         "device_kv_bytes", "host_kv_bytes", "disk_kv_bytes", "cache_dir", "staging_pages", "page_size",
-        "tensor_parallel_size", "ray_address", "dtype", "num_threads", "trace",
+        "tensor_parallel_size", "ray_address", "dtype", "kv_cache_dtype", "num_threads", "trace",
         "attention_policy", "attention_audit",
     ),
 ]  # fmt: skip

@@ -4,6 +4,7 @@ import msgspec
 
 from distkv.engine.stats import EngineStats
 from distkv.sampling_params import SamplingParams
+from distkv.storage.tier import Tier
 from distkv.workers.attention.policies.registry import FULL
 from distkv.workers.group.log_lines import LogLine
 from distkv.workers.sampling.sampled_token import TokenLogprobs
@@ -41,10 +42,26 @@ class EngineInfo(msgspec.Struct, frozen=True):
     kv_policy: str | None = None  # what outputs say of it
     coded_page_bytes: int = 0  # of a page below the device where a codec makes it another size
 
+    kv_cache_dtype: str = "auto"  # see `EngineConfig`
+
     @property
     def cold_page_bytes(self) -> int:
         """Of a page below the device."""
         return self.coded_page_bytes or self.page_bytes
+
+    @property
+    def cold_kv_bytes_per_token(self) -> int:
+        """Of a full page below the device."""
+        return self.cold_page_bytes // self.page_size
+
+    def page_bytes_in(self, tier: Tier) -> int:
+        """Of a page in a tier."""
+        return self.page_bytes if tier is Tier.DEVICE else self.cold_page_bytes
+
+    def bytes_of(self, num_pages: int) -> int:
+        """What so many pages take, as many of them on the device as it holds."""
+        on_device = min(num_pages, self.num_pages)
+        return on_device * self.page_bytes + (num_pages - on_device) * self.cold_page_bytes
 
 
 class EngineRequest(msgspec.Struct, frozen=True):

@@ -10,7 +10,7 @@ def room_for(info: EngineInfo, num_pages: int) -> str:
     there is, exactly."""
     held = info.num_pages, info.num_host_pages, info.num_disk_pages
     tier = max(tier for tier in Tier if held[tier] or tier is Tier.DEVICE)
-    size = info.tier_bytes[tier] // held[tier] if info.tier_bytes[tier] else info.page_bytes
+    size = info.tier_bytes[tier] // held[tier] if info.tier_bytes[tier] else info.page_bytes_in(tier)
     return raise_to(f"{tier.name.lower()}_kv_bytes", (num_pages - sum(held) + held[tier]) * size)
 
 

@@ -55,21 +55,22 @@ class Scheduler:
         """Raises CapacityError when a request could never run."""
         num_together = 1 if request.begun else request.params.n  # answers that were begun can wait for each other
         needed = most_pages(request, self._info.page_size, num_together)
-        held, size = self.cache.capacity, self._info.page_bytes
+        held, bytes_of = self.cache.capacity, self._info.bytes_of
         if needed > held:
             device, host, disk = (slots.num_slots for slots in self.cache.slots)
             raise CapacityError(
-                f"the request may need {needed} KV pages ({needed * size} bytes) for {len(request.prompt_token_ids)} "
-                f"prompt tokens and up to {request.max_tokens} more, n={request.params.n}; the tiers hold {held} "
-                f"({held * size} bytes; device {device}, host {host}, disk {disk}){self.cache.disk_refusal}; "
+                f"the request may need {needed} KV pages ({bytes_of(needed)} bytes) for "
+                f"{len(request.prompt_token_ids)} prompt tokens and up to {request.max_tokens} more, "
+                f"n={request.params.n}; the tiers hold {held} ({bytes_of(held)} bytes; device {device}, host {host}, "
+                f"disk {disk}){self.cache.disk_refusal}; "
                 f"{self._cure(request, needed)}"
             )
         if needed > (most := self.cache.share_capacity):
             tokens = most_tokens(request, self._info.page_size, most)
             raise CapacityError(
-                f"the request may need {needed} KV pages ({needed * size} bytes), and those of one cache_salt hold at "
-                f"most {most} ({most * size} bytes) by max_share_per_salt {self._info.max_share_per_salt}; raise it"
-                + (f", or lower max_tokens to {tokens}" if tokens > 0 else ", or shorten the prompt")
+                f"the request may need {needed} KV pages ({bytes_of(needed)} bytes), and those of one cache_salt hold "
+                f"at most {most} ({bytes_of(most)} bytes) by max_share_per_salt {self._info.max_share_per_salt}; "
+                + (f"raise it, or lower max_tokens to {tokens}" if tokens > 0 else "raise it, or shorten the prompt")
             )
         if request.params.n > self._info.max_num_seqs:
             raise CapacityError(
@@ -79,7 +80,7 @@ class Scheduler:
         if written > self._info.num_pages and needed > self._info.num_pages:
             raise CapacityError(
                 f"a step of the request writes {written} KV pages, n={request.params.n}; the device holds "
-                f"{self._info.num_pages}; {raise_to('device_kv_bytes', written * size)}, or lower "
+                f"{self._info.num_pages}; {raise_to('device_kv_bytes', written * self._info.page_bytes)}, or lower "
                 "max_num_batched_tokens or n"
             )
 

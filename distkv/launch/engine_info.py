@@ -63,4 +63,5 @@ def engine_info(
         save_timeout=config.save_timeout,
         attention_policy=config.attention_policy,
         kv_policy=config.kv_policy,
+        kv_cache_dtype=config.kv_cache_dtype,
     )

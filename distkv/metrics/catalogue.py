@@ -57,7 +57,9 @@ def _histogram(name: str, text: str, field: str) -> Metric:
 
 def _cache_config(stats: EngineStats, info: EngineInfo) -> Iterator[Sample]:
     blocks = info.num_pages, info.num_host_pages, info.num_disk_pages
-    yield (str(info.page_size), *map(str, blocks), str(info.enable_prefix_caching), str(info.kv_bytes_per_token)), 1.0
+    kinds = info.enable_prefix_caching, info.kv_cache_dtype, info.attention_policy
+    sizes = info.kv_bytes_per_token, info.cold_kv_bytes_per_token
+    yield tuple(map(str, (info.page_size, *blocks, *kinds, *sizes))), 1.0
 
 
 def _tier(field: str) -> Callable[[EngineStats, EngineInfo], Iterator[Sample]]:
@@ -125,7 +127,8 @@ def _device_usage(stats: EngineStats) -> float:
 
 TIER, ENDS, TRANSFER = ("tier",), ("from", "to"), ("transfer_type",)
 CACHE_CONFIG = (
-    "block_size", "num_gpu_blocks", "num_cpu_blocks", "num_disk_blocks", "enable_prefix_caching", "kv_bytes_per_token",
+    "block_size", "num_gpu_blocks", "num_cpu_blocks", "num_disk_blocks", "enable_prefix_caching", "cache_dtype",
+    "attention_policy", "kv_bytes_per_token", "cold_kv_bytes_per_token",
 )  # fmt: skip
 
 CATALOGUE = (

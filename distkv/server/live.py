@@ -45,7 +45,6 @@ async def _samples(service: Service) -> AsyncGenerator[bytes, None]:
 
 
 def _sample(service: Service, before: EngineStats, stats: EngineStats, seconds: float) -> dict[str, Any]:
-    info = service.llm.info
     return {
         "model": service.names[0],
         "tokens_per_second": _growth(before.requests.generation_tokens, stats.requests.generation_tokens) / seconds,
@@ -53,8 +52,15 @@ def _sample(service: Service, before: EngineStats, stats: EngineStats, seconds: 
         "waiting": stats.num_waiting,
         "pages_in_use": stats.pages_in_use,
         "idle_pages": stats.idle_pages,
-        "page_bytes": info.page_bytes,
-        "tiers": {name: {"pages": tier.used_pages, "capacity": tier.num_pages} for name, tier in stats.tiers.items()},
+        "tiers": {
+            name: {
+                "pages": tier.used_pages,
+                "capacity": tier.num_pages,
+                "bytes": tier.used_bytes,
+                "capacity_bytes": tier.capacity_bytes,
+            }
+            for name, tier in stats.tiers.items()
+        },
         "bytes_per_second": {
             route: _growth(before.bytes_moved.get(route, 0), count) / seconds
             for route, count in stats.bytes_moved.items()

@@ -13,13 +13,14 @@ from rich.table import Table
 
 from distkv.engine.protocol import EngineInfo
 from distkv.reporting.out_file import writing
+from distkv.storage.tier import Tier
 from distkv.stress.stage import TIERS, Stage
 from distkv.stress.verify import Verdict
 
 
 def stage_facts(stage: Stage, info: EngineInfo) -> dict[str, Any]:
-    """Figures of one stage; `expected_streamed_per_step` is the formula's, KV bytes per token times the tokens of
-    the cold pages."""
+    """Figures of one stage; `expected_streamed_per_step` is the formula's, KV bytes per token below the device times
+    the tokens of the cold pages."""
     full = stage.full
     return {
         "context": stage.context,
@@ -34,11 +35,11 @@ def stage_facts(stage: Stage, info: EngineInfo) -> dict[str, Any]:
         },
         "pages": {"in_use": full.pages_in_use, **full.pages},
         "bytes": {"in_use": full.pages_in_use * info.page_bytes}
-        | {tier: pages * info.page_bytes for tier, pages in full.pages.items()},
+        | {tier: pages * _page_bytes(info, tier) for tier, pages in full.pages.items()},
         "moved_bytes": stage.bytes_moved,
         "streamed_bytes_per_step": stage.streamed_per_step,
         "cold_tokens": stage.cold_pages * info.page_size,
-        "expected_streamed_per_step": stage.cold_pages * info.page_size * info.kv_bytes_per_token,
+        "expected_streamed_per_step": stage.cold_pages * info.cold_page_bytes,
         "token_ids": [output.token_id for output in stage.outputs],
         "samples": [asdict(sample) for sample in stage.samples],
     }
@@ -117,7 +118,7 @@ def write_plot(path: Path, info: EngineInfo, stages: list[Stage], title: str) ->
     tokens = [sample.tokens for sample in held]
     unit, scale = ("GiB", 2**30) if last.full.pages_in_use * info.page_bytes >= 2**30 else ("MiB", 2**20)
     for tier in TIERS:
-        sizes = [sample.pages[tier] * info.page_bytes / scale for sample in held]
+        sizes = [sample.pages[tier] * _page_bytes(info, tier) / scale for sample in held]
         if any(sizes):
             bytes_axis.plot(tokens, sizes, label=tier)
     whole = [sample.pages_in_use * info.page_bytes / scale for sample in held]
@@ -129,6 +130,10 @@ def write_plot(path: Path, info: EngineInfo, stages: list[Stage], title: str) ->
         axis.legend()
     with writing(path):
         figure.savefig(path, dpi=120, format="png")
+
+
+def _page_bytes(info: EngineInfo, tier: str) -> int:
+    return info.page_bytes_in(Tier[tier.upper()])
 
 
 def _size(count: int) -> str:

@@ -22,10 +22,12 @@ from distkv.errors import CapacityError, ConfigError
 from distkv.frontend.tokenizer import TOKENIZER_FILES, Tokenizer
 from distkv.launch.launch import launch
 from distkv.models.shapes import shape_folder
+from distkv.reporting.kv_formula import kv_formula
 from distkv.reporting.machine import machine_facts
 from distkv.reporting.out_file import check_out_file, check_plot_file
 from distkv.sampling_params import MAX_LOGPROBS, SamplingParams
 from distkv.storage.dtypes import ITEM_BYTES, torch_dtype
+from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import pages_for
 from distkv.storage.process_limits import available_bytes
 from distkv.stress.reference import Reference
@@ -33,7 +35,6 @@ from distkv.stress.report import print_table, write_json, write_plot
 from distkv.stress.stage import Stage, run_stage
 from distkv.stress.verify import Verdict, compare_runs, compare_with_reference
 from distkv.stress.view import StressView
-from distkv.workers.attention.policies.registry import FULL
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.weights import DummySource, SafetensorsSource
 
@@ -76,11 +77,11 @@ def run(options: StressOptions) -> bool:
             info = engine.info
             resident = _all_resident(config, info)
             is_small = _kv_bytes(resident) <= free // 2
-            has_reference = synthetic_fill and config.attention_policy == FULL
+            has_reference = synthetic_fill and config.kv_policy is None
             if options.verify and not is_small and not has_reference:
                 raise ConfigError(
                     f"--verify needs all KV pages in memory, {_kv_bytes(resident)} bytes, and at most half of the "
-                    f"{free} that are free may be taken; lower --context, or use --fill random and no policy"
+                    f"{free} that are free may be taken; lower --context, or use --fill random, no codec and no policy"
                 )
             _check_room(options, info)
             requests = _requests(options, _prompt(folder, model, options, synthetic_fill), synthetic_fill)
@@ -123,9 +124,9 @@ def _check_room(options: StressOptions, info: EngineInfo) -> None:
     held = info.num_pages + info.num_host_pages + info.num_disk_pages
     if needed > held:
         raise CapacityError(
-            f"{options.context} tokens and {options.new_tokens} more take {needed} KV pages of {info.page_bytes} "
-            f"bytes, and the tiers hold {held}; {room_for(info, needed)}, or lower --context to "
-            f"{held * info.page_size + 1 - options.new_tokens}"
+            f"{options.context} tokens and {options.new_tokens} more take {needed} KV pages, "
+            f"{info.bytes_of(needed)} bytes, and the tiers hold {held}; {room_for(info, needed)}, or lower "
+            f"--context to {held * info.page_size + 1 - options.new_tokens}"
         )
 
 
@@ -215,17 +216,18 @@ def _free_bytes(config: EngineConfig) -> int:
 
 
 def _all_resident(config: EngineConfig, info: EngineInfo) -> EngineConfig:
-    """The same engine with all pages on the device."""
-    size = pages_for(info.max_model_len, info.page_size) * info.page_bytes
+    """The same engine with all pages on the device, and with copies of them on the host where codes need that."""
+    num_pages = pages_for(info.max_model_len, info.page_size)
+    host = 0 if config.kv_cache_dtype == "auto" else num_pages * info.cold_page_bytes
     return replace(
-        config, device_kv_bytes=size, host_kv_bytes=0, disk_kv_bytes=None, cache_dir=None, staging_pages=None,
-        trace=None,
+        config, device_kv_bytes=num_pages * info.page_bytes, host_kv_bytes=host, disk_kv_bytes=None,
+        cache_dir=None, staging_pages=None, trace=None,
     )  # fmt: skip
 
 
 def _kv_bytes(config: EngineConfig) -> int:
-    assert isinstance(config.device_kv_bytes, int)
-    return config.device_kv_bytes
+    assert isinstance(config.device_kv_bytes, int) and isinstance(config.host_kv_bytes, int)
+    return config.device_kv_bytes + config.host_kv_bytes
 
 
 def _verify(
@@ -242,7 +244,7 @@ def _verify(
             with closing(launch(resident)) as engine:
                 return compare_runs(stages, _run_stages(console, engine, requests))
         except CapacityError:
-            if config.attention_policy != FULL or any(request.synthetic_kv_seed is None for request in requests):
+            if config.kv_policy is not None or any(request.synthetic_kv_seed is None for request in requests):
                 raise
     console.print("verifying by a float64 reference ...")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -284,8 +286,8 @@ def _title(facts: dict[str, Any]) -> str:
 
 
 def _formula(model: ModelConfig, config: EngineConfig, info: EngineInfo) -> str:
-    """The KV bytes per token, written out."""
-    layers, dim, size = model.num_hidden_layers, model.head_dim, ITEM_BYTES[model.run_dtype(config.dtype)]
-    heads = info.kv_bytes_per_token // (2 * layers * dim * size)
+    """The KV bytes per token below the device, written out."""
+    dtype, layers = model.run_dtype(config.dtype), model.num_hidden_layers
+    heads = info.kv_bytes_per_token // (2 * layers * model.head_dim * ITEM_BYTES[dtype])
     copies = "" if heads == model.num_key_value_heads else " (with those that several ranks hold)"
-    return f"2 * {layers} layers * {heads} KV heads{copies} * {dim} head_dim * {size} bytes"
+    return kv_formula(PageSpec(layers, heads, info.page_size, model.head_dim, dtype, config.kv_cache_dtype), copies)

@@ -6,6 +6,7 @@ from rich.table import Table
 
 from distkv.engine.protocol import EngineInfo
 from distkv.reporting.live_view import LiveView
+from distkv.storage.tier import Tier
 from distkv.stress.stage import TIERS, Sample
 
 LINE_SECONDS = 5.0
@@ -67,7 +68,7 @@ class StressView(LiveView):
         for tier, total in self._num_pages.items():
             if total:
                 pages = sample.pages[tier]
-                size = pages * self._info.page_bytes / 2**30
+                size = pages * self._info.page_bytes_in(Tier[tier.upper()]) / 2**30
                 bar = ProgressBar(total=total, completed=pages, width=40)
                 bars.add_row(tier, bar, f"{pages}/{total} pages", f"{size:.3f} GiB")
         return Group(self._progress(sample), bars, self._traffic())

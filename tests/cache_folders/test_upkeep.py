@@ -1,12 +1,15 @@
 """`distkv cache` on folders that are not as an engine leaves them: damaged, full, or left by a kill."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.disks import description, disk_pool, kept_pages, listed
 from support.pages import SPEC, random_page
 from typer.testing import CliRunner
 
+from distkv import LLM, SamplingParams
 from distkv.commands.main import app
 from distkv.storage.device import CpuDevice
 from distkv.storage.disk import scratch as scratch_module
@@ -58,6 +61,23 @@ def test_a_scratch_folder_that_a_kill_left(cache: Path, scratch: Path) -> None:
     code, text = distkv(cache, "prune", "--max-bytes", "1GiB")
     assert code == 0 and "scratch: 3.00 KiB freed, left by an engine that was killed" in text
     assert not (scratch / ARRAY).exists() and SCRATCH not in distkv(cache, "ls")[1]
+
+
+def test_pages_of_codes_are_listed_as_such_and_checked(tiny_model: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"page_size": 16, "device_kv_bytes": "64KiB", "host_kv_bytes": "64KiB"}
+    options |= {"max_num_batched_tokens": 64, "disk_kv_bytes": "1MiB"}
+    with LLM(tiny_model, cache_dir=tmp_path, kv_cache_dtype="int8", **options) as llm:
+        llm.generate([list(range(5, 70))], SamplingParams(max_tokens=2), use_tqdm=False)
+    code, text = distkv(tmp_path, "ls")
+    assert code == 0 and re.search(r"│ int8 +│ 4 ", text), text
+    assert distkv(tmp_path, "verify")[0] == 0
+    file = next(tmp_path.rglob("c.0.*"))
+    damaged = bytearray(file.read_bytes())
+    assert len(damaged) == 2 * 2 * 16 * (16 + 4), "two layers, K and V of 16 tokens: codes, and scales of float32"
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    code, text = distkv(tmp_path, "verify")
+    assert code == 1 and "the checksum of layer 1 is wrong" in text
 
 
 def test_a_scratch_folder_alone(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from support.prompts import random_prompts
 
 from distkv import LLM, CapacityError, SamplingParams
 
+CODED = {"auto": 16 * 4, "int8": 16 + 4, "int4": 8 + 2 * 4}  # bytes of a token and head: codes and scales, or float32
 PAGE_BYTES = 2 * 2 * 2 * 16 * 16 * 4  # of 16 tokens: K and V, layers, KV heads, tokens, head_dim, float32
 
 
@@ -26,17 +27,26 @@ def test_sizes_that_an_engine_cannot_work_with(tiny_model: Path) -> None:
         assert llm.generate(random_prompts(200), SamplingParams(max_tokens=56), use_tqdm=False)[0].error is None
 
 
-@pytest.mark.parametrize("tiers", [(4, 0, 0), (5, 2, 0), (5, 2, 3)], ids=["device", "host", "disk"])
+@pytest.mark.parametrize(
+    "tiers, codec",
+    [((4, 0, 0), "auto"), ((5, 2, 0), "auto"), ((5, 2, 3), "auto"), ((5, 2, 0), "int4"), ((5, 2, 3), "int8")],
+    ids=["device", "host", "disk", "host, int4", "disk, int8"],
+)
 def test_an_error_names_the_option_that_fits_and_the_longest_answer(
-    tiny_model: Path, tmp_path: Path, tiers: tuple[int, int, int]
+    tiny_model: Path, tmp_path: Path, tiers: tuple[int, int, int], codec: str
 ) -> None:
     prompt, params = [5] * 150, SamplingParams(max_tokens=60, ignore_eos=True)
     names = ("device_kv_bytes", "host_kv_bytes", "disk_kv_bytes")
-    sizes: dict[str, Any] = {name: count * PAGE_BYTES for name, count in zip(names, tiers, strict=True)}
-    sizes |= {"page_size": 16, "max_num_batched_tokens": 64, "max_num_seqs": 4}
+    coded = PAGE_BYTES * CODED[codec] // (16 * 4)
+    bytes_of = dict(zip(names, (PAGE_BYTES, coded, coded), strict=True))
+    sizes: dict[str, Any] = {name: count * bytes_of[name] for name, count in zip(names, tiers, strict=True)}
+    sizes |= {"page_size": 16, "max_num_batched_tokens": 64, "max_num_seqs": 4, "kv_cache_dtype": codec}
     sizes |= {"cache_dir": tmp_path} if tiers[2] else {"disk_kv_bytes": None}
     with LLM(tiny_model, **sizes) as small, pytest.raises(CapacityError, match="14 KV pages") as refused:
         small.generate([prompt], params, use_tqdm=False)
+    most, held = tiers[0], sum(tiers)
+    assert f"14 KV pages ({most * PAGE_BYTES + (14 - most) * coded} bytes)" in str(refused.value)
+    assert f"hold {held} ({most * PAGE_BYTES + (held - most) * coded} bytes;" in str(refused.value)
     [(name, needed)] = named_option(refused).items()
     assert name == names[sum(map(bool, tiers)) - 1]
     with LLM(tiny_model, **sizes | {name: needed}) as enough:

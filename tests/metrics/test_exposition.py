@@ -19,7 +19,7 @@ VLLM = {
     "num_requests_running": [],
     "num_requests_waiting": [],
     "kv_cache_usage_perc": [],
-    "cache_config_info": ["block_size", "enable_prefix_caching", "num_cpu_blocks", "num_gpu_blocks"],
+    "cache_config_info": ["block_size", "cache_dtype", "enable_prefix_caching", "num_cpu_blocks", "num_gpu_blocks"],
     "prefix_cache_queries_total": [],
     "prefix_cache_hits_total": [],
     "prompt_tokens_total": [],

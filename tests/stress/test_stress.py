@@ -102,6 +102,24 @@ def test_a_run_over_all_tiers_is_measured_and_verified(stress: Stress, tmp_path:
     assert last["moved_bytes"]["disk_streamed"] > 0 < last["moved_bytes"]["host_streamed"]
 
 
+@pytest.mark.parametrize("codec, token", [("int8", 2 * 2 * 66), ("int4", 2 * 2 * 36)])
+def test_codes_are_counted_and_verified(stress: Stress, tmp_path: Path, codec: str, token: int) -> None:
+    """64 numbers of a head with their scales, in keys and values of two layers; the disk's tier has the rest."""
+    figures = tmp_path / "figures.json"
+    code, out, err = stress(
+        "--shape", "tiny", "--context", "2048", "--page-size", "64", "--device-kv-bytes", "256KiB", "--kv-cache-dtype",
+        codec, "--host-kv-bytes", str(20 * 64 * token), "--cache-dir", str(tmp_path), "--new-tokens", "4", "--verify",
+        "--json", str(figures),
+    )  # fmt: skip
+    assert code == 0 and "equal the all-resident run's bit for bit" in out, out + err
+    assert "of scales) * cold tokens" in out
+    [stage] = json.loads(figures.read_text())["stages"]
+    assert stage["bytes"]["device"] == stage["pages"]["device"] * 64 * 512
+    for tier in ("host", "disk"):
+        assert stage["bytes"][tier] == stage["pages"][tier] * 64 * token > 0
+    assert stage["streamed_bytes_per_step"] == stage["expected_streamed_per_step"] == stage["cold_tokens"] * token > 0
+
+
 def test_one_stage_without_tiers_or_verification(stress: Stress) -> None:
     code, out, _ = stress("--shape", "tiny", "--context", "300", "--new-tokens", "3", "--device-kv-bytes", "1MiB")
     assert code == 0

@@ -76,13 +76,14 @@ function makeTier(tier, flow) {
     box.classList.toggle("none", !found.capacity);
     figure.textContent = found.capacity
       ? `${found.pages.toLocaleString()} of ${found.capacity.toLocaleString()} pages, ` +
-        `${bytes(found.pages * sample.page_bytes)} of ${bytes(found.capacity * sample.page_bytes)}`
+        `${bytes(found.bytes)} of ${bytes(found.capacity_bytes)}`
       : "none";
     const filled = found.capacity ? (NUM_CELLS * found.pages) / found.capacity : 0;
     [...cells.children].forEach((cell, index) => {
       cell.className = index + 1 <= filled ? "on" : index < filled ? "part" : "";
     });
-    lanes?.forEach((lane) => lane.show(sample));
+    const pageBytes = found.capacity_bytes / found.capacity; // codes have fewer than on the device, where there are any
+    lanes?.forEach((lane) => lane.show(sample, pageBytes));
   };
 }
 
@@ -91,10 +92,10 @@ function makeLane(direction, routes) {
   box.append(element("span", "lane"), text);
   return {
     box,
-    show: (sample) => {
+    show: (sample, pageBytes) => {
       const speed = routes.reduce((sum, route) => sum + (sample.bytes_per_second[route] ?? 0), 0);
       box.classList.toggle("moving", speed > 0);
-      const pages = speed / sample.page_bytes;
+      const pages = pageBytes ? speed / pageBytes : 0; // NaN of a tier that is not there
       text.textContent = `${direction === "down" ? "↓" : "↑"} ${bytes(speed)}/s, ${pages.toFixed(pages < 10 ? 1 : 0)} pages/s`;
     },
   };
