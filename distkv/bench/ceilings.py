@@ -52,13 +52,14 @@ class ReadCeiling:
     """Reads chunk files of the disk tier with preadv in READ_THREADS threads, each into a buffer that it uses again."""
 
     def __init__(self, files: list[Path], num_layers: int):
-        """The files are of one size, and each holds the slices of `num_layers` layers one after the other."""
+        """Each file holds the slices of `num_layers` layers one after the other, and may be written anew meanwhile;
+        what is compressed has about the same size then."""
         self._files = files
-        self.num_bytes = sum(file.stat().st_size for file in files)
-        self._file_bytes = self.num_bytes // len(files)
+        self.num_bytes = sum(size for _, size in self._sizes())
         self._num_layers = num_layers
         self._threads = ThreadPoolExecutor(READ_THREADS)
-        self._buffers = [memoryview(bytearray(self._file_bytes)) for _ in range(READ_THREADS)]
+        largest = max(size for _, size in self._sizes())
+        self._buffers = [memoryview(bytearray(largest + largest // 8)) for _ in range(READ_THREADS)]
         self.ways: dict[str, Callable[[], Iterable[tuple[Path, int, int]]]] = {
             "file by file": self._whole_files,
             "layer by layer": self._layer_slices,
@@ -78,12 +79,18 @@ class ReadCeiling:
         self._threads.shutdown()
 
     def _whole_files(self) -> Iterator[tuple[Path, int, int]]:
-        return ((file, 0, self._file_bytes) for file in self._files)
+        return ((file, 0, size) for file, size in self._sizes())
 
     def _layer_slices(self) -> Iterator[tuple[Path, int, int]]:
-        """In the order in which a step needs them."""
-        size = self._file_bytes // self._num_layers
-        return ((file, layer * size, size) for layer in range(self._num_layers) for file in self._files)
+        """In the order in which a step needs them, of files that are compressed about so."""
+        sizes = self._sizes()
+        for layer in range(self._num_layers):
+            for file, size in sizes:
+                start, end = (size * number // self._num_layers for number in (layer, layer + 1))
+                yield file, start, end - start
+
+    def _sizes(self) -> list[tuple[Path, int]]:
+        return [(file, file.stat().st_size) for file in self._files]
 
 
 def flush(files: Iterable[Path]) -> None:

@@ -49,7 +49,8 @@ class Turn:
     seconds: list[float]
     host_bytes: int
     disk_bytes: int
-    bytes_from_disk: int | None  # of disk_bytes, those that the page cache did not have
+    stored_bytes: int  # that files gave for disk_bytes, less where they are compressed
+    bytes_from_disk: int | None  # of these, those that the page cache did not have
 
 
 class ColdPageCache(StepObserver):
@@ -104,6 +105,7 @@ class Decoder:
             flush(self.files)
         answer += self._step()  # that of a step which ran in the last pause
         seconds, host_bytes, disk_bytes = [], 0, 0
+        read_before = self._engine.stats().disk_read_bytes
         start, last, dropping = bytes_from_disk(), time.perf_counter(), self._page_cache.seconds
         for _ in range(new_tokens):
             before = self._engine.stats().bytes_moved
@@ -116,10 +118,11 @@ class Decoder:
             answer += tokens
             host, disk = check_streamed(name, before, self._engine.stats().bytes_moved, self.cold_bytes)
             host_bytes, disk_bytes = host_bytes + host, disk_bytes + disk
-        end = bytes_from_disk()
+        end, stored_bytes = bytes_from_disk(), self._engine.stats().disk_read_bytes - read_before
         self._engine.abort([("0", None)])
         drain(self._engine)
-        return Turn(answer, seconds, host_bytes, disk_bytes, None if start is None or end is None else end - start)
+        fetched = None if start is None or end is None else end - start
+        return Turn(answer, seconds, host_bytes, disk_bytes, stored_bytes, fetched)
 
     def _is_settled(self, num_pages: int) -> bool:
         """Whether all full pages of the context have reached the lowest tier: then nothing is left to move."""

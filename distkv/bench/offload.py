@@ -57,6 +57,7 @@ class Sizes:
     dtype: str
     page_size: int
     kv_cache_dtype: str = "auto"
+    disk_kv_codec: str = "none"
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -69,7 +70,7 @@ class Sizes:
         model = self.config
         return PageSpec(
             model.num_hidden_layers, model.num_key_value_heads, self.page_size, model.head_dim,
-            model.run_dtype(self.dtype), self.kv_cache_dtype,
+            model.run_dtype(self.dtype), self.kv_cache_dtype, self.disk_kv_codec,
         )  # fmt: skip
 
 
@@ -85,12 +86,15 @@ def run(sizes: Sizes, num_threads: int | None, cache_dir: Path | None, options: 
 
 def make_bench(sizes: Sizes, num_threads: int | None, options: BenchOptions, console: Console | None = None) -> Bench:
     """The run of this benchmark. Raises ConfigError for sizes that do not go together."""
+    EngineConfig(  # refuses what does not go together
+        "/", kv_cache_dtype=sizes.kv_cache_dtype, disk_kv_codec=sizes.disk_kv_codec, cache_dir="/"
+    )
     _check_sizes(sizes.context, sizes.page_size, least_tokens(sizes.new_tokens), sizes.config.max_position_embeddings)
     return Bench(
         "offload", options, num_threads, console, model=sizes.model.name, dtype=sizes.dtype,
-        kv_cache_dtype=sizes.kv_cache_dtype, context=sizes.context, page_size=sizes.page_size,
-        bytes_per_token=sizes.spec.page_bytes_in(Tier.HOST) // sizes.page_size, new_tokens=sizes.new_tokens,
-        formula=kv_formula(sizes.spec),
+        kv_cache_dtype=sizes.kv_cache_dtype, disk_kv_codec=sizes.disk_kv_codec, context=sizes.context,
+        page_size=sizes.page_size, new_tokens=sizes.new_tokens, formula=kv_formula(sizes.spec),
+        bytes_per_token=sizes.spec.page_bytes_in(Tier.HOST) // sizes.page_size,
     )  # fmt: skip
 
 
@@ -174,7 +178,7 @@ def _engine_options(variant: Variant, spec: PageSpec, folder: Path) -> dict[str,
         spare = MAX_DISK_WRITES  # for pages on their way to disk
         options["host_kv_bytes"] = (variant.host + read_ahead) * on_host
         options["disk_kv_bytes"] = (variant.disk + spare) * spec.page_bytes_in(Tier.DISK)
-        options["cache_dir"] = folder
+        options["cache_dir"], options["disk_kv_codec"] = folder, spec.disk_codec
     return options
 
 
@@ -229,6 +233,7 @@ def _row(decoder: Decoder, turns: list[Turn], page_size: int, resident_ms: float
         "cold_tokens": variant.cold_pages * page_size,
         "host_bytes_per_step": host,
         "disk_bytes_per_step": disk,
+        "stored_bytes_per_step": sum(turn.stored_bytes for turn in turns) / steps,
         "bytes_from_disk_per_step": sum(fetched) / steps if variant.disk and len(fetched) == len(turns) else None,
         "decode_ms_per_token": step_ms,
         "turn_ms_per_token": [1e3 * statistics.median(turn.seconds) for turn in turns],
@@ -254,7 +259,7 @@ def _print(bench: Bench) -> None:
 
 def _page_cache_line(row: dict[str, Any]) -> str:
     """Whether dropping the page cache had the effect that it must have."""
-    wanted, fetched = row["disk_bytes_per_step"], row["bytes_from_disk_per_step"]
+    wanted, fetched = row["stored_bytes_per_step"], row["bytes_from_disk_per_step"]
     if fetched is None:
         return "Whether these bytes came from the disk or from its page cache, the system does not say."
     if fetched < 0.99 * wanted:

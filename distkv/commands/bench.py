@@ -64,6 +64,7 @@ def bench_offload(
     ),
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode in each turn.", min=1)] = sized(32, 8),
     options: Annotated[EngineOptions, engine("dtype", "kv_cache_dtype", "page_size", "num_threads", dtype="bfloat16")],
+    disk_kv_codec: Annotated[str, typer.Option(help="How pages are stored on disk: none or lossless.")] = "none",
     cache_dir: Annotated[Path | None, path_option(help="Folder of the disk tier; else a temporary one.")] = None,
     measured: Annotated[BenchOptions, measuring(repeats=sized(5, 2))],
 ) -> None:
@@ -71,8 +72,9 @@ def bench_offload(
     from distkv.bench.offload import Sizes, run
 
     sizes = Sizes(
-        model_folder(model), context, new_tokens, options["dtype"], options["page_size"], options["kv_cache_dtype"]
-    )
+        model_folder(model), context, new_tokens, options["dtype"], options["page_size"], options["kv_cache_dtype"],
+        disk_kv_codec,
+    )  # fmt: skip
     run(sizes, options["num_threads"], cache_dir, measured)
 
 

@@ -157,6 +157,20 @@ def test_bench_offload_counts_coded_bytes(tiny_model: Path, tmp_path: Path, monk
     assert [row["cold_tokens"] for row in rows] == [0, 64, 96, 96]
 
 
+def test_bench_offload_of_compressed_files(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KV is counted as it is used, and what the files give for it beside it."""
+    monkeypatch.setattr(decoder, "PAUSE", 0.01)
+    result, written = bench(
+        tmp_path, "offload", "--model", str(tiny_model), "--context", "128", "--page-size", "32", "--new-tokens", "3",
+        "--repeats", "1", "--dtype", "bfloat16", "--cache-dir", str(tmp_path / "kv"), "--disk-kv-codec", "lossless",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.exception or result.output
+    row = check_written(written, "offload", 4)[-1]
+    assert row["disk_bytes_per_step"] == 3 * 32 * written["bytes_per_token"]
+    assert 0.7 < row["stored_bytes_per_step"] / row["disk_bytes_per_step"] < 1.1
+    assert row["stored_bytes_per_step"] != row["disk_bytes_per_step"]
+
+
 # --- disk-codec ---
 
 
