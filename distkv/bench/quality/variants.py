@@ -21,6 +21,7 @@ ROWS = (
     "attention_policy=sink_window(sinks=4, window=1024); page_size=16",
     "attention_policy=top_pages(share=0.25); page_size=16",
     "attention_policy=top_pages(share=0.1); page_size=16",
+    "attention_policy=top_pages(share=0.25); kv_cache_dtype=int8; page_size=16",
 )
 QUICK_ROWS = (
     "full",
