@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.checkpoints import save_llama
 from support.invariance import said
 from support.llms import PAGE_BYTES, idle_engine
@@ -17,6 +18,8 @@ from distkv.launch.launch import launch
 from distkv.metrics.exposition import exposition
 from distkv.outputs import RequestOutput
 from distkv.storage.pools import disk_slices
+from distkv.workers.attention.policies.policy import Choice, Rows
+from distkv.workers.attention.policies.top_pages import TopPages
 from distkv.workers.backends import cpu
 from distkv.workers.errors import ConfigError as RankConfigError
 
@@ -171,6 +174,25 @@ def test_summaries_are_those_of_the_pages_that_have_an_id_now(folder: Path) -> N
     with LLM(folder, attention_policy=TOP, **OPTIONS, **sizes(None)) as llm:
         for index in (0, 1, 2, 0, 2, 1, 0):
             assert said(llm.generate([prompts[index]], PARAMS, use_tqdm=False)[0]) == expected[index]
+
+
+def test_a_policy_is_given_queries_and_summaries(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each sequence beside others; the bounds are what follows from them."""
+    choose, num_rows = TopPages.choose, []
+
+    def checked(policy: TopPages, rows: Rows) -> Choice:
+        q_RKGD = rows.queries.unflatten(1, (rows.num_kv_heads, -1))
+        terms = [torch.einsum("rkgd,pkd->rkgpd", q_RKGD, end) for end in rows.summaries().unbind(1)]
+        bounds = torch.maximum(*terms).sum(-1).amax(2).numpy()
+        for row, own in enumerate(rows.own_pages.tolist()):
+            assert rows.upper_bounds()[row, :, :own] == pytest.approx(bounds[row, :, :own], rel=1e-4, abs=1e-4)
+        num_rows.append(len(rows.positions))
+        return choose(policy, rows)
+
+    monkeypatch.setattr(TopPages, "choose", checked)
+    with LLM(folder, attention_policy=TOP, **OPTIONS, **sizes(None)) as llm:
+        llm.generate([PROMPT, PROMPT[:90]], SamplingParams(max_tokens=20, ignore_eos=True), use_tqdm=False)
+    assert num_rows == [1] * 19 * 2 * 2, "tokens, sequences, layers"
 
 
 def test_forked_answers_choose_for_themselves(folder: Path) -> None:
