@@ -122,8 +122,8 @@ class EngineConfig:
     """What full KV pages are rounded to, and lie as below the device: auto (dtype), fp8_e4m3, int8 or int4.
 
     Answers are then not those of auto, though still the same bits wherever a page lies; `distkv bench quality` says
-    what is lost. Pages on the device keep the size of dtype, for speed. It needs head_dim a multiple of 16 and, for
-    now, a CPU with native kernels.
+    what is lost. Pages on the device keep the size of dtype, for speed. It needs head_dim a multiple of 16, and CUDA
+    or a CPU with native kernels.
     """
     max_model_len: int | None = None
     """Most tokens of prompt and answer together.

@@ -49,13 +49,15 @@ def measure_bandwidth(pools: KVPools) -> Bandwidth:
 
 
 def choose_copies(pools: KVPools, kernel: Gather) -> None:
-    """Chooses for each lane of a GPU whether the copy engine or the kernel copies, and logs what they reach. To be
+    """Chooses for each lane of a GPU whether the copy engine or the kernel copies, and logs what they reach. With a
+    codec whole pages cross by its kernels, whatever these reach. To be
     called before any page is stored: it copies pages of zeros about."""
     copies = pools.copies
     if copies is None or not pools.host.num_pages:
         return
     copies.streams.synchronize()  # the pools are being filled with zeros
-    for lane in (Lane.LOAD, Lane.FETCH, Lane.SPILL):
+    lanes = [Lane.LOAD] if pools.device.codec is not None else [Lane.LOAD, Lane.FETCH, Lane.SPILL]
+    for lane in lanes:
         source, target = _ends(pools, lane)
         rows = [(row, row) for row in range(min(len(source), len(target)))][
             : None if lane is Lane.LOAD else PROBE_PAGES

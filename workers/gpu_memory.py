@@ -95,7 +95,10 @@ def _try_out(
     budget = [
         ("in use elsewhere, and by CUDA itself", total - free - torch.cuda.memory_reserved(device)),
         ("weights", weights),
-        ("workspace of the largest step", workspace + shape.streaming_bytes(max_num_batched_tokens)),
+        (
+            "workspace of the largest step",
+            workspace + shape.streaming_bytes(max_num_batched_tokens) + shape.exact_bytes(max_num_seqs),
+        ),
         ("graphs", graphs),
     ]
     probe = 2**10  # pages

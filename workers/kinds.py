@@ -11,8 +11,7 @@ class Kind:
     resource: str  # as Ray counts it
     collectives: str  # what carries tensors between ranks, see `ProcessGroup`
     reads_ahead: bool  # whether pages that stream from disk pass through host memory, see `ReadAhead`
-    reads_codes: bool  # whether its kernels know `kv_cache_dtype`
-    follows_policies: bool  # whether they know `attention_policy`
+    follows_policies: bool  # whether its kernels know `attention_policy`
     load_pieces: int  # pieces of a prefix in a buffer of the staging ring, unless an option says how large that is
 
 
@@ -22,7 +21,6 @@ KINDS = {
         "CPU",
         "gloo",
         reads_ahead=False,
-        reads_codes=True,
         follows_policies=True,
         load_pieces=1,
     ),
@@ -32,7 +30,6 @@ KINDS = {
         "GPU",
         "nccl",
         reads_ahead=True,
-        reads_codes=False,
         follows_policies=False,
         load_pieces=4,
     ),

@@ -254,4 +254,4 @@ class Rank:
             pool = self.pools.device.layer(layer)
             pool[:, slot] = values.to(torch_dtype(spec.dtype))
             if self._codec is not None:
-                self._codec.round(pool, torch.tensor([slot]))
+                self._codec.round(pool, torch.tensor([slot], device=device))

@@ -148,6 +148,6 @@ def _may_choose(request: PlanRequest) -> bool:
 
 def _fewer_bytes(request: PlanRequest) -> str:
     """What would have a step stream less, as the end of a sentence; nothing where that is done or cannot be."""
-    options = ["--kv-cache-dtype"] * (request.kv_cache_dtype == "auto" and request.kind.reads_codes)
+    options = ["--kv-cache-dtype"] * (request.kv_cache_dtype == "auto")
     options += ["--attention-policy"] * _may_choose(request)
     return f"; {' or '.join(options)} streams fewer bytes, {_LOSS}" if options else ""

@@ -110,9 +110,8 @@ class PlanRequest:
     @property
     def unknown_options(self) -> list[str]:
         """Those that are set and that the engine refuses on such hardware, since no kernel there knows them."""
-        codes = "kv_cache_dtype" if self.kv_cache_dtype != "auto" and not self.kind.reads_codes else None
-        policy = "attention_policy" if self.attention_policy != FULL and not self.kind.follows_policies else None
-        return [name for name in (codes, policy) if name]
+        refuses = self.attention_policy != FULL and not self.kind.follows_policies
+        return ["attention_policy"] if refuses else []
 
     @property
     def item_bytes(self) -> int:

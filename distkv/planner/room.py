@@ -50,8 +50,8 @@ def fewest_ranks(request: PlanRequest, fit_all: bool = False) -> int | None:
 
 def codec_that_fits(request: PlanRequest) -> str | None:
     """The codec of the most bits with which all requests fit into the tiers that there are; None where none makes room,
-    since no page leaves the devices, or no kernel there knows codes."""
-    if not request.host_kv_bytes or request.kv_cache_dtype != "auto" or not request.kind.reads_codes:
+    since no page leaves the devices."""
+    if not request.host_kv_bytes or request.kv_cache_dtype != "auto":
         return None
     for name in CODECS:
         try:

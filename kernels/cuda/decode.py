@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distkv.kernels.cuda.paging import block_head_dim, check_layouts
+from distkv.kernels.codec_format import CodecFormat
+from distkv.kernels.cuda.paging import block_head_dim, codec_constants, keys_and_values, sources_of
 from distkv.kernels.cuda.softmax import States, TileShape
 from distkv.kernels.cuda.split import NUM_STAGES, SPLIT_TILES, split_state
 
@@ -22,6 +23,8 @@ def _decode_kernel(
     q,
     pool,
     buffer,
+    codes,
+    scales,
     table,
     sequences,
     items,
@@ -32,6 +35,9 @@ def _decode_kernel(
     q_stride: tl.int64,
     part_stride: tl.int64,
     split_tokens: tl.int32,
+    CODEC: tl.constexpr,
+    CODED_GROUP: tl.constexpr,
+    CODED_ROW: tl.constexpr,
     GROUP: tl.constexpr,
     NUM_TOKENS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -43,7 +49,9 @@ def _decode_kernel(
 ):
     ROWS: tl.constexpr = NUM_TOKENS * GROUP
     head = tl.program_id(0)
-    pool_v, buffer_v = pool + part_stride, buffer + KV_HEADS * PAGE_SIZE * HEAD_DIM
+    keys_at, values_at = keys_and_values(
+        pool, buffer, codes, scales, part_stride, CODEC, CODED_ROW, KV_HEADS, PAGE_SIZE, HEAD_DIM
+    )
     row = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     real = row < ROWS
     dim = tl.arange(0, BLOCK_D)
@@ -63,7 +71,7 @@ def _decode_kernel(
         q_row = q + (first_row + row // GROUP) * q_stride + (head * GROUP + row % GROUP) * HEAD_DIM
         queries = tl.load(q_row[:, None] + dim, mask=real[:, None] & fits, other=0.0)
         m, total, acc = split_state(
-            queries, entries, pool, pool_v, buffer, buffer_v, head, start, end, limit,
+            queries, entries, keys_at, values_at, (-1, 0), head, start, end, limit, CODEC, CODED_GROUP, CODED_ROW,
             KV_HEADS, PAGE_SIZE, HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_N,
         )  # fmt: skip
         at = (state * KV_HEADS + head) * ROWS + row
@@ -96,13 +104,15 @@ def decode_splits(
     split_pages: int,
     num_programs: int,
     batch_invariant: bool,
+    codec: CodecFormat | None = None,
 ) -> None:
     """Writes the states of the splits in `items`, see `merge.merge_splits` for what becomes of them.
 
     Shapes, index tensors int64, all on the device:
         q `[T, H, D]`: rotated queries, of any row stride
         layer_pool `[2, pages, K, S, D]`: a layer of the pool, contiguous from its pages on
-        buffer `[buffer_pages, 2, K, S, D]` or None; then every page that is read is in the pool
+        buffer: None where every page that is read is in the pool; else `[buffer_pages, 2, K, S, D]`, or with a codec
+            pages as codes, see `paging.sources_of`
         table `[entries]`: where each page of each sequence lies, in logical order: >= 0 a slot of the pool, < 0 the
             `page_entries.buffer_entry` of the buffer
         sequences `[B, 6]`: first row of q, number of keys with the new ones (0 for padding), first entry of the table,
@@ -118,15 +128,12 @@ def decode_splits(
     `batch_invariant` they do not depend on C either, and are those of the same rows in `prefill_splits.prefill_splits`.
     """
     _, _, kv_heads, page_size, head_dim = layer_pool.shape
-    check_layouts(layer_pool, buffer)
-    if buffer is None:
-        buffer = layer_pool
+    sources = sources_of(layer_pool, buffer, codec, None)
     group = q.shape[1] // kv_heads
     tile = decode_tile(q.element_size(), num_tokens * group, batch_invariant)
     _decode_kernel[(kv_heads, num_programs, triton.cdiv(num_tokens * group, tile.rows))](
         q,
-        layer_pool,
-        buffer,
+        *sources,
         table,
         sequences,
         items,
@@ -135,6 +142,7 @@ def decode_splits(
         q.stride(0),
         layer_pool.stride(0),
         split_pages * page_size,
+        **codec_constants(layer_pool, codec),
         GROUP=group,
         NUM_TOKENS=num_tokens,
         KV_HEADS=kv_heads,
@@ -145,5 +153,5 @@ def decode_splits(
         BLOCK_N=tile.keys,
         num_warps=tile.num_warps,
         num_stages=NUM_STAGES,
-        enable_fp_fusion=True,
+        enable_fp_fusion=codec is None,
     )

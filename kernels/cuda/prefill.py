@@ -15,7 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distkv.kernels.cuda.paging import block_head_dim, check_layouts, tile_pages, tile_rows
+from distkv.kernels.codec_format import CodecFormat
+from distkv.kernels.cuda.paging import (
+    block_head_dim,
+    codec_constants,
+    keys_and_values,
+    load_tile,
+    sources_of,
+    tile_pages,
+)
 from distkv.kernels.cuda.softmax import States, TileShape, add_tile
 
 BLOCK_M = 128
@@ -29,6 +37,8 @@ def _prefill_kernel(
     q,
     pool,
     buffer,
+    codes,
+    scales,
     table,
     chunks,
     blocks,
@@ -39,6 +49,9 @@ def _prefill_kernel(
     q_stride: tl.int64,
     out_stride: tl.int64,
     part_stride: tl.int64,
+    CODEC: tl.constexpr,
+    CODED_GROUP: tl.constexpr,
+    CODED_ROW: tl.constexpr,
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -52,12 +65,15 @@ def _prefill_kernel(
     # the last block of a chunk walks furthest: those are taken first, so that no long one is left at the end
     block = blocks + 2 * (tl.num_programs(0) - 1 - tl.program_id(0))
     head = tl.program_id(1)
-    pool_v, buffer_v = pool + part_stride, buffer + KV_HEADS * PAGE_SIZE * HEAD_DIM
+    keys_at, values_at = keys_and_values(
+        pool, buffer, codes, scales, part_stride, CODEC, CODED_ROW, KV_HEADS, PAGE_SIZE, HEAD_DIM
+    )
     chunk = chunks + 8 * tl.load(block)
     first_row = tl.load(block + 1).to(tl.int32) + tl.program_id(2) * BLOCK_M
     num_tokens, position = tl.load(chunk + 1).to(tl.int32), tl.load(chunk + 2).to(tl.int32)
     entries = table + tl.load(chunk + 3)
     start, end = tl.load(chunk + 4).to(tl.int32), tl.load(chunk + 5).to(tl.int32)
+    own = tl.load(chunk + 7), position & -PAGE_SIZE
 
     # row token * G + g is query head k * G + g of the token
     row = first_row + tl.arange(0, BLOCK_M)
@@ -82,8 +98,10 @@ def _prefill_kernel(
     last_token = tl.minimum((first_row + BLOCK_M - 1) // GROUP, num_tokens - 1)
     finish = tl.minimum(position + last_token + 1, end)  # keys that the block sees end here
     value_pages = tile_pages(entries, start, finish, PAGE_SIZE, BLOCK_N)
-    key_rows = tile_rows(value_pages, pool, buffer, head, start, KV_HEADS, PAGE_SIZE, HEAD_DIM, BLOCK_N)
-    keys = tl.load(key_rows[:, None] + dim, mask=fits, other=0.0)
+    keys = load_tile(
+        value_pages, keys_at, own, head, start, fits, False, CODEC, CODED_GROUP, CODED_ROW, KV_HEADS, PAGE_SIZE,
+        HEAD_DIM, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
     scores = tl.dot(queries, keys.T, input_precision="ieee")
     key_pages = tile_pages(entries, start + BLOCK_N, finish, PAGE_SIZE, BLOCK_N)
 
@@ -101,17 +119,22 @@ def _prefill_kernel(
             begin, stop = start, tl.minimum(diagonal, finish)
         for first in range(begin, stop, BLOCK_N):
             following = first + BLOCK_N
-            key_rows = tile_rows(key_pages, pool, buffer, head, following, KV_HEADS, PAGE_SIZE, HEAD_DIM, BLOCK_N)
-            value_rows = tile_rows(value_pages, pool_v, buffer_v, head, first, KV_HEADS, PAGE_SIZE, HEAD_DIM, BLOCK_N)
+            of_keys, of_values = key_pages, value_pages
             # one tile ahead, each by a load of its own: the compiler pipelines no value that is carried over two tiles
             key_pages = tile_pages(entries, following + BLOCK_N, finish, PAGE_SIZE, BLOCK_N)
             value_pages = tile_pages(entries, following, finish, PAGE_SIZE, BLOCK_N)
-            keys = tl.load(key_rows[:, None] + dim, mask=fits, other=0.0)
+            keys = load_tile(
+                of_keys, keys_at, own, head, following, fits, False, CODEC, CODED_GROUP, CODED_ROW, KV_HEADS, PAGE_SIZE,
+                HEAD_DIM, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
             next_scores = tl.dot(queries, keys.T, input_precision="ieee")
             if MASKED:
                 key = first + tl.arange(0, BLOCK_N)
                 scores = tl.where(key <= newest[:, None], scores, -float("inf"))
-            values = tl.load(value_rows[:, None] + dim, mask=fits, other=0.0)
+            values = load_tile(
+                of_values, values_at, own, head, first, fits, True, CODEC, CODED_GROUP, CODED_ROW, KV_HEADS, PAGE_SIZE,
+                HEAD_DIM, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
             m, total, acc = add_tile(scores, values, m, total, acc, SCALE)
             scores = next_scores
 
@@ -152,6 +175,9 @@ def prefill_walk(
     blocks: Tensor,
     state: States | None,
     out: Tensor,
+    *,
+    codec: CodecFormat | None = None,
+    exact: Tensor | None = None,
 ) -> None:
     """Walks each chunk's queries over one segment of their keys; those of the chunk itself are read from its pages too.
 
@@ -160,29 +186,28 @@ def prefill_walk(
         layer_pool, buffer, table: as for `decode.decode_splits`; the whole pool and all pages that are read are finite,
             what holds no token included
         chunks `[C, 8]`: first row of q and out, number of tokens, position of the first one, first entry of the table,
-            first key and end key of the segment, first row of the state, 0
+            first key and end key of the segment, first row of the state; with a codec the index in `exact` of the page
+            that holds the chunk, -1 where it is read from the pool, else anything
         blocks `[N, 2]`: chunk and first row of each block of BLOCK_M rows, where row `token * G + g` of KV head k is
             query head `k * G + g`; a chunk's blocks in ascending order
         state `[tokens, H]`: of all tokens that are between two segments; None when each segment is a whole walk
         out `[T, H, D]`: of any row stride
+        exact: see `paging.sources_of`; a chunk's tokens are of one page then
     A segment whose first key is not 0 goes on from the state. One that ends before the last token's key saves it, else
     its rows of `out` are written. A walk is cut at multiples of SEGMENT_TOKENS keys. However it is cut, and wherever
     the pages lie, the bits of `out` are the same.
     """
     _, _, kv_heads, page_size, head_dim = layer_pool.shape
-    check_layouts(layer_pool, buffer)
+    sources = sources_of(layer_pool, buffer, codec, exact)
     if not len(blocks):
         return
-    if buffer is None:
-        buffer = layer_pool
     if state is None:
         nothing = torch.empty(0, dtype=torch.float32, device=q.device)
         state = States(nothing, nothing, nothing)
     tile = prefill_tile(q.element_size())
     _prefill_kernel[(len(blocks), kv_heads, BLOCK_M // tile.rows)](
         q,
-        layer_pool,
-        buffer,
+        *sources,
         table,
         chunks,
         blocks,
@@ -191,6 +216,7 @@ def prefill_walk(
         q.stride(0),
         out.stride(0),
         layer_pool.stride(0),
+        **codec_constants(layer_pool, codec),
         GROUP=q.shape[1] // kv_heads,
         KV_HEADS=kv_heads,
         PAGE_SIZE=page_size,
@@ -200,5 +226,5 @@ def prefill_walk(
         BLOCK_N=tile.keys,
         num_warps=tile.num_warps,
         num_stages=2 if q.element_size() == 4 else 3,
-        enable_fp_fusion=True,
+        enable_fp_fusion=codec is None,
     )

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distkv.kernels.cuda.paging import block_head_dim, check_layouts
+from distkv.kernels.codec_format import CodecFormat
+from distkv.kernels.cuda.paging import block_head_dim, codec_constants, keys_and_values, sources_of
 from distkv.kernels.cuda.prefill import BLOCK_M
 from distkv.kernels.cuda.softmax import States, add_state
 from distkv.kernels.cuda.split import NUM_STAGES, SPLIT_TILES, split_state
@@ -22,6 +23,8 @@ def _prefill_splits_kernel(
     q,
     pool,
     buffer,
+    codes,
+    scales,
     table,
     chunks,
     blocks,
@@ -33,6 +36,9 @@ def _prefill_splits_kernel(
     out_stride: tl.int64,
     part_stride: tl.int64,
     split_tokens: tl.int32,
+    CODEC: tl.constexpr,
+    CODED_GROUP: tl.constexpr,
+    CODED_ROW: tl.constexpr,
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -45,12 +51,15 @@ def _prefill_splits_kernel(
     # the last block of a chunk walks furthest: those are taken first, so that no long one is left at the end
     block = blocks + 2 * (tl.num_programs(0) - 1 - tl.program_id(0))
     head = tl.program_id(1)
-    pool_v, buffer_v = pool + part_stride, buffer + KV_HEADS * PAGE_SIZE * HEAD_DIM
+    keys_at, values_at = keys_and_values(
+        pool, buffer, codes, scales, part_stride, CODEC, CODED_ROW, KV_HEADS, PAGE_SIZE, HEAD_DIM
+    )
     chunk = chunks + 8 * tl.load(block)
     first_row = tl.load(block + 1).to(tl.int32) + tl.program_id(2) * BLOCK_M
     num_tokens, position = tl.load(chunk + 1).to(tl.int32), tl.load(chunk + 2).to(tl.int32)
     entries = table + tl.load(chunk + 3)
     start, end = tl.load(chunk + 4).to(tl.int32), tl.load(chunk + 5).to(tl.int32)
+    own = tl.load(chunk + 7), position & -PAGE_SIZE
 
     # row token * G + g is query head k * G + g of the token
     row = first_row + tl.arange(0, BLOCK_M)
@@ -77,8 +86,8 @@ def _prefill_splits_kernel(
         row = tl.load(block + 1, volatile=True).to(tl.int32) + tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
         limit = tl.load(chunk + 2).to(tl.int32) + row // GROUP + 1
         split_m, split_total, split_acc = split_state(
-            queries, entries, pool, pool_v, buffer, buffer_v, head, first, tl.minimum(first + split_tokens, finish),
-            limit, KV_HEADS, PAGE_SIZE, HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_N,
+            queries, entries, keys_at, values_at, own, head, first, tl.minimum(first + split_tokens, finish), limit,
+            CODEC, CODED_GROUP, CODED_ROW, KV_HEADS, PAGE_SIZE, HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_N,
         )  # fmt: skip
         m, total, acc = add_state(m, total, acc, split_m, split_total, split_acc)
 
@@ -111,6 +120,8 @@ def prefill_splits(
     out: Tensor,
     *,
     split_tokens: int,
+    codec: CodecFormat | None = None,
+    exact: Tensor | None = None,
 ) -> None:
     """As `prefill.prefill_walk`, with the bits of `decode.decode_splits` that is `batch_invariant` and has splits of
     `split_tokens` keys, followed by `merge.merge_splits`.
@@ -119,19 +130,16 @@ def prefill_splits(
     of a chunk is read.
     """
     _, _, kv_heads, page_size, head_dim = layer_pool.shape
-    check_layouts(layer_pool, buffer)
+    sources = sources_of(layer_pool, buffer, codec, exact)
     if not len(blocks):
         return
-    if buffer is None:
-        buffer = layer_pool
     if state is None:
         nothing = torch.empty(0, dtype=torch.float32, device=q.device)
         state = States(nothing, nothing, nothing)
     tile = SPLIT_TILES[q.element_size()]
     _prefill_splits_kernel[(len(blocks), kv_heads, BLOCK_M // tile.rows)](
         q,
-        layer_pool,
-        buffer,
+        *sources,
         table,
         chunks,
         blocks,
@@ -141,6 +149,7 @@ def prefill_splits(
         out.stride(0),
         layer_pool.stride(0),
         split_tokens,
+        **codec_constants(layer_pool, codec),
         GROUP=q.shape[1] // kv_heads,
         KV_HEADS=kv_heads,
         PAGE_SIZE=page_size,
@@ -150,5 +159,5 @@ def prefill_splits(
         BLOCK_N=tile.keys,
         num_warps=tile.num_warps,
         num_stages=NUM_STAGES,
-        enable_fp_fusion=True,
+        enable_fp_fusion=codec is None,
     )

@@ -4,7 +4,7 @@ agree with decode in every bit."""
 import triton
 import triton.language as tl
 
-from distkv.kernels.cuda.paging import tile_pages, tile_rows
+from distkv.kernels.cuda.paging import load_tile, tile_pages
 from distkv.kernels.cuda.softmax import TileShape, add_tile
 
 SPLIT_TILES = {2: TileShape(64, 64, 4), 4: TileShape(32, 32, 8)}
@@ -21,14 +21,16 @@ split of 256 tokens is four such tiles."""
 def split_state(
     queries,
     entries,
-    pool,
-    pool_v,
-    buffer,
-    buffer_v,
+    keys_at,
+    values_at,
+    own,
     head,
     start,
     end,
     limit,
+    CODEC: tl.constexpr,
+    CODED_GROUP: tl.constexpr,
+    CODED_ROW: tl.constexpr,
     KV_HEADS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -37,8 +39,9 @@ def split_state(
     BLOCK_N: tl.constexpr,
 ):
     """`(m, total, acc)` of `queries [BLOCK_M, BLOCK_D]` over the keys `start .. end` of a sequence, of which a row sees
-    those before `limit [BLOCK_M]`; of a row that sees none m is -inf and the sums are 0. `entries`, `pool`, `buffer`
-    and `head` are as for `paging.tile_rows`. Nothing else in the pages is read."""
+    those before `limit [BLOCK_M]`; of a row that sees none m is -inf and the sums are 0. `entries` are as for
+    `paging.tile_pages`, `keys_at`, `values_at`, `own` and `head` as for `paging.load_tile`. Nothing else in the pages
+    is read."""
     SCALE: tl.constexpr = HEAD_DIM**-0.5 * 1.4426950408889634  # softmax in powers of two
     dim = tl.arange(0, BLOCK_D)
     fits = dim < HEAD_DIM
@@ -47,14 +50,19 @@ def split_state(
     acc = tl.full([BLOCK_M, BLOCK_D], 0.0, tl.float32)
     pages = tile_pages(entries, start, end, PAGE_SIZE, BLOCK_N)
     for first in range(start, end, BLOCK_N):
-        key_rows = tile_rows(pages, pool, buffer, head, first, KV_HEADS, PAGE_SIZE, HEAD_DIM, BLOCK_N)
-        value_rows = tile_rows(pages, pool_v, buffer_v, head, first, KV_HEADS, PAGE_SIZE, HEAD_DIM, BLOCK_N)
+        here = pages
         pages = tile_pages(entries, first + BLOCK_N, end, PAGE_SIZE, BLOCK_N)  # a tile ahead, so that no load waits
         key = first + tl.arange(0, BLOCK_N)
         filled = key < end
-        keys = tl.load(key_rows[:, None] + dim, mask=filled[:, None] & fits, other=0.0)
+        keys = load_tile(
+            here, keys_at, own, head, first, filled[:, None] & fits, False, CODEC, CODED_GROUP, CODED_ROW, KV_HEADS,
+            PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
         scores = tl.dot(queries, keys.T, input_precision="ieee")
         scores = tl.where(key < limit[:, None], scores, -float("inf"))
-        values = tl.load(value_rows[:, None] + dim, mask=filled[:, None] & fits, other=0.0)
+        values = load_tile(
+            here, values_at, own, head, first, filled[:, None] & fits, True, CODEC, CODED_GROUP, CODED_ROW, KV_HEADS,
+            PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
         m, total, acc = add_tile(scores, values, m, total, acc, SCALE)
     return m, total, acc

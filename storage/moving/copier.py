@@ -12,7 +12,7 @@ from distkv.storage.moving.page_copies import PageCopies
 from distkv.storage.moving.streams import Event, Lane
 from distkv.storage.pools.device_pool import DevicePool
 from distkv.storage.pools.host_pool import HostPool
-from distkv.storage.pools.page_pool import check_slot
+from distkv.storage.pools.page_pool import RowCodec, check_slot
 from distkv.storage.tier import Tier, Transfer
 
 
@@ -88,10 +88,13 @@ class ThreadCopier:
 
 
 class LaneCopier:
-    """A lane of a GPU for each direction, and nobody on the host waits."""
+    """A lane of a GPU for each direction, and nobody on the host waits. With a codec its kernels copy."""
 
     def __init__(self, device: DevicePool, host: HostPool, copies: PageCopies, times: LaneTimes):
         self._device, self._host, self._copies, self._times = device, host, copies, times
+        if device.codec is not None:
+            assert isinstance(device.codec, RowCodec)
+            copies.kernels |= {Lane.SPILL: device.codec.encode_rows, Lane.FETCH: device.codec.decode_rows}
 
     def border(self) -> list[Event]:
         return [self._copies.streams.record(Lane.COMPUTE)]

@@ -1,6 +1,6 @@
 """What the pools above and below the host's can do, whose pages are copied to and from host memory."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -36,6 +36,17 @@ class PageCodec(Protocol):
 
     def round(self, layer_pool: Tensor, slots: Tensor) -> None:
         """Gives the pages in some slots of a layer the values of their codes."""
+
+
+@runtime_checkable
+class RowCodec(PageCodec, Protocol):
+    """One whose pages cross between host and GPU by kernels: each method is a `Gather` of `page_copies.py`."""
+
+    def encode_rows(self, source: Tensor, target: Tensor, pairs: Tensor, num_programs: int) -> None:
+        """From `DevicePool.rows` to `HostPool.rows`."""
+
+    def decode_rows(self, source: Tensor, target: Tensor, pairs: Tensor, num_programs: int) -> None:
+        """The inverse."""
 
 
 def check_slot(slot: int, num_pages: int) -> None:

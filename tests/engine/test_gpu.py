@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from support.checkpoints import save_llama
 from support.llms import idle_engine
+from support.measures import relative_error
 from support.prompts import random_prompt, random_prompts, seeded
 from support.rules import rule_requests, save_speaking_llama
 from support.runs import run
@@ -105,6 +106,29 @@ def test_tiers_change_no_bit_and_memory_stays_flat(
         tiered.assert_same(resident)
         assert tiered.moved("host_streamed") > 20 * (length // 64 - 12) * tiered.page_bytes
     assert peaks[2] - peaks[1] < 4 * 2**20, peaks
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4", "fp8_e4m3"])
+@pytest.mark.parametrize("dtype, batch_invariant", [("bfloat16", False), ("float16", True), ("float32", False)])
+def test_codes_are_the_same_in_all_tiers(tmp_path: Path, codec: str, dtype: str, batch_invariant: bool) -> None:
+    """Graphs and single launches that fill pages, and codes that stream; near to what a CPU computes of codes."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    folder, _ = save_llama(
+        tmp_path / "model", num_attention_heads=8, num_key_value_heads=2, hidden_size=512, max_position_embeddings=4096
+    )
+    options: dict[str, Any] = {
+        "page_size": 64, "max_num_batched_tokens": 512, "max_num_seqs": 2, "dtype": dtype, "kv_cache_dtype": codec,
+    }  # fmt: skip
+    prompts = random_prompts(1500, 40)
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (70, 90)]
+    on_cuda = {"device": "cuda", "batch_invariant": batch_invariant}
+    resident = run(folder, prompts, params, pages=(30, 1, 0), **options, **on_cuda)
+    tiered = run(folder, prompts, params, pages=(12, 40, 0), **options, **on_cuda)
+    tiered.assert_same(resident)
+    assert tiered.moved("host_streamed") and tiered.moved("device_to_host")
+    if dtype == "float32":
+        native = run(folder, prompts, params, pages=(30, 1, 0), device="cpu", **options)
+        assert relative_error(resident.logits[0].cpu(), native.logits[0]) < 1e-3
 
 
 def test_few_new_tokens_are_compiled_beside_the_engine(tmp_path: Path) -> None:

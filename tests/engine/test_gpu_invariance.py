@@ -28,12 +28,15 @@ def small_model(folder: Path) -> Path:
 @pytest.mark.parametrize("page_size", [16, 64, 256])
 @pytest.mark.parametrize("seed", range(2))
 def test_answers_do_not_depend_on_what_else_happens(tmp_path: Path, dtype: str, page_size: int, seed: int) -> None:
-    """Neighbours in the batch, borders of chunks, graphs and single launches, hits of any length, tiers, restarts."""
+    """Neighbours in the batch, borders of chunks, graphs and single launches, hits of any length, tiers, restarts; with
+    pages that are codes, too."""
     pytest.importorskip("zarr", reason="what restarts find lies on disk")
     folder = small_model(tmp_path / "model")
     rng = random.Random(seed)
     prompts, params = random_requests(rng, (16, 300, 1500))
+    codec = ("auto", "int4")[seed]
     common = {"dtype": dtype, "page_size": page_size, "device": "cuda", "batch_invariant": True}
+    common |= {"kv_cache_dtype": codec, "host_kv_bytes": "64MiB"}
     with LLM(folder, device_kv_bytes="512MiB", enable_prefix_caching=False, **common, **WHOLE) as alone:
         expected = answers_alone(alone, prompts, params)
     page = 2 * 2 * 3 * 128 * page_size * 4  # bytes at most
@@ -43,7 +46,7 @@ def test_answers_do_not_depend_on_what_else_happens(tmp_path: Path, dtype: str, 
             "max_num_batched_tokens": budget, "max_num_seqs": min(8, budget), "host_kv_bytes": 600 * page,
             "device_kv_bytes": page * (12 + -(-budget // page_size)), "cache_dir": str(tmp_path / "cache"),
         }  # fmt: skip
-        with LLM(folder, **common, **options) as llm:
+        with LLM(folder, **common | options) as llm:
             assert_answers(llm, rng, prompts, params, expected, round)
 
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support import triton_on_cpu
 from support.checkpoints import edit_weights, save_llama
 from support.invariance import WHOLE, said
+from support.measures import relative_error
 from support.prompts import random_prompts
 from support.runs import run
 from torch import Tensor
@@ -20,6 +22,7 @@ from distkv.workers.runners.host_copies import map_arrays
 from distkv.workers.runners.step_graphs import StepGraphs
 
 pytestmark = pytest.mark.interpreter
+NATIVE = KINDS["cpu"]
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +83,28 @@ def test_tiers_change_no_bit(tmp_path: Path) -> None:
     assert mixed.moved("host_streamed") and mixed.moved("disk_streamed")
 
 
+@pytest.mark.parametrize(
+    "codec", ["int4", *(pytest.param(codec, marks=pytest.mark.slow) for codec in ("int8", "fp8_e4m3"))]
+)
+def test_codes_are_the_same_in_all_tiers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str) -> None:
+    """Decodes and chunks of prompts that fill pages, with a window of a few pages; and near to what the native kernels
+    of a CPU compute of codes."""
+    folder, _ = save_llama(tmp_path / "model", num_hidden_layers=1, head_dim=16, max_position_embeddings=1024)
+    prompts = random_prompts(100, 12)
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (3, 7)]
+    options: dict[str, Any] = {
+        "page_size": 16, "max_num_batched_tokens": 48, "max_num_seqs": 2, "kv_cache_dtype": codec,
+    }  # fmt: skip
+    resident = run(folder, prompts, params, pages=(40, 1, 0), **options)
+    mixed = run(folder, prompts, params, pages=(5, 1, 20), cache_dir=tmp_path / "cache", **options)
+    mixed.assert_same(resident)
+    assert mixed.moved("host_streamed") and mixed.moved("disk_streamed")
+    monkeypatch.setitem(KINDS, "cpu", NATIVE)
+    native = run(folder, prompts, params, pages=(40, 1, 0), **options)
+    for mine, theirs in zip(resident.logits, native.logits, strict=True):
+        assert relative_error(mine, theirs) < 1e-4
+
+
 def test_batch_mates_and_chunks_change_no_bit(tmp_path: Path) -> None:
     """With `batch_invariant`: a request alone in one chunk; and with others, in small chunks, behind a prefix."""
     folder, _ = save_llama(
@@ -107,12 +132,15 @@ def test_batch_mates_and_chunks_change_no_bit(tmp_path: Path) -> None:
     assert [said(one) for one in outputs] == alone
 
 
-def test_graphs_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps through the inputs of captured graphs, which a CPU can only launch again, and with a ladder of sizes."""
+@pytest.mark.parametrize("codec", ["auto", "int4"])
+def test_graphs_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str) -> None:
+    """Steps through the inputs of captured graphs, which a CPU can only launch again, and with a ladder of sizes;
+    with a codec they round the pages that they fill."""
     folder, _ = save_llama(tmp_path / "model", num_hidden_layers=1, head_dim=16)
     prompts = random_prompts(20, 3, 12)
-    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (3, 8, 5)]
-    options = {"page_size": 16, "max_num_batched_tokens": 32, "max_num_seqs": 3}
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (3, 8, 7)]
+    options: dict[str, Any] = {"page_size": 16, "max_num_batched_tokens": 32, "max_num_seqs": 3}
+    options |= {"kv_cache_dtype": codec, "pages": (16, 1, 0)} if codec != "auto" else {}
     eager = run(folder, prompts, params, **options)
     replayed: list[int] = []
 

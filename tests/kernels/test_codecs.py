@@ -3,6 +3,7 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.coded_pages import bits, some_pages
 from support.measures import TOLERANCE, relative_error
 from support.prompts import seeded
 from torch import Tensor
@@ -15,32 +16,12 @@ from distkv.kernels.native.library import Library, load
 from distkv.kernels.native.paged_attention import Chunks, CodedPages, attend_pages
 from distkv.kernels.page_codec import decode, encode
 
-BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
-
 libraries = st.sampled_from([load(one) for one in INSTRUCTION_SETS if one.is_here])
 formats = st.sampled_from(list(FORMATS.values()))
 dtypes = st.sampled_from(list(TOLERANCE))
 seeds = st.integers(0, 2**32 - 1)
 page_sizes = st.sampled_from([16, 32, 64, 128])
 head_dims = st.sampled_from([16, 64, 80, 128])
-
-
-def some_pages(seed: int, dtype: torch.dtype, page_size: int, head_dim: int, *shape: int, size: float = 1.0) -> Tensor:
-    """`[*shape, 2, 2, page_size, head_dim]`: channels of very different sizes, far from 0, equal to each other, 0."""
-    generator = seeded(seed)
-
-    def numbers(*last: int) -> Tensor:
-        return torch.randn(*shape, 2, 2, *last, generator=generator)
-
-    pages = numbers(page_size, head_dim) * numbers(1, head_dim).mul(2).exp() + 8 * numbers(1, head_dim)
-    pages[..., 1] = pages[..., :1, 1]  # a channel of one value
-    pages[..., 2, :] = 0  # a token of zeros
-    pages[..., 0, 3] *= 1000  # one outlier
-    return (pages * size).to(dtype)
-
-
-def bits(x: Tensor) -> Tensor:
-    return x.view(BITS[x.dtype])
 
 
 def steps_of(pages: Tensor, codec: CodecFormat) -> Tensor:

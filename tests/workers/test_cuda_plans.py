@@ -1,5 +1,7 @@
 """How the kernels on CUDA are told what to compute: every key once, loads that fit, cuts on the grid."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -126,21 +128,33 @@ def test_decode_cuts_long_contexts_into_rounds() -> None:
     group_size=st.integers(1, 8),
     buffer_pages=st.integers(16, 40),
     block_rows=st.sampled_from([64, 128]),
+    has_codec=st.booleans(),
 )
 def test_prefill_walks_over_every_key_once(
-    drawn: tuple[int, list[Member]], group_size: int, buffer_pages: int, block_rows: int
+    drawn: tuple[int, list[Member]], group_size: int, buffer_pages: int, block_rows: int, has_codec: bool
 ) -> None:
+    """With a codec the tokens of each page are a chunk of their own, which knows where that lies as it was."""
     page_size, sequences = drawn
     before = [step.pages.copy() for _, step in sequences]
-    plan = plan_prefill(sequences, page_size, group_size, buffer_pages, 128, block_rows)
-    by_row = {first: step for first, step in sequences}
+    plan = plan_prefill(sequences, page_size, group_size, buffer_pages, 128, block_rows, has_codec)
+    by_row, filled = {}, []
+    for first, step in sequences:
+        edges = [step.start, step.start + len(step.token_ids)]
+        if has_codec:
+            borders = range(step.start // page_size * page_size + page_size, edges[1], page_size)
+            edges = [edges[0], *borders, edges[1]]
+        for start, end in pairwise(edges):
+            own = len(filled) if has_codec and end % page_size == 0 else -1
+            filled += [step.pages[start // page_size]] if own >= 0 else []
+            by_row[first + start - step.start] = step, start, end - start, own
+    assert plan.filled.tolist() == filled
     walked: dict[tuple[int, int], int] = {}  # (first row, block) -> keys so far
     assert len(plan.blocks) == sum(plan.num_blocks) and len(plan.num_blocks) == len(plan.loads)
     launch = np.repeat(np.arange(len(plan.loads)), plan.num_blocks)
     for (row, block), where in zip(plan.blocks.tolist(), launch.tolist(), strict=True):
-        first_row, count, position, entry, first, end, saved_at, _ = plan.chunks[row].tolist()
-        step, load = by_row[first_row], plan.loads[where]
-        assert (count, position) == (len(step.token_ids), step.start)
+        first_row, count, position, entry, first, end, saved_at, own = plan.chunks[row].tolist()
+        step, load = by_row[first_row][0], plan.loads[where]
+        assert by_row[first_row] == (step, position, count, own)
         assert block % block_rows == 0 and 0 <= block < count * group_size
         assert walked.get((first_row, block), 0) == first
         walked[first_row, block] = end
@@ -154,9 +168,9 @@ def test_prefill_walks_over_every_key_once(
             else:
                 assert load is not None and load[buffer_index(found)] == page
     assert walked == {
-        (first, block): step.start + len(step.token_ids)
-        for first, step in sequences
-        for block in range(0, len(step.token_ids) * group_size, block_rows)
+        (first, block): start + count
+        for first, (_, start, count, _) in by_row.items()
+        for block in range(0, count * group_size, block_rows)
     }
     for load in plan.loads:
         assert load is None or 0 < len(load) <= buffer_pages

@@ -5,11 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 from support.attention_steps import Sequences, place
+from support.coded_pages import bits, some_pages
 from support.measures import TOLERANCE, relative_error
 from support.prompts import seeded
 from torch import Tensor
 
 from distkv.kernels import reference
+from distkv.kernels.codec_format import FORMATS, CodecFormat
+from distkv.kernels.page_codec import decode, encode
 from distkv.storage.device import device_of
 from distkv.storage.paging import pages_for
 from distkv.workers.page_directory import SequenceStep
@@ -65,6 +68,30 @@ def test_decode_over_many_states(dtype: torch.dtype) -> None:
     sequences = Sequences([(40_000, 1), (70, 1)], [0, 0], 16, 2, 4, 128, dtype)
     assert sequences.num_pages == pages_for(40_001, 16) + pages_for(71, 16)
     attend(sequences, list(range(sequences.num_pages)), num_programs=64)
+
+
+@dtypes
+@pytest.mark.parametrize("codec", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("page_size, head_dim", [(16, 64), (256, 128), (64, 96)])
+def test_codes(dtype: torch.dtype, codec: CodecFormat, page_size: int, head_dim: int) -> None:
+    """Pages to pinned memory and back, and rounded where they lie, bit for bit as on a CPU."""
+    from distkv.kernels.cuda.codec_pages import CudaCodec  # imports triton
+
+    pages = some_pages(head_dim, dtype, page_size, head_dim, 3, 4, size=0.01)  # [layer, slot, 2, head, ...]
+    codes = encode(pages, codec)
+    rounded = decode(codes, codec, dtype, head_dim)
+    kernels, pool = CudaCodec(codec, 2, page_size, head_dim), pages.transpose(1, 2).contiguous().to(CUDA)
+    host = torch.zeros_like(codes.transpose(0, 1).contiguous()).pin_memory()
+    of_host, of_device = host.flatten(1, 2).flatten(2), pool.flatten(0, 1).flatten(2).transpose(0, 1)
+    kernels.encode_rows(of_device, of_host, torch.tensor([[0, 3], [2, 1]], device=CUDA), 16)
+    kernels.decode_rows(of_host, of_device, torch.tensor([[1, 3]], device=CUDA), 16)
+    layer, exact = pool[1].clone(), torch.empty(2, *pages.shape[2:], dtype=dtype, device=CUDA)
+    kernels.round(layer, torch.tensor([1, -1], device=CUDA), exact)
+    torch.cuda.synchronize()
+    found = decode(host.transpose(0, 1), codec, dtype, head_dim)
+    assert torch.equal(bits(found[:, 3]), bits(rounded[:, 0])) and torch.equal(bits(found[:, 1]), bits(rounded[:, 2]))
+    assert torch.equal(bits(pool[:, :, 3].cpu()), bits(rounded[:, 2]))
+    assert torch.equal(exact[0].cpu(), pages[1, 1]) and torch.equal(bits(layer[:, 1].cpu()), bits(rounded[1, 1]))
 
 
 @dtypes

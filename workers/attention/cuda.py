@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distkv.kernels.codec_format import CodecFormat
+from distkv.kernels.cuda.codec_pages import CudaCodec
 from distkv.kernels.cuda.decode import decode_splits
 from distkv.kernels.cuda.merge import STATES, carry_like, merge_splits
 from distkv.kernels.cuda.prefill import BLOCK_M, SEGMENT_TOKENS, prefill_walk
@@ -40,6 +42,7 @@ class CudaShape:
     dtype: torch.dtype
     num_programs: int  # of the decode kernel for each KV head: enough to fill the GPU
     batch_invariant: bool = False  # whether prefill and decode agree in every bit
+    codec: CudaCodec | None = None  # of full pages
 
     @property
     def group_size(self) -> int:
@@ -60,6 +63,12 @@ class CudaShape:
         """Device memory that attention takes beside its result, in a step of `num_tokens` that streams."""
         decode = max(STATE_BYTES, STATES * MAX_DECODE_TOKENS * self.state_bytes)
         return decode + num_tokens * self.state_bytes
+
+    def exact_bytes(self, num_seqs: int) -> int:
+        """What is kept of pages that a step fills, at most, beyond those that its tokens fill alone."""
+        if self.codec is None:
+            return 0
+        return num_seqs * 2 * self.num_kv_heads * self.page_size * self.head_dim * self.dtype.itemsize
 
     def max_states(self, num_tokens: int) -> int:
         """States of a round of sequences with `num_tokens` new tokens each."""
@@ -90,6 +99,7 @@ class PrefillArrays(Generic[Array]):
     table: Array
     chunks: Array
     blocks: Array
+    filled: Array
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,7 @@ class AttentionArrays(Generic[Array]):
 
     decode: list[DecodeArrays[Array]]
     prefill: PrefillArrays[Array] | None
+    filled: Array  # with a codec: slots of the pages that decode fills, or -1
 
 
 @dataclass(frozen=True)
@@ -106,15 +117,17 @@ class CudaPlan:
 
     decode: list[DecodePlan]
     prefill: PrefillPlan | None
+    filled: np.ndarray  # with a codec: slots of the pages that decode fills
 
     @property
     def arrays(self) -> AttentionArrays[np.ndarray]:
         """What the kernels read."""
         decode = [DecodeArrays(group.table, [_round_arrays(one) for one in group.rounds]) for group in self.decode]
         prefill = self.prefill
-        return AttentionArrays(
-            decode, None if prefill is None else PrefillArrays(prefill.table, prefill.chunks, prefill.blocks)
-        )
+        if prefill is None:
+            return AttentionArrays(decode, None, self.filled)
+        arrays = PrefillArrays(prefill.table, prefill.chunks, prefill.blocks, prefill.filled)
+        return AttentionArrays(decode, arrays, self.filled)
 
 
 def plan_cuda_attention(steps: list[SequenceStep], shape: CudaShape, num_padding: int = 0) -> CudaPlan:
@@ -122,10 +135,13 @@ def plan_cuda_attention(steps: list[SequenceStep], shape: CudaShape, num_padding
     one new token for each sequence may have."""
     decode: dict[int, list[Member]] = defaultdict(list)
     prefill: list[Member] = []
+    filled = []
     first = 0
     for step in steps:
         count = len(step.token_ids)
-        (decode[count] if count <= MAX_DECODE_TOKENS else prefill).append((first, step))
+        (decode[count] if _decodes(step, shape) else prefill).append((first, step))
+        if shape.codec is not None and _decodes(step, shape) and (step.start + count) % shape.page_size == 0:
+            filled.append(step.pages[step.start // shape.page_size])
         first += count
     groups = [
         plan_decode(count, members, shape.page_size, shape.buffer_pages, shape.max_states(count), STATES, num_padding)
@@ -134,8 +150,18 @@ def plan_cuda_attention(steps: list[SequenceStep], shape: CudaShape, num_padding
     chunks = None
     if prefill:
         unit = shape.split_tokens if shape.batch_invariant else SEGMENT_TOKENS
-        chunks = plan_prefill(prefill, shape.page_size, shape.group_size, shape.buffer_pages, unit, BLOCK_M)
-    return CudaPlan(groups, chunks)
+        chunks = plan_prefill(
+            prefill, shape.page_size, shape.group_size, shape.buffer_pages, unit, BLOCK_M, shape.codec is not None
+        )
+    return CudaPlan(groups, chunks, np.array(filled, dtype=np.int64))
+
+
+def _decodes(step: SequenceStep, shape: CudaShape) -> bool:
+    """Whether a sequence takes the path of decode. With a codec its new tokens are of one page then, which is rounded
+    once they have met it as it is."""
+    count = len(step.token_ids)
+    crosses = shape.codec is not None and step.start % shape.page_size + count > shape.page_size
+    return count <= MAX_DECODE_TOKENS and not crosses
 
 
 @dataclass(frozen=True)
@@ -155,10 +181,13 @@ class CudaAttention:
         return loads
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer_pool: Tensor, stream: Stream | None) -> Tensor:
-        """See `Attention`; keys and values are read from their pages."""
-        out = q.new_empty(q.shape)
+        """See `Attention`; keys and values are read from their pages. With a codec those that the step fills get the
+        values of their codes: behind decode, and before prefill, for which what they held is kept."""
+        out, codec = q.new_empty(q.shape), self.shape.codec
         for plan, arrays in zip(self.plan.decode, self.arrays.decode, strict=True):
             self._decode(plan, arrays, q, layer_pool, stream, out)
+        if codec is not None:
+            codec.round(layer_pool, self.arrays.filled)
         if self.plan.prefill is not None and self.arrays.prefill is not None:
             self._prefill(self.plan.prefill, self.arrays.prefill, q, layer_pool, stream, out)
         return out.flatten(1)
@@ -167,7 +196,7 @@ class CudaAttention:
         self, plan: DecodePlan, arrays: DecodeArrays[Tensor], q: Tensor, layer_pool: Tensor, stream: Stream | None,
         out: Tensor,
     ) -> None:  # fmt: skip
-        shape, count = self.shape, plan.num_tokens
+        shape, count, codec = self.shape, plan.num_tokens, self._format
         split_pages = split_pages_for(shape.page_size)
         carry = carry_like(out) if len(plan.rounds) > 1 else None
         for one, read in zip(plan.rounds, arrays.rounds, strict=True):
@@ -181,6 +210,7 @@ class CudaAttention:
                         q, layer_pool, buffer, arrays.table, read.sequences, read.items[first : first + size],
                         read.num_items[launch], states, num_tokens=count, split_pages=split_pages,
                         num_programs=min(size, shape.num_programs), batch_invariant=shape.batch_invariant,
+                        codec=codec,
                     )  # fmt: skip
                 first += size
             merge_splits(states, read.sequences, out, carry, num_tokens=count, split_tokens=shape.split_tokens)
@@ -189,17 +219,24 @@ class CudaAttention:
         self, plan: PrefillPlan, arrays: PrefillArrays[Tensor], q: Tensor, layer_pool: Tensor, stream: Stream | None,
         out: Tensor,
     ) -> None:  # fmt: skip
-        shape = self.shape
+        shape, codec, exact = self.shape, self._format, None
+        if shape.codec is not None:
+            exact = layer_pool.new_empty(len(arrays.filled), *layer_pool[:, 0].shape)
+            shape.codec.round(layer_pool, arrays.filled, exact)
         state = _new_states(q, (plan.num_saved, shape.num_heads), shape.head_dim) if plan.num_saved else None
         first = 0
         for load, size in zip(plan.loads, plan.num_blocks, strict=True):
             buffer = None if load is None else _next_buffer(stream)
             read = q, layer_pool, buffer, arrays.table, arrays.chunks, arrays.blocks[first : first + size]
             if shape.batch_invariant:
-                prefill_splits(*read, state, out, split_tokens=shape.split_tokens)
+                prefill_splits(*read, state, out, split_tokens=shape.split_tokens, codec=codec, exact=exact)
             else:
-                prefill_walk(*read, state, out)
+                prefill_walk(*read, state, out, codec=codec, exact=exact)
             first += size
+
+    @property
+    def _format(self) -> CodecFormat | None:
+        return None if self.shape.codec is None else self.shape.codec.format
 
 
 def _new_states(q: Tensor, rows: tuple[int, ...], head_dim: int) -> States:

@@ -4,20 +4,19 @@ from functools import partial
 
 import torch
 
+from distkv.kernels.cuda.codec_pages import CudaCodec
 from distkv.kernels.cuda.cuda_kernels import BATCH_INVARIANT_KERNELS, CUDA_KERNELS
 from distkv.kernels.cuda.page_copy import copy_pages
 from distkv.storage.device import CudaDevice, Device
 from distkv.storage.page_spec import PageSpec
-from distkv.storage.pools.page_pool import PageCodec
 from distkv.storage.tier import Tier
 from distkv.workers.attention.policies.policy import PagePolicy
 from distkv.workers.backend import Backend, Demand, Room, refused_policy
 from distkv.workers.bandwidth import choose_copies
-from distkv.workers.errors import ConfigError
 from distkv.workers.gpu_memory import find_memory_in_use
 from distkv.workers.kv_pools import KVPools
 from distkv.workers.model.llama import LlamaModel
-from distkv.workers.runners.cuda_runner import CudaRunner, decode_programs
+from distkv.workers.runners.cuda_runner import CudaRunner, cuda_codec, decode_programs
 
 
 class CudaBackend:
@@ -55,12 +54,8 @@ class CudaBackend:
             [*budget, ("left for KV pages", max(left, 0))],
         )
 
-    def make_codec(self, spec: PageSpec) -> PageCodec | None:
-        if spec.format is not None:
-            raise ConfigError(
-                f"kv_cache_dtype is {spec.kv_cache_dtype}, which the kernels of CUDA do not know yet; leave it out"
-            )
-        return None
+    def make_codec(self, spec: PageSpec) -> CudaCodec | None:
+        return cuda_codec(spec)
 
     def tune(self, pools: KVPools) -> None:
         choose_copies(pools, copy_pages)

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distkv.kernels.cuda.codec_pages import CudaCodec
 from distkv.storage.dtypes import torch_dtype
+from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import pages_for
 from distkv.workers.attention.cuda import AttentionArrays, CudaAttention, CudaPlan, CudaShape, plan_cuda_attention
 from distkv.workers.kv_pools import KVPools
@@ -87,7 +89,7 @@ class CudaRunner:
         spec = pools.device.spec
         self.shape = CudaShape(
             model.shard.num_query_heads, spec.num_kv_heads, spec.head_dim, spec.page_size, pools.ring.buffer_pages,
-            torch_dtype(spec.dtype), num_programs, batch_invariant,
+            torch_dtype(spec.dtype), num_programs, batch_invariant, cuda_codec(spec),
         )  # fmt: skip
         below = [size for size in SIZES if size < max_num_seqs]
         self.sizes = below + list(SIZES[len(below) : len(below) + 1])
@@ -115,7 +117,8 @@ class CudaRunner:
     def warm_up(self) -> Iterator[None]:
         """See `Runner`: compiles what steps launch, and captures the graphs."""
         size, pages = self.shape.page_size, self._pools.device.num_pages
-        tokens = min(WARM_UP_TOKENS, pages * size)
+        wanted = WARM_UP_TOKENS if self.shape.codec is None else max(WARM_UP_TOKENS, size)  # so that a page is filled
+        tokens = min(wanted, pages * size)
         hidden = self.run([SequenceStep([0] * tokens, 0, np.arange(pages_for(tokens, size)), tokens, 1)], None)
         logits = self._model.logits(hidden)
         if logits is not None:  # on rank 0
@@ -139,6 +142,13 @@ class CudaRunner:
     def num_parts(self) -> int:
         """See `Runner`."""
         return 1 + self._captures * len(self.sizes)
+
+
+def cuda_codec(spec: PageSpec) -> CudaCodec | None:
+    """What the kernels of a rank encode and decode its pages by."""
+    if spec.format is None:
+        return None
+    return CudaCodec(spec.format, spec.num_kv_heads, spec.page_size, spec.head_dim)
 
 
 def decode_programs(num_processors: int, num_kv_heads: int) -> int:

@@ -59,6 +59,7 @@ class Inputs(Generic[Array]):
     context: Array
     page: Array
     offset: Array
+    filled: Array  # with a codec: [rows], see `AttentionArrays`
     sequences: Array  # [rows, 6], this and the next two as in `RoundArrays`
     num_items: Array  # [1, 2]
     items: Array  # [splits, 2]
@@ -73,12 +74,14 @@ class StepGraphs:
         self._num_splits = graph_splits(pool.num_pages, max_rows, shape)
         self._num_entries = SHARING * pool.num_pages + max_rows
         columns = [(max_rows,)] * 5
-        shapes = [*columns, (max_rows, 6), (1, 2), (self._num_splits, 2), (self._num_entries,)]
+        filled = max_rows if shape.codec is not None else 0
+        shapes = [*columns, (filled,), (max_rows, 6), (1, 2), (self._num_splits, 2), (self._num_entries,)]
         spans, size = lay_out(map(math.prod, shapes))
         self._spans = Inputs(*spans)
         self._flat = torch.zeros(size, dtype=torch.int64, device=pool.data.device)
         self._inputs = Inputs(*(self._flat[span].view(one) for span, one in zip(spans, shapes, strict=True)))
         self._inputs.page.fill_(-1)
+        self._inputs.filled.fill_(-1)
         # a graph holds the addresses of what it reads, so all of that must live as long
         self._logit_rows = torch.arange(max_rows, device=self._flat.device)
         self._memory = torch.cuda.graph_pool_handle()
@@ -105,7 +108,9 @@ class StepGraphs:
         [group] = attention.decode
         [one] = group.rounds
         arrays = [tokens.token_ids, tokens.positions, tokens.context, tokens.page, tokens.offset]
-        arrays += [one.sequences, one.num_items, one.items]
+        filled = np.full(rows if self._shape.codec is not None else 0, -1)
+        filled[: len(attention.filled)] = attention.filled
+        arrays += [filled, one.sequences, one.num_items, one.items]
         *spans, _ = vars(self._spans).values()
         end = self._spans.items.start + one.items.size
         block = self._pool.device.host_block(end + len(group.table))
@@ -123,6 +128,8 @@ class StepGraphs:
         tokens = Tokens(*(column[:rows] for column in columns))
         one = RoundArrays(inputs.sequences[:rows], inputs.items, inputs.num_items)
         nothing = np.zeros((0, 2), dtype=np.int64)
-        plan = CudaPlan([DecodePlan(1, nothing, [DecodeRound(nothing, nothing, [capacity], [], capacity)])], None)
-        arrays = AttentionArrays([DecodeArrays(inputs.table, [one])], None)
+        plan = CudaPlan(
+            [DecodePlan(1, nothing, [DecodeRound(nothing, nothing, [capacity], [], capacity)])], None, nothing
+        )
+        arrays = AttentionArrays([DecodeArrays(inputs.table, [one])], None, inputs.filled[:rows])
         return Batch(tokens, CudaAttention(plan, self._shape, arrays))
