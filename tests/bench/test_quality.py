@@ -2,13 +2,13 @@
 
 import json
 import math
-import random
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from support.checkpoints import edit_config, save_llama
+from support.prompts import random_prompt
 from support.tokenizers import save_tokenizer
 from torch.nn.functional import kl_div, log_softmax
 from transformers import LlamaForCausalLM
@@ -86,7 +86,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlamaForCausa
 def test_perplexity_is_that_of_transformers_and_codes_lose_some(model: tuple[Path, LlamaForCausalLM]) -> None:
     """Of tokens that an engine is given as an answer; the fewer bits, the more is lost."""
     folder, reference = model
-    text = [random.Random(1).randrange(3, 128) for _ in range(150)]
+    text = random_prompt(150, seed=1)
     with torch.inference_mode():
         logprobs = log_softmax(reference(torch.tensor([text])).logits[0].double(), dim=-1)
     own = [float(logprobs[place, token]) for place, token in enumerate(text[1:])]
@@ -120,13 +120,15 @@ def test_the_command_measures_a_text_of_ones_own(tmp_path: Path) -> None:
     text, figures, plot = tmp_path / "own.txt", tmp_path / "figures.json", tmp_path / "plot.png"
     text.write_text(FILLER * 20, encoding="utf-8")
     sizes = ("--quick", "--text-tokens", "600", "--read-tokens", "100", "--shape", "tiny", "--context", "4096")
-    rows = ("--row", "attention_policy=sink_window(sinks=1, window=64); page_size=64")
+    rows = ("--row", "attention_policy=sink_window(sinks=1, window=64); page_size=64", "--row", "page_size=16")
     files = ("--model", str(folder), "--text", str(text), "--json", str(figures), "--plot", str(plot))
     result = CliRunner().invoke(app, ["bench", "quality", *sizes, *rows, *files])
     assert result.exit_code == 0, result.exception or result.output
     assert plot.read_bytes().startswith(b"\x89PNG")
-    full, window = json.loads(figures.read_text())["rows"]
-    assert (full["name"], full["added"], full["divergence"], full["read_share"]) == ("full", 0, 0, 1)
+    full, window, small_pages = json.loads(figures.read_text())["rows"]
+    for one in (full, small_pages):
+        assert (one["name"], one["added"], one["divergence"], one["read_share"]) == ("full", 0, 0, 1)
+    assert full["perplexity_own.txt"] != small_pages["perplexity_own.txt"]
     assert window["divergence"] > 0.01 and window["read_share"] < 0.2
     assert window["host_bytes_per_token"] == 2 * 2 * 2 * 16 * 4
     edit_config(folder, lambda raw: raw.update(max_position_embeddings=900))
