@@ -263,8 +263,11 @@ def await_exported(name: str, model: str) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("kv_heads", [3, pytest.param(2, marks=pytest.mark.slow)])
-def test_pages_are_found_by_any_number_of_ranks(cluster: Cluster, tmp_path: Path, kv_heads: int) -> None:
+@pytest.mark.parametrize(
+    "kv_heads, codec",
+    [(3, "none"), *(pytest.param(2, codec, marks=pytest.mark.slow) for codec in ("none", "lossless"))],
+)
+def test_pages_are_found_by_any_number_of_ranks(cluster: Cluster, tmp_path: Path, kv_heads: int, codec: str) -> None:
     """What 1, 2 and 3 ranks write each of the others reads, all of it, and lets it lie as it is; with 2 KV heads on 3
     ranks one of them is held twice. With the pages of others a group answers what it does with its own."""
     folder = save_with_heads(tmp_path, kv_heads)
@@ -273,7 +276,7 @@ def test_pages_are_found_by_any_number_of_ranks(cluster: Cluster, tmp_path: Path
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=20)
     options: dict[str, Any] = {
         "page_size": 16, "max_num_batched_tokens": 64, "device_kv_bytes": "1MiB", "host_kv_bytes": "1MiB",
-        "cache_dir": cache, "disk_kv_bytes": "4MiB",
+        "cache_dir": cache, "disk_kv_bytes": "4MiB", "disk_kv_codec": codec,
     }  # fmt: skip
     known: dict[int, list[int]] = {}  # by the number of ranks that computed it, a prompt with its answer
     written: dict[bytes, bytes] = {}  # pages by key

@@ -33,7 +33,7 @@ export const FIELDS = [
 ];
 export const MORE = [
   { name: "dtype", label: "Model dtype", options: (choices) => choices.dtypes.map(dtypeOption("the checkpoint's")) },
-  { name: "attention_policy", label: "Attention policy", hint: "full, or top_pages(share=0.1)" },
+  { name: "attention_policy", label: "Attention policy", hint: "full, or top_pages(share=0.1)", isLong: true },
   { name: "device_kv_bytes", label: "Device memory for KV", hint: "auto" },
   { name: "disk_bandwidth", label: "Disk reads, per second", hint: "auto" },
   { name: "page_size", label: "Tokens of a page", whole: true },
@@ -142,7 +142,7 @@ function makeSlider(field, choices, box, changed) {
 }
 
 function makeText(field, choices, box, changed) {
-  const input = element("input", "exact"), row = element("div", "names");
+  const input = element("input", field.isLong ? "by-hand" : "exact"), row = element("div", field.isLong ? "" : "names");
   Object.assign(input, { id: field.name, type: "text", autocomplete: "off", spellcheck: false, placeholder: field.hint ?? choices.defaults[field.name] ?? "" });
   input.addEventListener("input", changed);
   row.append(label(field), input);

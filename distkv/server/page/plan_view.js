@@ -67,9 +67,9 @@ function headline(plan) {
     ["tokens that fit", longest.toLocaleString("en")],
     ["KV of a request", shownBytes(plan.kv_bytes_per_request)],
     ...(plan.request.kv_cache_dtype === "auto" ? [] : [
-      ["KV of a token", `${shownBytes(plan.kv_bytes_per_token)}; ${shownBytes(plan.cold_kv_bytes_per_token)} below`],
+      ["KV of a token below the device", shownBytes(plan.cold_kv_bytes_per_token)],
     ]),
-    ...(plan.share_read === 1 ? [] : [["of its pages a token reads", `${figures(100 * plan.share_read)} %`]]),
+    ...(plan.share_read === 1 ? [] : [["of a request's pages a token reads", `${figures(100 * plan.share_read)} %`]]),
   ];
 }
 
