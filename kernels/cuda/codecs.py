@@ -44,7 +44,8 @@ def encode_groups(x, AXIS: tl.constexpr, CODEC: tl.constexpr):
         # below the least normal number, 2^-6, steps are of 2^-9
         small = (tl.abs(code) * 512.0 + TO_WHOLE - TO_WHOLE).to(tl.int32)
         normal = ((size + ((1 << 19) - 1) + (size >> 20 & 1)) >> 20) - (120 << 3)
-        stored = tl.where(size < (121 << 23), small, normal) | (bits >> 24 & 0x80)
+        found = tl.where(size < (121 << 23), small, normal)
+        stored = found | tl.where(found > 0, bits >> 24 & 0x80, 0)  # there is no -0
     else:
         stored = (code + TO_WHOLE - TO_WHOLE).to(tl.int32) & (15 if CODEC == INT4 else 255)
     return stored, lowest, highest
