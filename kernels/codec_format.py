@@ -15,10 +15,11 @@ LANES = 16  # numbers that the kernels decode at a time, all of one group
 class CodecFormat:
     """What the numbers of a group are stored as.
 
-    A layer's keys of one KV head in a page `[page_size, head_dim]`, and likewise its values, are one block of bytes:
-    the codes `[page_size, head_dim * bits / 8]`, of int4 the channels 2j and 2j + 1 in the low and the high half of
-    byte j; then the scales in the model's dtype, of keys `[page_size / group, num_scales, head_dim]`, of values
-    `[head_dim / group, num_scales, page_size]`.
+    A layer's keys of one KV head in a page are one block of bytes, with a row for each channel of as many numbers as
+    the page has tokens; likewise its values, with a row for each token. First come the codes
+    `[rows, numbers * bits / 8]`, of int4 the numbers u b + j and u b + u / 2 + j of a row in the low and the high half
+    of its byte u b / 2 + j, for j < u / 2, where u is 32, or 16 in rows of no multiple of that; then the scales in the
+    model's dtype `[numbers / group, num_scales, rows]`.
     """
 
     name: str
@@ -35,7 +36,7 @@ class CodecFormat:
 
 
 def group_size(page_size: int, head_dim: int) -> int:
-    """Tokens, and channels, that share their scales."""
+    """Neighbours in a row that share their scales: tokens of a channel, or channels of a token."""
     return gcd(MOST_IN_GROUP, page_size, head_dim)
 
 

@@ -111,99 +111,30 @@ inline void transpose(Vec* rows) {
 #endif
 }
 
-// Rows of keys, or values, that are numbers already: sixteen of row r from element d on.
+// Sixteen 32-bit units of a row of keys from element d on: pairs of bf16, or single elements widened.
 template <class T>
-struct PlainRows {
-    const T* data;
-    int64_t dim;
-
-    void begin(int64_t, int64_t) {}
-
-    int lanes(int64_t d) const { return static_cast<int>(std::min<int64_t>(LANES, dim - d)); }
-
-    Vec numbers(int64_t r, int64_t d) const { return load(data + r * dim + d, lanes(d)); }
-
-#ifdef __AVX512F__
-    // as bf16
-    __m512i pairs(int64_t r, int64_t d) const {
-        if (d + 32 <= dim) return _mm512_loadu_si512(data + r * dim + d);
-        alignas(64) T held[32] = {};
-        std::memcpy(held, data + r * dim + d, sizeof(T) * (dim - d));
-        return _mm512_loadu_si512(held);
+inline Vec units(const T* row, int64_t d, int64_t dim) {
+    if constexpr (IN_PAIRS<T>) {
+        if (d + 32 <= dim) return load(reinterpret_cast<const float*>(row + d));
+        alignas(64) bf16 held[32] = {};
+        std::memcpy(held, row + d, sizeof(T) * (dim - d));
+        return load(reinterpret_cast<const float*>(held));
+    } else {
+        return load(row + d, static_cast<int>(std::min<int64_t>(LANES, dim - d)));
     }
-    __m256i bits(int64_t r, int64_t d) const {
-        if (lanes(d) == LANES) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + r * dim + d));
-        alignas(64) T held[LANES] = {};
-        std::memcpy(held, data + r * dim + d, sizeof(T) * lanes(d));
-        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(held));
-    }
-#endif
-};
-
-// What codes stand for, as it would lie in a page of numbers.
-template <class T>
-inline Vec as_stored(Vec numbers) {
-    if constexpr (std::is_same_v<T, float>) return numbers;
-    alignas(64) T held[LANES];
-    store(held, numbers);
-    return load(held);
 }
 
-// The same of coded keys, sixteen rows from `first` on at a time, which share the scales of a channel.
-template <class T, Codec C>
-struct CodedKeyRows {
-    CodedKeys<T, C> keys;
-    int64_t dim;
-    Scales<T, C> scales[2];
-
-    void begin(int64_t first, int64_t d) {
-        scales[0] = keys.scales(first, d);
-        if (IN_PAIRS<T> && d + LANES < dim) scales[1] = keys.scales(first, d + LANES);
-    }
-
-    Vec numbers(int64_t r, int64_t d) const { return as_stored<T>(scales[0].numbers(keys.codes(r, d))); }
-
-#ifdef __AVX512F__
-    __m512i pairs(int64_t r, int64_t d) const {
-        alignas(64) T held[32] = {};
-        Vec low = scales[0].numbers(keys.codes(r, d));
-        if (d + LANES < dim)
-            store(held, low, scales[1].numbers(keys.codes(r, d + LANES)));
-        else
-            store(held, low);
-        return _mm512_load_si512(held);
-    }
-#endif
-};
-
-// And of coded values.
-template <class T, Codec C>
-struct CodedValueRows {
-    CodedValues<T, C> values;
-
-    Vec numbers(int64_t r, int64_t d) const { return as_stored<T>(values.numbers(r, d)); }
-#ifdef __AVX512F__
-    __m256i bits(int64_t r, int64_t d) const { return rounded(values.numbers(r, d)); }
-#endif
-};
-
 // Keys `[count, dim]` as panels of 16 keys, `dim` deep.
-template <class T, class KeyRows>
-void pack_keys(KeyRows keys, int64_t count, int64_t dim, RowElement<T>* panels) {
+template <class T>
+void pack_keys(const T* keys, int64_t count, int64_t dim, RowElement<T>* panels) {
     constexpr int64_t UNIT = IN_PAIRS<T> ? 2 : 1;
     int64_t size = panel_size<RowElement<T>>(dim), units_deep = padded_depth<RowElement<T>>(dim) / UNIT;
-    auto units = [&](int64_t r, int64_t d) {  // 32 bits each: pairs of bf16, or single elements widened
-#ifdef __AVX512F__
-        if constexpr (IN_PAIRS<T>) return Vec{_mm512_castsi512_ps(keys.pairs(r, d))};
-#endif
-        return keys.numbers(r, d);
-    };
     for (int64_t first = 0; first < count; first += LANES) {
         auto* panel = reinterpret_cast<float*>(panels + first / LANES * size);
         for (int64_t unit = 0; unit < units_deep; unit += LANES) {
-            keys.begin(first, unit * UNIT);
             Vec rows[16];
-            for (int64_t i = 0; i < 16; ++i) rows[i] = first + i < count ? units(first + i, unit * UNIT) : zeros();
+            for (int64_t i = 0; i < 16; ++i)
+                rows[i] = first + i < count ? units(keys + (first + i) * dim, unit * UNIT, dim) : zeros();
             transpose(rows);
             for (int64_t i = 0; i < std::min<int64_t>(16, units_deep - unit); ++i)
                 store(panel + (unit + i) * LANES, rows[i]);
@@ -212,22 +143,53 @@ void pack_keys(KeyRows keys, int64_t count, int64_t dim, RowElement<T>* panels) 
 }
 
 // Values `[count, dim]` as panels of 16 of their dimensions, `count` deep, and zeros up to `depth`.
-template <class T, class ValueRows>
-void pack_values(ValueRows values, int64_t count, int64_t dim, int64_t depth, RowElement<T>* panels) {
+template <class T>
+void pack_values(const T* values, int64_t count, int64_t dim, int64_t depth, RowElement<T>* panels) {
     for (int64_t d = 0; d < dim; d += LANES, panels += depth * LANES) {
+        int lanes = static_cast<int>(std::min<int64_t>(LANES, dim - d));
         if constexpr (IN_PAIRS<T>) {
+            for (int64_t k = 0; k < depth; k += 2) {
+                alignas(64) bf16 held[2][16] = {};
+                const bf16* pair[2];
+                for (int64_t i = 0; i < 2; ++i) {
+                    const bf16* row = values + (k + i) * dim + d;
+                    pair[i] = held[i];
+                    if (k + i < count && lanes == LANES)
+                        pair[i] = row;
+                    else if (k + i < count)
+                        std::memcpy(held[i], row, sizeof(bf16) * lanes);
+                }
 #ifdef __AVX512F__
-            auto wide = [&](int64_t k) {
-                return k < count ? _mm512_cvtepu16_epi32(values.bits(k, d)) : _mm512_setzero_si512();
-            };
-            for (int64_t k = 0; k < depth; k += 2)
-                _mm512_storeu_si512(panels + k * LANES, _mm512_or_si512(wide(k), _mm512_slli_epi32(wide(k + 1), 16)));
+                auto wide = [](const bf16* p) {
+                    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+                };
+                __m512i both = _mm512_or_si512(wide(pair[0]), _mm512_slli_epi32(wide(pair[1]), 16));
+                _mm512_storeu_si512(panels + k * LANES, both);
 #endif
+            }
         } else {
             for (int64_t k = 0; k < depth; ++k)
-                store(panels + k * LANES, k < count ? values.numbers(k, d) : zeros());
+                store(panels + k * LANES, k < count ? load(values + k * dim + d, lanes) : zeros());
         }
     }
+}
+
+// Coded rows, of keys by channel and of values by token, as panels of 16 of their columns, and zeros up to `depth`: what
+// codes stand for as it would lie in a page of numbers.
+template <class T, Codec C>
+void pack_coded(const CodedRows<T, C>& coded, int64_t depth, RowElement<T>* panels) {
+    int64_t group = coded.group();
+    for (int64_t first = 0; first < coded.count; first += group)
+        for (int64_t r = 0; r < depth; r += IN_PAIRS<T> ? 2 : 1) {
+            auto* to = panels + first * depth + r * LANES;
+            if (r >= coded.rows)
+                for (int64_t at = first; at < first + group; at += LANES, to += depth * LANES)
+                    std::memset(static_cast<void*>(to), 0, sizeof(*to) * LANES * (IN_PAIRS<T> ? 2 : 1));
+            else if constexpr (IN_PAIRS<T>)
+                coded.pack_pair(r, first, to, depth * LANES);
+            else
+                coded.pack_row(r, first, to, depth * LANES);
+        }
 }
 
 // --- states ---
@@ -308,14 +270,16 @@ class PageAttention {
 
     void pack(const Part<T>& page, Codec codec, int64_t count) {
         values_depth_ = padded_depth<E>(round_up(count, LANES));
-        if (!page.coded_keys)
-            pack_rows(PlainRows<T>{page.keys, shape_.dim}, PlainRows<T>{page.values, shape_.dim}, count);
-        else if (codec == Codec::FP8)
-            pack_coded<Codec::FP8>(page, count);
-        else if (codec == Codec::INT8)
-            pack_coded<Codec::INT8>(page, count);
-        else
-            pack_coded<Codec::INT4>(page, count);
+        if (!page.coded_keys) {
+            pack_keys(page.keys, count, shape_.dim, keys_);
+            pack_values(page.values, count, shape_.dim, values_depth_, values_);
+        } else if (codec == Codec::FP8) {
+            pack_codes<Codec::FP8>(page);
+        } else if (codec == Codec::INT8) {
+            pack_codes<Codec::INT8>(page);
+        } else {
+            pack_codes<Codec::INT4>(page);
+        }
     }
 
     // Gives the states of the rows of queries `[rows][depth]` over the page to `use(first row, count, states)`, up to
@@ -385,17 +349,11 @@ class PageAttention {
 #endif
 
   private:
+    // Of a whole page, as all are that are codes. Its keys lie as the panels of a product want them, by channel.
     template <Codec C>
-    void pack_coded(const Part<T>& page, int64_t count) {
-        Coded<T, C> coded{shape_.page_size, shape_.dim};
-        pack_rows(CodedKeyRows<T, C>{{page.coded_keys, coded}, shape_.dim, {}},
-                  CodedValueRows<T, C>{{page.coded_values, coded}}, count);
-    }
-
-    template <class KeyRows, class ValueRows>
-    void pack_rows(KeyRows keys, ValueRows values, int64_t count) {
-        pack_keys<T>(keys, count, shape_.dim, keys_);
-        pack_values<T>(values, count, shape_.dim, values_depth_, values_);
+    void pack_codes(const Part<T>& page) {
+        pack_coded(CodedRows<T, C>(page.coded_keys, shape_.dim, shape_.page_size), depth_, keys_);
+        pack_coded(CodedRows<T, C>(page.coded_values, shape_.page_size, shape_.dim), values_depth_, values_);
     }
 
     // Of up to TILE_ROWS rows.

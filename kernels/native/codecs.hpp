@@ -2,6 +2,7 @@
 // bit.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <numeric>
 
@@ -16,19 +17,6 @@ template <Codec C>
 constexpr float LEVELS = C == Codec::FP8 ? 448.f : C == Codec::INT8 ? 127.f : 15.f;
 template <Codec C>
 constexpr int64_t NUM_SCALES = C == Codec::INT4 ? 2 : 1;
-
-// How a head's keys, or values, of a page lie.
-template <class T, Codec C>
-struct Coded {
-    int64_t page_size, dim;
-
-    int64_t group() const { return std::gcd(std::gcd(int64_t{64}, page_size), dim); }
-    int64_t row() const { return C == Codec::INT4 ? dim / 2 : dim; }  // bytes of a token's codes
-    int64_t scales_at() const { return page_size * row(); }
-    int64_t bytes() const {
-        return scales_at() + page_size * dim / group() * NUM_SCALES<C> * static_cast<int64_t>(sizeof(T));
-    }
-};
 
 // --- decoding ---
 
@@ -89,100 +77,146 @@ inline Vec where_equal(Vec a, Vec b, Vec then, Vec otherwise) {
 }
 #endif
 
-// The codes of channels d to d + 15 of a token, whose row begins at p.
-template <Codec C>
-inline Vec codes_of(const uint8_t* p, int64_t d) {
-    if constexpr (C == Codec::INT4) {
-        __m128i both = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + d / 2)), mask = _mm_set1_epi8(15);
-        __m128i low = _mm_and_si128(both, mask), high = _mm_and_si128(_mm_srli_epi16(both, 4), mask);
-        return of_unsigned(_mm_unpacklo_epi8(low, high));
-    } else {
-        __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + d));
-        return C == Codec::INT8 ? of_signed(bytes) : of_fp8(bytes);
-    }
-}
-
-// What sixteen codes stand for, each with its own scales or all with the same.
+// What codes of one row and group stand for.
 template <class T, Codec C>
 struct Scales {
     Vec lowest, highest, step;
 
-    Scales() = default;
-    Scales(Vec lowest, Vec highest)
-        : lowest(lowest), highest(highest), step((highest - lowest) * all(1.f / LEVELS<C>)) {}
+    Scales(float first, float last)
+        : lowest(all(NUM_SCALES<C> == 1 ? 0.f : first)),
+          highest(all(last)),
+          step(all((last - (NUM_SCALES<C> == 1 ? 0.f : first)) * (1.f / LEVELS<C>))) {}
 
-    static Scales of_channels(const T* first, int64_t distance) {
-        if constexpr (NUM_SCALES<C> == 1) return {zeros(), load(first)};
-        return {load(first), load(first + distance)};
-    }
-    static Scales of_token(const T* first, int64_t distance) {
-        if constexpr (NUM_SCALES<C> == 1) return {zeros(), all(number_of(*first))};
-        return {all(number_of(*first)), all(number_of(first[distance]))};
-    }
-
-    // not yet rounded to T; the ends of a group are kept as they are
+    // Not yet rounded to T. The ends of a group are kept as they are; rounding to fewer bits does so by itself for those
+    // that are a multiple of the step.
     Vec numbers(Vec codes) const {
-        Vec found = lowest + codes * step;
-        found = where_equal(codes, all(LEVELS<C>), highest, found);
-        if constexpr (NUM_SCALES<C> == 1) found = where_equal(codes, all(-LEVELS<C>), zeros() - highest, found);
+        if constexpr (C == Codec::INT4) return where_equal(codes, all(LEVELS<C>), highest, lowest + codes * step);
+        Vec found = codes * step;
+        if constexpr (std::is_same_v<T, float>) {
+            found = where_equal(codes, all(LEVELS<C>), highest, found);
+            found = where_equal(codes, all(-LEVELS<C>), zeros() - highest, found);
+        }
         return found;
     }
 };
 
-// Keys of a page: channels share their scales over `group` tokens.
-template <class T, Codec C>
-class CodedKeys {
-  public:
-    CodedKeys(const uint8_t* block, const Coded<T, C>& shape)
-        : codes_(block), scales_(reinterpret_cast<const T*>(block + shape.scales_at())), shape_(shape) {}
-
-    // Those of tokens from `token` on to the end of their group, channels d to d + 15.
-    Scales<T, C> scales(int64_t token, int64_t d) const {
-        return Scales<T, C>::of_channels(scales_ + token / shape_.group() * NUM_SCALES<C> * shape_.dim + d, shape_.dim);
-    }
-    Vec codes(int64_t token, int64_t d) const { return codes_of<C>(codes_ + token * shape_.row(), d); }
-
-  private:
-    const uint8_t* codes_;
-    const T* scales_;
-    Coded<T, C> shape_;
-};
-
-// Values of a page: tokens share their scales over `group` channels.
-template <class T, Codec C>
-class CodedValues {
-  public:
-    CodedValues(const uint8_t* block, const Coded<T, C>& shape)
-        : codes_(block), scales_(reinterpret_cast<const T*>(block + shape.scales_at())), shape_(shape) {}
-
-    Vec numbers(int64_t token, int64_t d) const {
-        const T* first = scales_ + d / shape_.group() * NUM_SCALES<C> * shape_.page_size + token;
-        return Scales<T, C>::of_token(first, shape_.page_size).numbers(codes_of<C>(codes_ + token * shape_.row(), d));
-    }
-
-  private:
-    const uint8_t* codes_;
-    const T* scales_;
-    Coded<T, C> shape_;
-};
-
-template <class T, Codec C>
-void decode_keys(const uint8_t* block, const Coded<T, C>& shape, T* keys) {
-    CodedKeys<T, C> coded(block, shape);
-    for (int64_t first = 0; first < shape.page_size; first += LANES)
-        for (int64_t d = 0; d < shape.dim; d += LANES) {
-            Scales<T, C> scales = coded.scales(first, d);
-            for (int64_t token = first; token < first + LANES; ++token)
-                store(keys + token * shape.dim + d, scales.numbers(coded.codes(token, d)));
-        }
+// As it would lie in a page of numbers.
+template <class T>
+inline Vec as_stored(Vec numbers) {
+    if constexpr (std::is_same_v<T, float>) return numbers;
+    alignas(64) T held[LANES];
+    store(held, numbers);
+    return load(held);
 }
 
+// A head's keys of a page, a row for each channel, or its values, a row for each token: `count` numbers each.
 template <class T, Codec C>
-void decode_values(const uint8_t* block, const Coded<T, C>& shape, T* values) {
-    CodedValues<T, C> coded(block, shape);
-    for (int64_t token = 0; token < shape.page_size; ++token)
-        for (int64_t d = 0; d < shape.dim; d += LANES)
-            store(values + token * shape.dim + d, coded.numbers(token, d));
+class CodedRows {
+  public:
+    const int64_t rows, count;
+
+    CodedRows(const uint8_t* block, int64_t rows, int64_t count)
+        : rows(rows), count(count), codes_(block), scales_(reinterpret_cast<const T*>(block + scales_at(rows, count))) {}
+
+    static int64_t row_bytes(int64_t count) { return C == Codec::INT4 ? count / 2 : count; }
+    static int64_t scales_at(int64_t rows, int64_t count) { return rows * row_bytes(count); }
+    static int64_t bytes(int64_t rows, int64_t count) {
+        int64_t scales = count / group_of(rows, count) * NUM_SCALES<C> * rows;
+        return scales_at(rows, count) + scales * static_cast<int64_t>(sizeof(T));
+    }
+    // Neighbours in a row that share their scales.
+    static int64_t group_of(int64_t rows, int64_t count) { return std::gcd(std::gcd(int64_t{64}, rows), count); }
+    int64_t group() const { return group_of(rows, count); }
+
+    Scales<T, C> scales(int64_t row, int64_t at) const {
+        const T* first = scales_ + at / group() * NUM_SCALES<C> * rows + row;
+        return {number_of(first[0]), number_of(first[(NUM_SCALES<C> - 1) * rows])};
+    }
+
+    // Sixteen from `at` on.
+    Vec codes(int64_t row, int64_t at) const {
+        const uint8_t* from = codes_ + row * row_bytes(count);
+        if constexpr (C == Codec::INT4) {
+            __m128i mask = _mm_set1_epi8(15);
+            if (count % 32) {
+                __m128i both = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + at / 2));
+                __m128i high = _mm_and_si128(_mm_srli_epi16(both, 4), mask);
+                return of_unsigned(_mm_unpacklo_epi64(_mm_and_si128(both, mask), high));
+            }
+            __m128i both = bytes_at(from + at / 32 * 16);
+            return of_unsigned(_mm_and_si128(at % 32 ? _mm_srli_epi16(both, 4) : both, mask));
+        } else {
+            return C == Codec::INT8 ? of_signed(bytes_at(from + at)) : of_fp8(bytes_at(from + at));
+        }
+    }
+
+    // A group's numbers from `first` on, sixteen at a time to places `stride` apart: of one row, widened, or of two rows by
+    // turns.
+    void pack_row(int64_t row, int64_t first, float* to, int64_t stride) const {
+        Scales<T, C> one = scales(row, first);
+        for (int64_t at = first; at < first + group(); at += LANES, to += stride)
+            store(to, as_stored<T>(one.numbers(codes(row, at))));
+    }
+#ifdef __AVX512BF16__
+    void pack_pair(int64_t row, int64_t first, bf16* to, int64_t stride) const {
+        Scales<T, C> one = scales(row, first), two = scales(row + 1, first);
+        if (C == Codec::INT4 && count % 32 == 0) {
+            // what each of the sixteen codes stands for is looked up
+            __m512i low = table(one), high = _mm512_slli_epi32(table(two), 16);
+            const uint8_t* from = codes_ + row * row_bytes(count);
+            for (int64_t at = first; at < first + group(); at += 32) {
+                __m512i a = _mm512_cvtepu8_epi32(bytes_at(from + at / 2));
+                __m512i b = _mm512_cvtepu8_epi32(bytes_at(from + row_bytes(count) + at / 2));
+                for (int half = 0; half < 2; ++half, to += stride) {
+                    __m512i found = _mm512_or_si512(_mm512_permutexvar_epi32(a, low), _mm512_permutexvar_epi32(b, high));
+                    _mm512_storeu_si512(to, found);
+                    a = _mm512_srli_epi32(a, 4), b = _mm512_srli_epi32(b, 4);
+                }
+            }
+        } else {
+            alignas(64) static constexpr auto BY_TURNS = [] {
+                std::array<int16_t, 32> places{};
+                for (int16_t i = 0; i < 32; ++i) places[i] = static_cast<int16_t>(i / 2 + i % 2 * 16);
+                return places;
+            }();
+            __m512i by_turns = _mm512_load_si512(BY_TURNS.data());
+            for (int64_t at = first; at < first + group(); at += LANES, to += stride) {
+                Vec a = one.numbers(codes(row, at)), b = two.numbers(codes(row + 1, at));
+                auto both = (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v);
+                _mm512_storeu_si512(to, _mm512_permutexvar_epi16(by_turns, both));
+            }
+        }
+    }
+#endif
+
+  private:
+    static __m128i bytes_at(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+#ifdef __AVX512BF16__
+    static __m512i table(const Scales<T, C>& scales) {
+        Vec all_codes{_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
+        return _mm512_cvtepu16_epi32(rounded(scales.numbers(all_codes)));
+    }
+#endif
+
+    const uint8_t* codes_;
+    const T* scales_;
+};
+
+// A head's keys, or values, of a page `[page_size][dim]`.
+template <class T, Codec C>
+void decode_block(const uint8_t* block, int64_t page_size, int64_t dim, bool are_keys, T* numbers) {
+    CodedRows<T, C> coded(block, are_keys ? dim : page_size, are_keys ? page_size : dim);
+    for (int64_t row = 0; row < coded.rows; ++row)
+        for (int64_t at = 0; at < coded.count; at += LANES) {
+            Vec found = coded.scales(row, at).numbers(coded.codes(row, at));
+            if (!are_keys) {
+                store(numbers + row * dim + at, found);
+                continue;
+            }
+            alignas(64) T held[LANES];
+            store(held, found);
+            for (int64_t i = 0; i < LANES; ++i) numbers[(at + i) * dim + row] = held[i];
+        }
 }
 
 // --- encoding: a page once, when it is full, and when it goes to another tier ---
@@ -192,7 +226,10 @@ inline uint8_t fp8_of(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof(bits));
     uint32_t sign = bits >> 24 & 0x80, size = bits & 0x7fffffff;
-    if (size < (121u << 23)) return static_cast<uint8_t>(sign | static_cast<uint32_t>(std::nearbyint(std::fabs(x) * 512)));
+    if (size < (121u << 23)) {
+        auto small = static_cast<uint32_t>(std::nearbyint(std::fabs(x) * 512));
+        return static_cast<uint8_t>(small ? sign | small : 0);
+    }
     size += (1u << 19) - 1 + (size >> 20 & 1);
     return static_cast<uint8_t>(sign | ((size >> 20) - (120 << 3)));
 }
@@ -248,40 +285,34 @@ struct Encoder {
     static void set_nan(fp16& x) { x.bits = 0x7e00; }
 };
 
+// Writes the code of the number at a place in a row, of int4 two of each `unit` side by side in a byte.
 template <Codec C>
-inline void put(uint8_t* row, int64_t d, float code) {
-    if constexpr (C == Codec::FP8)
-        row[d] = fp8_of(code);
-    else if constexpr (C == Codec::INT8)
-        row[d] = static_cast<uint8_t>(static_cast<int8_t>(code));
-    else
-        row[d / 2] = static_cast<uint8_t>(d % 2 ? row[d / 2] | static_cast<int>(code) << 4 : static_cast<int>(code));
+inline void put(uint8_t* row, int64_t at, int64_t unit, float code) {
+    if constexpr (C == Codec::FP8) {
+        row[at] = fp8_of(code);
+    } else if constexpr (C == Codec::INT8) {
+        row[at] = static_cast<uint8_t>(static_cast<int8_t>(code));
+    } else {
+        uint8_t& byte = row[at / unit * unit / 2 + at % (unit / 2)];
+        auto whole = static_cast<int>(code);
+        byte = static_cast<uint8_t>(at % unit < unit / 2 ? whole : byte | whole << 4);
+    }
 }
 
 template <class T, Codec C>
-void encode_keys(const T* keys, const Coded<T, C>& shape, uint8_t* block) {
-    int64_t group = shape.group();
-    T* scales = reinterpret_cast<T*>(block + shape.scales_at());
-    for (int64_t first = 0; first < shape.page_size; first += group, scales += NUM_SCALES<C> * shape.dim)
-        for (int64_t d = 0; d < shape.dim; ++d) {
-            Encoder<T, C> encoder(keys + first * shape.dim + d, group, shape.dim);
-            for (int64_t i = 0; i < NUM_SCALES<C>; ++i) scales[i * shape.dim + d] = encoder.scales[i];
-            for (int64_t token = first; token < first + group; ++token)
-                put<C>(block + token * shape.row(), d, encoder.code(keys[token * shape.dim + d]));
-        }
-}
-
-template <class T, Codec C>
-void encode_values(const T* values, const Coded<T, C>& shape, uint8_t* block) {
-    int64_t group = shape.group();
-    T* scales = reinterpret_cast<T*>(block + shape.scales_at());
-    for (int64_t token = 0; token < shape.page_size; ++token)
-        for (int64_t first = 0; first < shape.dim; first += group) {
-            Encoder<T, C> encoder(values + token * shape.dim + first, group, 1);
-            T* to = scales + first / group * NUM_SCALES<C> * shape.page_size + token;
-            for (int64_t i = 0; i < NUM_SCALES<C>; ++i) to[i * shape.page_size] = encoder.scales[i];
-            for (int64_t d = first; d < first + group; ++d)
-                put<C>(block + token * shape.row(), d, encoder.code(values[token * shape.dim + d]));
+void encode_block(const T* numbers, int64_t page_size, int64_t dim, bool are_keys, uint8_t* block) {
+    using Coded = CodedRows<T, C>;
+    int64_t rows = are_keys ? dim : page_size, count = are_keys ? page_size : dim, group = Coded::group_of(rows, count);
+    int64_t row_stride = are_keys ? 1 : dim, stride = are_keys ? dim : 1, unit = std::gcd(int64_t{32}, count);
+    T* scales = reinterpret_cast<T*>(block + Coded::scales_at(rows, count));
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t first = 0; first < count; first += group) {
+            const T* from = numbers + row * row_stride + first * stride;
+            Encoder<T, C> encoder(from, group, stride);
+            T* to = scales + first / group * NUM_SCALES<C> * rows + row;
+            for (int64_t i = 0; i < NUM_SCALES<C>; ++i) to[i * rows] = encoder.scales[i];
+            for (int64_t i = 0; i < group; ++i)
+                put<C>(block + row * Coded::row_bytes(count), first + i, unit, encoder.code(from[i * stride]));
         }
 }
 
@@ -299,39 +330,33 @@ struct CodedPages {
 // The page in a slot as codes `[parts][kv_heads][bytes]`, and back.
 template <class T, Codec C>
 void encode_page(const T* pool, const CodedPages& pages, int64_t slot, uint8_t* to) {
-    Coded<T, C> shape{pages.page_size, pages.dim};
+    int64_t bytes = CodedRows<T, C>::bytes(pages.page_size, pages.dim);
     for (int64_t part = 0; part < pages.num_parts; ++part)
-        for (int64_t head = 0; head < pages.kv_heads; ++head, to += shape.bytes())
-            (part % 2 ? encode_values<T, C> : encode_keys<T, C>)(pool + pages.at(part, slot, head), shape, to);
+        for (int64_t head = 0; head < pages.kv_heads; ++head, to += bytes)
+            encode_block<T, C>(pool + pages.at(part, slot, head), pages.page_size, pages.dim, part % 2 == 0, to);
 }
 template <class T, Codec C>
 void decode_page(const uint8_t* from, const CodedPages& pages, int64_t slot, T* pool) {
-    Coded<T, C> shape{pages.page_size, pages.dim};
+    int64_t bytes = CodedRows<T, C>::bytes(pages.page_size, pages.dim);
     for (int64_t part = 0; part < pages.num_parts; ++part)
-        for (int64_t head = 0; head < pages.kv_heads; ++head, from += shape.bytes())
-            (part % 2 ? decode_values<T, C> : decode_keys<T, C>)(from, shape, pool + pages.at(part, slot, head));
+        for (int64_t head = 0; head < pages.kv_heads; ++head, from += bytes)
+            decode_block<T, C>(from, pages.page_size, pages.dim, part % 2 == 0, pool + pages.at(part, slot, head));
 }
 
 // Gives each page of some slots the values of its codes; what it held before goes to `exact`
 // `[pages][parts][kv_heads][page_size][dim]`, where that is wanted.
 template <class T, Codec C>
 void round_pages(T* pool, const CodedPages& pages, const int64_t* slots, int64_t count, T* exact, int num_threads) {
-    Coded<T, C> shape{pages.page_size, pages.dim};
     int64_t of_page = pages.num_parts * pages.kv_heads, size = pages.page_size * pages.dim;
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads)
     for (int64_t task = 0; task < count * of_page; ++task) {
         static thread_local Scratch memory;
-        auto* block = memory.get<uint8_t>(shape.bytes());
+        auto* block = memory.get<uint8_t>(CodedRows<T, C>::bytes(pages.page_size, pages.dim));
         int64_t part = task % of_page / pages.kv_heads, head = task % pages.kv_heads;
         T* numbers = pool + pages.at(part, slots[task / of_page], head);
         if (exact) std::memcpy(static_cast<void*>(exact + task * size), numbers, sizeof(T) * size);
-        if (part % 2) {
-            encode_values<T, C>(numbers, shape, block);
-            decode_values<T, C>(block, shape, numbers);
-        } else {
-            encode_keys<T, C>(numbers, shape, block);
-            decode_keys<T, C>(block, shape, numbers);
-        }
+        encode_block<T, C>(numbers, pages.page_size, pages.dim, part % 2 == 0, block);
+        decode_block<T, C>(block, pages.page_size, pages.dim, part % 2 == 0, numbers);
     }
 }
 
