@@ -160,7 +160,7 @@ class CodedRows {
 #ifdef __AVX512BF16__
     void pack_pair(int64_t row, int64_t first, bf16* to, int64_t stride) const {
         Scales<T, C> one = scales(row, first), two = scales(row + 1, first);
-        if (C == Codec::INT4 && count % 32 == 0) {
+        if (C == Codec::INT4 && group() % 32 == 0) {
             // what each of the sixteen codes stands for is looked up
             __m512i low = table(one), high = _mm512_slli_epi32(table(two), 16);
             const uint8_t* from = codes_ + row * row_bytes(count);
