@@ -54,7 +54,8 @@ def test_error_is_half_a_step(codec: CodecFormat, dtype: torch.dtype, seed: int,
     assert codes.dtype == torch.uint8
     assert codes.shape == (2, 2, page_size, codec.row_bytes(page_size, head_dim, pages.element_size()))
     found = decode(codes, codec, dtype, head_dim).double()
-    allowed = steps_of(pages, codec) * 0.5001 + pages.double().abs() * torch.finfo(dtype).eps
+    eps = torch.finfo(dtype).eps
+    allowed = steps_of(pages, codec) * (0.5001 + eps) + pages.double().abs() * eps
     if codec.num_scales == 2:  # the lowest of a group is added, and rounds
         allowed += pages.double().abs().amax() * 2.0**-23
     assert ((found - pages.double()).abs() <= allowed).all()
