@@ -18,7 +18,7 @@ class CodecFormat:
     A layer's keys of one KV head in a page are one block of bytes, with a row for each channel of as many numbers as
     the page has tokens; likewise its values, with a row for each token. First come the codes
     `[rows, numbers * bits / 8]`, of int4 the numbers u b + j and u b + u / 2 + j of a row in the low and the high half
-    of its byte u b / 2 + j, for j < u / 2, where u is 32, or 16 in rows of no multiple of that; then the scales in the
+    of its byte u b / 2 + j, for j < u / 2, where u is 32, or the group if that is 16; then the scales in the
     model's dtype `[numbers / group, num_scales, rows]`.
     """
 

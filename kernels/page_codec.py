@@ -42,7 +42,7 @@ def _encode_rows(x: Tensor, codec: CodecFormat) -> Tensor:
     lowest, step = _steps(scales, codec)
     codes = torch.where(step == 0, 0, (grouped - lowest) / step).nan_to_num(0)
     codes = codes.clamp(0 if codec.num_scales == 2 else -codec.levels, codec.levels)
-    stored = _packed(codes.flatten(-2), codec).flatten(-2)
+    stored = _packed(codes, codec).flatten(-3)
     by_group = scales.to(x.dtype).movedim(-3, -1).contiguous()  # [..., n / g, num_scales, r]
     return torch.cat([stored, by_group.flatten(-3).view(torch.uint8)], dim=-1)
 
@@ -51,7 +51,7 @@ def _decode_rows(block: Tensor, rows: int, count: int, codec: CodecFormat, dtype
     """The inverse of `_encode_rows`: `[..., rows, count]` in `dtype`."""
     stored, scales = block.tensor_split([rows * count * codec.bits // 8], dim=-1)
     group = group_size(rows, count)
-    grouped = _unpacked(stored.unflatten(-1, (rows, -1)), codec).unflatten(-1, (-1, group))
+    grouped = _unpacked(stored.unflatten(-1, (rows, count // group, -1)), codec)
     shape = count // group, codec.num_scales, rows
     by_row = scales.contiguous().view(dtype).float().unflatten(-1, shape).movedim(-1, -3)
     lowest, step = _steps(by_row, codec)
@@ -73,7 +73,7 @@ def _steps(scales: Tensor, codec: CodecFormat) -> tuple[Tensor, Tensor]:
 
 
 def _packed(codes: Tensor, codec: CodecFormat) -> Tensor:
-    """Codes `[..., n]` in fp32, rounded here, as bytes `[..., n * bits / 8]`."""
+    """Codes of groups `[..., g]` in fp32, rounded here, as bytes `[..., g * bits / 8]`."""
     if codec.name == "fp8_e4m3":
         return (codes.to(torch.float8_e4m3fn).float() + 0).to(torch.float8_e4m3fn).view(torch.uint8)  # no -0
     if codec.name == "int8":

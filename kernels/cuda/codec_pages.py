@@ -151,20 +151,19 @@ def _encode_rows(
         at = tile * GROUP + token
         x = tl.load(pages + numbers_at + at * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)
         if is_value:
-            _encode_values(
-                x, codes + codes_at, scales + scales_at, at, CODEC, GROUP, PAGE_SIZE, HEAD_DIM, BLOCK_D, CODES
-            )
+            _encode_values(x, codes + codes_at, scales + scales_at, at, CODEC, GROUP, PAGE_SIZE, HEAD_DIM, BLOCK_D)
         else:
-            _encode_keys(x, codes + codes_at, scales + scales_at, at, tile, CODEC, GROUP, HEAD_DIM, BLOCK_D, CODES)
+            _encode_keys(x, codes + codes_at, scales + scales_at, tile, CODEC, GROUP, PAGE_SIZE, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def _encode_keys(
-    x, codes, scales, token, tile, CODEC: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, CODES: tl.constexpr,
+    x, codes, scales, tile, CODEC: tl.constexpr, GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     stored, lowest, highest = encode_groups(x, 0, CODEC)
-    store_codes(codes + token * CODES, stored, GROUP, BLOCK_D, HEAD_DIM, CODEC)
+    row = tl.arange(0, BLOCK_D)[:, None]
+    store_codes(codes, tl.trans(stored), row, tile * GROUP, row < HEAD_DIM, BLOCK_D, GROUP, GROUP, PAGE_SIZE, CODEC)
     dim = tl.arange(0, BLOCK_D)[None, :]
     if CODEC == INT4:
         first = scales + tile * (2 * HEAD_DIM) + dim
@@ -177,11 +176,12 @@ def _encode_keys(
 @triton.jit
 def _encode_values(
     x, codes, scales, token, CODEC: tl.constexpr, GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CODES: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     BLOCK_G: tl.constexpr = BLOCK_D // GROUP
     stored, lowest, highest = encode_groups(tl.reshape(x, [GROUP, BLOCK_G, GROUP]), 2, CODEC)
-    store_codes(codes + token * CODES, tl.reshape(stored, [GROUP, BLOCK_D]), GROUP, BLOCK_D, HEAD_DIM, CODEC)
+    by_token = tl.reshape(stored, [GROUP, BLOCK_D])
+    store_codes(codes, by_token, token, 0, token >= 0, GROUP, BLOCK_D, GROUP, HEAD_DIM, CODEC)
     group = tl.arange(0, BLOCK_G)
     inside = group < HEAD_DIM // GROUP
     lowest, highest = tl.reshape(lowest, [GROUP, BLOCK_G]), tl.reshape(highest, [GROUP, BLOCK_G])
@@ -208,11 +208,12 @@ def _decode_rows(
             PAGE_SIZE // GROUP, KV_HEADS, PAGE_SIZE, HEAD_DIM, ROW, ITEM, PAGE_SIZE * CODES,
         )  # fmt: skip
         at = tile * GROUP + token
-        stored = load_codes(codes + codes_at + at * CODES, token >= 0, GROUP, BLOCK_D, HEAD_DIM, CODEC)
-        block, to = scales + scales_at, pages + numbers_at + at * HEAD_DIM + dim
+        own, block, to = codes + codes_at, scales + scales_at, pages + numbers_at + at * HEAD_DIM + dim
         if is_value:
+            stored = load_codes(own, at, token >= 0, True, BLOCK_D, GROUP, PAGE_SIZE, HEAD_DIM, CODEC)
             numbers = decode_values(stored, block, at, token >= 0, GROUP, BLOCK_D, GROUP, PAGE_SIZE, HEAD_DIM, CODEC)
         else:
+            stored = load_codes(own, at, token >= 0, False, BLOCK_D, GROUP, PAGE_SIZE, HEAD_DIM, CODEC)
             numbers = decode_keys(stored, block, tile, tl.zeros([1, 1], tl.int32) == 0, BLOCK_D, HEAD_DIM, CODEC)
         tl.store(to, numbers.to(pages.dtype.element_ty), mask=dim < HEAD_DIM)
 

@@ -73,28 +73,43 @@ def decode_groups(stored, lowest, highest, CODEC: tl.constexpr):
 
 
 @triton.jit
-def load_codes(row, fits, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, CODEC: tl.constexpr):
-    """What the codes of `[ROWS, BLOCK_D]` numbers are stored as; `row` points at each row's first byte, `[ROWS, 1]`,
-    and is read where `fits`, of a shape that goes with it."""
+def load_codes(
+    block, token, fits, VALUES: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, CODEC: tl.constexpr,
+):  # fmt: skip
+    """What the codes of `[tokens, BLOCK_D]` numbers are stored as. `block` points at the first byte of keys, or values,
+    for each token or for all; `token` is its number in the page, `[tokens, 1]`. Read where `fits`, of a shape that goes
+    with it."""
+    dim = tl.arange(0, BLOCK_D)[None, :]
+    COUNT: tl.constexpr = HEAD_DIM if VALUES else PAGE_SIZE  # of a row
+    row = token if VALUES else dim
+    at = dim if VALUES else token
     if CODEC == INT4:
-        byte = tl.arange(0, BLOCK_D // 2)
-        both = tl.load(row + byte, mask=fits & (byte < HEAD_DIM // 2), other=0)
-        return tl.reshape(tl.join(both & 15, both >> 4), [ROWS, BLOCK_D])
+        HALF: tl.constexpr = 16 if GROUP >= 32 else 8
+        byte = row * (COUNT // 2) + at // (2 * HALF) * HALF + at % HALF
+        both = tl.load(block + byte, mask=fits & (dim < HEAD_DIM), other=0)
+        return tl.where(at // HALF % 2 == 0, both & 15, both >> 4)
     else:
-        byte = tl.arange(0, BLOCK_D)
-        return tl.load(row + byte, mask=fits & (byte < HEAD_DIM), other=0)
+        return tl.load(block + row * COUNT + at, mask=fits & (dim < HEAD_DIM), other=0)
 
 
 @triton.jit
-def store_codes(row, stored, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, CODEC: tl.constexpr):
-    """The inverse."""
+def store_codes(
+    block, stored, row, first, in_rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
+    COUNT: tl.constexpr, CODEC: tl.constexpr,
+):  # fmt: skip
+    """The inverse, of some rows `[ROWS, COLUMNS]` of numbers from the `first` of each on, a multiple of the group.
+    `row` `[ROWS, 1]` are written where `in_rows`, of `COUNT` numbers each."""
     if CODEC == INT4:
-        byte = tl.arange(0, BLOCK_D // 2)
-        low, high = tl.split(tl.reshape(stored, [ROWS, BLOCK_D // 2, 2]))
-        tl.store(row + byte, (low | high << 4).to(tl.uint8), mask=byte < HEAD_DIM // 2)
+        HALF: tl.constexpr = 16 if GROUP >= 32 else 8
+        by_unit = tl.reshape(stored, [ROWS, COLUMNS // (2 * HALF), 2, HALF])
+        low, high = tl.split(tl.permute(by_unit, [0, 1, 3, 2]))
+        byte = first // 2 + tl.arange(0, COLUMNS // 2)[None, :]
+        both = tl.reshape(low | high << 4, [ROWS, COLUMNS // 2])
+        tl.store(block + row * (COUNT // 2) + byte, both.to(tl.uint8), mask=in_rows & (byte < COUNT // 2))
     else:
-        byte = tl.arange(0, BLOCK_D)
-        tl.store(row + byte, stored.to(tl.uint8), mask=byte < HEAD_DIM)
+        byte = first + tl.arange(0, COLUMNS)[None, :]
+        tl.store(block + row * COUNT + byte, stored.to(tl.uint8), mask=in_rows & (byte < COUNT))
 
 
 @triton.jit

@@ -110,7 +110,9 @@ def load_tile(
             pages, block = pages[:, None], block[:, None]
         is_coded = pages < 0
         numbers = tl.load(rows[:, None] + dim, mask=fits & (pages >= 0), other=0.0)
-        stored = load_codes(places[2] + block + token * CODES, is_coded, BLOCK_N, BLOCK_D, HEAD_DIM, CODEC)
+        stored = load_codes(
+            places[2] + block, token, is_coded, VALUES, BLOCK_D, CODED_GROUP, PAGE_SIZE, HEAD_DIM, CODEC
+        )
         scales = places[3] + (block + PAGE_SIZE * CODES) // ITEM
         if VALUES:
             decoded = decode_values(

@@ -138,7 +138,7 @@ class CodedRows {
         const uint8_t* from = codes_ + row * row_bytes(count);
         if constexpr (C == Codec::INT4) {
             __m128i mask = _mm_set1_epi8(15);
-            if (count % 32) {
+            if (group() % 32) {
                 __m128i both = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + at / 2));
                 __m128i high = _mm_and_si128(_mm_srli_epi16(both, 4), mask);
                 return of_unsigned(_mm_unpacklo_epi64(_mm_and_si128(both, mask), high));
@@ -303,7 +303,7 @@ template <class T, Codec C>
 void encode_block(const T* numbers, int64_t page_size, int64_t dim, bool are_keys, uint8_t* block) {
     using Coded = CodedRows<T, C>;
     int64_t rows = are_keys ? dim : page_size, count = are_keys ? page_size : dim, group = Coded::group_of(rows, count);
-    int64_t row_stride = are_keys ? 1 : dim, stride = are_keys ? dim : 1, unit = std::gcd(int64_t{32}, count);
+    int64_t row_stride = are_keys ? 1 : dim, stride = are_keys ? dim : 1, unit = std::min(int64_t{32}, group);
     T* scales = reinterpret_cast<T*>(block + Coded::scales_at(rows, count));
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t first = 0; first < count; first += group) {
