@@ -53,7 +53,7 @@ def plan(
         str, typer.Option(help="Codes of KV below the device: fp8_e4m3, int8 or int4; auto is dtype.")
     ] = "auto",
     attention_policy: Annotated[
-        str, typer.Option(help="Which pages a token reads: full, top_pages(share=0.1), ... (docs/policies.md).")
+        str, typer.Option(help="Which pages a token reads: full, top_pages(share=0.1) (docs/policies.md).")
     ] = "full",
     device_kv_bytes: Annotated[
         str | None, typer.Option(help="KV memory on the devices, all together; else what is left.")
