@@ -201,9 +201,15 @@ class Sequence:
             return "stop", token
         return ("length" if self.num_output_tokens >= self.request.max_tokens else None), None
 
-    def rewind(self, count: int) -> None:
-        """Takes back what a step with `count` of its tokens was to do."""
-        self.table.rewind(count)
+    def rewind(self, count: int, has_run: bool) -> None:
+        """Takes back what a step with `count` of its tokens was to do. If ranks may have run it, they may have rounded
+        a page that it fills, with all tokens in it: those before the step are read again, too."""
+        table = self.table
+        page = table.num_tokens // table.page_size  # the first one that the step leaves open
+        table.rewind(count)
+        if has_run and table.num_tokens // table.page_size < page:
+            table.empty_last_page()
+            self.num_to_read = len(self.token_ids)
         self.num_sent = min(self.num_sent, len(self.table.pages))
 
     def commit(self, count: int) -> None:

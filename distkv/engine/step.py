@@ -108,7 +108,7 @@ class Step:
                 continue
             if damaged and not damaged.isdisjoint(sequence.table.pages):
                 work.is_damaged = True
-                sequence.rewind(work.num_tokens)
+                sequence.rewind(work.num_tokens, has_run=True)
             else:
                 sequence.commit(work.num_tokens)
 
@@ -149,7 +149,7 @@ class Step:
         self._is_open = False
         for work in self.work:
             if not work.sequence.finished:
-                work.sequence.rewind(work.num_tokens)
+                work.sequence.rewind(work.num_tokens, has_run=self._result is not None)
         for work in self.work:
             if work.plan is not None:
                 work.sequence.num_sent = min(work.sequence.num_sent, work.plan.first_page)

@@ -50,6 +50,11 @@ class PageTable:
         while len(self.pages) > pages_for(self.num_tokens, self.page_size):
             self._cache.release(self.pages.pop())
 
+    def empty_last_page(self) -> None:
+        """Takes back the tokens of the last page, unless it is full. No step may be under way."""
+        self.rewind(self.num_tokens % self.page_size)
+        self.num_committed = self.num_tokens
+
     def commit(self, num_tokens: int, keys: list[PageKey] | None = None) -> None:
         """Takes note that the next `num_tokens` tokens are in their pages; those that are full never change again.
 

@@ -93,11 +93,29 @@ def test_pages_are_sent_once_and_again_after_a_step_that_was_taken_back() -> Non
     assert run(sequence, 1) == (2, [2])
     sequence.table.append(30)
     assert sequence.plan(33, 30, 0).pages == [3]
-    sequence.rewind(30)
+    sequence.rewind(30, has_run=False)
     assert sequence.table.num_tokens == 33 and sequence.num_sent == 3
     assert run(sequence, 67, 1) == (3, [3, 4, 5, 6])
     [token] = sequence.plan(100, 1, 1, pending_index=4).token_ids
     assert token == -5, "the fifth of those that the step before samples"
+
+
+def test_a_page_that_a_step_has_filled_in_vain_is_begun_again() -> None:
+    """Its other tokens are not what they were, where pages are rounded."""
+    sequence = sequence_of(100)
+    run(sequence, 20)
+    sequence.table.append(3)
+    sequence.rewind(3, has_run=True)
+    assert sequence.table.num_tokens == 20, "it fills none"
+    run(sequence, 80, 1)
+    sequence.token_ids += range(12)
+    run(sequence, 11)
+    sequence.table.append(1)
+    sequence.plan(111, 1, 1)
+    sequence.rewind(1, has_run=True)
+    assert sequence.table.num_tokens == sequence.table.num_committed == 96 and sequence.is_prefilling
+    sequence.table.append(16)
+    assert sequence.plan(96, 16, 1).pages == [sequence.table.pages[6].id]
 
 
 def test_the_first_page_matters_most_then_the_newest() -> None:
