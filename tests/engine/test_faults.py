@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import zarr
 from crc32c import crc32c
-from support.damage import damages
+from support.damage import damages, page_files
 from support.disks import limit_disk
 from support.llms import OPTIONS, PAGE_BYTES, idle_engine, tiered, tiered_options
 from support.processes import kill, read_line, run_code, start_python
@@ -53,7 +53,7 @@ def llm(folder: Path, tmp_path: Path) -> Iterator[LLM]:
 
 def chunk_files(llm: LLM) -> list[Path]:
     assert llm.info.cache_dir is not None
-    return sorted(Path(llm.info.cache_dir, "kv.zarr").glob("c.*"))
+    return page_files(Path(llm.info.cache_dir))
 
 
 @damages

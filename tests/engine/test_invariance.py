@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from support.checkpoints import save_llama
-from support.damage import all_damages, flip_bit
+from support.damage import all_damages, flip_bit, page_files
 from support.invariance import WHOLE, answers_alone, assert_answers, random_requests, said
 from support.llms import idle_engine
 from support.processes import run_code
@@ -82,11 +82,6 @@ def cold_request(dtype: str, cache_dir: Path) -> tuple[list[int], SamplingParams
     }  # fmt: skip
     params = SamplingParams(temperature=1, seed=7, max_tokens=40, logprobs=5, ignore_eos=True)
     return random_prompt(500, 2), params, options
-
-
-def page_files(cache_dir: Path) -> list[Path]:
-    """Those that are written."""
-    return sorted(path for path in cache_dir.rglob("c.*") if path.suffix != ".partial")
 
 
 @all_damages

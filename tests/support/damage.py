@@ -6,6 +6,11 @@ from pathlib import Path
 import pytest
 
 
+def page_files(cache_dir: Path) -> list[Path]:
+    """Those of whole pages, in order; others are being written."""
+    return sorted(path for path in cache_dir.rglob("c.*") if path.suffix != ".partial")
+
+
 def flip_bit(file: Path) -> None:
     """Changes a bit behind the first third, which in a page of 3 layers is in layer 1."""
     content = bytearray(file.read_bytes())
@@ -25,7 +30,7 @@ def zero(file: Path) -> None:
 
 def swap(file: Path) -> None:
     """Changes places with the file beside it."""
-    files = sorted(file.parent.glob("c.*"))
+    files = page_files(file.parent)
     other = files[files.index(file) - 1]
     mine, theirs = file.read_bytes(), other.read_bytes()
     file.write_bytes(theirs)
