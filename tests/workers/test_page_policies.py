@@ -75,6 +75,9 @@ def test_a_policy_is_read_and_named(text: str, policy: PagePolicy | None, name: 
         ("top_pages(share=0.1, pages=2)", "both given; leave one of them out"),
         ("top_pages(pages=1)", "pages is 1; use a whole number, 2 or more"),
         ("sink_window(window=0)", "window is 0; use a whole number, 1 or more"),
+        (f"sink_window(window={2**63})", f"window is {2**63}; use at most {2**31 - 1}"),
+        ("top_pages(share=0.1, share=0.2)", "sets share twice; leave one of them out"),
+        ("top_pages(**{'share': 1})", "no option {'share': 1}; use top_pages"),
     ],
 )
 def test_a_text_that_is_no_policy_is_refused(text: str, problem: str) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # the leader parses policies, and has no torch; a plan has no
     import numpy as np
     from torch import Tensor
 
+MOST = 2**31 - 1  # tokens or pages
 Choice: TypeAlias = "list[list[np.ndarray]]"
 """By row and KV head, indexes of pages in their sequence, int64 and rising; the last one is the row's own page."""
 
@@ -72,6 +73,8 @@ def snake_case(name: str) -> str:
 
 
 def check_count(policy: str, option: str, value: object, least: int) -> None:
-    """Raises ConfigError unless an option is a whole number, `least` at least."""
+    """Raises ConfigError unless an option is a whole number from `least` to MOST."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(f"attention_policy {policy}: {option} is {value!r}; use a whole number, {least} or more")
+    if value > MOST:
+        raise ConfigError(f"attention_policy {policy}: {option} is {value}; use at most {MOST}")

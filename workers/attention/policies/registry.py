@@ -31,8 +31,11 @@ def parse_policy(text: str) -> PagePolicy | None:
         raise ConfigError(f"attention_policy is {text!r}, with a value that has no name; use {_usage(called.id)}")
     options: dict[str, Any] = {}
     for one in given:
-        if one.arg not in {field.name for field in fields(POLICIES[called.id])}:
-            raise ConfigError(f"attention_policy is {text!r}, and has no option {one.arg}; use {_usage(called.id)}")
+        if one.arg is None or one.arg not in {field.name for field in fields(POLICIES[called.id])}:
+            name = one.arg or ast.unparse(one.value)
+            raise ConfigError(f"attention_policy is {text!r}, and has no option {name}; use {_usage(called.id)}")
+        if one.arg in options:
+            raise ConfigError(f"attention_policy is {text!r}, which sets {one.arg} twice; leave one of them out")
         try:
             options[one.arg] = ast.literal_eval(one.value)
         except (ValueError, TypeError, RecursionError, MemoryError):
