@@ -17,10 +17,12 @@ from typer.testing import CliRunner
 from distkv.bench.quality.answers import Answers
 from distkv.bench.quality.divergence import divergence, perplexity
 from distkv.bench.quality.quality import compare
-from distkv.bench.quality.tasks import KEYS, TASKS, Question, Task, split_sentences, take_words
+from distkv.bench.quality.questions import make_questions
+from distkv.bench.quality.tasks import KEYS, QUICK_TASKS, TASKS, Question, Task, split_sentences, take_words
 from distkv.bench.quality.variants import Variant, parse_row, with_references
 from distkv.commands.main import app
 from distkv.errors import ConfigError
+from distkv.frontend.tokenizer import Tokenizer
 from distkv.workers.sampling.sampled_token import TokenLogprobs
 
 FILLER = "The sky is as it was. Nobody has seen what came of it; some went on: others did not. That is all of it."
@@ -109,7 +111,8 @@ def test_rows_are_options_and_come_behind_what_they_are_compared_with() -> None:
     assert [one.name for one in with_references(["kv_cache_dtype=int4", "full", "dtype=float32"])] == [
         "full", "int4", "float32"
     ]  # fmt: skip
-    for wrong in ("int4", "page_size=48", "page_size=x", "seed=1", "kv_cache_dtype=int5", ""):
+    twice = "page_size=16; page_size=64"
+    for wrong in ("int4", "page_size=48", "page_size=x", "seed=1", "kv_cache_dtype=int5", "", twice):
         with pytest.raises(ConfigError, match=r"--row|page_size|kv_cache_dtype"):
             parse_row(wrong)
 
@@ -131,9 +134,16 @@ def test_the_command_measures_a_text_of_ones_own(tmp_path: Path) -> None:
     assert full["perplexity_own.txt"] != small_pages["perplexity_own.txt"]
     assert window["divergence"] > 0.01 and window["read_share"] < 0.2
     assert window["host_bytes_per_token"] == 2 * 2 * 2 * 16 * 4
+    endless = Tokenizer(folder).encode("no end " * 400)  # so that no text is made of it, and each needle found
+    with pytest.raises(ConfigError, match="sentences are too long for needle, which wants texts of 1800 tokens"):
+        make_questions(folder, {"endless": endless}, QUICK_TASKS)
     edit_config(folder, lambda raw: raw.update(max_position_embeddings=900))
+    short = tmp_path / "short.txt"
+    short.write_text("It is.", encoding="utf-8")
     for wrong, words in (
         (("--text-tokens", "20000"), "less than 900"),
+        (("--read-tokens", "594"), "use 7 less at least"),
+        (("--text", str(short)), "has 6 tokens; name a text of 107 at least, or lower --read-tokens"),
         (("--text", "/none"), "cannot be read"),
         (("--text", str(text)), "needle takes [0-9]+ tokens, and the model has 900 positions"),
     ):

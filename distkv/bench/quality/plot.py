@@ -10,7 +10,8 @@ COLORS = {"auto": "tab:blue", "fp8_e4m3": "tab:orange", "int8": "tab:green", "in
 
 
 def write_plot(path: Path, facts: dict[str, Any], rows: list[Row]) -> None:
-    """A PNG of what perplexity adds, and of the mean score of the tasks, over the bytes that a step reads. Raises
+    """A PNG of what perplexity adds, and of the mean score of the tasks, over the bytes that a step brings from the
+    host. Raises
     StoreError."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -31,7 +32,7 @@ def write_plot(path: Path, facts: dict[str, Any], rows: list[Row]) -> None:
                 text = f"{row['name']}, pages of {row['page_size']}"
                 axis.annotate(text, at, textcoords="offset points", xytext=(5, 4), fontsize=7)
             labelled.add(at)
-        axis.set(xscale="log", xlabel="bytes that a step reads of its KV cache, % of full", ylabel=label)
+        axis.set(xscale="log", xlabel="bytes that a step brings from the host, % of full", ylabel=label)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3, which="both")
         axis.margins(0.2, 0.1)

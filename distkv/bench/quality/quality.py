@@ -53,7 +53,7 @@ def run(sizes: Sizes, num_threads: int | None, plot_file: Path | None, options: 
     check_plot_file(plot_file)
     variants = with_references(sizes.rows or (QUICK_ROWS if options.quick else ROWS))
     _check_sizes(sizes)
-    texts, missing = long_texts(sizes.model, sizes.text_tokens, sizes.text)
+    texts, missing = long_texts(sizes.model, sizes.text_tokens, sizes.text, sizes.read_tokens + PARTS)
     with Bench(
         "quality", options, num_threads, model=sizes.model.name, text_tokens=sizes.text_tokens,
         read_tokens=sizes.read_tokens, num_top=NUM_TOP, shape=sizes.shape, new_tokens=sizes.new_tokens,
@@ -126,8 +126,8 @@ def compare(
 
 def _check_sizes(sizes: Sizes) -> None:
     positions = ModelConfig.load(sizes.model).max_position_embeddings
-    if not 1 <= sizes.read_tokens < sizes.text_tokens < positions:
+    if not 1 <= sizes.read_tokens <= sizes.text_tokens - PARTS or sizes.text_tokens >= positions:
         raise ConfigError(
-            f"text-tokens is {sizes.text_tokens} and read-tokens {sizes.read_tokens}; use less for the second than for "
-            f"the first, and for that less than {positions}, the model's positions"
+            f"text-tokens is {sizes.text_tokens} and read-tokens {sizes.read_tokens}; use {PARTS} less at least for "
+            f"the second than for the first, and for that less than {positions}, the model's positions"
         )

@@ -32,7 +32,7 @@ class Tokens:
 
 def make_questions(model: Path, texts: dict[str, list[int]], tasks: tuple[Task, ...]) -> tuple[list[Tokens], list[str]]:
     """All questions that the model has positions for, about texts that are made of the sentences of the first text; and
-    in sentences which tasks are left out. Raises ConfigError when all are."""
+    in sentences which tasks are left out. Raises ConfigError when all are, or where a text would be far too short."""
     positions = ModelConfig.load(model).max_position_embeddings
     tokenizer = Tokenizer(model)
     [token_ids, *_] = texts.values()
@@ -43,7 +43,12 @@ def make_questions(model: Path, texts: dict[str, list[int]], tasks: tuple[Task, 
     too_long = []
     for task in tasks:
         asked = [_tokens(tokenizer, question) for question in task.questions(sentences, per_word, SEED)]
-        most = max(one.num_tokens for one in asked)
+        least, most = (bound(one.num_tokens for one in asked) for bound in (min, max))
+        if least < task.num_tokens / 2:
+            raise ConfigError(
+                f"the text's sentences are too long for {task.name}, which wants texts of {task.num_tokens} tokens and "
+                f"would have one of {least}; name another file with --text"
+            )
         if most <= positions:
             found += asked
         else:

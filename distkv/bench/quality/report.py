@@ -54,4 +54,4 @@ def explain(bench: Bench) -> None:
             [full] = (one for one in bench.rows if one["name"] == "full" and one["page_size"] == row["page_size"])
             figure = f"{row['score_needle']:.0%} beside {full['score_needle']:.0%}"
             what = f"{row['name']}, pages of {row['page_size']}: finds the needle as full does"
-            bench.line(target(what, figure, row["score_needle"] >= full["score_needle"]))
+            bench.line(target(what, figure, row["score_needle"] >= full["score_needle"] > 0))

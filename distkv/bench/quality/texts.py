@@ -7,23 +7,27 @@ from distkv.errors import ConfigError
 from distkv.frontend.tokenizer import Tokenizer
 
 LICENCES = Path("/usr/share/common-licenses")
-LEAST = 512  # tokens of a text of one's own
 
 
-def long_texts(model: Path, count: int, given: Path | None) -> tuple[dict[str, list[int]], list[str]]:
+def long_texts(model: Path, count: int, given: Path | None, least: int) -> tuple[dict[str, list[int]], list[str]]:
     """Texts of `count` tokens by what they are, and what is missing on this machine, in sentences.
 
     Args:
         given: a file that is read in place of them, as far as it goes.
+        least: how many tokens it must have.
 
     Raises ConfigError when there is none, or the model has no tokenizer.
     """
     tokenizer = Tokenizer(model)
     if given is not None:
         token_ids = tokenizer.encode(read(given))[:count]
-        if len(token_ids) < LEAST:
-            raise ConfigError(f"--text {str(given)!r} has {len(token_ids)} tokens; name a text of {LEAST} at least")
-        return {given.name: token_ids}, []
+        if len(token_ids) < least:
+            raise ConfigError(
+                f"--text {str(given)!r} has {len(token_ids)} tokens; name a text of {least} at least, or lower "
+                "--read-tokens"
+            )
+        short = f"{given.name} has {len(token_ids)} tokens of text and {count} are wanted; they are all that is read"
+        return {given.name: token_ids}, [short] if len(token_ids) < count else []
     licences: list[int] = []
     for path in licence_files():
         licences += tokenizer.encode(read(path) + "\n", special=not licences)

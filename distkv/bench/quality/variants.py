@@ -63,7 +63,7 @@ class Variant:
 
 def parse_row(text: str) -> Variant:
     """The variant of a text such as `kv_cache_dtype=int4; page_size=64`; `full` sets nothing. Raises ConfigError."""
-    values = dict(DEFAULTS)
+    values, given = dict(DEFAULTS), set()
     for part in [] if text.strip() == "full" else text.split(";"):
         name, equals, value = (one.strip() for one in part.partition("="))
         if name not in NAMES or not equals:
@@ -71,6 +71,9 @@ def parse_row(text: str) -> Variant:
             raise ConfigError(
                 f"--row {text!r}: {part.strip()!r} sets none of {known}; use NAME=VALUE; NAME=VALUE, or full"
             )
+        if name in given:
+            raise ConfigError(f"--row {text!r} sets {name} twice; leave one of them out")
+        given.add(name)
         values[name] = int(value) if name == "page_size" and value.isdecimal() else value
     config = EngineConfig("/", **values)  # which checks them, and writes a policy in one way
     return Variant(**{name: getattr(config, name) for name in NAMES})
