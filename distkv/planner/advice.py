@@ -77,9 +77,9 @@ def _to_be_faster(request: PlanRequest, fit: Fit, decode: Cost | None) -> list[s
         ranks = "" if request.hardware.is_cpu else ": more ranks share them out"
         return [f"A step is bound by reading the weights{ranks}."]
     if decode.limit == KV:
-        ranks = "" if request.hardware.is_cpu else "more ranks, "
-        policy = f" or an --attention-policy, {_LOSS}," if _may_choose(request) else ""
-        return [f"A step is bound by reading KV: {ranks}a shorter context{policy} make it shorter."]
+        cures = [] if request.hardware.is_cpu else ["more ranks"]
+        cures += ["a shorter context"] + [f"an --attention-policy, {_LOSS}"] * _may_choose(request)
+        return [f"A step is bound by reading KV: it is shorter with {' or '.join(cures)}."]
     if decode.limit == LINK:
         links = "" if request.hardware.is_cpu else ", and each GPU has a link of its own"
         return [
@@ -126,6 +126,12 @@ def _to_know(request: PlanRequest, fit: Fit, decode: Cost | None) -> list[str]:
         found.append(
             f"More than {GPUS_OF_A_MACHINE} GPUs are seldom in one machine; links between machines are slower than the "
             f"{request.hardware.peer_link / 1e9:.3g} GB/s that are reckoned with."
+        )
+    summaries = request.num_summaries * fit.running * fit.kv_bytes_per_token
+    if summaries:
+        found.append(
+            f"The engine keeps summaries of the running requests' pages in memory, {shown_bytes(summaries)}, which are "
+            "not in these figures; larger pages have fewer."
         )
     for option in request.unknown_options:
         found.append(

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from distkv.planner.fit import Fit, RankMemory
 from distkv.planner.request import PlanRequest
-from distkv.storage.paging import pages_for
-from distkv.workers.attention.policies.registry import parse_policy
 from distkv.workers.model.shard import Shard
 
 FP32_SHARE = 0.5  # of the matrix rate, at best (TF32 where it is switched on)
@@ -53,7 +51,7 @@ def _decode_of(request: PlanRequest, fit: Fit, rank: RankMemory) -> Cost:
     resident, host, disk = _tokens_by_tier(request, fit, tokens)
     operations = 2.0 * fit.running * (parameters.layers + parameters.head_products)
     operations += 4 * request.share_read * tokens * shard.num_query_heads * config.head_dim * config.num_hidden_layers
-    resident += _summary_tokens(request) * fit.running
+    resident += request.num_summaries * fit.running
     return _combine(
         request,
         {
@@ -117,12 +115,6 @@ def _tokens_by_tier(request: PlanRequest, fit: Fit, tokens: int) -> tuple[float,
     host, disk = (min(tier.used_pages * request.page_size, tokens) for tier in fit.tiers[1:])
     share = request.share_read
     return share * max(0, tokens - host - disk), share * host, share * disk
-
-
-def _summary_tokens(request: PlanRequest) -> int:
-    """What choosing reads for each request, in tokens of KV: two rows of keys for each page, see `PageSummaries`."""
-    policy = parse_policy(request.attention_policy)
-    return 0 if policy is None or not policy.needs_summaries else pages_for(request.context, request.page_size)
 
 
 def _read_seconds(request: PlanRequest, rank: RankMemory, resident: float, cold: float) -> float:

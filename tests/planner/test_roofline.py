@@ -9,6 +9,7 @@ from distkv.planner.hardware import Hardware, find_hardware
 from distkv.planner.model_shape import find_model
 from distkv.planner.plan import Plan, make_plan
 from distkv.planner.request import PlanRequest
+from distkv.planner.units import shown_bytes
 
 LAYERS, HIDDEN, WIDE, HEADS, KV_HEADS, DIM, VOCAB = 32, 4096, 14336, 32, 8, 128, 128256
 PRODUCTS = LAYERS * (HIDDEN * (2 * HEADS + 2 * KV_HEADS) * DIM + 3 * HIDDEN * WIDE)
@@ -95,6 +96,8 @@ def test_a_policy_reads_its_share_of_every_tier() -> None:
     window = plan(CPU, context=16384, attention_policy="sink_window(sinks=4, window=1024)", **sizes)
     assert window.decode is not None and window.request.share_read == 6 / 64, "a page of sinks, and five of the window"
     assert window.decode.parts["KV"] == pytest.approx(half * 6 / 64 / 20e9)
+    summaries = f"summaries of the running requests' pages in memory, {shown_bytes(2 * 64 * TOKEN)}"
+    assert [summaries in " ".join(one.advice) for one in (few, window, every)] == [True, False, False]
 
 
 def test_ranks_share_out_what_they_read_and_sum_over_links() -> None:
