@@ -16,6 +16,7 @@ from distkv.option_checks import (
     parse_bytes,
     settle_path,
 )
+from distkv.option_effects import check_effects
 from distkv.option_help import explained
 from distkv.storage.page_spec import DISK_CODECS
 from distkv.storage.paging import NUM_BUFFERS, PREFILL_SPLIT, check_page_size
@@ -335,7 +336,7 @@ class EngineConfig:
                 "leave it out"
             )
         self._check_tiers()
-        self._check_effects()
+        check_effects(self)
 
     @property
     def is_on_ray(self) -> bool:
@@ -377,52 +378,3 @@ class EngineConfig:
                 f"staging_pages {self.staging_pages} is less than the {self.min_staging_pages} pages of "
                 f"{self.page_size} tokens that the ring needs; raise it or leave it out"
             )
-
-    def _check_effects(self) -> None:
-        """Raises ConfigError for an option that nothing would come of."""
-        no_disk, no_cold = self.cache_dir is None, self.host_kv_bytes == 0
-        policy, codec = self.disk_write_policy, self.disk_kv_codec
-        no_pages = "host_kv_bytes is 0, so that no page leaves the device"
-        not_rebuilt = "max_rank_failures is not, so that no lost engine is started anew", "set both, or leave it out"
-        for name, is_idle, why, cure in (
-            ("max_rank_failures", not self.is_on_ray, "the ranks are not on Ray", "set ray_address, or leave it out"),
-            ("hang_timeout", not self.is_on_ray, "the ranks are not on Ray", "set ray_address, or leave it out"),
-            ("rebuild_timeout", not self.max_rank_failures, *not_rebuilt),
-            ("min_tensor_parallel_size", not self.max_rank_failures, *not_rebuilt),
-            ("trace", self.data_parallel_size > 1, "data_parallel_size is more than 1", "trace a single engine"),
-            (
-                "max_prompt_tokens",
-                self.max_model_len is not None and (self.max_prompt_tokens or 0) >= self.max_model_len,
-                f"max_model_len is {self.max_model_len}, which no prompt may reach", "lower it, or leave it out",
-            ),
-            ("max_share_per_salt", self.max_share_per_salt == 1, "1 is no limit", "lower it, or leave it out"),
-            ("max_sessions", no_disk, "cache_dir is not, where they are kept", "name the folder in cache_dir"),
-            ("max_session_bytes", no_disk, "cache_dir is not, where they are kept", "name the folder in cache_dir"),
-            ("disk_kv_bytes", no_disk, "cache_dir is not", "name the folder in cache_dir"),
-            ("disk_write_policy", no_disk and policy == "idle", "cache_dir is not", "name the folder in cache_dir"),
-            (
-                "disk_kv_codec", codec != "none" and self.kv_cache_dtype != "auto",
-                "kv_cache_dtype is too, whose codes would hardly become smaller", "leave one of them out",
-            ),
-            ("disk_kv_codec", no_disk and codec != "none", "cache_dir is not", "name the folder in cache_dir"),
-            (
-                "disk_write_policy", policy == "idle" and not self.enable_prefix_caching,
-                "enable_prefix_caching is off, so that no page is written for later requests", "leave one of them out",
-            ),
-            ("save_timeout", no_disk, "cache_dir is not", "name the folder in cache_dir"),
-            (
-                "save_timeout", not self.enable_prefix_caching,
-                "enable_prefix_caching is off, so that no page is written for later processes", "leave one of them out",
-            ),
-            ("kv_cache_dtype", no_cold and self.kv_cache_dtype != "auto", no_pages, "leave one of them out"),
-            ("attention_audit", self.attention_policy == FULL, "attention_policy is full", "set both, or leave it out"),
-            ("staging_pages", no_cold, no_pages, "leave one of them out"),
-            ("max_cold_bytes_per_step", no_cold, no_pages, "leave one of them out"),
-            (
-                "gpu_memory_utilization",
-                self.gpu_memory_utilization != EngineConfig.gpu_memory_utilization and self.device_kv_bytes is not None,
-                "device_kv_bytes is too, which says how much memory KV takes", "leave one of them out",
-            ),
-        ):  # fmt: skip
-            if is_idle and getattr(self, name) is not None:
-                raise ConfigError(f"{name} is set and {why}; {cure}")

@@ -41,7 +41,6 @@ class EngineInfo(msgspec.Struct, frozen=True):
     attention_policy: str = FULL  # see `EngineConfig`
     kv_policy: str | None = None  # what outputs say of it
     coded_page_bytes: int = 0  # of a page below the device where a codec makes it another size
-
     kv_cache_dtype: str = "auto"  # see `EngineConfig`
 
     @property

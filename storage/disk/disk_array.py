@@ -68,13 +68,15 @@ def find_slots(folder: Path, spec: PageSpec) -> int:
         raise _foreign(path)
     try:
         array = zarr.open_array(LocalStore(folder / ARRAY), mode="r")
-        found = array.attrs.get("distkv"), array.attrs.get("dtype"), array.shape[1:], array.chunks
+        attributes = {name: array.attrs.get(name) for name in ("distkv", "dtype", "codec")}
         expected = _make(MemoryStore(), spec, *array.shape[:1]).metadata
     except Exception as error:  # zarr has no common base of what it raises
         raise DamagedError(f"the metadata of {str(path)!r} cannot be read ({error})") from error
-    if found != (FORMAT, spec.dtype, spec.page_shape, expected.chunks):
+    codec = None if spec.format is None else spec.format.name
+    is_other = attributes != {"distkv": FORMAT, "dtype": spec.dtype, "codec": codec}
+    if is_other or (array.shape[1:], array.chunks) != (spec.page_shape, expected.chunks):
         raise OtherPagesError(
-            f"{str(path)!r} does not hold {spec.dtype} pages of shape {list(spec.page_shape)} in format "
+            f"{str(path)!r} does not hold {codec or spec.dtype} pages of shape {list(spec.page_shape)} in format "
             f"{FORMAT}, and what it holds is given up"
         )
     if array.metadata.to_dict() != expected.to_dict():

@@ -47,7 +47,7 @@ from distkv.storage.disk.cache_folder import (
     FolderLock,
 )
 from distkv.storage.disk.catalogue import Catalogue, Entry
-from distkv.storage.disk.disk_array import find_slots, make_array
+from distkv.storage.disk.disk_array import OtherPagesError, find_slots, make_array
 from distkv.storage.disk.reopen import reopen
 from distkv.storage.dtypes import torch_dtype
 from distkv.storage.page_spec import DISK_CODECS, PageSpec
@@ -538,6 +538,15 @@ def test_an_array_of_other_pages_is_given_up(tmp_path: Path, other: PageSpec, ca
     assert find_slots(tmp_path, other) == 2 and listed(tmp_path) == set()
     [warning] = caplog.messages
     assert "does not hold" in warning and "it is renamed to zarr.json.damaged and made again" in warning
+
+
+def test_an_array_of_another_codec_is_one_of_other_pages(tmp_path: Path) -> None:
+    """Codes of int8 and of fp8 take as many bytes."""
+    int8 = replace(SPEC, head_dim=16, kv_cache_dtype="int8")
+    make_array(tmp_path, int8, NUM_PAGES)
+    assert find_slots(tmp_path, int8) == NUM_PAGES
+    with pytest.raises(OtherPagesError, match="does not hold fp8_e4m3 pages"):
+        find_slots(tmp_path, replace(int8, kv_cache_dtype="fp8_e4m3"))
 
 
 def test_an_array_of_another_program_is_refused(tmp_path: Path) -> None:
