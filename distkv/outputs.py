@@ -46,7 +46,7 @@ class RequestOutput:
     that failed before its prompt was read.
 
     `kv_policy` names the options by which the answer may differ from that of the whole and exact cache, such as
-    `top_pages(share=0.1)`, see `EngineConfig.attention_policy`; None where there are none.
+    `top_pages(share=0.1), kv_cache_dtype=int8`, see `EngineConfig`; None where there are none.
     """
 
     request_id: str

@@ -183,6 +183,12 @@ def set_up(
             "prefix caching is off: with rope_type 'dynamic' the keys of a token depend on the length of its prompt, "
             "so prompts that begin alike do not share pages"
         )
+    if config.kv_cache_dtype != "auto" and not sizes.host:
+        log.warning(
+            "kv_cache_dtype is %s and no page leaves the device, which holds all that max_num_seqs answers can need: "
+            "none becomes smaller, and answers are not those of auto all the same; leave it out, or set host_kv_bytes",
+            config.kv_cache_dtype,
+        )
     _log_pools(info, pool_bytes)
     return info
 

@@ -56,6 +56,15 @@ def test_tiers_change_no_bit(folder: Path, tmp_path: Path, page_size: int, dtype
         assert 0.5 < packed.stats.disk_read_bytes / (streamed + packed.moved("disk_to_host")) < 1
 
 
+def test_codes_that_save_nothing_are_warned_of(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whether the device holds everything is only known when the engine starts."""
+    for device, warns in (("64MiB", True), ("1MiB", False)):
+        with LLM(folder, device_kv_bytes=device, kv_cache_dtype="int8", max_num_seqs=1) as llm:
+            assert (llm.info.num_host_pages == 0) == warns
+        assert ("no page leaves the device" in caplog.text) == warns
+        caplog.clear()
+
+
 def cold_slices(prompt_len: int, new_tokens: int, page_size: int, window: int) -> int:
     """Pages times steps that a single sequence must stream at least, with chunks of two pages: in each step all full
     pages of its past that do not lie in the window beside the pages that the step fills."""

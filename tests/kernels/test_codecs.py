@@ -106,8 +106,8 @@ def test_native_codecs(
     expected = encode(page, codec)
     codes = torch.zeros_like(expected)
     native.encode(pool, 1, codes)
+    assert torch.equal(codes, expected)
     rounded = decode(expected, codec, dtype, head_dim)
-    assert torch.equal(decode(codes, codec, dtype, head_dim), rounded)  # -0 has a code of its own in fp8
     came_back = pool.clone()
     native.decode(codes, came_back, 1)
     assert torch.equal(bits(came_back[:, :, 1]), bits(rounded))
