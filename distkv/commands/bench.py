@@ -246,7 +246,7 @@ def bench_quality(
     new_tokens: Annotated[int, typer.Option(help="Tokens to time at each context.", min=1)] = sized(8, 4),
     options: Annotated[EngineOptions, engine("num_threads")],
     plot_file: Annotated[Path | None, path_option("--plot", help="Also draw quality over bytes here, a .png.")] = None,
-    measured: Annotated[BenchOptions, measuring(repeats=1)],
+    measured: Annotated[BenchOptions, measuring(repeats=sized(2, 1))],
 ) -> None:
     """What codecs and policies of attention cost: perplexity and divergence on long texts, questions about long texts,
     bytes and ms per token at contexts beyond the model's."""

@@ -9,10 +9,11 @@ model at hand can read, which says what a step takes and reads.
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from distkv.bench.harness import Bench, Row
+from distkv.bench.harness import Bench, Figure, Row
 from distkv.bench.options import BenchOptions
 from distkv.bench.quality.answers import NUM_TOP, Answers, page_spec
 from distkv.bench.quality.divergence import divergence, means, perplexity, unlisted
@@ -63,6 +64,7 @@ def run(sizes: Sizes, num_threads: int | None, plot_file: Path | None, options: 
         for one in bench.facts["missing"]:
             bench.line(f"missing: {one}")
         measure(bench, sizes, variants, texts, questions, num_threads)
+        add_times(bench, sizes, variants, num_threads)
         bench.table(columns(list(texts), sizes.contexts, bench.rows), across=True)
         explain(bench)
         if plot_file is not None:
@@ -76,31 +78,39 @@ def measure(
     """Adds a row for each variant; references come before those that are compared with them."""
     longest = max(sizes.text_tokens + 1, *(one.num_tokens for one in questions))
     exact: dict[Variant, dict[str, list[TokenLogprobs]]] = {}
-    with shape_folder(sizes.shape, max_position_embeddings=2 * max(sizes.contexts)) as folder:
-        for variant in variants:
-            what = f"{variant.name}, pages of {variant.page_size}: "
-            bench.doing(what + "starting")
-            start = time.perf_counter()
-            with Answers(sizes.model, variant, longest, num_threads) as engine:
-                bench.doing(what + "reading texts")
-                scores = {name: engine.score(text, sizes.read_tokens) for name, text in texts.items()}
-                bench.doing(what + "answering questions")
-                tasks_row = answer(engine, sizes.model, questions)
-            if variant == variant.reference:
-                exact[variant] = scores
-            spec = page_spec(ModelConfig.load(sizes.model), variant)
-            row: Row = {"name": variant.name, **variant.options} | {
-                f"{tier.name.lower()}_bytes_per_token": spec.page_bytes_in(tier) / spec.page_size for tier in Tier
-            }
-            read_texts = {name: text[sizes.read_tokens :] for name, text in texts.items()}
-            row |= compare(read_texts, exact[variant.reference], scores) | tasks_row
-            bench.doing(what + "decoding at long contexts")
-            for context, timed in time_steps(
-                folder, variant, list(sizes.contexts), sizes.new_tokens, bench.options.repeats, num_threads
-            ).items():
-                row |= {f"ms_{context}": timed.ms, f"read_bytes_{context}": timed.read_bytes}
-                row["read_share"] = timed.read_share  # at the longest context
-            bench.add(row | {"seconds": time.perf_counter() - start})
+    for variant in variants:
+        bench.doing(f"{variant.label}: starting")
+        start = time.perf_counter()
+        with Answers(sizes.model, variant, longest, num_threads) as engine:
+            bench.doing(f"{variant.label}: reading texts")
+            scores = {name: engine.score(text, sizes.read_tokens) for name, text in texts.items()}
+            bench.doing(f"{variant.label}: answering questions")
+            tasks_row = answer(engine, sizes.model, questions)
+        if variant == variant.reference:
+            exact[variant] = scores
+        spec = page_spec(ModelConfig.load(sizes.model), variant)
+        row: Row = {"name": variant.name, **variant.options} | {
+            f"{tier.name.lower()}_bytes_per_token": spec.page_bytes_in(tier) / spec.page_size for tier in Tier
+        }
+        read_texts = {name: text[sizes.read_tokens :] for name, text in texts.items()}
+        row |= compare(read_texts, exact[variant.reference], scores) | tasks_row
+        bench.add(row | {"seconds": time.perf_counter() - start})
+
+
+def add_times(bench: Bench, sizes: Sizes, variants: list[Variant], num_threads: int | None) -> None:
+    """Completes the rows by what a step takes and reads at each context, measured in turns."""
+    contexts = sorted(sizes.contexts)
+    with shape_folder(sizes.shape, max_position_embeddings=2 * contexts[-1]) as folder:
+        works = {
+            one.label: partial(time_steps, folder, one, contexts, sizes.new_tokens, num_threads) for one in variants
+        }
+        taken = bench.in_turns(works, "long contexts", warm_up=0)
+    for row, turns in zip(bench.rows, taken.values(), strict=True):
+        for context in contexts:
+            row[f"ms_{context}"] = Figure.of(turn[context].ms for turn in turns)
+            row[f"read_bytes_{context}"] = turns[0][context].read_bytes
+        row["read_share"] = turns[0][contexts[-1]].read_share
+    bench.write()
 
 
 def compare(

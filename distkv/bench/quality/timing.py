@@ -7,7 +7,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from distkv.bench.harness import Figure
 from distkv.bench.quality.answers import page_spec
 from distkv.bench.quality.variants import Variant
 from distkv.config import EngineConfig, EngineOptions
@@ -15,7 +14,7 @@ from distkv.engine.protocol import EngineRequest
 from distkv.launch.launch import launch
 from distkv.sampling_params import SamplingParams
 from distkv.storage.tier import Tier
-from distkv.stress.stage import Stage, run_stage
+from distkv.stress.stage import run_stage
 from distkv.workers.model.model_config import ModelConfig
 
 SEED = 1
@@ -28,15 +27,15 @@ NO_LIMIT = 2**62
 class Timed:
     """A context's decode steps."""
 
-    ms: Figure  # per token
+    ms: float  # the median
     read_bytes: int  # that a step brought from the host
     read_share: float  # of what the whole and exact cache would have brought
 
 
 def time_steps(
-    folder: Path, variant: Variant, contexts: list[int], new_tokens: int, repeats: int, num_threads: int | None
+    folder: Path, variant: Variant, contexts: list[int], new_tokens: int, num_threads: int | None
 ) -> dict[int, Timed]:
-    """The steps of each context, `new_tokens` of each of the turns, one after the other on one engine.
+    """`new_tokens` steps at each context, one after the other on an engine of their own.
 
     Args:
         folder: of a shape's config, see `shape_folder`.
@@ -63,14 +62,12 @@ def time_steps(
     prompt = [generator.randrange(model.vocab_size) for _ in range(max(contexts))]
     found: dict[int, Timed] = {}
     with closing(launch(EngineConfig(folder, **options))) as engine:
-        for context in sorted(contexts):
+        for context in contexts:
             request = EngineRequest(
                 str(context), prompt[:context], params, 1 + WARM_UP + new_tokens, SEED, synthetic_kv_seed=SEED
             )  # fmt: skip
-            stages: list[Stage] = [run_stage(engine, request, lambda sample: None) for _ in range(repeats)]
-            read = stages[-1].streamed_per_step
-            found[context] = Timed(
-                Figure.of(statistics.median(one.decode_ms[WARM_UP:]) for one in stages),
-                read, read / (stages[-1].cold_pages * exact.page_bytes),
-            )  # fmt: skip
+            stage = run_stage(engine, request, lambda sample: None)
+            read = stage.streamed_per_step
+            share = read / (stage.cold_pages * exact.page_bytes)
+            found[context] = Timed(statistics.median(stage.decode_ms[WARM_UP:]), read, share)
     return found

@@ -48,6 +48,11 @@ class Variant:
         return ", ".join(changed) or "full"
 
     @property
+    def label(self) -> str:
+        """What tells it from all others."""
+        return f"{self.name}, pages of {self.page_size}"
+
+    @property
     def options(self) -> EngineOptions:
         """As keyword arguments of `EngineConfig`."""
         return {
