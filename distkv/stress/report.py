@@ -20,7 +20,7 @@ from distkv.stress.verify import Verdict
 
 def stage_facts(stage: Stage, info: EngineInfo) -> dict[str, Any]:
     """Figures of one stage; `expected_streamed_per_step` is the formula's, KV bytes per token below the device times
-    the tokens of the cold pages."""
+    the tokens of the cold pages; `share_chosen` and `mean_covered` are those of `PolicyStats`."""
     full = stage.full
     return {
         "context": stage.context,
@@ -40,6 +40,8 @@ def stage_facts(stage: Stage, info: EngineInfo) -> dict[str, Any]:
         "streamed_bytes_per_step": stage.streamed_per_step,
         "cold_tokens": stage.cold_pages * info.page_size,
         "expected_streamed_per_step": stage.cold_pages * info.cold_page_bytes,
+        "share_chosen": stage.policy.share_chosen,
+        "mean_covered": stage.policy.mean_covered,
         "token_ids": [output.token_id for output in stage.outputs],
         "samples": [asdict(sample) for sample in stage.samples],
     }
@@ -79,6 +81,9 @@ def print_table(console: Console, info: EngineInfo, stages: list[Stage], formula
             row(f"  on {tier}", (_size(one["bytes"][tier]) for one in facts))
     for route in sorted({route for one in facts for route in one["moved_bytes"]}):
         row(route, (_size(one["moved_bytes"].get(route, 0)) for one in facts))
+    for name, field in (("pages chosen", "share_chosen"), ("attention to these", "mean_covered")):
+        if facts[0][field] is not None:
+            row(name, (f"{one[field]:.1%}" for one in facts))
     row("stream B/token", (str(one["streamed_bytes_per_step"]) for one in facts))
     row("  by formula", (str(one["expected_streamed_per_step"]) for one in facts))
     console.print(table)

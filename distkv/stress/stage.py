@@ -11,7 +11,7 @@ from distkv.engine.client import EngineClient
 from distkv.engine.drive import next_tokens
 from distkv.engine.engine import Engine
 from distkv.engine.protocol import EngineRequest, TokenOutput
-from distkv.engine.stats import EngineStats
+from distkv.engine.stats import EngineStats, PolicyStats
 
 TIERS = ("device", "host", "disk")
 POLL_SECONDS = 0.1  # between questions to an engine that runs by itself
@@ -46,6 +46,7 @@ class Stage:
     outputs: list[TokenOutput]
     times: list[float]  # seconds at which each token came, since the request was queued
     samples: list[Sample]  # during the fill now and then, and after each token
+    policy: PolicyStats  # of this request alone
 
     @property
     def context(self) -> int:
@@ -97,6 +98,7 @@ def run_stage(engine: EngineClient, request: EngineRequest, watch: Callable[[Sam
     outputs: list[TokenOutput] = []
     times: list[float] = []
     samples: list[Sample] = []
+    before = engine.stats().policy
     start = time.perf_counter()
 
     def poll(keep: bool) -> Sample:
@@ -121,7 +123,10 @@ def run_stage(engine: EngineClient, request: EngineRequest, watch: Callable[[Sam
             latest = poll(keep=True)
         if not outputs and not runs_by_itself:
             latest = poll(keep=False)
-    return Stage(request, outputs, times, samples)
+    after = engine.stats().policy
+    names = PolicyStats.__struct_fields__
+    policy = PolicyStats(**{name: getattr(after, name) - getattr(before, name) for name in names})
+    return Stage(request, outputs, times, samples, policy)
 
 
 def _seconds_left(sample: Sample, context: int) -> float:

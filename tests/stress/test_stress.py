@@ -120,6 +120,21 @@ def test_codes_are_counted_and_verified(stress: Stress, tmp_path: Path, codec: s
     assert stage["streamed_bytes_per_step"] == stage["expected_streamed_per_step"] == stage["cold_tokens"] * token > 0
 
 
+def test_what_a_policy_reads_is_told_and_verified(stress: Stress, tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    code, out, err = stress(
+        "--shape", "tiny", "--context", "2048", "--page-size", "64", "--device-kv-bytes", "256KiB", "--host-kv-bytes",
+        "4MiB", "--new-tokens", "4", "--attention-policy", "top_pages(share=0.25)", "--attention-audit", "1",
+        "--verify", "--json", str(figures),
+    )  # fmt: skip
+    assert code == 0 and "equal the all-resident run's bit for bit" in out, out + err
+    [stage] = json.loads(figures.read_text())["stages"]
+    assert stage["share_chosen"] == 9 / 33 and 0.1 < stage["mean_covered"] < 0.5, "random KV"
+    assert re.search(r"pages chosen *│ 27.3% ", out) and re.search(rf"attention .* {stage['mean_covered']:.1%} ", out)
+    # each step reads all of it once for the audit, and again what is chosen
+    assert stage["expected_streamed_per_step"] < stage["streamed_bytes_per_step"]
+
+
 def test_one_stage_without_tiers_or_verification(stress: Stress) -> None:
     code, out, _ = stress("--shape", "tiny", "--context", "300", "--new-tokens", "3", "--device-kv-bytes", "1MiB")
     assert code == 0
