@@ -24,7 +24,7 @@ from distkv.errors import DistKVError, RequestError
 
 MADE_WITH = (
     "dtype", "seed", "device", "load_format", "max_model_len", "tensor_parallel_size", "page_size", "batch_invariant",
-    "attention_policy",
+    "attention_policy", "kv_cache_dtype",
 )  # fmt: skip
 """Options that answers depend on. On CUDA others change last bits too, without `batch_invariant`."""
 SYNC_SECONDS = 1.0

@@ -21,7 +21,8 @@ from distkv.batch import run as run_module
 from distkv.batch.files import BatchFiles, Claim
 from distkv.batch.input_file import scan
 from distkv.batch.line_file import LineFile
-from distkv.batch.run import BatchOptions, run
+from distkv.batch.run import MADE_WITH, BatchOptions, run
+from distkv.config import EngineConfig
 from distkv.errors import ConfigError, DistKVError, RequestError, StoreError
 
 ENGINE: Any = {"num_threads": 1, "device_kv_bytes": "16MiB", "page_size": 16, "dtype": "auto", "seed": 0}
@@ -234,6 +235,12 @@ def test_a_model_is_known_again_by_what_it_holds(talker: Path, tmp_path: Path) -
     weights.write_bytes(content)
     with pytest.raises(ConfigError, match=f"made with model '{talker}', and now it is '{moved}'"):
         claim(moved)
+
+
+@pytest.mark.parametrize("option", [{"attention_policy": "top_pages"}, {"kv_cache_dtype": "int8"}])
+def test_answers_of_different_caches_are_not_mixed(option: dict[str, Any]) -> None:
+    """What outputs are named by is an option that a batch must keep."""
+    assert EngineConfig("/", **option).kv_policy is not None and option.keys() <= set(MADE_WITH)
 
 
 def test_a_reader_of_stderr_who_has_left_ends_nothing(talker: Path, tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ COLORS = {"auto": "tab:blue", "fp8_e4m3": "tab:orange", "int8": "tab:green", "in
 
 def write_plot(path: Path, facts: dict[str, Any], rows: list[Row]) -> None:
     """A PNG of what perplexity adds, and of the mean score of the tasks, over the bytes that a step brings from the
-    host. Raises
-    StoreError."""
+    host. Raises StoreError."""
     import matplotlib
     from matplotlib.figure import Figure
 
