@@ -28,6 +28,11 @@ def _step_is_not_undone() -> Any:
     return patch.object(PageTable, "rewind", lambda self, count: None)
 
 
+def _filled_page_is_gone_on_with() -> Any:
+    """A page that a step has filled in vain keeps its tokens from before, which may be rounded."""
+    return patch.object(PageTable, "empty_last_page", lambda self: None)
+
+
 def _spill_is_not_awaited() -> Any:
     """A plan does not name the copies that its step must wait for."""
     take = Transfers.take

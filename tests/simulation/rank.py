@@ -51,6 +51,7 @@ class SimulatedRank:
 
     directory: PageDirectory = field(init=False)
     bad_reads: dict[int, str] = field(default_factory=dict)
+    rounded: set[int] = field(default_factory=set)  # device slots of pages that were filled: no token may be added
     _copies: deque[_Job] = field(default_factory=deque)  # the first is under way
     _on_disk: dict[int, _Job] = field(default_factory=dict)
     _ended: dict[int, str | None] = field(default_factory=dict)  # not told yet; why it failed
@@ -80,10 +81,12 @@ class SimulatedRank:
             self._start(plan.transfers)
         for source, target in plan.copies:
             for own, new in zip(self.device[source], self.device[target], strict=True):
-                new[:] = own
+                new[:] = NAN * self.info.page_size if source in self.rounded else own
+            self.rounded.discard(target)
         for slot in plan.clear:
             for content in self.device[slot]:
                 content[:] = bytes(self.page_bytes)
+            self.rounded.discard(slot)
         for slot, seed in plan.synthetic_pages:
             for head, content in zip(self.heads, self.device[slot], strict=True):
                 values = (synthetic_value(seed, head, offset) for offset in range(self.info.page_size))
@@ -92,8 +95,10 @@ class SimulatedRank:
 
     def read(self, step: SequenceStep) -> Heads:
         """What attention finds of the tokens before a step's, for each head; zeros where the disk does not give a page
-        back, which the report says."""
+        back, which the report says, and nothing to go on with where the page of its first token was full before."""
         count = step.start * VALUE_BYTES
+        if step.start % self.info.page_size and int(step.pages[step.start // self.info.page_size]) in self.rounded:
+            return [NAN for _ in self.heads]
         pages: list[list[bytes | bytearray]] = [[] for _ in self.heads]
         for place in step.pages.tolist()[: -(-step.start // self.info.page_size)]:
             tier, slot = decode_location(place)
@@ -114,6 +119,7 @@ class SimulatedRank:
             first = position % size * VALUE_BYTES
             for content, own in zip(page, values, strict=True):
                 content[first : first + VALUE_BYTES] = own[number * VALUE_BYTES : (number + 1) * VALUE_BYTES]
+        self.rounded.update(step.pages[step.start // size : (step.start + len(step.token_ids)) // size].tolist())
 
     def report(self, awaited: list[int]) -> Report:
         """What has ended, `awaited` in any case."""
