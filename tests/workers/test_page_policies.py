@@ -30,6 +30,7 @@ from distkv.storage.paging import NUM_BUFFERS
 from distkv.storage.pools.host_pool import HostPool
 from distkv.storage.pools.page_summaries import PageSummaries
 from distkv.storage.tier import Tier, encode_location
+from distkv.workers.attention.chosen_attention import covered
 from distkv.workers.attention.policies.policy import Choice, PagePolicy, Rows, name_of
 from distkv.workers.attention.policies.registry import parse_policy
 from distkv.workers.attention.policies.sink_window import SinkWindow
@@ -220,6 +221,12 @@ def attend(
     stream = on_demand(spec, host, buffer_pages)
     assert not attention.loads
     return attention.attend(step.q, *step.new_kv(pool), pool, stream), step, meter.take().counts
+
+
+def test_numbers_that_are_not_finite_spoil_no_sum_of_what_is_covered() -> None:
+    chosen = torch.tensor([[1.0, float("nan")], [float("inf"), 0.0]])
+    everything = torch.tensor([[2.0, 1.0], [1.0, 0.0]])
+    assert covered(chosen.double(), everything.double()).tolist() == [0.5, 1.0]
 
 
 @given(

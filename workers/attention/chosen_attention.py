@@ -47,5 +47,7 @@ def total_weights(
 
 
 def covered(chosen: Tensor, everything: Tensor) -> Tensor:
-    """Which part of all weight the chosen pages have, by what `total_weights` gives for both."""
-    return torch.exp2(chosen - everything)
+    """Which part of all weight the chosen pages have, by what `total_weights` gives for both; without those of requests
+    that end since their numbers are not finite."""
+    parts = torch.exp2(chosen - everything)
+    return parts[parts.isfinite()]

@@ -135,8 +135,9 @@ class PolicyAttention:
             chosen, all_of_it = (
                 total_weights(tools.library, each, by_head, pool, bring, coded) for each in (calls, self._all_calls)
             )
-            tools.meter.count("num_audited", by_head.shape[0] * by_head.shape[1])
-            tools.meter.count("mass_covered", float(covered(chosen, all_of_it).sum()))
+            parts = covered(chosen, all_of_it)
+            tools.meter.count("num_audited", len(parts))
+            tools.meter.count("mass_covered", float(parts.sum()))
         return attend_chosen(tools.library, calls, by_head, pool, bring, coded).view(len(q), -1)
 
     def _plan(self, chosen: ChosenPages, stream: SlicesOnDemand) -> ChosenCalls:
