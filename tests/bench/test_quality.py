@@ -132,7 +132,7 @@ def test_the_command_measures_a_text_of_ones_own(tmp_path: Path) -> None:
     for one in (full, small_pages):
         assert (one["name"], one["added"], one["divergence"], one["read_share"]) == ("full", 0, 0, 1)
     assert full["perplexity_own.txt"] != small_pages["perplexity_own.txt"]
-    assert window["divergence"] > 0.01 and window["read_share"] < 0.2
+    assert window["divergence"] > 0.01 and 0.02 < window["read_share"] < 0.05  # 2 or 3 of 65 pages
     assert window["host_bytes_per_token"] == 2 * 2 * 2 * 16 * 4
     endless = Tokenizer(folder).encode("no end " * 400)  # so that no text is made of it, and each needle found
     with pytest.raises(ConfigError, match="sentences are too long for needle, which wants texts of 1800 tokens"):

@@ -108,7 +108,7 @@ def add_times(bench: Bench, sizes: Sizes, variants: list[Variant], num_threads: 
     for row, turns in zip(bench.rows, taken.values(), strict=True):
         for context in contexts:
             row[f"ms_{context}"] = Figure.of(turn[context].ms for turn in turns)
-            row[f"read_bytes_{context}"] = turns[0][context].read_bytes
+            row[f"streamed_bytes_{context}"] = turns[0][context].streamed_bytes
         row["read_share"] = turns[0][contexts[-1]].read_share
     bench.write()
 

@@ -41,9 +41,9 @@ def explain(bench: Bench) -> None:
         f"the first {read} of a text, as an answer's. A token meets its own page exactly."
     )
     bench.line(
-        f"ms per token: shape {shape} with random weights and KV, all but a window on the host. Read: what a step "
-        "brings from there at the longest context, beside the bytes that the whole and exact cache would. Answers to "
-        "questions begin with the words that lead up to what is asked for, and a policy acts on these too."
+        f"ms per token: shape {shape} with random weights and KV, all but a window on the host. Read: the bytes of "
+        "the pages that a step attends to at the longest context, as they lie on the host, of those of full. Answers "
+        "begin with the words that lead up to what is asked for, and a policy acts on these too."
     )
     for row in bench.rows:
         most = MOST_ADDED.get(row["kv_cache_dtype"])

@@ -28,8 +28,8 @@ class Timed:
     """A context's decode steps."""
 
     ms: float  # the median
-    read_bytes: int  # that a step brought from the host
-    read_share: float  # of what the whole and exact cache would have brought
+    streamed_bytes: int  # that a step brought from the host
+    read_share: float  # the bytes of the pages that a step reads, as they lie on the host, of those of the exact cache
 
 
 def time_steps(
@@ -66,8 +66,11 @@ def time_steps(
             request = EngineRequest(
                 str(context), prompt[:context], params, 1 + WARM_UP + new_tokens, SEED, synthetic_kv_seed=SEED
             )  # fmt: skip
+            before = engine.stats().policy
             stage = run_stage(engine, request, lambda sample: None)
-            read = stage.streamed_per_step
-            share = read / (stage.cold_pages * exact.page_bytes)
-            found[context] = Timed(statistics.median(stage.decode_ms[WARM_UP:]), read, share)
+            after = engine.stats().policy
+            visible = after.pages_visible - before.pages_visible
+            chosen = (after.pages_chosen - before.pages_chosen) / visible if visible else 1.0
+            share = chosen * spec.page_bytes_in(Tier.HOST) / exact.page_bytes
+            found[context] = Timed(statistics.median(stage.decode_ms[WARM_UP:]), stage.streamed_per_step, share)
     return found
