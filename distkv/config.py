@@ -120,7 +120,7 @@ class EngineConfig:
     It is the type of weights, activations and KV.
     """
     kv_cache_dtype: str = "auto"
-    """What full KV pages are rounded to, and lie as below the device: auto (dtype), fp8_e4m3, int8 or int4.
+    """Full KV pages as codes below the device: auto (none), fp8_e4m3, int8 or int4.
 
     Answers are then not those of auto, though still the same bits wherever a page lies; `distkv bench quality` says
     what is lost. Pages on the device keep the size of dtype, for speed. It needs head_dim a multiple of 16, and CUDA
@@ -267,9 +267,10 @@ class EngineConfig:
     """
 
     attention_policy: str = FULL
-    """Which KV pages an answer's tokens attend to: full, sink_window(sinks=4, window=4096), top_pages(share=0.1).
+    """KV pages that an answer's tokens attend to: full, sink_window or top_pages.
 
-    top_pages(pages=64) takes a number of pages instead. Tokens of a prompt attend to all pages. Anything but full
+    sink_window(sinks=4, window=4096) is the first and the newest tokens, top_pages(share=0.1) the likeliest tenth of
+    the pages; top_pages(pages=64) takes a number of them instead. Tokens of a prompt attend to all pages. Anything but full
     changes answers, and needs the native kernels of a CPU.
     """
     attention_audit: int | None = None
