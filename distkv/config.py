@@ -270,8 +270,8 @@ class EngineConfig:
     """KV pages that an answer's tokens attend to: full, sink_window or top_pages.
 
     sink_window(sinks=4, window=4096) is the first and the newest tokens, top_pages(share=0.1) the likeliest tenth of
-    the pages; top_pages(pages=64) takes a number of them instead. Tokens of a prompt attend to all pages. Anything but full
-    changes answers, and needs the native kernels of a CPU.
+    the pages; top_pages(pages=64) takes a number of them instead. Tokens of a prompt attend to all pages. Anything but
+    full changes answers, and needs the native kernels of a CPU.
     """
     attention_audit: int | None = None
     """Measure in one of so many steps how much of all attention the chosen pages have.
