@@ -168,11 +168,12 @@ class Rank:
         for source, target in plan.copies:
             pools.device.copy(source, target)
         pools.device.clear(plan.clear)
-        ids = {location: id for id, location in plan.relocated}
-        for slot, seed in plan.synthetic_pages:
-            self._fill_synthetic(slot, seed)
-            if pools.summaries is not None:
-                pools.summaries.add(ids[slot], pools.device.data[:, 0, slot])
+        if plan.synthetic_pages:
+            ids = {location: id for id, location in plan.relocated}
+            for slot, seed in plan.synthetic_pages:
+                self._fill_synthetic(slot, seed)
+                if pools.summaries is not None:
+                    pools.summaries.add(ids[slot], pools.device.data[:, 0, slot])
         if not steps:
             pools.mover.wait(plan.await_ids)  # such a plan is sent to learn of their end
             return None

@@ -40,7 +40,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     save_timeout: float | None = None  # see `EngineConfig`
     attention_policy: str = FULL  # see `EngineConfig`
     kv_policy: str | None = None  # what outputs say of it
-    coded_page_bytes: int = 0  # of a page below the device where a codec makes it another size
+    coded_page_bytes: int = 0  # of a page below the device; 0: as on it
     kv_cache_dtype: str = "auto"  # see `EngineConfig`
 
     @property

@@ -38,6 +38,8 @@ class NativeCodec:
             slots: int64 `[n]`.
             exact: `[n, 2, K, S, D]`, is given what they held before.
         """
+        if not len(slots):
+            return
         self.library.round_pages(
             *self._pages(layer_pool), slots.data_ptr(), len(slots), None if exact is None else exact.data_ptr(),
             torch.get_num_threads(),

@@ -10,7 +10,7 @@ Tokens of prompts attend to everything, as they do without a policy.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import count
 
 import numpy as np
@@ -163,7 +163,7 @@ class PolicyAttention:
             np.concatenate(locations), np.concatenate(indexes), counts, heads, np.repeat(offsets, kv_heads), exact
         )
 
-    @property
+    @cached_property
     def _num_visible(self) -> int:
         """Pages that the rows could choose from, for each KV head."""
         own = np.concatenate([one.positions for one in self._choosers]) // self._tools.page_size
