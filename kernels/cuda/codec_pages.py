@@ -21,6 +21,7 @@ from distkv.kernels.cuda.codecs import (
     encode_groups,
     load_codes,
     store_codes,
+    store_ends,
 )
 from distkv.kernels.cuda.paging import block_head_dim
 
@@ -118,20 +119,23 @@ def num_warps(group: int, head_dim: int) -> int:
 
 @triton.jit
 def _find(
-    item, pairs, parts, page_stride, page_part, codes_stride, codes_part, scales_stride, scales_part, FROM_PAGES,
-    TILES: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, ROW: tl.constexpr,
-    ITEM: tl.constexpr, CODES: tl.constexpr,
+    item, pages, codes, scales, pairs, parts, page_stride, page_part, codes_stride, codes_part, scales_stride,
+    scales_part, FROM_PAGES: tl.constexpr, CODEC: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
-    """Which tokens a program takes next: the tile, whether it is of values, and where the head's numbers, codes and
-    scales begin."""
+    """Which tokens a program takes next: the tile, their numbers in the page `[GROUP, 1]`, whether it is of values, and
+    where the head's numbers, codes and scales begin."""
+    TILES: tl.constexpr = PAGE_SIZE // GROUP
+    ITEM: tl.constexpr = pages.dtype.element_ty.primitive_bitwidth // 8
+    CODES: tl.constexpr = PAGE_SIZE * (HEAD_DIM // 2 if CODEC == INT4 else HEAD_DIM)  # bytes
     tile, head = item % TILES, item // TILES % KV_HEADS
     part, pair = item // (TILES * KV_HEADS) % parts, item // (TILES * KV_HEADS) // parts
     page = tl.load(pairs + 2 * pair + (0 if FROM_PAGES else 1))
     coded = tl.load(pairs + 2 * pair + (1 if FROM_PAGES else 0))
-    numbers_at = page * page_stride + part * page_part + head * (PAGE_SIZE * HEAD_DIM)
-    codes_at = coded * codes_stride + part * codes_part + head * (PAGE_SIZE * ROW)
-    scales_at = coded * scales_stride + part * scales_part + (head * (PAGE_SIZE * ROW) + CODES) // ITEM
-    return tile, part % 2 == 1, numbers_at, codes_at, scales_at
+    numbers = pages + page * page_stride + part * page_part + head * (PAGE_SIZE * HEAD_DIM)
+    block = codes + coded * codes_stride + part * codes_part + head * (PAGE_SIZE * ROW)
+    ends = scales + coded * scales_stride + part * scales_part + (head * (PAGE_SIZE * ROW) + CODES) // ITEM
+    return tile, tile * GROUP + tl.arange(0, GROUP)[:, None], part % 2 == 1, numbers, block, ends
 
 
 @triton.jit(do_not_specialize=["total"])  # it changes from call to call
@@ -140,20 +144,17 @@ def _encode_rows(
     scales_part, CODEC: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
-    ITEM: tl.constexpr = pages.dtype.element_ty.primitive_bitwidth // 8
-    CODES: tl.constexpr = HEAD_DIM // 2 if CODEC == INT4 else HEAD_DIM  # bytes of a token
-    token, dim = tl.arange(0, GROUP)[:, None], tl.arange(0, BLOCK_D)
+    dim = tl.arange(0, BLOCK_D)
     for item in range(tl.program_id(0).to(tl.int64), total, tl.num_programs(0)):
-        tile, is_value, numbers_at, codes_at, scales_at = _find(
-            item, pairs, parts, page_stride, page_part, codes_stride, codes_part, scales_stride, scales_part, True,
-            PAGE_SIZE // GROUP, KV_HEADS, PAGE_SIZE, HEAD_DIM, ROW, ITEM, PAGE_SIZE * CODES,
+        tile, token, is_value, numbers, block, ends = _find(
+            item, pages, codes, scales, pairs, parts, page_stride, page_part, codes_stride, codes_part, scales_stride,
+            scales_part, True, CODEC, GROUP, KV_HEADS, PAGE_SIZE, HEAD_DIM, ROW,
         )  # fmt: skip
-        at = tile * GROUP + token
-        x = tl.load(pages + numbers_at + at * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)
+        x = tl.load(numbers + token * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)
         if is_value:
-            _encode_values(x, codes + codes_at, scales + scales_at, at, CODEC, GROUP, PAGE_SIZE, HEAD_DIM, BLOCK_D)
+            _encode_values(x, block, ends, token, CODEC, GROUP, PAGE_SIZE, HEAD_DIM, BLOCK_D)
         else:
-            _encode_keys(x, codes + codes_at, scales + scales_at, tile, CODEC, GROUP, PAGE_SIZE, HEAD_DIM, BLOCK_D)
+            _encode_keys(x, block, ends, tile, CODEC, GROUP, PAGE_SIZE, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -165,12 +166,8 @@ def _encode_keys(
     row = tl.arange(0, BLOCK_D)[:, None]
     store_codes(codes, tl.trans(stored), row, tile * GROUP, row < HEAD_DIM, BLOCK_D, GROUP, GROUP, PAGE_SIZE, CODEC)
     dim = tl.arange(0, BLOCK_D)[None, :]
-    if CODEC == INT4:
-        first = scales + tile * (2 * HEAD_DIM) + dim
-        tl.store(first, lowest.to(scales.dtype.element_ty), mask=dim < HEAD_DIM)
-        tl.store(first + HEAD_DIM, highest.to(scales.dtype.element_ty), mask=dim < HEAD_DIM)
-    else:
-        tl.store(scales + tile * HEAD_DIM + dim, highest.to(scales.dtype.element_ty), mask=dim < HEAD_DIM)
+    NUM_SCALES: tl.constexpr = 2 if CODEC == INT4 else 1
+    store_ends(scales + tile * (NUM_SCALES * HEAD_DIM) + dim, HEAD_DIM, lowest, highest, dim < HEAD_DIM, CODEC)
 
 
 @triton.jit
@@ -183,14 +180,10 @@ def _encode_values(
     by_token = tl.reshape(stored, [GROUP, BLOCK_D])
     store_codes(codes, by_token, token, 0, token >= 0, GROUP, BLOCK_D, GROUP, HEAD_DIM, CODEC)
     group = tl.arange(0, BLOCK_G)
-    inside = group < HEAD_DIM // GROUP
     lowest, highest = tl.reshape(lowest, [GROUP, BLOCK_G]), tl.reshape(highest, [GROUP, BLOCK_G])
-    if CODEC == INT4:
-        first = scales + group * (2 * PAGE_SIZE) + token
-        tl.store(first, lowest.to(scales.dtype.element_ty), mask=inside)
-        tl.store(first + PAGE_SIZE, highest.to(scales.dtype.element_ty), mask=inside)
-    else:
-        tl.store(scales + group * PAGE_SIZE + token, highest.to(scales.dtype.element_ty), mask=inside)
+    NUM_SCALES: tl.constexpr = 2 if CODEC == INT4 else 1
+    first = scales + group * (NUM_SCALES * PAGE_SIZE) + token
+    store_ends(first, PAGE_SIZE, lowest, highest, group < HEAD_DIM // GROUP, CODEC)
 
 
 @triton.jit(do_not_specialize=["total"])  # it changes from call to call
@@ -199,23 +192,19 @@ def _decode_rows(
     scales_part, CODEC: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
-    ITEM: tl.constexpr = pages.dtype.element_ty.primitive_bitwidth // 8
-    CODES: tl.constexpr = HEAD_DIM // 2 if CODEC == INT4 else HEAD_DIM  # bytes of a token
-    token, dim = tl.arange(0, GROUP)[:, None], tl.arange(0, BLOCK_D)
+    dim = tl.arange(0, BLOCK_D)
     for item in range(tl.program_id(0).to(tl.int64), total, tl.num_programs(0)):
-        tile, is_value, numbers_at, codes_at, scales_at = _find(
-            item, pairs, parts, page_stride, page_part, codes_stride, codes_part, scales_stride, scales_part, False,
-            PAGE_SIZE // GROUP, KV_HEADS, PAGE_SIZE, HEAD_DIM, ROW, ITEM, PAGE_SIZE * CODES,
+        tile, token, is_value, numbers, block, ends = _find(
+            item, pages, codes, scales, pairs, parts, page_stride, page_part, codes_stride, codes_part, scales_stride,
+            scales_part, False, CODEC, GROUP, KV_HEADS, PAGE_SIZE, HEAD_DIM, ROW,
         )  # fmt: skip
-        at = tile * GROUP + token
-        own, block, to = codes + codes_at, scales + scales_at, pages + numbers_at + at * HEAD_DIM + dim
         if is_value:
-            stored = load_codes(own, at, token >= 0, True, BLOCK_D, GROUP, PAGE_SIZE, HEAD_DIM, CODEC)
-            numbers = decode_values(stored, block, at, token >= 0, GROUP, BLOCK_D, GROUP, PAGE_SIZE, HEAD_DIM, CODEC)
+            stored = load_codes(block, token, token >= 0, True, BLOCK_D, GROUP, PAGE_SIZE, HEAD_DIM, CODEC)
+            found = decode_values(stored, ends, token, token >= 0, GROUP, BLOCK_D, GROUP, PAGE_SIZE, HEAD_DIM, CODEC)
         else:
-            stored = load_codes(own, at, token >= 0, False, BLOCK_D, GROUP, PAGE_SIZE, HEAD_DIM, CODEC)
-            numbers = decode_keys(stored, block, tile, tl.zeros([1, 1], tl.int32) == 0, BLOCK_D, HEAD_DIM, CODEC)
-        tl.store(to, numbers.to(pages.dtype.element_ty), mask=dim < HEAD_DIM)
+            stored = load_codes(block, token, token >= 0, False, BLOCK_D, GROUP, PAGE_SIZE, HEAD_DIM, CODEC)
+            found = decode_keys(stored, ends, tile, tl.zeros([1, 1], tl.int32) == 0, BLOCK_D, HEAD_DIM, CODEC)
+        tl.store(numbers + token * HEAD_DIM + dim, found.to(pages.dtype.element_ty), mask=dim < HEAD_DIM)
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots"])

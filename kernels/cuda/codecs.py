@@ -113,6 +113,16 @@ def store_codes(
 
 
 @triton.jit
+def store_ends(first, DISTANCE: tl.constexpr, lowest, highest, inside, CODEC: tl.constexpr):
+    """Writes the scales of groups: what `_ends` gives back. `first` points at the first scale of each."""
+    if CODEC == INT4:
+        tl.store(first, lowest.to(first.dtype.element_ty), mask=inside)
+        tl.store(first + DISTANCE, highest.to(first.dtype.element_ty), mask=inside)
+    else:
+        tl.store(first, highest.to(first.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def decode_keys(stored, scales, group, fits, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, CODEC: tl.constexpr):
     """`decode_groups` of keys `[rows, BLOCK_D]`. `scales` points at the first scale of each row's block, `group` says
     which of its groups of tokens; both, and `fits`, are of a shape that goes with the rows'."""

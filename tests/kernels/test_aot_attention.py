@@ -5,7 +5,6 @@ every product of 16-bit numbers, and keys and values on their way (LDGSTS, cp.as
 """
 
 import sys
-from functools import partial
 
 import pytest
 
@@ -14,12 +13,9 @@ if sys.platform != "linux":
 
 import torch
 from support.aot import CAPABILITIES, Case, Report, cases, meta
+from support.aot_attention import launch_decode, launch_prefill, meta_states, spills
 
-from distkv.kernels.cuda.decode import decode_splits
 from distkv.kernels.cuda.merge import STATES, carry_like, merge_splits
-from distkv.kernels.cuda.prefill import BLOCK_M, prefill_walk
-from distkv.kernels.cuda.prefill_splits import prefill_splits
-from distkv.kernels.cuda.softmax import States
 
 pytestmark = [pytest.mark.aot, pytest.mark.parametrize("capability", CAPABILITIES)]
 
@@ -27,38 +23,6 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SHARED_BYTES = 160 * 1024
 """A program's share of the 163 KiB that an A100 has for one; newer chips have 227."""
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-
-
-def spills(report: Report) -> int:
-    """Loads and stores of local memory. The size of the stack says less: some is reserved and never used."""
-    return report.count("LDL") + report.count("STL")
-
-
-def meta_states(*rows: int, head_dim: int) -> States:
-    return States(*(meta(*shape, dtype=FP32) for shape in ((*rows, head_dim), rows, rows)))
-
-
-def launch_decode(
-    dtype: torch.dtype, kv_heads: int, group: int, head_dim: int, page_size: int, num_tokens: int,
-    batch_invariant: bool = False,
-) -> None:  # fmt: skip
-    # as many pages as an H100 has memory for: strides beyond 32 bits
-    pool = meta(4, 2, 2**26 // page_size, kv_heads, page_size, head_dim, dtype=dtype)[1]
-    heads, rows, states = kv_heads * group, num_tokens * group, 512
-    decode_splits(
-        meta(8 * num_tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)[:, :heads],
-        pool,
-        meta(16, 2, kv_heads, page_size, head_dim, dtype=dtype),
-        meta(1000, dtype=torch.int64),
-        meta(8, 6, dtype=torch.int64),
-        meta(states, 2, dtype=torch.int64),
-        meta(1, dtype=torch.int64),
-        meta_states(states, kv_heads, rows, head_dim=head_dim),
-        num_tokens=num_tokens,
-        split_pages=max(1, 256 // page_size),
-        num_programs=400,
-        batch_invariant=batch_invariant,
-    )
 
 
 DECODES = {
@@ -118,24 +82,6 @@ def test_merge(case: Case, capability: int, reports: list[Report]) -> None:
     assert spills(report) == 0
     assert report.count("LDG") >= 3 * STATES  # of many states, before the first one is added
     assert report.shared_bytes == 0
-
-
-def launch_prefill(
-    dtype: torch.dtype, kv_heads: int, group: int, head_dim: int, page_size: int, split_tokens: int | None = None
-) -> None:
-    pool = meta(4, 2, 2**26 // page_size, kv_heads, page_size, head_dim, dtype=dtype)[1]
-    heads, tokens = kv_heads * group, 2048
-    walk = prefill_walk if split_tokens is None else partial(prefill_splits, split_tokens=split_tokens)
-    walk(
-        meta(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)[:, :heads],
-        pool,
-        meta(16, 2, kv_heads, page_size, head_dim, dtype=dtype),
-        meta(1000, dtype=torch.int64),
-        meta(4, 8, dtype=torch.int64),
-        meta(tokens * group // BLOCK_M, 2, dtype=torch.int64),
-        meta_states(tokens, heads, head_dim=head_dim),
-        meta(tokens, heads, head_dim, dtype=dtype),
-    )
 
 
 PREFILLS = {

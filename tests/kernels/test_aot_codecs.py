@@ -1,7 +1,6 @@
 """The kernels of codes, and attention over them, compiled for real chips at the shapes of real models."""
 
 import sys
-from functools import partial
 from typing import Any
 
 import pytest
@@ -11,22 +10,15 @@ if sys.platform != "linux":
 
 import torch
 from support.aot import CAPABILITIES, Case, Report, cases, meta
+from support.aot_attention import launch_decode, launch_prefill, spills
 
 from distkv.kernels.codec_format import FORMATS
 from distkv.kernels.cuda.codec_pages import CudaCodec
-from distkv.kernels.cuda.decode import decode_splits
-from distkv.kernels.cuda.prefill import BLOCK_M, prefill_walk
-from distkv.kernels.cuda.prefill_splits import prefill_splits
-from distkv.kernels.cuda.softmax import States
 
 pytestmark = [pytest.mark.aot, pytest.mark.parametrize("capability", CAPABILITIES)]
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SHARED_BYTES = 200 * 1024
-
-
-def spills(report: Report) -> int:
-    return report.count("LDL") + report.count("STL")
 
 
 def launch_pages(name: str, dtype: torch.dtype, kv_heads: int, page_size: int, head_dim: int) -> None:
@@ -59,54 +51,6 @@ def test_pages(case: Case, capability: int, reports: list[Report]) -> None:
     assert reports[0].kernel == "_decode_rows" and reports[0].count("FFMA") == 0
 
 
-def launch_decode(
-    name: str, dtype: torch.dtype, kv_heads: int, group: int, head_dim: int, page_size: int, num_tokens: int,
-    batch_invariant: bool = False,
-) -> None:  # fmt: skip
-    pool = meta(4, 2, 2**26 // page_size, kv_heads, page_size, head_dim, dtype=dtype)[1]
-    heads, rows, states, codec = kv_heads * group, num_tokens * group, 512, FORMATS[name]
-    decode_splits(
-        meta(8 * num_tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)[:, :heads],
-        pool,
-        meta(16, 2, kv_heads, page_size, codec.row_bytes(page_size, head_dim, dtype.itemsize), dtype=torch.uint8),
-        meta(1000, dtype=torch.int64),
-        meta(8, 6, dtype=torch.int64),
-        meta(states, 2, dtype=torch.int64),
-        meta(1, dtype=torch.int64),
-        meta_states(states, kv_heads, rows, head_dim=head_dim),
-        num_tokens=num_tokens,
-        split_pages=max(1, 256 // page_size),
-        num_programs=400,
-        batch_invariant=batch_invariant,
-        codec=codec,
-    )
-
-
-def launch_prefill(
-    name: str, dtype: torch.dtype, kv_heads: int, group: int, head_dim: int, page_size: int,
-    split_tokens: int | None = None,
-) -> None:  # fmt: skip
-    pool = meta(4, 2, 2**26 // page_size, kv_heads, page_size, head_dim, dtype=dtype)[1]
-    heads, tokens, codec = kv_heads * group, 2048, FORMATS[name]
-    walk = prefill_walk if split_tokens is None else partial(prefill_splits, split_tokens=split_tokens)
-    walk(
-        meta(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)[:, :heads],
-        pool,
-        meta(16, 2, kv_heads, page_size, codec.row_bytes(page_size, head_dim, dtype.itemsize), dtype=torch.uint8),
-        meta(1000, dtype=torch.int64),
-        meta(4, 8, dtype=torch.int64),
-        meta(tokens * group // BLOCK_M, 2, dtype=torch.int64),
-        meta_states(tokens, heads, head_dim=head_dim),
-        meta(tokens, heads, head_dim, dtype=dtype),
-        codec=codec,
-        exact=meta(9, 2, kv_heads, page_size, head_dim, dtype=dtype),
-    )
-
-
-def meta_states(*rows: int, head_dim: int) -> States:
-    return States(*(meta(*shape, dtype=FP32) for shape in ((*rows, head_dim), rows, rows)))
-
-
 ATTENTION = {
     "decode, int4": (True, "int4", BF16, 3, 3, 64, 256, 1),
     "decode, int8": (True, "int8", BF16, 8, 4, 128, 256, 1),
@@ -116,8 +60,8 @@ ATTENTION = {
 }
 
 
-def launch_attention(decodes: bool, *shape: Any) -> None:
-    (launch_decode if decodes else launch_prefill)(*shape)
+def launch_attention(decodes: bool, name: str, *shape: Any) -> None:
+    (launch_decode if decodes else launch_prefill)(*shape, codec=FORMATS[name])
 
 
 @pytest.mark.parametrize("case", cases(launch_attention, ATTENTION, ["decode, int4", "prefill, int4"]))
