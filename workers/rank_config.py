@@ -1,6 +1,6 @@
 """What every rank of a group has to know."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from distkv.storage.page_spec import PageSpec
@@ -35,10 +35,16 @@ class RankConfig:
     num_parts: int | None = None  # of sums over ranks, see `Shard.of`; None for one of each rank
 
 
+def model_page_spec(
+    model: ModelConfig, page_size: int, dtype: str, kv_cache_dtype: str = "auto", disk_codec: str = "none"
+) -> PageSpec:
+    """The pages of a whole model: all layers, all KV heads. Raises ConfigError for a codec that it cannot have."""
+    return PageSpec(
+        model.num_hidden_layers, model.num_key_value_heads, page_size, model.head_dim, dtype, kv_cache_dtype, disk_codec
+    )
+
+
 def rank_page_spec(config: RankConfig, shard: Shard) -> PageSpec:
     """The pages of one rank: all layers, that rank's KV heads."""
-    model = config.model
-    return PageSpec(
-        model.num_hidden_layers, shard.num_kv_heads, config.page_size, model.head_dim, config.dtype,
-        config.kv_cache_dtype, config.disk_codec,
-    )  # fmt: skip
+    whole = model_page_spec(config.model, config.page_size, config.dtype, config.kv_cache_dtype, config.disk_codec)
+    return replace(whole, num_kv_heads=shard.num_kv_heads)

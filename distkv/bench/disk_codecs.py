@@ -35,6 +35,7 @@ from distkv.storage.page_spec import DISK_CODECS, PageSpec
 from distkv.storage.pools.disk_pool import DiskPool
 from distkv.storage.pools.host_memory import as_integers
 from distkv.workers.model.model_config import ModelConfig
+from distkv.workers.rank_config import model_page_spec
 
 COLUMNS = [
     Column("codec", "codec"),
@@ -55,9 +56,7 @@ def run(
     context that cannot be used, DistKVError when a bit does not come back."""
     tokens, source = _tokens(model, context, text)
     config = ModelConfig.load(model)
-    spec = PageSpec(
-        config.num_hidden_layers, config.num_key_value_heads, page_size, config.head_dim, config.run_dtype(dtype)
-    )
+    spec = model_page_spec(config, page_size, config.run_dtype(dtype))
     with ExitStack() as stack:
         folder = stack.enter_context(temporary_folder(cache_dir))
         bench = Bench(

@@ -24,6 +24,7 @@ from distkv.storage.dtypes import ITEM_BYTES, torch_dtype
 from distkv.storage.page_spec import PageSpec
 from distkv.stress.stage import Stage, run_stage
 from distkv.workers.model.model_config import ModelConfig
+from distkv.workers.rank_config import model_page_spec
 
 SEED = 1
 WARM_UP = 32  # tokens
@@ -45,8 +46,7 @@ class Shape:
 
     @cached_property
     def spec(self) -> PageSpec:
-        model = self.model
-        return PageSpec(model.num_hidden_layers, model.num_key_value_heads, self.page_size, model.head_dim, self.dtype)
+        return model_page_spec(self.model, self.page_size, self.dtype)
 
     def engine(self, longest: int, device_pages: int) -> EngineClient:
         """The same as `start`, with nothing on its way any more that is compiled beside an engine's first steps."""

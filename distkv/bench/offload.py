@@ -32,6 +32,7 @@ from distkv.storage.paging import NUM_BUFFERS, check_page_size
 from distkv.storage.tier import Tier
 from distkv.workers.kinds import KINDS
 from distkv.workers.model.model_config import ModelConfig
+from distkv.workers.rank_config import model_page_spec
 
 COLUMNS = [
     Column("context", "cache"),
@@ -67,11 +68,8 @@ class Sizes:
     @cached_property
     def spec(self) -> PageSpec:
         """The pages of the one rank. Raises ConfigError for a codec that the model cannot have."""
-        model = self.config
-        return PageSpec(
-            model.num_hidden_layers, model.num_key_value_heads, self.page_size, model.head_dim,
-            model.run_dtype(self.dtype), self.kv_cache_dtype, self.disk_kv_codec,
-        )  # fmt: skip
+        dtype = self.config.run_dtype(self.dtype)
+        return model_page_spec(self.config, self.page_size, dtype, self.kv_cache_dtype, self.disk_kv_codec)
 
 
 def run(sizes: Sizes, num_threads: int | None, cache_dir: Path | None, options: BenchOptions) -> None:

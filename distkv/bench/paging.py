@@ -31,6 +31,7 @@ from distkv.launch.launch import launch
 from distkv.reporting.out_file import check_plot_file
 from distkv.storage.page_spec import PageSpec
 from distkv.workers.model.model_config import ModelConfig
+from distkv.workers.rank_config import model_page_spec
 
 RESERVED, ON_DEMAND, UNLIMITED = "reserved ahead", "on demand", "on demand, no limit"
 LEAST_ROUNDS = 2  # how often the KV of all requests fills the memory at least, so that others wait most of the time
@@ -76,7 +77,7 @@ def measure(bench: Bench, sizes: Sizes) -> tuple[list[Row], str]:
     """
     model = ModelConfig.load(sizes.model)
     prompts, dtype = Prompts(sizes.model), model.run_dtype(sizes.dtype)
-    spec = PageSpec(model.num_hidden_layers, model.num_key_value_heads, sizes.page_size, model.head_dim, dtype)
+    spec = model_page_spec(model, sizes.page_size, dtype)
     if sizes.max_model_len > model.max_position_embeddings:
         raise ConfigError(
             f"max_model_len {sizes.max_model_len} is more than the {model.max_position_embeddings} positions of the "

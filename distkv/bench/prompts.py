@@ -38,10 +38,7 @@ class Prompts:
         """The tokens of a text file. Raises ConfigError when there are none to be had."""
         if self._tokenizer is None:
             raise ConfigError("--text is given and the model has no tokenizer; leave it out")
-        try:
-            return self._tokenizer.encode(path.read_text(encoding="utf-8", errors="replace"))
-        except OSError as error:
-            raise ConfigError(f"--text {str(path)!r} cannot be read: {error.strerror}; name another file") from error
+        return self._tokenizer.encode(read_text(path))
 
     def question(self, number: int) -> list[int]:
         """A few dozen tokens that follow a text and are others for each number, from the first one on."""
@@ -54,3 +51,11 @@ class Prompts:
     def _random(self, count: int, seed: int) -> list[int]:
         generator = random.Random(seed)
         return [generator.randrange(FIRST_RANDOM, self._vocab_size) for _ in range(count)]
+
+
+def read_text(path: Path) -> str:
+    """A text file as it is. Raises ConfigError."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ConfigError(f"{str(path)!r} cannot be read: {error.strerror}; name another file with --text") from error

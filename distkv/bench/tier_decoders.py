@@ -12,8 +12,8 @@ from distkv.planner.hardware import Hardware
 from distkv.planner.model_shape import ModelShape
 from distkv.planner.request import PlanRequest
 from distkv.storage.ledger.write_back import MAX_DISK_WRITES
-from distkv.storage.page_spec import PageSpec
 from distkv.workers.model.model_config import ModelConfig
+from distkv.workers.rank_config import model_page_spec
 
 TIERS = ("device", "host", "disk")
 PAGE_SIZE = 256
@@ -27,8 +27,7 @@ class TierDecoders:
     def __init__(self, folder: Path, name: str, longest: int, cache_dir: Path):
         config = ModelConfig.load(folder)
         self.model = ModelShape(name, config, folder)
-        heads = config.num_key_value_heads
-        self._spec = PageSpec(config.num_hidden_layers, heads, PAGE_SIZE, config.head_dim, config.dtype)
+        self._spec = model_page_spec(config, PAGE_SIZE, config.dtype)
         pages = self._spec.pages_for(longest)
         self._variants = {  # as in `bench offload`: what is not cold is the page that is written, and the first
             "device": Variant("device", pages + 1, 0, 0, 0),

@@ -14,11 +14,11 @@ from distkv.planner.request import PlanRequest
 from distkv.planner.sizing import page_bytes, page_specs
 from distkv.planner.units import shown_bytes, shown_seconds, shown_share
 from distkv.storage.dtypes import ITEM_BYTES
-from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import pages_for
 from distkv.storage.tier import Tier
 from distkv.workers.attention.policies.registry import FULL
 from distkv.workers.model.model_config import ModelConfig
+from distkv.workers.rank_config import model_page_spec
 
 
 def start_lines(config: EngineConfig, info: EngineInfo | None = None, hardware: Hardware | None = None) -> list[str]:
@@ -42,11 +42,7 @@ def start_lines(config: EngineConfig, info: EngineInfo | None = None, hardware: 
 def _sizes(config: EngineConfig, model: ModelShape) -> str:
     dtype, size = model.config.run_dtype(config.dtype), config.tensor_parallel_size
     ranks = [model.rank_parameters(rank, size).total * ITEM_BYTES[dtype] for rank in range(size)]
-    shape = model.config
-    spec = PageSpec(
-        shape.num_hidden_layers, shape.num_key_value_heads, config.page_size, shape.head_dim, dtype,
-        config.kv_cache_dtype,
-    )  # fmt: skip
+    spec = model_page_spec(model.config, config.page_size, dtype, config.kv_cache_dtype)
     most = f", at most {shown_bytes(max(ranks))} on one of {size} ranks" if size > 1 else ""
     kv = f"KV {shown_bytes(spec.bytes_per_token)} a token"
     if spec.format is not None:

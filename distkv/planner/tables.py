@@ -10,9 +10,9 @@ from distkv.planner.fit import RankMemory
 from distkv.planner.hardware import Hardware
 from distkv.planner.plan import Plan
 from distkv.planner.units import shown_bytes, shown_count, shown_rate, shown_seconds, shown_share, shown_tokens
-from distkv.storage.page_spec import PageSpec
 from distkv.storage.tier import Tier
 from distkv.workers.attention.policies.registry import FULL
+from distkv.workers.rank_config import model_page_spec
 
 MOST_ADVICE = 8  # sentences for a kind of hardware
 
@@ -72,10 +72,7 @@ def right_table(title: str, columns: Iterable[str], last_left: bool = False) -> 
 
 def _print_model(console: Console, plan: Plan) -> None:
     request, config = plan.request, plan.request.model.config
-    spec = PageSpec(
-        config.num_hidden_layers, config.num_key_value_heads, request.page_size, config.head_dim, request.run_dtype,
-        request.kv_cache_dtype,
-    )  # fmt: skip
+    spec = model_page_spec(config, request.page_size, request.run_dtype, request.kv_cache_dtype)
     print_line(
         console,
         f": {shown_count(request.model.num_parameters)} parameters in {request.run_dtype}, "

@@ -141,17 +141,24 @@ def test_bench_offload_drops_the_page_cache_while_no_step_runs(
     assert [count for count in dropped if count] == [4 * 2] * 2 * 5, "4 pages of 2 heads; two turns of 1 + 3 + 1 steps"
 
 
-def test_bench_offload_counts_coded_bytes(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that a step streams are compared in the benchmark itself, and answers of all places."""
+def offload(
+    folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch, *options: str
+) -> tuple[list[dict[str, Any]], dict[str, Any], str]:
+    """The rows of a run in bf16, all that was written of it, and what it printed."""
     monkeypatch.setattr(decoder, "PAUSE", 0.01)
     result, written = bench(
-        tmp_path, "offload", "--model", str(tiny_model), "--context", "128", "--page-size", "32", "--new-tokens", "3",
-        "--repeats", "1", "--dtype", "bfloat16", "--cache-dir", str(tmp_path / "kv"), "--kv-cache-dtype", "int4",
+        folder, "offload", "--model", str(model), "--context", "128", "--page-size", "32", "--new-tokens", "3",
+        "--repeats", "1", "--dtype", "bfloat16", "--cache-dir", str(folder / "kv"), *options,
     )  # fmt: skip
     assert result.exit_code == 0, result.exception or result.output
-    rows = check_written(written, "offload", 4)
+    return check_written(written, "offload", 4), written, result.output
+
+
+def test_bench_offload_counts_coded_bytes(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that a step streams are compared in the benchmark itself, and answers of all places."""
+    rows, written, output = offload(tmp_path, tiny_model, monkeypatch, "--kv-cache-dtype", "int4")
     assert written["bytes_per_token"] == 2 * 2 * 2 * (16 // 2 + 2 * 2), "2 layers, 2 KV heads; codes and two scales"
-    assert "2 * 2 layers * 2 KV heads * (16 head_dim * 0.5 bytes + 4 of scales) * cold tokens" in result.output
+    assert "2 * 2 layers * 2 KV heads * (16 head_dim * 0.5 bytes + 4 of scales) * cold tokens" in output
     streamed = [row["host_bytes_per_step"] + row["disk_bytes_per_step"] for row in rows]
     assert streamed == [row["cold_tokens"] * written["bytes_per_token"] for row in rows]
     assert [row["cold_tokens"] for row in rows] == [0, 64, 96, 96]
@@ -159,13 +166,7 @@ def test_bench_offload_counts_coded_bytes(tiny_model: Path, tmp_path: Path, monk
 
 def test_bench_offload_of_compressed_files(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """KV is counted as it is used, and what the files give for it beside it."""
-    monkeypatch.setattr(decoder, "PAUSE", 0.01)
-    result, written = bench(
-        tmp_path, "offload", "--model", str(tiny_model), "--context", "128", "--page-size", "32", "--new-tokens", "3",
-        "--repeats", "1", "--dtype", "bfloat16", "--cache-dir", str(tmp_path / "kv"), "--disk-kv-codec", "lossless",
-    )  # fmt: skip
-    assert result.exit_code == 0, result.exception or result.output
-    row = check_written(written, "offload", 4)[-1]
+    [*_, row], written, _output = offload(tmp_path, tiny_model, monkeypatch, "--disk-kv-codec", "lossless")
     assert row["disk_bytes_per_step"] == 3 * 32 * written["bytes_per_token"]
     assert 0.7 < row["stored_bytes_per_step"] / row["disk_bytes_per_step"] < 1.1
     assert row["stored_bytes_per_step"] != row["disk_bytes_per_step"]

@@ -12,6 +12,7 @@ from distkv.launch.launch import launch
 from distkv.sampling_params import SamplingParams
 from distkv.storage.page_spec import PageSpec
 from distkv.workers.model.model_config import ModelConfig
+from distkv.workers.rank_config import model_page_spec
 from distkv.workers.sampling.sampled_token import TokenLogprobs
 
 NUM_TOP = 100  # tokens that are listed at each position of a text
@@ -21,10 +22,7 @@ AT_A_TIME = 8
 
 def page_spec(model: ModelConfig, variant: Variant) -> PageSpec:
     """The pages of a variant, over the whole model."""
-    return PageSpec(
-        model.num_hidden_layers, model.num_key_value_heads, variant.page_size, model.head_dim,
-        model.run_dtype(variant.dtype), variant.kv_cache_dtype,
-    )  # fmt: skip
+    return model_page_spec(model, variant.page_size, model.run_dtype(variant.dtype), variant.kv_cache_dtype)
 
 
 class Answers:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from distkv.bench.prompts import STDLIB, Prompts
+from distkv.bench.prompts import STDLIB, Prompts, read_text
 from distkv.errors import ConfigError
 from distkv.frontend.tokenizer import Tokenizer
 
@@ -20,7 +20,7 @@ def long_texts(model: Path, count: int, given: Path | None, least: int) -> tuple
     """
     tokenizer = Tokenizer(model)
     if given is not None:
-        token_ids = tokenizer.encode(read(given))[:count]
+        token_ids = tokenizer.encode(read_text(given))[:count]
         if len(token_ids) < least:
             raise ConfigError(
                 f"--text {str(given)!r} has {len(token_ids)} tokens; name a text of {least} at least, or lower "
@@ -30,7 +30,7 @@ def long_texts(model: Path, count: int, given: Path | None, least: int) -> tuple
         return {given.name: token_ids}, [short] if len(token_ids) < count else []
     licences: list[int] = []
     for path in licence_files():
-        licences += tokenizer.encode(read(path) + "\n", special=not licences)
+        licences += tokenizer.encode(read_text(path) + "\n", special=not licences)
     texts = {"licences": licences[:count], "sources": Prompts(model).text(count)}
     missing = [
         f"{what} has {len(texts[name])} tokens of text and {count} are wanted; {cure}"
@@ -49,11 +49,3 @@ def long_texts(model: Path, count: int, given: Path | None, least: int) -> tuple
 def licence_files() -> list[Path]:
     """The licence texts of this machine, each once, in the order of their names."""
     return [path for path in sorted(LICENCES.glob("*")) if path.is_file() and not path.is_symlink()]
-
-
-def read(path: Path) -> str:
-    """A text file as it is. Raises ConfigError."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise ConfigError(f"{str(path)!r} cannot be read: {error.strerror}; name another file with --text") from error
