@@ -5,12 +5,12 @@ import subprocess
 import sys
 
 import pytest
-from support.rings import RINGS, RUNS
+from support.rings import LIMIT, PATIENCE, RINGS, RUNS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton, and so the CUDA kernels, exist for Linux only")
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(LIMIT + 2 * PATIENCE)
 @pytest.mark.parametrize("ring", RINGS)
 def test_ring(ring: str, request: pytest.FixtureRequest) -> None:
     status, output = request.config.stash[RUNS][ring].finish()

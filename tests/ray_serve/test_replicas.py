@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Semaphore
 
 import httpx2
 import pytest
@@ -39,14 +40,20 @@ class Served:
         self.server, self.cluster = server, cluster
         self.openai = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
 
-    def answer(self, prompt: str, num_tokens: int, seed: int = 0) -> tuple[str, int]:
-        """The text of an answer as it streams, and how many tokens of the prompt were found."""
+    def answer(
+        self, prompt: str, num_tokens: int, seed: int = 0, begun: Callable[[], None] | None = None
+    ) -> tuple[str, int]:
+        """The text of an answer as it streams, and how many tokens of the prompt were found. `begun` is called when
+        the first of it is there."""
         stream = self.openai.completions.create(
             model="talker", prompt=prompt, max_tokens=num_tokens, temperature=0.8, seed=seed, stream=True,
             stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
         )  # fmt: skip
         text, found = "", 0
         for event in stream:
+            if begun is not None:
+                begun()
+                begun = None
             text += "".join(choice.text for choice in event.choices)
             if event.usage is not None:
                 assert event.usage.completion_tokens == num_tokens
@@ -151,13 +158,15 @@ def test_a_killed_rank_changes_no_answer(served: Served) -> None:
     """Answers of the other replica go on, those of the killed one go on elsewhere, and the replica is replaced."""
     texts = prompts(8, seed=4, length=40)
 
-    def ask(index: int) -> str:
-        return served.answer(texts[index], 400, seed=index)[0]
+    streaming = Semaphore(0)
+
+    def ask(index: int, begun: Callable[[], None] | None = None) -> str:
+        return served.answer(texts[index], 600, index, begun)[0]
 
     with ThreadPoolExecutor(8) as pool:
         undisturbed = list(pool.map(ask, range(8)))
-        asked = [pool.submit(ask, index) for index in range(8)]
-        time.sleep(0.8)
+        asked = [pool.submit(ask, index, streaming.release) for index in range(8)]
+        assert all(streaming.acquire(timeout=60) for _ in asked)
         assert not any(one.done() for one in asked), "nobody is asked for anything any more"
         killed = rank_processes()["follow"][0]
         os.kill(killed, signal.SIGKILL)

@@ -31,6 +31,8 @@ RINGS = (*KERNEL_RINGS, "ray")
 MODULES = KERNEL_RINGS | {"gpu": "test_gpu*.py"}
 """The markers whose tests lie apart: `-m` of one of them imports nothing else, which the machine may not be able to."""
 OTHER_KINDS = ("unmarked", "slow")
+LIMIT = 1200  # seconds for a ring to end in, once the other tests have
+LONG = 240  # seconds of a test, before those of pytest-timeout
 PATIENCE = 40  # seconds for a ring that is interrupted to end what it has started
 
 ALONE = pytest.StashKey[str | None]()
@@ -46,28 +48,37 @@ class RingRun:
     def __init__(self, ring: str, root: Path, modules: list[str]):
         """Starts it; without modules it looks for its tests everywhere."""
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        pytest_ring = [sys.executable, "-m", "pytest", "-m", f"{ring} and not slow", "--color=no", *modules]
+        # each test by its name, and where all threads are when one takes long: what a ring that hangs has to tell
+        told = ["-vv", "--color=no", "-o", f"faulthandler_timeout={LONG}"]
+        pytest_ring = [sys.executable, "-m", "pytest", "-m", f"{ring} and not slow", *told, *modules]
         self._process = subprocess.Popen(
             ["nice", "-n", "10", *pytest_ring], cwd=root, stdout=self._output, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
 
     def finish(self) -> tuple[int, str]:
-        """Waits for the end; returns exit status and output."""
-        status = self._process.wait()
+        """Waits for the end, which it brings about after LIMIT; returns exit status and output."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(LIMIT)
+        status = self._end()
         self._output.seek(0)
         return status, self._output.read()
 
     def stop(self) -> None:
-        """Interrupts it, so that it ends what has a process group of its own, as Ray has; kills what is left."""
+        """Leaves no process behind."""
+        self._end()
+        self._output.close()
+
+    def _end(self) -> int:
+        """Interrupts it if it runs, so that it ends what has a process group of its own, as Ray has; kills what is
+        left."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(PATIENCE)
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        self._output.close()
+        return self._process.wait()
 
 
 def pytest_configure(config: pytest.Config) -> None:
