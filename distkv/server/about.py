@@ -83,4 +83,4 @@ def _card(service: Service, name: str) -> dict[str, Any]:
         "root": service.llm.info.model,
         "parent": None,
         "max_model_len": service.llm.info.max_model_len,
-    }
+    } | service.kv_policy

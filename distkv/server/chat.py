@@ -41,7 +41,7 @@ class _Chat:
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
             "created": int(time.time()),
             "model": service.check_model(body.model),
-        }
+        } | service.kv_policy
         self._usage = Usage()
         check_params(self._params, service.llm.info)  # before so many answers have a place in the queue
 

@@ -42,7 +42,7 @@ class _Completion:
             "object": "text_completion",
             "created": int(time.time()),
             "model": service.check_model(body.model),
-        }
+        } | service.kv_policy
         self._usage = Usage()
         check_params(self._params, service.llm.info)  # before so many answers have a place in the queue
 

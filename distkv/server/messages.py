@@ -90,7 +90,7 @@ class _Message:
             "stop_reason": None,
             "stop_sequence": None,
             "usage": self._counts(),
-        }
+        } | self._service.kv_policy
 
     def _counts(self) -> dict[str, int]:
         cached = self._usage.num_cached_tokens

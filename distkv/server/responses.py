@@ -136,7 +136,7 @@ class _Response:
             "max_output_tokens": body.max_output_tokens, "model": self._model, "output": [],
             "parallel_tool_calls": False, "previous_response_id": body.previous_response_id, "store": body.store,
             "temperature": body.temperature, "text": {"format": {"type": "text"}}, "tool_choice": "none", "tools": [],
-            "top_p": body.top_p, "truncation": "disabled", "usage": None,
+            "top_p": body.top_p, "truncation": "disabled", "usage": None, **self._service.kv_policy,
         }  # fmt: skip
 
     def _item(self, status: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What all routes share: the model, once it is loaded, and who is being answered."""
 
 import time
+from typing import Any
 
 from distkv.async_llm import AsyncLLM
 from distkv.planner.hardware import Hardware
@@ -28,6 +29,12 @@ class Service:
         if self._llm is None:
             raise ApiError(503, "the model is being loaded; try again soon", retry_after=LOADING_SECONDS)
         return self._llm
+
+    @property
+    def kv_policy(self) -> dict[str, Any]:
+        """What bodies of answers have beside the fields of their API: `RequestOutput.kv_policy`, unless it is None."""
+        policy = self.llm.info.kv_policy
+        return {} if policy is None else {"kv_policy": policy}
 
     @property
     def is_loaded(self) -> bool:

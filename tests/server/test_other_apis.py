@@ -1,6 +1,7 @@
 """OpenAI's responses and Anthropic's messages, with their own packages."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from anthropic import Anthropic, BadRequestError
 from openai import BadRequestError as RefusedError
 from openai import NotFoundError, OpenAI
-from support.servers import ServerProcess, save_talker
+from support.servers import ServerProcess
 
 from distkv.config import EngineConfig
 from distkv.errors import StoreError
@@ -21,6 +22,7 @@ from distkv.server.options import ServerOptions
 
 SHORT: dict[str, Any] = {"model": "talker", "temperature": 0, "max_output_tokens": 20}
 FULL: Any = {"extra_body": {"ignore_eos": True}}
+WINDOW = "sink_window(sinks=4, window=32)"
 ASKED: Any = [{"role": "user", "content": "Hello world"}]
 
 
@@ -62,16 +64,43 @@ def test_what_was_not_kept_cannot_be_gone_on_from(openai: OpenAI) -> None:
             openai.responses.create(input="and?", previous_response_id=response_id, **SHORT)
 
 
-def test_responses_without_a_folder_are_kept_in_memory(tmp_path: Path) -> None:
-    model = save_talker(tmp_path / "model")
-    with (
-        ServerProcess(model, "--served-model-name", "talker", "--device-kv-bytes", "4MiB") as server,
-        OpenAI(base_url=f"{server.url}/v1", api_key="none") as client,
-    ):
+@pytest.fixture(scope="module")
+def inexact(talker: Path) -> Iterator[ServerProcess]:
+    """A server without a folder, whose answers are not those of the exact cache."""
+    flags = ("--served-model-name", "talker", "--device-kv-bytes", "4MiB", "--num-threads", "1")
+    with ServerProcess(talker, *flags, "--attention-policy", WINDOW, "--kv-cache-dtype", "int8") as server:
+        yield server
+
+
+def test_responses_without_a_folder_are_kept_in_memory(inexact: ServerProcess) -> None:
+    with OpenAI(base_url=f"{inexact.url}/v1", api_key="none") as client:
         first = client.responses.create(input="Hello", **SHORT)
         second = client.responses.create(input="and?", previous_response_id=first.id, **SHORT)
         assert second.usage is not None and first.usage is not None
         assert second.usage.input_tokens > first.usage.input_tokens
+
+
+def test_answers_that_are_not_of_the_exact_cache_say_so(inexact: ServerProcess, server: ServerProcess) -> None:
+    """In every form of every API, and others do not have the field; the packages take it for what they do not know."""
+    for one, extra in (inexact, {"kv_policy": f"{WINDOW}, kv_cache_dtype=int8"}), (server, {}):
+        openai = OpenAI(base_url=f"{one.url}/v1", api_key="none")
+        chat: Any = {"model": "talker", "messages": ASKED, "max_tokens": 3}
+        completion: Any = {"model": "talker", "prompt": "Hello", "max_tokens": 3}
+        with openai, Anthropic(base_url=one.url, api_key="none") as anthropic:
+            response = openai.responses.create(input="Hello", **SHORT)
+            events = list(openai.responses.create(input="Hello", stream=True, **SHORT))
+            with anthropic.messages.stream(**chat) as stream:
+                message = stream.get_final_message()
+            said: list[Any] = [
+                *openai.models.list(), openai.chat.completions.create(**chat), openai.completions.create(**completion),
+                *openai.chat.completions.create(**chat, stream=True),
+                *openai.completions.create(**completion, stream=True), response,
+                *(event.response for event in events if hasattr(event, "response")),
+                anthropic.messages.create(**chat), message,
+            ]  # fmt: skip
+        for body in said:
+            told = body.model_extra or {}
+            assert {name: told[name] for name in told if name == "kv_policy"} == extra, body
 
 
 def _conversation() -> Conversation:
