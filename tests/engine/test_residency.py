@@ -94,18 +94,18 @@ def test_a_mix_that_changes_during_the_run(folder: Path, tmp_path: Path) -> None
             assert mixed.moved("disk_streamed") and mixed.moved("host_to_disk") and mixed.moved("disk_to_host")
 
 
-@pytest.mark.parametrize("length", [2500, pytest.param(8000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("length", [1300, pytest.param(8000, marks=pytest.mark.slow)])
 def test_the_demo_model_on_real_text(demo_model: Path, tmp_path: Path, length: int) -> None:
     with LLM(demo_model, device_kv_bytes="64MiB", host_kv_bytes=0) as llm:
         prompt = llm.tokenizer.encode(stdlib_text())[:length]
     assert len(prompt) == length
-    options = {"page_size": 64, "max_num_batched_tokens": 1024, "max_num_seqs": 1}
+    options = {"page_size": 64, "max_num_batched_tokens": 512, "max_num_seqs": 1}
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     resident = run(demo_model, [prompt], params, **options)
-    tiered = run(demo_model, [prompt], params, pages=(18, 16, 200), cache_dir=tmp_path, **options)
+    tiered = run(demo_model, [prompt], params, pages=(10, 5, 200), cache_dir=tmp_path, **options)
     tiered.assert_same(resident)
-    cold = length // 64 - 18
-    assert tiered.moved("disk_streamed") > 5 * (cold - 16) * tiered.page_bytes
+    cold = length // 64 - 10
+    assert tiered.moved("disk_streamed") > 5 * (cold - 5) * tiered.page_bytes > 0
 
 
 def stdlib_text() -> str:

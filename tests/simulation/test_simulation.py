@@ -72,11 +72,11 @@ def test_answers_are_those_of_a_model_without_a_cache() -> None:
 
 def test_a_seed_is_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in a process whose hashes are others."""
-    code = "from simulation.run import simulate; print(*(simulate(seed, 100).digest for seed in range(8)))"
-    here = [simulate(seed, 100).digest for seed in range(8)]
+    code = "from simulation.run import simulate; print(*(simulate(seed, 100).digest for seed in range(4)))"
+    here = [simulate(seed, 100).digest for seed in range(4)]
     monkeypatch.setenv("PYTHONHASHSEED", "1")
     assert run_python(code).split() == here
-    assert len(set(here)) == 8
+    assert len(set(here)) == 4
 
 
 @pytest.mark.parametrize("stride", [211, pytest.param(1, marks=pytest.mark.slow)])
