@@ -123,6 +123,8 @@ class _Batch:
                 self._stop.is_gentle = True
                 with self._report.showing():
                     await self._answer_all()
+                if read := (await llm.stats()).policy.shown():
+                    self._report.say(f"the answers have read {read}")
 
     async def _answer_all(self) -> None:
         info = self._llm.info

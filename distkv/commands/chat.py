@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distkv.commands.options import EngineFlags, Model, model_folder, piecemeal, sampling, spread
-from distkv.commands.streams import ask, check_stdin, complain
+from distkv.commands.streams import ask, check_stdin, complain, note
 from distkv.config import EngineConfig, EngineOptions
 from distkv.errors import CapacityError, ConfigError, RequestError, StoreError
 from distkv.sampling_params import SamplingParams
@@ -48,6 +48,8 @@ def chat(
                     _answer(llm, conversation, [*first, {"role": "user", "content": question}], params, stats)
                 except (RequestError, CapacityError, StoreError) as error:  # it has outgrown the model, memory or disk
                     complain(str(error))
+            if read := llm.stats().policy.shown():
+                note(f"the answers have read {read}")
 
 
 def _conversation(session: str | None, options: EngineOptions) -> AbstractContextManager["Conversation"]:

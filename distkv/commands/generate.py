@@ -38,10 +38,8 @@ def generate(
         for output in llm.stream(text, piecemeal(params)):
             print(output.outputs[0].text, end="", flush=True)
         print()
-        read = llm.stats().policy
-        if read.share_chosen is not None:
-            audit = "" if read.mean_covered is None else f", on which {read.mean_covered:.1%} of all attention lies"
-            note(f"the answer has read {read.share_chosen:.1%} of the pages{audit}")
+        if read := llm.stats().policy.shown():
+            note(f"the answer has read {read}")
 
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import threading
@@ -235,6 +236,17 @@ def test_a_model_is_known_again_by_what_it_holds(talker: Path, tmp_path: Path) -
     weights.write_bytes(content)
     with pytest.raises(ConfigError, match=f"made with model '{talker}', and now it is '{moved}'"):
         claim(moved)
+
+
+def test_what_a_policy_has_read_is_told(batch: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """And by which policy it was, beside each answer."""
+    lines = [line(str(number), "/v1/completions", prompt=[5, 6] * 40, max_tokens=6) for number in range(2)]
+    write_lines(tmp_path / "in.jsonl", lines)
+    assert batch(attention_policy="top_pages(pages=2)", attention_audit=2) == 0
+    covered = r"the answers have read 33\.3% of the pages, on which [0-9.]+% of all attention lies\n"
+    assert re.search(covered, capfd.readouterr().err), "two of six"
+    for one in read_lines(tmp_path / "out.jsonl"):
+        assert one["response"]["body"]["kv_policy"] == "top_pages(pages=2)"
 
 
 @pytest.mark.parametrize("option", [{"attention_policy": "top_pages"}, {"kv_cache_dtype": "int8"}])

@@ -112,13 +112,15 @@ def test_generate_takes_a_prompt_a_file_or_stdin(talker: Path, tmp_path: Path, r
     assert outputs[0].stdout == f"{whole.outputs[0].text}\n", "the pieces add up"
 
 
-def test_generate_tells_what_a_policy_has_read(talker: Path, run_here: Run) -> None:
+def test_what_a_policy_has_read_is_told(talker: Path, run_here: Run) -> None:
+    text, covered = "one " * 100, r" of the pages, on which [0-9.]+% of all attention lies\n"
     options = ("--attention-policy", "top_pages(pages=2)", "--page-size", "16", "--device-kv-bytes", "8MiB")
-    common = ("generate", "--model", str(talker), "--prompt", "one " * 100, "--max-tokens", "6", *options)
-    share = r"the answer has read 28\.6% of the pages"  # two of seven
-    assert re.search(share + r"\n", run_here(*common).stderr)
-    audited = run_here(*common, "--attention-audit", "2").stderr
-    assert re.search(share + r", on which [0-9.]+% of all attention lies\n", audited)
+    common = ("generate", "--model", str(talker), "--prompt", text, "--max-tokens", "6", *options)
+    share = r"the answer has read 28\.6%"  # two of seven
+    assert re.search(share + r" of the pages\n", run_here(*common).stderr)
+    assert re.search(share + covered, run_here(*common, "--attention-audit", "2").stderr)
+    talk = ("chat", "--model", str(talker), "--max-tokens", "6", *options, "--attention-audit", "2")
+    assert re.search(r"the answers have read [0-9.]+%" + covered, run_here(*talk, stdin=f"{text}\nmore\n").stderr)
 
 
 @pytest.mark.slow
