@@ -70,6 +70,11 @@ def test_answers_are_those_of_a_model_without_a_cache() -> None:
     assert total["plans"] >= SEEDS * PLANS and total["tokens"] > 5000
 
 
+def test_a_catalogue_may_have_false_tokens_amid_a_chain() -> None:
+    """The entry is found by nobody, and those behind it are those of the true tokens: there is no page to miss."""
+    all_well([simulate(1696, 250)])
+
+
 def test_a_seed_is_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in a process whose hashes are others."""
     code = "from simulation.run import simulate; print(*(simulate(seed, 100).digest for seed in range(4)))"
