@@ -267,11 +267,13 @@ class EngineConfig:
     """
 
     attention_policy: str = FULL
-    """KV pages that an answer's tokens attend to: full, sink_window or top_pages.
+    """KV pages that an answer's tokens attend to: full, sink_window, top_pages or decay.
 
     sink_window(sinks=4, window=4096) is the first and the newest tokens, top_pages(share=0.1) the likeliest tenth of
-    the pages; top_pages(pages=64) takes a number of them instead. Tokens of a prompt attend to all pages. Anything but
-    full changes answers, and needs the native kernels of a CPU.
+    the pages; top_pages(pages=64) takes a number of them instead. decay(share=0.1) is the tenth that tokens before have
+    attended to most, of which each token's part counts half as much half_life=64 tokens later; what an answer's token
+    does not attend to, none behind it does. Tokens of a prompt attend to all pages. Anything but full changes answers,
+    and needs the native kernels of a CPU.
     """
     attention_audit: int | None = None
     """Measure in one of so many steps how much of all attention the chosen pages have.

@@ -1,10 +1,12 @@
-"""What ranks remember between step plans: the pages of each sequence, and where each page lies."""
+"""What ranks remember between step plans: the pages of each sequence, where each page lies, and what a policy of
+attention remembers of the sequence."""
 
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from distkv.storage.paging import pages_for
+from distkv.workers.attention.sequence_memory import SequenceMemory
 from distkv.workers.errors import DistKVError
 from distkv.workers.group.step_plan import StepPlan
 
@@ -22,20 +24,23 @@ class SequenceStep:
     num_logits: int  # of the last new tokens, those whose logits score what follows them among them
     # int64, by which names the leader knows the pages; where a policy of attention chooses among them
     page_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    memory: SequenceMemory = field(default_factory=SequenceMemory)  # of the sequence, as long as it has a table
 
 
 class PageDirectory:
-    """Page tables by number, over page ids; and the location of each id."""
+    """Page tables by number, over page ids, each with a memory; and the location of each id."""
 
     def __init__(self, page_size: int):
         self._page_size = page_size
         self._locations = np.zeros(0, dtype=np.int64)
         self._tables: dict[int, np.ndarray] = {}
+        self._memories: dict[int, SequenceMemory] = {}
 
     def update(self, plan: StepPlan) -> list[SequenceStep]:
         """Takes in what a plan says; returns its sequences."""
         for number in plan.ended:
             self._tables.pop(number, None)
+            self._memories.pop(number, None)
         if plan.relocated:
             relocated = np.asarray(plan.relocated)
             self._locations = _grown(self._locations, int(relocated[:, 0].max()) + 1)
@@ -54,7 +59,10 @@ class PageDirectory:
             if locations[one.start // self._page_size :].min() < 0:
                 raise DistKVError("a step plan writes to pages that are not on the device")
             wanted = len(one.scored) + one.num_logits
-            steps.append(SequenceStep(one.token_ids, one.start, locations, one.prompt_len, wanted, pages.copy()))
+            memory = self._memories.setdefault(one.table, SequenceMemory())
+            steps.append(
+                SequenceStep(one.token_ids, one.start, locations, one.prompt_len, wanted, pages.copy(), memory)
+            )
         return steps
 
 

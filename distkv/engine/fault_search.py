@@ -24,8 +24,9 @@ class FaultSearch:
         self._suspects = [one for one in self._suspects if one is not sequence]
 
     def clear(self, sequences: list[Sequence]) -> None:
-        """Takes note of sequences whose step went well."""
-        if self._suspects and sequences[0] is self._suspects[0]:
+        """Takes note of sequences whose step went well. One that reads again what the step which raised had of it, and
+        what came before, has still to come to that."""
+        if self._suspects and sequences[0] is self._suspects[0] and not sequences[0].is_reading_again:
             del self._suspects[0]
 
     def narrow(self, sequences: list[Sequence]) -> Sequence | None:

@@ -39,6 +39,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     num_engines: int = 1  # that share the requests; all other figures are those of one
     save_timeout: float | None = None  # see `EngineConfig`
     attention_policy: str = FULL  # see `EngineConfig`
+    num_observed: int = 0  # tokens at the end of a prompt by which the policy begins what it remembers, if it does
     kv_policy: str | None = None  # what outputs say of it
     coded_page_bytes: int = 0  # of a page below the device; 0: as on it
     kv_cache_dtype: str = "auto"  # see `EngineConfig`

@@ -21,20 +21,28 @@ class Repairs:
 
     def repair(self, running: list[Sequence]) -> list[tuple[EngineRequest, StoreError]]:
         """Computes one of the pages that the cache counts as lost, of which there must be one, and for which it must
-        have room on the device: the first one in its sequences, since later ones follow from it.
+        have room on the device: the first one in its sequences, since later ones follow from it. Where a policy of
+        attention observes its tokens in all of them, they read it again with all behind it.
 
         Returns the requests that cannot go on, since their page was lost too often.
         """
         page = min(self._cache.lost, key=lambda page: page.index)
         owners = [one for one in running if page in one.table.pages[page.index : page.index + 1]]
-        if page.repairs == MAX_REPAIRS:
+        repairs = max([page.repairs, *(one.rereads[page.index] for one in owners)])
+        if repairs == MAX_REPAIRS:
             failure = StoreError(
-                f"KV page {page.index} was lost {page.repairs + 1} times, the last time because {self._runner.damage}"
+                f"KV page {page.index} was lost {repairs + 1} times, the last time because {self._runner.damage}"
             )
             requests = {one.request.request_id: one.request for one in owners}
             return [(request, failure) for request in requests.values()]
+        able = [one for one in owners if not one.is_observed(page.index)]
+        if owners and not able:
+            for one in owners:
+                one.rereads[page.index] += 1
+                self.num_pages += one.read_again()
+            return []
         self._cache.restore(page)
-        owner, size = owners[0], self._page_size
+        owner, size = able[0], self._page_size
         slot = page.location
         if owner.synthetic.covers(page.index * size):
             parts, synthetic_pages = [], owner.synthetic.fills([page])

@@ -14,9 +14,10 @@ def room_for(info: EngineInfo, num_pages: int) -> str:
     return raise_to(f"{tier.name.lower()}_kv_bytes", (num_pages - sum(held) + held[tier]) * size)
 
 
-def most_tokens(request: EngineRequest, page_size: int, num_pages: int) -> int:
-    """The most `max_tokens` with which all answers to a request fit into so many pages, below 1 where none do."""
+def most_tokens(request: EngineRequest, page_size: int, num_pages: int, num_observed: int = 0) -> int:
+    """The most `max_tokens` with which all answers to a request fit into so many pages, below 1 where none do; see
+    `most_pages`."""
     prompt_len, num_answers = len(request.prompt_token_ids), request.params.n
-    shared = prompt_len // page_size
+    shared = max(0, prompt_len - num_observed) // page_size
     each = (num_pages - shared) // num_answers
     return (shared + each) * page_size - prompt_len + 1  # the last token sampled is never read

@@ -54,7 +54,7 @@ class Scheduler:
     def check(self, request: EngineRequest) -> None:
         """Raises CapacityError when a request could never run."""
         num_together = 1 if request.begun else request.params.n  # answers that were begun can wait for each other
-        needed = most_pages(request, self._info.page_size, num_together)
+        needed = most_pages(request, self._info.page_size, num_together, self._info.num_observed)
         held, bytes_of = self.cache.capacity, self._info.bytes_of
         if needed > held:
             device, host, disk = (slots.num_slots for slots in self.cache.slots)
@@ -66,7 +66,7 @@ class Scheduler:
                 f"{self._cure(request, needed)}"
             )
         if needed > (most := self.cache.share_capacity):
-            tokens = most_tokens(request, self._info.page_size, most)
+            tokens = most_tokens(request, self._info.page_size, most, self._info.num_observed)
             raise CapacityError(
                 f"the request may need {needed} KV pages ({bytes_of(needed)} bytes), and those of one cache_salt hold "
                 f"at most {most} ({bytes_of(most)} bytes) by max_share_per_salt {self._info.max_share_per_salt}; "
@@ -88,7 +88,7 @@ class Scheduler:
         """What makes room for a request of so many pages, which the tiers do not hold."""
         if self.cache.disk_refusal:
             return "make room on the disk, raise host_kv_bytes or disk_kv_bytes, or lower max_tokens"
-        tokens = most_tokens(request, self._info.page_size, self.cache.capacity)
+        tokens = most_tokens(request, self._info.page_size, self.cache.capacity, self._info.num_observed)
         lower = f", or lower max_tokens to {tokens}" if tokens > 0 else ""
         return room_for(self._info, needed) + lower
 
@@ -105,7 +105,8 @@ class Scheduler:
             table = PageTable(self.cache, self._info.page_size, tenant)
             sequence = Sequence(
                 request, index, next(self._numbers), table, [*request.prompt_token_ids, *tokens], root,
-                keeps_answer=self._info.attention_policy == FULL, lengths=self._lengths, arrival=arrival,
+                keeps_answer=self._info.attention_policy == FULL, lengths=self._lengths,
+                num_observed=self._info.num_observed, arrival=arrival,
             )  # fmt: skip
             sequence.arrived_at = time.perf_counter()
             sequence.rules = rules.fresh() if rules and arrival >= 0 else rules

@@ -1,5 +1,6 @@
 """One answer that is being written: its tokens and its pages."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -29,6 +30,7 @@ class Sequence:
     keys: list[PageKey] = field(default_factory=list)  # of its first full pages
     keeps_answer: bool = True  # whether pages with tokens of the answer have keys: not where those do not attend to all
     lengths: AnswerLengths = field(default_factory=AnswerLengths)  # of answers before it
+    num_observed: int = 0  # of the last tokens of the prompt, see `EngineInfo`
     num_pending: int = 0  # tokens that steps under way sample, which are not known yet
     num_sent: int = 0  # pages that the ranks' table holds
     rules: TokenRules | None = None  # None where its parameters let every token be
@@ -42,6 +44,8 @@ class Sequence:
     lacks_share: bool = False  # does so for those of its tenant alone
     is_guessed: bool = False  # may turn out to need more pages than are expected, and is preempted then, but once
     was_preempted: bool = False
+    fell_from: int = 0  # tokens that it had run when it had to read some of them again
+    rereads: Counter[int] = field(default_factory=Counter)  # by index, of pages that were lost, see `Repairs`
     is_parked: bool = False  # waits, so that others need not stream beside it
     arrival: int = -1  # of its request: the number of its first answer
     turn: int = 0  # those of a lower turn go first, see `ColdBudget`
@@ -77,10 +81,25 @@ class Sequence:
     @property
     def num_prefix_pages(self) -> int:
         """Full pages of what is to be read that may be taken over: without its last token, which must be run for its
-        logits, and without the tokens whose logits score others."""
+        logits, without the tokens whose logits score others, and without those that a policy of attention observes."""
         is_scored = self.num_top is None or self.num_scored == self.num_to_score - 1
         most = self.num_to_read - 1 if is_scored else self.num_scored
-        return self._num_keys(most)
+        return self._num_keys(min(most, self.first_observed) if self.num_observed else most)
+
+    @property
+    def first_observed(self) -> int:
+        """The position of the first token that a policy of attention observes: it remembers what came of this and all
+        later ones, as long as they are run in order."""
+        return max(0, self.prompt_len - self.num_observed)
+
+    def is_observed(self, page_index: int) -> bool:
+        """Whether a page has tokens that a policy of attention observes."""
+        return bool(self.num_observed) and page_index >= self.first_observed // self.table.page_size
+
+    @property
+    def is_reading_again(self) -> bool:
+        """Whether it has still to run tokens that it had run before."""
+        return self.table.num_committed < self.fell_from
 
     @property
     def num_cached(self) -> tuple[int, int, int]:
@@ -120,22 +139,23 @@ class Sequence:
     @property
     def expected_pages(self) -> int:
         """Pages that all answers which this sequence stands for will need: at most, or else as far as one can tell."""
-        return (
-            self.likely_pages if self.is_guessed else most_pages(self.request, self.table.page_size, self.num_answers)
-        )
+        return self.likely_pages if self.is_guessed else self._most_pages
 
     @property
     def likely_pages(self) -> int:
         """Pages that all answers which this sequence stands for will need if they become as long as those before them,
         and never more than they may need at most."""
-        most = most_pages(self.request, self.table.page_size, self.num_answers)
-        return min(most, self._pages_at(self.prompt_len + self.lengths.expected(self.num_output_tokens)))
+        likely = self._pages_at(self.prompt_len + self.lengths.expected(self.num_output_tokens))
+        return min(self._most_pages, likely)
 
     @property
     def first_pages(self) -> int:
         """Pages that it will need to read its prompt and to go on by a token."""
-        most = most_pages(self.request, self.table.page_size, self.num_answers)
-        return min(most, self._pages_at(self.num_to_read + 1))
+        return min(self._most_pages, self._pages_at(self.num_to_read + 1))
+
+    @property
+    def _most_pages(self) -> int:
+        return most_pages(self.request, self.table.page_size, self.num_answers, self.num_observed)
 
     @property
     def num_synthetic_left(self) -> int:
@@ -144,7 +164,9 @@ class Sequence:
 
     def num_fork_pages(self, count: int) -> int:
         """Pages that the other answers of the request need once `count` more tokens have been read: a copy each of the
-        last page of the prompt, unless that is full."""
+        last page of the prompt, unless that is full, or they read it themselves."""
+        if self.num_observed:
+            return 0
         ends = self.table.num_tokens + count == self.prompt_len
         return self.num_answers - 1 if ends and self.prompt_len % self.table.page_size else 0
 
@@ -203,14 +225,27 @@ class Sequence:
 
     def rewind(self, count: int, has_run: bool) -> None:
         """Takes back what a step with `count` of its tokens was to do. If ranks may have run it, they may have rounded
-        a page that it fills, with all tokens in it: those before the step are read again, too."""
-        table = self.table
-        page = table.num_tokens // table.page_size  # the first one that the step leaves open
+        a page that it fills, with all tokens in it, and a policy of attention may remember it: tokens before the step
+        are read again, too."""
+        table, end = self.table, self.table.num_tokens
+        page = end // table.page_size  # the first one that the step leaves open
         table.rewind(count)
-        if has_run and table.num_tokens // table.page_size < page:
-            table.empty_last_page()
+        if has_run and self.num_observed and end > self.first_observed:
+            self.read_again()
+            self.fell_from = end
+        elif has_run and table.num_tokens // table.page_size < page:
+            table.cut(table.num_tokens // table.page_size)
             self.num_to_read = len(self.token_ids)
         self.num_sent = min(self.num_sent, len(self.table.pages))
+
+    def read_again(self) -> int:
+        """Takes back the tokens that a policy of attention observes, and those before them in their page, so that it
+        remembers them anew; returns how many pages that were. No step may be under way."""
+        table, before = self.table, len(self.table.pages)
+        self.fell_from = table.num_committed
+        table.cut(min(table.num_tokens, self.first_observed) // table.page_size)
+        self.num_to_read, self.num_sent = len(self.token_ids), min(self.num_sent, len(table.pages))
+        return before - len(table.pages)
 
     def commit(self, count: int) -> None:
         """Takes note that a step with `count` of its tokens has ended well."""
@@ -221,11 +256,16 @@ class Sequence:
             table.commit(count, self.page_keys(table.num_committed + count))
 
     def fork(self, index: int, number: int) -> tuple["Sequence", tuple[Page, Page] | None]:
-        """Another answer from the same state; also the page copy it needs, see `PageTable.fork`."""
-        table, copy = self.table.fork()
+        """Another answer from the same state; also the page copy it needs, see `PageTable.fork`. Where a policy of
+        attention observes the end of the prompt, the fork reads that itself, so that the policy remembers it."""
+        copy: tuple[Page, Page] | None = None
+        if self.num_observed:
+            table = self.table.fork_first(self.first_observed // self.table.page_size)
+        else:
+            table, copy = self.table.fork()
         fork = Sequence(
             self.request, index, number, table, list(self.token_ids), self.root, list(self.keys), self.keeps_answer,
-            self.lengths,
+            self.lengths, self.num_observed,
         )  # fmt: skip
         fork.arrival, fork.is_guessed = self.arrival, self.is_guessed
         fork.turn, fork.cached_tiers = self.turn, self.cached_tiers
@@ -254,21 +294,24 @@ class Sequence:
 
     def _pages_at(self, length: int) -> int:
         """Pages of all answers that it stands for when each, with the prompt, has so many tokens."""
-        return pages_of_answers(self.prompt_len, length, self.num_answers, self.table.page_size)
+        return pages_of_answers(self.first_observed, length, self.num_answers, self.table.page_size)
 
 
 Scheduled = list[tuple[Sequence, int]]
 """The sequences of a step, with the number of tokens that each runs."""
 
 
-def most_pages(request: EngineRequest, page_size: int, num_answers: int) -> int:
-    """Pages of so many answers at their full length."""
+def most_pages(request: EngineRequest, page_size: int, num_answers: int, num_observed: int = 0) -> int:
+    """Pages of so many answers at their full length; each has the last `num_observed` tokens of the prompt to itself,
+    see `EngineInfo`."""
     prompt_len = len(request.prompt_token_ids)
+    num_shared = max(0, prompt_len - num_observed)
     # the last token sampled is never read
-    return pages_of_answers(prompt_len, prompt_len + request.max_tokens - 1, num_answers, page_size)
+    return pages_of_answers(num_shared, prompt_len + request.max_tokens - 1, num_answers, page_size)
 
 
-def pages_of_answers(prompt_len: int, length: int, num_answers: int, page_size: int) -> int:
-    """Pages of so many answers of a length that counts the prompt, whose full pages they share."""
-    shared = prompt_len // page_size
+def pages_of_answers(num_shared: int, length: int, num_answers: int, page_size: int) -> int:
+    """Pages of so many answers of a length that counts the prompt, of which they share the full pages of the first
+    tokens."""
+    shared = num_shared // page_size
     return shared + num_answers * (pages_for(length, page_size) - shared)

@@ -5,6 +5,8 @@ from distkv.engine.protocol import EngineInfo
 from distkv.errors import ConfigError
 from distkv.planner.sizing import page_specs, shares_prefixes
 from distkv.storage.tier import Tier
+from distkv.workers.attention.policies.policy import num_observed
+from distkv.workers.attention.policies.registry import parse_policy
 from distkv.workers.cache_place import CachePlace
 from distkv.workers.rank_config import RankConfig
 from distkv.workers.sizes import PoolSizes
@@ -62,6 +64,7 @@ def engine_info(
         max_share_per_salt=config.max_share_per_salt,
         save_timeout=config.save_timeout,
         attention_policy=config.attention_policy,
+        num_observed=num_observed(parse_policy(config.attention_policy)),
         kv_policy=config.kv_policy,
         kv_cache_dtype=config.kv_cache_dtype,
     )

@@ -429,7 +429,8 @@ class PageAttention {
 // --- sequences ---
 
 // All that a call is given. `kept` holds states between calls, `[rows][heads][dim() + 2]`; it is null where every chunk
-// meets all its pages in one call.
+// meets all its pages in one call. `page_states` takes the highest score and the sum of each row over each page,
+// `[entries of the table][kv_heads][page_rows][2]`, from chunks of few rows; null where nobody wants them.
 template <class T>
 struct Call {
     Shape shape;
@@ -438,6 +439,8 @@ struct Call {
     const T* q;
     int64_t q_stride;
     float* kept;
+    float* page_states;
+    int64_t page_rows;
     T* out;
     int num_threads;
 
@@ -555,6 +558,11 @@ void attend_few(const Call<T>& call, const Chunk* chunks, int64_t num_chunks) {
                     std::memcpy(to.highest + first, found.highest, sizeof(float) * count);
                     std::memcpy(to.sums + first, found.sums, sizeof(float) * count);
                 });
+                if (call.page_states) {
+                    int64_t entry = (chunk.table + page) * shape.kv_heads + head;
+                    float* told = call.page_states + entry * call.page_rows * 2;
+                    for (int64_t r = 0; r < rows; ++r) told[2 * r] = to.highest[r], told[2 * r + 1] = to.sums[r];
+                }
             }
             int64_t begins = number_of(from), ends = number_of(to - 1) + 1;
 #pragma omp for schedule(static)

@@ -13,6 +13,7 @@
 #include "collectives.hpp"
 #include "linear.hpp"
 #include "page_bounds.hpp"
+#include "page_weights.hpp"
 #include "tokens.hpp"
 
 namespace {
@@ -106,7 +107,7 @@ void rope_and_write(int dtype, void* qkv, int64_t stride, int64_t num_rows, int6
 void attention(int dtype, const void* q, int64_t q_stride, int64_t heads, int64_t kv_heads, int64_t dim,
                int64_t page_size, const void* pool, int64_t num_slots, const void* buffer, int codec, int64_t block,
                const void* exact, const int64_t* table, const int64_t* chunks, int64_t num_chunks, int64_t num_few,
-               float* kept, void* out, int num_threads) {
+               float* kept, float* page_states, int64_t page_rows, void* out, int num_threads) {
     by_dtype(dtype, [&](auto one) {
         using T = decltype(one);
         Call<T> call{{heads, kv_heads, dim, page_size},
@@ -115,6 +116,8 @@ void attention(int dtype, const void* q, int64_t q_stride, int64_t heads, int64_
                      static_cast<const T*>(q),
                      q_stride,
                      kept,
+                     page_states,
+                     page_rows,
                      static_cast<T*>(out),
                      num_threads};
         auto* all = reinterpret_cast<const Chunk*>(chunks);
@@ -130,6 +133,11 @@ void page_bounds(int dtype, const void* q, int64_t num_rows, int64_t heads, int6
         page_bounds(static_cast<const T*>(q), num_rows, heads, kv_heads, dim, static_cast<const T*>(summaries), ids,
                     num_pages, out, num_threads);
     });
+}
+
+void page_weights(const float* states, const int64_t* counts, int64_t num_choices, int64_t tokens, int64_t group,
+                  double* out, int num_threads) {
+    sum_page_weights(states, counts, num_choices, tokens, group, out, num_threads);
 }
 
 // The page in a slot of a pool `[parts, num_slots, kv_heads, page_size, dim]` as codes, and back.

@@ -28,9 +28,10 @@ _ARGUMENTS = {
     "rope_and_write": [_INT, _ADDRESS, *[_SIZE] * 5, *[_ADDRESS] * 3, _SIZE, _SIZE, _ADDRESS, _ADDRESS, _INT],
     "attention": [
         _INT, _ADDRESS, *[_SIZE] * 5, _ADDRESS, _SIZE, _ADDRESS, _INT, _SIZE, *[_ADDRESS] * 3, _SIZE, _SIZE, _ADDRESS,
-        _ADDRESS, _INT,
+        _ADDRESS, _SIZE, _ADDRESS, _INT,
     ],
     "page_bounds": [_INT, _ADDRESS, *[_SIZE] * 4, _ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _INT],
+    "page_weights": [_ADDRESS, _ADDRESS, *[_SIZE] * 3, _ADDRESS, _INT],
     "encode_page": [_INT, _INT, _ADDRESS, *[_SIZE] * 6, _ADDRESS],
     "decode_page": [_INT, _INT, _ADDRESS, *[_SIZE] * 6, _ADDRESS],
     "round_pages": [_INT, _INT, _ADDRESS, *[_SIZE] * 5, _ADDRESS, _SIZE, _ADDRESS, _INT],
@@ -54,6 +55,7 @@ class Library:
     rope_and_write: Callable[..., None]
     attention: Callable[..., None]
     page_bounds: Callable[..., None]
+    page_weights: Callable[..., None]
     encode_page: Callable[..., None]
     decode_page: Callable[..., None]
     round_pages: Callable[..., None]

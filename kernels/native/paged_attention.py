@@ -50,6 +50,7 @@ def attend_pages(
     kept: Tensor | None,
     out: Tensor,
     coded: CodedPages | None = None,
+    page_states: Tensor | None = None,
 ) -> None:
     """Attention of each chunk over some of its pages, which it must meet in logical order, all of them together in as
     many calls as need be.
@@ -60,6 +61,9 @@ def attend_pages(
             `[pages, 2, K, S, CodecFormat.row_bytes]`
         table int64, see `page_entries.py`
         kept: of `kept_states`, None when all chunks meet all their pages in this call
+        page_states: fp32 `[N, K, R, 2]` for N entries of the table, where the weights of pages are wanted: takes of
+            each row of a KV head's queries, token after token, its state over the page, see `page_weights.py`. All
+            chunks are to be of few tokens then, of no more rows than R
     """
     _, heads, dim = q.shape
     assert chunks.numbers.is_contiguous() and chunks.numbers.shape[1] == 8
@@ -69,9 +73,13 @@ def attend_pages(
     if coded is not None:
         codec, exact = coded.format.number, coded.exact.data_ptr()
         block = page_size * coded.format.row_bytes(page_size, dim, q.element_size())
+    if page_states is not None:
+        assert chunks.num_few == len(chunks.numbers) and page_states.is_contiguous()
+        assert page_states.shape[:2] == (len(table), kv_heads)
     library.attention(
         DTYPES[q.dtype], q.data_ptr(), q.stride(0), heads, kv_heads, dim, page_size, layer_pool.data_ptr(), num_slots,
         None if buffer is None else buffer.data_ptr(), codec, block, exact, table.data_ptr(),
         chunks.numbers.data_ptr(), len(chunks.numbers), chunks.num_few, None if kept is None else kept.data_ptr(),
+        None if page_states is None else page_states.data_ptr(), 0 if page_states is None else page_states.shape[2],
         out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip

@@ -50,9 +50,9 @@ class PageTable:
         while len(self.pages) > pages_for(self.num_tokens, self.page_size):
             self._cache.release(self.pages.pop())
 
-    def empty_last_page(self) -> None:
-        """Takes back the tokens of the last page, unless it is full. No step may be under way."""
-        self.rewind(self.num_tokens % self.page_size)
+    def cut(self, num_pages: int) -> None:
+        """Takes back all tokens but those of the first pages, so many of which are full. No step may be under way."""
+        self.rewind(self.num_tokens - num_pages * self.page_size)
         self.num_committed = self.num_tokens
 
     def commit(self, num_tokens: int, keys: list[PageKey] | None = None) -> None:
@@ -84,6 +84,12 @@ class PageTable:
         other.pages = self.pages[:full] + ([copy[1]] if copy else [])
         other.num_tokens = other.num_committed = self.num_tokens
         return other, copy
+
+    def fork_first(self, num_pages: int) -> "PageTable":
+        """A second table over the tokens of so many full pages, which are shared."""
+        other = PageTable(self._cache, self.page_size, self.tenant)
+        other.begin(self.pages[:num_pages])
+        return other
 
     def release(self) -> None:
         """Gives every page back, the last one first, so that a prefix outlives what follows it."""

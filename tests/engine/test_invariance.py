@@ -38,11 +38,14 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 CHOOSING = "top_pages(share=0.3)"
+REMEMBERING = "decay(share=0.3, half_life=20)"
 SEEDS = [
     *((seed, "full") for seed in range(3)),
-    *((seed, CHOOSING) for seed in (100, 101)),
+    (100, CHOOSING),
+    (200, REMEMBERING),
     *(pytest.param(seed, "full", marks=pytest.mark.slow) for seed in range(3, 60)),
-    *(pytest.param(seed, CHOOSING, marks=pytest.mark.slow) for seed in range(102, 130)),
+    *(pytest.param(seed, CHOOSING, marks=pytest.mark.slow) for seed in range(101, 130)),
+    *(pytest.param(seed, REMEMBERING, marks=pytest.mark.slow) for seed in range(201, 230)),
 ]
 
 
@@ -92,13 +95,14 @@ def test_a_repair_leaves_no_trace(model: tuple[Path, str], tmp_path: Path, damag
 
 
 @pytest.mark.parametrize("model", ["bfloat16"], indirect=True)
-def test_a_repair_leaves_no_trace_where_pages_are_chosen(model: tuple[Path, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("policy", [CHOOSING, REMEMBERING])
+def test_a_repair_leaves_no_trace_where_pages_are_chosen(model: tuple[Path, str], tmp_path: Path, policy: str) -> None:
     """Tokens of the answer that are computed again choose the pages that they chose before."""
-    assert_repairs_leave_no_trace(model, tmp_path, flip_bit, attention_policy=CHOOSING)
+    assert_repairs_leave_no_trace(model, tmp_path, flip_bit, attention_policy=policy)
 
 
 @pytest.mark.parametrize("model", ["bfloat16"], indirect=True)
-@pytest.mark.parametrize("policy", ["full", CHOOSING])
+@pytest.mark.parametrize("policy", ["full", CHOOSING, REMEMBERING])
 def test_a_repair_leaves_no_trace_where_pages_are_codes(model: tuple[Path, str], tmp_path: Path, policy: str) -> None:
     """Also in steps that fill a page, whose other tokens are rounded before anybody knows that a page was damaged."""
     assert_repairs_leave_no_trace(model, tmp_path, flip_bit, kv_cache_dtype="int4", attention_policy=policy)

@@ -11,7 +11,8 @@ from support.invariance import said
 from support.llms import PAGE_BYTES, idle_engine
 from support.prompts import random_prompt
 
-from distkv import LLM, ConfigError, EngineConfig, SamplingParams
+from distkv import LLM, ConfigError, DistKVError, EngineConfig, SamplingParams
+from distkv.engine import answer_lengths
 from distkv.engine.drive import drive
 from distkv.engine.protocol import EngineRequest
 from distkv.launch.launch import launch
@@ -25,7 +26,8 @@ from distkv.workers.errors import ConfigError as RankConfigError
 
 PARAMS = SamplingParams(temperature=1, seed=7, max_tokens=40, logprobs=5, ignore_eos=True)
 PROMPT = random_prompt(300, 2)
-TOP = "top_pages(share=0.3)"
+TOP, DECAY = "top_pages(share=0.3)", "decay(share=0.3, half_life=20.0)"
+both = pytest.mark.parametrize("policy", [TOP, DECAY])
 OPTIONS: dict[str, Any] = {"page_size": 16, "max_num_batched_tokens": 64, "max_num_seqs": 4, "num_threads": 1}
 
 
@@ -57,7 +59,7 @@ def test_all_pages_are_full_attention(folder: Path, tmp_path: Path, dtype: str) 
     """Bit for bit, in memory and from disk; and outputs say by what they were made."""
     full, _ = ask(folder, "full", dtype=dtype)
     assert full.kv_policy is None
-    for policy in ("top_pages(share=1.0)", "sink_window(sinks=0, window=4096)"):
+    for policy in ("top_pages(share=1.0)", "decay(share=1.0, half_life=64.0)", "sink_window(sinks=0, window=4096)"):
         for cache_dir in (None, tmp_path / policy):
             found, moved = ask(folder, policy, dtype=dtype, **sizes(cache_dir, dtype))
             assert said(found) == said(full) and found.kv_policy == policy
@@ -65,18 +67,19 @@ def test_all_pages_are_full_attention(folder: Path, tmp_path: Path, dtype: str) 
     assert said(ask(folder, TOP, dtype=dtype)[0]) != said(full)
 
 
+@both
 @pytest.mark.parametrize("codec", ["int4", "int8"])
-def test_pages_of_codes_are_chosen_alike(folder: Path, tmp_path: Path, codec: str) -> None:
+def test_pages_of_codes_are_chosen_alike(folder: Path, tmp_path: Path, codec: str, policy: str) -> None:
     """Resident or cold, in chunks of any size, in a process that has made no summaries of the prompt's pages: one
     answer. All pages are what full attention to codes is."""
     coded = {"kv_cache_dtype": codec, "dtype": "bfloat16"}
     cold = sizes(tmp_path, "bfloat16") | coded
-    found, _ = ask(folder, TOP, **coded)
-    assert found.kv_policy == f"{TOP}, kv_cache_dtype={codec}"
+    found, _ = ask(folder, policy, **coded)
+    assert found.kv_policy == f"{policy}, kv_cache_dtype={codec}"
     for options in (cold | {"max_num_batched_tokens": 16}, coded | {"max_num_batched_tokens": 333}, cold):
-        assert said(ask(folder, TOP, **options)[0]) == said(found)
-    assert said(ask(folder, "full", **coded)[0]) == said(ask(folder, "top_pages(share=1)", **cold)[0])
-    assert_begun_answers_go_on(folder, coded)
+        assert said(ask(folder, policy, **options)[0]) == said(found)
+    assert said(ask(folder, "full", **coded)[0]) == said(ask(folder, policy.replace("0.3", "1"), **cold)[0])
+    assert_begun_answers_go_on(folder, policy, coded)
 
 
 def test_only_what_is_chosen_is_streamed(folder: Path, tmp_path: Path) -> None:
@@ -126,13 +129,14 @@ def test_what_was_read_is_told(folder: Path, tmp_path: Path) -> None:
         LLM(folder, attention_audit=5)
 
 
-def test_an_answer_that_was_begun_elsewhere_goes_on(folder: Path) -> None:
+@both
+def test_an_answer_that_was_begun_elsewhere_goes_on(folder: Path, policy: str) -> None:
     """Its tokens are read in chunks with the prompt, and choose as they did one by one; so do those behind them."""
-    assert_begun_answers_go_on(folder, {})
+    assert_begun_answers_go_on(folder, policy, {})
 
 
-def assert_begun_answers_go_on(folder: Path, options: dict[str, Any]) -> None:
-    engine = launch(EngineConfig(folder, attention_policy=TOP, **(OPTIONS | sizes(None) | options)))
+def assert_begun_answers_go_on(folder: Path, policy: str, options: dict[str, Any]) -> None:
+    engine = launch(EngineConfig(folder, attention_policy=policy, **(OPTIONS | sizes(None) | options)))
     params = SamplingParams(temperature=1, max_tokens=40, ignore_eos=True)
 
     def answer(begun: dict[int, list[int]]) -> list[int]:
@@ -145,6 +149,18 @@ def assert_begun_answers_go_on(folder: Path, options: dict[str, Any]) -> None:
             assert answer({0: whole[:count]}) == whole[count:]
     finally:
         engine.close()
+
+
+def test_what_a_policy_that_remembers_has_read(folder: Path) -> None:
+    """Of the tokens of the answer alone, though the end of the prompt is observed."""
+    with LLM(folder, attention_policy=DECAY, attention_audit=1, **OPTIONS, **sizes(None)) as llm:
+        llm.generate([PROMPT], PARAMS, use_tqdm=False)
+        found = llm.stats().policy
+    own = [(300 + step) // 16 + 1 for step in range(39)]
+    assert found.pages_visible == sum(own) * 2 * 2
+    assert found.pages_chosen == sum(-(-3 * count // 10) for count in own) * 2 * 2
+    assert found.num_audited == 39 * 4 * 2
+    assert found.share_chosen < found.mean_covered < 1
 
 
 @pytest.mark.parametrize("cold", [False, True])
@@ -195,12 +211,78 @@ def test_a_policy_is_given_queries_and_summaries(folder: Path, monkeypatch: pyte
     assert num_rows == [1] * 19 * 2 * 2, "tokens, sequences, layers"
 
 
-def test_forked_answers_choose_for_themselves(folder: Path) -> None:
+@both
+def test_forked_answers_choose_for_themselves(folder: Path, policy: str) -> None:
+    """As they do where each was begun by itself, behind the one token that their seed and index give."""
     params = SamplingParams(temperature=1, seed=3, n=3, max_tokens=20, ignore_eos=True, logprobs=1)
-    with LLM(folder, attention_policy=TOP, **OPTIONS, **sizes(None)) as llm:
+    options = OPTIONS | {"attention_policy": policy}
+    with LLM(folder, **options, **sizes(None)) as llm:
         together = said(llm.generate([PROMPT], params, use_tqdm=False)[0])
-    with LLM(folder, attention_policy=TOP, **(OPTIONS | {"max_num_seqs": 3}), device_kv_bytes=30 * PAGE_BYTES) as llm:
+    with LLM(folder, **(options | {"max_num_seqs": 3}), device_kv_bytes=30 * PAGE_BYTES) as llm:
         assert said(llm.generate([PROMPT], params, use_tqdm=False)[0]) == together
+        engine = idle_engine(llm)
+        engine.integrity_check()
+    engine = launch(EngineConfig(folder, **options, **sizes(None)))
+    try:
+        for index, (tokens, _) in enumerate(together):
+            request = EngineRequest("0", PROMPT, params, 20, 3, begun={index: tokens[:1]})
+            assert [one.token_id for step in drive(engine, [request]) for one in step] == tokens[1:]
+    finally:
+        engine.close()
+
+
+def test_steps_that_raise_leave_no_trace(folder: Path) -> None:
+    """Behind the model, so that ranks remember their tokens: all run again, one by one."""
+    prompts = [PROMPT, PROMPT[:100], random_prompt(60, 5)]
+    expected = [said(ask(folder, DECAY, prompt)[0]) for prompt in prompts]
+    with LLM(folder, attention_policy=DECAY, **OPTIONS, **sizes(None)) as llm:
+        engine = idle_engine(llm)
+        forward, struck = engine._runner.executor.forward, {310, 325}
+
+        def spy(plan: Any, drawn: Any) -> Any:
+            logits = forward(plan, drawn)
+            found = struck & {one.start for one in plan.sequences if len(plan.sequences) > 1}
+            if found:
+                struck.difference_update(found)
+                raise RuntimeError("out of luck")
+            return logits
+
+        engine._runner.executor.forward = spy
+        assert [said(one) for one in llm.generate(prompts, PARAMS, use_tqdm=False)] == expected
+        assert not struck
+        idle_engine(llm).integrity_check()
+
+
+def test_answers_that_give_their_room_up_remember_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer_lengths, "FIRST_GUESS", 32)
+    params = SamplingParams(temperature=1, seed=7, max_tokens=None, ignore_eos=True, logprobs=1)
+    prompts = [PROMPT[:40], PROMPT[:70], random_prompt(40, 5)]
+    options = OPTIONS | {"attention_policy": DECAY, "max_model_len": 260, "enable_prefix_caching": False}
+    with LLM(folder, **options, **sizes(None)) as llm:
+        expected = [said(llm.generate([prompt], params, use_tqdm=False)[0]) for prompt in prompts]
+    with LLM(folder, **options, device_kv_bytes=22 * PAGE_BYTES, host_kv_bytes=0) as llm:
+        assert [said(one) for one in llm.generate(prompts, params, use_tqdm=False)] == expected
+        assert llm.stats().num_preemptions
+
+
+def test_what_is_remembered_ends_with_its_request(folder: Path) -> None:
+    """And what a rank does not remember is not made up: a leader that goes on behind it is told."""
+    with LLM(folder, attention_policy=DECAY, **OPTIONS, **sizes(None)) as llm:
+        engine = idle_engine(llm)
+        directory = engine._runner.executor.warm_up.__self__._directory
+        llm.generate([PROMPT, PROMPT[:90]], PARAMS, use_tqdm=False)
+        idle_engine(llm)
+        assert not directory._memories
+        forward = engine._runner.executor.forward
+
+        def forgetful(plan: Any, drawn: Any) -> Any:
+            if any(one.start == 320 for one in plan.sequences):
+                directory._memories.clear()
+            return forward(plan, drawn)
+
+        engine._runner.executor.forward = forgetful
+        with pytest.raises(DistKVError, match=r"at position 320 .* the policy of attention remembers nothing"):
+            llm.generate([PROMPT], PARAMS, use_tqdm=False)
 
 
 def test_kernels_that_cannot_choose_refuse(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

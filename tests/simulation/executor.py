@@ -6,7 +6,7 @@ from math import inf
 from typing import Any
 
 import numpy as np
-from simulation.model import VALUE_BYTES, head_hash, pick, score, token_state
+from simulation.model import VALUE_BYTES, ObservedTokens, head_hash, pick, score, token_state
 from simulation.rank import SimulatedRank
 from simulation.world import Process, World
 
@@ -63,7 +63,7 @@ class SimulatedExecutor:
     def __init__(self, world: World, process: Process, info: EngineInfo, ranks: list[SimulatedRank]):
         self.world, self.process, self.info, self.ranks = world, process, info, ranks
         self.step_faults = self.device_faults = self.hangs = 0.0  # how often there is one
-        self.is_stuck = False
+        self.is_stuck = self.is_running = False
         self.group: Any = None  # that it runs in, where it does
         self._collector = ReportCollector(len(ranks))
         self._sampled: list[int] = []  # by the last run with rows
@@ -77,6 +77,13 @@ class SimulatedExecutor:
 
     def run(self, plan: StepPlan, rows: list[SampleRow]) -> StepResult:
         """See `Executor.run`."""
+        self.is_running = True
+        try:
+            return self._run(plan, rows)
+        finally:
+            self.is_running = False
+
+    def _run(self, plan: StepPlan, rows: list[SampleRow]) -> StepResult:
         world, report = self.world, None
         self.process.point("before a plan")
         encoded = step_plan.encode(plan)
@@ -142,13 +149,20 @@ class SimulatedExecutor:
                 hashes[-1][1].update(content)
         written: list[bytearray] = [bytearray() for _ in hashes]
         logits = []
+        memories = self._memories(steps)
         for position, token in enumerate(token_ids, steps[0].start):
             digests: dict[int, bytes] = {}
             for head, one in hashes:
                 digest = one.copy().digest()
                 if digests.setdefault(head, digest) != digest:  # ranks that share a head have read different things
                     digests[head] = bytes(a ^ b for a, b in zip(digest, digests[head], strict=True))
-            state = token_state([digests[head] for head in sorted(digests)], token, position)
+            read = [digests[head] for head in sorted(digests)]
+            if memories and position >= steps[0].prompt_len:
+                read[0] += b"".join({one.choose() for one in memories})  # one, where ranks remember the same
+            state = token_state(read, token, position)
+            if position >= steps[0].prompt_len - self.info.num_observed:
+                for memory in memories:
+                    memory.observe(state[-8:])
             for values, (head, one) in zip(written, hashes, strict=True):
                 value = state[VALUE_BYTES * head : VALUE_BYTES * (head + 1)]
                 one.update(value)
@@ -158,7 +172,18 @@ class SimulatedExecutor:
         for rank, step in zip(self.ranks, steps, strict=True):
             rank.write(step, [bytes(one) for one in written[first : first + len(rank.heads)]])
             first += len(rank.heads)
+            if memories:
+                step.memory.end(step.start + len(token_ids))
         return logits
+
+    def _memories(self, steps: list[SequenceStep]) -> list[Any]:
+        """What a policy remembers of a sequence, on each rank; empty where none is observed in the step."""
+        first = max(0, steps[0].prompt_len - self.info.num_observed)
+        if not self.info.num_observed or steps[0].start + len(steps[0].token_ids) <= first:
+            return []
+        for step in steps:
+            step.memory.begin(step.start, first, lambda: [ObservedTokens()])
+        return [step.memory.layers[0] for step in steps]
 
     def _sample(self, row: SampleRow, logits: bytes) -> SampledToken:
         vocab_size = self.info.vocab_size

@@ -18,6 +18,22 @@ def head_hash(head: int) -> "blake2b":
     return blake2b(bytes([head]), digest_size=8)
 
 
+class ObservedTokens:
+    """What a policy of attention remembers of tokens that it has observed, a `Memory`: a hash of all that these came
+    to, in their order. It goes into the tokens of the answer."""
+
+    def __init__(self) -> None:
+        self._hash = blake2b(digest_size=8)
+
+    def choose(self) -> bytes:
+        """What an answer's next token reads besides."""
+        return self._hash.copy().digest()
+
+    def observe(self, logits: bytes) -> None:
+        """Takes in the logits of one more token."""
+        self._hash.update(logits)
+
+
 def token_state(digests: Sequence[bytes], token: int, position: int) -> bytes:
     """What becomes of a token, given what each head has read before it: `VALUE_BYTES` of new values for each head, and
     8 bytes of logits at the end."""
@@ -55,17 +71,23 @@ def score(logits: bytes, token: int) -> float:
 class PlainModel:
     """The whole of a sequence, from its first token on, with nothing kept."""
 
-    def __init__(self, num_heads: int, page_size: int):
-        self.num_heads, self.page_size = num_heads, page_size
+    def __init__(self, num_heads: int, page_size: int, num_observed: int = 0):
+        self.num_heads, self.page_size, self.num_observed = num_heads, page_size, num_observed
 
     def logits(
-        self, token_ids: Iterable[int], synthetic_seed: int | None = None, num_synthetic: int = 0
+        self, token_ids: Iterable[int], prompt_len: int, synthetic_seed: int | None = None, num_synthetic: int = 0
     ) -> list[bytes]:
         """A row of logits for each token."""
+        memory = ObservedTokens()
         hashes = [head_hash(head) for head in range(self.num_heads)]
         found = []
         for position, token in enumerate(token_ids):
-            state = token_state([one.copy().digest() for one in hashes], token, position)
+            read = [one.copy().digest() for one in hashes]
+            if self.num_observed and position >= prompt_len:
+                read[0] += memory.choose()
+            state = token_state(read, token, position)
+            if position >= prompt_len - self.num_observed:
+                memory.observe(state[-8:])
             for head, one in enumerate(hashes):
                 value = state[VALUE_BYTES * head : VALUE_BYTES * (head + 1)]
                 if position < num_synthetic:
@@ -89,10 +111,12 @@ class PlainModel:
 
     def row_logits(self, request: EngineRequest, tokens: Sequence[int]) -> list[bytes]:
         """The logits of a request's prompt and of these tokens of an answer."""
-        num_synthetic = 0
+        prompt_len, num_synthetic = len(request.prompt_token_ids), 0
         if request.synthetic_kv_seed is not None:
-            num_synthetic = (len(request.prompt_token_ids) - 1) // self.page_size * self.page_size
-        return self.logits([*request.prompt_token_ids, *tokens], request.synthetic_kv_seed, num_synthetic)
+            num_read = max(1, self.num_observed)
+            num_synthetic = max(0, prompt_len - num_read) // self.page_size * self.page_size
+        token_ids = [*request.prompt_token_ids, *tokens]
+        return self.logits(token_ids, prompt_len, request.synthetic_kv_seed, num_synthetic)
 
     def next_token(
         self,

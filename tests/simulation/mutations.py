@@ -8,6 +8,7 @@ from distkv.engine.catalogue_writer import CatalogueWriter
 from distkv.engine.fork_copies import ForkCopies
 from distkv.engine.replay import Replay
 from distkv.engine.scheduler import Scheduler
+from distkv.engine.sequence import Sequence
 from distkv.engine.step import Step
 from distkv.engine.step_runner import StepRunner
 from distkv.launch.pool import EnginePool
@@ -19,6 +20,7 @@ from distkv.storage.ledger.held_pages import HeldPages
 from distkv.storage.ledger.page_table import PageTable
 from distkv.storage.ledger.tiered_cache import TieredCache
 from distkv.storage.ledger.transfers import Transfers
+from distkv.workers.attention.sequence_memory import SequenceMemory
 from distkv.workers.group.report import Report, ReportCollector
 from distkv.workers.sampling.sample_row import uniform_number
 
@@ -30,7 +32,21 @@ def _step_is_not_undone() -> Any:
 
 def _filled_page_is_gone_on_with() -> Any:
     """A page that a step has filled in vain keeps its tokens from before, which may be rounded."""
-    return patch.object(PageTable, "empty_last_page", lambda self: None)
+    return patch.object(PageTable, "cut", lambda self, num_pages: None)
+
+
+def _memory_is_not_made_anew() -> Any:
+    """What a policy of attention remembers is gone on with where a sequence is read again."""
+
+    def begin(self: SequenceMemory, start: int, first: int, make: Any) -> None:
+        self.layers = self.layers or make()
+
+    return patch.object(SequenceMemory, "begin", begin)
+
+
+def _observed_tokens_are_not_read_again() -> Any:
+    """A step that was taken back leaves what a policy of attention remembers as it is."""
+    return patch.object(Sequence, "read_again", lambda self: 0)
 
 
 def _spill_is_not_awaited() -> Any:

@@ -9,6 +9,7 @@ from simulation.world import Process, World
 
 from distkv.engine.protocol import EngineInfo
 from distkv.storage.paging import pages_for
+from distkv.workers.attention.policies.registry import FULL
 
 VOCAB = 40
 
@@ -57,6 +58,7 @@ def any_info(rng: Random, folder: str) -> EngineInfo:
     host = rng.choice([0, 1, 2, 3, 5, 10, whole, 3 * whole])
     disk = rng.choice([0, 1, 3, 10, 30, 2 * whole, 5 * whole]) if host else 0
     caching = rng.random() < 0.8
+    num_observed = rng.choice([0, 0, 1, 7, 30])
     return EngineInfo(
         max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, page_size=page_size,
         num_pages=device, num_host_pages=host, num_disk_pages=disk, page_bytes=10, pool_bytes=1, kv_bytes_per_token=1,
@@ -64,6 +66,7 @@ def any_info(rng: Random, folder: str) -> EngineInfo:
         fingerprint="simulated" if caching and disk else "", enable_prefix_caching=caching,
         write_through=rng.random() < 0.6, max_cold_bytes_per_step=rng.choice([0, 0, 20, 50, 200]),
         disk_cost=rng.choice([1.0, 3.0]), save_timeout=rng.choice([None, None, 0.5]),
+        num_observed=num_observed, attention_policy="decay(share=0.1)" if num_observed else FULL,
     )  # fmt: skip
 
 

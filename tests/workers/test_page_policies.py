@@ -11,31 +11,28 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.attention_steps import Sequences, place
+from support.attention_steps import Sequences
 from support.measures import TOLERANCE, relative_error
 from support.pages import store
 from support.plans import sequence_step
+from support.policy_steps import attend, on_demand
 from support.prompts import seeded
-from torch import Tensor
 
 from distkv.kernels.native.instruction_sets import INSTRUCTION_SETS
 from distkv.kernels.native.library import Library, load, load_best
 from distkv.kernels.native.page_bounds import page_bounds
 from distkv.storage.device import CpuDevice
-from distkv.storage.meter import Meter
-from distkv.storage.moving.slices_on_demand import SlicesOnDemand
-from distkv.storage.moving.staging_ring import StagingRing
 from distkv.storage.page_spec import PageSpec
-from distkv.storage.paging import NUM_BUFFERS
 from distkv.storage.pools.host_pool import HostPool
 from distkv.storage.pools.page_summaries import PageSummaries
 from distkv.storage.tier import Tier, encode_location
 from distkv.workers.attention.chosen_attention import covered
+from distkv.workers.attention.policies.budget import highest
+from distkv.workers.attention.policies.decay import Decay
 from distkv.workers.attention.policies.policy import Choice, PagePolicy, Rows, name_of
 from distkv.workers.attention.policies.registry import parse_policy
 from distkv.workers.attention.policies.sink_window import SinkWindow
-from distkv.workers.attention.policies.top_pages import TopPages, highest
-from distkv.workers.attention.policy_attention import Tools, plan_policy_attention
+from distkv.workers.attention.policies.top_pages import TopPages
 from distkv.workers.attention.summarising import Summarising
 from distkv.workers.errors import ConfigError
 
@@ -54,6 +51,8 @@ LIBRARIES = [load(one) for one in INSTRUCTION_SETS if one.is_here]
         ("top_pages", TopPages(share=0.1), "top_pages(share=0.1)"),
         ("top_pages(share=1)", TopPages(share=1.0), "top_pages(share=1.0)"),
         ("top_pages(pages=64)", TopPages(pages=64), "top_pages(pages=64)"),
+        ("decay", Decay(share=0.1), "decay(share=0.1, half_life=64.0)"),
+        ("decay(pages=8, half_life=3)", Decay(pages=8, half_life=3.0), "decay(pages=8, half_life=3.0)"),
     ],
 )
 def test_a_policy_is_read_and_named(text: str, policy: PagePolicy | None, name: str) -> None:
@@ -65,7 +64,13 @@ def test_a_policy_is_read_and_named(text: str, policy: PagePolicy | None, name: 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("best_pages", r"is none of full, sink_window\(sinks, window\), top_pages\(share, pages\)"),
+        (
+            "best_pages",
+            r"is none of full, sink_window\(sinks, window\), top_pages\(share, pages\), decay\(share, pages",
+        ),
+        ("decay(half_life=0)", "half_life is 0; use a number of tokens above 0"),
+        ("decay(half_life=1e999)", "half_life is inf; use a number of tokens above 0"),
+        ("decay(pages=1)", "decay: pages is 1; use a whole number, 2 or more"),
         ("top_pages(", "use one of full"),
         ("", "use one of full"),
         ("full(x=1)", "full has no options"),
@@ -189,38 +194,6 @@ class SomePages:
 
     def num_chosen(self, num_pages: int, page_size: int) -> int:
         return num_pages
-
-
-def on_demand(spec: PageSpec, host: HostPool, buffer_pages: int) -> SlicesOnDemand:
-    return SlicesOnDemand(StagingRing(spec, NUM_BUFFERS * buffer_pages, host, None, None, CpuDevice()), [])
-
-
-def attend(
-    policy: PagePolicy, sequences: Sequences, num_prompt: list[int], cold: float = 0, buffer_pages: int = 1
-) -> tuple[Tensor, Any, dict[str, float]]:
-    """Attention of a step whose sequences have prompts of so many tokens, and what was counted; a share of their full
-    pages is cold."""
-    s = sequences
-    step = place(s, torch.randperm(s.num_pages, generator=seeded(s.seed)).tolist())
-    spec = PageSpec(1, s.kv_heads, s.page_size, s.head_dim, str(s.dtype).removeprefix("torch."))
-    host, pool = HostPool(spec, s.num_pages, pinned=False), step.pool.clone()
-    parts = []
-    is_cold = np.random.default_rng(s.seed).random(s.num_pages + 2) < cold
-    for one, (start, _), length in zip(step.steps, s.lengths, num_prompt, strict=True):
-        pages = one.pages.copy()
-        for index, slot in enumerate(one.pages.tolist()):
-            if is_cold[slot] and index < start // s.page_size:
-                store(host, slot, step.pool[:, slot].contiguous()[None])
-                pages[index] = encode_location(Tier.HOST, slot)
-        parts.append(replace(one, pages=pages, prompt_len=length, page_ids=one.pages))
-    for one, part in zip(step.steps, parts, strict=True):
-        pool[:, one.pages[part.pages < 0]] = 6e4
-    meter = Meter()
-    tools = Tools(load_best(), policy, None, s.page_size, s.kv_heads, 1, meter, audit=1)
-    attention = plan_policy_attention(tools, parts, buffer_pages)
-    stream = on_demand(spec, host, buffer_pages)
-    assert not attention.loads
-    return attention.attend(step.q, *step.new_kv(pool), pool, stream), step, meter.take().counts
 
 
 def test_numbers_that_are_not_finite_spoil_no_sum_of_what_is_covered() -> None:

@@ -52,15 +52,18 @@ def logits(folder: Path, size: int, num_parts: int | None, dtype: str, prompt_le
     return on_ranks(size, run)[0]
 
 
-def test_ranks_choose_pages_for_their_own_heads(tmp_path: Path) -> None:
-    """Where that is all of them, logits are those of full attention, which other choices change."""
+@pytest.mark.parametrize("name", ["top_pages(pages=2)", "decay(pages=2)"])
+def test_ranks_choose_pages_for_their_own_heads(tmp_path: Path, name: str) -> None:
+    """Where that is all of them, logits are those of full attention, which other choices change; one rank chooses for
+    all heads as two do."""
     folder, _ = save_llama(tmp_path, num_attention_heads=6, num_key_value_heads=3, hidden_size=96)
     full, all_pages, some = (
         logits(folder, 2, None, "bfloat16", prompt_len=10, attention_policy=policy)
-        for policy in ("full", "top_pages(share=1)", "top_pages(pages=2)")
+        for policy in ("full", name.replace("pages=2", "share=1"), name)
     )
     assert torch.equal(all_pages, full)
     assert torch.equal(some[:32], full[:32]) and not torch.equal(some, full), "they have two pages in any case"
+    assert torch.equal(logits(folder, 1, 2, "bfloat16", prompt_len=10, attention_policy=name), some)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

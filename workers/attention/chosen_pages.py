@@ -12,7 +12,8 @@ from distkv.kernels.page_entries import buffer_entry
 
 @dataclass(frozen=True)
 class ChosenPages:
-    """What the query heads of each KV head of each token have chosen, one such choice after the other.
+    """What the query heads of each KV head of each token, or of some tokens of a page together, have chosen, one such
+    choice after the other.
 
     All arrays are int64. Dims: C choices, N pages of all of them.
     """
@@ -21,7 +22,8 @@ class ChosenPages:
     indexes: np.ndarray  # [N], of the page in its sequence, rising within a choice
     counts: np.ndarray  # [C]
     heads: np.ndarray  # [C], the KV head
-    offsets: np.ndarray  # [C], of the token in its page, which is the last one of its choice
+    num_tokens: np.ndarray  # [C], that share the choice: one, or some of one page
+    offsets: np.ndarray  # [C], of the first token in its page, which is the last one of its choice
     exact: np.ndarray  # [C], where that page lies in `CodedPages.exact`, -1 where it is read from the table
 
     @property
@@ -34,11 +36,13 @@ class ChosenPages:
 class ChosenCalls:
     """A call of the kernel for each load, and one where there is none.
 
-    The kernel is to see the pool as `[2, slots * K, 1, S, D]`, a buffer of slices as `[slices, 2, 1, S, D]`, and each
-    choice as a token with the query heads of one KV head.
+    The kernel is to see the pool as `[2, slots * K, 1, S, D]`, a buffer of slices as `[slices, 2, 1, S, D]`, and the
+    tokens of each choice, one after the other, as tokens with the query heads of one KV head.
     """
 
     table: Tensor  # int64 [N]
+    counts: np.ndarray  # int64 [C], of pages
+    most_tokens: int  # of a choice
     loads: list[tuple[np.ndarray, np.ndarray]]  # locations and KV heads, as `SlicesOnDemand.bring` takes them
     calls: list[Chunks]
 
@@ -69,12 +73,13 @@ def plan_chosen(chosen: ChosenPages, page_size: int, num_kv_heads: int, capacity
     np.minimum.at(next_cold, (rank[number] // capacity, owners[cold]), places[cold])
     next_cold = np.minimum.accumulate(next_cold[::-1])[::-1]
     starts = (counts - 1) * page_size + chosen.offsets
-    rows, ones = np.arange(len(counts)), np.ones_like(counts)
+    tokens = chosen.num_tokens
+    rows = np.cumsum(tokens) - tokens
     calls, begins = [], np.zeros_like(counts)
     for load in range(max(1, len(loads))):
         ends = next_cold[min(load + 1, len(loads))]
-        columns = [rows, ones, starts, firsts, begins, ends, ends == counts, chosen.exact]
+        columns = [rows, tokens, starts, firsts, begins, ends, ends == counts, chosen.exact]
         numbers = np.stack(columns, axis=1)[ends > begins].astype(np.int64)
         calls.append(Chunks(torch.from_numpy(numbers), len(numbers)))
         begins = ends
-    return ChosenCalls(torch.from_numpy(table), loads, calls)
+    return ChosenCalls(torch.from_numpy(table), counts, int(tokens.max(initial=0)), loads, calls)

@@ -5,12 +5,12 @@ as `[2, slots * K, 1, S, D]`, and each token's query heads of a KV head are a to
 the pages that it has chosen in logical order, by the arithmetic of any other: one that chooses all of them has the
 bits of full attention.
 
-Tokens of prompts attend to everything, as they do without a policy.
+Tokens of prompts attend to everything, as they do without a policy; the last of them may be observed, see `turns.py`.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from itertools import count
 
 import numpy as np
@@ -24,22 +24,22 @@ from distkv.storage.meter import Meter
 from distkv.storage.moving.slices_on_demand import SlicesOnDemand
 from distkv.storage.moving.staging_ring import Load, Stream
 from distkv.storage.pools.page_summaries import PageSummaries
-from distkv.workers.attention.chosen_attention import attend_chosen, covered, total_weights
-from distkv.workers.attention.chosen_pages import ChosenCalls, ChosenPages, plan_chosen
+from distkv.workers.attention.chosen_attention import Bring, attend_and_weigh, attend_chosen, covered, total_weights
+from distkv.workers.attention.chosen_pages import ChosenCalls, plan_chosen
 from distkv.workers.attention.filled_pages import FilledPages, plan_filled
 from distkv.workers.attention.native import NativeAttention, plan_native_attention
-from distkv.workers.attention.policies.policy import Choice, PagePolicy, Rows
+from distkv.workers.attention.policies.policy import (
+    Choice,
+    Memory,
+    PagePolicy,
+    RowPolicy,
+    Rows,
+    SequentialPolicy,
+    num_observed,
+)
 from distkv.workers.attention.summarising import Summarising
+from distkv.workers.attention.turns import Choosers, Turn, plan_turns
 from distkv.workers.page_directory import SequenceStep
-
-
-@dataclass(frozen=True)
-class Choosers:
-    """The tokens of one sequence's answer in a step."""
-
-    step: SequenceStep
-    positions: np.ndarray  # int64
-    rows: slice  # among all that choose in the step
 
 
 @dataclass(frozen=True)
@@ -61,27 +61,30 @@ class Tools:
         """Whether the next of these steps is audited; to be asked once for each."""
         return self.audit is not None and next(self.num_steps) % self.audit == 0
 
+    def new_memories(self) -> list[Memory]:
+        """What a policy that remembers has of a sequence, by layer, before it has observed a row."""
+        assert isinstance(self.policy, SequentialPolicy)
+        return [self.policy.begin(self.num_kv_heads) for _ in range(self.num_layers)]
+
 
 class PolicyAttention:
     """An `Attention`, see `batch.py`, whose stream is a `SlicesOnDemand`."""
 
     def __init__(
-        self, tools: Tools, full: NativeAttention | None, full_rows: np.ndarray, choosers: list[Choosers],
-        choosing_rows: np.ndarray, summarising: Summarising | None, filled: FilledPages | None, is_audited: bool,
+        self, tools: Tools, full: NativeAttention | None, full_rows: np.ndarray, turns: list[Turn],
+        choosing_rows: np.ndarray, summarising: Summarising | None, filled: FilledPages | None,
     ):  # fmt: skip
         """
         Args:
             full: the attention of all rows that do not choose, if there are any.
-            full_rows, choosing_rows: which rows of the step attend how, in the order of `full` and of `choosers`.
+            full_rows, choosing_rows: which rows of the step attend how, in the order of `full` and of `turns`.
             filled: needed where there is a codec and some rows choose.
-            is_audited: it is measured how much of all attention the chosen pages have.
         """
-        self._tools, self._full, self._choosers, self._summarising = tools, full, choosers, summarising
-        self._full_rows, self._choosing_rows = full_rows, choosing_rows
-        self._filled, self._is_audited = filled, is_audited
+        self._tools, self._full, self._turns, self._summarising = tools, full, turns, summarising
+        self._full_rows, self._choosing_rows, self._filled = full_rows, choosing_rows, filled
+        self._is_audited = not all(turn.observed for turn in turns) and tools.audits()
+        self._remembers = isinstance(tools.policy, SequentialPolicy)
         self._layer = 0
-        self._calls: ChosenCalls | None = None  # where they are the same in all layers
-        self._all_calls: ChosenCalls | None = None  # where everything is chosen, for an audit
 
     @property
     def loads(self) -> list[Load]:
@@ -101,73 +104,95 @@ class PolicyAttention:
             coded = self._filled.round(self._tools.codec, layer_pool)
         if self._summarising is not None:
             self._summarising.fill(layer, layer_pool, stream)
-        if self._choosers:
+        if self._turns:
             out[self._choosing_rows] = self._attend_chosen(layer, q[self._choosing_rows], layer_pool, stream, coded)
-        if self._summarising is not None and self._layer == self._tools.num_layers:
-            self._summarising.end(stream)
+        if self._layer == self._tools.num_layers:
+            self._end(stream)
         return out
+
+    def _end(self, stream: SlicesOnDemand) -> None:
+        """Takes note that the last layer has ended."""
+        if self._summarising is not None:
+            self._summarising.end(stream)
+        if self._remembers:
+            for turn in self._turns:
+                for one in turn.choosers:
+                    one.step.memory.end(int(one.positions[-1]) + 1)
 
     def _attend_chosen(
         self, layer: int, q: Tensor, layer_pool: Tensor, stream: SlicesOnDemand, coded: CodedPages | None
     ) -> Tensor:
         """q `[R, K * G, D]` of the rows that choose -> `[R, K * G * D]`."""
         tools = self._tools
-        calls = self._calls
-        if calls is None:
-            calls = self._plan(self._choose(layer, q), stream)
-            if not tools.policy.looks_at_queries:
-                self._calls = calls
-        tools.meter.count("pages_chosen", len(calls.table))
-        tools.meter.count("pages_visible", self._num_visible)
-        by_head = q.view(len(q) * tools.num_kv_heads, -1, q.shape[2])
+        all_heads = q.view(len(q) * tools.num_kv_heads, -1, q.shape[2])
         pool = layer_pool.view(2, -1, 1, *layer_pool.shape[3:])
         bring = partial(stream.bring, layer)
-        for load in calls.loads:
-            stream.expect(layer, *load)
-        if self._is_audited:
-            if self._all_calls is None:
-                everything = [
-                    [np.arange(own + 1)] * tools.num_kv_heads
-                    for one in self._choosers
-                    for own in (one.positions // tools.page_size).tolist()
-                ]
-                self._all_calls = self._plan(self._gather(everything), stream)
-            chosen, all_of_it = (
-                total_weights(tools.library, each, by_head, pool, bring, coded) for each in (calls, self._all_calls)
-            )
-            parts = covered(chosen, all_of_it)
-            tools.meter.count("num_audited", len(parts))
-            tools.meter.count("mass_covered", float(parts.sum()))
-        return attend_chosen(tools.library, calls, by_head, pool, bring, coded).view(len(q), -1)
+        out = q.new_empty(len(all_heads), all_heads.shape[1] * all_heads.shape[2])
+        for turn in self._turns:
+            calls = self._plan_turn(turn, layer, q, stream)
+            order = turn.order(tools.num_kv_heads)
+            by_head = all_heads[order]
+            for load in calls.loads:
+                stream.expect(layer, *load)
+            if not turn.observed:
+                tools.meter.count("pages_chosen", len(calls.table))
+                tools.meter.count("pages_visible", self._num_visible(turn))
+                if self._is_audited:
+                    self._audit(turn, calls, by_head, pool, bring, coded, stream)
+            if self._remembers:
+                out[order], weights = attend_and_weigh(tools.library, calls, by_head, pool, bring, coded)
+                self._observe(turn, layer, weights)
+            else:
+                out[order] = attend_chosen(tools.library, calls, by_head, pool, bring, coded)
+        return out.view(len(q), -1)
 
-    def _plan(self, chosen: ChosenPages, stream: SlicesOnDemand) -> ChosenCalls:
-        return plan_chosen(chosen, self._tools.page_size, self._tools.num_kv_heads, stream.capacity)
-
-    def _choose(self, layer: int, q: Tensor) -> ChosenPages:
-        """The pages of all rows."""
-        return self._gather(
-            [row for one in self._choosers for row in self._tools.policy.choose(self._rows(one, layer, q[one.rows]))]
+    def _audit(
+        self, turn: Turn, calls: ChosenCalls, by_head: Tensor, pool: Tensor, bring: Bring, coded: CodedPages | None,
+        stream: SlicesOnDemand,
+    ) -> None:  # fmt: skip
+        """Measures how much of all attention the chosen pages have."""
+        tools = self._tools
+        if turn.all_calls is None:
+            turn.all_calls = self._plan(turn, turn.everything(tools.page_size, tools.num_kv_heads), stream)
+        chosen, all_of_it = (
+            total_weights(tools.library, each, by_head, pool, bring, coded) for each in (calls, turn.all_calls)
         )
+        parts = covered(chosen, all_of_it)
+        tools.meter.count("num_audited", len(parts))
+        tools.meter.count("mass_covered", float(parts.sum()))
 
-    def _gather(self, choice: Choice) -> ChosenPages:
-        """What all rows have chosen, that of the KV heads of a row one after the other."""
+    def _plan_turn(self, turn: Turn, layer: int, q: Tensor, stream: SlicesOnDemand) -> ChosenCalls:
+        if turn.calls is not None:
+            return turn.calls
+        policy = self._tools.policy
+        if turn.observed:
+            choice = turn.everything(self._tools.page_size, self._tools.num_kv_heads)
+        elif isinstance(policy, RowPolicy):
+            choice = [row for one in turn.choosers for row in policy.choose(self._rows(one, layer, q[one.rows]))]
+        else:
+            rows = ((one, self._rows(one, layer, q[one.rows])) for one in turn.choosers)
+            choice = [one.step.memory.layers[layer].choose(row) for one, row in rows]
+        calls = self._plan(turn, choice, stream)
+        if turn.observed or (isinstance(policy, RowPolicy) and not policy.looks_at_queries):
+            turn.calls = calls
+        return calls
+
+    def _plan(self, turn: Turn, choice: Choice, stream: SlicesOnDemand) -> ChosenCalls:
         page_size, kv_heads = self._tools.page_size, self._tools.num_kv_heads
-        indexes = [pages for row in choice for pages in row]
-        locations = [one.step.pages[pages] for one in self._choosers for row in choice[one.rows] for pages in row]
-        counts = np.array([len(pages) for pages in indexes])
-        offsets = np.concatenate([one.positions for one in self._choosers]) % page_size
-        heads = np.tile(np.arange(kv_heads), len(choice))
-        own = np.full(len(choice), -1) if self._filled is None else self._filled.of_rows
-        exact = np.where(np.repeat(own, kv_heads) < 0, -1, np.repeat(own, kv_heads) * kv_heads + heads)
-        return ChosenPages(
-            np.concatenate(locations), np.concatenate(indexes), counts, heads, np.repeat(offsets, kv_heads), exact
-        )
+        chosen = turn.gather(choice, page_size, kv_heads, None if self._filled is None else self._filled.of_rows)
+        return plan_chosen(chosen, page_size, kv_heads, stream.capacity)
 
-    @cached_property
-    def _num_visible(self) -> int:
-        """Pages that the rows could choose from, for each KV head."""
-        own = np.concatenate([one.positions for one in self._choosers]) // self._tools.page_size
-        return int((own + 1).sum()) * self._tools.num_kv_heads
+    def _observe(self, turn: Turn, layer: int, weights: list[np.ndarray]) -> None:
+        """Tells the memories of sequences what their tokens have attended to."""
+        kv_heads = self._tools.num_kv_heads
+        for number, one in enumerate(turn.choosers):
+            own = weights[number * kv_heads : (number + 1) * kv_heads]
+            for token in range(len(one.positions)):
+                one.step.memory.layers[layer].observe([pages[:, token] for pages in own])
+
+    def _num_visible(self, turn: Turn) -> int:
+        """Pages that the rows of a turn could choose from, for each KV head."""
+        return int((turn.starts // self._tools.page_size + 1).sum()) * self._tools.num_kv_heads
 
     def _rows(self, one: Choosers, layer: int, q: Tensor) -> Rows:
         """What the policy is told of a sequence's rows."""
@@ -187,12 +212,14 @@ class PolicyAttention:
 def plan_policy_attention(
     tools: Tools, steps: list[SequenceStep], buffer_pages: int
 ) -> NativeAttention | PolicyAttention:
-    """The attention of a step for a rank with `buffer_pages` pages in a buffer of its staging ring."""
+    """The attention of a step for a rank with `buffer_pages` pages in a buffer of its staging ring. Raises DistKVError
+    as `SequenceMemory.begin` does."""
+    policy, num_last = tools.policy, num_observed(tools.policy)
     full, full_rows, choosers, choosing_rows = [], [], [], []
     first = num_choosing = 0
     for one in steps:
-        count = len(one.token_ids)
-        num_full = min(max(one.prompt_len - one.start, 0), count)
+        count, first_choosing = len(one.token_ids), max(0, one.prompt_len - num_last)
+        num_full = min(max(first_choosing - one.start, 0), count)
         if num_full:
             pages = one.pages[: -(-(one.start + num_full) // tools.page_size)]
             full.append(SequenceStep(one.token_ids[:num_full], one.start, pages, one.prompt_len, 0))
@@ -202,6 +229,8 @@ def plan_policy_attention(
             choosers.append(Choosers(one, positions, slice(num_choosing, num_choosing + len(positions))))
             choosing_rows.append(np.arange(first + num_full, first + count))
             num_choosing += len(positions)
+            if isinstance(policy, SequentialPolicy):
+                one.memory.begin(one.start, first_choosing, tools.new_memories)
         first += count
     by_full = None
     if full:
@@ -215,7 +244,8 @@ def plan_policy_attention(
         assert by_full is not None
         return by_full
     nothing = np.zeros(0, dtype=np.int64)
+    turns = plan_turns(choosers, tools.page_size, isinstance(policy, SequentialPolicy))
     return PolicyAttention(
-        tools, by_full, np.concatenate([nothing, *full_rows]), choosers, np.concatenate([nothing, *choosing_rows]),
-        summarising, filled, bool(choosers) and tools.audits(),
+        tools, by_full, np.concatenate([nothing, *full_rows]), turns, np.concatenate([nothing, *choosing_rows]),
+        summarising, filled,
     )  # fmt: skip

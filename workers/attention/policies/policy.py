@@ -1,12 +1,12 @@
 """What a policy of attention is: of the pages before a token, those that its query heads attend to.
 
-A policy is options in a frozen dataclass and one choice; it knows no kernel, and nothing of where pages lie. To add
-one, write its file in this folder and enter it in `registry.py`.
+A policy is options in a frozen dataclass and one choice, and what it remembers if that depends on rows before; it knows
+no kernel, and nothing of where pages lie. To add one, write its file in this folder and enter it in `registry.py`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 from distkv.workers.errors import ConfigError
 
@@ -44,20 +44,58 @@ class Rows:
 
 
 class PagePolicy(Protocol):
-    """Which pages a token of an answer attends to.
+    """Which pages a token of an answer attends to: a `RowPolicy` or a `SequentialPolicy`.
 
-    A choice must be a function of the row: of its position, its queries and the pages up to it. So it is the same
-    whatever else runs, and however many of the sequence's tokens a step computes.
+    A choice must be a function of the request up to its token. So it is the same whatever else runs, and however many
+    of the sequence's tokens a step computes.
     """
 
     needs_summaries: ClassVar[bool]
+
+    def num_chosen(self, num_pages: int, page_size: int) -> int:
+        """How many pages the last token of so many pages chooses at most, at least one."""
+
+
+@runtime_checkable
+class RowPolicy(PagePolicy, Protocol):
+    """One whose choice is a function of the row: of its position, its queries and the pages up to it."""
+
     looks_at_queries: ClassVar[bool]  # else the choice is the same in all layers
 
     def choose(self, rows: Rows) -> Choice:
         """The pages of each row."""
 
-    def num_chosen(self, num_pages: int, page_size: int) -> int:
-        """How many pages the last token of so many pages chooses at most, at least one."""
+
+class Memory(Protocol):
+    """What a `SequentialPolicy` remembers of the rows of one sequence in one layer. Each row that it observes has one
+    call of `observe`, in their order, and a row of the answer one of `choose` before it."""
+
+    def choose(self, row: Rows) -> "list[np.ndarray]":
+        """The pages of the one row given, by KV head, as in `Choice`."""
+
+    def observe(self, weights: "list[np.ndarray]") -> None:
+        """Takes in what a row has made of its pages, which are all up to its own for a row of the prompt.
+
+        Args:
+            weights: by KV head, fp64 of each page, the sums of the softmax weights that its query heads give to keys
+                of the page; they add up to G.
+        """
+
+
+@runtime_checkable
+class SequentialPolicy(PagePolicy, Protocol):
+    """One whose choice follows from what rows before have attended to, and from nothing else of the sequence's past.
+    What is remembered is made anew wherever the sequence is read again."""
+
+    num_observed: ClassVar[int]  # the last tokens of the prompt, one at least, are observed, though they do not choose
+
+    def begin(self, num_kv_heads: int) -> Memory:
+        """What is remembered before the first row."""
+
+
+def num_observed(policy: PagePolicy | None) -> int:
+    """How many tokens at the end of a prompt a policy observes; 0 for one that remembers nothing."""
+    return policy.num_observed if isinstance(policy, SequentialPolicy) else 0
 
 
 def name_of(policy: PagePolicy) -> str:

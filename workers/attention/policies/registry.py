@@ -4,13 +4,14 @@ import ast
 from dataclasses import fields
 from typing import Any
 
+from distkv.workers.attention.policies.decay import Decay
 from distkv.workers.attention.policies.policy import PagePolicy, name_of, snake_case
 from distkv.workers.attention.policies.sink_window import SinkWindow
 from distkv.workers.attention.policies.top_pages import TopPages
 from distkv.workers.errors import ConfigError
 
 FULL = "full"
-POLICIES: dict[str, type[Any]] = {snake_case(kind.__name__): kind for kind in (SinkWindow, TopPages)}
+POLICIES: dict[str, type[Any]] = {snake_case(kind.__name__): kind for kind in (SinkWindow, TopPages, Decay)}
 
 
 def parse_policy(text: str) -> PagePolicy | None:

@@ -2,17 +2,10 @@
 https://arxiv.org/abs/2406.10774."""
 
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from distkv.workers.attention.policies.policy import Choice, Rows, check_count
-from distkv.workers.errors import ConfigError
-
-if TYPE_CHECKING:
-    import numpy as np
-
-DEFAULT_SHARE = 0.1
-LEAST = 2  # the first page and the row's own
+from distkv.workers.attention.policies.budget import LEAST, checked_share, highest, pages_within
+from distkv.workers.attention.policies.policy import Choice, Rows
 
 
 @dataclass(frozen=True)
@@ -27,15 +20,7 @@ class TopPages:
     looks_at_queries: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.share is not None and self.pages is not None:
-            raise ConfigError("attention_policy top_pages: share and pages are both given; leave one of them out")
-        if self.pages is not None:
-            check_count("top_pages", "pages", self.pages, LEAST)
-            return
-        share = DEFAULT_SHARE if self.share is None else self.share
-        if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share <= 1:
-            raise ConfigError(f"attention_policy top_pages: share is {share!r}; use a number above 0 and at most 1")
-        object.__setattr__(self, "share", float(share))
+        object.__setattr__(self, "share", checked_share("top_pages", self.share, self.pages))
 
     def choose(self, rows: Rows) -> Choice:
         """See `PagePolicy`."""
@@ -54,20 +39,4 @@ class TopPages:
 
     def num_chosen(self, num_pages: int, page_size: int) -> int:
         """See `PagePolicy`."""
-        if self.pages is not None:
-            return min(num_pages, self.pages)
-        part = Fraction(str(self.share)) * num_pages  # a float's product may lie a little above a whole number
-        return min(num_pages, max(LEAST, -(-part.numerator // part.denominator)))
-
-
-def highest(bounds: "np.ndarray", count: int) -> "np.ndarray":
-    """The indexes of the `count` highest numbers of some more, rising; of equal ones the first."""
-    import numpy as np
-
-    if not count:
-        return np.zeros(0, dtype=np.int64)
-    bounds = np.nan_to_num(bounds, nan=np.inf)  # of keys that are no numbers, whose request ends
-    least = np.partition(bounds, len(bounds) - count)[len(bounds) - count]
-    chosen = bounds > least
-    chosen[np.flatnonzero(bounds == least)[: count - int(chosen.sum())]] = True
-    return np.flatnonzero(chosen)
+        return pages_within(self.share, self.pages, num_pages)
