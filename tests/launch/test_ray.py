@@ -31,12 +31,14 @@ from support.rules import rule_requests, save_speaking_llama
 
 from distkv import LLM, AsyncLLM, CapacityError, ConfigError, DistKVError, RequestError, SamplingParams, WorkerDied
 from distkv.engine.protocol import EngineRequest
+from distkv.engine.stats import EngineStats
 from distkv.storage.disk.catalogue import Catalogue
 
 pytestmark = pytest.mark.ray
 
 GREEDY = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
 UNEVEN = {"tie_word_embeddings": True, "vocab_size": 130, "intermediate_size": 113}
+INEXACT = {"kv_cache_dtype": "int8", "attention_policy": "top_pages(pages=3)"}
 
 
 def check_nothing_is_left(cluster: Cluster) -> None:
@@ -54,17 +56,20 @@ def check_nothing_is_left(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize(
-    "heads, kv_heads, size, options",
+    "heads, kv_heads, size, options, inexact",
     [
-        (6, 3, 2, {"attention_bias": True, "mlp_bias": True}),  # 2 + 1 KV heads
-        pytest.param(6, 3, 3, UNEVEN, marks=pytest.mark.slow),  # only heads are even
-        (4, 2, 3, {"attention_bias": True, **UNEVEN}),  # one KV head is held twice, the other once; nothing is even
-        (4, 1, 2, {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}),
+        (6, 3, 2, {"attention_bias": True, "mlp_bias": True}, {}),  # 2 + 1 KV heads
+        (6, 3, 2, {}, INEXACT),
+        *(pytest.param(6, 3, 2, {}, {name: INEXACT[name]}, marks=pytest.mark.slow) for name in INEXACT),
+        pytest.param(6, 3, 3, UNEVEN, {}, marks=pytest.mark.slow),  # only heads are even
+        (4, 2, 3, {"attention_bias": True, **UNEVEN}, {}),  # one KV head is held twice, the other once; nothing is even
+        (4, 1, 2, {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, {}),
     ],
 )
 def test_ranks_change_nothing(
-    cluster: Cluster, tmp_path: Path, heads: int, kv_heads: int, size: int, options: dict
+    cluster: Cluster, tmp_path: Path, heads: int, kv_heads: int, size: int, options: dict, inexact: dict
 ) -> None:
+    """Tokens are those of one rank, also by codes and where each rank chooses pages for its heads."""
     folder, _ = save_llama(
         tmp_path, num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=16 * heads, **options
     )
@@ -72,12 +77,13 @@ def test_ranks_change_nothing(
     # penalties count tokens that rank 0 has drawn and nobody has read yet, and all ranks run them
     penalised = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True, repetition_penalty=1.3, logprobs=1)
     params = [GREEDY, SamplingParams(temperature=1, seed=4, n=2, max_tokens=20, logprobs=2), penalised]
-    engine = {"page_size": 16, "max_num_batched_tokens": 64, "device_kv_bytes": "4MiB"}
+    engine: dict[str, Any] = {"page_size": 16, "max_num_batched_tokens": 64, "device_kv_bytes": "4MiB", **inexact}
     with LLM(folder, **engine) as alone:
         expected = alone.generate(prompts, params, use_tqdm=False)
     with LLM(folder, tensor_parallel_size=size, ray_address=cluster.address, **engine) as llm:
         outputs = llm.generate(prompts, params, use_tqdm=False)
         assert llm.stats().pages_in_use == 0
+        assert (llm.stats().policy.share_chosen is None) == ("attention_policy" not in inexact)
         for prompt, one, together in zip(prompts, params, outputs, strict=True):
             again = llm.generate([prompt], one, use_tqdm=False)[0]
             assert again.outputs == together.outputs, "neighbours and known pages change no bit"
@@ -127,22 +133,6 @@ def test_the_demo_model_in_bf16_beside_another_group(cluster: Cluster, demo_mode
     check_nothing_is_left(cluster)
 
 
-def test_an_interrupted_wait_leaves_the_engine_in_step(cluster: Cluster, tiny_model: Path) -> None:
-    endless = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
-    with LLM(tiny_model, ray_address=cluster.address, device_kv_bytes="4MiB") as llm:
-        expected = llm.generate([[5, 6]], GREEDY, use_tqdm=False)[0].outputs
-        for _ in range(3):
-            timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
-            timer.start()
-            with pytest.raises(KeyboardInterrupt):
-                while True:
-                    llm.generate([[7, 8]], endless, use_tqdm=False)
-            timer.join()
-            assert llm.generate([[5, 6]], GREEDY, use_tqdm=False)[0].outputs == expected
-            assert llm.stats().num_running == 0
-    check_nothing_is_left(cluster)
-
-
 def test_an_event_loop_on_a_cluster(cluster: Cluster, tiny_model: Path) -> None:
     async def tokens(llm: AsyncLLM, prompt: list[int]) -> list[int]:
         return [output async for output in llm.generate(prompt, GREEDY)][-1].outputs[0].token_ids
@@ -182,7 +172,7 @@ def save_with_heads(folder: Path, kv_heads: int) -> Path:
 )
 def test_tiers_change_nothing_for_several_ranks(cluster: Cluster, tmp_path: Path, size: int, kv_heads: int) -> None:
     """Bit for bit against the same ranks with everything resident; 3 KV heads on 2 ranks are 2 + 1, and 2 of them on 3
-    ranks are one that two ranks hold, and another."""
+    ranks are one that two ranks hold, and another. Figures and the trace are of all ranks."""
     folder = save_with_heads(tmp_path, kv_heads)
     prompts = [random_prompt(length, length, end=20) for length in (300, 40)]
     # the log-probabilities of the whole vocabulary stand for the logits, which do not leave the cluster
@@ -194,13 +184,14 @@ def test_tiers_change_nothing_for_several_ranks(cluster: Cluster, tmp_path: Path
         ({"device_kv_bytes": 7 * page_bytes, "host_kv_bytes": 60 * page_bytes}, {"host_streamed"}),
         (
             {"device_kv_bytes": 7 * page_bytes, "host_kv_bytes": 6 * page_bytes, "cache_dir": cache,
-             "disk_kv_bytes": 60 * page_bytes},
+             "disk_kv_bytes": 60 * page_bytes, "trace": tmp_path / "steps.json"},
             {"host_to_disk", "disk_streamed"},
         ),
     ]  # fmt: skip
     answers = []
-    for sizes, moved in tiers:
-        with LLM(folder, ray_address=cluster.address, **options, **sizes) as llm:
+    for number, (sizes, moved) in enumerate(tiers):
+        (model := tmp_path / f"model-{number}-of-{size}-ranks").symlink_to(folder)  # for metrics, by its name
+        with LLM(model, ray_address=cluster.address, **options, **sizes) as llm:
             assert llm.info.page_bytes == page_bytes
             if "device_kv_bytes" in sizes:
                 kv_bytes = {name: size for name, size in sizes.items() if name.endswith("_kv_bytes")}
@@ -211,41 +202,39 @@ def test_tiers_change_nothing_for_several_ranks(cluster: Cluster, tmp_path: Path
             if "cache_dir" in sizes:
                 chunks = [path.name.split(".")[4] for path in cache.glob("*/kv.zarr/c.*")]
                 assert set(chunks) == {"0", "1", "2"} if kv_heads == 3 else {"0", "1"}, "a file per page and head"
+                if kv_heads == 3:  # no head lies on two ranks
+                    check_figures(stats, model.name, page_bytes)
         answers.append([(one.outputs[0].token_ids, one.outputs[0].logprobs) for one in outputs])
     assert answers[1] == answers[0]
     assert answers[2] == answers[0]
+    check_trace(tmp_path / "steps.json", size)
     check_nothing_is_left(cluster)
 
 
-def test_figures_and_traces_are_of_all_ranks(cluster: Cluster, tmp_path: Path) -> None:
-    """Bytes and seconds are sums over ranks; Ray tells them too while the engine runs, and the caller has the trace."""
-    folder, trace = save_with_heads(tmp_path, 3), tmp_path / "steps.json"
-    page_bytes = 2 * 2 * 3 * 16 * 16 * 4
-    options: dict[str, Any] = {
-        "page_size": 16, "max_num_batched_tokens": 64, "tensor_parallel_size": 2, "device_kv_bytes": 7 * page_bytes,
-        "host_kv_bytes": 6 * page_bytes, "cache_dir": tmp_path / "cache", "disk_kv_bytes": 60 * page_bytes,
-    }  # fmt: skip
-    with LLM(folder, ray_address=cluster.address, trace=trace, **options) as llm:
-        llm.generate([random_prompt(300, 1, end=20)], GREEDY, use_tqdm=False)
-        stats, moved = llm.stats(), llm.stats().bytes_moved
-        assert stats.requests.generation_tokens == 48 and stats.requests.finished["length"] == 1
-        assert sum(stats.requests.inter_token_latency.counts) == 47
-        assert stats.disk_read_bytes == moved["disk_streamed"] + moved.get("disk_to_host", 0)
-        assert stats.disk_written_bytes == moved["host_to_disk"]
-        assert moved["host_to_disk"] % page_bytes == 0, "whole pages, of which each rank has its heads"
-        assert stats.seconds_moved.keys() == moved.keys() and all(stats.seconds_moved.values())
-        assert stats.tiers["device"].capacity_bytes == 7 * page_bytes
-        exported = await_exported("ray_distkv_generation_tokens_total", folder.name)
-        assert exported["ray_distkv_generation_tokens_total"] == 48
-        assert exported["ray_distkv_inter_token_latency_seconds_count"] == 47
-        assert exported["ray_distkv_tier_capacity_bytes"]
+def check_figures(stats: EngineStats, model: str, page_bytes: int) -> None:
+    """Of two answers of 40 tokens. Bytes and seconds are sums over ranks; Ray tells them too while the engine runs."""
+    moved = stats.bytes_moved
+    assert stats.requests.generation_tokens == 80 and stats.requests.finished["length"] == 2
+    assert sum(stats.requests.inter_token_latency.counts) == 78
+    assert stats.disk_read_bytes == moved["disk_streamed"] + moved.get("disk_to_host", 0)
+    assert stats.disk_written_bytes == moved["host_to_disk"]
+    assert moved["host_to_disk"] % page_bytes == 0, "whole pages, of which each rank has its heads"
+    assert stats.seconds_moved.keys() == moved.keys() and all(stats.seconds_moved.values())
+    assert stats.tiers["device"].capacity_bytes == 7 * page_bytes
+    exported = await_exported("ray_distkv_generation_tokens_total", model)
+    assert exported["ray_distkv_generation_tokens_total"] == 80
+    assert exported["ray_distkv_inter_token_latency_seconds_count"] == 78
+    assert exported["ray_distkv_tier_capacity_bytes"]
+
+
+def check_trace(trace: Path, size: int) -> None:
+    """The caller has it, of all ranks."""
     events = json.loads(trace.read_text())
     processes = {one["pid"]: one["args"]["name"] for one in events if one["name"] == "process_name"}
-    assert set(processes.values()) == {"leader", "rank 0", "rank 1"}
+    assert set(processes.values()) == {"leader", *(f"rank {rank}" for rank in range(size))}
     spans = {(processes[one["pid"]], one["name"]) for one in events if one["ph"] == "X"}
-    of_ranks = {(f"rank {rank}", name) for rank in (0, 1) for name in ("compute", "disk read")}
+    of_ranks = {(f"rank {rank}", name) for rank in range(size) for name in ("compute", "disk read")}
     assert {("leader", "prepare")} | of_ranks <= spans
-    check_nothing_is_left(cluster)
 
 
 def await_exported(name: str, model: str) -> dict[str, float]:
@@ -265,9 +254,14 @@ def await_exported(name: str, model: str) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     "kv_heads, codec",
-    [(3, "none"), *(pytest.param(2, codec, marks=pytest.mark.slow) for codec in ("none", "lossless"))],
+    [
+        (3, {}),
+        (3, {"kv_cache_dtype": "int8"}),
+        *(pytest.param(2, codec, marks=pytest.mark.slow) for codec in ({}, {"disk_kv_codec": "lossless"})),
+        pytest.param(2, {"kv_cache_dtype": "int4"}, marks=pytest.mark.slow),
+    ],
 )
-def test_pages_are_found_by_any_number_of_ranks(cluster: Cluster, tmp_path: Path, kv_heads: int, codec: str) -> None:
+def test_pages_are_found_by_any_number_of_ranks(cluster: Cluster, tmp_path: Path, kv_heads: int, codec: dict) -> None:
     """What 1, 2 and 3 ranks write each of the others reads, all of it, and lets it lie as it is; with 2 KV heads on 3
     ranks one of them is held twice. With the pages of others a group answers what it does with its own."""
     folder = save_with_heads(tmp_path, kv_heads)
@@ -276,7 +270,7 @@ def test_pages_are_found_by_any_number_of_ranks(cluster: Cluster, tmp_path: Path
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=20)
     options: dict[str, Any] = {
         "page_size": 16, "max_num_batched_tokens": 64, "device_kv_bytes": "1MiB", "host_kv_bytes": "1MiB",
-        "cache_dir": cache, "disk_kv_bytes": "4MiB", "disk_kv_codec": codec,
+        "cache_dir": cache, "disk_kv_bytes": "4MiB", **codec,
     }  # fmt: skip
     known: dict[int, list[int]] = {}  # by the number of ranks that computed it, a prompt with its answer
     written: dict[bytes, bytes] = {}  # pages by key
@@ -331,10 +325,11 @@ def test_a_killed_owner_takes_its_ranks_along(cluster: Cluster, tiny_model: Path
     check_nothing_is_left(cluster)
 
 
-def test_one_rank_on_a_cluster(cluster: Cluster, tiny_model: Path) -> None:
+def test_one_rank_on_the_cluster_of_this_machine(cluster: Cluster, tiny_model: Path) -> None:
     with LLM(tiny_model, device_kv_bytes="4MiB") as alone:
         expected = alone.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs
-    with LLM(tiny_model, ray_address=cluster.address, device_kv_bytes="4MiB") as llm:
+    with LLM(tiny_model, ray_address="auto", device_kv_bytes="4MiB") as llm:
+        assert ray.get_runtime_context().gcs_address.rpartition(":")[2] == cluster.address.rpartition(":")[2]
         assert rank_processes().keys() == {"lead"}
         assert llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs == expected
         with pytest.raises(CapacityError, match="KV pages"):
@@ -350,7 +345,23 @@ def test_one_rank_on_a_cluster(cluster: Cluster, tiny_model: Path) -> None:
         while llm.stats().num_running:  # an abort is not answered
             time.sleep(0.01)
         assert llm.stats().pages_in_use == 0
+        check_interrupted_waits(llm)
     check_nothing_is_left(cluster)
+
+
+def check_interrupted_waits(llm: LLM) -> None:
+    """They leave the engine in step."""
+    endless = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+    expected = llm.generate([[5, 6]], GREEDY, use_tqdm=False)[0].outputs
+    for _ in range(3):
+        timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            while True:
+                llm.generate([[7, 8]], endless, use_tqdm=False)
+        timer.join()
+        assert llm.generate([[5, 6]], GREEDY, use_tqdm=False)[0].outputs == expected
+        assert llm.stats().num_running == 0
 
 
 @pytest.mark.parametrize("role, rank", [("follow", 1), ("lead", 0)])
@@ -480,12 +491,6 @@ def test_workers_without_distkv_are_told_apart_from_dead_ones(
 def test_an_address_where_nothing_answers_is_refused(cluster: Cluster, tiny_model: Path) -> None:
     with pytest.raises(ConfigError, match=r"no Ray cluster answers at ray_address '127\.0\.0\.1:1'"):
         LLM(tiny_model, tensor_parallel_size=2, ray_address="127.0.0.1:1")
-
-
-def test_auto_joins_the_cluster_of_this_machine(cluster: Cluster, tiny_model: Path) -> None:
-    with LLM(tiny_model, ray_address="auto", device_kv_bytes="4MiB"):
-        assert ray.get_runtime_context().gcs_address.rpartition(":")[2] == cluster.address.rpartition(":")[2]
-    check_nothing_is_left(cluster)
 
 
 def test_a_cluster_that_is_gone_is_not_waited_for(
