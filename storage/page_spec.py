@@ -54,6 +54,12 @@ class PageSpec:
         """Bytes of a page as attention reads it."""
         return self.layer_slice_bytes * self.num_layers
 
+    @property
+    def summary_bytes(self) -> int:
+        """Bytes of the least and the largest key of each channel of a page, see `PageSummaries`: as many as the keys
+        and values of a token have."""
+        return self.bytes_per_token
+
     def slice_bytes_in(self, tier: Tier) -> int:
         """Bytes that a layer slice takes in a tier, and on the way out of it, which is what streaming moves."""
         if self.format is None or tier is Tier.DEVICE:

@@ -51,14 +51,12 @@ class KVPools:
         device: Device,
         disk: DiskTier | None = None,
         meter: Meter | None = None,
-        summarises: bool = False,
         codec: PageCodec | None = None,
     ):
         """
         Args:
             disk: needed where the disk has pages.
             meter: is told what moving takes.
-            summarises: keeps `summaries` of pages, which a policy of attention chooses by.
             codec: of `spec`, where that has one.
         """
         self._spec, self.meter = spec, meter or Meter()
@@ -68,7 +66,7 @@ class KVPools:
         self._missing: list[int] = []
         self._bad_reads: dict[int, str] = {}
         self._reported: dict[str, int] = {}
-        self.summaries = PageSummaries(spec, device) if summarises else None
+        self.summaries = PageSummaries(spec, device, sizes.summaries) if sizes.summaries else None
         with ExitStack() as stack:  # what is open is closed again if something fails on the way
             self.device = DevicePool(spec, sizes.device, device, codec)
             stack.callback(self.device.close)

@@ -57,7 +57,6 @@ class Rank:
         self.group = group
         self.shard = Shard.of(config.model, group.rank, group.size, config.num_parts)
         policy = parse_policy(config.attention_policy)
-        self._summarises = policy is not None and policy.needs_summaries
         self.backend = make_backend(config.device, config.batch_invariant, policy, config.attention_audit)
         self.page_spec = rank_page_spec(config, self.shard)
         use_threads(config.num_threads)
@@ -130,7 +129,7 @@ class Rank:
             kept = self._description(place) if place.fingerprint else None
             disk = DiskTier(place, heads, shard.rank, kept, is_alone=self.group.size == 1)
         meter = Meter(shard.rank, config.traces)
-        self.pools = KVPools(self.page_spec, sizes, self.backend.device, disk, meter, self._summarises, self._codec)
+        self.pools = KVPools(self.page_spec, sizes, self.backend.device, disk, meter, self._codec)
         self._runner = self.backend.make_runner(self.model, self.pools, config.max_num_seqs)
         self.backend.tune(self.pools)
         self.plan_check = PlanCheck(sizes, config.model.vocab_size, config.page_size, config.max_num_seqs)

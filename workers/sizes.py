@@ -23,6 +23,7 @@ class PoolSizes(msgspec.Struct, array_like=True, frozen=True):
     disk: int = 0
     staging: int = 0  # pages of the staging ring, of which it holds one layer
     read_ahead: int = 0  # layer slices of host memory for reads from disk; 0 where `Kind.reads_ahead` says no
+    summaries: int = 0  # pages that requests can hold at a time, where a policy of attention chooses by `PageSummaries`
 
 
 class Capacity(msgspec.Struct, array_like=True, frozen=True):

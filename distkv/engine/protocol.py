@@ -43,6 +43,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     kv_policy: str | None = None  # what outputs say of it
     coded_page_bytes: int = 0  # of a page below the device; 0: as on it
     kv_cache_dtype: str = "auto"  # see `EngineConfig`
+    summary_bytes: int = 0  # beside the tiers, of all pages that requests can hold, where a policy chooses by summaries
 
     @property
     def cold_page_bytes(self) -> int:

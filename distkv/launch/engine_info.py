@@ -3,7 +3,7 @@
 from distkv.config import EngineConfig
 from distkv.engine.protocol import EngineInfo
 from distkv.errors import ConfigError
-from distkv.planner.sizing import page_specs, shares_prefixes
+from distkv.planner.sizing import page_specs, shares_prefixes, summary_bytes
 from distkv.storage.tier import Tier
 from distkv.workers.attention.policies.policy import num_observed
 from distkv.workers.attention.policies.registry import parse_policy
@@ -67,4 +67,5 @@ def engine_info(
         num_observed=num_observed(parse_policy(config.attention_policy)),
         kv_policy=config.kv_policy,
         kv_cache_dtype=config.kv_cache_dtype,
+        summary_bytes=sizes.summaries * summary_bytes(ranks, specs),
     )

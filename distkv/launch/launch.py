@@ -220,6 +220,8 @@ def _log_pools(info: EngineInfo, pool_bytes: list[tuple[int, int, int]]) -> None
             tier, count, info.page_size, sum(per_rank) / 2**30, len(per_rank),
             ", ".join(f"{one / 2**30:.3f}" for one in per_rank),
         )  # fmt: skip
+    if info.summary_bytes:
+        log.info("summaries of pages, by which attention chooses: up to %.3f GiB", info.summary_bytes / 2**30)
     held = sum(pages) * info.page_size
     if held < info.max_model_len:
         log.warning(

@@ -34,7 +34,8 @@ def start_lines(config: EngineConfig, info: EngineInfo | None = None, hardware: 
         lines += _room_elsewhere(config)
     else:
         pages = info.num_pages, info.num_host_pages, info.num_disk_pages
-        lines.append(_room(pages, info.tier_bytes, info.page_size, info.max_model_len))
+        beside = f"; summaries of pages up to {shown_bytes(info.summary_bytes)} in memory" if info.summary_bytes else ""
+        lines.append(_room(pages, info.tier_bytes, info.page_size, info.max_model_len) + beside)
         lines += [] if hardware is None else _cost(config, info, model, hardware)
     return [f"plan: {line}" for line in lines]
 

@@ -70,6 +70,10 @@ def _tier(field: str) -> Callable[[EngineStats, EngineInfo], Iterator[Sample]]:
     return samples
 
 
+def _summaries(stats: EngineStats, info: EngineInfo) -> Iterator[Sample]:
+    yield (), info.summary_bytes
+
+
 def _idle_bytes(stats: EngineStats, info: EngineInfo) -> Iterator[Sample]:
     for tier, one in stats.tiers.items():
         yield (tier,), one.used_bytes * one.idle_pages // one.used_pages if one.used_pages else 0
@@ -176,6 +180,12 @@ CATALOGUE = (
     Metric("tier_used_bytes", "gauge", "KV bytes that lie in a tier.", _tier("used_bytes"), TIER),
     Metric("tier_idle_bytes", "gauge", "Of these, what no request holds: kept for later ones.", _idle_bytes, TIER),
     Metric("tier_capacity_bytes", "gauge", "KV bytes that a tier may hold.", _tier("capacity_bytes"), TIER),
+    Metric(
+        "page_summaries_capacity_bytes",
+        "gauge",
+        "With a policy of attention that chooses by summaries of pages: what these may take, beside the tiers.",
+        _summaries,
+    ),
     _counter("prefix_cache_queries", "Tokens of prompts looked for.", lambda stats: stats.requests.prefix_queries),
     Metric("prefix_cache_hits", "counter", "Tokens of prompts found, by where they lay.", _prefix_hits, TIER),
     _counter(

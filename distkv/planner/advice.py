@@ -130,8 +130,9 @@ def _to_know(request: PlanRequest, fit: Fit, decode: Cost | None) -> list[str]:
     summaries = request.num_summaries * fit.running * fit.kv_bytes_per_token
     if summaries:
         found.append(
-            f"The engine keeps summaries of the running requests' pages in memory, {shown_bytes(summaries)}, which are "
-            "not in these figures; larger pages have fewer."
+            f"The engine keeps summaries of the running requests' pages in memory, {shown_bytes(summaries)}, "
+            + ("for which there is room left" if by_share else "which device_kv_bytes does not count")
+            + "; larger pages have fewer."
         )
     for option in request.unknown_options:
         found.append(

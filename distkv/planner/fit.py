@@ -10,7 +10,7 @@ from distkv.config import EngineConfig
 from distkv.errors import CapacityError
 from distkv.planner.ranks import make_rank_config
 from distkv.planner.request import PlanRequest
-from distkv.planner.sizing import page_bytes, page_specs, pool_sizes
+from distkv.planner.sizing import page_bytes, page_specs, pages_with_summaries, pool_sizes, summary_bytes
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import CPU_BUFFERS, NUM_BUFFERS
 from distkv.storage.tier import Tier
@@ -94,14 +94,16 @@ def find_fit(request: PlanRequest) -> Fit:
         sizes = pool_sizes(config, ranks, request.context, Capacity(room, 0), free_disk)
     except CapacityError as error:
         refusal = str(error)
-    each = specs[0].pages_for(request.context)
+    each, sizes_of_one = specs[0].pages_for(request.context), page_bytes(ranks, specs)
+    if request.device_kv_bytes is None and not refusal:  # the engine takes no more of it than its requests can fill
+        others, most = sizes.host + sizes.disk, config.max_num_seqs * each
+        room = pages_with_summaries(room, sizes_of_one[0], summary_bytes(ranks, specs), others, most)
     if sizes.device > room and not request.hardware.is_cpu:
         refusal = _too_much(request, sizes.device, room, memories)
     device = 0 if refusal else room if request.device_kv_bytes is None else sizes.device
     pages = device, sizes.host, sizes.disk
     most = sum(pages) // each if device else 0  # a page that is being filled lies on the device
     running = min(request.concurrency, most, request.num_seqs)
-    sizes_of_one = page_bytes(ranks, specs)
     tiers, left = [], running * each
     for tier, count, size in zip(Tier, pages, sizes_of_one, strict=True):
         used = min(left, count)

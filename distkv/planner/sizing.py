@@ -9,6 +9,7 @@ from distkv.option_checks import raise_to
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import NUM_BUFFERS, pages_for
 from distkv.storage.tier import Tier
+from distkv.workers.attention.policies.registry import parse_policy
 from distkv.workers.kinds import KINDS
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import Shard
@@ -60,6 +61,29 @@ def page_bytes(ranks: RankConfig, specs: list[PageSpec]) -> tuple[int, int, int]
     return on_device, on_host, whole.page_bytes_in(Tier.DISK)
 
 
+def summary_bytes(ranks: RankConfig, specs: list[PageSpec]) -> int:
+    """Bytes of a page's summary, over all ranks; 0 where no policy of attention chooses by them."""
+    policy = parse_policy(ranks.attention_policy)
+    return 0 if policy is None or not policy.needs_summaries else sum(spec.summary_bytes for spec in specs)
+
+
+def pages_with_summaries(room: int, page_bytes: int, summary_bytes: int, others: int, most: int) -> int:
+    """The pages that fit into the bytes of `room` of them together with all summaries: of these pages and of `others`
+    in other tiers, but of no more than `most`. Raises CapacityError where not one does."""
+    num_bytes = room * page_bytes
+    pages = max(
+        (num_bytes - others * summary_bytes) // (page_bytes + summary_bytes),
+        (num_bytes - most * summary_bytes) // page_bytes,
+    )
+    if summary_bytes and pages < 1:
+        raise CapacityError(
+            f"{num_bytes} bytes are free for KV, and the policy of attention keeps summaries of {summary_bytes} bytes "
+            f"of up to {most} pages, which leave no room: lower max_num_seqs, max_model_len or disk_kv_bytes, or set "
+            "device_kv_bytes and host_kv_bytes, which do not count them"
+        )
+    return pages
+
+
 def pool_sizes(
     config: EngineConfig, ranks: RankConfig, max_model_len: int, capacity: Capacity | None, free_disk: int | None
 ) -> PoolSizes:
@@ -70,16 +94,18 @@ def pool_sizes(
         free_disk: bytes that are free in the cache folder or taken by the pages in it, on the node with the least; None
             where there is no folder.
 
-    Raises CapacityError when a tier is too small to work with.
+    Raises CapacityError when a tier is too small to work with. Sizes that are found count the summaries of pages that a
+    policy of attention chooses by; those that are given are of pages alone.
     """
     specs = page_specs(config, ranks)
     on_device, on_host, on_disk = page_bytes(ranks, specs)
+    summary = summary_bytes(ranks, specs)
     most = config.max_num_seqs * specs[0].pages_for(max_model_len)  # that running requests can fill
     window = _window_pages(config, max_model_len)
     device = _given(config, "device_kv_bytes", on_device, 1 if config.host_kv_bytes == 0 else window)
     if device is None:
         assert capacity is not None
-        device = min(capacity.device, most)
+        device = min(pages_with_summaries(capacity.device, on_device, summary, 0, most), most)
     host = _given(config, "host_kv_bytes", on_host)
     if host is None:
         assert capacity is not None
@@ -87,6 +113,12 @@ def pool_sizes(
         host = min(capacity.host, most) if device < most or keeps_cache(config, ranks.model) else 0
     staging = ranks.staging_pages if host else 0
     disk = 0 if free_disk is None or not host else _disk_pages(config, ranks, on_disk, free_disk, most)
+    if config.device_kv_bytes is None:  # beside it lie the summaries of all tiers' pages
+        assert capacity is not None
+        device = min(device, pages_with_summaries(capacity.device, on_device, summary, host + disk, most))
+    elif config.host_kv_bytes is None and host:
+        assert capacity is not None
+        host = min(host, pages_with_summaries(capacity.host, on_host, summary, device + disk, most))
     ahead = 0
     if disk and KINDS[ranks.device].reads_ahead:  # into host memory, which counts as the host's
         ahead = _read_ahead_pages(host, staging, specs[0], on_host)
@@ -95,7 +127,8 @@ def pool_sizes(
         _check_window(config, device, host, max_model_len, on_device)
     if not shares_prefixes(config, ranks.model):
         device, host, disk = min(device, most), min(host, most), min(disk, most)
-    return PoolSizes(device, host, disk, staging, ahead * specs[0].num_layers)
+    summaries = min(device + host + disk, most) if summary else 0
+    return PoolSizes(device, host, disk, staging, ahead * specs[0].num_layers, summaries)
 
 
 def _given(config: EngineConfig, option: str, page_bytes: int, least: int = 1) -> int | None:

@@ -13,16 +13,17 @@ from distkv.storage.page_spec import PageSpec
 
 class PageSummaries:
     """By layer, `[id, 2, kv_head, head_dim]`, the least first, in the dtype of the pages: `1 / page_size` of their
-    bytes. Pages are known by their ids, as `PageDirectory` has them.
+    bytes, `PageSpec.summary_bytes` each. Pages are known by their ids, as `PageDirectory` has them.
 
     A page is known once `complete` was called for it, and until `forget` is, when its id is given to another one.
     """
 
-    def __init__(self, spec: PageSpec, device: Device):
-        shape = (0, 2, spec.num_kv_heads, spec.head_dim)
-        dtype, place = torch_dtype(spec.dtype), device.torch_device
-        self._layers = [torch.zeros(shape, dtype=dtype, device=place) for _ in range(spec.num_layers)]
-        self._known = np.zeros(0, dtype=bool)
+    def __init__(self, spec: PageSpec, device: Device, num_pages: int):
+        """With room for `num_pages` ids, and more as they come: lost pages have some beside those in the tiers. What is
+        not used yet takes no memory on a CPU."""
+        shape = (num_pages, 2, spec.num_kv_heads, spec.head_dim)
+        self._layers = [device.zeros(shape, torch_dtype(spec.dtype)) for _ in range(spec.num_layers)]
+        self._known = np.zeros(num_pages, dtype=bool)
 
     def layer(self, index: int) -> Tensor:
         """All summaries of a layer; those that are not known hold anything finite or nothing but what was put."""

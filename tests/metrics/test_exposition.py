@@ -50,6 +50,7 @@ OURS = {
     "tier_used_bytes": ["tier"],
     "tier_idle_bytes": ["tier"],
     "tier_capacity_bytes": ["tier"],
+    "page_summaries_capacity_bytes": [],
     "prefix_cache_hits_total": ["tier"],
     "transfer_bytes_total": ["from", "to"],
     "transfer_seconds_total": ["from", "to"],

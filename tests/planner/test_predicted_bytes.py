@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support.checkpoints import save_llama
 from support.cpu_plans import CPU, plan_on_cpu, planned_bytes
 from torch import Tensor
 
 from distkv.config import EngineConfig
+from distkv.errors import CapacityError
 from distkv.kernels.activation import swiglu
 from distkv.kernels.codec_format import FORMATS
 from distkv.kernels.cpu_kernels import CPU_KERNELS
@@ -22,7 +25,7 @@ from distkv.kernels.token_kernels import gated
 from distkv.launch.launch import launch
 from distkv.planner.plan import Plan
 from distkv.planner.ranks import make_rank_config
-from distkv.planner.sizing import pool_sizes
+from distkv.planner.sizing import pages_with_summaries, pool_sizes
 from distkv.storage.dtypes import DTYPES
 from distkv.workers import rank as rank_module
 from distkv.workers.cache_place import CachePlace
@@ -74,14 +77,38 @@ def test_an_engine_allocates_what_was_planned(tiny_model: Path, tmp_path: Path, 
     assert info.pool_bytes and bool(info.num_disk_pages) == ("disk_kv_bytes" in options)
 
 
-def test_what_is_left_to_the_engine_is_planned_too(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a size for the device it takes a quarter of the memory, less the staging ring."""
+@pytest.mark.parametrize("policy", ["full", "top_pages(pages=4)"])
+def test_what_is_left_to_the_engine_is_planned_too(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    """Without a size for the device it takes a quarter of the memory, less the staging ring and the summaries of all
+    pages, of the device and of the host."""
     monkeypatch.setattr(rank_module, "available_bytes", lambda: CPU.memory_bytes)
-    plan = planned(tiny_model, dtype="float32", host_kv_bytes=100 * KIB)
+    plan = planned(tiny_model, dtype="float32", host_kv_bytes=100 * KIB, attention_policy=policy)
     most = engine_config(plan, tiny_model, Path("/"), max_num_seqs=2**13, max_num_batched_tokens=2**13)
     with closing(launch(most)) as engine:
-        assert engine.info.num_pages == plan.fit.tiers[0].pages
-        assert engine.info.tier_bytes[:2] == planned_bytes(plan)[:2]
+        info, [rank] = engine.info, plan.fit.ranks
+    device, host, _ = planned_bytes(plan)
+    each = 0 if policy == "full" else info.kv_bytes_per_token
+    assert info.tier_bytes[1] == host and info.summary_bytes == (info.num_pages + info.num_host_pages) * each
+    # the plan's are those of its four requests
+    for num_bytes, summaries in (info.tier_bytes[0], info.summary_bytes), (device, 4 * 13 * each):
+        assert rank.left - info.page_bytes - each < num_bytes + summaries <= rank.left
+    if policy == "full":
+        assert info.num_pages == plan.fit.tiers[0].pages and info.tier_bytes[0] == device
+
+
+@given(*(st.integers(*ends) for ends in ((0, 200), (16, 99), (0, 9), (0, 150), (1, 300))))
+def test_pages_and_summaries_fill_the_room(room: int, page: int, summary: int, others: int, most: int) -> None:
+    def takes(pages: int) -> int:
+        return pages * page + min(pages + others, most) * summary
+
+    fits = [pages for pages in range(1, room + 1) if takes(pages) <= room * page]
+    if summary and not fits:
+        with pytest.raises(CapacityError, match=f"summaries of {summary} bytes of up to {most} pages"):
+            pages_with_summaries(room, page, summary, others, most)
+    else:
+        assert pages_with_summaries(room, page, summary, others, most) == max(fits, default=0)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 from support.cpu_plans import CPU, plan_on_cpu
 
 from distkv.config import EngineConfig
@@ -41,6 +42,8 @@ def test_the_lines_say_what_the_engine_has_and_what_the_plan_says(
     chosen = start.start_lines(replace(config, attention_policy="top_pages(pages=4)"), engine.info, slow)
     assert chosen[0] == f"{lines[0]}, attended to by top_pages(pages=4)" and chosen[1] == lines[1]
     assert " at 256 tokens and reads 25.0 % of them, bound by weights" in chosen[2]
+    summarised = start.start_lines(config, structs.replace(engine.info, summary_bytes=440 * KIB))
+    assert summarised[1] == f"{lines[1]}; summaries of pages up to 440 KiB in memory"
 
 
 def test_of_engines_elsewhere_the_sizes_of_the_model_are_said(tiny_model: Path) -> None:

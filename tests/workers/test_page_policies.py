@@ -138,7 +138,7 @@ def test_bounds(
     keys = torch.randn(pages, kv_heads, 16, dim, generator=generator).to(dtype)
     q = torch.randn(rows, kv_heads * group, dim, generator=generator).to(dtype)
     spec = PageSpec(1, kv_heads, 16, dim, str(dtype).removeprefix("torch."))
-    summaries, ids = PageSummaries(spec, CpuDevice()), np.array([8, 3, 0, 11, 4, 5, 1])
+    summaries, ids = PageSummaries(spec, CpuDevice(), 9), np.array([8, 3, 0, 11, 4, 5, 1])
     summaries.put(0, ids, keys)
     bounds = page_bounds(library, q, summaries.layer(0), ids)
     q_RKGD, keys = q.unflatten(1, (kv_heads, group)).double(), keys.double()
@@ -156,7 +156,7 @@ def test_bounds(
 def test_what_could_not_be_read_has_no_summary() -> None:
     """Until it is read again: `forget` is for ids that name other pages."""
     spec, unreadable = PageSpec(1, 2, 16, 4, "float32"), encode_location(Tier.HOST, 0)
-    summaries, host = PageSummaries(spec, CpuDevice()), HostPool(spec, 1, pinned=False)
+    summaries, host = PageSummaries(spec, CpuDevice(), 1), HostPool(spec, 1, pinned=False)
     store(host, 0, torch.randn(1, 2, 2, 16, 4))
     step = replace(sequence_step([7], 40, [unreadable, 0, 1], 20, 1), page_ids=np.array([5, 3, 4]))
     pool = torch.randn(2, 2, 2, 16, 4)
@@ -262,7 +262,7 @@ def test_a_needle_is_found(set_threads: Callable[[int], None]) -> None:
     q = torch.randn(1, 4, dim, generator=generator)
     keys[37, 1, 5] = 3 * q[0, 3]
     spec, ids = PageSpec(1, 2, 16, dim, "bfloat16"), np.arange(100)
-    summaries = PageSummaries(spec, CpuDevice())
+    summaries = PageSummaries(spec, CpuDevice(), 100)
     summaries.put(0, ids, keys.bfloat16())
     bounds = partial(page_bounds, load_best(), q.bfloat16(), summaries.layer(0), ids)
     rows = replace(rows_of([1599], 16, kv_heads=2), upper_bounds=bounds)
