@@ -56,9 +56,8 @@ class PageSpec:
 
     @property
     def summary_bytes(self) -> int:
-        """Bytes of the least and the largest key of each channel of a page, see `PageSummaries`: as many as the keys
-        and values of a token have."""
-        return self.bytes_per_token
+        """Bytes of the mean keys of a page, see `PageSummaries`."""
+        return self.num_layers * self.num_kv_heads * self.head_dim * ITEM_BYTES[self.dtype]
 
     def slice_bytes_in(self, tier: Tier) -> int:
         """Bytes that a layer slice takes in a tier, and on the way out of it, which is what streaming moves."""

@@ -127,7 +127,7 @@ def _to_know(request: PlanRequest, fit: Fit, decode: Cost | None) -> list[str]:
             f"More than {GPUS_OF_A_MACHINE} GPUs are seldom in one machine; links between machines are slower than the "
             f"{request.hardware.peer_link / 1e9:.3g} GB/s that are reckoned with."
         )
-    summaries = request.num_summaries * fit.running * fit.kv_bytes_per_token
+    summaries = request.summary_tokens * fit.running * fit.kv_bytes_per_token
     if summaries:
         found.append(
             f"The engine keeps summaries of the running requests' pages in memory, {shown_bytes(summaries)}, "

@@ -103,11 +103,11 @@ class PlanRequest:
         return 1.0 if policy is None else policy.num_chosen(pages, self.page_size) / pages
 
     @property
-    def num_summaries(self) -> int:
-        """Of the pages of a request, each of the bytes of a token of KV: two rows of keys, see `PageSummaries`. A token
-        that chooses by them reads all."""
+    def summary_tokens(self) -> float:
+        """How many tokens' KV takes as many bytes as the summaries of a request's pages: half a one for each, since a
+        summary is a row of keys, see `PageSummaries`. A token that chooses by them reads all."""
         policy = parse_policy(self.attention_policy)
-        return 0 if policy is None or not policy.needs_summaries else pages_for(self.context, self.page_size)
+        return 0 if policy is None or not policy.needs_summaries else pages_for(self.context, self.page_size) / 2
 
     @property
     def kind(self) -> Kind:

@@ -51,7 +51,7 @@ def _decode_of(request: PlanRequest, fit: Fit, rank: RankMemory) -> Cost:
     resident, host, disk = _tokens_by_tier(request, fit, tokens)
     operations = 2.0 * fit.running * (parameters.layers + parameters.head_products)
     operations += 4 * request.share_read * tokens * shard.num_query_heads * config.head_dim * config.num_hidden_layers
-    resident += request.num_summaries * fit.running
+    resident += request.summary_tokens * fit.running
     return _combine(
         request,
         {

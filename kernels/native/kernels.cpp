@@ -11,8 +11,8 @@
 #include "attention.hpp"
 #include "codecs.hpp"
 #include "collectives.hpp"
+#include "expected_weights.hpp"
 #include "linear.hpp"
-#include "page_bounds.hpp"
 #include "page_weights.hpp"
 #include "tokens.hpp"
 
@@ -126,12 +126,13 @@ void attention(int dtype, const void* q, int64_t q_stride, int64_t heads, int64_
     });
 }
 
-void page_bounds(int dtype, const void* q, int64_t num_rows, int64_t heads, int64_t kv_heads, int64_t dim,
-                 const void* summaries, const int64_t* ids, int64_t num_pages, float* out, int num_threads) {
+void expected_weights(int dtype, const void* q, int64_t num_rows, int64_t heads, int64_t kv_heads, int64_t dim,
+                      const void* means, const int64_t* ids, int64_t num_pages, const int64_t* counts, float scale,
+                      float* scores, float* out, int num_threads) {
     by_dtype(dtype, [&](auto one) {
         using T = decltype(one);
-        page_bounds(static_cast<const T*>(q), num_rows, heads, kv_heads, dim, static_cast<const T*>(summaries), ids,
-                    num_pages, out, num_threads);
+        expected_weights(static_cast<const T*>(q), num_rows, heads, kv_heads, dim, static_cast<const T*>(means), ids,
+                         num_pages, counts, scale, scores, out, num_threads);
     });
 }
 

@@ -30,7 +30,9 @@ _ARGUMENTS = {
         _INT, _ADDRESS, *[_SIZE] * 5, _ADDRESS, _SIZE, _ADDRESS, _INT, _SIZE, *[_ADDRESS] * 3, _SIZE, _SIZE, _ADDRESS,
         _ADDRESS, _SIZE, _ADDRESS, _INT,
     ],
-    "page_bounds": [_INT, _ADDRESS, *[_SIZE] * 4, _ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _INT],
+    "expected_weights": [
+        _INT, _ADDRESS, *[_SIZE] * 4, _ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _FLOAT, _ADDRESS, _ADDRESS, _INT,
+    ],
     "page_weights": [_ADDRESS, _ADDRESS, *[_SIZE] * 3, _ADDRESS, _INT],
     "encode_page": [_INT, _INT, _ADDRESS, *[_SIZE] * 6, _ADDRESS],
     "decode_page": [_INT, _INT, _ADDRESS, *[_SIZE] * 6, _ADDRESS],
@@ -54,7 +56,7 @@ class Library:
     rms_norm: Callable[..., None]
     rope_and_write: Callable[..., None]
     attention: Callable[..., None]
-    page_bounds: Callable[..., None]
+    expected_weights: Callable[..., None]
     page_weights: Callable[..., None]
     encode_page: Callable[..., None]
     decode_page: Callable[..., None]

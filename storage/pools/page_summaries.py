@@ -1,4 +1,4 @@
-"""The least and the largest key of each channel of full pages, by which policies of attention choose among them."""
+"""The mean keys of full pages, by which policies of attention choose among them."""
 
 from collections.abc import Iterable
 
@@ -12,8 +12,8 @@ from distkv.storage.page_spec import PageSpec
 
 
 class PageSummaries:
-    """By layer, `[id, 2, kv_head, head_dim]`, the least first, in the dtype of the pages: `1 / page_size` of their
-    bytes, `PageSpec.summary_bytes` each. Pages are known by their ids, as `PageDirectory` has them.
+    """By layer, `[id, kv_head, head_dim]` in the dtype of the pages: `1 / (2 * page_size)` of their bytes,
+    `PageSpec.summary_bytes` each. Pages are known by their ids, as `PageDirectory` has them.
 
     A page is known once `complete` was called for it, and until `forget` is, when its id is given to another one.
     """
@@ -21,7 +21,7 @@ class PageSummaries:
     def __init__(self, spec: PageSpec, device: Device, num_pages: int):
         """With room for `num_pages` ids, and more as they come: lost pages have some beside those in the tiers. What is
         not used yet takes no memory on a CPU."""
-        shape = (num_pages, 2, spec.num_kv_heads, spec.head_dim)
+        shape = (num_pages, spec.num_kv_heads, spec.head_dim)
         self._layers = [device.zeros(shape, torch_dtype(spec.dtype)) for _ in range(spec.num_layers)]
         self._known = np.zeros(num_pages, dtype=bool)
 
@@ -37,7 +37,7 @@ class PageSummaries:
     def put(self, layer: int, ids: np.ndarray, keys: Tensor) -> None:
         """Takes in keys `[pages, kv_head, page_size, head_dim]` of one layer of whole pages."""
         self._grow(ids)
-        self._layers[layer][torch.from_numpy(ids)] = torch.stack(torch.aminmax(keys, dim=2), 1)
+        self._layers[layer][torch.from_numpy(ids)] = mean_keys(keys).to(keys.dtype)
 
     def add(self, id: int, keys: Tensor) -> None:
         """Takes in a whole page's keys `[layer, kv_head, page_size, head_dim]`."""
@@ -65,3 +65,12 @@ class PageSummaries:
         for index, old in enumerate(self._layers):
             new = self._layers[index] = old.new_zeros(size, *old.shape[1:])
             new[: len(old)] = old
+
+
+def mean_keys(keys: Tensor) -> Tensor:
+    """The means `[pages, kv_head, head_dim]` of keys `[pages, kv_head, page_size, head_dim]`, fp32. Halves are added
+    onto each other until one key is left: in one order, whatever number of pages is given."""
+    total = keys.float()
+    while (count := total.shape[2]) > 1:
+        total = total[:, :, : count // 2] + total[:, :, count // 2 :]
+    return total[:, :, 0] / keys.shape[2]

@@ -193,15 +193,15 @@ def test_summaries_are_those_of_the_pages_that_have_an_id_now(folder: Path) -> N
 
 
 def test_a_policy_is_given_queries_and_summaries(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of each sequence beside others; the bounds are what follows from them."""
+    """Of each sequence beside others; the weights are what follows from them."""
     choose, num_rows = TopPages.choose, []
 
     def checked(policy: TopPages, rows: Rows) -> Choice:
         q_RKGD = rows.queries.unflatten(1, (rows.num_kv_heads, -1))
-        terms = [torch.einsum("rkgd,pkd->rkgpd", q_RKGD, end) for end in rows.summaries().unbind(1)]
-        bounds = torch.maximum(*terms).sum(-1).amax(2).numpy()
+        scores = torch.einsum("rkgd,pkd->rkgp", q_RKGD, rows.mean_keys()) * q_RKGD.shape[-1] ** -0.5
         for row, own in enumerate(rows.own_pages.tolist()):
-            assert rows.upper_bounds()[row, :, :own] == pytest.approx(bounds[row, :, :own], rel=1e-4, abs=1e-4)
+            expected = scores[row, ..., :own].softmax(-1).sum(1).numpy()
+            assert rows.expected_weights()[row, :, :own] == pytest.approx(expected, rel=1e-4)
         num_rows.append(len(rows.positions))
         return choose(policy, rows)
 

@@ -1,6 +1,5 @@
-"""Policies of attention: what they choose, by which bounds, and attention over what they have chosen."""
+"""Policies of attention: what they choose, by which weights, and attention over what they have chosen."""
 
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,13 +17,13 @@ from support.plans import sequence_step
 from support.policy_steps import attend, on_demand
 from support.prompts import seeded
 
+from distkv.kernels.native.expected_weights import expected_weights
 from distkv.kernels.native.instruction_sets import INSTRUCTION_SETS
 from distkv.kernels.native.library import Library, load, load_best
-from distkv.kernels.native.page_bounds import page_bounds
 from distkv.storage.device import CpuDevice
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools.host_pool import HostPool
-from distkv.storage.pools.page_summaries import PageSummaries
+from distkv.storage.pools.page_summaries import PageSummaries, mean_keys
 from distkv.storage.tier import Tier, encode_location
 from distkv.workers.attention.chosen_attention import covered
 from distkv.workers.attention.policies.budget import highest
@@ -94,9 +93,9 @@ def test_a_text_that_is_no_policy_is_refused(text: str, problem: str) -> None:
 # --- what is chosen ---
 
 
-def rows_of(positions: list[int], page_size: int, bounds: np.ndarray | None = None, kv_heads: int = 1) -> Rows:
+def rows_of(positions: list[int], page_size: int, weights: np.ndarray | None = None, kv_heads: int = 1) -> Rows:
     unused: Any = None
-    return Rows(np.array(positions), page_size, kv_heads, unused, unused, lambda: bounds)  # type: ignore[arg-type, return-value]
+    return Rows(np.array(positions), page_size, kv_heads, unused, unused, lambda: weights)  # type: ignore[arg-type, return-value]
 
 
 @given(st.integers(0, 400), st.integers(0, 70), st.integers(1, 300), st.sampled_from([16, 64]))
@@ -110,15 +109,15 @@ def test_a_window_is_rounded_up_to_pages(position: int, sinks: int, window: int,
 
 
 @given(st.lists(st.sampled_from([-1.0, 0.0, 2.5, 3.0]), min_size=1, max_size=40), st.integers(0, 40))
-def test_the_highest_are_chosen_and_of_equal_ones_the_first(bounds: list[float], count: int) -> None:
-    count = min(count, len(bounds))
-    expected = sorted(sorted(range(len(bounds)), key=lambda index: (-bounds[index], index))[:count])
-    assert highest(np.array(bounds, dtype=np.float32), count).tolist() == expected
+def test_the_highest_are_chosen_and_of_equal_ones_the_first(numbers: list[float], count: int) -> None:
+    count = min(count, len(numbers))
+    expected = sorted(sorted(range(len(numbers)), key=lambda index: (-numbers[index], index))[:count])
+    assert highest(np.array(numbers, dtype=np.float32), count).tolist() == expected
 
 
 def test_the_first_page_and_the_own_one_are_always_among_the_top() -> None:
-    bounds = np.array([[[0, 5, 9, 7, 1, 8, 99]], [[0, 1, 2, 3, 4, 5, 0]]], dtype=np.float32)
-    rows = rows_of([16 * 5 + 3, 16 * 6], 16, bounds)
+    weights = np.array([[[0, 5, 9, 7, 1, 8, 99]], [[0, 1, 2, 3, 4, 5, 0]]], dtype=np.float32)
+    rows = rows_of([16 * 5 + 3, 16 * 6], 16, weights)
     assert [[pages.tolist() for pages in row] for row in TopPages(pages=3).choose(rows)] == [[[0, 2, 5]], [[0, 5, 6]]]
     assert [row[0].tolist() for row in TopPages(pages=2).choose(rows)] == [[0, 5], [0, 6]]
     assert [len(row[0]) for row in TopPages(share=0.5).choose(rows)] == [3, 4], "rounded up"
@@ -130,27 +129,35 @@ def test_the_first_page_and_the_own_one_are_always_among_the_top() -> None:
     st.sampled_from(LIBRARIES), st.sampled_from(list(TOLERANCE)), st.integers(0, 2**32 - 1), st.integers(1, 6),
     st.integers(1, 3), st.integers(1, 4), st.sampled_from([2, 16, 24, 64, 80]),
 )  # fmt: skip
-def test_bounds(
+def test_expected_weights(
     library: Library, dtype: torch.dtype, seed: int, rows: int, kv_heads: int, group: int, dim: int
 ) -> None:
-    """They are the formula's and above all scores; an element is the same bits whatever is computed beside it."""
-    generator, pages = seeded(seed), 7
+    """They are softmax over the means of keys; a row has the same bits whatever rows and pages are beside its own."""
+    generator, pages = seeded(seed), 40
     keys = torch.randn(pages, kv_heads, 16, dim, generator=generator).to(dtype)
-    q = torch.randn(rows, kv_heads * group, dim, generator=generator).to(dtype)
+    q = (4 * torch.randn(rows, kv_heads * group, dim, generator=generator)).to(dtype)
     spec = PageSpec(1, kv_heads, 16, dim, str(dtype).removeprefix("torch."))
-    summaries, ids = PageSummaries(spec, CpuDevice(), 9), np.array([8, 3, 0, 11, 4, 5, 1])
+    summaries, ids = PageSummaries(spec, CpuDevice(), 9), np.random.default_rng(seed).permutation(2 * pages)[:pages]
     summaries.put(0, ids, keys)
-    bounds = page_bounds(library, q, summaries.layer(0), ids)
-    q_RKGD, keys = q.unflatten(1, (kv_heads, group)).double(), keys.double()
-    terms = torch.maximum(*(torch.einsum("rkgd,pkd->rkgpd", q_RKGD, end) for end in (keys.amin(2), keys.amax(2))))
-    exact = terms.sum(-1).amax(2)
-    slack = 1e-5 * terms.abs().sum(-1).amax(2)
-    assert (abs(torch.from_numpy(bounds).double() - exact) <= slack).all()
-    scores = torch.einsum("rkgd,pksd->rkgps", q_RKGD, keys).amax((2, 4))
-    assert (scores <= torch.from_numpy(bounds).double() + slack).all()
-    for row, page in itertools.product(range(rows), range(pages)):
-        alone = page_bounds(library, q[row : row + 1], summaries.layer(0), ids[page : page + 1])
-        assert np.array_equal(alone[0, :, 0], bounds[row, :, page])
+    means = summaries.layer(0)
+    assert relative_error(means[ids], keys.double().mean(2)) < TOLERANCE[dtype]
+    counts = np.random.default_rng(seed).integers(0, pages + 1, rows)
+    weights = expected_weights(library, q, means, ids, counts)
+    q_RKGD = q.unflatten(1, (kv_heads, group)).double()
+    scores = torch.einsum("rkgd,pkd->rkgp", q_RKGD, means[ids].double()) * dim**-0.5
+    for row, count in enumerate(counts.tolist()):
+        expected = scores[row, ..., :count].softmax(-1).sum(1).numpy()
+        assert weights[row, :, :count] == pytest.approx(expected, rel=1e-4, abs=1e-30)
+        alone = expected_weights(library, q[row : row + 1], means, ids[:count], counts[row : row + 1])
+        assert np.array_equal(alone[0], weights[row, :, :count])
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(list(TOLERANCE)), st.sampled_from([16, 64, 256]))
+def test_a_mean_key_has_the_same_bits_whatever_is_beside_it(seed: int, dtype: torch.dtype, page_size: int) -> None:
+    keys = torch.randn(5, 2, page_size, 24, generator=seeded(seed)).to(dtype)
+    together = mean_keys(keys)
+    for page, alone in enumerate(keys.split(1)):
+        assert torch.equal(together[page], mean_keys(alone)[0])
 
 
 def test_what_could_not_be_read_has_no_summary() -> None:
@@ -167,8 +174,8 @@ def test_what_could_not_be_read_has_no_summary() -> None:
         stream.bad_reads |= reason
         summarising.end(stream)
     assert summaries.unknown(np.array([5, 3, 4])).tolist() == [False, False, True], "the last one is not full"
-    assert torch.equal(summaries.layer(0)[5, 1], host.page(0)[0, 0].amax(1))
-    assert torch.equal(summaries.layer(0)[3, 0], pool[0, 0].amin(1))
+    assert torch.equal(summaries.layer(0)[5], mean_keys(host.page(0)[:, 0])[0])
+    assert torch.equal(summaries.layer(0)[3], mean_keys(pool[0, :1])[0])
     summaries.forget([3, 17])
     assert summaries.unknown(np.array([5, 3])).tolist() == [False, True]
 
@@ -260,12 +267,12 @@ def test_a_needle_is_found(set_threads: Callable[[int], None]) -> None:
     generator, dim = seeded(0), 64
     keys = torch.randn(100, 2, 16, dim, generator=generator)
     q = torch.randn(1, 4, dim, generator=generator)
-    keys[37, 1, 5] = 3 * q[0, 3]
+    keys[37, 1, 5] = 30 * q[0, 3]
     spec, ids = PageSpec(1, 2, 16, dim, "bfloat16"), np.arange(100)
     summaries = PageSummaries(spec, CpuDevice(), 100)
     summaries.put(0, ids, keys.bfloat16())
-    bounds = partial(page_bounds, load_best(), q.bfloat16(), summaries.layer(0), ids)
-    rows = replace(rows_of([1599], 16, kv_heads=2), upper_bounds=bounds)
+    weights = partial(expected_weights, load_best(), q.bfloat16(), summaries.layer(0), ids, np.array([99]))
+    rows = replace(rows_of([1599], 16, kv_heads=2), expected_weights=weights)
     chosen = []
     for threads in (1, 2):
         set_threads(threads)

@@ -17,8 +17,8 @@ import numpy as np
 from torch import Tensor
 
 from distkv.kernels.native.codec_pages import NativeCodec
+from distkv.kernels.native.expected_weights import expected_weights
 from distkv.kernels.native.library import Library
-from distkv.kernels.native.page_bounds import page_bounds
 from distkv.kernels.native.paged_attention import CodedPages
 from distkv.storage.meter import Meter
 from distkv.storage.moving.slices_on_demand import SlicesOnDemand
@@ -198,15 +198,16 @@ class PolicyAttention:
         """What the policy is told of a sequence's rows."""
         tools, ids = self._tools, one.step.page_ids
 
-        def summaries() -> Tensor:
+        def mean_keys() -> Tensor:
             assert tools.summaries is not None
             return tools.summaries.layer(layer)[ids]
 
-        def upper_bounds() -> np.ndarray:
+        def weights() -> np.ndarray:
             assert tools.summaries is not None
-            return page_bounds(tools.library, q, tools.summaries.layer(layer), ids)
+            own_pages = one.positions // tools.page_size
+            return expected_weights(tools.library, q, tools.summaries.layer(layer), ids, own_pages)
 
-        return Rows(one.positions, tools.page_size, tools.num_kv_heads, q, summaries, upper_bounds)
+        return Rows(one.positions, tools.page_size, tools.num_kv_heads, q, mean_keys, weights)
 
 
 def plan_policy_attention(

@@ -30,12 +30,13 @@ class Rows:
     page_size: int
     num_kv_heads: int
     queries: "Tensor"  # [R, K * G, D]
-    # of full pages, the least and the largest key of each channel: [P, 2, K, D]; of what is not full yet, anything.
-    # Both this and `upper_bounds` are for policies with `needs_summaries`
-    summaries: Callable[[], "Tensor"]
-    # fp32 [R, K, P]: no query head of a KV head has a higher product with a key of the page. An element is a function
-    # of its query heads and its page alone, bit for bit
-    upper_bounds: Callable[[], "np.ndarray"]
+    # of full pages, the mean keys: [P, K, D]; of what is not full yet, anything. Both this and `expected_weights` are
+    # for policies with `needs_summaries`
+    mean_keys: Callable[[], "Tensor"]
+    # fp32 [R, K, P]: the softmax weights of queries over the mean keys of the pages before the row's own, summed over
+    # the query heads of a KV head; of other pages, anything. What a row has is a function of its queries and of these
+    # pages alone, bit for bit
+    expected_weights: Callable[[], "np.ndarray"]
 
     @property
     def own_pages(self) -> "np.ndarray":

@@ -1,5 +1,7 @@
-"""The pages whose keys may score highest: Quest, Query-Aware Sparsity for Efficient Long-Context LLM Inference,
-https://arxiv.org/abs/2406.10774."""
+"""The pages on which most attention is expected, for each token and KV head, as in Quest: Query-Aware Sparsity for
+Efficient Long-Context LLM Inference, https://arxiv.org/abs/2406.10774, but by their mean keys, as in MoBA: Mixture of
+Block Attention for Long-Context LLMs, https://arxiv.org/abs/2502.13189. Quest's bounds of scores, by the least and the
+largest key of each channel, find less, see docs/quality.md."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,8 +13,8 @@ from distkv.workers.attention.policies.policy import Choice, Rows
 @dataclass(frozen=True)
 class TopPages:
     """A row attends to so many of the pages up to its own, which is always among them, as the first one is: the others
-    are those of the highest upper bounds of its scores, the earlier of two that are equal. The query heads of a KV head
-    choose together, by the highest of their bounds."""
+    are those with the most softmax weight if all keys of a page were their mean, the earlier of two that are equal. The
+    query heads of a KV head choose together, by the sum of their weights."""
 
     share: float | None = None  # of the pages up to the row's own, rounded up; 0.1 if neither is given
     pages: int | None = None
@@ -26,14 +28,14 @@ class TopPages:
         """See `PagePolicy`."""
         import numpy as np  # see policy.py
 
-        bounds = rows.upper_bounds()
+        weights = rows.expected_weights()
         choice = []
         for row, own in enumerate(rows.own_pages.tolist()):
             between = self.num_chosen(own + 1, rows.page_size) - LEAST  # pages behind the first and before its own
             if between >= own - 1:
                 choice.append([np.arange(own + 1)] * rows.num_kv_heads)
             else:
-                heads = (highest(bounds[row, head, 1:own], between) for head in range(rows.num_kv_heads))
+                heads = (highest(weights[row, head, 1:own], between) for head in range(rows.num_kv_heads))
                 choice.append([np.concatenate([[0], 1 + chosen, [own]]) for chosen in heads])
         return choice
 
