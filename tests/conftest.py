@@ -20,6 +20,7 @@ from distkv.models.fetch import fetch_model
 
 if TYPE_CHECKING:
     from support.aot import Case, Compiler, Report
+    from support.commands import Run
     from support.ray_cluster import Cluster
 
 pytest_plugins = ["support.rings"]
@@ -97,6 +98,15 @@ def cluster(shared_cluster: "Cluster", demo_model: Path) -> Iterator["Cluster"]:
             yield shared_cluster
         finally:
             ray.shutdown()
+
+
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> "Run":
+    """Runs `distkv` with these arguments and this `stdin`, and returns exit code and output: in this process, without
+    the seconds that a new one takes to import what it needs."""
+    from support.commands import make_run
+
+    return make_run(monkeypatch, capfd)
 
 
 @pytest.fixture

@@ -1,20 +1,18 @@
 """The command `distkv` as a user types it."""
 
-import io
 import json
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support.checkpoints import save_llama
+from support.commands import Run
 
 import distkv
-from distkv.commands.main import main
 from distkv.errors import DistKVError
 from distkv.frontend.session import Session
 from distkv.frontend.tokenizer import TOKENIZER_FILES, Tokenizer
@@ -28,29 +26,6 @@ def run(*arguments: str, stdin: str | bytes = "") -> subprocess.CompletedProcess
     return subprocess.CompletedProcess(
         result.args, result.returncode, result.stdout.decode("utf-8"), result.stderr.decode("utf-8")
     )
-
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture
-def run_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """`run` in this process, without the seconds that a new one takes to import what it needs."""
-
-    def run_here(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        monkeypatch.setattr(sys, "argv", ["distkv", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
-        capfd.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            assert isinstance(end.code, int)
-            code = end.code
-        printed = capfd.readouterr()
-        return subprocess.CompletedProcess(arguments, code, printed.out, printed.err)
-
-    return run_here
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +59,9 @@ def test_version_and_help() -> None:
         assert command in text
 
 
-def test_generate_prints_what_the_model_says(demo_model: Path) -> None:
+def test_generate_prints_what_the_model_says(demo_model: Path, run_here: Run) -> None:
     common = ("generate", "--model", str(demo_model), "--temperature", "0", "--max-tokens", "6", "--dtype", "float32")
-    output = run(*common, stdin="The capital of France is")
+    output = run_here(*common, stdin="The capital of France is")
     assert output.returncode == 0, output.stderr
     assert "Paris" in output.stdout
     plan = [line for line in output.stderr.splitlines() if line.startswith("plan: ")]

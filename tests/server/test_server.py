@@ -16,6 +16,7 @@ from typing import Any
 import httpx2
 import pytest
 from openai import OpenAI
+from support.commands import Run
 from support.servers import ServerProcess
 
 from distkv import Client, ConfigError, QueueFull, SamplingParams, __version__
@@ -120,11 +121,10 @@ def test_listening_everywhere_without_a_key_is_warned_of(guarded: ServerProcess,
             assert process.wait(60) == 0, "SIGTERM ends one that is loading"
 
 
-def test_a_taken_port_is_told_before_the_model_is_loaded(talker: Path) -> None:
+def test_a_taken_port_is_told_before_the_model_is_loaded(talker: Path, run_here: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        command = [sys.executable, "-m", "distkv", "serve", str(talker), "--port", str(port)]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        result = run_here("serve", str(talker), "--port", str(port))
     assert result.returncode == 2 and f"port {port}, cannot be listened on" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
