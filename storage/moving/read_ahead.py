@@ -18,7 +18,8 @@ from distkv.storage.pools.host_memory import HostBuffer
 from distkv.storage.tier import Tier
 
 if TYPE_CHECKING:
-    from distkv.storage.pools.disk_pool import DiskPool, OpenPages
+    from distkv.storage.pools.disk_pool import DiskPool
+    from distkv.storage.pools.open_pages import OpenPages
 
 READ_THREADS = 4
 READ_BYTES = 2**21  # of the slices that one task reads: fewer tasks leave the interpreter to those who compute

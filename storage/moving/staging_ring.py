@@ -2,9 +2,9 @@
 
 The order is known when a step begins: all loads of layer 0, then all of layer 1, and so on. On a GPU copies run ahead
 of it on a lane of their own, and disk reads ahead of them in threads (`LoadsAhead`). On a CPU both happen when their
-turn comes, straight into the buffer (`LoadsInTurn`): threads would compete with compute for the same cores, what was
-just copied is read from the processor's cache, and the system itself reads ahead in files that are read from front to
-back.
+turn comes, straight into the buffer (`LoadsInTurn`): threads would compete with compute for the same cores, and what
+was just copied is read from the processor's cache. On either the system is asked to bring what comes next from disk
+into its memory (`DiskPrefetch`).
 """
 
 from collections import Counter, deque
@@ -31,7 +31,8 @@ from distkv.storage.pools.host_pool import HostPool
 from distkv.storage.tier import Tier, decode_location, decode_locations
 
 if TYPE_CHECKING:
-    from distkv.storage.pools.disk_pool import DiskPool, OpenPages, Parts
+    from distkv.storage.pools.disk_pool import DiskPool
+    from distkv.storage.pools.open_pages import OpenPages, Parts
 
 Load = Sequence[int]
 """Cold locations (`encode_location`) that are brought side by side into one buffer."""

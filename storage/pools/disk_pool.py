@@ -6,15 +6,13 @@ more it does not say when its writes of the others have ended.
 """
 
 import os
-import resource
 import time
 from collections.abc import Container, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from crc32c import crc32c
 from torch import Tensor
 
 from distkv.storage.disk.cache_folder import ARRAY, FULL, DiskHeads, chunk_name, parse_chunk
@@ -26,17 +24,11 @@ from distkv.storage.errors import StoreError
 from distkv.storage.meter import Meter, now
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools.host_memory import as_integers
+from distkv.storage.pools.open_pages import OpenPages, Parts, checksum
 from distkv.storage.pools.page_pool import check_slot
 from distkv.storage.tier import Tier
 
-MAX_OPEN = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4  # files that `OpenPages` holds open
-
 WRITE_BACK_SECONDS = 60.0  # in which the system has written by itself what a killed process left to it
-
-_UNREAD = object()  # in place of a file's index
-
-Parts = list[list[memoryview]]
-"""The memory of a layer slice, for each head the pieces in file order: keys, values."""
 
 
 class DiskPool:
@@ -71,6 +63,7 @@ class DiskPool:
         self._array = str(folder / ARRAY)
         self._crcs = np.zeros((num_pages, spec.num_kv_heads, spec.num_layers), dtype=np.uint32)
         self._stored = np.zeros(num_pages, dtype=bool)
+        self.prefetch_thread: Executor = ThreadPoolExecutor(1, "kv-prefetch")
 
     def store(self, slot: int, page: Tensor) -> None:
         """See `PagePool`. A rank that shares its heads with the one that writes them takes the checksums alone.
@@ -97,7 +90,7 @@ class DiskPool:
                 pages.read(0, layer, self._split(memory[layer * size : (layer + 1) * size]))
 
     def open(self, slots: Sequence[int]) -> "OpenPages":
-        """Several pages, to be read many times; to be closed before any of the slots is stored again."""
+        """Several pages, to be read layer by layer; to be closed before any of the slots is stored again."""
         return OpenPages(self, slots)
 
     def adopt(self, entries: dict[int, bytes]) -> list[int]:
@@ -139,6 +132,7 @@ class DiskPool:
 
     def close(self) -> None:
         """Syncs what is left. The files belong to the folder."""
+        self.prefetch_thread.shutdown()
         if self._synced is not None:
             self._synced.close()
 
@@ -227,74 +221,7 @@ class DiskPool:
             raise StoreError(f"{self._array} cannot be swept: {error.strerror}") from error
 
 
-class OpenPages:
-    """Pages of a `DiskPool` that are read layer by layer, from several threads if need be. A context manager.
-
-    MAX_OPEN files stay open, so that the system reads ahead in them; the others are opened for each read.
-    """
-
-    def __init__(self, pool: DiskPool, slots: Sequence[int]):
-        """Raises StoreError for a slot that holds no page."""
-        self._pool, self._codec = pool, pool.codec
-        self._files = [pool.files(slot) for slot in slots]
-        self._checksums = [pool.layer_checksums(slot) for slot in slots]
-        self._descriptors: list[list[int | None]] = [[None] * len(files) for files in self._files]
-        self._indexes: list[list[Any]] = [[_UNREAD] * len(files) for files in self._files]
-        room = MAX_OPEN
-        for files, descriptors in zip(self._files, self._descriptors, strict=True):
-            for head, file in enumerate(files[: max(0, room)]):
-                with suppress(OSError):  # `read` says why
-                    descriptors[head] = os.open(file, os.O_RDONLY)
-            room -= len(files)
-
-    def read(self, index: int, layer: int, parts: Parts) -> None:
-        """Reads and checks one layer of the index-th page. Raises StoreError when it cannot be read back."""
-        checksums, start, num_bytes = self._checksums[index], now(), 0
-        for head, pieces in enumerate(parts):
-            try:
-                num_bytes += self._read(index, head, layer, pieces)
-                if checksum(pieces) != checksums[head][layer]:
-                    raise ChecksumDamage(f"is damaged: the checksum of layer {layer} is wrong")
-            except (OSError, FileDamage) as error:
-                raise self._pool.told(self._files[index][head], error) from error
-        self._pool.meter.add("disk_read", start, num_bytes, layer=layer)
-
-    def close(self) -> None:
-        for descriptors in self._descriptors:
-            for head, descriptor in enumerate(descriptors):
-                if descriptor is not None:
-                    os.close(descriptor)
-                    descriptors[head] = None
-
-    def __enter__(self) -> "OpenPages":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def _read(self, index: int, head: int, layer: int, pieces: list[memoryview]) -> int:
-        """Returns how many bytes the file gave. Raises OSError or FileDamage."""
-        kept = self._descriptors[index][head]
-        descriptor = os.open(self._files[index][head], os.O_RDONLY) if kept is None else kept
-        try:
-            found = self._indexes[index][head]
-            if found is _UNREAD:  # of two threads that read it at once, both find the same
-                found = self._indexes[index][head] = self._codec.read_index(descriptor)
-            return self._codec.read(descriptor, found, layer, pieces)
-        finally:
-            if kept is None:
-                os.close(descriptor)
-
-
 def _bytes(x: Tensor) -> memoryview:
     """The memory of a contiguous tensor; a part of it costs less than a part of the tensor."""
     assert x.is_contiguous()
     return as_integers(x).reshape(-1).view(np.uint8).data
-
-
-def checksum(pieces: list[memoryview]) -> int:
-    """crc32c over pieces of memory, one after the other."""
-    value = 0
-    for piece in pieces:
-        value = crc32c(piece, value)
-    return value

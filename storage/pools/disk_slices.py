@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from distkv.storage.disk.file_codec import ChecksumDamage, FileDamage
 from distkv.storage.errors import StoreError
-from distkv.storage.pools.disk_pool import MAX_OPEN, DiskPool, checksum
+from distkv.storage.pools.disk_pool import DiskPool
+from distkv.storage.pools.open_pages import MAX_OPEN, checksum
 
 
 class _File(NamedTuple):

@@ -26,7 +26,8 @@ from distkv.commands.main import app
 from distkv.engine.repairs import MAX_REPAIRS
 from distkv.storage.disk.catalogue import Catalogue
 from distkv.storage.pools import disk_pool
-from distkv.storage.pools.disk_pool import DiskPool, OpenPages
+from distkv.storage.pools.disk_pool import DiskPool
+from distkv.storage.pools.open_pages import OpenPages
 
 SMALL = (4, 6, 56)  # pages of device, host and disk
 PARAMS = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)

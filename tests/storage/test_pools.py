@@ -307,7 +307,7 @@ def test_open_pages_are_read_from_threads(
     two_chunks: tuple[DiskPool, list[Tensor]], max_open: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Few files or all of them stay open, and none does afterwards."""
-    monkeypatch.setattr("distkv.storage.pools.disk_pool.MAX_OPEN", max_open)
+    monkeypatch.setattr("distkv.storage.pools.open_pages.MAX_OPEN", max_open)
     pool, pages = two_chunks
     files = [(slot, chunk) for slot in (2, 0, 1) for chunk in (0, 1)]
     pool.chunk_path(1, 1).unlink()

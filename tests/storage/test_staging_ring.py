@@ -24,8 +24,9 @@ from distkv.storage.disk.disk_array import make_array
 from distkv.storage.moving.read_ahead import READ_THREADS, ReadAhead, Reads
 from distkv.storage.moving.staging_ring import StagingRing, Stream
 from distkv.storage.paging import CPU_BUFFERS, NUM_BUFFERS
-from distkv.storage.pools.disk_pool import DiskPool, OpenPages, Parts
+from distkv.storage.pools.disk_pool import DiskPool
 from distkv.storage.pools.host_pool import HostPool
+from distkv.storage.pools.open_pages import OpenPages, Parts
 from distkv.storage.tier import Tier, decode_location, encode_location
 
 NUM_PAGES = 9

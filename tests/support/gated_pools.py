@@ -8,7 +8,8 @@ from torch import Tensor
 
 from distkv.errors import StoreError
 from distkv.storage.pools.device_pool import DevicePool
-from distkv.storage.pools.disk_pool import DiskPool, OpenPages, Parts
+from distkv.storage.pools.disk_pool import DiskPool
+from distkv.storage.pools.open_pages import OpenPages, Parts
 
 WAIT = 30  # seconds until a thread that hangs fails its test
 

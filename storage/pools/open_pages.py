@@ -1,0 +1,161 @@
+"""Pages on disk whose layers are read one after the other."""
+
+import os
+import resource
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import suppress
+from typing import Any, Protocol, TypeVar
+
+from crc32c import crc32c
+
+from distkv.storage.disk.file_codec import ChecksumDamage, FileCodec, FileDamage
+from distkv.storage.errors import StoreError
+from distkv.storage.meter import Meter, now
+from distkv.storage.page_spec import PageSpec
+from distkv.storage.pools.disk_prefetch import DiskPrefetch
+
+MAX_OPEN = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4  # files that `OpenPages` holds open
+
+_UNREAD = object()  # in place of a file's index
+
+Result = TypeVar("Result")
+Parts = list[list[memoryview]]
+"""The memory of a layer slice, for each head the pieces in file order: keys, values."""
+
+
+class PageFiles(Protocol):
+    """Where pages on disk lie: a `DiskPool`."""
+
+    spec: PageSpec
+    codec: FileCodec
+    meter: Meter
+    prefetch_thread: Executor
+
+    def files(self, slot: int) -> list[str]:
+        """See `DiskPool.files`."""
+        ...
+
+    def layer_checksums(self, slot: int) -> list[list[int]]:
+        """See `DiskPool.layer_checksums`."""
+        ...
+
+    def told(self, file: str, error: OSError | FileDamage) -> StoreError:
+        """See `DiskPool.told`."""
+        ...
+
+
+class OpenPages:
+    """Pages of a `DiskPool` whose first layer is read page by page, then the second one, and so on, from several
+    threads if need be. A context manager.
+
+    The system is told what comes next (`DiskPrefetch`), but of a single page, which it reads ahead by itself. MAX_OPEN
+    files stay open; the others are opened for each read.
+    """
+
+    def __init__(self, pool: PageFiles, slots: Sequence[int]):
+        """Raises StoreError for a slot that holds no page."""
+        self._pool, self._codec = pool, pool.codec
+        self._files = [pool.files(slot) for slot in slots]
+        self._checksums = [pool.layer_checksums(slot) for slot in slots]
+        self._descriptors: list[list[int | None]] = [[None] * len(files) for files in self._files]
+        self._indexes: list[list[Any]] = [[_UNREAD] * len(files) for files in self._files]
+        self._prefetch = None
+        if len(slots) > 1:
+            self._prefetch = DiskPrefetch(pool.prefetch_thread, self._is_held, self._expect, len(slots), pool.spec)
+        room = MAX_OPEN
+        for files, descriptors in zip(self._files, self._descriptors, strict=True):
+            for head, file in enumerate(files[: max(0, room)]):
+                with suppress(OSError):  # `read` says why
+                    descriptors[head] = self._open(file)
+            room -= len(files)
+        if self._prefetch is not None:
+            self._prefetch.reach(0)
+
+    def read(self, index: int, layer: int, parts: Parts) -> None:
+        """Reads and checks one layer of the index-th page. Raises StoreError when it cannot be read back."""
+        if self._prefetch is not None:
+            self._prefetch.reach(layer * len(self._files) + index)
+        checksums, start, num_bytes = self._checksums[index], now(), 0
+        for head, pieces in enumerate(parts):
+            try:
+                num_bytes += self._read(index, head, layer, pieces)
+                if checksum(pieces) != checksums[head][layer]:
+                    raise ChecksumDamage(f"is damaged: the checksum of layer {layer} is wrong")
+            except (OSError, FileDamage) as error:
+                raise self._pool.told(self._files[index][head], error) from error
+        self._pool.meter.add("disk_read", start, num_bytes, layer=layer)
+
+    def close(self) -> None:
+        if self._prefetch is not None:
+            self._prefetch.close()
+        for descriptors in self._descriptors:
+            for head, descriptor in enumerate(descriptors):
+                if descriptor is not None:
+                    os.close(descriptor)
+                    descriptors[head] = None
+
+    def __enter__(self) -> "OpenPages":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _read(self, index: int, head: int, layer: int, pieces: list[memoryview]) -> int:
+        """Returns how many bytes the file gave. Raises OSError or FileDamage."""
+        descriptor, found = self._descriptors[index][head], self._indexes[index][head]
+        if descriptor is not None and found is not _UNREAD:
+            return self._codec.read(descriptor, found, layer, pieces)
+        return self._with_file(index, head, lambda *file: self._codec.read(file[0], file[1], layer, pieces))
+
+    def _is_held(self, index: int, layer: int) -> bool:
+        """Whether the system has a layer of the index-th page in its memory, by the first byte of a head."""
+
+        def look(descriptor: int, found: Any) -> None:
+            os.preadv(descriptor, [bytearray(1)], self._codec.span(found, layer)[0], os.RWF_NOWAIT)
+
+        try:
+            self._with_file(index, 0, look)
+        except (OSError, FileDamage):  # the system would have to wait for the disk, or cannot tell
+            return False
+        return True
+
+    def _expect(self, index: int, first: int, last: int) -> None:
+        """Has the system bring layers, from a first one to before a last one, of the index-th page."""
+
+        def tell(descriptor: int, found: Any) -> None:
+            start, _ = self._codec.span(found, first)
+            offset, size = self._codec.span(found, last - 1)
+            os.posix_fadvise(descriptor, start, offset + size - start, os.POSIX_FADV_WILLNEED)
+
+        for head in range(len(self._files[index])):
+            with suppress(OSError, FileDamage):  # `read` says why
+                self._with_file(index, head, tell)
+
+    def _with_file(self, index: int, head: int, work: Callable[[int, Any], Result]) -> Result:
+        """What work on a file, and its index, gives. Raises OSError, FileDamage and what the work does."""
+        kept = self._descriptors[index][head]
+        descriptor = self._open(self._files[index][head]) if kept is None else kept
+        try:
+            found = self._indexes[index][head]
+            if found is _UNREAD:  # of two threads that read it at once, both find the same
+                found = self._indexes[index][head] = self._codec.read_index(descriptor)
+            return work(descriptor, found)
+        finally:
+            if kept is None:
+                os.close(descriptor)
+
+    def _open(self, file: str) -> int:
+        """Raises OSError."""
+        descriptor = os.open(file, os.O_RDONLY)
+        if self._prefetch is not None:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        return descriptor
+
+
+def checksum(pieces: list[memoryview]) -> int:
+    """crc32c over pieces of memory, one after the other."""
+    value = 0
+    for piece in pieces:
+        value = crc32c(piece, value)
+    return value
