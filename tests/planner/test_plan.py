@@ -78,9 +78,12 @@ def test_more_memory_never_fits_less_and_never_takes_longer(model: str, options:
     if options["host_kv_bytes"] and options["kv_cache_dtype"] != "int4":
         smaller = plan(model, **{**options, "kv_cache_dtype": "int4"})
         assert smaller.fit.most_requests >= fit.most_requests
-    few = plan(model, **{**options, "kv_cache_dtype": "auto", "attention_policy": "top_pages(share=0.5)"})
-    all_of_them = plan(model, **{**options, "kv_cache_dtype": "auto"})
-    assert few.fit == all_of_them.fit and few.first_token == all_of_them.first_token
+    few, window, all_of_them = (
+        plan(model, **{**options, "kv_cache_dtype": "auto", "attention_policy": policy})
+        for policy in ("top_pages(share=0.5)", "sink_window", "full")
+    )
+    assert window.fit == all_of_them.fit and window.first_token == all_of_them.first_token
+    assert few.fit.most_requests <= all_of_them.fit.most_requests, "beside their pages lie the summaries of these"
     more = plan(model, **{**options, "concurrency": options["concurrency"] + 1})
     if one.decode is not None:
         assert more.decode is not None and more.decode.seconds >= one.decode.seconds

@@ -16,14 +16,13 @@ POLICIES: dict[str, type[Any]] = {snake_case(kind.__name__): kind for kind in (S
 
 def parse_policy(text: str) -> PagePolicy | None:
     """The policy of a text such as `top_pages(share=0.1)`; None for `full`. Raises ConfigError."""
-    known = ", ".join([FULL, *map(_usage, POLICIES)])
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, AttributeError, TypeError, RecursionError, MemoryError):
-        raise ConfigError(f"attention_policy is {text!r}; use one of {known}") from None
+        raise ConfigError(f"attention_policy is {text!r}; use one of {_known()}") from None
     called, given = (tree.func, tree.keywords) if isinstance(tree, ast.Call) else (tree, [])
     if not isinstance(called, ast.Name) or (called.id != FULL and called.id not in POLICIES):
-        raise ConfigError(f"attention_policy is {text!r}, which is none of {known}; use one of them")
+        raise ConfigError(f"attention_policy is {text!r}, which is none of {_known()}; use one of them")
     if called.id == FULL:
         if called is not tree:
             raise ConfigError(f"attention_policy is {text!r}, and full has no options; use full")
@@ -49,6 +48,10 @@ def policy_name(text: str) -> str:
     """The one way to write what a text means. Raises ConfigError as `parse_policy` does."""
     policy = parse_policy(text)
     return FULL if policy is None else name_of(policy)
+
+
+def _known() -> str:
+    return ", ".join([FULL, *map(_usage, POLICIES)])
 
 
 def _usage(name: str) -> str:
