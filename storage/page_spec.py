@@ -6,8 +6,11 @@ from math import prod
 from distkv.kernels.codec_format import FORMATS, LANES, CodecFormat
 from distkv.storage.dtypes import ITEM_BYTES
 from distkv.storage.errors import ConfigError
-from distkv.storage.paging import check_page_size, pages_for
+from distkv.storage.paging import MIN_PAGE_SIZE, check_page_size, pages_for
 from distkv.storage.tier import Tier
+
+MEAN_TOKENS = MIN_PAGE_SIZE
+"""Consecutive tokens of a page whose keys have one mean, see `PageSummaries`."""
 
 DISK_CODECS = ("none", "lossless")
 """How pages may be stored on disk, see `storage/disk/disk_codec.py`."""
@@ -57,7 +60,7 @@ class PageSpec:
     @property
     def summary_bytes(self) -> int:
         """Bytes of the mean keys of a page, see `PageSummaries`."""
-        return self.num_layers * self.num_kv_heads * self.head_dim * ITEM_BYTES[self.dtype]
+        return self.page_bytes // (2 * MEAN_TOKENS)
 
     def slice_bytes_in(self, tier: Tier) -> int:
         """Bytes that a layer slice takes in a tier, and on the way out of it, which is what streaming moves."""

@@ -131,8 +131,7 @@ def _to_know(request: PlanRequest, fit: Fit, decode: Cost | None) -> list[str]:
     if summaries:
         found.append(
             f"The engine keeps summaries of the running requests' pages in memory, {shown_bytes(summaries)}, "
-            + ("for which there is room left" if by_share else "which device_kv_bytes does not count")
-            + "; larger pages have fewer."
+            + ("for which there is room left." if by_share else "which device_kv_bytes does not count.")
         )
     for option in request.unknown_options:
         found.append(

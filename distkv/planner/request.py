@@ -10,6 +10,7 @@ from distkv.option_checks import check_choice, check_share, check_whole, parse_b
 from distkv.planner.hardware import Hardware
 from distkv.planner.model_shape import ModelShape
 from distkv.storage.dtypes import DTYPES, ITEM_BYTES
+from distkv.storage.page_spec import MEAN_TOKENS
 from distkv.storage.paging import check_page_size, pages_for
 from distkv.workers.attention.policies.registry import FULL, parse_policy, policy_name
 from distkv.workers.kinds import KINDS, Kind
@@ -104,10 +105,12 @@ class PlanRequest:
 
     @property
     def summary_tokens(self) -> float:
-        """How many tokens' KV takes as many bytes as the summaries of a request's pages: half a one for each, since a
-        summary is a row of keys, see `PageSummaries`. A token that chooses by them reads all."""
+        """How many tokens' KV takes as many bytes as the summaries of a request's pages: half a token's for each mean
+        key, see `PageSummaries`. A token that chooses by them reads all."""
         policy = parse_policy(self.attention_policy)
-        return 0 if policy is None or not policy.needs_summaries else pages_for(self.context, self.page_size) / 2
+        if policy is None or not policy.needs_summaries:
+            return 0
+        return pages_for(self.context, self.page_size) * self.page_size / (2 * MEAN_TOKENS)
 
     @property
     def kind(self) -> Kind:

@@ -127,12 +127,12 @@ void attention(int dtype, const void* q, int64_t q_stride, int64_t heads, int64_
 }
 
 void expected_weights(int dtype, const void* q, int64_t num_rows, int64_t heads, int64_t kv_heads, int64_t dim,
-                      const void* means, const int64_t* ids, int64_t num_pages, const int64_t* counts, float scale,
-                      float* scores, float* out, int num_threads) {
+                      const void* means, int64_t blocks, const int64_t* ids, int64_t num_pages, const int64_t* counts,
+                      float scale, float* scores, float* out, int num_threads) {
     by_dtype(dtype, [&](auto one) {
         using T = decltype(one);
-        expected_weights(static_cast<const T*>(q), num_rows, heads, kv_heads, dim, static_cast<const T*>(means), ids,
-                         num_pages, counts, scale, scores, out, num_threads);
+        expected_weights(static_cast<const T*>(q), num_rows, heads, kv_heads, dim, static_cast<const T*>(means), blocks,
+                         ids, num_pages, counts, scale, scores, out, num_threads);
     });
 }
 

@@ -31,7 +31,7 @@ _ARGUMENTS = {
         _ADDRESS, _SIZE, _ADDRESS, _INT,
     ],
     "expected_weights": [
-        _INT, _ADDRESS, *[_SIZE] * 4, _ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _FLOAT, _ADDRESS, _ADDRESS, _INT,
+        _INT, _ADDRESS, *[_SIZE] * 4, _ADDRESS, _SIZE, _ADDRESS, _SIZE, _ADDRESS, _FLOAT, _ADDRESS, _ADDRESS, _INT,
     ],
     "page_weights": [_ADDRESS, _ADDRESS, *[_SIZE] * 3, _ADDRESS, _INT],
     "encode_page": [_INT, _INT, _ADDRESS, *[_SIZE] * 6, _ADDRESS],

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from distkv.storage.device import Device
 from distkv.storage.dtypes import torch_dtype
-from distkv.storage.page_spec import PageSpec
+from distkv.storage.page_spec import MEAN_TOKENS, PageSpec
 
 
 class PageSummaries:
-    """By layer, `[id, kv_head, head_dim]` in the dtype of the pages: `1 / (2 * page_size)` of their bytes,
-    `PageSpec.summary_bytes` each. Pages are known by their ids, as `PageDirectory` has them.
+    """By layer, `[id, block, kv_head, head_dim]` in the dtype of the pages: a key for each MEAN_TOKENS tokens,
+    `PageSpec.summary_bytes` a page. Pages are known by their ids, as `PageDirectory` has them.
 
     A page is known once `complete` was called for it, and until `forget` is, when its id is given to another one.
     """
@@ -21,7 +21,7 @@ class PageSummaries:
     def __init__(self, spec: PageSpec, device: Device, num_pages: int):
         """With room for `num_pages` ids, and more as they come: lost pages have some beside those in the tiers. What is
         not used yet takes no memory on a CPU."""
-        shape = (num_pages, spec.num_kv_heads, spec.head_dim)
+        shape = (num_pages, spec.page_size // MEAN_TOKENS, spec.num_kv_heads, spec.head_dim)
         self._layers = [device.zeros(shape, torch_dtype(spec.dtype)) for _ in range(spec.num_layers)]
         self._known = np.zeros(num_pages, dtype=bool)
 
@@ -68,9 +68,9 @@ class PageSummaries:
 
 
 def mean_keys(keys: Tensor) -> Tensor:
-    """The means `[pages, kv_head, head_dim]` of keys `[pages, kv_head, page_size, head_dim]`, fp32. Halves are added
-    onto each other until one key is left: in one order, whatever number of pages is given."""
-    total = keys.float()
+    """The means `[pages, block, kv_head, head_dim]` of keys `[pages, kv_head, page_size, head_dim]`, fp32. Halves of a
+    block are added onto each other until one key is left: in one order, whatever number of pages is given."""
+    total = keys.transpose(1, 2).unflatten(1, (-1, MEAN_TOKENS)).float()
     while (count := total.shape[2]) > 1:
         total = total[:, :, : count // 2] + total[:, :, count // 2 :]
-    return total[:, :, 0] / keys.shape[2]
+    return total[:, :, 0] / MEAN_TOKENS

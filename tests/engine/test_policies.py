@@ -198,7 +198,8 @@ def test_a_policy_is_given_queries_and_summaries(folder: Path, monkeypatch: pyte
 
     def checked(policy: TopPages, rows: Rows) -> Choice:
         q_RKGD = rows.queries.unflatten(1, (rows.num_kv_heads, -1))
-        scores = torch.einsum("rkgd,pkd->rkgp", q_RKGD, rows.mean_keys()) * q_RKGD.shape[-1] ** -0.5
+        assert rows.mean_keys().shape[1] == 1, "pages of 16 tokens"
+        scores = torch.einsum("rkgd,pkd->rkgp", q_RKGD, rows.mean_keys()[:, 0]) * q_RKGD.shape[-1] ** -0.5
         for row, own in enumerate(rows.own_pages.tolist()):
             expected = scores[row, ..., :own].softmax(-1).sum(1).numpy()
             assert rows.expected_weights()[row, :, :own] == pytest.approx(expected, rel=1e-4)

@@ -89,7 +89,7 @@ def test_what_is_left_to_the_engine_is_planned_too(
     with closing(launch(most)) as engine:
         info, [rank] = engine.info, plan.fit.ranks
     device, host, _ = planned_bytes(plan)
-    each = 0 if policy == "full" else info.kv_bytes_per_token // 2
+    each = 0 if policy == "full" else info.page_bytes // 32
     assert info.tier_bytes[1] == host and info.summary_bytes == (info.num_pages + info.num_host_pages) * each
     # the plan's are those of its four requests
     for num_bytes, summaries in (info.tier_bytes[0], info.summary_bytes), (device, 4 * 13 * each):

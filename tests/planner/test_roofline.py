@@ -92,11 +92,11 @@ def test_a_policy_reads_its_share_of_every_tier() -> None:
     assert few.decode is not None and every.decode is not None
     for part in ("host link", "disk"):
         assert few.decode.parts[part] == pytest.approx(every.decode.parts[part] * 7 / 64) and few.decode.parts[part]
-    assert few.decode.parts["KV"] == pytest.approx((2 * half * 7 / 64 + 64 * TOKEN) / 20e9)
+    assert few.decode.parts["KV"] == pytest.approx((2 * half * 7 / 64 + 1024 * TOKEN) / 20e9)
     window = plan(CPU, context=16384, attention_policy="sink_window(sinks=4, window=1024)", **sizes)
     assert window.decode is not None and window.request.share_read == 6 / 64, "a page of sinks, and five of the window"
     assert window.decode.parts["KV"] == pytest.approx(half * 6 / 64 / 20e9)
-    summaries = f"summaries of the running requests' pages in memory, {shown_bytes(64 * TOKEN)}"
+    summaries = f"summaries of the running requests' pages in memory, {shown_bytes(1024 * TOKEN)}"
     assert [summaries in " ".join(one.advice) for one in (few, window, every)] == [True, False, False]
 
 

@@ -127,26 +127,27 @@ def test_the_first_page_and_the_own_one_are_always_among_the_top() -> None:
 
 @given(
     st.sampled_from(LIBRARIES), st.sampled_from(list(TOLERANCE)), st.integers(0, 2**32 - 1), st.integers(1, 6),
-    st.integers(1, 3), st.integers(1, 4), st.sampled_from([2, 16, 24, 64, 80]),
+    st.integers(1, 3), st.integers(1, 4), st.sampled_from([2, 16, 24, 64, 80]), st.sampled_from([1, 2, 4]),
 )  # fmt: skip
 def test_expected_weights(
-    library: Library, dtype: torch.dtype, seed: int, rows: int, kv_heads: int, group: int, dim: int
+    library: Library, dtype: torch.dtype, seed: int, rows: int, kv_heads: int, group: int, dim: int, blocks: int
 ) -> None:
-    """They are softmax over the means of keys; a row has the same bits whatever rows and pages are beside its own."""
+    """They are softmax over means of 16 keys; a row has the same bits whatever rows and pages are beside its own."""
     generator, pages = seeded(seed), 40
-    keys = torch.randn(pages, kv_heads, 16, dim, generator=generator).to(dtype)
+    keys = torch.randn(pages, kv_heads, 16 * blocks, dim, generator=generator).to(dtype)
     q = (4 * torch.randn(rows, kv_heads * group, dim, generator=generator)).to(dtype)
-    spec = PageSpec(1, kv_heads, 16, dim, str(dtype).removeprefix("torch."))
+    spec = PageSpec(1, kv_heads, 16 * blocks, dim, str(dtype).removeprefix("torch."))
     summaries, ids = PageSummaries(spec, CpuDevice(), 9), np.random.default_rng(seed).permutation(2 * pages)[:pages]
     summaries.put(0, ids, keys)
     means = summaries.layer(0)
-    assert relative_error(means[ids], keys.double().mean(2)) < TOLERANCE[dtype]
+    exact = keys.double().unflatten(2, (blocks, 16)).mean(3).transpose(1, 2)
+    assert relative_error(means[ids], exact) < TOLERANCE[dtype]
     counts = np.random.default_rng(seed).integers(0, pages + 1, rows)
     weights = expected_weights(library, q, means, ids, counts)
     q_RKGD = q.unflatten(1, (kv_heads, group)).double()
-    scores = torch.einsum("rkgd,pkd->rkgp", q_RKGD, means[ids].double()) * dim**-0.5
+    scores = torch.einsum("rkgd,pbkd->rkgpb", q_RKGD, means[ids].double()) * dim**-0.5
     for row, count in enumerate(counts.tolist()):
-        expected = scores[row, ..., :count].softmax(-1).sum(1).numpy()
+        expected = scores[row, :, :, :count].flatten(2).softmax(-1).unflatten(2, (-1, blocks)).sum((1, 3)).numpy()
         assert weights[row, :, :count] == pytest.approx(expected, rel=1e-4, abs=1e-30)
         alone = expected_weights(library, q[row : row + 1], means, ids[:count], counts[row : row + 1])
         assert np.array_equal(alone[0], weights[row, :, :count])

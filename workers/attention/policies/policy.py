@@ -30,12 +30,12 @@ class Rows:
     page_size: int
     num_kv_heads: int
     queries: "Tensor"  # [R, K * G, D]
-    # of full pages, the mean keys: [P, K, D]; of what is not full yet, anything. Both this and `expected_weights` are
-    # for policies with `needs_summaries`
+    # of full pages, the mean keys of B blocks of tokens each: [P, B, K, D]; of what is not full yet, anything. Both
+    # this and `expected_weights` are for policies with `needs_summaries`
     mean_keys: Callable[[], "Tensor"]
     # fp32 [R, K, P]: the softmax weights of queries over the mean keys of the pages before the row's own, summed over
-    # the query heads of a KV head; of other pages, anything. What a row has is a function of its queries and of these
-    # pages alone, bit for bit
+    # those of a page and over the query heads of a KV head; of other pages, anything. What a row has is a function of
+    # its queries and of these pages alone, bit for bit
     expected_weights: Callable[[], "np.ndarray"]
 
     @property

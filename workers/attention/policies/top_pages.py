@@ -13,8 +13,8 @@ from distkv.workers.attention.policies.policy import Choice, Rows
 @dataclass(frozen=True)
 class TopPages:
     """A row attends to so many of the pages up to its own, which is always among them, as the first one is: the others
-    are those with the most softmax weight if all keys of a page were their mean, the earlier of two that are equal. The
-    query heads of a KV head choose together, by the sum of their weights."""
+    are those with the most softmax weight if the keys of each block of tokens were their mean, the earlier of two that
+    are equal. The query heads of a KV head choose together, by the sum of their weights."""
 
     share: float | None = None  # of the pages up to the row's own, rounded up; 0.1 if neither is given
     pages: int | None = None
