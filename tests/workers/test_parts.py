@@ -41,7 +41,7 @@ def logits(folder: Path, size: int, num_parts: int | None, dtype: str, prompt_le
     def run(number: int) -> Tensor | None:
         shared = SharedMemory.join(open_store("127.0.0.1", store.port), number, size) if size > 1 else None
         rank = Rank(config, RankInThread(number, size, shared))
-        rank.allocate(PoolSizes(device=8))
+        rank.allocate(PoolSizes(device=8, summaries=8))
         steps = [
             sequence_step(prompt[:23], 0, [3, 1], prompt_len, 23),
             sequence_step(prompt[23:], 23, [3, 1, 6], prompt_len, 17),
