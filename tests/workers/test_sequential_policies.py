@@ -126,8 +126,9 @@ def test_masses_follow_the_law(policy: Decay) -> None:
                 for page in age:
                     for rows_ago, weights in enumerate(reversed(given)):
                         age[page] += weights.get((head, page), 0.0) * 0.5 ** (rows_ago / policy.half_life)
-                others = sorted((page for page in age if page not in (0, own)), key=lambda page: (-age[page], page))
-                kept = sorted({0, own, *others[: max(0, budget - 2)]})
+                newest = sorted(age)[-(budget // 2) :] if len(age) > budget else sorted(age)
+                others = sorted((page for page in age if page not in (0, *newest)), key=lambda page: (-age[page], page))
+                kept = sorted({0, *newest, *others[: budget - 1 - len(newest)]}) if len(age) > budget else newest
                 assert chosen[head].tolist() == kept
                 gone.update((head, page) for page in age if page not in kept)
         else:

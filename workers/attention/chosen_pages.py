@@ -55,23 +55,24 @@ def plan_chosen(chosen: ChosenPages, page_size: int, num_kv_heads: int, capacity
     heads = chosen.heads[owners]
     table = chosen.locations * num_kv_heads + heads
     cold = np.flatnonzero(chosen.locations < 0)
-    # for -1 and the heads 0, 1, 2 of three: -3, -2, -1
-    slices, at, number = np.unique(table[cold], return_index=True, return_inverse=True)
-    capacity = max(1, capacity)
-    in_order = np.lexsort((slices, chosen.indexes[cold][at]))
-    brought = cold[at[in_order]]
-    rank = np.empty_like(in_order)
-    rank[in_order] = np.arange(len(in_order))
-    table[cold] = buffer_entry(rank[number] % capacity)
-    loads = [
-        (chosen.locations[part], heads[part])
-        for part in (brought[first : first + capacity] for first in range(0, len(brought), capacity))
-    ]
+    loads: list[tuple[np.ndarray, np.ndarray]] = []
     # by load, the first page of each choice that is in that load or a later one, counted in the choice
-    next_cold = np.tile(counts, (len(loads) + 1, 1))
-    places = np.arange(len(table)) - firsts[owners]
-    np.minimum.at(next_cold, (rank[number] // capacity, owners[cold]), places[cold])
-    next_cold = np.minimum.accumulate(next_cold[::-1])[::-1]
+    next_cold = counts[None]
+    if len(cold):
+        # for -1 and the heads 0, 1, 2 of three: -3, -2, -1
+        slices, at, number = np.unique(table[cold], return_index=True, return_inverse=True)
+        capacity = max(1, capacity)
+        in_order = np.lexsort((slices, chosen.indexes[cold][at]))
+        brought = cold[at[in_order]]
+        rank = np.empty_like(in_order)
+        rank[in_order] = np.arange(len(in_order))
+        table[cold] = buffer_entry(rank[number] % capacity)
+        parts = (brought[first : first + capacity] for first in range(0, len(brought), capacity))
+        loads = [(chosen.locations[part], heads[part]) for part in parts]
+        next_cold = np.tile(counts, (len(loads) + 1, 1))
+        places = np.arange(len(table)) - firsts[owners]
+        np.minimum.at(next_cold, (rank[number] // capacity, owners[cold]), places[cold])
+        next_cold = np.minimum.accumulate(next_cold[::-1])[::-1]
     starts = (counts - 1) * page_size + chosen.offsets
     tokens = chosen.num_tokens
     rows = np.cumsum(tokens) - tokens

@@ -83,7 +83,7 @@ class PolicyAttention:
         self._tools, self._full, self._turns, self._summarising = tools, full, turns, summarising
         self._full_rows, self._choosing_rows, self._filled = full_rows, choosing_rows, filled
         self._is_audited = not all(turn.observed for turn in turns) and tools.audits()
-        self._remembers = isinstance(tools.policy, SequentialPolicy)
+        self._row_policy = tools.policy if isinstance(tools.policy, RowPolicy) else None  # else it remembers
         self._layer = 0
 
     @property
@@ -114,7 +114,7 @@ class PolicyAttention:
         """Takes note that the last layer has ended."""
         if self._summarising is not None:
             self._summarising.end(stream)
-        if self._remembers:
+        if self._row_policy is None:
             for turn in self._turns:
                 for one in turn.choosers:
                     one.step.memory.end(int(one.positions[-1]) + 1)
@@ -130,20 +130,24 @@ class PolicyAttention:
         out = q.new_empty(len(all_heads), all_heads.shape[1] * all_heads.shape[2])
         for turn in self._turns:
             calls = self._plan_turn(turn, layer, q, stream)
-            order = turn.order(tools.num_kv_heads)
-            by_head = all_heads[order]
+            is_whole = len(self._turns) == 1 and not turn.observed
+            by_head = all_heads if is_whole else all_heads[turn.order]
             for load in calls.loads:
                 stream.expect(layer, *load)
             if not turn.observed:
                 tools.meter.count("pages_chosen", len(calls.table))
-                tools.meter.count("pages_visible", self._num_visible(turn))
+                tools.meter.count("pages_visible", turn.num_visible)
                 if self._is_audited:
                     self._audit(turn, calls, by_head, pool, bring, coded, stream)
-            if self._remembers:
-                out[order], weights = attend_and_weigh(tools.library, calls, by_head, pool, bring, coded)
-                self._observe(turn, layer, weights)
+            if self._row_policy is not None:
+                found = attend_chosen(tools.library, calls, by_head, pool, bring, coded)
             else:
-                out[order] = attend_chosen(tools.library, calls, by_head, pool, bring, coded)
+                found, weights = attend_and_weigh(tools.library, calls, by_head, pool, bring, coded)
+                self._observe(turn, layer, weights)
+            if is_whole:
+                out = found
+            else:
+                out[turn.order] = found
         return out.view(len(q), -1)
 
     def _audit(
@@ -153,7 +157,7 @@ class PolicyAttention:
         """Measures how much of all attention the chosen pages have."""
         tools = self._tools
         if turn.all_calls is None:
-            turn.all_calls = self._plan(turn, turn.everything(tools.page_size, tools.num_kv_heads), stream)
+            turn.all_calls = self._plan(turn, turn.everything(), stream)
         chosen, all_of_it = (
             total_weights(tools.library, each, by_head, pool, bring, coded) for each in (calls, turn.all_calls)
         )
@@ -164,23 +168,22 @@ class PolicyAttention:
     def _plan_turn(self, turn: Turn, layer: int, q: Tensor, stream: SlicesOnDemand) -> ChosenCalls:
         if turn.calls is not None:
             return turn.calls
-        policy = self._tools.policy
+        policy = self._row_policy
         if turn.observed:
-            choice = turn.everything(self._tools.page_size, self._tools.num_kv_heads)
-        elif isinstance(policy, RowPolicy):
+            choice = turn.everything()
+        elif policy is not None:
             choice = [row for one in turn.choosers for row in policy.choose(self._rows(one, layer, q[one.rows]))]
         else:
             rows = ((one, self._rows(one, layer, q[one.rows])) for one in turn.choosers)
             choice = [one.step.memory.layers[layer].choose(row) for one, row in rows]
         calls = self._plan(turn, choice, stream)
-        if turn.observed or (isinstance(policy, RowPolicy) and not policy.looks_at_queries):
+        if turn.observed or (policy is not None and not policy.looks_at_queries):
             turn.calls = calls
         return calls
 
     def _plan(self, turn: Turn, choice: Choice, stream: SlicesOnDemand) -> ChosenCalls:
-        page_size, kv_heads = self._tools.page_size, self._tools.num_kv_heads
-        chosen = turn.gather(choice, page_size, kv_heads, None if self._filled is None else self._filled.of_rows)
-        return plan_chosen(chosen, page_size, kv_heads, stream.capacity)
+        chosen = turn.gather(choice, None if self._filled is None else self._filled.of_rows)
+        return plan_chosen(chosen, self._tools.page_size, self._tools.num_kv_heads, stream.capacity)
 
     def _observe(self, turn: Turn, layer: int, weights: list[np.ndarray]) -> None:
         """Tells the memories of sequences what their tokens have attended to."""
@@ -189,10 +192,6 @@ class PolicyAttention:
             own = weights[number * kv_heads : (number + 1) * kv_heads]
             for token in range(len(one.positions)):
                 one.step.memory.layers[layer].observe([pages[:, token] for pages in own])
-
-    def _num_visible(self, turn: Turn) -> int:
-        """Pages that the rows of a turn could choose from, for each KV head."""
-        return int((turn.starts // self._tools.page_size + 1).sum()) * self._tools.num_kv_heads
 
     def _rows(self, one: Choosers, layer: int, q: Tensor) -> Rows:
         """What the policy is told of a sequence's rows."""
@@ -245,7 +244,7 @@ def plan_policy_attention(
         assert by_full is not None
         return by_full
     nothing = np.zeros(0, dtype=np.int64)
-    turns = plan_turns(choosers, tools.page_size, isinstance(policy, SequentialPolicy))
+    turns = plan_turns(choosers, tools.page_size, tools.num_kv_heads, isinstance(policy, SequentialPolicy))
     return PolicyAttention(
         tools, by_full, np.concatenate([nothing, *full_rows]), turns, np.concatenate([nothing, *choosing_rows]),
         summarising, filled,

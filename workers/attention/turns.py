@@ -6,9 +6,12 @@ observes attend to everything, so those of one page share their choice, and all 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from distkv.workers.attention.chosen_pages import ChosenCalls, ChosenPages
 from distkv.workers.attention.policies.policy import Choice
@@ -31,31 +34,41 @@ class Choosers:
 class Turn:
     """Tokens that attend together; each chooses for itself, or those of one of `choosers` together."""
 
-    def __init__(self, choosers: list[Choosers], observed: bool = False):
+    def __init__(self, choosers: list[Choosers], page_size: int, num_kv_heads: int, observed: bool = False):
         """`observed`: they are of prompts, and share the choice of everything."""
         self.choosers, self.observed = choosers, observed
         self.calls: ChosenCalls | None = None  # where they are the same in all layers
         self.all_calls: ChosenCalls | None = None  # where everything is chosen, for an audit
         units = choosers if observed else [one.part(i, i + 1) for one in choosers for i in range(len(one.positions))]
+        starts = np.array([one.positions[0] for one in units], dtype=np.int64)
+        self._page_size, self._num_kv_heads = page_size, num_kv_heads
+        self._own_pages = starts // page_size
         self._steps = [one.step for one in units]
-        self.starts = np.array([one.positions[0] for one in units], dtype=np.int64)
-        self._num_tokens = np.array([len(one.positions) for one in units], dtype=np.int64)
         self._first_rows = np.array([one.rows.start for one in units], dtype=np.int64)
+        # of choices, those of the KV heads of a unit one after the other
+        self._heads = np.tile(np.arange(num_kv_heads), len(units))
+        self._num_tokens = np.repeat([len(one.positions) for one in units], num_kv_heads)
+        self._offsets = np.repeat(starts % page_size, num_kv_heads)
 
-    def everything(self, page_size: int, num_kv_heads: int) -> Choice:
+    @property
+    def num_visible(self) -> int:
+        """Pages that they could choose from, for each KV head."""
+        return int((self._own_pages + 1).sum()) * self._num_kv_heads
+
+    def everything(self) -> Choice:
         """All pages up to the own one of each."""
-        return [[np.arange(own + 1)] * num_kv_heads for own in (self.starts // page_size).tolist()]
+        return [[np.arange(own + 1)] * self._num_kv_heads for own in self._own_pages.tolist()]
 
-    def order(self, num_kv_heads: int) -> np.ndarray:
+    @cached_property
+    def order(self) -> Tensor:
         """Where the query heads of KV heads are to be taken from, all rows that choose in the step having theirs one
         after the other: those of a choice are together."""
-        tokens = np.repeat(self._num_tokens, num_kv_heads)
+        tokens, first_rows = self._num_tokens, np.repeat(self._first_rows, self._num_kv_heads)
         offsets = np.arange(tokens.sum()) - np.repeat(np.cumsum(tokens) - tokens, tokens)
-        heads = np.tile(np.arange(num_kv_heads), len(self._num_tokens))
-        first_rows = np.repeat(self._first_rows, num_kv_heads)
-        return (np.repeat(first_rows, tokens) + offsets) * num_kv_heads + np.repeat(heads, tokens)
+        rows = np.repeat(first_rows, tokens) + offsets
+        return torch.from_numpy(rows * self._num_kv_heads + np.repeat(self._heads, tokens))
 
-    def gather(self, choice: Choice, page_size: int, num_kv_heads: int, own: np.ndarray | None) -> ChosenPages:
+    def gather(self, choice: Choice, own: np.ndarray | None) -> ChosenPages:
         """What they have chosen, that of the KV heads one after the other.
 
         Args:
@@ -63,23 +76,22 @@ class Turn:
         """
         indexes = [pages for unit in choice for pages in unit]
         locations = [step.pages[pages] for step, unit in zip(self._steps, choice, strict=True) for pages in unit]
-        counts = np.array([len(pages) for pages in indexes])
-        heads = np.tile(np.arange(num_kv_heads), len(choice))
-        exact = np.full(len(choice), -1) if own is None else own[self._first_rows]
-        exact = np.repeat(exact, num_kv_heads)
+        exact = np.full(len(indexes), -1)
+        if own is not None:
+            index = np.repeat(own[self._first_rows], self._num_kv_heads)
+            exact = np.where(index < 0, -1, index * self._num_kv_heads + self._heads)
         return ChosenPages(
-            np.concatenate(locations), np.concatenate(indexes), counts, heads,
-            np.repeat(self._num_tokens, num_kv_heads), np.repeat(self.starts % page_size, num_kv_heads),
-            np.where(exact < 0, -1, exact * num_kv_heads + heads),
+            np.concatenate(locations), np.concatenate(indexes), np.array([len(pages) for pages in indexes]),
+            self._heads, self._num_tokens, self._offsets, exact,
         )  # fmt: skip
 
 
-def plan_turns(choosers: list[Choosers], page_size: int, is_sequential: bool) -> list[Turn]:
+def plan_turns(choosers: list[Choosers], page_size: int, num_kv_heads: int, is_sequential: bool) -> list[Turn]:
     """The turns of the tokens of some sequences; without any, none."""
     if not choosers:
         return []
     if not is_sequential:
-        return [Turn(choosers)]
+        return [Turn(choosers, page_size, num_kv_heads)]
     observed: list[Choosers] = []
     answers: list[Choosers] = []
     for one in choosers:
@@ -88,7 +100,8 @@ def plan_turns(choosers: list[Choosers], page_size: int, is_sequential: bool) ->
         if num_observed:
             observed += [one.part(first, end) for first, end in pairwise(borders)]
         answers.append(one.part(num_observed, len(one.positions)))
-    turns = [Turn(observed, observed=True)] if observed else []
+    turns = [Turn(observed, page_size, num_kv_heads, observed=True)] if observed else []
     for index in range(max(len(one.positions) for one in answers)):
-        turns.append(Turn([one.part(index, index + 1) for one in answers if index < len(one.positions)]))
+        parts = [one.part(index, index + 1) for one in answers if index < len(one.positions)]
+        turns.append(Turn(parts, page_size, num_kv_heads))
     return turns

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import TYPE_CHECKING, ClassVar
 
-from distkv.workers.attention.policies.budget import LEAST, checked_share, highest, pages_within
+from distkv.workers.attention.policies.budget import checked_share, highest, pages_within
 from distkv.workers.attention.policies.policy import Rows
 from distkv.workers.errors import ConfigError
 
@@ -20,7 +20,8 @@ class Decay:
     heads of the group, of which each row's counts half as much `half_life` rows later. The last rows of the prompt are
     the first to give it. Before a row of the answer attends, the pages of least mass are let go until so many are left
     as the budget allows, the later of two that are equal first; nothing behind it attends to them any more. The first
-    page and the row's own always stay."""
+    page always stays, and half of the budget is for the newest of those that are left: what has only come had no time
+    to be given mass."""
 
     share: float | None = None  # of the pages up to the row's own, rounded up; 0.1 if neither is given
     pages: int | None = None
@@ -87,9 +88,11 @@ class Masses:
         """Leaves so many pages."""
         import numpy as np
 
-        last = self._kept.shape[1] - 1
+        num_kept, num_newest = self._kept.shape[1], budget // 2
+        newest = np.arange(num_kept - num_newest, num_kept)
         stay = np.stack([
-            np.concatenate([[0], 1 + highest(masses, budget - LEAST), [last]]) for masses in self._masses[:, 1:last]
+            np.concatenate([[0], 1 + highest(masses, budget - 1 - num_newest), newest])
+            for masses in self._masses[:, 1 : num_kept - num_newest]
         ])  # fmt: skip
         self._kept = np.take_along_axis(self._kept, stay, axis=1)
         self._masses = np.take_along_axis(self._masses, stay, axis=1)
