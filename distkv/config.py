@@ -271,7 +271,7 @@ class EngineConfig:
 
     sink_window(sinks=4, window=4096) is the first and the newest tokens, top_pages(share=0.1) the likeliest tenth of
     the pages; top_pages(pages=64) takes a number of them instead. decay(share=0.1) is the tenth that tokens before have
-    attended to most, of which each token's part counts half as much half_life=64 tokens later; what an answer's token
+    attended to most, of which each token's part counts half as much half_life=16 tokens later; what an answer's token
     does not attend to, none behind it does. Tokens of a prompt attend to all pages. Anything but full changes answers,
     and needs the native kernels of a CPU.
     """

@@ -59,7 +59,7 @@ def test_all_pages_are_full_attention(folder: Path, tmp_path: Path, dtype: str) 
     """Bit for bit, in memory and from disk; and outputs say by what they were made."""
     full, _ = ask(folder, "full", dtype=dtype)
     assert full.kv_policy is None
-    for policy in ("top_pages(share=1.0)", "decay(share=1.0, half_life=64.0)", "sink_window(sinks=0, window=4096)"):
+    for policy in ("top_pages(share=1.0)", "decay(share=1.0, half_life=16.0)", "sink_window(sinks=0, window=4096)"):
         for cache_dir in (None, tmp_path / policy):
             found, moved = ask(folder, policy, dtype=dtype, **sizes(cache_dir, dtype))
             assert said(found) == said(full) and found.kv_policy == policy
@@ -160,7 +160,7 @@ def test_what_a_policy_that_remembers_has_read(folder: Path) -> None:
     assert found.pages_visible == sum(own) * 2 * 2
     assert found.pages_chosen == sum(-(-3 * count // 10) for count in own) * 2 * 2
     assert found.num_audited == 39 * 4 * 2
-    assert found.share_chosen < found.mean_covered < 1
+    assert 0.2 < found.mean_covered < 0.5, "weights of this model are much alike"
 
 
 @pytest.mark.parametrize("cold", [False, True])

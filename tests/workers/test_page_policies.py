@@ -50,7 +50,7 @@ LIBRARIES = [load(one) for one in INSTRUCTION_SETS if one.is_here]
         ("top_pages", TopPages(share=0.1), "top_pages(share=0.1)"),
         ("top_pages(share=1)", TopPages(share=1.0), "top_pages(share=1.0)"),
         ("top_pages(pages=64)", TopPages(pages=64), "top_pages(pages=64)"),
-        ("decay", Decay(share=0.1), "decay(share=0.1, half_life=64.0)"),
+        ("decay", Decay(share=0.1), "decay(share=0.1, half_life=16.0)"),
         ("decay(pages=8, half_life=3)", Decay(pages=8, half_life=3.0), "decay(pages=8, half_life=3.0)"),
     ],
 )

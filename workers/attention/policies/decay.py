@@ -25,7 +25,7 @@ class Decay:
 
     share: float | None = None  # of the pages up to the row's own, rounded up; 0.1 if neither is given
     pages: int | None = None
-    half_life: float = 64.0  # rows
+    half_life: float = 16.0  # rows
     needs_summaries: ClassVar[bool] = False
     num_observed: ClassVar[int] = 32
 
