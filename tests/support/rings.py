@@ -32,7 +32,7 @@ MODULES = KERNEL_RINGS | {"gpu": "test_gpu*.py"}
 """The markers whose tests lie apart: `-m` of one of them imports nothing else, which the machine may not be able to."""
 OTHER_KINDS = ("unmarked", "slow")
 LIMIT = 1200  # seconds for a ring to end in, once the other tests have
-LONG = 240  # seconds of a test, before those of pytest-timeout
+LONG = 330  # seconds of a test, more than those of pytest-timeout
 PATIENCE = 40  # seconds for a ring that is interrupted to end what it has started
 
 ALONE = pytest.StashKey[str | None]()
@@ -48,9 +48,11 @@ class RingRun:
     def __init__(self, ring: str, root: Path, modules: list[str]):
         """Starts it; without modules it looks for its tests everywhere."""
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        # each test by its name, and where all threads are when one takes long: what a ring that hangs has to tell
-        told = ["-vv", "--color=no", "-o", f"faulthandler_timeout={LONG}"]
-        pytest_ring = [sys.executable, "-m", "pytest", "-m", f"{ring} and not slow", *told, *modules]
+        # Each test is told by its name. Where pytest-timeout cannot end one, which hangs outside the interpreter, the
+        # process tells where its threads are and ends; and of what several tests lack, three may wait in vain.
+        told = ["-vv", "--color=no", "--maxfail=3"]
+        ends = ["-o", f"faulthandler_timeout={LONG}", "-o", "faulthandler_exit_on_timeout=true"]
+        pytest_ring = [sys.executable, "-m", "pytest", "-m", f"{ring} and not slow", *told, *ends, *modules]
         self._process = subprocess.Popen(
             ["nice", "-n", "10", *pytest_ring], cwd=root, stdout=self._output, stderr=subprocess.STDOUT,
             start_new_session=True,
