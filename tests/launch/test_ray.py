@@ -367,12 +367,13 @@ def check_interrupted_waits(llm: LLM) -> None:
 @pytest.mark.parametrize("role, rank", [("follow", 1), ("lead", 0)])
 def test_a_killed_rank_is_named_and_nothing_hangs(cluster: Cluster, tiny_model: Path, role: str, rank: int) -> None:
     with LLM(tiny_model, tensor_parallel_size=2, ray_address=cluster.address, device_kv_bytes="4MiB") as llm:
-        stream = llm.stream([5] * 10, SamplingParams(max_tokens=None, ignore_eos=True))
-        next(stream)
+        llm.generate([[5]], SamplingParams(max_tokens=1), use_tqdm=False)  # all ranks are in their loops then
         [pid] = rank_processes()[role]
         elsewhere = [one for one in listening(pid) if one != "0100007F"]
         assert len(elsewhere) <= 1, "nobody of another machine can reach it, but where Ray listens itself"
         [node] = ray.nodes()
+        stream = llm.stream([5] * 10, SamplingParams(max_tokens=None, ignore_eos=True))
+        next(stream)
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(WorkerDied) as caught:
             for _ in stream:
@@ -393,10 +394,10 @@ def test_requests_outlive_their_engine(cluster: Cluster, tiny_model: Path) -> No
         while len(rank_processes().get("lead", [])) < 2:
             time.sleep(0.1)
         expected = llm.generate(prompts, sampled, use_tqdm=False)
+        killed, other = rank_processes()["lead"]
         streams = [llm.stream(prompt, sampled) for prompt in prompts]
         for stream in streams:
             next(stream)
-        killed, other = rank_processes()["lead"]
         os.kill(killed, signal.SIGKILL)
         for stream, whole in zip(streams, expected, strict=True):
             assert list(stream)[-1].outputs == whole.outputs
@@ -419,10 +420,10 @@ def test_a_rank_that_is_stopped_is_replaced(
     long = SamplingParams(temperature=1, seed=3, max_tokens=400, ignore_eos=True)
     with LLM(tiny_model, **options, max_rank_failures=1, hang_timeout=2) as llm:
         expected = llm.generate(prompts, long, use_tqdm=False)
+        [stopped] = rank_processes()[loop]
         streams = [llm.stream(prompt, long) for prompt in prompts]
         for stream in streams:
             next(stream)
-        [stopped] = rank_processes()[loop]
         os.kill(stopped, signal.SIGSTOP)
         for stream, whole in zip(streams, expected, strict=True):
             assert list(stream)[-1].outputs == whole.outputs
