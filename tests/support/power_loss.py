@@ -166,6 +166,8 @@ class PowerLoss:
                     self._folder(where).sync()
                 elif where.name == CATALOGUE_LOG:
                     self._table(where.parent).sync()
+                elif where.name == f"{CATALOGUE_LOG} (deleted)":
+                    return  # the catalogue was closed meanwhile, see `_closed`
                 else:
                     file = self._file(where)
                     assert isinstance(file, File)
