@@ -254,6 +254,30 @@ def test_steps_that_raise_leave_no_trace(folder: Path) -> None:
         idle_engine(llm).integrity_check()
 
 
+def test_one_whose_step_raises_is_found_behind_what_it_reads_again(folder: Path) -> None:
+    """In several chunks, which go well and do not clear it."""
+    prompts = [PROMPT[:100], random_prompt(60, 5)]
+    expected = said(ask(folder, DECAY, prompts[1])[0])
+    with LLM(folder, attention_policy=DECAY, **(OPTIONS | {"max_num_batched_tokens": 16}), **sizes(None)) as llm:
+        engine = idle_engine(llm)
+        forward, num_steps = engine._runner.executor.forward, 0
+
+        def spy(plan: Any, drawn: Any) -> Any:
+            nonlocal num_steps
+            num_steps += 1
+            logits = forward(plan, drawn)
+            ends = [one.start + len(one.token_ids) for one in plan.sequences if one.prompt_len == 100]
+            if num_steps < 200 and any(end > 120 for end in ends):  # so that a search without an end ends
+                raise RuntimeError("out of luck")
+            return logits
+
+        engine._runner.executor.forward = spy
+        bad, good = llm.generate(prompts, PARAMS, use_tqdm=False)
+        assert isinstance(bad.error, DistKVError) and "out of luck" in str(bad.error)
+        assert said(good) == expected and num_steps < 90
+        idle_engine(llm).integrity_check()
+
+
 def test_answers_that_give_their_room_up_remember_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answer_lengths, "FIRST_GUESS", 32)
     params = SamplingParams(temperature=1, seed=7, max_tokens=None, ignore_eos=True, logprobs=1)

@@ -22,6 +22,8 @@ ROWS = (
     "attention_policy=top_pages(share=0.25); page_size=16",
     "attention_policy=top_pages(share=0.1); page_size=16",
     "attention_policy=top_pages(share=0.25); kv_cache_dtype=int8; page_size=16",
+    "attention_policy=decay(share=0.25); page_size=16",
+    "attention_policy=decay(share=0.1); page_size=16",
 )
 QUICK_ROWS = (
     "full",
