@@ -17,6 +17,7 @@ from support.plans import sequence_step
 from support.policy_steps import attend, on_demand
 from support.prompts import seeded
 
+from distkv.kernels.native import expected_weights as expected_weights_module
 from distkv.kernels.native.expected_weights import expected_weights
 from distkv.kernels.native.instruction_sets import INSTRUCTION_SETS
 from distkv.kernels.native.library import Library, load, load_best
@@ -143,7 +144,9 @@ def test_expected_weights(
     exact = keys.double().unflatten(2, (blocks, 16)).mean(3).transpose(1, 2)
     assert relative_error(means[ids], exact) < TOLERANCE[dtype]
     counts = np.random.default_rng(seed).integers(0, pages + 1, rows)
-    weights = expected_weights(library, q, means, ids, counts)
+    with pytest.MonkeyPatch.context() as patch:  # some rows at a time
+        patch.setattr(expected_weights_module, "MOST_SCORES", 2 * kv_heads * group * pages * blocks)
+        weights = expected_weights(library, q, means, ids, counts)
     q_RKGD = q.unflatten(1, (kv_heads, group)).double()
     scores = torch.einsum("rkgd,pbkd->rkgpb", q_RKGD, means[ids].double()) * dim**-0.5
     for row, count in enumerate(counts.tolist()):
