@@ -289,6 +289,8 @@ class Engine:
             step.undo(reported=result.report is not None)
             self._blame(step, result.error)
         else:
+            for request, failure in self._repairs.lose(damaged, step.sequences):
+                self._fail(request, failure)
             step.commit(result, damaged)
             self._faults.clear(step.sequences)
             self._unread = step

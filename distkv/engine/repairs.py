@@ -4,6 +4,7 @@ from distkv.engine.protocol import EngineRequest
 from distkv.engine.sequence import Sequence
 from distkv.engine.step_runner import StepRunner
 from distkv.errors import StoreError
+from distkv.storage.ledger.page import Page
 from distkv.storage.ledger.tiered_cache import TieredCache
 from distkv.workers.group.step_plan import StepPlan
 
@@ -28,19 +29,15 @@ class Repairs:
         """
         page = min(self._cache.lost, key=lambda page: page.index)
         owners = [one for one in running if page in one.table.pages[page.index : page.index + 1]]
-        repairs = max([page.repairs, *(one.rereads[page.index] for one in owners)])
-        if repairs == MAX_REPAIRS:
-            failure = StoreError(
-                f"KV page {page.index} was lost {repairs + 1} times, the last time because {self._runner.damage}"
-            )
-            requests = {one.request.request_id: one.request for one in owners}
-            return [(request, failure) for request in requests.values()]
         able = [one for one in owners if not one.is_observed(page.index)]
         if owners and not able:
+            failures = self.lose({page}, owners)
             for one in owners:
-                one.rereads[page.index] += 1
-                self.num_pages += one.read_again()
-            return []
+                one.read_again()
+            return failures
+        if page.repairs == MAX_REPAIRS:
+            requests = {one.request.request_id: one.request for one in owners}
+            return [(request, self._failure(page)) for request in requests.values()]
         self._cache.restore(page)
         owner, size = able[0], self._page_size
         slot = page.location
@@ -68,3 +65,24 @@ class Repairs:
             for one in owners:
                 one.cached_tiers[page.index : page.index + 1] = [None] * (page.index < len(one.cached_tiers))
         return []
+
+    def lose(self, pages: set[Page], owners: list[Sequence]) -> list[tuple[EngineRequest, StoreError]]:
+        """Takes note of pages that were lost, as far as a policy of attention observes their tokens: the owners of such
+        a page let go of it and read it again, so that nobody would count how often that happens.
+
+        Returns what `repair` does.
+        """
+        failures: dict[str, tuple[EngineRequest, StoreError]] = {}
+        for one in owners if pages else []:
+            for page in one.table.pages:
+                if page in pages and one.is_observed(page.index):
+                    one.losses[page.index] += 1
+                    self.num_pages += 1
+                    if one.losses[page.index] > MAX_REPAIRS:
+                        failures[one.request.request_id] = one.request, self._failure(page)
+        return list(failures.values())
+
+    def _failure(self, page: Page) -> StoreError:
+        return StoreError(
+            f"KV page {page.index} was lost {MAX_REPAIRS + 1} times, the last time because {self._runner.damage}"
+        )

@@ -45,7 +45,7 @@ class Sequence:
     is_guessed: bool = False  # may turn out to need more pages than are expected, and is preempted then, but once
     was_preempted: bool = False
     fell_from: int = 0  # tokens that it had run when it had to read some of them again
-    rereads: Counter[int] = field(default_factory=Counter)  # by index, of pages that were lost, see `Repairs`
+    losses: Counter[int] = field(default_factory=Counter)  # of pages by their indexes, see `Repairs.lose`
     is_parked: bool = False  # waits, so that others need not stream beside it
     arrival: int = -1  # of its request: the number of its first answer
     turn: int = 0  # those of a lower turn go first, see `ColdBudget`
@@ -238,14 +238,13 @@ class Sequence:
             self.num_to_read = len(self.token_ids)
         self.num_sent = min(self.num_sent, len(self.table.pages))
 
-    def read_again(self) -> int:
+    def read_again(self) -> None:
         """Takes back the tokens that a policy of attention observes, and those before them in their page, so that it
-        remembers them anew; returns how many pages that were. No step may be under way."""
-        table, before = self.table, len(self.table.pages)
+        remembers them anew. No step may be under way."""
+        table = self.table
         self.fell_from = table.num_committed
         table.cut(min(table.num_tokens, self.first_observed) // table.page_size)
         self.num_to_read, self.num_sent = len(self.token_ids), min(self.num_sent, len(table.pages))
-        return before - len(table.pages)
 
     def commit(self, count: int) -> None:
         """Takes note that a step with `count` of its tokens has ended well."""

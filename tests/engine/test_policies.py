@@ -11,7 +11,7 @@ from support.invariance import said
 from support.llms import PAGE_BYTES, idle_engine
 from support.prompts import random_prompt
 
-from distkv import LLM, ConfigError, DistKVError, EngineConfig, SamplingParams
+from distkv import LLM, ConfigError, DistKVError, EngineConfig, SamplingParams, StoreError
 from distkv.engine import answer_lengths
 from distkv.engine.drive import drive
 from distkv.engine.protocol import EngineRequest
@@ -275,6 +275,28 @@ def test_one_whose_step_raises_is_found_behind_what_it_reads_again(folder: Path)
         bad, good = llm.generate(prompts, PARAMS, use_tqdm=False)
         assert isinstance(bad.error, DistKVError) and "out of luck" in str(bad.error)
         assert said(good) == expected and num_steps < 90
+        idle_engine(llm).integrity_check()
+
+
+@pytest.mark.parametrize("policy", ["top_pages(pages=4)", "decay(pages=4)"])
+def test_a_disk_that_gives_nothing_back_ends_a_request(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    """Also where what was lost is all observed, so that the answer is read again from its beginning; others go on."""
+
+    def broken(self: disk_slices.DiskSlices, *args: Any) -> None:
+        raise StoreError("input/output error")
+
+    prompts = [PROMPT[:20], PROMPT[100:120]]
+    params = [SamplingParams(temperature=1, seed=7, max_tokens=count, ignore_eos=True) for count in (300, 40)]
+    with LLM(folder, attention_policy=policy, **OPTIONS, **sizes(None)) as llm:
+        short = said(llm.generate(prompts, params, use_tqdm=False)[1])
+    monkeypatch.setattr(disk_slices.DiskSlices, "read", broken)
+    with LLM(folder, attention_policy=policy, **OPTIONS, **sizes(tmp_path)) as llm:
+        failed, other = llm.generate(prompts, params, use_tqdm=False)
+        assert isinstance(failed.error, StoreError) and "was lost 4 times, the last time because" in str(failed.error)
+        assert other.error is None and said(other) == short
+        assert llm.stats().pages_recomputed >= 3
         idle_engine(llm).integrity_check()
 
 

@@ -3,11 +3,10 @@ Inference of Large Language Models, https://arxiv.org/abs/2306.14048, and, for w
 LLM Knows What You are Looking for Before Generation, https://arxiv.org/abs/2404.14469."""
 
 from dataclasses import dataclass
-from math import isfinite
 from typing import TYPE_CHECKING, ClassVar
 
 from distkv.workers.attention.policies.budget import checked_share, highest, pages_within
-from distkv.workers.attention.policies.policy import Rows
+from distkv.workers.attention.policies.policy import MOST, Rows
 from distkv.workers.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,8 +31,10 @@ class Decay:
     def __post_init__(self) -> None:
         object.__setattr__(self, "share", checked_share("decay", self.share, self.pages))
         life = self.half_life
-        if not isinstance(life, (int, float)) or isinstance(life, bool) or not isfinite(life) or life <= 0:
-            raise ConfigError(f"attention_policy decay: half_life is {life!r}; use a number of tokens above 0")
+        if not isinstance(life, (int, float)) or isinstance(life, bool) or not 0 < life <= MOST:
+            raise ConfigError(
+                f"attention_policy decay: half_life is {life!r}; use a number of tokens above 0, at most {MOST}"
+            )
         object.__setattr__(self, "half_life", float(life))
 
     def begin(self, num_kv_heads: int) -> "Masses":
