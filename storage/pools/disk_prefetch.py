@@ -4,11 +4,11 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, wait
 
+from distkv.storage.disk.page_cache import REQUEST_BYTES
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.tier import Tier
 
 AHEAD_BYTES = 2**28  # of the system's memory that is filled ahead of the reads, about
-WINDOW_BYTES = 2**17  # of a file in one request: a disk takes little longer for them than for a part
 TASK_BYTES = 2**21  # of the slices that a task looks at
 
 
@@ -40,13 +40,14 @@ class DiskPrefetch:
         self._distance = max(1, min(num_pages, AHEAD_BYTES // slice_bytes))
         self._task = max(1, min(self._distance // 2, TASK_BYTES // slice_bytes))
         # layers of a request: as many as a window has, where memory has room for that many of each page
-        wanted, room = WINDOW_BYTES * spec.num_kv_heads // slice_bytes, AHEAD_BYTES // (num_pages * slice_bytes)
+        wanted, room = REQUEST_BYTES * spec.num_kv_heads // slice_bytes, AHEAD_BYTES // (num_pages * slice_bytes)
         self._window = max(1, min(wanted, room, spec.num_layers))
         self._looked = 0  # slices that need no looking at
         self._due = 0  # the next slice that `reach` does something at
         self._begun: int | None = None  # with this slice
         self._lock = threading.Lock()
         self._tasks: list[Future[None]] = []
+        self._has_ended = False
 
     def reach(self, number: int) -> None:
         """To be called before a slice is read: those behind it are asked for, as far as memory may be filled."""
@@ -67,6 +68,7 @@ class DiskPrefetch:
 
     def close(self) -> None:
         """Ends it: the files may be closed then. Raises what `tell` has raised."""
+        self._has_ended = True
         waited = [task for task in self._tasks if not task.cancel()]
         wait(waited)
         for task in waited:
@@ -74,6 +76,8 @@ class DiskPrefetch:
 
     def _look(self, numbers: range, begun: int) -> None:
         for number in numbers:
+            if self._has_ended:  # the first task asks for a layer, for which a disk may take long
+                return
             layer, page = divmod(number, self._num_pages)
             # windows of different pages begin in different layers, so that each layer brings about as much as any
             phase = (layer + page) % self._window

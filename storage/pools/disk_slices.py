@@ -4,6 +4,7 @@ import os
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from distkv.storage.disk import page_cache
 from distkv.storage.disk.file_codec import ChecksumDamage, FileDamage
 from distkv.storage.errors import StoreError
 from distkv.storage.pools.disk_pool import DiskPool
@@ -31,8 +32,7 @@ class DiskSlices:
             with suppress(OSError, FileDamage, StoreError):  # `read` says why
                 file = self._kept.get((slot, head)) or self._open(slot, head)
                 try:
-                    offset, size = self._codec.span(file.index, layer)
-                    os.posix_fadvise(file.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+                    page_cache.bring(file.descriptor, *self._codec.span(file.index, layer))
                 finally:
                     if not file.is_kept:
                         os.close(file.descriptor)
@@ -64,7 +64,7 @@ class DiskSlices:
         """Raises OSError, FileDamage and StoreError."""
         descriptor = os.open(self._pool.files(slot)[head], os.O_RDONLY)
         try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            page_cache.read_nothing_ahead(descriptor)
             file = _File(descriptor, self._codec.read_index(descriptor), len(self._kept) < MAX_OPEN)
         except BaseException:
             os.close(descriptor)

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from crc32c import crc32c
 
+from distkv.storage.disk import page_cache
 from distkv.storage.disk.file_codec import ChecksumDamage, FileCodec, FileDamage
 from distkv.storage.errors import StoreError
 from distkv.storage.meter import Meter, now
@@ -87,13 +88,15 @@ class OpenPages:
         self._pool.meter.add("disk_read", start, num_bytes, layer=layer)
 
     def close(self) -> None:
-        if self._prefetch is not None:
-            self._prefetch.close()
-        for descriptors in self._descriptors:
-            for head, descriptor in enumerate(descriptors):
-                if descriptor is not None:
-                    os.close(descriptor)
-                    descriptors[head] = None
+        try:
+            if self._prefetch is not None:
+                self._prefetch.close()
+        finally:
+            for descriptors in self._descriptors:
+                for head, descriptor in enumerate(descriptors):
+                    if descriptor is not None:
+                        os.close(descriptor)
+                        descriptors[head] = None
 
     def __enter__(self) -> "OpenPages":
         return self
@@ -111,14 +114,13 @@ class OpenPages:
     def _is_held(self, index: int, layer: int) -> bool:
         """Whether the system has a layer of the index-th page in its memory, by the first byte of a head."""
 
-        def look(descriptor: int, found: Any) -> None:
-            os.preadv(descriptor, [bytearray(1)], self._codec.span(found, layer)[0], os.RWF_NOWAIT)
+        def look(descriptor: int, found: Any) -> bool:
+            return page_cache.is_held(descriptor, self._codec.span(found, layer)[0])
 
         try:
-            self._with_file(index, 0, look)
-        except (OSError, FileDamage):  # the system would have to wait for the disk, or cannot tell
+            return self._with_file(index, 0, look)
+        except (OSError, FileDamage):  # the system cannot tell, or `read` says why
             return False
-        return True
 
     def _expect(self, index: int, first: int, last: int) -> None:
         """Has the system bring layers, from a first one to before a last one, of the index-th page."""
@@ -126,7 +128,7 @@ class OpenPages:
         def tell(descriptor: int, found: Any) -> None:
             start, _ = self._codec.span(found, first)
             offset, size = self._codec.span(found, last - 1)
-            os.posix_fadvise(descriptor, start, offset + size - start, os.POSIX_FADV_WILLNEED)
+            page_cache.bring(descriptor, start, offset + size - start)
 
         for head in range(len(self._files[index])):
             with suppress(OSError, FileDamage):  # `read` says why
@@ -149,7 +151,7 @@ class OpenPages:
         """Raises OSError."""
         descriptor = os.open(file, os.O_RDONLY)
         if self._prefetch is not None:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            page_cache.read_nothing_ahead(descriptor)
         return descriptor
 
 

@@ -1,17 +1,17 @@
 """What the system is asked to bring from disk, when, and that it does."""
 
-import ctypes
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.page_cache import forget, is_held, refuse_fadvise, tell_nothing
 from support.pages import random_page, same
 
 from distkv.storage.disk.cache_folder import DiskHeads
@@ -48,7 +48,7 @@ def test_each_slice_is_asked_for_once_and_in_time(
     windows = max(1, min(window, ahead // num_pages))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(disk_prefetch, "AHEAD_BYTES", ahead * size)
-        patch.setattr(disk_prefetch, "WINDOW_BYTES", window * size // heads)
+        patch.setattr(disk_prefetch, "REQUEST_BYTES", window * size // heads)
         patch.setattr(disk_prefetch, "TASK_BYTES", task * size)
         prefetch = DiskPrefetch(
             AtOnce(), lambda page, layer: layer * num_pages + page < cold, lambda *one: told.append(one),  # type: ignore[arg-type]
@@ -98,7 +98,7 @@ def test_the_system_brings_what_comes_next_and_no_more(
 ) -> None:
     """By files that its memory does not hold when they are opened. Where it is not told, it brings what is read."""
     spec = PageSpec(num_layers=16, num_kv_heads=2, page_size=64, head_dim=64, dtype="float32")  # 32 KiB of a head
-    monkeypatch.setattr(disk_prefetch, "WINDOW_BYTES", 2 * 32 * 1024)
+    monkeypatch.setattr(disk_prefetch, "REQUEST_BYTES", 2 * 32 * 1024)
     if not is_told:
         monkeypatch.setattr(DiskPrefetch, "reach", lambda *_: None)
     make_array(tmp_path, spec, 8)
@@ -129,23 +129,6 @@ def test_the_system_brings_what_comes_next_and_no_more(
     pool.close()
 
 
-def forget(file: Path) -> None:
-    """Has the system write a file and drop it from its memory."""
-    descriptor = os.open(file, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(descriptor)
-
-
-def is_held(file: Path, offset: int) -> bool:
-    """Whether the system has the page around a byte of a file in its memory."""
-    content = np.memmap(file, mode="c")  # private, so that its address is to be had
-    found = ctypes.c_ubyte()
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.mincore(ctypes.c_void_p(content.ctypes.data + offset), ctypes.c_size_t(1), ctypes.byref(found)) == 0
-    return bool(found.value & 1)
-
-
 def test_what_goes_wrong_while_asking_is_raised_in_the_end() -> None:
     def tell(page: int, first: int, last: int) -> None:
         raise RuntimeError("no")
@@ -156,3 +139,77 @@ def test_what_goes_wrong_while_asking_is_raised_in_the_end() -> None:
         prefetch.reach(0)
         with pytest.raises(RuntimeError, match="no"):
             prefetch.close()
+
+
+def test_a_task_that_runs_ends_when_the_reads_have() -> None:
+    told: list[tuple[int, int, int]] = []
+
+    class Late(Future[None]):
+        def cancel(self) -> bool:
+            self.set_result(self.work())
+            return False
+
+    class AtTheEnd:
+        def submit(self, work: Any, *arguments: Any) -> Future[None]:
+            task = Late()
+            task.work = lambda: work(*arguments)
+            return task
+
+    spec = PageSpec(num_layers=2, num_kv_heads=1, page_size=16, head_dim=8, dtype="float32")
+    prefetch = DiskPrefetch(AtTheEnd(), lambda *_: False, lambda *one: told.append(one), 3, spec)  # type: ignore[arg-type]
+    prefetch.reach(0)
+    prefetch.close()
+    assert not told
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Iterator[DiskPool]:
+    """Four pages, which the system has in its memory."""
+    spec = PageSpec(num_layers=3, num_kv_heads=2, page_size=16, head_dim=8, dtype="float32")
+    make_array(tmp_path, spec, 4)
+    pool = DiskPool(spec, tmp_path, 4, DiskHeads(0, 2))
+    for slot in range(4):
+        pool.store(slot, random_page(spec, slot))
+    yield pool
+    pool.close()
+
+
+def read_all(pool: DiskPool) -> None:
+    with pool.open(range(4)) as opened:
+        out = torch.empty(pool.spec.slice_shape)
+        for layer in range(3):
+            for index in range(4):
+                opened.read(index, layer, pool.parts(out))
+                assert same(out, random_page(pool.spec, index)[layer])
+
+
+@pytest.mark.parametrize("max_open", [0, 100])
+def test_a_system_that_takes_no_advice_reads_as_it_does(
+    pool: DiskPool, monkeypatch: pytest.MonkeyPatch, max_open: int
+) -> None:
+    monkeypatch.setattr("distkv.storage.pools.open_pages.MAX_OPEN", max_open)
+    refuse_fadvise(monkeypatch)
+    before = os.listdir("/proc/self/fd")
+    read_all(pool)
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_nothing_is_asked_for_that_is_in_memory(pool: DiskPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the file system does not say so at a read, as tmpfs and overlayfs do not."""
+    asked: list[int] = []
+    monkeypatch.setattr("distkv.storage.disk.page_cache.bring", lambda *one: asked.append(1))
+    for _ in range(2):
+        read_all(pool)
+        assert not asked
+        tell_nothing(monkeypatch)
+
+
+def test_files_are_closed_whatever_goes_wrong(pool: DiskPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def close(self: DiskPrefetch) -> None:
+        raise RuntimeError("no")
+
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(DiskPrefetch, "close", close)
+    with pytest.raises(RuntimeError, match="no"):
+        read_all(pool)
+    assert len(os.listdir("/proc/self/fd")) == len(before)

@@ -1,0 +1,56 @@
+"""What the system tells about its memory of files, and what it is asked."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.page_cache import forget, refuse_fadvise, tell_nothing
+
+from distkv.storage.disk import page_cache
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[int]:
+    """Of 100 pages; the fourth one is read, the others are on disk alone."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(100 * PAGE))
+    forget(path)
+    descriptor = os.open(path, os.O_RDONLY)
+    page_cache.read_nothing_ahead(descriptor)
+    os.pread(descriptor, 10, 4 * PAGE)
+    yield descriptor
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_whether_a_part_is_held(file: int, monkeypatch: pytest.MonkeyPatch, tells: bool) -> None:
+    """By a read that does not wait, and where there is none."""
+    if page_cache.is_held(file, 50 * PAGE):
+        pytest.skip("this file system forgets no files")
+    if not tells:
+        tell_nothing(monkeypatch)
+    known = {
+        0: False, 4 * PAGE - 1: False, 4 * PAGE: True, 4 * PAGE + 7: True, 5 * PAGE - 1: True, 5 * PAGE: False,
+        99 * PAGE: False, 100 * PAGE: True, 200 * PAGE + 1: True,
+    }  # fmt: skip
+    assert {offset: page_cache.is_held(file, offset) for offset in known} == known
+
+
+def test_large_parts_are_asked_for_bit_by_bit(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whole pages of the system, which drops the end of a large request without a word."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, offset, size, advice: asked.append((offset, size)))
+    size = page_cache.REQUEST_BYTES
+    page_cache.bring(file, PAGE + 7, 2 * size + 5)
+    assert asked == [(PAGE, size), (PAGE + size, size), (PAGE + 2 * size, 12)]
+    page_cache.bring(file, 98 * PAGE, 2**60)
+    assert asked[3:] == [(98 * PAGE, 2 * PAGE)]
+
+
+def test_a_refusal_is_no_error(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_fadvise(monkeypatch)
+    page_cache.bring(file, 0, 10)
+    page_cache.read_nothing_ahead(file)
