@@ -6,6 +6,8 @@ from dataclasses import replace
 
 from distkv.config import EngineConfig
 from distkv.errors import ConfigError
+from distkv.workers.attention.policies.policy import RowPolicy, SequentialPolicy
+from distkv.workers.attention.policies.registry import parse_policy
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import merges_parts
 
@@ -17,15 +19,25 @@ FEWER_SECONDS = 30.0  # for which all ranks of an engine have found no room
 def fewer_sizes(config: EngineConfig, model: ModelConfig) -> tuple[int, ...]:
     """Numbers of ranks that an engine may be started anew with, in rising order, beside the one that was asked for:
     those that can share out its parts. Raises ConfigError where the heads allow none from `min_tensor_parallel_size`
-    on."""
+    on, and where these would attend to other pages."""
     least, size = config.min_tensor_parallel_size, config.tensor_parallel_size
     if least is None:
         return ()
+    kv_heads, policy = model.num_key_value_heads, parse_policy(config.attention_policy)
+    looks_at_queries = isinstance(policy, SequentialPolicy) or (
+        isinstance(policy, RowPolicy) and policy.looks_at_queries
+    )
+    if size > kv_heads and looks_at_queries:
+        raise ConfigError(
+            f"min_tensor_parallel_size is {least}, and attention_policy {config.attention_policy} has each rank choose "
+            f"pages by its own queries of a KV head: {size} ranks share {kv_heads} of these, and fewer would choose "
+            f"others; use a tensor_parallel_size of at most {kv_heads}, or leave min_tensor_parallel_size out"
+        )
     allowed = [one for one in range(1, size) if merges_parts(model, one, size)]
     found = tuple(one for one in allowed if one >= least)
     if not found:
         raise ConfigError(
-            f"min_tensor_parallel_size is {least}, and with {model.num_key_value_heads} KV heads the parts of {size} "
+            f"min_tensor_parallel_size is {least}, and with {kv_heads} KV heads the parts of {size} "
             f"ranks can be taken by {', '.join(map(str, allowed))}; lower it to {allowed[-1]} or less"
         )
     return found

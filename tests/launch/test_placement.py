@@ -138,8 +138,9 @@ def test_one_of_two_ranks_stays_on_ray(caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_the_heads_say_how_many_ranks_will_do() -> None:
-    def sizes(least: int, size: int, heads: int, kv_heads: int) -> tuple[int, ...]:
+    def sizes(least: int, size: int, heads: int, kv_heads: int, policy: str = "full") -> tuple[int, ...]:
         options = {"tensor_parallel_size": size, "max_rank_failures": 1, "min_tensor_parallel_size": least}
+        options |= {"attention_policy": policy}
         model = ModelConfig.from_dict(TINY | {"num_attention_heads": heads, "num_key_value_heads": kv_heads})
         return fewer_sizes(EngineConfig("/", **options), model)  # type: ignore[arg-type]
 
@@ -149,3 +150,8 @@ def test_the_heads_say_how_many_ranks_will_do() -> None:
     assert sizes(1, 3, 4, 2) == (1, 2)
     with pytest.raises(ConfigError, match="can be taken by 1, 2, 4, 8; lower it to 8 or less"):
         sizes(9, 16, 32, 8)
+    for policy in ("top_pages(share=0.1)", "decay"):  # by the queries of a KV head, which one rank must have
+        assert sizes(1, 8, 32, 8, policy) == tuple(range(1, 8))
+        with pytest.raises(ConfigError, match="16 ranks share 8 of these, and fewer would choose others; use a"):
+            sizes(1, 16, 32, 8, policy)
+    assert sizes(1, 16, 32, 8, "sink_window(sinks=4, window=64)") == (1, 2, 4, 8)
