@@ -71,7 +71,7 @@ def _tier(field: str) -> Callable[[EngineStats, EngineInfo], Iterator[Sample]]:
 
 
 def _summaries(stats: EngineStats, info: EngineInfo) -> Iterator[Sample]:
-    yield (), info.summary_bytes
+    yield (), info.summary_bytes * stats.num_engines  # as stats, of all of them
 
 
 def _idle_bytes(stats: EngineStats, info: EngineInfo) -> Iterator[Sample]:

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 from prometheus_client.parser import text_string_to_metric_families
 from support.llms import tiered
 from support.prompts import random_prompt
 
 from distkv import LLM, SamplingParams
-from distkv.engine.stats import EngineStats
+from distkv.engine.stats import EngineStats, total
 from distkv.metrics.catalogue import CATALOGUE, PREFIX
 from distkv.metrics.exposition import exposition
 
@@ -146,6 +147,13 @@ def test_a_model_may_have_any_name(llm: LLM) -> None:
     name = 'a "quoted"\\ name\nof two lines'
     found = parsed(exposition(llm.stats(), llm.info, name).decode())
     assert {dict(labels).get("model_name") for one, labels in found if one.startswith(PREFIX)} == {name}
+
+
+def test_capacities_are_those_of_all_engines(llm: LLM) -> None:
+    stats, info = llm.stats(), structs.replace(llm.info, summary_bytes=1000)
+    one, two = (parsed(exposition(each, info, "a model").decode()) for each in (stats, total([stats, stats])))
+    names = [key for key in one if key[0].endswith("_capacity_bytes")]
+    assert len(names) == 4 and all(two[key] == 2 * one[key] > 0 for key in names)
 
 
 def test_an_engine_that_tells_nothing_has_a_page_too(llm: LLM) -> None:
