@@ -8,7 +8,8 @@ from distkv.storage.disk.page_cache import REQUEST_BYTES
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.tier import Tier
 
-AHEAD_BYTES = 2**28  # of the system's memory that is filled ahead of the reads, about
+AHEAD_BYTES = 2**28  # of the system's memory that is filled ahead of the reads at most, about
+LEAST_BYTES = 2**23  # of it that is filled for few pages too: a disk takes longer than the compute of their layer
 TASK_BYTES = 2**21  # of the slices that a task looks at
 
 
@@ -36,13 +37,13 @@ class DiskPrefetch:
         slice_bytes = spec.slice_bytes_in(Tier.DISK)
         self._thread, self._is_held, self._tell = thread, is_held, tell
         self._num_pages, self._num_layers = num_pages, spec.num_layers
-        # slices behind the one that is read; a layer of them at most
-        self._distance = max(1, min(num_pages, AHEAD_BYTES // slice_bytes))
-        self._task = max(1, min(self._distance // 2, TASK_BYTES // slice_bytes))
+        # slices behind the one that is read: a layer of them, within the limits
+        self._distance = max(1, min(max(num_pages, LEAST_BYTES // slice_bytes), AHEAD_BYTES // slice_bytes))
+        self._task = max(1, min(num_pages // 2, self._distance // 2, TASK_BYTES // slice_bytes))
         # layers of a request: as many as a window has, where memory has room for that many of each page
         wanted, room = REQUEST_BYTES * spec.num_kv_heads // slice_bytes, AHEAD_BYTES // (num_pages * slice_bytes)
         self._window = max(1, min(wanted, room, spec.num_layers))
-        self._looked = 0  # slices that need no looking at
+        self._asked = 0  # slices that were asked for, since it has begun
         self._due = 0  # the next slice that `reach` does something at
         self._begun: int | None = None  # with this slice
         self._lock = threading.Lock()
@@ -56,14 +57,16 @@ class DiskPrefetch:
         with self._lock:
             if number < self._due:
                 return
+            layer, page = divmod(number, self._num_pages)
+            if self._begun is None:
+                if self._is_held(page, layer):
+                    self._due = number + self._task
+                    return
+                self._begun = self._asked = number
             total = self._num_pages * self._num_layers
             end = min(number + 1 + self._distance, total)
-            layer, page = divmod(number, self._num_pages)
-            if self._begun is None and not self._is_held(page, layer):
-                self._begun = self._looked = number
-            if self._begun is not None:
-                self._tasks.append(self._thread.submit(self._look, range(self._looked, end), self._begun))
-            self._looked = end
+            self._tasks.append(self._thread.submit(self._look, range(self._asked, end), self._begun))
+            self._asked = end
             self._due = min(end + self._task, total) - 1 - self._distance if end < total else total
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.page_cache import forget, is_held, refuse_fadvise, tell_nothing
 from support.pages import random_page, same
@@ -32,22 +32,24 @@ class AtOnce:
         return task
 
 
+@settings(max_examples=200)
 @given(
     num_pages=st.integers(1, 40), num_layers=st.integers(1, 9), heads=st.integers(1, 3), ahead=st.integers(0, 12),
-    window=st.integers(0, 8), task=st.integers(1, 7), cold=st.integers(0, 60),
+    window=st.integers(0, 8), task=st.integers(1, 7), cold=st.integers(0, 60), least=st.integers(0, 12),
 )  # fmt: skip
 def test_each_slice_is_asked_for_once_and_in_time(
-    num_pages: int, num_layers: int, heads: int, ahead: int, window: int, task: int, cold: int
+    num_pages: int, num_layers: int, heads: int, ahead: int, window: int, task: int, cold: int, least: int
 ) -> None:
     """From about the first that is on disk alone, not much further ahead than memory may be filled, and in the order of
     the reads."""
     spec = PageSpec(num_layers=num_layers, num_kv_heads=heads, page_size=16, head_dim=8, dtype="float32")
     size = spec.slice_bytes_in(Tier.DISK)
     told: list[tuple[int, int, int]] = []
-    total, distance = num_pages * num_layers, max(1, min(ahead, num_pages))
+    total, distance = num_pages * num_layers, max(1, min(ahead, max(num_pages, least)))
     windows = max(1, min(window, ahead // num_pages))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(disk_prefetch, "AHEAD_BYTES", ahead * size)
+        patch.setattr(disk_prefetch, "LEAST_BYTES", least * size)
         patch.setattr(disk_prefetch, "REQUEST_BYTES", window * size // heads)
         patch.setattr(disk_prefetch, "TASK_BYTES", task * size)
         prefetch = DiskPrefetch(
@@ -67,12 +69,12 @@ def test_each_slice_is_asked_for_once_and_in_time(
                 assert not new & asked
                 asked |= new
             if begun is None:
-                assert number < cold + task or number + distance >= total - 1
+                assert number < cold + max(1, min(task, num_pages // 2, distance // 2))
                 continue
             layer, page = divmod(number, num_pages)
             assert begun >= cold and (layer, page) in asked
             waiting = [one for one in asked if one[0] * num_pages + one[1] > number]
-            # up to a layer ahead, and what windows have of later ones
+            # what may be ahead, and what windows have of later layers
             assert len(waiting) <= distance + num_pages * (windows - 1)
         assert told == sorted(told, key=lambda one: one[1] * num_pages + one[0])
         prefetch.close()
@@ -99,6 +101,7 @@ def test_the_system_brings_what_comes_next_and_no_more(
     """By files that its memory does not hold when they are opened. Where it is not told, it brings what is read."""
     spec = PageSpec(num_layers=16, num_kv_heads=2, page_size=64, head_dim=64, dtype="float32")  # 32 KiB of a head
     monkeypatch.setattr(disk_prefetch, "REQUEST_BYTES", 2 * 32 * 1024)
+    monkeypatch.setattr(disk_prefetch, "LEAST_BYTES", 0)
     if not is_told:
         monkeypatch.setattr(DiskPrefetch, "reach", lambda *_: None)
     make_array(tmp_path, spec, 8)
