@@ -4,6 +4,7 @@ are asked for."""
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from distkv.storage.errors import StoreError
@@ -33,7 +34,9 @@ class SlicesOnDemand:
         self._buffer = buffer.view(pages * kv_heads, 2, 1, page_size, head_dim)
         self._slices = as_integers(self._buffer).reshape(pages * kv_heads, 2, page_size * head_dim)
         self._memory = self._slices.reshape(-1).view(np.uint8).data
-        self._host = as_integers(ring.host.rows())  # [page, layer * 2, kv_head * page_size * head_dim]
+        # of keys or values of a head each, page_size * head_dim long: by slice and 2; by page, layer, 2 and KV head
+        self._rows = self._buffer.view(-1, page_size * head_dim)
+        self._host_rows = ring.host.rows().view(-1, page_size * head_dim)
         self._disk: DiskSlices | None = None
 
     @property
@@ -64,17 +67,16 @@ class SlicesOnDemand:
         count = len(locations)
         assert count <= self.capacity
         on_disk, slots = decode_locations(locations)
-        wanted = list(zip(slots.tolist(), heads.tolist(), range(count), on_disk.tolist(), strict=True))
-        for tier, read in ((Tier.HOST, self._copy), (Tier.DISK, self._read)):
-            start, num_bytes = now(), 0
-            own = [one for *one, is_on_disk in wanted if is_on_disk == (tier is Tier.DISK)]
-            for slot, head, index in own:
-                num_bytes += read(layer, slot, head, index)
-            if own:
-                if tier is Tier.DISK:
-                    self._ring.meter.add("disk_read", start, num_bytes, layer=layer)
-                self._ring.count_heads(tier, len(own))
-                self._ring.meter.add(STREAMED[tier], start, layer=layer, pages=len(own))
+        if not on_disk.all():
+            start, brought = now(), np.flatnonzero(~on_disk)
+            self._copy(layer, slots[brought], heads[brought], brought)
+            self._take_down(Tier.HOST, start, layer, len(brought))
+        if on_disk.any():
+            start, brought = now(), np.flatnonzero(on_disk)
+            wanted = zip(slots[brought].tolist(), heads[brought].tolist(), brought.tolist(), strict=True)
+            num_bytes = sum(self._read(layer, slot, head, index) for slot, head, index in wanted)
+            self._ring.meter.add("disk_read", start, num_bytes, layer=layer)
+            self._take_down(Tier.DISK, start, layer, len(brought))
         return self._buffer[:count]
 
     def close(self) -> None:
@@ -86,11 +88,21 @@ class SlicesOnDemand:
             if self._disk is not None:
                 self._disk.close()
 
-    def _copy(self, layer: int, slot: int, head: int, index: int) -> int:
-        """Brings a slice from the host; returns its bytes."""
-        size = self._slices.shape[2]
-        self._slices[index] = self._host[slot, 2 * layer : 2 * layer + 2, head * size : (head + 1) * size]
-        return self._slices[index].nbytes
+    def _take_down(self, tier: Tier, start: int, layer: int, count: int) -> None:
+        self._ring.count_heads(tier, count)
+        self._ring.meter.add(STREAMED[tier], start, layer=layer, pages=count)
+
+    def _copy(self, layer: int, slots: np.ndarray, heads: np.ndarray, indexes: np.ndarray) -> None:
+        """Brings slices from the host, to where they lie in the buffer: `indexes`, rising."""
+        spec = self._ring.spec
+        keys = (slots * spec.num_layers + layer) * 2 * spec.num_kv_heads + heads
+        source = torch.from_numpy(np.column_stack([keys, keys + spec.num_kv_heads]).reshape(-1))
+        count = len(indexes)
+        if indexes[-1] == count - 1:  # the first ones
+            torch.index_select(self._host_rows, 0, source, out=self._rows[: 2 * count])
+        else:
+            target = torch.from_numpy(np.column_stack([2 * indexes, 2 * indexes + 1]).reshape(-1))
+            self._rows.index_copy_(0, target, self._host_rows.index_select(0, source))
 
     def _read(self, layer: int, slot: int, head: int, index: int) -> int:
         """Brings a slice from disk; returns the bytes that its file gave."""
