@@ -6,7 +6,8 @@ from typing import Any
 from distkv.bench.harness import Row
 from distkv.reporting.out_file import writing
 
-COLORS = {"auto": "tab:blue", "fp8_e4m3": "tab:orange", "int8": "tab:green", "int4": "tab:red"}
+COLORS = [f"C{number}" for number in range(10)]
+MARKERS = "osD^v"
 
 
 def write_plot(path: Path, facts: dict[str, Any], rows: list[Row]) -> None:
@@ -16,27 +17,25 @@ def write_plot(path: Path, facts: dict[str, Any], rows: list[Row]) -> None:
     from matplotlib.figure import Figure
 
     matplotlib.use("Agg")
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure = Figure(figsize=(13, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axis, field, label in (
         (left, "added", "added to perplexity, %"),
         (right, "score", "mean score of the tasks, %"),
     ):
-        labelled: set[tuple[float, float]] = set()  # the references of all page sizes lie together
-        for row in rows:
-            at = 100 * row["read_share"], 100 * row[field]
-            marker = "o" if row["attention_policy"] == "full" else "s"
-            axis.plot(*at, marker, color=COLORS.get(row["kv_cache_dtype"], "tab:grey"))
-            if at not in labelled:
-                text = f"{row['name']}, pages of {row['page_size']}"
-                axis.annotate(text, at, textcoords="offset points", xytext=(5, 4), fontsize=7)
-            labelled.add(at)
+        for number, row in enumerate(rows):
+            axis.plot(
+                100 * row["read_share"], 100 * row[field], MARKERS[number // len(COLORS) % len(MARKERS)],
+                color=COLORS[number % len(COLORS)], label=f"{row['name']}, pages of {row['page_size']}",
+            )  # fmt: skip
         axis.set(xscale="log", xlabel="bytes that a step brings from the host, % of full", ylabel=label)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3, which="both")
-        axis.margins(0.2, 0.1)
+        axis.margins(0.1, 0.1)
     left.set_yscale("symlog", linthresh=0.1)
     left.yaxis.set_major_formatter("{x:g}")
+    # points lie close together, or on each other as those of the exact cache do, so names stand beside
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.suptitle(f"{facts['model']}, {facts['machine']}, {facts['date']}", fontsize=10)
     with writing(path):
         figure.savefig(path, dpi=120, format="png")
