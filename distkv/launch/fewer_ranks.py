@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from distkv.config import EngineConfig
 from distkv.errors import ConfigError
-from distkv.workers.attention.policies.policy import RowPolicy, SequentialPolicy
+from distkv.workers.attention.policies.policy import looks_at_queries
 from distkv.workers.attention.policies.registry import parse_policy
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import merges_parts
@@ -23,11 +23,8 @@ def fewer_sizes(config: EngineConfig, model: ModelConfig) -> tuple[int, ...]:
     least, size = config.min_tensor_parallel_size, config.tensor_parallel_size
     if least is None:
         return ()
-    kv_heads, policy = model.num_key_value_heads, parse_policy(config.attention_policy)
-    looks_at_queries = isinstance(policy, SequentialPolicy) or (
-        isinstance(policy, RowPolicy) and policy.looks_at_queries
-    )
-    if size > kv_heads and looks_at_queries:
+    kv_heads = model.num_key_value_heads
+    if size > kv_heads and looks_at_queries(parse_policy(config.attention_policy)):
         raise ConfigError(
             f"min_tensor_parallel_size is {least}, and attention_policy {config.attention_policy} has each rank choose "
             f"pages by its own queries of a KV head: {size} ranks share {kv_heads} of these, and fewer would choose "

@@ -47,9 +47,8 @@ def read_nothing_ahead(descriptor: int) -> None:
 def _is_resident(descriptor: int, offset: int) -> bool:
     """See `is_held`. By mincore(2), which takes longer."""
     try:
-        memory = mmap.mmap(
-            descriptor, 1, mmap.MAP_PRIVATE, offset=_page_of(offset)
-        )  # may be written to: so its address is known
+        # private and open to writes, since ctypes tells no address of memory that is not
+        memory = mmap.mmap(descriptor, 1, mmap.MAP_PRIVATE, offset=_page_of(offset))
     except ValueError:  # behind the end
         return True
     found = ctypes.c_ubyte()

@@ -89,7 +89,7 @@ class DiskPool:
             for layer in range(self.spec.num_layers):
                 pages.read(0, layer, self._split(memory[layer * size : (layer + 1) * size]))
 
-    def open(self, slots: Sequence[int]) -> "OpenPages":
+    def open(self, slots: Sequence[int]) -> OpenPages:
         """Several pages, to be read layer by layer; to be closed before any of the slots is stored again."""
         return OpenPages(self, slots)
 

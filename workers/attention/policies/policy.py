@@ -99,6 +99,11 @@ def num_observed(policy: PagePolicy | None) -> int:
     return policy.num_observed if isinstance(policy, SequentialPolicy) else 0
 
 
+def looks_at_queries(policy: PagePolicy | None) -> bool:
+    """Whether what a policy chooses follows from queries, of the row itself or of those before it."""
+    return isinstance(policy, SequentialPolicy) or (isinstance(policy, RowPolicy) and policy.looks_at_queries)
+
+
 def name_of(policy: PagePolicy) -> str:
     """The policy as a user writes it, with all options that are set."""
     values: dict[str, Any] = {one.name: getattr(policy, one.name) for one in fields(policy)}  # type: ignore[arg-type]
