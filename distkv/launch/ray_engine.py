@@ -101,8 +101,7 @@ class RayEngine:
 
     def add(self, requests: list[EngineRequest]) -> None:
         """See `EngineClient.add`."""
-        self._send(Add(requests))
-        reply = self._answer()
+        reply = self._ask(Add(requests))
         if isinstance(reply, Refused):
             raise getattr(errors, reply.error)(reply.reason)
         self._open.add(requests)
@@ -166,15 +165,13 @@ class RayEngine:
 
     def stats(self) -> EngineStats:
         """See `EngineClient.stats`."""
-        self._send(GetStats())
-        reply = self._answer()
+        reply = self._ask(GetStats())
         assert isinstance(reply, EngineStats)
         return reply
 
     def reset_prefix_cache(self) -> None:
         """See `EngineClient.reset_prefix_cache`."""
-        self._send(ResetPrefixCache())
-        self._answer()
+        self._ask(ResetPrefixCache())
 
     @property
     def notice(self) -> Notice | None:
@@ -258,21 +255,31 @@ class RayEngine:
         if left or (left is None and self.info.fingerprint):
             log.warning("%s KV pages were not saved", "an unknown number of" if left is None else left)
 
-    def _send(self, command: Add | Abort | GetStats | ResetPrefixCache | Shutdown) -> None:
+    def _ask(self, command: Add | GetStats | ResetPrefixCache) -> Reply:
+        """The answer to a command; tokens that come before it are kept for `step`. Raises WorkerDied when a rank has
+        ended."""
         if self._closed:
             raise DistKVError("the engine has ended; make a new LLM")
         if not self._open:
             self._watchdog.begin()
-        self._socket.send(encode(command))
-
-    def _answer(self) -> Reply:
-        """The answer to what was sent last; tokens that come before it are kept for `step`."""
+        while not self._send(command):
+            self._check()
+            self._socket.poll(DEATH_POLL, zmq.POLLOUT)
         while True:
             reply = self._receive(DEATH_POLL)
             if isinstance(reply, Tokens):
                 self._unread.append(reply.outputs)
             elif reply is not None:
                 return reply
+
+    def _send(self, command: Add | Abort | GetStats | ResetPrefixCache | Shutdown) -> bool:
+        """Sends a command, unless the leader's end of the connection is no more: then its process has ended, which the
+        group says a moment later. Only a peer can be written to, and always; without one the socket would wait."""
+        try:
+            self._socket.send(encode(command), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
 
     def _receive(self, wait: int, checks: bool = True) -> Reply | None:
         """The next message, or None when none comes within `wait` milliseconds; raises WorkerDied when that is because

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -130,6 +131,22 @@ def test_a_rank_that_dies_while_nobody_waits_is_noticed(
         engine.rest()
     assert group.closed and engine.rest() is None
     assert (f"{told} " in caplog.text and "not saved" in caplog.text) if told else not caplog.records
+    engine.close()
+
+
+@pytest.mark.parametrize("call", ["add", "stats", "reset_prefix_cache", "rest", "close"])
+def test_a_leader_that_is_gone_is_not_waited_for(group: Group, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """Its end of the connection is no more some time before the cluster says that it has died."""
+    monkeypatch.setattr(ray_engine, "LAST_WORD", 1)
+    engine = RayEngine(group, INFO)  # type: ignore[arg-type]
+    group.leader.close(linger=0)
+    while engine.socket.poll(0, zmq.POLLOUT):
+        time.sleep(0.01)
+    engine.abort([("somebody's", None)])
+    group.looks = [fail] if call == "rest" else [lambda: None, fail, fail]
+    with pytest.raises(WorkerDied, match="it was killed"):
+        getattr(engine, call)(*[[]] * (call == "add"))
+    assert group.closed
     engine.close()
 
 
