@@ -9,8 +9,12 @@ from typing import Any
 from simulation.world import Process, World
 
 LATENCY = 0.003  # seconds at most, but now and then
-POLLIN = 1
+POLLIN, POLLOUT, NOBLOCK = 1, 2, 1
 LOOK = 2e-5  # seconds that a look takes
+
+
+class Again(Exception):
+    """Nothing can be sent: there is nobody at the other end."""
 
 
 class Socket:
@@ -21,14 +25,18 @@ class Socket:
         self.peer: Socket
         self._inbox: deque[tuple[float, bytes]] = deque()  # when each comes
         self._last = 0.0
+        self._is_cut = False
 
     @property
     def has_message(self) -> bool:
         return bool(self._inbox) and self._inbox[0][0] <= self.world.now
 
     def send(self, message: bytes, flags: int = 0) -> None:
-        """Sends a message, which takes its time. There is always room for it."""
+        """Sends a message, which takes its time. There is always room for it, while the other end is there."""
         world = self.world
+        if self._is_cut:
+            assert flags & NOBLOCK, "it waits for somebody who is gone"
+            raise Again
         if self.process is not None:
             self.process.point("before a message is sent")
         latency = world.rng.random() * LATENCY * (300 if world.chance(0.01) else 1)
@@ -39,10 +47,10 @@ class Socket:
             self.process.point("after a message is sent")
 
     def poll(self, milliseconds: float, flags: int = POLLIN) -> bool:
-        """Waits for a message; whether there is one. There is always room for one to be sent: the owner lives."""
+        """Waits for a message, or for somebody to send one to; whether there is one."""
         self.world.now += LOOK
-        if flags != POLLIN:
-            return True
+        if flags == POLLOUT:
+            return self.world.wait(lambda: not self._is_cut, milliseconds / 1e3)
         return self.world.wait(lambda: self.has_message, milliseconds / 1e3)
 
     def recv(self) -> bytes:
@@ -52,6 +60,7 @@ class Socket:
 
     def cut(self) -> None:
         """The other end is gone: what is on its way is lost from some message on."""
+        self._is_cut = True
         on_its_way = [arrival for arrival, _ in self._inbox if arrival > self.world.now]
         for _ in range(self.world.rng.randint(0, len(on_its_way))):
             self._inbox.pop()
@@ -79,8 +88,9 @@ def fake_zmq(world: World) -> Any:
             world.wait(lambda: any(socket.has_message for socket in self.sockets), milliseconds / 1e3)
 
     return SimpleNamespace(
-        Poller=Poller, POLLIN=POLLIN, Socket=Socket, Context=lambda: SimpleNamespace(destroy=_nothing)
-    )
+        Poller=Poller, POLLIN=POLLIN, POLLOUT=POLLOUT, NOBLOCK=NOBLOCK, Again=Again, Socket=Socket,
+        Context=lambda: SimpleNamespace(destroy=_nothing),
+    )  # fmt: skip
 
 
 def _nothing(linger: int = 0) -> None:
