@@ -31,7 +31,9 @@ SYNC_SECONDS = 1.0
 GRACE_SECONDS = 10.0  # that what runs has to end after a signal
 LOST_SHARE = 0.5  # of the time that requests wait for an engine, after which one that fails has failed for want of it
 STATS_SECONDS = 2.0  # between looks at how many engines run
-FILL = 2  # times as many lines are on their way as can run, so that engines find the next ones ready
+# Times as many lines are on their way as can run: engines find the next ones ready, and among them those that share a
+# long prompt (`AdmissionOrder`), though lines about other ones lie between.
+FILL = 4
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import time
 from bisect import insort
 from itertools import count as counter
 
+from distkv.engine.admission_order import AdmissionOrder
 from distkv.engine.answer_lengths import AnswerLengths
 from distkv.engine.cold_budget import ColdBudget
 from distkv.engine.page_promises import PagePromises, num_held_pages
@@ -46,6 +47,7 @@ class Scheduler:
         self.cold_budget = ColdBudget(info, self.cache)
         self.meter = RequestMeter()
         self._promises = PagePromises(self.cache)
+        self._order = AdmissionOrder(self.cache, info.max_num_seqs)
         self._lengths = AnswerLengths()
         self._numbers = counter()
         self.waiting: list[Sequence] = []  # the first to be admitted first
@@ -219,7 +221,9 @@ class Scheduler:
         taken = sum(sequence.num_answers for sequence in self.running)
         chunk = max((self._chunk_pages(one.num_to_read) for one in self.running if one.is_prefilling), default=0)
         at_their_share: set[bytes | None] = set()  # tenants, whose other requests wait behind
-        for sequence in list(self.waiting):
+        if taken >= self._info.max_num_seqs:
+            return
+        for sequence in self._order.line(self.waiting):
             seats = taken + sequence.num_answers
             if seats > self._info.max_num_seqs:
                 return
@@ -239,6 +243,7 @@ class Scheduler:
             if seats + chunk > self._info.num_pages < promised:
                 return
             taken = seats
+            self._order.note_admitted(sequence, self.waiting[0])
             self.waiting.remove(sequence)
             self._begin(sequence, prefix)
 

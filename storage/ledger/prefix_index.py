@@ -72,12 +72,17 @@ class PrefixIndex:
             del self._followers[key.parent]
         return list(self._followers.get(key.digest, ()))
 
+    def get(self, key: PageKey) -> Page | None:
+        """The page that has a key, None without one. Tokens are compared, not keys alone."""
+        page = self._pages.get(key.digest)
+        return page if page is not None and page.key == key else None
+
     def longest(self, keys: Iterable[PageKey]) -> list[Page]:
-        """The pages of the longest known prefix of a chain. Tokens are compared, not keys alone."""
+        """The pages of the longest known prefix of a chain."""
         found = []
         for key in keys:
-            page = self._pages.get(key.digest)
-            if page is None or page.key != key:
+            page = self.get(key)
+            if page is None:
                 break
             found.append(page)
         return found

@@ -219,6 +219,11 @@ class TieredCache:
         found = self.index.longest(keys)
         return next((found[:number] for number, page in enumerate(found) if page.lost), found)
 
+    def is_held(self, key: PageKey) -> bool:
+        """Whether a sequence holds the page that is found by a key."""
+        page = self.index.get(key)
+        return page is not None and page.references > 0
+
     def touch(self, pages: list[Page], tenant: bytes | None = None) -> None:
         """Makes idle pages of one prefix the most recently used, for a request of a tenant that is about to take them
         up."""

@@ -1,0 +1,86 @@
+"""Which waiting requests go ahead: those that share most of their prompt with running ones, within bounds."""
+
+from typing import Any
+
+import pytest
+from support.memory import PAGE_SIZE
+from support.scheduler_steps import Steps
+
+BOOK = 10 * PAGE_SIZE
+SEATS = 4
+
+
+def two_books(num_pages: int = 13, **options: Any) -> Steps:
+    """A scheduler that knows the books x and y, most of whose pages the device has no room for."""
+    sizes = {"num_pages": num_pages, "num_host_pages": 100, "max_num_seqs": SEATS, "enable_prefix_caching": True}
+    steps = Steps(**(sizes | options))
+    for book in "xy":
+        steps.add(book, BOOK, max_tokens=1)
+        while steps.step():
+            pass
+        steps.finish(book)
+    return steps
+
+
+def ask(steps: Steps, *names: str, **options: Any) -> None:
+    """Adds requests about the book of their first letter."""
+    for name in names:
+        steps.add(name, BOOK + 5, **options)
+
+
+def test_those_about_one_cold_book_run_together_and_then_those_about_the_next() -> None:
+    steps = two_books()
+    ask(steps, "x1", "y1", "x2", "y2", "x3", "y3", "x4", "y4")
+    assert steps.step() == {"x1": 5, "x2": 5, "x3": 5, "x4": 5}, "one book is brought, and all questions read"
+    assert steps.step() == {"x1": 1, "x2": 1, "x3": 1, "x4": 1}
+    for name in steps.running():
+        steps.finish(name)
+    assert list(steps.step()) == ["y1", "y2", "y3", "y4"]
+
+
+def test_in_order_where_all_pages_lie_on_the_device() -> None:
+    steps = two_books(num_pages=60)
+    ask(steps, "x1", "y1", "x2", "y2", "x3")
+    steps.step()
+    assert steps.running() == ["x1", "y1", "x2", "y2"]
+
+
+def test_the_first_in_line_is_passed_by_as_many_as_run_at_a_time_and_no_more() -> None:
+    steps = two_books()
+    ask(steps, *(f"x{number}" for number in range(SEATS)))
+    steps.step()
+    ask(steps, "y", *(f"x{number}" for number in range(SEATS, 3 * SEATS)))
+    for number in range(SEATS):
+        steps.finish(f"x{number}")
+        steps.step()
+        assert steps.waiting()[0] == "y" and steps.running()[-1] == f"x{SEATS + number}"
+    steps.finish(f"x{SEATS}")
+    steps.step()
+    assert steps.running()[-1] == "y"
+    steps.finish(f"x{SEATS + 1}")
+    steps.step()
+    assert steps.running()[-1] == f"x{2 * SEATS}", "y is not in its way any more"
+
+
+def test_nobody_of_a_lower_priority_goes_ahead() -> None:
+    steps = two_books()
+    ask(steps, "x1", "x2", "x3", "x4")
+    steps.step()
+    ask(steps, "x5", priority=1)
+    ask(steps, "y")
+    steps.finish("x1")
+    steps.step()
+    assert steps.running()[-1] == "y"
+
+
+@pytest.mark.parametrize("shared, is_ahead", [(6, True), (5, False)])
+def test_those_go_ahead_that_share_most_of_their_prompt(shared: int, is_ahead: bool) -> None:
+    steps = two_books()
+    ask(steps, "x1", "x2", "x3", "x4")
+    steps.step()
+    ask(steps, "y")
+    tokens = [ord("x")] * (shared * PAGE_SIZE) + [7] * ((10 - shared) * PAGE_SIZE + 1)
+    steps.add_tokens("part of x", tokens)
+    steps.finish("x1")
+    steps.step()
+    assert steps.running()[-1] == ("part of x" if is_ahead else "y")
