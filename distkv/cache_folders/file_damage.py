@@ -24,11 +24,17 @@ def file_damage(path: Path, checksums: Sequence[int], spec: PageSpec | None) -> 
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            return _damage(descriptor, checksums, spec)
+            return damage_of(descriptor, checksums, spec)
         finally:
             os.close(descriptor)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
+
+
+def damage_of(descriptor: int, checksums: Sequence[int], spec: PageSpec | None) -> str | None:
+    """The same for a file that is open; raises OSError when it cannot be read."""
+    try:
+        return _damage(descriptor, checksums, spec)
     except FileDamage as damage:
         return str(damage)
 

@@ -47,13 +47,7 @@ class ModelCache:
     @property
     def spec(self) -> PageSpec | None:
         """The pages of the whole model, where it is known what they are."""
-        known = self._description
-        if known is None:
-            return None
-        return PageSpec(
-            known.num_layers, known.num_kv_heads, known.page_size, known.head_dim, known.dtype, known.kv_cache_dtype,
-            known.disk_codec,
-        )  # fmt: skip
+        return None if self._description is None else self._description.spec
 
     @property
     def is_listed_elsewhere(self) -> bool:
@@ -124,6 +118,23 @@ def find_caches(cache_dir: Path) -> list[ModelCache]:
     if folders and not caches and not any((cache_dir / name).is_dir() for name in (SCRATCH, SESSIONS)):
         raise ConfigError(f"{str(cache_dir)!r} is not a cache of KV pages; name the cache_dir of an engine")
     return caches
+
+
+def find_cache(cache_dir: Path, fingerprint: str | None) -> ModelCache:
+    """The model of which pages lie in a cache_dir. Raises ConfigError as `find_caches` does, and when there is none, or
+    more than one and the first digits of a fingerprint do not tell which."""
+    caches = find_caches(cache_dir)
+    found = [cache for cache in caches if cache.fingerprint.startswith(fingerprint or "")]
+    if len(found) != 1:
+        known = ", ".join(cache.folder.name for cache in caches) or "none"
+        if fingerprint is None:
+            raise ConfigError(
+                f"{str(cache_dir)!r} has pages of {len(found)} models; name one by its fingerprint: {known}"
+            )
+        raise ConfigError(
+            f"{len(found)} models have a fingerprint that begins with {fingerprint!r}; there are: {known}"
+        )
+    return found[0]
 
 
 def _holds_pages(folder: Path) -> bool:

@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from distkv.cache_folders.model_cache import ModelCache, elsewhere, find_caches
-from distkv.errors import ConfigError, StoreError
+from distkv.cache_folders.model_cache import ModelCache, elsewhere, find_cache, find_caches
+from distkv.errors import StoreError
 from distkv.storage.disk.cache_folder import LOCK, SCRATCH, FolderLock
 from distkv.storage.disk.file_lock import is_locked
 from distkv.storage.disk.removal import give_up, num_bytes, sizes, sweep
@@ -58,12 +58,7 @@ def prune_caches(console: Console, cache_dir: Path, max_bytes: int, model: str |
 
     Raises ConfigError when an engine uses one of the folders, or no model has that fingerprint.
     """
-    caches = find_caches(cache_dir)
-    if model is not None:
-        known = ", ".join(cache.folder.name for cache in caches) or "none"
-        caches = [cache for cache in caches if cache.fingerprint.startswith(model)]
-        if len(caches) != 1:
-            raise ConfigError(f"{len(caches)} models have a fingerprint that begins with {model!r}; there are: {known}")
+    caches = find_caches(cache_dir) if model is None else [find_cache(cache_dir, model)]
     _print_problems(console, [elsewhere(cache) for cache in caches if cache.is_listed_elsewhere])
     caches = [cache for cache in caches if not cache.is_listed_elsewhere]
     with ExitStack() as stack:

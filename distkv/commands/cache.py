@@ -1,15 +1,14 @@
 """The commands `distkv cache ...`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from distkv.commands.options import path_option
+from distkv.commands.cache_files import CacheFolder, cache_export, cache_import
 
 cache = typer.Typer(help="Look after a --cache-dir.")
-
-CacheFolder = Annotated[Path, path_option("--cache-dir", help="The folder that engines were given as --cache-dir.")]
+cache.command("export")(cache_export)
+cache.command("import")(cache_import)
 
 
 @cache.command("ls")

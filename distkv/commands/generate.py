@@ -1,13 +1,12 @@
 """`distkv generate`: a prompt is continued."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from distkv.commands.options import EngineFlags, Model, model_folder, path_option, piecemeal, sampling, spread
-from distkv.commands.streams import check_stdin, note
+from distkv.commands.streams import note, read_prompt
 from distkv.config import EngineConfig
 from distkv.errors import RequestError
 from distkv.sampling_params import SamplingParams
@@ -23,7 +22,7 @@ def generate(
     options: EngineFlags,
 ) -> None:
     """Continue a prompt; tokens are printed as they come, and on stderr what fits and what a token costs."""
-    text = _read_prompt(prompt, prompt_file)
+    text = read_prompt(prompt, prompt_file)
     if not text:
         raise RequestError("the prompt is empty; give some text with --prompt, --prompt-file or on stdin")
     folder = model_folder(model)
@@ -40,20 +39,3 @@ def generate(
         print()
         if read := llm.stats().policy.shown():
             note(f"the answer has read {read}")
-
-
-def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
-    if prompt is not None and prompt_file is not None:
-        raise RequestError("--prompt and --prompt-file were both given; give one of them")
-    if prompt is not None:
-        return prompt
-    if prompt_file is None:
-        check_stdin("give the prompt with --prompt or --prompt-file")
-    source = "stdin" if prompt_file is None else str(prompt_file)
-    try:
-        content = sys.stdin.buffer.read() if prompt_file is None else prompt_file.read_bytes()
-        return content.decode("utf-8")
-    except OSError as error:
-        raise RequestError(f"the prompt file {source!r} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RequestError(f"the prompt from {source!r} is not UTF-8 (byte {error.start}); convert it first") from error

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TextIO
 
 from distkv.errors import ConfigError, RequestError
@@ -112,3 +113,22 @@ def ask(prompt: str) -> str | None:
         if isinstance(sys.stdout, Stdout) and sys.stdout.failure is not None:
             raise
         raise RequestError(f"stdin cannot be read: {error.strerror}") from error
+
+
+def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    """A prompt that was given, or that a file has; with neither that of stdin. Raises RequestError for both, and for
+    what cannot be read."""
+    if prompt is not None and prompt_file is not None:
+        raise RequestError("--prompt and --prompt-file were both given; give one of them")
+    if prompt is not None:
+        return prompt
+    if prompt_file is None:
+        check_stdin("give the prompt with --prompt or --prompt-file")
+    source = "stdin" if prompt_file is None else str(prompt_file)
+    try:
+        content = sys.stdin.buffer.read() if prompt_file is None else prompt_file.read_bytes()
+        return content.decode("utf-8")
+    except OSError as error:
+        raise RequestError(f"the prompt file {source!r} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the prompt from {source!r} is not UTF-8 (byte {error.start}); convert it first") from error

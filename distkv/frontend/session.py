@@ -114,7 +114,7 @@ class Session(Conversation):
             raise DistKVError(f"session {self.name} is closed; open it again")
         content = self._encoded(messages)
         self._limits.check_file(self._path, len(content))
-        _save(self._path, content)
+        save_session(self._path, content)
 
     def _encoded(self, messages: list[StoredMessage]) -> bytes:
         return msgspec.json.encode(SessionFile(FORMAT, self._tokenizer, messages))
@@ -166,7 +166,7 @@ def load_session(path: Path) -> SessionFile:
     )
 
 
-def _save(path: Path, content: bytes) -> None:
+def save_session(path: Path, content: bytes) -> None:
     """Replaces the file, which is the old one or the new one whatever happens, and the new one once this returns, power
     or no power. Raises StoreError when it cannot."""
     partial = path.with_name(f"{path.name}.partial")

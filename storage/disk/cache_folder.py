@@ -23,6 +23,7 @@ import msgspec
 from distkv.storage.disk.file_lock import FileLock, HeldError
 from distkv.storage.disk.files import replace_file, sync_folder
 from distkv.storage.errors import ConfigError, StoreError
+from distkv.storage.page_spec import PageSpec
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,14 @@ class Description(msgspec.Struct, frozen=True):
     kv_cache_dtype: Annotated[str, msgspec.Meta(pattern="^(auto|fp8_e4m3|int8|int4)$")] = "auto"
     kernels: str = ""  # by which the pages were computed
     created: float = msgspec.field(default_factory=time.time)  # unix seconds
+
+    @property
+    def spec(self) -> PageSpec:
+        """The pages of the whole model."""
+        return PageSpec(
+            self.num_layers, self.num_kv_heads, self.page_size, self.head_dim, self.dtype, self.kv_cache_dtype,
+            self.disk_codec,
+        )  # fmt: skip
 
 
 class InUseError(ConfigError):

@@ -69,7 +69,7 @@ def find_slots(folder: Path, spec: PageSpec) -> int:
     try:
         array = zarr.open_array(LocalStore(folder / ARRAY), mode="r")
         attributes = {name: array.attrs.get(name) for name in ("distkv", "dtype", "codec")}
-        expected = _make(MemoryStore(), spec, *array.shape[:1]).metadata
+        expected = page_array(MemoryStore(), spec, array.shape[0]).metadata
     except Exception as error:  # zarr has no common base of what it raises
         raise DamagedError(f"the metadata of {str(path)!r} cannot be read ({error})") from error
     codec = None if spec.format is None else spec.format.name
@@ -174,7 +174,7 @@ def remove_array(folder: Path) -> None:
 
 def _write_metadata(folder: Path, spec: PageSpec, num_pages: int) -> None:
     content: dict[str, Buffer] = {}
-    _make(MemoryStore(content), spec, num_pages)
+    page_array(MemoryStore(content), spec, num_pages)
     try:
         make_folder(folder / ARRAY)
         replace_file(folder / ARRAY / METADATA, content[METADATA].to_bytes(), syncs=True)
@@ -182,10 +182,12 @@ def _write_metadata(folder: Path, spec: PageSpec, num_pages: int) -> None:
         raise StoreError(f"the array in cache_dir {str(folder)!r} cannot be made: {error}") from error
 
 
-def _make(store: Store, spec: PageSpec, num_pages: int) -> Any:
+def page_array(store: Store, spec: PageSpec, num_pages: int, name: str | None = None) -> Any:
+    """Makes an array without pages, the store's only one or one of a name."""
     dtype = STORED_DTYPES[spec.stored_dtype]
     return zarr.create_array(
         store=store,
+        name=name,
         shape=(num_pages, *spec.page_shape),
         dtype=dtype,
         **_stored_as(spec, np.dtype(dtype).itemsize),

@@ -1,0 +1,120 @@
+"""Writes pages of a cache folder to a file that another machine's engine can take in, see `export_format.py`."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from distkv import __version__
+from distkv.cache_folders.export_format import FORMAT, Manifest, Table, page_members, write_table
+from distkv.cache_folders.export_store import new_store
+from distkv.cache_folders.file_damage import damage_of
+from distkv.cache_folders.model_cache import ModelCache
+from distkv.errors import StoreError
+from distkv.storage.disk.cache_folder import ARRAY, chunk_name
+from distkv.storage.disk.catalogue import Entry
+from distkv.storage.ledger.prefix_index import page_keys, root_key
+from distkv.storage.page_spec import PageSpec
+
+
+class Exported(NamedTuple):
+    """What a file holds."""
+
+    num_pages: int
+    num_tokens: int
+    num_bytes: int  # of pages
+
+
+class CachedPrefixes:
+    """The pages of one model and salt that lie in a cache folder; an engine may be using it."""
+
+    def __init__(self, cache: ModelCache, cache_salt: str | None = None):
+        """Raises DamagedError or StoreError when it is not known what lies there."""
+        self.cache = cache
+        self._root = root_key(cache.description.fingerprint, cache_salt)
+        self._by_key = {entry.key: entry for entry in cache.entries()}
+
+    @property
+    def page_size(self) -> int:
+        """In tokens."""
+        return self.cache.description.page_size
+
+    def longest(self, token_ids: Sequence[int]) -> list[Entry]:
+        """The pages of the longest prefix of a prompt that are there."""
+        found = []
+        for key in page_keys(self._root, token_ids, self.page_size):
+            entry = self._by_key.get(key.digest)
+            if entry is None or entry.tokens != key.tokens:
+                break
+            found.append(entry)
+        return found
+
+    def all(self) -> list[list[Entry]]:
+        """All prefixes, each with its pages in order."""
+        followed = {entry.parent for entry in self._by_key.values()}
+        chains = [self._chain(entry) for entry in self._by_key.values() if entry.key not in followed]
+        return [chain for chain in chains if chain[0].parent == self._root]
+
+    def _chain(self, entry: Entry) -> list[Entry]:
+        chain = [entry]
+        while chain[-1].index:
+            chain.append(self._by_key[chain[-1].parent])
+        return chain[::-1]
+
+
+def export_pages(
+    path: Path, cache: ModelCache, prefixes: Iterable[Sequence[Entry]], sessions: Mapping[str, dict[str, Any]]
+) -> Exported:
+    """Writes the pages of some prefixes, each page once, and sessions.
+
+    Args:
+        prefixes: of each the entries of its pages, from the first one on.
+        sessions: content of their files, by name.
+
+    Raises ConfigError when there can be no such file, StoreError when it cannot be written, or a page is damaged or was
+    given up meanwhile; nothing is left of the file then.
+    """
+    entries = {entry.key: entry for prefix in prefixes for entry in prefix}
+    rows = {key: row for row, key in enumerate(entries)}
+    known = cache.description
+    pages = msgspec.structs.replace(known, model=Path(known.model).name)  # a path tells of the machine
+    spec = pages.spec
+    table = Table.empty(spec, len(rows))
+    for entry, row in zip(entries.values(), rows.values(), strict=True):
+        if (len(entry.tokens), len(entry.crc32c)) != (table.tokens[row].nbytes, table.checksums[row].nbytes):
+            raise StoreError(
+                f"slot {entry.slot} is listed in {str(cache.folder)!r} as a page of another size; "
+                "`distkv cache verify --repair` takes it out"
+            )
+        table.tokens[row] = np.frombuffer(entry.tokens, "<u4")
+        table.parents[row] = rows[entry.parent] if entry.index else -1
+        table.checksums[row] = np.frombuffer(entry.crc32c, np.uint32).reshape(table.checksums.shape[1:])
+    num_bytes = 0
+    with new_store(path) as put:
+        write_table(put, Manifest(FORMAT, __version__, len(rows), pages, dict(sessions)), table)
+        for entry, row in zip(entries.values(), rows.values(), strict=True):
+            for head, name in enumerate(page_members(row, spec.num_kv_heads)):
+                file = cache.folder / ARRAY / chunk_name(entry.slot, head)
+                content = _read(file, table.checksums[row, head].tolist(), spec)
+                put(name, content)
+                num_bytes += len(content)
+    return Exported(len(rows), len(rows) * spec.page_size, num_bytes)
+
+
+def _read(file: Path, checksums: list[int], spec: PageSpec) -> bytes:
+    """The content of one head's file, which is that of these checksums: files are replaced and never changed, so what
+    is checked is what is read."""
+    try:
+        with open(file, "rb") as opened:
+            problem = damage_of(opened.fileno(), checksums, spec)
+            content = opened.read()
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}"
+    if problem is not None:
+        raise StoreError(
+            f"{file} {problem}. If an engine runs, it has given the page up; export again. Else "
+            "`distkv cache verify --repair` takes out what is damaged"
+        )
+    return content

@@ -1,0 +1,87 @@
+"""The commands `distkv cache export` and `distkv cache import`."""
+
+from functools import cache
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from distkv.commands.options import model_folder, path_option
+from distkv.commands.streams import read_prompt
+from distkv.errors import ConfigError
+from distkv.option_checks import settle_path
+
+CacheFolder = Annotated[Path, path_option("--cache-dir", help="The folder that engines were given as --cache-dir.")]
+Salt = Annotated[str | None, typer.Option(help="The cache_salt of requests that use the pages.")]
+
+
+def cache_export(
+    out: Annotated[str, typer.Argument(help="What to write: NAME.zarr, which is a folder, or NAME.zarr.zip.")],
+    cache_dir: CacheFolder,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt that was read; may be repeated.")] = None,
+    prompt_file: Annotated[list[str] | None, typer.Option(help="A file with one, UTF-8; may be repeated.")] = None,
+    session: Annotated[list[str] | None, typer.Option(help="A session, with its pages; may be repeated.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="The pages of all prompts.")] = False,
+    cache_salt: Salt = None,
+    model: Annotated[str | None, typer.Option(help="The model's folder, where it has moved since.")] = None,
+    fingerprint: Annotated[
+        str | None, typer.Option(help="Where there are several models: the first digits of what `ls` shows.")
+    ] = None,
+) -> None:
+    """Write what was read once to a file, for engines of the same weights elsewhere. An engine may be running: what it
+    has not saved to disk yet is left out."""
+    from distkv.cache_folders.export_cache import CachedPrefixes
+    from distkv.cache_folders.export_store import check_target
+    from distkv.cache_folders.model_cache import find_cache
+    from distkv.frontend.cache_transfer import export_cache
+    from distkv.frontend.tokenizer import Tokenizer
+    from distkv.planner.units import shown_bytes
+
+    path = settle_path("OUT", out)
+    check_target(path)
+    prompts = [*(prompt or []), *(read_prompt(None, settle_path("--prompt-file", one)) for one in prompt_file or [])]
+    if not (prompts or session or everything):
+        raise ConfigError("nothing was chosen; give --prompt, --prompt-file, --session or --all")
+    pages = find_cache(cache_dir, fingerprint)
+    folder = Path(pages.description.model) if model is None else model_folder(model)
+    tokenizer = cache(lambda: Tokenizer(folder))
+    exported, covered = export_cache(
+        path, cache_dir, CachedPrefixes(pages, cache_salt), tokenizer, prompts, session or [], everything
+    )
+    for one in covered:
+        print(f"{one.name}: {one.num_exported} of {one.num_tokens} tokens")
+    print(f"{exported.num_pages} pages ({exported.num_tokens} tokens, {shown_bytes(exported.num_bytes)}) in {path}")
+
+
+def cache_import(
+    file: Annotated[str, typer.Argument(help="What `distkv cache export` has written.")],
+    cache_dir: CacheFolder,
+    model: Annotated[
+        str | None, typer.Option(help="The model's folder; needed where its pages do not lie in --cache-dir yet.")
+    ] = None,
+    cache_salt: Salt = None,
+) -> None:
+    """Take a file of `export` in: all of it or, where it is damaged or of other weights, nothing. No engine may use the
+    folder meanwhile. Only take what you trust: nothing shows whether pages are those of their tokens."""
+    from distkv.cache_folders.import_cache import check_same_pages, find_same_pages, open_exported
+    from distkv.frontend.cache_transfer import import_cache
+    from distkv.launch.own_pages import own_pages
+    from distkv.planner.units import shown_bytes
+
+    path = settle_path("FILE", file)
+    with open_exported(path) as exported:
+        if model is None:
+            pages = find_same_pages(exported, cache_dir)
+        else:
+            pages = own_pages(model_folder(model), exported.pages)
+            check_same_pages(exported, pages)
+        imported = import_cache(exported, cache_dir, pages, cache_salt)
+    print(f"{imported.num_new} of {imported.num_pages} pages taken in, the others were there already")
+    for name in exported.manifest.sessions:
+        print(f"session {name} taken in")
+    if not imported.num_there:
+        return
+    print(
+        f"{imported.num_there} pages are there now: an engine with less disk_kv_bytes than "
+        f"{shown_bytes(imported.num_there * imported.page_bytes)} gives up those that were used longest ago"
+    )

@@ -1,0 +1,62 @@
+"""Sessions on their way to another cache folder: their content, the tokens of their pages, and taking them in."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from distkv.errors import ConfigError, StoreError
+from distkv.frontend.session import FORMAT, Session, SessionFile, load_session, lock_session, save_session
+from distkv.frontend.tokenizer import Tokenizer
+from distkv.option_checks import check_name
+from distkv.storage.disk.cache_folder import SESSIONS
+
+ANY_QUESTION = {"role": "user", "content": "?"}
+
+
+def read_session(cache_dir: Path, name: str, tokenizer: Tokenizer) -> tuple[dict[str, Any], list[int]]:
+    """The content of a session's file, and the tokens of a prompt that goes on with it: those of any such prompt, but
+    for the last ones. Raises ConfigError when there is none, and as `Session` and `Session.prompt` do."""
+    path = cache_dir / SESSIONS / f"{check_name('session', name)}.json"
+    if not path.exists():
+        raise ConfigError(f"there is no session {name} in {str(cache_dir)!r}; name one that has been begun")
+    with Session(cache_dir, name) as session:
+        content: dict[str, Any] = msgspec.to_builtins(load_session(path))
+        return content, session.prompt(tokenizer, [ANY_QUESTION])
+
+
+class ComingSessions:
+    """Sessions that are to be taken in, locked in the meantime. A context manager."""
+
+    def __init__(self, cache_dir: Path, sessions: Mapping[str, Any]):
+        """Raises ConfigError when a name cannot be one, or is that of another session there or of one that is open,
+        StoreError when the content is none of a session."""
+        self._files: dict[Path, bytes] = {}
+        with ExitStack() as stack:
+            for name, content in sessions.items():
+                check_name("session", name)
+                path = cache_dir / SESSIONS / f"{name}.json"
+                try:
+                    new = msgspec.convert(content, SessionFile)
+                except msgspec.ValidationError as error:
+                    raise StoreError(f"session {name} is damaged ({error}); export it again") from error
+                if new.version != FORMAT:
+                    raise ConfigError(f"session {name} has version {new.version} and this distkv reads {FORMAT}")
+                stack.callback(lock_session(path.with_suffix(".lock"), name).release)
+                if (found := load_session(path)).messages and found != new:
+                    raise ConfigError(f"there is another session {name}; move {str(path)!r} away, or keep that one")
+                self._files[path] = msgspec.json.encode(new)
+            self._locks = stack.pop_all()
+
+    def __enter__(self) -> "ComingSessions":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._locks.close()
+
+    def save(self) -> None:
+        """Writes them. Raises StoreError when one cannot be written."""
+        for path, content in self._files.items():
+            save_session(path, content)
