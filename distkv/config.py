@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from distkv.errors import ConfigError
 from distkv.kernels.codec_format import FORMATS
@@ -14,10 +14,12 @@ from distkv.option_checks import (
     check_share,
     check_whole,
     parse_bytes,
+    raise_to,
     settle_path,
 )
 from distkv.option_effects import check_effects
 from distkv.option_help import explained
+from distkv.speculative_config import SpeculativeConfig
 from distkv.storage.page_spec import DISK_CODECS
 from distkv.storage.paging import NUM_BUFFERS, PREFILL_SPLIT, check_page_size
 from distkv.workers.attention.policies.registry import FULL, policy_name
@@ -68,6 +70,7 @@ class EngineOptions(TypedDict, total=False):
     batch_invariant: bool | None
     attention_policy: str
     attention_audit: int | None
+    speculative_config: SpeculativeConfig | dict[str, Any] | str | None
 
 
 @explained
@@ -281,6 +284,14 @@ class EngineConfig:
     Those steps read all pages of the answers that are being written; the answers stay as they are. It goes with
     attention_policy, and stats tell what was found. None measures nothing.
     """
+    speculative_config: SpeculativeConfig | dict[str, Any] | str | None = None
+    """Draft tokens and check several in a step: {"method": "ngram"}, as JSON.
+
+    A step then reads the context once for all of them; answers stay the same, bit for bit. ngram drafts what followed
+    the newest tokens where they stood before, so it pays for answers that quote. num_speculative_tokens is the most of
+    a draft (8), prompt_lookup_min (2) and prompt_lookup_max (8) the newest tokens that are looked for; "adaptive":
+    false has drafts as long as may be, where otherwise they are as long as pays. On CUDA it turns batch_invariant on.
+    """
 
     def __post_init__(self) -> None:
         self._set("model", settle_path("model", self.model))
@@ -321,6 +332,8 @@ class EngineConfig:
         if self.max_share_per_salt is not None:
             self._set("max_share_per_salt", check_share("max_share_per_salt", self.max_share_per_salt))
         self._set("attention_policy", policy_name(self.attention_policy))
+        if self.speculative_config is not None:
+            self._set_speculation(SpeculativeConfig.parse(self.speculative_config))
         check_ray_address(self.ray_address)
         check_page_size(self.page_size)
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -340,6 +353,12 @@ class EngineConfig:
             )
         self._check_tiers()
         check_effects(self)
+
+    @property
+    def speculation(self) -> SpeculativeConfig | None:
+        """`speculative_config`, as it was checked."""
+        assert isinstance(self.speculative_config, SpeculativeConfig | None)
+        return self.speculative_config
 
     @property
     def is_on_ray(self) -> bool:
@@ -366,6 +385,28 @@ class EngineConfig:
     def _set(self, name: str, value: object) -> None:
         """What a user has given as the one type that all of distkv reads."""
         object.__setattr__(self, name, value)
+
+    def _set_speculation(self, found: SpeculativeConfig) -> None:
+        """Several tokens of a step must have the bits of one by one."""
+        self._set("speculative_config", found)
+        if self.batch_invariant is None:
+            self._set("batch_invariant", True)
+        if not self.batch_invariant:
+            raise ConfigError(
+                "speculative_config is set and batch_invariant is False, by which drafts could change answers; leave "
+                "one of them out"
+            )
+        if self.attention_policy != FULL:
+            raise ConfigError(
+                f"speculative_config is set and attention_policy is {self.attention_policy}, by which a token that is "
+                "drafted in vain would count; leave one of them out"
+            )
+        if self.max_num_seqs <= found.num_speculative_tokens:
+            raise ConfigError(
+                f"speculative_config has num_speculative_tokens {found.num_speculative_tokens}, which with the one "
+                f"before are more than the max_num_seqs {self.max_num_seqs} that a step samples at most; "
+                f"{raise_to('max_num_seqs', found.num_speculative_tokens + 1)}"
+            )
 
     def _check_tiers(self) -> None:
         if self.trace is not None:

@@ -20,6 +20,7 @@ OPTIONAL_INTEGERS = (
     ("logprobs", 0, MAX_LOGPROBS),
     ("prompt_logprobs", 0, MAX_LOGPROBS),
     ("seed", -(2**63), MAX_INT),
+    ("num_speculative_tokens", 0, MAX_INT),
 )
 """Fields that are None or within these limits."""
 FLAGS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens")
@@ -114,6 +115,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, repr_omit_defaul
     """How many of the likeliest tokens to return at each place of the prompt.
 
     They come beside the prompt's own token; None returns none. The whole prompt is computed, whatever of it is cached.
+    """
+    num_speculative_tokens: int | None = None
+    """Most tokens of a draft, with an engine that has speculative_config; 0 drafts none.
+
+    It changes no answer. None is as many as the engine's.
     """
     skip_special_tokens: bool = True
     """Whether text leaves out special tokens."""

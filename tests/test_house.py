@@ -22,7 +22,8 @@ PACKAGES = ("distkv", "workers", "storage", "kernels")
 ROOMS = (
     "commands", "jobs", "learn", "bench", "demo", "doctor", "stress", "batch", "ray_serve", "server", "client",
     "async_llm", "llm", "frontend", "launch", "planner", "metrics", "engine", "models", "cache_folders", "reporting",
-    "outputs", "config", "sampling_params", "structured_outputs", "option_help", "option_effects", "option_checks",
+    "outputs", "config", "sampling_params", "speculative_config", "structured_outputs",
+    "option_help", "option_effects", "option_checks",
     "signals", "values", "errors",
 )  # fmt: skip
 """Folders and modules of `distkv`, in the same order."""

@@ -30,7 +30,7 @@ from distkv.engine.request_meter import RequestMeter
 from distkv.engine.saving import FinalSave
 from distkv.engine.scheduler import Scheduler
 from distkv.engine.sequence import Scheduled, Sequence
-from distkv.engine.stats import EngineStats, PolicyStats, TierStats
+from distkv.engine.stats import EngineStats, PolicyStats, SpeculationStats, TierStats
 from distkv.engine.step import Step
 from distkv.engine.step_runner import StepRunner
 from distkv.errors import CapacityError, DistKVError, RequestError
@@ -207,6 +207,7 @@ class Engine:
             pages_recomputed=self._repairs.num_pages,
             num_preemptions=self._num_preemptions,
             requests=scheduler.meter.stats(),
+            speculation=SpeculationStats() if scheduler.speculator is None else scheduler.speculator.stats,
             policy=msgspec.convert(measures.counts, PolicyStats, strict=False),
         )
 
@@ -237,12 +238,17 @@ class Engine:
     def _schedule(self) -> Scheduled:
         """The sequences of the next step, with the number of tokens each runs. The choice looks at the running step as
         if it had ended, so that it does not depend on whether the device has room for both. Nothing is chosen ahead
-        where it depends on more than tokens: when answers of a request begin, or while a fault is searched for."""
-        if self._cache.lost or (self._running is not None and (self._running.forks or self._faults.is_on)):
+        where it depends on more than tokens, see `_waits_for`."""
+        if self._cache.lost or (self._running is not None and self._waits_for(self._running)):
             return []
         self._copies.forget_ended()
         held = self._copies.num_held([] if self._running is None else self._running.copies)
         return self._scheduler.schedule(held, self._faults.next())
+
+    def _waits_for(self, step: Step) -> bool:
+        """Whether what comes behind a step depends on more than its end."""
+        speculator = self._scheduler.speculator
+        return step.forks or self._faults.is_on or (speculator is not None and speculator.awaits(step))
 
     def _prepare(self, scheduled: Scheduled) -> Step | None:
         """The next step; None when nothing is scheduled, when the running step must end first, when a page was lost, or
@@ -312,6 +318,8 @@ class Engine:
                 "make a new LLM in a new process"
             )
             raise self._failure from error
+        if self._scheduler.speculator is not None:
+            self._scheduler.speculator.take(self._unread)
         self._unread = None
         self.meter.tick()
         for sequence, scored in scores:
@@ -409,12 +417,14 @@ class Engine:
             if answer.index in sequence.dropped and not answer.finished:
                 self._scheduler.finish(answer, "abort")
                 self._end([answer])
-            for token_id, logprobs in new:
+            for place, (token_id, logprobs) in enumerate(new):
                 if token_id == NO_TOKEN and not answer.finished:
                     self._fail(answer.request, no_token(self.info.model, answer.request, answer.rules))
                 elif not answer.finished:
                     self.meter.sampled(answer)
                     answer.token_ids.append(token_id)
+                    if place:
+                        answer.commit(1)  # the token before it, which was drafted
                     self._outputs.append(self._output(answer, logprobs))
 
     def _output(self, sequence: Sequence, logprobs: TokenLogprobs | None) -> TokenOutput:

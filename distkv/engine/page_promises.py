@@ -47,6 +47,7 @@ class PagePromises:
     """Keeps the pages of running sequences in a safe state, see above."""
 
     def __init__(self, cache: TieredCache):
+        self.are_met = True  # there is room for all that running sequences were promised, at the same time
         self._cache = cache
 
     def review(self, running: list[Sequence], only: Sequence | None = None) -> None:
@@ -57,7 +58,8 @@ class PagePromises:
         """
         for one in running:
             one.lacks_room = one.lacks_share = False
-        if not self._cache.has_shares and self.num_promised(running) <= self._cache.capacity:
+        self.are_met = not self._cache.has_shares and self.num_promised(running) <= self._cache.capacity
+        if self.are_met:
             return
         line = sorted(running, key=lambda one: (one is not only, one.place))
         everybody = self._line_of(line, self._all)

@@ -4,6 +4,7 @@ import msgspec
 
 from distkv.engine.stats import EngineStats
 from distkv.sampling_params import SamplingParams
+from distkv.speculative_config import SpeculativeConfig
 from distkv.storage.tier import Tier
 from distkv.workers.attention.policies.registry import FULL
 from distkv.workers.group.log_lines import LogLine
@@ -43,6 +44,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     kv_policy: str | None = None  # what outputs say of it
     coded_page_bytes: int = 0  # of a page below the device; 0: as on it
     kv_cache_dtype: str = "auto"  # see `EngineConfig`
+    speculation: SpeculativeConfig | None = None  # see `EngineConfig.speculative_config`
     summary_bytes: int = 0  # beside the tiers, of all pages that requests can hold, where a policy chooses by summaries
 
     @property

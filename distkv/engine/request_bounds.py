@@ -18,8 +18,14 @@ def check_tokens(token_ids: list[Any], info: EngineInfo) -> None:
             raise RequestError(f"the prompt has token id {shown(token)}; ids are integers below {info.vocab_size}")
 
 
-def check_params_tokens(params: SamplingParams, info: EngineInfo) -> None:
-    """Raises RequestError for parameters with a token that the model does not know."""
+def check_params_of(params: SamplingParams, info: EngineInfo) -> None:
+    """Raises RequestError for parameters with a token that the model does not know, and for drafts where there are
+    none."""
+    if params.num_speculative_tokens and info.speculation is None:
+        raise RequestError(
+            f"num_speculative_tokens is {params.num_speculative_tokens}, and the engine has no speculative_config; "
+            "start it with one, or leave it out"
+        )
     for name in ("allowed_token_ids", "logit_bias"):
         _check_ids(name, getattr(params, name) or (), info)
 
@@ -28,7 +34,7 @@ def check_request(request: EngineRequest, info: EngineInfo) -> None:
     """Raises RequestError for a request that no front end would send. Stop tokens may be any: others never come."""
     _check_length(request.prompt_token_ids, info)
     _check_ids("the prompt", request.prompt_token_ids, info)
-    check_params_tokens(request.params, info)
+    check_params_of(request.params, info)
     for word in request.bad_words_token_ids:
         _check_ids("bad_words", word, info)
         if not word:

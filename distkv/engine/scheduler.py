@@ -12,6 +12,7 @@ from distkv.engine.protocol import EngineInfo, EngineRequest
 from distkv.engine.request_meter import RequestMeter
 from distkv.engine.room import most_tokens, room_for
 from distkv.engine.sequence import Scheduled, Sequence, most_pages
+from distkv.engine.speculation.speculator import Speculator
 from distkv.engine.token_rules import make_rules
 from distkv.errors import CapacityError
 from distkv.option_checks import raise_to
@@ -46,6 +47,7 @@ class Scheduler:
         self.cache = TieredCache(sizes, step_pages, info.write_through, info.max_share_per_salt)
         self.cold_budget = ColdBudget(info, self.cache)
         self.meter = RequestMeter()
+        self.speculator = None if info.speculation is None else Speculator(info)
         self._promises = PagePromises(self.cache)
         self._order = AdmissionOrder(self.cache, info.max_num_seqs)
         self._lengths = AnswerLengths()
@@ -150,6 +152,11 @@ class Scheduler:
                 step.append((sequence, 1))
                 budget -= 1
                 room -= needed
+        if self.speculator is not None and only is None:
+            pages = room if self._promises.are_met else 0
+            step = self.speculator.add_drafts([sequence for sequence, _ in step], budget, pages)
+            budget -= sum(count - 1 for _, count in step)
+            room -= sum(sequence.table.missing(count) - sequence.table.missing(1) for sequence, count in step)
         for sequence, count in self._chunks(prefilling, budget):
             pages = sequence.table.missing(count) + sequence.num_fork_pages(count)
             if pages <= room:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from distkv.engine.answer_lengths import AnswerLengths
 from distkv.engine.protocol import EngineRequest
@@ -14,6 +15,9 @@ from distkv.storage.ledger.prefix_index import page_key
 from distkv.storage.paging import pages_for
 from distkv.storage.tier import Tier
 from distkv.workers.group.step_plan import SequencePlan, placeholder
+
+if TYPE_CHECKING:
+    from distkv.engine.speculation.ngram import NgramDrafter
 
 
 @dataclass(eq=False)
@@ -33,6 +37,8 @@ class Sequence:
     num_observed: int = 0  # of the last tokens of the prompt, see `EngineInfo`
     num_pending: int = 0  # tokens that steps under way sample, which are not known yet
     num_sent: int = 0  # pages that the ranks' table holds
+    draft: list[int] = field(default_factory=list)  # tokens that its next step checks behind its newest one
+    drafter: "NgramDrafter | None" = None  # once tokens were drafted for it
     rules: TokenRules | None = None  # None where its parameters let every token be
     num_scored: int = 0  # tokens behind the first one whose log-probabilities are known, if wanted
     cached_tiers: list[Tier | None] = field(default_factory=list)  # where its first pages were found; None: lost since
@@ -200,7 +206,8 @@ class Sequence:
                 before sampled.
         """
         end, sent = start + count, self.num_sent
-        token_ids = self.token_ids[start:end] if pending_index is None else [placeholder(pending_index)]
+        known = [*self.token_ids[start:end], *self.draft]
+        token_ids = known if pending_index is None else [placeholder(pending_index)]
         assert len(token_ids) == count
         pages: list[int] = []
         if end > sent * self.table.page_size:
@@ -236,6 +243,11 @@ class Sequence:
         elif has_run and table.num_tokens // table.page_size < page:
             table.cut(table.num_tokens // table.page_size)
             self.num_to_read = len(self.token_ids)
+        self.num_sent = min(self.num_sent, len(self.table.pages))
+
+    def reject(self, count: int) -> None:
+        """Takes back the last tokens of a draft, which were run in vain. No other step may be under way."""
+        self.table.rewind(count)
         self.num_sent = min(self.num_sent, len(self.table.pages))
 
     def read_again(self) -> None:

@@ -71,6 +71,24 @@ class PolicyStats(msgspec.Struct, frozen=True):
         return f"{self.share_chosen:.1%} of the pages{audit}"
 
 
+class SpeculationStats(msgspec.Struct, frozen=True):
+    """What became of drafted tokens since the start; zeros without `speculative_config`."""
+
+    num_drafts: int = 0  # one for each answer and step that had one
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0  # of these, those that were the answer's
+
+    @property
+    def tokens_per_sweep(self) -> float | None:
+        """Tokens that an answer went on by in a step with a draft, on average; None where there was none."""
+        return 1 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else None
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """The share of drafted tokens that were the answer's; None where there were none."""
+        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else None
+
+
 class EngineStats(msgspec.Struct, frozen=True, tag=True):
     """State of an engine. A page that lies in several tiers counts for each, and once in `pages_in_use`."""
 
@@ -102,6 +120,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     num_refused: int = 0  # answers that found the queue full; whoever owns the engine counts them
     requests: RequestStats = RequestStats()
     policy: PolicyStats = PolicyStats()
+    speculation: SpeculationStats = SpeculationStats()
 
 
 def total(stats: Sequence[EngineStats]) -> EngineStats:

@@ -1,8 +1,9 @@
 """A step on its way through the ranks: what it runs, how it is taken back, what comes of it."""
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from distkv.engine.fork_copies import ForkCopies, PageCopy
 from distkv.engine.sequence import Scheduled, Sequence
@@ -22,10 +23,13 @@ class SequenceWork:
     """What a step does for one sequence."""
 
     sequence: Sequence
-    num_tokens: int  # that it runs, or whose pages it fills with synthetic KV
+    num_tokens: int  # that it runs, with those of a draft, or whose pages it fills with synthetic KV
     plan: SequencePlan | None = None  # None where nothing is run
     sampled_index: int | None = None  # of its first token among those that the step samples; None when it gets none
     pending_index: int | None = None  # of the token that it runs among those of the step before, while it is unknown
+    draft: list[int] = field(
+        default_factory=list
+    )  # the last of its tokens, of which nobody knows yet whether they come
     is_damaged: bool = False  # could not read one of its pages, so its tokens are to be run again
 
 
@@ -44,6 +48,8 @@ class Step:
         self.work: list[SequenceWork] = []
         self.num_sampled = 0  # tokens
         self.forks = False  # whether more than one answer of a request begins with this step
+        self.started_at = 0.0  # by `time.perf_counter`
+        self.num_accepted = 0  # tokens of drafts, once its tokens are read
         self.copies: list[PageCopy] = []  # whose pages are held until the step has ended
         self.relocated: list[Page] = []  # whose locations the plan sends
         self._indexes: dict[Sequence, int] = {}  # `SequenceWork.sampled_index`, where there is one
@@ -63,6 +69,21 @@ class Step:
         """All that take part, in order."""
         return [work.sequence for work in self.work]
 
+    @property
+    def num_drafts(self) -> int:
+        """Sequences with a draft."""
+        return sum(bool(work.draft) for work in self.work)
+
+    @property
+    def num_drafted(self) -> int:
+        """Tokens of all drafts."""
+        return sum(len(work.draft) for work in self.work)
+
+    @property
+    def only_decodes(self) -> bool:
+        """Whether each sequence runs its newest token, and a draft or not, and none reads its prompt."""
+        return all(work.num_tokens == 1 + len(work.draft) for work in self.work)
+
     def fix_pages(self) -> None:
         """Completes the plan by what ranks must know of pages and tables; nothing of that changes before it starts."""
         plan = self.plan
@@ -76,6 +97,7 @@ class Step:
 
     def start(self) -> None:
         """Has the ranks run it. To be called before the tokens of the step before are read."""
+        self.started_at = time.perf_counter()
         self._result = self._runner.start(self.plan, self._rows())
 
     def wait(self, waiting: Callable[[], None] = lambda: None) -> StepResult:
@@ -93,8 +115,8 @@ class Step:
         return self._result.result()
 
     def commit(self, result: StepResult, damaged: set[Page]) -> None:
-        """Books what it has run, but for the tokens that it sampled. Pages that it fills get their keys: the tokens in
-        them are known, since those of the step before are read.
+        """Books what it has run, but for the tokens that it sampled and for drafts. Pages that it fills get their keys:
+        the tokens in them are known, since those of the step before are read.
 
         Args:
             damaged: pages that could not be read. Sequences that hold one have run in vain.
@@ -110,11 +132,13 @@ class Step:
                 work.is_damaged = True
                 sequence.rewind(work.num_tokens, has_run=True)
             else:
-                sequence.commit(work.num_tokens)
+                sequence.commit(work.num_tokens - len(work.draft))
 
     def read(self) -> list[tuple[Sequence, list[list[SampledToken]]]]:
         """Waits for the tokens that it sampled. Returns the sequences that go on by them, each with the tokens of every
-        answer that it stands for. Raises what the device failed with; to be called again after an interruption."""
+        answer that it stands for. Of a draft those are tokens of the answer that it goes on with by itself; all others
+        are taken back. They are still to be committed then, one by one as they are added. Raises what the device failed
+        with; to be called again after an interruption."""
         tokens = [] if self._sampled is None else self._sampled.result()
         found = []
         for work in self.work:
@@ -122,8 +146,20 @@ class Step:
             if first is not None:
                 sequence.num_pending -= 1
                 if not sequence.finished and not work.is_damaged:
-                    found.append((sequence, tokens[first : first + sequence.num_answers]))
+                    own = tokens[first : first + sequence.num_answers + len(work.draft)]
+                    found.append((sequence, self._checked(work, own) if work.draft else own))
         return found
+
+    def _checked(self, work: SequenceWork, rows: list[list[SampledToken]]) -> list[list[SampledToken]]:
+        """The tokens that an answer goes on with, given what was sampled behind each token of its draft and before."""
+        num_right = 0
+        for drafted, row in zip(work.draft, rows, strict=False):
+            if row[0][0] != drafted:
+                break
+            num_right += 1
+        work.sequence.reject(len(work.draft) - num_right)
+        self.num_accepted += num_right
+        return [[token for row in rows[: num_right + 1] for token in row]]
 
     def read_scores(self) -> list[tuple[Sequence, list[TokenLogprobs]]]:
         """Waits for the log-probabilities of prompts. Returns those of each sequence's next tokens, see
@@ -169,35 +205,46 @@ class Step:
             self.plan.synthetic_pages += sequence.synthetic.fills(taken)
             return work
         self.plan.clear += [page.location for page in taken]
-        is_last = start + count == len(sequence.token_ids) + sequence.num_pending
+        work.draft, ends = sequence.draft, len(sequence.token_ids) + sequence.num_pending + len(sequence.draft)
+        is_last = start + count == ends
         if sequence.num_pending:
             assert before is not None
             work.pending_index = before._indexes[sequence]
         if is_last:
             work.sampled_index = self._indexes[sequence] = self.num_sampled
-            self.num_sampled += sequence.num_answers
+            self.num_sampled += sequence.num_answers + len(work.draft)
             self.forks |= not sequence.is_alone
             sequence.num_pending += 1
-        work.plan = sequence.plan(start, count, int(is_last), work.pending_index)
+        work.plan = sequence.plan(start, count, is_last * (1 + len(work.draft)), work.pending_index)
+        sequence.draft = []
         if sequence.num_top is not None:
             sequence.add_scored(work.plan)
         self.plan.sequences.append(work.plan)
         return work
 
     def _rows(self) -> list[SampleRow]:
-        """What is to be sampled from the step's logits: one token for an answer being written, one for each answer of a
-        request whose prompt has just been read."""
-        sampling = [work for work in self.work if work.sampled_index is not None]
-        return [
-            _sample_row(work.sequence, index, logits_row, work.pending_index)
-            for logits_row, work in enumerate(sampling)
-            for index in ([work.sequence.index] if work.sequence.is_alone else range(work.sequence.request.params.n))
-        ]
+        """What is to be sampled from the step's logits: one token for an answer being written and one behind each token
+        of its draft, one for each answer of a request whose prompt has just been read."""
+        rows: list[SampleRow] = []
+        logits_row = 0
+        for work in self.work:
+            if work.sampled_index is None:
+                continue
+            one = work.sequence
+            for index in [one.index] if one.is_alone else range(one.request.params.n):
+                rows.append(_sample_row(one, index, logits_row, work.pending_index, []))
+            for count in range(1, len(work.draft) + 1):
+                rows.append(_sample_row(one, one.index, logits_row + count, None, work.draft[:count]))
+            logits_row += 1 + len(work.draft)
+        return rows
 
 
-def _sample_row(sequence: Sequence, index: int, logits_row: int, pending_index: int | None) -> SampleRow:
+def _sample_row(
+    sequence: Sequence, index: int, logits_row: int, pending_index: int | None, draft: list[int]
+) -> SampleRow:
+    """How the token behind those of a draft is sampled, or behind the answer's own where there is none."""
     params = sequence.request.params
-    position = sequence.num_output_tokens + (pending_index is not None)
+    position = sequence.num_output_tokens + (pending_index is not None) + len(draft)
     row = SampleRow(
         logits_row=logits_row,
         temperature=params.temperature,
@@ -214,7 +261,7 @@ def _sample_row(sequence: Sequence, index: int, logits_row: int, pending_index: 
         pending=pending_index,
     )
     if row.penalised:
-        row.output_token_ids.extend(sequence.output_token_ids)
+        row.output_token_ids.extend(sequence.output_token_ids + draft)
     if sequence.rules is not None:
-        row.edits = sequence.rules.edits(sequence.token_ids, sequence.prompt_len, pending_index is not None)
+        row.edits = sequence.rules.edits(sequence.output_token_ids, pending_index is not None, draft)
     return row

@@ -28,29 +28,33 @@ class TokenRules:
         rules.grammar = None if self.grammar is None else self.grammar.fresh()
         return rules
 
-    def edits(self, token_ids: list[int], prompt_len: int, has_pending: bool) -> RowEdits:
-        """What is done to the logits of the answer's next token.
+    def edits(self, answer: list[int], has_pending: bool, draft: list[int] | None = None) -> RowEdits:
+        """What is done to the logits of the answer's next token. The one of the answer itself is resolved before those
+        of drafts behind it.
 
         Args:
-            token_ids: of the prompt, which has `prompt_len`, and of the answer, as far as they are known.
+            answer: its tokens, as far as they are known.
             has_pending: the answer has one token more.
+            draft: tokens behind it that may be the answer's.
         """
         params = self._request.params
         edits = RowEdits(params.logit_bias or {}, list(self._banned), [], self._allowed, self.grammar)
-        num_known = len(token_ids) - prompt_len
+        tokens = answer + draft if draft else answer
+        num_known = len(tokens)
         if num_known + has_pending < params.min_tokens:
             edits.forbidden += self._ends
         for *before, token in self._banned_runs:
             known = before[:-1] if has_pending else before
-            if len(known) > num_known or token_ids[len(token_ids) - len(known) :] != known:
+            if len(known) > num_known or tokens[num_known - len(known) :] != known:
                 continue
             if has_pending:
                 edits.forbidden_after.append((token, before[-1]))
             else:
                 edits.forbidden.append(token)
         if self.grammar is not None:
-            assert self.grammar.num_tokens <= num_known, "a grammar is told tokens that are the answer's"
-            edits.grammar_tokens = token_ids[prompt_len + self.grammar.num_tokens :]
+            assert self.grammar.num_tokens <= len(answer), "a grammar is told tokens that are the answer's"
+            edits.grammar_tokens = [] if draft else answer[self.grammar.num_tokens :]
+            edits.grammar_draft = draft or []
         return edits
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypedDict
 
 from distkv.engine.protocol import EngineInfo
-from distkv.engine.request_bounds import check_params_tokens
+from distkv.engine.request_bounds import check_params_of
 from distkv.errors import CapacityError, RequestError
 from distkv.sampling_params import SamplingParams
 from distkv.values import integer, listed, plain, shown, text
@@ -79,7 +79,7 @@ def check_params(params: Any, info: EngineInfo) -> None:
     for more answers than can ever run."""
     if not isinstance(params, SamplingParams):
         raise RequestError(f"sampling_params is {shown(params)}; it must be a SamplingParams")
-    check_params_tokens(params, info)
+    check_params_of(params, info)
     if params.n > info.max_num_seqs:
         raise CapacityError(f"n is {params.n} and max_num_seqs {info.max_num_seqs}; lower n or raise max_num_seqs")
 

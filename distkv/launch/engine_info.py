@@ -67,5 +67,6 @@ def engine_info(
         num_observed=num_observed(parse_policy(config.attention_policy)),
         kv_policy=config.kv_policy,
         kv_cache_dtype=config.kv_cache_dtype,
+        speculation=config.speculation,
         summary_bytes=sizes.summaries * summary_bytes(ranks, specs),
     )

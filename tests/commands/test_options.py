@@ -16,6 +16,7 @@ from distkv.engine.stats import EngineStats
 from distkv.option_help import option_help
 
 DELTA = RequestOutputKind.DELTA  # an answer is shown as it comes
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3}
 GIVEN: dict[str, tuple[str, Any]] = {
     "tensor_parallel_size": ("3", 3),
     "data_parallel_size": ("3", 3),
@@ -45,6 +46,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "max_cold_bytes_per_step": ("123", 123),
     "load_format": ("dummy", "dummy"),
     "num_threads": ("2", 2),
+    "batch_invariant": ("no", False),
     "attention_audit": ("16", 16),
     "attention_policy": ("top_pages(share=0.25)", "top_pages(share=0.25)"),
 }
@@ -53,8 +55,8 @@ OTHERS: dict[str, tuple[str, Any]] = {
     "enable_prefix_caching": ("no", False),
     "trace": ("steps.json", Path("steps.json")),
     "gpu_memory_utilization": ("0.5", 0.5),
-    "batch_invariant": ("no", False),
     "kv_cache_dtype": ("int8", "int8"),
+    "speculative_config": ('{"method": "ngram", "num_speculative_tokens": 3}', NGRAM),
 }
 """The same for fields that would make some of these useless."""
 

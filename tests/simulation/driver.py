@@ -3,20 +3,24 @@
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from random import Random
 from typing import Any
 from unittest.mock import patch
 
 from simulation.answers import Callers
 from simulation.catalogues import patches
+from simulation.drafts import SimulatedDrafter
 from simulation.executor import SimulatedExecutor
 from simulation.model import PlainModel
 from simulation.node import Node
-from simulation.shape import Faults, any_faults, any_info, make_ranks
+from simulation.shape import Faults, any_faults, any_info, make_ranks, with_drafts
 from simulation.workload import Workload
 from simulation.world import Hung, Process, World
 
+from distkv.engine import step
 from distkv.engine.client import EngineClient
 from distkv.engine.engine import Engine
+from distkv.engine.speculation import speculator
 from distkv.errors import CapacityError
 
 SECONDS = 20000.0  # in which something must come of what is to be done
@@ -34,6 +38,8 @@ class Driver:
         self._cleanup = ExitStack()
         folder = Path(self._cleanup.enter_context(tempfile.TemporaryDirectory(dir=Path("/dev/shm"))))
         self.info = any_info(rng, str(folder))
+        if world.seed % 3 == 0:
+            self.info = with_drafts(self.info, Random(world.seed))
         self.num_heads = rng.choice([1, 1, 2, 3])
         self.model = PlainModel(self.num_heads, self.info.page_size, self.info.num_observed)
         self.faults = self.given = any_faults(rng)
@@ -47,7 +53,7 @@ class Driver:
     def run(self, num_plans: int) -> None:
         """Goes on until the ranks have run so many plans, and to the end of what was begun then."""
         with self._cleanup:
-            for module, name, replacement in [*patches(self.world, self.nodes), *self.patches()]:
+            for module, name, replacement in [*patches(self.world, self.nodes), *self.patches(), *self._drafts()]:
                 self._cleanup.enter_context(patch.object(module, name, replacement))
             while self.world.counts["plans"] < num_plans:
                 self._turn(accepts=True)
@@ -65,6 +71,15 @@ class Driver:
         node.restart(process, self.info.enable_prefix_caching, self.faults.broken_catalogue)
         ranks = make_ranks(self.world, process, self.info, node.disk, self.num_heads, num_ranks)
         return SimulatedExecutor(self.world, process, self.info, ranks)
+
+    def _drafts(self) -> list[tuple[Any, str, Any]]:
+        def drafter(_: Any, sequence: Any) -> SimulatedDrafter:
+            return SimulatedDrafter(self.world, self.model, self.info, sequence)
+
+        return [
+            (speculator.Speculator, "_drafter", drafter), (speculator, "time", self.world.time),
+            (step, "time", self.world.time),
+        ]  # fmt: skip
 
     # --- what a kind of engines is asked for ---
 

@@ -9,6 +9,7 @@ from distkv.engine.fork_copies import ForkCopies
 from distkv.engine.replay import Replay
 from distkv.engine.scheduler import Scheduler
 from distkv.engine.sequence import Sequence
+from distkv.engine.speculation.speculator import Speculator
 from distkv.engine.step import Step
 from distkv.engine.step_runner import StepRunner
 from distkv.launch.pool import EnginePool
@@ -33,6 +34,16 @@ def _step_is_not_undone() -> Any:
 def _filled_page_is_gone_on_with() -> Any:
     """A page that a step has filled in vain keeps its tokens from before, which may be rounded."""
     return patch.object(PageTable, "cut", lambda self, num_pages: None)
+
+
+def _draft_stays() -> Any:
+    """Tokens that were drafted in vain count as run."""
+    return patch.object(Sequence, "reject", lambda self, count: None)
+
+
+def _draft_fills_a_page() -> Any:
+    """A page is filled, and rounded, with tokens that may not stay."""
+    return patch.object(Speculator, "_fitting", lambda self, sequence, length, most_pages: length)
 
 
 def _memory_is_not_made_anew() -> Any:

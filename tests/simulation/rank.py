@@ -119,7 +119,9 @@ class SimulatedRank:
             first = position % size * VALUE_BYTES
             for content, own in zip(page, values, strict=True):
                 content[first : first + VALUE_BYTES] = own[number * VALUE_BYTES : (number + 1) * VALUE_BYTES]
-        self.rounded.update(step.pages[step.start // size : (step.start + len(step.token_ids)) // size].tolist())
+        if self.info.kv_cache_dtype != "auto":
+            end = step.start + len(step.token_ids)
+            self.rounded.update(step.pages[step.start // size : end // size].tolist())
 
     def report(self, awaited: list[int]) -> Report:
         """What has ended, `awaited` in any case."""

@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from random import Random
 
+import msgspec
 from simulation.disk import Disk
 from simulation.rank import SimulatedRank
 from simulation.world import Process, World
 
 from distkv.engine.protocol import EngineInfo
+from distkv.speculative_config import SpeculativeConfig
 from distkv.storage.paging import pages_for
 from distkv.workers.attention.policies.registry import FULL
 
@@ -67,7 +69,17 @@ def any_info(rng: Random, folder: str) -> EngineInfo:
         write_through=rng.random() < 0.6, max_cold_bytes_per_step=rng.choice([0, 0, 20, 50, 200]),
         disk_cost=rng.choice([1.0, 3.0]), save_timeout=rng.choice([None, None, 0.5]),
         num_observed=num_observed, attention_policy="decay(share=0.1)" if num_observed else FULL,
+        kv_cache_dtype="int8",
     )  # fmt: skip
+
+
+def with_drafts(info: EngineInfo, rng: Random) -> EngineInfo:
+    """The same with drafts, where it may have them, and with codes or not."""
+    if info.max_num_seqs < 2 or info.num_observed:
+        return info
+    most = rng.randint(1, info.max_num_seqs - 1)
+    drafts = SpeculativeConfig(method="ngram", num_speculative_tokens=most, adaptive=rng.random() < 0.3)
+    return msgspec.structs.replace(info, speculation=drafts, kv_cache_dtype=rng.choice(["auto", "int8"]))
 
 
 def make_ranks(

@@ -18,7 +18,8 @@ SEEDS, PLANS = 40, 200  # of the default suite
 MANY_PLANS, PLANS_PER_SEED = 1_000_000, 500  # of the slow one
 OFTEN = (
     "device_to_host", "host_to_device", "host_to_disk", "disk_to_host", "host_to_disk failed",
-    "page streamed from disk", "wrong checksum", "disk full", "catalogue locked", "pages in catalogues", "aborted",
+    "page streamed from disk", "wrong checksum",
+    "drafts", "disk full", "catalogue locked", "pages in catalogues", "aborted",
     "idle checks", "killed at: from outside", "killed at: before a plan", "killed at: before the report",
     "killed at: transfers are under way", "device fault", "no room in the cluster", "step fault: reported",
 )  # fmt: skip
@@ -37,6 +38,7 @@ SOON_FOUND = (
     "spill is not awaited", "location is not sent", "fork is not copied", "checksum is stale", "begun token is lost",
     "clearing is left out", "page is kept", "lost requests are forgotten", "death is not noticed",
     "ended table is kept", "draw is of another place", "memory is not made anew", "observed tokens are not read again",
+    "draft stays",
 )  # fmt: skip
 
 

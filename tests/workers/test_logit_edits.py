@@ -45,7 +45,7 @@ def edits_of(request: EngineRequest, output: list[int], vocab_size: int, pending
     rules = make_rules(request, engine_info(vocab_size=vocab_size))
     assert rules is not None
     known = PROMPT + (output[:-1] if pending else output)
-    return rules.edits(known, len(PROMPT), pending), 1 if pending else None
+    return rules.edits(known[len(PROMPT) :], pending), 1 if pending else None
 
 
 def edited(logits: Tensor, rows: list[tuple[RowEdits, int | None]], sampled: Tensor) -> Tensor:

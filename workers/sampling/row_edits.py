@@ -31,12 +31,14 @@ class RowEdits:
     allowed: TokenBits | None = None  # None: all that is not forbidden
     grammar: Grammar | None = None
     grammar_tokens: list[int] = field(default_factory=list)  # the answer's tokens that the grammar does not know yet
+    grammar_draft: list[int] = field(default_factory=list)  # tokens behind them that may be the answer's
 
     def resolve_grammar(self, pending: int | None) -> None:
         """Narrows `allowed` by the grammar, once, given the token of the answer that was pending."""
         if self.grammar is None:
             return
-        allowed = self.grammar.allowed(self.grammar_tokens if pending is None else [*self.grammar_tokens, pending])
+        tokens = self.grammar_tokens if pending is None else [*self.grammar_tokens, pending]
+        allowed = self.grammar.allowed(tokens, self.grammar_draft)
         self.grammar = None
         if allowed is not None:
             self.allowed = allowed if self.allowed is None else self.allowed & allowed

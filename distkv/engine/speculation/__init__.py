@@ -1,0 +1,1 @@
+"""Tokens that are drafted and checked several in a step."""

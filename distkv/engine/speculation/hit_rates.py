@@ -1,0 +1,35 @@
+"""How often a drafted token is the one that comes."""
+
+MEMORY = 0.95  # what a token counts when the next one of its class has come
+BEFOREHAND = 2.0  # tokens that the prior counts as
+PRIOR = 0.5
+MOST_CLASSES = 6
+
+
+class HitRates:
+    """By how far the context has agreed with what the draft repeats, in classes that double: one that has agreed for
+    long goes on to."""
+
+    def __init__(self, before: "HitRates | None" = None):
+        """`before` says what to expect as long as little is known."""
+        self._before = before
+        self._hits = [0.0] * MOST_CLASSES
+        self._counts = [0.0] * MOST_CLASSES
+
+    def note(self, agreed: int, is_hit: bool) -> None:
+        """A token came behind `agreed` ones that agree; whether it was the one that was to come."""
+        if self._before is not None:
+            self._before.note(agreed, is_hit)
+        index = _class_of(agreed)
+        self._hits[index] = self._hits[index] * MEMORY + is_hit
+        self._counts[index] = self._counts[index] * MEMORY + 1
+
+    def rate(self, agreed: int) -> float:
+        """The share of tokens that come as drafted, between 0 and 1."""
+        index = _class_of(agreed)
+        prior = PRIOR if self._before is None else self._before.rate(agreed)
+        return (self._hits[index] + BEFOREHAND * prior) / (self._counts[index] + BEFOREHAND)
+
+
+def _class_of(agreed: int) -> int:
+    return min(agreed.bit_length(), MOST_CLASSES) - 1

@@ -1,0 +1,55 @@
+"""What a step takes, by the number of drafted tokens in it."""
+
+MEMORY = 0.9  # what a step counts when the next one has ended
+BEFOREHAND = 4.0  # squared tokens: how firmly the prior holds while drafts have not varied
+PRIOR = 0.1  # of a step without drafts: what a drafted token adds to it
+
+
+class StepCost:
+    """Seconds of steps of single tokens, as a line over the drafted tokens in them: least squares over the last steps,
+    whose slope begins as a share of their height."""
+
+    def __init__(self) -> None:
+        self._weight = 0.0
+        self._sums = [0.0] * 4  # of drafted, seconds, drafted**2, drafted * seconds
+
+    def note(self, num_drafted: int, seconds: float) -> None:
+        """A step has ended."""
+        self._weight = self._weight * MEMORY + 1
+        new = num_drafted, seconds, num_drafted**2, num_drafted * seconds
+        self._sums = [total * MEMORY + one for total, one in zip(self._sums, new, strict=True)]
+
+    def line(self) -> tuple[float, float]:
+        """Seconds of a step without drafts, and of a drafted token more; before any step was seen, a step counts as one
+        second."""
+        if not self._weight:
+            return 1.0, PRIOR
+        drafted, seconds, squares, products = (total / self._weight for total in self._sums)
+        spread = (squares - drafted**2) * self._weight
+        slope = (products - drafted * seconds) * self._weight + BEFOREHAND * PRIOR * seconds
+        slope = max(0.0, slope / (spread + BEFOREHAND))
+        base = max(seconds - slope * drafted, seconds / 10)
+        return base, slope
+
+
+def draft_lengths(chances: list[list[float]], num_sequences: int, cost: tuple[float, float], most: int) -> list[int]:
+    """How many tokens of each draft to check, so that a step brings the most tokens a second. It adds the likeliest one
+    as long as what that brings, for what it takes, is above what the step brings as a whole (goodput: Liu et al. 2024,
+    https://arxiv.org/abs/2406.14066).
+
+    Args:
+        chances: for each draft, for each of its tokens the chance that it comes with all before it; none rises.
+        num_sequences: that are in the step, with a token each, whether there is a draft for them or not.
+        cost: see `StepCost.line`.
+        most: tokens of all drafts together.
+    """
+    seconds, slope = cost
+    tokens = float(num_sequences)
+    lengths = [0] * len(chances)
+    line = sorted(((one, index) for index, own in enumerate(chances) for one in own), reverse=True)
+    for chance, index in line[:most]:
+        if chance * seconds <= slope * tokens:
+            break
+        tokens, seconds = tokens + chance, seconds + slope
+        lengths[index] += 1
+    return lengths
