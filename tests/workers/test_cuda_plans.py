@@ -1,20 +1,48 @@
 """How the kernels on CUDA are told what to compute: every key once, loads that fit, cuts on the grid."""
 
-from itertools import pairwise
+from collections import Counter
+from itertools import chain, pairwise
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.plans import sequence_step
 
 from distkv.kernels.page_entries import buffer_index
+from distkv.storage.moving.staging_ring import Load
 from distkv.storage.paging import pages_for
 from distkv.storage.tier import Tier, encode_location
-from distkv.workers.attention.decode_plan import Member, plan_decode, split_pages_for
-from distkv.workers.attention.prefill_plan import plan_prefill
+from distkv.workers.attention import cuda
+from distkv.workers.attention.cuda import CudaShape, plan_cuda_attention
+from distkv.workers.attention.decode_plan import DecodePlan, plan_decode, split_pages_for
+from distkv.workers.attention.prefill_plan import PrefillPlan, plan_prefill
+from distkv.workers.attention.step_loads import Member, StepLoads, plan_loads
 
 TILE = 4  # states, so that small contexts go through several rounds
+
+
+def loads_of(sequences: list[Member], page_size: int, buffer_pages: int, most_together: int = 1000) -> StepLoads:
+    cell_pages = max(1, 256 // page_size)
+    return plan_loads(sequences, [(0, most_together)] * len(sequences), page_size, cell_pages, buffer_pages)
+
+
+def decode_plan(
+    sequences: list[Member], page_size: int, buffer_pages: int, max_states: int, tile: int, padding: int = 0
+) -> tuple[DecodePlan, list[Load]]:
+    brought = loads_of(sequences, page_size, buffer_pages, max_states // tile)
+    count = len(sequences[0][1].token_ids)
+    return plan_decode(count, sequences, 0, brought, page_size, max_states, tile, padding), brought.loads
+
+
+def prefill_plan(
+    sequences: list[Member], page_size: int, group_size: int, buffer_pages: int, block_rows: int,
+    has_codec: bool = False,
+) -> tuple[PrefillPlan, list[Load]]:  # fmt: skip
+    brought = loads_of(sequences, page_size, buffer_pages)
+    return plan_prefill(sequences, 0, brought, page_size, group_size, block_rows, has_codec), brought.loads
 
 
 @st.composite
@@ -52,7 +80,10 @@ def test_decode_visits_every_split_once(
     page_size, sequences = drawn
     count, split_pages = len(sequences[0][1].token_ids), split_pages_for(page_size)
     before = [step.pages.copy() for _, step in sequences]
-    plan = plan_decode(count, sequences, page_size, buffer_pages, max_states, TILE, padding)
+    plan, all_loads = decode_plan(sequences, page_size, buffer_pages, max_states, TILE, padding)
+    numbers = [one.loads for one in plan.rounds]
+    assert list(chain(*numbers)) == sorted(chain(*numbers)), "loads are met in order"
+    assert all(len(set(one)) == len(one) for one in numbers)
 
     by_row = {first: step for first, step in sequences}
     ends = dict.fromkeys(by_row, 0)  # splits that the rounds so far have covered
@@ -70,6 +101,7 @@ def test_decode_visits_every_split_once(
             assert first == ends[first_row] and first % TILE == 0
             ends[first_row] = end
         launch = np.repeat(np.arange(len(one.num_items)), one.num_items)
+        loads = [all_loads[index] for index in one.loads]
         for (row, split), where in zip(one.items.tolist(), launch.tolist(), strict=True):
             first_row, num_keys, entry, state, first, end = one.sequences[row].tolist()
             assert first <= split < end
@@ -79,9 +111,9 @@ def test_decode_visits_every_split_once(
             entries = plan.table[entry + split * split_pages :][: len(pages)]
             assert bool((pages < 0).any()) == bool(where)
             for page, found in zip(pages.tolist(), entries.tolist(), strict=True):
-                assert found == page if page >= 0 else one.loads[where - 1][buffer_index(found)] == page
+                assert found == page if page >= 0 else loads[where - 1][buffer_index(found)] == page
         assert sorted(states) == list(range(one.num_states))
-        for load in one.loads:
+        for load in loads:
             assert 0 < len(load) <= buffer_pages and len(set(load)) == len(load)
     for (first_row, step), pages in zip(sequences, before, strict=True):
         assert ends[first_row] == pages_for(pages_for(step.start + count, page_size), split_pages)
@@ -93,8 +125,9 @@ def test_decode_visits_every_split_once(
 def test_sequences_that_share_cold_pages_share_their_loads() -> None:
     cold = [encode_location(Tier.HOST, slot) for slot in range(30)]
     sequences = [(row, sequence_step([7], 31 * 256 - 1, [*cold, row], 7, 1)) for row in range(3)]
-    (one,) = plan_decode(1, sequences, 256, 8, 4096, 32).rounds
-    assert [len(load) for load in one.loads] == [8, 8, 8, 6]
+    plan, loads = decode_plan(sequences, 256, 8, 4096, 32)
+    (one,) = plan.rounds
+    assert [len(load) for load in loads] == [8, 8, 8, 6]
     assert one.num_items == [3, 24, 24, 24, 18]
 
 
@@ -103,22 +136,22 @@ def test_splits_that_share_a_part_of_their_pages_find_it_in_each_load() -> None:
     prefix = [encode_location(Tier.HOST, slot) for slot in range(3)]
     own = [encode_location(Tier.HOST, 10 + number) for number in range(6)]
     sequences = [(row, sequence_step([7], 4 * 64, [*prefix, page, row], 7, 1)) for row, page in enumerate(own)]
-    plan = plan_decode(1, sequences, 64, 5, 4096, 32)
+    plan, loads = decode_plan(sequences, 64, 5, 4096, 32)
     (one,) = plan.rounds
-    assert one.loads == [[*prefix, *own[:2]], [*prefix, *own[2:4]], [*prefix, *own[4:]]]
+    assert loads == [[*prefix, *own[:2]], [*prefix, *own[2:4]], [*prefix, *own[4:]]]
     assert one.num_items == [6, 2, 2, 2]
     launch = np.repeat(np.arange(4), one.num_items)
     for (row, split), where in zip(one.items.tolist(), launch.tolist(), strict=True):
         entries = plan.table[one.sequences[row, 2] :][:5].tolist()
         if where:
             assert split == 0
-            assert [one.loads[where - 1][buffer_index(entry)] for entry in entries[:4]] == [*prefix, own[row]]
+            assert [loads[where - 1][buffer_index(entry)] for entry in entries[:4]] == [*prefix, own[row]]
         assert entries[4] == row
 
 
 def test_decode_cuts_long_contexts_into_rounds() -> None:
     sequences = [(0, sequence_step([7], 256 * 100 - 1, range(100), 7, 1)), (1, sequence_step([7], 20, [100], 7, 1))]
-    plan = plan_decode(1, sequences, 256, 8, 70, 32)
+    plan, _ = decode_plan(sequences, 256, 8, 70, 32)
     assert [one.num_states for one in plan.rounds] == [64, 37]
     assert plan.rounds[1].sequences[:, 3:].tolist() == [[-64, 64, 100], [36, 0, 1]]
 
@@ -136,7 +169,7 @@ def test_prefill_walks_over_every_key_once(
     """With a codec the tokens of each page are a chunk of their own, which knows where that lies as it was."""
     page_size, sequences = drawn
     before = [step.pages.copy() for _, step in sequences]
-    plan = plan_prefill(sequences, page_size, group_size, buffer_pages, 128, block_rows, has_codec)
+    plan, loads = prefill_plan(sequences, page_size, group_size, buffer_pages, block_rows, has_codec)
     by_row, filled = {}, []
     for first, step in sequences:
         edges = [step.start, step.start + len(step.token_ids)]
@@ -149,11 +182,12 @@ def test_prefill_walks_over_every_key_once(
             by_row[first + start - step.start] = step, start, end - start, own
     assert plan.filled.tolist() == filled
     walked: dict[tuple[int, int], int] = {}  # (first row, block) -> keys so far
-    assert len(plan.blocks) == sum(plan.num_blocks) and len(plan.num_blocks) == len(plan.loads)
-    launch = np.repeat(np.arange(len(plan.loads)), plan.num_blocks)
+    assert len(plan.blocks) == sum(plan.num_blocks) and len(plan.num_blocks) == 1 + len(plan.loads)
+    assert plan.loads == sorted(set(plan.loads))
+    launch = np.repeat(np.arange(len(plan.num_blocks)), plan.num_blocks)
     for (row, block), where in zip(plan.blocks.tolist(), launch.tolist(), strict=True):
         first_row, count, position, entry, first, end, saved_at, own = plan.chunks[row].tolist()
-        step, load = by_row[first_row][0], plan.loads[where]
+        step, load = by_row[first_row][0], loads[plan.loads[where - 1]] if where else None
         assert by_row[first_row] == (step, position, count, own)
         assert block % block_rows == 0 and 0 <= block < count * group_size
         assert walked.get((first_row, block), 0) == first
@@ -172,8 +206,8 @@ def test_prefill_walks_over_every_key_once(
         for first, (_, start, count, _) in by_row.items()
         for block in range(0, count * group_size, block_rows)
     }
-    for load in plan.loads:
-        assert load is None or 0 < len(load) <= buffer_pages
+    for load in loads:
+        assert 0 < len(load) <= buffer_pages
     for (_, step), pages in zip(sequences, before, strict=True):
         assert np.array_equal(step.pages, pages)
 
@@ -182,6 +216,31 @@ def test_prefill_walks_over_every_key_once(
 def test_prefill_over_resident_pages_is_one_launch(page_size: int) -> None:
     count = -(-5000 // page_size)
     sequences = [(0, sequence_step([7] * 90, 4910, range(count), 7, 1)), (90, sequence_step([7] * 9, 0, [count], 7, 1))]
-    plan = plan_prefill(sequences, page_size, 4, 8, 128, 128)
-    assert plan.loads == [None] and plan.num_blocks == [4] and plan.num_saved == 0
+    plan, loads = prefill_plan(sequences, page_size, 4, 8, 128)
+    assert loads == plan.loads == [] and plan.num_blocks == [4] and plan.num_saved == 0
     assert plan.blocks.tolist() == [[0, 0], [0, 128], [0, 256], [1, 0]]
+
+
+@pytest.mark.parametrize("state_bytes", [1, 2**26], ids=["rounds", "at once"])
+def test_all_that_a_step_does_with_a_shared_page_takes_one_load(state_bytes: int) -> None:
+    """Answers of one and of several tokens, and chunks of prompts, over a long prefix below the device."""
+    book = [encode_location(Tier.HOST, slot) for slot in range(3 * 256)]
+    other = [encode_location(Tier.DISK, slot) for slot in range(100)]
+    counts = [1, 1, 40, 3, 1, 40, 9]
+    steps = [
+        sequence_step([7] * count, 16 * len(book), [*book, *range(3 * row, 3 * row + 3)], 7, 1)
+        for row, count in enumerate(counts)
+    ]
+    steps += [sequence_step([7], 16 * len(other), [*other, 90 + row], 7, 1) for row in range(2)]
+    shape = CudaShape(4, 2, 64, 16, 24, torch.float32, num_programs=2)
+    with mock.patch.object(cuda, "STATE_BYTES", max(state_bytes, 4 * 16 * shape.state_bytes * 2)):
+        plan = plan_cuda_attention(steps, shape)
+    assert Counter(chain(*plan.loads)) == Counter([*book, *other])
+    assert len(plan.decode[0].rounds) > 1 or state_bytes > 1
+    for group in plan.decode:
+        numbers = list(chain(*(one.loads for one in group.rounds)))
+        assert numbers == sorted(numbers), "a buffer serves all before the next one is taken"
+    assert plan.prefill is not None
+    kept = {(first_row, saved_at, count) for first_row, count, _, _, _, _, saved_at, _ in plan.prefill.chunks.tolist()}
+    rows = Counter(chain(*(range(saved_at, saved_at + count) for _, saved_at, count in kept)))
+    assert len(kept) == 3 and rows == Counter(range(plan.prefill.num_saved)), "chunks are under way side by side"

@@ -83,6 +83,25 @@ def test_a_long_context_in_rounds(monkeypatch: pytest.MonkeyPatch, state_bytes: 
     assert torch.equal(step.attend_with_cold(cold, plan_on_cuda), expected)
 
 
+def test_answers_and_chunks_over_one_prefix_take_each_load_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether states of all splits are held at a time, or two answers go through their rounds side by side: bitwise one
+    result, for which each cold page is brought once."""
+    sequences = Sequences([(643, 1), (643, 1), (640, 12), (650, 3)], [0, 40, 40, 40], head_dim=16, kv_heads=1)
+    monkeypatch.setattr(decode_plan, "DECODE_SPLIT", 16)
+    step = place(sequences, list(range(sequences.num_pages))[::-1])
+    expected = step.attend(plan_on_cuda)
+    monkeypatch.setattr(cuda_attention, "STATE_BYTES", 2 * 32 * 2 * (16 + 2) * 4)
+    assert torch.equal(step.attend(plan_on_cuda), expected)
+    cold = set(full_pages(sequences)[1:])
+
+    def planned(steps: list[SequenceStep], s: Sequences) -> CudaAttention:
+        attention = plan_on_cuda(steps, s)
+        assert len(attention.plan.decode[0].rounds) == 3 and sum(map(len, attention.loads)) == len(cold)
+        return attention
+
+    assert torch.equal(step.attend_with_cold(cold, planned), expected)
+
+
 def test_padding_rows_come_out_as_zeros() -> None:
     sequences = Sequences([(70, 1), (33, 1)], [0, 0], head_dim=64)
     step = place(sequences, list(range(sequences.num_pages)))

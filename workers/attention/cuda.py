@@ -5,6 +5,7 @@ B sequences of C tokens each.
 """
 
 from collections import defaultdict
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Generic
 
@@ -20,14 +21,18 @@ from distkv.kernels.cuda.prefill import BLOCK_M, SEGMENT_TOKENS, prefill_walk
 from distkv.kernels.cuda.prefill_splits import prefill_splits
 from distkv.kernels.cuda.softmax import States
 from distkv.storage.moving.staging_ring import Load, Stream
-from distkv.workers.attention.decode_plan import DecodePlan, DecodeRound, Member, plan_decode, split_pages_for
+from distkv.workers.attention.decode_plan import DecodePlan, DecodeRound, plan_decode, split_pages_for
 from distkv.workers.attention.prefill_plan import PrefillPlan, plan_prefill
+from distkv.workers.attention.step_loads import Member, plan_loads
 from distkv.workers.page_directory import SequenceStep
 from distkv.workers.runners.batch import MAX_DECODE_TOKENS
 from distkv.workers.runners.host_copies import Array
 
 # Bytes of the states that decode holds at a time; a context that has more goes through in rounds.
 STATE_BYTES = 2**26
+
+Walk = Generator[int, Tensor | None, None]
+"""Goes over the pages of some sequences: yields the number of the load that it needs next, and is sent its buffer."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class CudaShape:
 
     def streaming_bytes(self, num_tokens: int) -> int:
         """Device memory that attention takes beside its result, in a step of `num_tokens` that streams."""
-        decode = max(STATE_BYTES, STATES * MAX_DECODE_TOKENS * self.state_bytes)
+        decode = max(STATE_BYTES, STATES * sum(range(1, MAX_DECODE_TOKENS + 1)) * self.state_bytes)
         return decode + num_tokens * self.state_bytes
 
     def exact_bytes(self, num_seqs: int) -> int:
@@ -70,9 +75,9 @@ class CudaShape:
             return 0
         return num_seqs * 2 * self.num_kv_heads * self.page_size * self.head_dim * self.dtype.itemsize
 
-    def max_states(self, num_tokens: int) -> int:
-        """States of a round of sequences with `num_tokens` new tokens each."""
-        return max(STATES, STATE_BYTES // (self.state_bytes * num_tokens))
+    def max_states(self, num_tokens: int, num_groups: int = 1) -> int:
+        """States of a round of sequences with `num_tokens` new tokens each, one of so many groups at a time."""
+        return max(STATES, STATE_BYTES // (self.state_bytes * num_tokens * num_groups))
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,7 @@ class CudaPlan:
     decode: list[DecodePlan]
     prefill: PrefillPlan | None
     filled: np.ndarray  # with a codec: slots of the pages that decode fills
+    loads: list[Load]  # each for all sequences, of any group, that need it
 
     @property
     def arrays(self) -> AttentionArrays[np.ndarray]:
@@ -143,17 +149,21 @@ def plan_cuda_attention(steps: list[SequenceStep], shape: CudaShape, num_padding
         if shape.codec is not None and _decodes(step, shape) and (step.start + count) % shape.page_size == 0:
             filled.append(step.pages[step.start // shape.page_size])
         first += count
-    groups = [
-        plan_decode(count, members, shape.page_size, shape.buffer_pages, shape.max_states(count), STATES, num_padding)
-        for count, members in decode.items()
-    ]
+    most = {count: shape.max_states(count, len(decode)) for count in decode}
+    members = [member for group in decode.values() for member in group] + prefill
+    together = [(count, most[count] // STATES) for count, group in decode.items() for _ in group]
+    together += [(0, len(members))] * len(prefill)  # chunks hold no states of splits
+    cell_pages = max(split_pages_for(shape.page_size), SEGMENT_TOKENS // shape.page_size)
+    brought = plan_loads(members, together, shape.page_size, cell_pages, shape.buffer_pages)
+    groups, number = [], 0
+    for count, group in decode.items():
+        groups.append(plan_decode(count, group, number, brought, shape.page_size, most[count], STATES, num_padding))
+        number += len(group)
     chunks = None
     if prefill:
-        unit = shape.split_tokens if shape.batch_invariant else SEGMENT_TOKENS
-        chunks = plan_prefill(
-            prefill, shape.page_size, shape.group_size, shape.buffer_pages, unit, BLOCK_M, shape.codec is not None
-        )
-    return CudaPlan(groups, chunks, np.array(filled, dtype=np.int64))
+        has_codec = shape.codec is not None
+        chunks = plan_prefill(prefill, number, brought, shape.page_size, shape.group_size, BLOCK_M, has_codec)
+    return CudaPlan(groups, chunks, np.array(filled, dtype=np.int64), brought.loads)
 
 
 def _decodes(step: SequenceStep, shape: CudaShape) -> bool:
@@ -175,27 +185,34 @@ class CudaAttention:
     @property
     def loads(self) -> list[Load]:
         """See `Attention`."""
-        loads = [load for plan in self.plan.decode for one in plan.rounds for load in one.loads]
-        if self.plan.prefill is not None:
-            loads += [load for load in self.plan.prefill.loads if load is not None]
-        return loads
+        return self.plan.loads
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer_pool: Tensor, stream: Stream | None) -> Tensor:
         """See `Attention`; keys and values are read from their pages. With a codec those that the step fills get the
-        values of their codes: behind decode, and before prefill, for which what they held is kept."""
+        values of their codes: behind decode, and before prefill, for which what they held is kept. Each buffer serves
+        all that need it before the next one is taken."""
         out, codec = q.new_empty(q.shape), self.shape.codec
-        for plan, arrays in zip(self.plan.decode, self.arrays.decode, strict=True):
-            self._decode(plan, arrays, q, layer_pool, stream, out)
+        walks: list[Walk] = [
+            self._decode(plan, arrays, q, layer_pool, out)
+            for plan, arrays in zip(self.plan.decode, self.arrays.decode, strict=True)
+        ]
+        if self.plan.prefill is not None and self.arrays.prefill is not None:
+            walks.append(self._prefill(self.plan.prefill, self.arrays.prefill, q, layer_pool, out))
+        wanted = [next(walk, None) for walk in walks]
+        for number in range(len(self.loads)):
+            assert stream is not None
+            buffer = stream.take()
+            for index, walk in enumerate(walks):
+                while wanted[index] == number:
+                    wanted[index] = _go_on(walk, buffer)
+        assert not any(number is not None for number in wanted), "loads are met in order"
         if codec is not None:
             codec.round(layer_pool, self.arrays.filled)
-        if self.plan.prefill is not None and self.arrays.prefill is not None:
-            self._prefill(self.plan.prefill, self.arrays.prefill, q, layer_pool, stream, out)
         return out.flatten(1)
 
     def _decode(
-        self, plan: DecodePlan, arrays: DecodeArrays[Tensor], q: Tensor, layer_pool: Tensor, stream: Stream | None,
-        out: Tensor,
-    ) -> None:  # fmt: skip
+        self, plan: DecodePlan, arrays: DecodeArrays[Tensor], q: Tensor, layer_pool: Tensor, out: Tensor
+    ) -> Walk:
         shape, count, codec = self.shape, plan.num_tokens, self._format
         split_pages = split_pages_for(shape.page_size)
         carry = carry_like(out) if len(plan.rounds) > 1 else None
@@ -204,7 +221,7 @@ class CudaAttention:
             states = _new_states(q, rows, shape.head_dim)
             first = 0
             for launch, size in enumerate(one.num_items):
-                buffer = _next_buffer(stream) if launch else None
+                buffer = (yield one.loads[launch - 1]) if launch else None
                 if size:
                     decode_splits(
                         q, layer_pool, buffer, arrays.table, read.sequences, read.items[first : first + size],
@@ -216,17 +233,16 @@ class CudaAttention:
             merge_splits(states, read.sequences, out, carry, num_tokens=count, split_tokens=shape.split_tokens)
 
     def _prefill(
-        self, plan: PrefillPlan, arrays: PrefillArrays[Tensor], q: Tensor, layer_pool: Tensor, stream: Stream | None,
-        out: Tensor,
-    ) -> None:  # fmt: skip
+        self, plan: PrefillPlan, arrays: PrefillArrays[Tensor], q: Tensor, layer_pool: Tensor, out: Tensor
+    ) -> Walk:
         shape, codec, exact = self.shape, self._format, None
         if shape.codec is not None:
             exact = layer_pool.new_empty(len(arrays.filled), *layer_pool[:, 0].shape)
             shape.codec.round(layer_pool, arrays.filled, exact)
         state = _new_states(q, (plan.num_saved, shape.num_heads), shape.head_dim) if plan.num_saved else None
         first = 0
-        for load, size in zip(plan.loads, plan.num_blocks, strict=True):
-            buffer = None if load is None else _next_buffer(stream)
+        for launch, size in enumerate(plan.num_blocks):
+            buffer = (yield plan.loads[launch - 1]) if launch else None
             read = q, layer_pool, buffer, arrays.table, arrays.chunks, arrays.blocks[first : first + size]
             if shape.batch_invariant:
                 prefill_splits(*read, state, out, split_tokens=shape.split_tokens, codec=codec, exact=exact)
@@ -244,9 +260,12 @@ def _new_states(q: Tensor, rows: tuple[int, ...], head_dim: int) -> States:
     return States(*(q.new_empty(shape, dtype=torch.float32) for shape in ((*rows, head_dim), rows, rows)))
 
 
-def _next_buffer(stream: Stream | None) -> Tensor:
-    assert stream is not None
-    return stream.take()
+def _go_on(walk: Walk, buffer: Tensor) -> int | None:
+    """The load that a walk needs next, None at its end."""
+    try:
+        return walk.send(buffer)
+    except StopIteration:
+        return None
 
 
 def _round_arrays(one: DecodeRound) -> RoundArrays[np.ndarray]:

@@ -129,7 +129,7 @@ class StepGraphs:
         one = RoundArrays(inputs.sequences[:rows], inputs.items, inputs.num_items)
         nothing = np.zeros((0, 2), dtype=np.int64)
         plan = CudaPlan(
-            [DecodePlan(1, nothing, [DecodeRound(nothing, nothing, [capacity], [], capacity)])], None, nothing
+            [DecodePlan(1, nothing, [DecodeRound(nothing, nothing, [capacity], [], capacity)])], None, nothing, []
         )
         arrays = AttentionArrays([DecodeArrays(inputs.table, [one])], None, inputs.filled[:rows])
         return Batch(tokens, CudaAttention(plan, self._shape, arrays))
