@@ -48,8 +48,11 @@ def chat(
                     _answer(llm, conversation, [*first, {"role": "user", "content": question}], params, stats)
                 except (RequestError, CapacityError, StoreError) as error:  # it has outgrown the model, memory or disk
                     complain(str(error))
-            if read := llm.stats().policy.shown():
+            told = llm.stats()
+            if read := told.policy.shown():
                 note(f"the answers have read {read}")
+            if drafted := told.speculation.shown():
+                note(f"the answers have had {drafted}")
 
 
 def _conversation(session: str | None, options: EngineOptions) -> AbstractContextManager["Conversation"]:

@@ -37,5 +37,8 @@ def generate(
         for output in llm.stream(text, piecemeal(params)):
             print(output.outputs[0].text, end="", flush=True)
         print()
-        if read := llm.stats().policy.shown():
+        told = llm.stats()
+        if read := told.policy.shown():
             note(f"the answer has read {read}")
+        if drafted := told.speculation.shown():
+            note(f"the answer has had {drafted}")

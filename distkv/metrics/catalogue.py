@@ -204,6 +204,19 @@ CATALOGUE = (
         "Of these, the sum of the parts of it that lay on the chosen pages.",
         lambda stats: stats.policy.mass_covered,
     ),
+    _counter(
+        "spec_decode_num_drafts",
+        "With speculative_config: drafts that steps have checked, one for each answer and step that had one.",
+        lambda stats: stats.speculation.num_drafts,
+    ),
+    _counter(
+        "spec_decode_num_draft_tokens", "Tokens of these drafts.", lambda stats: stats.speculation.num_draft_tokens
+    ),
+    _counter(
+        "spec_decode_num_accepted_tokens",
+        "Of these, those that the answer goes on with.",
+        lambda stats: stats.speculation.num_accepted_tokens,
+    ),
     # what moves
     Metric("transfer_bytes", "counter", "KV bytes moved, all ranks together.", _routes("bytes_moved"), ENDS),
     Metric("transfer_seconds", "counter", "Time that this took, summed over ranks.", _routes("seconds_moved"), ENDS),

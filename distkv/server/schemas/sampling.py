@@ -47,6 +47,7 @@ class SamplingBody(Body):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    num_speculative_tokens: int | None = None
     priority: int = 0
     cache_salt: str | None = None
 
