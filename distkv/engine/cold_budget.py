@@ -4,6 +4,8 @@ Sequences that wait are parked: their pages leave the device first, so that thos
 reviewed now and then, not every step, and turns are long, so that sequences do not push each other out all the time.
 """
 
+import math
+
 from distkv.engine.protocol import EngineInfo
 from distkv.engine.sequence import Sequence
 from distkv.storage.ledger.page import Page
@@ -73,7 +75,8 @@ class ColdBudget:
         total = 0.0
         for index, sequence in enumerate(line):
             limit = self._limit * (RETURN_SHARE if sequence.is_parked else 1)
-            cold, cost = self._cold_pages(sequence, streamed, limit - total)
+            # all of the first's, however many: those that share them stream nothing more
+            cold, cost = self._cold_pages(sequence, streamed, limit - total if index else math.inf)
             runs = not index or not cost or total + cost <= limit
             if runs:
                 total += cost

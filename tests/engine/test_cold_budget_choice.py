@@ -102,6 +102,14 @@ def test_a_page_is_streamed_once_for_all_who_share_it() -> None:
     assert line.step() == [0, 1, 3]
 
 
+def test_those_that_share_all_with_the_first_run_beside_it_whatever_it_streams() -> None:
+    line = Line()
+    book = pages(host=3 * LIMIT)
+    for own in (0, 0, 1, 0):
+        line.add(book + pages(host=own, device=1))
+    assert line.step() == [0, 1, 3], "and one with a cold page of its own waits"
+
+
 def test_a_page_on_disk_costs_what_the_disk_costs() -> None:
     line = Line(disk_cost=3.0)
     for cold in (pages(host=1, disk=2), pages(host=1, disk=1), pages(disk=1), pages(host=1)):
