@@ -1,8 +1,8 @@
 """What moving pages costs a rank: the time and the bytes of each kind of work, and with a trace each piece of it.
 
 Kinds are the routes of whole pages (`device_to_host`, `host_to_disk`, `disk_to_host`, `host_to_device`), those of layer
-slices through the staging ring (`host_streamed`, `disk_streamed`), and what these take of the disk itself: `disk_read`
-and `disk_write`.
+slices through the staging ring (`host_streamed`, `disk_streamed`), what these take of the disk itself: `disk_read`
+and `disk_write`; and `compute`, steps that read long pieces of prompts and stream nothing.
 """
 
 import threading

@@ -54,6 +54,7 @@ class Backend(Protocol):
 
     device: Device
     kernels: TokenKernels
+    keeps_bits: bool  # whether a page that is computed again has the bits of the first time
 
     def make_runner(self, model: LlamaModel, pools: KVPools, max_num_seqs: int) -> Runner:
         """What runs steps over the pools."""

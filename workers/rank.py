@@ -36,6 +36,7 @@ from distkv.workers.threads import release_threads, use_threads
 
 # Rows of logits that are made at a time to score the tokens of prompts: enough for a product at full speed.
 SCORED_ROWS = 64
+TIMED_TOKENS = 128  # of a prompt at least in a step that says how fast tokens are computed; fewer take longer each
 
 
 class Loaded(msgspec.Struct, array_like=True, frozen=True):
@@ -186,12 +187,21 @@ class Rank:
         if any(one.scored for one in plan.sequences):
             self._scores, hidden = score_prompts(plan.sequences, hidden, self.model.logits, self._scored_rows)
         logits = self.model.logits(hidden)
-        num_tokens = sum(len(one.token_ids) for one in steps) if meter.traces else 0
+        num_tokens = sum(len(one.token_ids) for one in steps)
         if begun is not None:
             assert times is not None
             times.end(Lane.COMPUTE, begun, "compute", tokens=num_tokens, sequences=len(steps))
-        meter.trace("compute" if begun is None else "launch", start, tokens=num_tokens, sequences=len(steps))
+        note = meter.add if self._tells_speed(steps) else meter.trace
+        note("compute" if begun is None else "launch", start, tokens=num_tokens, sequences=len(steps))
         return logits
+
+    def _tells_speed(self, steps: list[SequenceStep]) -> bool:
+        """Whether the time of a step is that of computing prompts alone, which the leader weighs against loading pages
+        that can be computed again bit for bit."""
+        if not self.backend.keeps_bits or self.backend.device.runs_behind:
+            return False
+        is_long = max(len(one.token_ids) for one in steps) >= TIMED_TOKENS
+        return is_long and all(one.pages.min() >= 0 for one in steps)
 
     def take_scores(self) -> PromptScores | None:
         """On rank 0, the log-probabilities that the last step's plan wanted of prompts; None where it wanted none."""

@@ -184,7 +184,7 @@ class Engine:
         scheduler, cache, measures = self._scheduler, self._cache, self._runner.measures
         device, host, disk = cache.slots
         seconds = {kind: count / 1e9 for kind, count in measures.nanoseconds.items()}
-        read_seconds, write_seconds = (seconds.pop(kind, 0.0) for kind in ("disk_read", "disk_write"))
+        read_seconds, write_seconds, _ = (seconds.pop(kind, 0.0) for kind in ("disk_read", "disk_write", "compute"))
         return EngineStats(
             pages_in_use=cache.num_pages,
             peak_pages_in_use=self._preparation.peak_pages,
@@ -297,6 +297,8 @@ class Engine:
         else:
             for request, failure in self._repairs.lose(damaged, step.sequences):
                 self._fail(request, failure)
+            if result.report is not None:
+                self._scheduler.load_choice.note(step.work, result.report)
             step.commit(result, damaged)
             self._faults.clear(step.sequences)
             self._unread = step

@@ -45,6 +45,10 @@ class EngineInfo(msgspec.Struct, frozen=True):
     coded_page_bytes: int = 0  # of a page below the device; 0: as on it
     kv_cache_dtype: str = "auto"  # see `EngineConfig`
     speculation: SpeculativeConfig | None = None  # see `EngineConfig.speculative_config`
+    num_ranks: int = 1  # that compute each step together
+    # of a token, for each one that it attends to, in what all products of a token with the weights of layers cost
+    attention_cost: float = 0.0
+    cold_page_seconds: tuple[float, float] = (0.0, 0.0)  # from host and disk, as measured at start; 0 where it was not
     summary_bytes: int = 0  # beside the tiers, of all pages that requests can hold, where a policy chooses by summaries
 
     @property

@@ -68,10 +68,16 @@ class RequestMeter:
         self._inter_token = self.distributions["inter_token_latency"]
         self._prompt_tokens = self._generation_tokens = self._prefix_queries = 0
         self._prefix_hits = Counter(dict.fromkeys(TIERS, 0))
+        self._prefix_recomputed = 0
         self._finished = Counter(dict.fromkeys(REASONS, 0))
 
-    def admitted(self, sequence: Sequence) -> None:
-        """A request begins to run for the first time, with what was found of its prompt."""
+    def admitted(self, sequence: Sequence, num_passed_over: int) -> None:
+        """A request begins to run for the first time, with what was found of its prompt.
+
+        Args:
+            num_passed_over: pages that were found behind those and are computed again.
+        """
+        self._prefix_recomputed += num_passed_over * sequence.table.page_size
         sequence.admitted_at = time.perf_counter()
         if sequence.root is not None:
             self._prefix_queries += sequence.num_to_read
@@ -127,6 +133,7 @@ class RequestMeter:
             generation_tokens=self._generation_tokens,
             prefix_queries=self._prefix_queries,
             prefix_hits=dict(self._prefix_hits),
+            prefix_recomputed=self._prefix_recomputed,
             finished=dict(self._finished),
             **{name: values.taken() for name, values in self.distributions.items()},
         )

@@ -7,6 +7,7 @@ from itertools import count as counter
 from distkv.engine.admission_order import AdmissionOrder
 from distkv.engine.answer_lengths import AnswerLengths
 from distkv.engine.cold_budget import ColdBudget
+from distkv.engine.load_choice import LoadChoice
 from distkv.engine.page_promises import PagePromises, num_held_pages
 from distkv.engine.protocol import EngineInfo, EngineRequest
 from distkv.engine.request_meter import RequestMeter
@@ -46,6 +47,7 @@ class Scheduler:
         sizes = info.num_pages, info.num_host_pages, info.num_disk_pages
         self.cache = TieredCache(sizes, step_pages, info.write_through, info.max_share_per_salt)
         self.cold_budget = ColdBudget(info, self.cache)
+        self.load_choice = LoadChoice(info, self.cache)
         self.meter = RequestMeter()
         self.speculator = None if info.speculation is None else Speculator(info)
         self._promises = PagePromises(self.cache)
@@ -236,7 +238,7 @@ class Scheduler:
                 return
             if sequence.table.tenant in at_their_share:
                 continue
-            prefix = self._find_prefix(sequence)
+            prefix = self.load_choice.worth_taking(self._find_prefix(sequence))
             if self._is_coming(sequence, len(prefix)):
                 continue
             if not self._promises.has_share(self.running, sequence, prefix):
@@ -257,7 +259,7 @@ class Scheduler:
     def _begin(self, sequence: Sequence, prefix: list[Page]) -> None:
         if not sequence.was_preempted:  # else it finds pages of its own
             sequence.cached_tiers = [page.tier for page in prefix]
-            self.meter.admitted(sequence)
+            self.meter.admitted(sequence, num_passed_over=len(sequence.found) - len(prefix))
         sequence.table.begin(prefix)
         sequence.expected, sequence.found, sequence.awaits = [], [], None
         self.running.append(sequence)

@@ -3,13 +3,14 @@
 from distkv.config import EngineConfig
 from distkv.engine.protocol import EngineInfo
 from distkv.errors import ConfigError
-from distkv.planner.sizing import page_specs, shares_prefixes, summary_bytes
+from distkv.planner.model_shape import attention_cost
+from distkv.planner.sizing import cold_budget, cold_page_seconds, page_specs, shares_prefixes, summary_bytes
 from distkv.storage.tier import Tier
 from distkv.workers.attention.policies.policy import num_observed
 from distkv.workers.attention.policies.registry import parse_policy
 from distkv.workers.cache_place import CachePlace
 from distkv.workers.rank_config import RankConfig
-from distkv.workers.sizes import PoolSizes
+from distkv.workers.sizes import Bandwidth, PoolSizes
 
 
 def engine_info(
@@ -19,14 +20,14 @@ def engine_info(
     max_model_len: int,
     sizes: PoolSizes,
     pool_bytes: list[tuple[int, int, int]],
-    budget: tuple[int, float],
+    rates: list[Bandwidth],
 ) -> EngineInfo:
     """What the engine is told.
 
     Args:
         place: of the disk tier; needed where that has pages.
         pool_bytes: of device, host and disk, for each rank, as allocated.
-        budget: see `cold_budget`.
+        rates: see `cold_budget`.
 
     Raises ConfigError for a share of the device that is less than a page.
     """
@@ -36,7 +37,7 @@ def engine_info(
             "one; raise it, or device_kv_bytes"
         )
     specs = page_specs(config, ranks)
-    max_cold_bytes, disk_cost = budget
+    max_cold_bytes, disk_cost = cold_budget(config, sizes, rates)
     on_device, on_host, on_disk = (sum(tier) for tier in zip(*pool_bytes, strict=True))
     return EngineInfo(
         max_model_len=max_model_len,
@@ -68,5 +69,8 @@ def engine_info(
         kv_policy=config.kv_policy,
         kv_cache_dtype=config.kv_cache_dtype,
         speculation=config.speculation,
+        num_ranks=len(specs),
+        attention_cost=attention_cost(ranks.model),
+        cold_page_seconds=cold_page_seconds(specs, rates),
         summary_bytes=sizes.summaries * summary_bytes(ranks, specs),
     )

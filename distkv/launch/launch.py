@@ -19,13 +19,7 @@ from distkv.launch.fingerprint import FOLDER_DIGITS, common_digest, common_kerne
 from distkv.metrics.step_trace import StepTrace
 from distkv.metrics.trace_file import TraceFile
 from distkv.planner.ranks import make_rank_config
-from distkv.planner.sizing import (
-    cold_budget,
-    keeps_cache,
-    needs_bandwidth,
-    needs_capacity,
-    pool_sizes,
-)
+from distkv.planner.sizing import keeps_cache, needs_bandwidth, needs_capacity, pool_sizes
 from distkv.storage.disk.cache_folder import SCRATCH
 from distkv.storage.paging import pages_for
 from distkv.storage.process_limits import lack_of_memory
@@ -177,7 +171,7 @@ def set_up(
         host, disk = (min(getattr(rate, tier) for rate in rates) for tier in ("host", "disk"))
         from_disk = f", from disk at {disk / 1e9:.1f}" if disk else ""
         log.info("cold pages come from the host at %.1f GB/s%s, for each rank", host / 1e9, from_disk)
-    info = engine_info(config, ranks, place, max_model_len, sizes, pool_bytes, cold_budget(config, sizes, rates))
+    info = engine_info(config, ranks, place, max_model_len, sizes, pool_bytes, rates)
     if config.enable_prefix_caching and not info.enable_prefix_caching:
         log.warning(
             "prefix caching is off: with rope_type 'dynamic' the keys of a token depend on the length of its prompt, "

@@ -189,6 +189,11 @@ CATALOGUE = (
     _counter("prefix_cache_queries", "Tokens of prompts looked for.", lambda stats: stats.requests.prefix_queries),
     Metric("prefix_cache_hits", "counter", "Tokens of prompts found, by where they lay.", _prefix_hits, TIER),
     _counter(
+        "prefix_cache_recomputed",
+        "Tokens of prompts found and computed again, since that was faster than bringing them.",
+        lambda stats: stats.requests.prefix_recomputed,
+    ),
+    _counter(
         "attention_pages_visible",
         "With attention_policy: pages that tokens of answers could attend to, by token, layer and KV head.",
         lambda stats: stats.policy.pages_visible,

@@ -92,6 +92,13 @@ class ModelShape:
         )
 
 
+def attention_cost(config: ModelConfig) -> float:
+    """Operations of a token for each one that it attends to, by a product with K and one with V, as a part of those by
+    which it is multiplied with the weights of all layers."""
+    products = ModelShape("", config).rank_parameters(0, 1).layers
+    return 2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers / products
+
+
 def find_model(model: str | Path) -> ModelShape:
     """The model that a user names: a folder with a `config.json`, such a file, or a name.
 

@@ -205,6 +205,20 @@ def cold_budget(config: EngineConfig, sizes: PoolSizes, rates: list[Bandwidth]) 
     return int(host * STREAM_SECONDS) * len(rates), max(1.0, host / disk) if disk else 1.0
 
 
+def cold_page_seconds(specs: list[PageSpec], rates: list[Bandwidth]) -> tuple[float, float]:
+    """`EngineInfo.cold_page_seconds`: of the slowest rank.
+
+    Args:
+        rates: of each rank, as for `cold_budget`; none where they were not measured.
+    """
+
+    def seconds(tier: Tier, bandwidths: list[float]) -> float:
+        pairs = zip(specs, bandwidths, strict=False)
+        return max((spec.page_bytes_in(tier) / rate for spec, rate in pairs if rate), default=0.0)
+
+    return seconds(Tier.HOST, [rate.host for rate in rates]), seconds(Tier.DISK, [rate.disk for rate in rates])
+
+
 def cold_rates(budget: tuple[int, float], num_ranks: int) -> Bandwidth:
     """The measured rates of each rank that a `cold_budget` of no option came from."""
     host = budget[0] / STREAM_SECONDS / num_ranks

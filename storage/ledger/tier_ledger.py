@@ -195,6 +195,32 @@ class TierLedger:
                 self.wake(page)
                 self.free_unheld(page)
 
+    def replace(self, known: Page, page: Page) -> bool:
+        """Has a held page that is full take over the key of an idle one of the same content, and its copies below the
+        device. False when it is not idle, or transfers touch it."""
+        key = known.key
+        if not known.is_idle or key is None or any(known.reading) or known.filling != (None, None, None):
+            return False
+        self.wake(known)
+        self.index.remove(known)  # whose followers go on from the key
+        self.index.add(page, key)
+        for tier in (HOST, DISK):
+            slot = known.slots[tier]
+            if slot is not None:
+                self.full[tier].pop(known)
+                self.shares.leave(known, tier)
+                self.shares.free(known, tier)
+                self.held.set_slot(known, tier, None)
+                self.held.set_slot(page, tier, slot)
+                self.shares.take(page, tier)
+                self.enter(page, tier)
+        for queue in (self.unsaved, self.put_off):
+            if known in queue:
+                del queue[known]
+                queue[page] = None
+        self.free_unheld(known)
+        return True
+
     def free_unheld(self, page: Page) -> None:
         """Frees the copies of a page without key and holders that no transfer touches."""
         for tier in ALL_TIERS:

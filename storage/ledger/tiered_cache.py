@@ -144,14 +144,16 @@ class TieredCache:
 
     def fill(self, page: Page, key: PageKey | None = None) -> None:
         """Takes note that a page on the device is full and its content final; under its key it may be found, unless
-        another page of the same content is there already."""
+        another page of the same content is there already. An idle one of these gives its place to this page, with its
+        copies below the device, so that what was computed again is what is found."""
         page.full = True
         if page in self.lost:
             self._held.recover(page)
             self.index.num_changes += 1
         elif key is not None:
             known = self.index.add(page, key)
-            page.twin = known if known is not page else None
+            if known is not page and not self._ledger.replace(known, page):
+                page.twin = known
         self._ledger.enter(page, DEVICE)
         if self.slots[HOST].num_slots:
             self._write_back.spill_later(page)

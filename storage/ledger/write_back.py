@@ -60,7 +60,7 @@ class WriteBack:
         unspilled = self._ledger.unspilled
         while unspilled:
             page = next(iter(unspilled))
-            if page.slots[HOST] is None and not page.has(DISK):
+            if page.slots[HOST] is None:
                 if self._ledger.make_room(HOST, self._dispensable_on_host(page), coming=one_of(page)):
                     self._ledger.start(page, DEVICE, HOST)
                 elif not self._ledger.shares.is_full(HOST, page.tenant):

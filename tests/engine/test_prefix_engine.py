@@ -2,6 +2,7 @@
 taken for another one, of a neighbour, a former request or another tenant, is noticed by whoever reads it."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from distkv.sampling_params import SamplingParams
 
 def simulate(seed: int) -> dict[str, int]:
     """Few prompts of a small vocabulary that begin alike, under two salts and none, with follow-ups, forks, aborts,
-    resets, tiers of any size and a disk that fails."""
+    resets, tiers of any size and a disk that fails, with a choice of what to load that is as bad as any."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     has_tiers, budget = rng.random() < 0.8, rng.choice([8, 16, 24, 40, 64])
@@ -27,6 +28,9 @@ def simulate(seed: int) -> dict[str, int]:
         max_num_batched_tokens=budget, max_model_len=300, write_through=rng.random() < 0.5,
         max_cold_bytes_per_step=rng.choice([0, 0, 1, 4]), disk_cost=rng.choice([1.0, 3.0]), eos_token_ids=(2,),
     )  # fmt: skip
+    if rng.random() < 0.3:  # some known pages are computed again
+        choice: Any = engine._scheduler.load_choice
+        choice.worth_taking = lambda found: found[: rng.randint(-2, 2) % (len(found) + 1)]
     stems = [[rng.randint(3, 5) for _ in range(rng.randint(1, 80))] for _ in range(3)]
     finished: list[list[int]] = []
     requests: dict[str, EngineRequest] = {}

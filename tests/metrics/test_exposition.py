@@ -56,6 +56,7 @@ OURS = {
     "tier_capacity_bytes": ["tier"],
     "page_summaries_capacity_bytes": [],
     "prefix_cache_hits_total": ["tier"],
+    "prefix_cache_recomputed_total": [],
     "transfer_bytes_total": ["from", "to"],
     "transfer_seconds_total": ["from", "to"],
     "attention_pages_visible_total": [],

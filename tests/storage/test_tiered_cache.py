@@ -152,6 +152,7 @@ class Simulation:
         self.ranks = Ranks(self.rng, faults, self.num_pages[DISK])
         self.counts = self.ranks.counts
         self.tokens: dict[PageTable, list[int]] = {}
+        self.planned: dict[PageTable, list[int]] = {}  # tokens of which pages are known, from the first one on
         self.copies: list[tuple[Page, Page]] = []
         self.catalogue: dict[int, Content] = {}
         self.next_token = 0
@@ -199,8 +200,10 @@ class Simulation:
         for table, count in chosen:
             tokens = self.tokens[table]
             table.append(count)
-            tokens += range(self.next_token, self.next_token + count)
-            self.next_token += count
+            tokens += self.planned.get(table, [])[len(tokens) : len(tokens) + count]
+            missing = table.num_tokens - len(tokens)
+            tokens += range(self.next_token, self.next_token + missing)
+            self.next_token += missing
             writes |= {page: content for page, content in self.contents(table) if not page.full}
         self.move()
         readers = [table for table, _ in chosen]
@@ -212,14 +215,16 @@ class Simulation:
                 table.rewind(count)
                 del self.tokens[table][-count:]
             else:
+                idle = {page.key.digest for page in self.cache.index if page.is_idle and page.key}
                 table.commit(count, self.keys(table.tenant, self.tokens[table]) if self.caching else None)
+                self.counts["replaced"] += sum(page.key is not None and page.key.digest in idle for page in table.pages)
 
     @staticmethod
     def keys(tenant: bytes | None, tokens: list[int]) -> list[PageKey]:
         return list(page_keys(tenant or b"root", tokens, PAGE_SIZE))
 
     def begin(self) -> None:
-        """A new sequence that has a prefix in common with one that was there."""
+        """A new sequence that has a prefix in common with one that was there, or computes some of it again."""
         if not self.histories:
             return
         tenant, tokens = self.rng.choice(self.histories)
@@ -232,6 +237,9 @@ class Simulation:
         if self.cache.num_pages + len(found) - len(held) > self.cache.capacity:
             return
         table = PageTable(self.cache, PAGE_SIZE, tenant)
+        if self.rng.random() < 0.5:
+            found = found[: self.rng.randint(0, len(found))]
+            self.planned[table] = tokens
         table.begin(found)
         self.tokens[table] = tokens[: len(found) * PAGE_SIZE]
         self.counts["found"] += len(found)
@@ -500,7 +508,7 @@ def test_long_runs_meet_everything(num_pages: tuple[int, int, int]) -> None:
     simulation.run(2000)
     simulation.end()
     assert simulation.counts["refused, the disk is full"] or num_pages[DISK] < 2
-    wanted = {"DEVICE->HOST", "refused", "broken", "found"}
+    wanted = {"DEVICE->HOST", "refused", "broken", "found"} | ({"replaced"} if num_pages[HOST] > 1 else set())
     if num_pages[HOST] > 2:  # promoting takes more than two free slots
         wanted |= {"HOST->DEVICE"}
     if num_pages[DISK]:
@@ -969,6 +977,28 @@ def release(cache: TieredCache, pages: list[Page]) -> None:
 
 def found(cache: TieredCache, tokens: list[int]) -> list[Page]:
     return cache.find(page_keys(b"root", tokens, PAGE_SIZE))
+
+
+def test_an_idle_page_that_is_computed_again_gives_its_place_to_the_new_one() -> None:
+    cache, tokens = TieredCache((4, 4, 4), 1, write_through=True), [5, 6, 7, 8, 9, 9]
+    old = keyed_pages(cache, tokens)
+    spill(cache)
+    release(cache, old)
+    for tier in (DEVICE, HOST):  # so that the first two lie on disk alone, as after a restart
+        for page in old[:2]:
+            cache._ledger.drop(page, tier)
+    slots, journal = [page.slots[DISK] for page in old[:2]], cache.journal.take()
+    assert not journal.vacated
+    table = PageTable(cache, PAGE_SIZE)
+    table.append(4)
+    table.commit(4, list(page_keys(b"root", tokens, PAGE_SIZE)))
+    assert found(cache, tokens) == [*table.pages, old[2]], "and what follows is found still"
+    assert [page.slots[DISK] for page in table.pages] == slots and not cache.journal.take(), "nothing is written again"
+    assert routes(spill(cache)) == [(DEVICE, HOST)] * 2, "but the device's copy may go, as if the page had been brought"
+    new = table.pages
+    table.release()
+    cache.integrity_check()
+    assert found(cache, tokens) == [*new, old[2]] and cache.num_idle == 3
 
 
 def test_the_journal_says_what_came_and_went() -> None:

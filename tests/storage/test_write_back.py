@@ -62,16 +62,12 @@ def test_one_that_lies_on_the_device_gives_way_where_it_will_not_go_to_disk(disk
     assert idle.has(DEVICE) and idle.has(HOST) != gives_way
 
 
-def test_one_that_lies_nowhere_else_stays_and_so_does_a_page_that_went_down_already() -> None:
+def test_one_that_lies_nowhere_else_stays() -> None:
     cache = TieredCache((5, 1, 0), 1)
     idle, page = put(cache._ledger, HOST, idle=True), filled(cache)
     assert balanced(cache, page) == [None] and idle.has(HOST)
     cache.reset()
     assert balanced(cache, page) == [HOST]
-    cache = TieredCache((5, 5, 5), 1)
-    below = put(cache._ledger, DEVICE, DISK)
-    cache._write_back.spill_later(below)
-    assert balanced(cache, below) == [None]
 
 
 # --- to disk, for later processes ---

@@ -31,6 +31,7 @@ class CpuBackend:
     """A `Backend`, by torch's operators."""
 
     kernels = CPU_KERNELS
+    keeps_bits = False
 
     def __init__(self) -> None:
         self.device: Device = CpuDevice()
@@ -72,6 +73,8 @@ class CpuBackend:
 
 class NativeBackend(CpuBackend):
     """A `Backend`, by the kernels of a library."""
+
+    keeps_bits = True
 
     def __init__(self, library: Library) -> None:
         super().__init__()

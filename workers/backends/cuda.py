@@ -26,7 +26,7 @@ class CudaBackend:
 
     def __init__(self, batch_invariant: bool = False) -> None:
         self.kernels = BATCH_INVARIANT_KERNELS if batch_invariant else CUDA_KERNELS
-        self._batch_invariant = batch_invariant
+        self.keeps_bits = self._batch_invariant = batch_invariant
         self.device: Device = CudaDevice(torch.device("cuda", torch.cuda.current_device()))
         self._properties = torch.cuda.get_device_properties(self.device.torch_device)
 
