@@ -16,7 +16,7 @@ from distkv.engine.protocol import EngineRequest
 from distkv.launch.launch import launch
 from distkv.sampling_params import SamplingParams
 
-WARM_UP = 32  # tokens
+WARM_UP = 128  # tokens; fewer would tell the engine nothing of how fast it reads prompts, see `Rank`
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Answered:
     seconds: float  # from adding it to its first token
     tokens: list[int]
     cached: tuple[int, int, int]  # tokens of the prompt that were found on device, host and disk
+    recomputed: int  # tokens that were found too, and computed again since that was faster
     bytes_from_disk: int | None  # up to the first token, those that the page cache did not have
 
 
@@ -34,7 +35,7 @@ def answer(engine: EngineClient, prompt: list[int], num_tokens: int, salt: str |
     params = SamplingParams(temperature=0, ignore_eos=True)
     tokens: list[int] = []
     seconds, cached, from_disk = 0.0, (0, 0, 0), None
-    before = bytes_from_disk()
+    before, recomputed = bytes_from_disk(), _recomputed(engine)
     start = time.perf_counter()
     for outputs in drive(engine, [EngineRequest("0", prompt, params, num_tokens, 0, cache_salt=salt)]):
         if outputs and not tokens:
@@ -43,7 +44,11 @@ def answer(engine: EngineClient, prompt: list[int], num_tokens: int, salt: str |
             cached, from_disk = outputs[0].num_cached_tokens, None if before is None or now is None else now - before
         tokens += [output.token_id for output in outputs]
     drain(engine)
-    return Answered(seconds, tokens, cached, from_disk)
+    return Answered(seconds, tokens, cached, _recomputed(engine) - recomputed, from_disk)
+
+
+def _recomputed(engine: EngineClient) -> int:
+    return engine.stats().requests.prefix_recomputed
 
 
 def warm_up(engine: EngineClient, prompt: list[int]) -> None:

@@ -103,7 +103,9 @@ def bench_disk_codec(
 def bench_prefix(
     *,
     model: Model = "smollm2",
-    prefix_tokens: Annotated[int, typer.Option(help="Tokens of the prefix, in whole pages.")] = sized(4096, 512),
+    prefix_tokens: Annotated[
+        list[int], typer.Option(help="Tokens of the prefix, in whole pages; may be given again.")
+    ] = sized([512, 1024, 2048, 4096, 7680], [512]),
     answer_tokens: Annotated[int, typer.Option(help="Tokens of each answer, which are compared.", min=1)] = 16,
     options: Annotated[EngineOptions, engine("dtype", "page_size", "num_threads", dtype="bfloat16")],
     cache_dir: Annotated[Path | None, path_option(help="Where to make the folder of the disk tier.")] = None,
