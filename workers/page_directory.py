@@ -1,7 +1,7 @@
 """What ranks remember between step plans: the pages of each sequence, where each page lies, and what a policy of
 attention remembers of the sequence."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -16,15 +16,21 @@ class SequenceStep:
     """The part of one sequence in a step, with its pages in place."""
 
     token_ids: list[int]  # at positions start, start + 1, ..., see `SequencePlan.token_ids`
-    start: int
+    start: int  # behind the tokens before them that are in `pages`
     # int64, where the pages of tokens 0 .. start + len(token_ids) - 1 lie, in logical order, see `encode_location`;
-    # those of the new tokens on the device
+    # those of the new tokens on the device. With `num_left_out`, full pages before these are missing
     pages: np.ndarray
     prompt_len: int
     num_logits: int  # of the last new tokens, those whose logits score what follows them among them
     # int64, by which names the leader knows the pages; where a policy of attention chooses among them
     page_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     memory: SequenceMemory = field(default_factory=SequenceMemory)  # of the sequence, as long as it has a table
+    num_left_out: int = 0  # tokens that nobody attends to, in pages below the device
+
+    @property
+    def position(self) -> int:
+        """Of the first new token, among all tokens of the sequence."""
+        return self.start + self.num_left_out
 
 
 class PageDirectory:
@@ -60,10 +66,19 @@ class PageDirectory:
                 raise DistKVError("a step plan writes to pages that are not on the device")
             wanted = len(one.scored) + one.num_logits
             memory = self._memories.setdefault(one.table, SequenceMemory())
-            steps.append(
-                SequenceStep(one.token_ids, one.start, locations, one.prompt_len, wanted, pages.copy(), memory)
-            )
+            step = SequenceStep(one.token_ids, one.start, locations, one.prompt_len, wanted, pages.copy(), memory)
+            steps.append(_resident(step, self._page_size) if one.resident_only else step)
         return steps
+
+
+def _resident(step: SequenceStep, page_size: int) -> SequenceStep:
+    """The same over pages on the device alone. All that are left out are full, since the new tokens' are there."""
+    kept = step.pages >= 0
+    num_left_out = int(len(kept) - kept.sum()) * page_size
+    return replace(
+        step, start=step.start - num_left_out, pages=step.pages[kept], page_ids=step.page_ids[kept],
+        num_left_out=num_left_out,
+    )  # fmt: skip
 
 
 def _grown(array: np.ndarray, size: int) -> np.ndarray:

@@ -27,6 +27,8 @@ class SequencePlan(msgspec.Struct, array_like=True):
     # for the `num_logits` ones
     scored: list[int] = []
     num_top: int = 0  # how many of the likeliest tokens are wanted in the place of each
+    # whether the new tokens attend to pages on the device alone, so that what they come to is a guess
+    resident_only: bool = False
 
 
 class StepPlan(msgspec.Struct, array_like=True):

@@ -59,11 +59,11 @@ def step_tokens(steps: list[SequenceStep], page_size: int) -> Tokens[np.ndarray]
     first = 0
     for sequence in steps:
         count = len(sequence.token_ids)
-        position = np.arange(sequence.start, sequence.start + count)
+        position = np.arange(sequence.position, sequence.position + count)
         token_ids.append(np.asarray(sequence.token_ids, dtype=np.int64))
         positions.append(position)
         contexts.append(np.maximum(position + 1, sequence.prompt_len))
-        pages.append(sequence.pages[position // page_size])
+        pages.append(sequence.pages[(position - sequence.num_left_out) // page_size])
         logit_rows.append(np.arange(first + count - sequence.num_logits, first + count))
         first += count
     position = np.concatenate(positions)
