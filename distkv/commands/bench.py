@@ -121,6 +121,32 @@ def bench_prefix(
         raise typer.Exit(1)
 
 
+@bench.command("book")
+@spread
+def bench_book(
+    *,
+    model: Model = "smollm2",
+    book_tokens: Annotated[int, typer.Option(help="Tokens of the text.", min=1)] = sized(7168, 2048),
+    answer_tokens: Annotated[int, typer.Option(help="Tokens of each answer, which are compared.", min=1)] = 16,
+    questions: Annotated[
+        list[int], typer.Option(help="Questions at a time; may be given again, and 1 is what others are held against.")
+    ] = sized([1, 4, 16, 64], [1, 4, 16]),
+    options: Annotated[EngineOptions, engine("dtype", "page_size", "num_threads", dtype="bfloat16", page_size=16)],
+    cache_dir: Annotated[Path | None, path_option(help="Where to make the folder of the disk tier.")] = None,
+    measured: Annotated[BenchOptions, measuring(repeats=sized(3, 1))],
+) -> None:
+    """Bytes per answer and tokens/s of many questions about one text on the host or on disk; exit code 1 when an answer
+    is not the one to its question asked alone."""
+    from distkv.bench.book import Sizes, run
+
+    sizes = Sizes(
+        model_folder(model), book_tokens, answer_tokens, tuple(dict.fromkeys(questions)), options["page_size"],
+        options["dtype"],
+    )  # fmt: skip
+    if not run(sizes, options["num_threads"], cache_dir, measured):
+        raise typer.Exit(1)
+
+
 @bench.command("serve-offline")
 @spread
 def bench_serve_offline(

@@ -228,7 +228,8 @@ class Scheduler:
 
     def _admit(self) -> None:
         taken = sum(sequence.num_answers for sequence in self.running)
-        chunk = max((self._chunk_pages(one.num_to_read) for one in self.running if one.is_prefilling), default=0)
+        left = [one.num_to_read - one.table.num_tokens for one in self.running if one.is_prefilling]
+        chunk = self._chunk_pages(max(left, default=0))
         at_their_share: set[bytes | None] = set()  # tenants, whose other requests wait behind
         if taken >= self._info.max_num_seqs:
             return
@@ -248,7 +249,7 @@ class Scheduler:
                 return
             promised = self._promises.num_promised(self.running) + sequence.expected_pages - num_held_pages(prefix)
             # the largest chunk must fit beside a page of each other answer, or all pages on the device
-            chunk = max(chunk, self._chunk_pages(sequence.num_to_read))
+            chunk = max(chunk, self._chunk_pages(sequence.num_to_read - len(prefix) * self._info.page_size))
             if seats + chunk > self._info.num_pages < promised:
                 return
             taken = seats

@@ -38,6 +38,13 @@ def test_those_about_one_cold_book_run_together_and_then_those_about_the_next() 
     assert list(steps.step()) == ["y1", "y2", "y3", "y4"]
 
 
+def test_questions_need_room_for_themselves_not_for_the_book_that_is_known() -> None:
+    """A chunk of a book would take 4 of the 6 pages, and leave two for other answers."""
+    steps = two_books(num_pages=6)
+    ask(steps, "x1", "x2", "x3", "x4")
+    assert steps.step() == {"x1": 5, "x2": 5, "x3": 5, "x4": 5}
+
+
 def test_in_order_where_all_pages_lie_on_the_device() -> None:
     steps = two_books(num_pages=60)
     ask(steps, "x1", "y1", "x2", "y2", "x3")
