@@ -1,8 +1,9 @@
 """How many of a prompt's known pages are taken up: those that are there sooner than they would be computed again.
 
-Pages on the device cost nothing. What a page from the host or from disk costs is measured when a sequence that begins
-streams it, and what a token costs by steps that read prompts and stream nothing. A token's cost grows with the tokens
-that it attends to: `EngineInfo.attention_cost` says by how much, so that one rate tells what every depth costs.
+Pages on the device cost nothing, nor do those that running sequences hold, since a step streams them once for all.
+What a page from the host or from disk costs is measured when a sequence that begins streams it, and what a token costs
+by steps that read prompts and stream nothing. A token's cost grows with the tokens that it attends to:
+`EngineInfo.attention_cost` says by how much, so that one rate tells what every depth costs.
 
 Loading is what happens unless figures say otherwise: nothing is computed again before both were measured, and only
 where that is faster by the factor GAIN. Now and then a few pages are loaded all the same, so that a disk that was slow
@@ -71,7 +72,8 @@ class LoadChoice:
             return found
         best, least, total = 0, 0.0, 0.0  # how many pages to take, and seconds beyond those of taking none
         for index, page in enumerate(found):
-            total += self._load_seconds[page.tier] - token * self._cost(index * size, size)
+            load = 0.0 if page.references else self._load_seconds[page.tier]
+            total += load - token * self._cost(index * size, size)
             if total <= least:
                 best, least = index + 1, total
         room = self._cache.slots[DEVICE].num_free + self._cache.num_idle_in(DEVICE)

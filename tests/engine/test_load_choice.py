@@ -52,10 +52,14 @@ class Engine:
         told.bytes_moved = {route: pages * PAGE_BYTES}
         self.choice.note([work(pages * PAGE_SIZE, 1, first_page=0 if begins else pages, tier=tier)], told)
 
-    def taken(self, *tiers: Tier) -> int:
+    def taken(self, *tiers: Tier, num_held: int = 0) -> int:
         """How many pages of a prompt that lie so are taken up."""
-        found = [Page(index, full=True, slots=tuple(0 if one is tier else None for one in Tier))
-                 for index, tier in enumerate(tiers)]  # fmt: skip
+        found = [
+            Page(
+                number, references=number < num_held, full=True, slots=tuple(0 if one is tier else None for one in Tier)
+            )
+            for number, tier in enumerate(tiers)
+        ]
         worth = self.choice.worth_taking(found)
         assert worth == found[: len(worth)]
         return len(worth)
@@ -96,6 +100,13 @@ def test_what_is_near_is_taken_and_what_is_far_is_computed() -> None:
     assert engine.taken(DISK, DISK, HOST, HOST, HOST) == 0
     assert engine.taken(DISK, DISK, *[HOST] * 4) == 6, "pages of the host cannot be had without those before them"
     assert engine.taken() == 0
+
+
+def test_what_is_streamed_for_others_is_taken() -> None:
+    engine = Engine()
+    engine.computed(160, 1.6)
+    engine.loaded(DISK, 10, 100.0)
+    assert engine.taken(DISK, DISK, DISK, num_held=2) == 2
 
 
 def test_later_pages_cost_more_to_compute() -> None:
