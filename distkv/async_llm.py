@@ -1,7 +1,7 @@
 """The Python API for event loops: answers that grow while others run."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import replace
@@ -18,7 +18,8 @@ from distkv.frontend.front_end import Facade, FrontEnd
 from distkv.frontend.messages import Message
 from distkv.frontend.request_checks import Prompt
 from distkv.frontend.request_group import RequestGroup
-from distkv.outputs import RequestOutput, join_deltas
+from distkv.option_checks import settle_path
+from distkv.outputs import CacheExport, CacheImport, RequestOutput, join_deltas
 from distkv.sampling_params import RequestOutputKind, SamplingParams
 
 _create_waits = ContextVar("_create_waits", default=False)
@@ -177,6 +178,30 @@ class AsyncLLM(Facade):
     async def reset_prefix_cache(self) -> None:
         """Forgets the pages of ended requests that are kept for later ones."""
         await asyncio.wrap_future(self._front_end.thread.reset_prefix_cache())
+
+    async def export_cache(
+        self,
+        path: str | Path,
+        prompts: Prompt | Sequence[Prompt] | None = None,
+        *,
+        sessions: Sequence[str] = (),
+        everything: bool = False,
+        cache_salt: str | None = None,
+    ) -> CacheExport:
+        """Writes what was read to a file, as `LLM.export_cache` does."""
+        from distkv.cache_folders.export_store import check_target, new_store  # imports zarr
+        from distkv.frontend.live_cache import export_live
+
+        target = settle_path("path", path)
+        check_target(target)
+        store = new_store(target)
+        return await asyncio.to_thread(export_live, self._front_end, store, prompts, sessions, everything, cache_salt)
+
+    async def import_cache(self, path: str | Path, *, cache_salt: str | None = None) -> CacheImport:
+        """Takes a file in, as `LLM.import_cache` does."""
+        from distkv.frontend.live_cache import import_live  # imports zarr
+
+        return await asyncio.to_thread(import_live, self._front_end, settle_path("path", path), cache_salt)
 
     async def drain(self, timeout: float | None = None) -> None:
         """Takes no more requests, and returns when none runs any more, as `LLM.drain` does."""

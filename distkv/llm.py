@@ -17,7 +17,8 @@ from distkv.frontend.messages import Message
 from distkv.frontend.request_checks import Prompt, one_each, plain_prompts
 from distkv.frontend.request_group import RequestGroup
 from distkv.frontend.request_state import RequestState
-from distkv.outputs import RequestOutput
+from distkv.option_checks import settle_path
+from distkv.outputs import CacheExport, CacheImport, RequestOutput
 from distkv.sampling_params import SamplingParams
 from distkv.workers.threads import release_threads
 
@@ -134,6 +135,51 @@ class LLM(Facade):
     def reset_prefix_cache(self) -> None:
         """Forgets the pages of ended requests that are kept for later ones."""
         self._front_end.thread.reset_prefix_cache().result()
+
+    def export_cache(
+        self,
+        path: str | Path,
+        prompts: Prompt | Sequence[Prompt] | None = None,
+        *,
+        sessions: Sequence[str] = (),
+        everything: bool = False,
+        cache_salt: str | None = None,
+    ) -> CacheExport:
+        """Writes what was read to a file, with its KV pages, for `import_cache` of engines of the same weights.
+
+        Args:
+            path: NAME.zarr for a folder, NAME.zarr.zip for a single file; nothing may be there.
+            prompts: as for `generate`; of each the full pages that are there.
+            sessions: names of sessions, whose messages are in the file too.
+            everything: all pages of the salt.
+            cache_salt: that of the requests which made the pages. The file does not have it.
+
+        Returns how much is in the file, and of each prompt how many tokens. Raises ConfigError where there is no
+        cache_dir on this machine, or the file cannot be made; RequestError when none of that is in the cache;
+        StoreError when it cannot be written.
+        """
+        from distkv.cache_folders.export_store import check_target, new_store  # imports zarr
+        from distkv.frontend.live_cache import export_live
+
+        target = settle_path("path", path)
+        check_target(target)
+        return export_live(self._front_end, new_store(target), prompts, sessions, everything, cache_salt)
+
+    def import_cache(self, path: str | Path, *, cache_salt: str | None = None) -> CacheImport:
+        """Takes a file of `export_cache` in, while requests run. Import only what you trust: nothing shows whether
+        pages are those of their tokens.
+
+        Args:
+            path: the file, as the node of the first rank sees it too.
+            cache_salt: of requests that are to find the pages.
+
+        Returns how many pages the file has, and how many were not there before. Raises ConfigError for a file of other
+        weights or options, StoreError for one that is damaged, and takes in nothing then; CapacityError when the disk
+        tier has no room for it.
+        """
+        from distkv.frontend.live_cache import import_live  # imports zarr
+
+        return import_live(self._front_end, settle_path("path", path), cache_salt)
 
     def drain(self, timeout: float | None = None) -> None:
         """Takes no more requests, and returns when none runs any more, so that `close` cuts nothing off.

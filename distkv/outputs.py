@@ -90,3 +90,30 @@ def _join_parts(parts: list[CompletionOutput]) -> CompletionOutput:
         token_ids=[token for part in parts for token in part.token_ids],
         logprobs=None if last.logprobs is None else [table for part in parts for table in part.logprobs or []],
     )
+
+
+@dataclass(frozen=True)
+class PromptExport:
+    """How much of a prompt or session is in a file of `LLM.export_cache`."""
+
+    name: str  # "prompt 1", "session trip"
+    num_tokens: int  # that it has
+    num_exported: int  # of these, from the first one on
+
+
+@dataclass(frozen=True)
+class CacheExport:
+    """What `LLM.export_cache` has written."""
+
+    num_pages: int
+    num_tokens: int
+    num_bytes: int  # of pages
+    prompts: list[PromptExport]
+
+
+@dataclass(frozen=True)
+class CacheImport:
+    """What `LLM.import_cache` has taken in."""
+
+    num_pages: int  # that the file has
+    num_new: int  # of these were not there before

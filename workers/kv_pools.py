@@ -98,6 +98,11 @@ class KVPools:
         assert self.disk is not None
         self._missing = self.disk.adopt(entries)
 
+    def take_in(self, entries: dict[int, bytes]) -> None:
+        """Takes over pages that were put on disk since, see `DiskPool.take_in`; the report says what is missing."""
+        assert self.disk is not None
+        self._missing += self.disk.take_in(entries)
+
     @contextmanager
     def stream(self, loads: list[Load]) -> Iterator[Stream | None]:
         """The stream of a step's loads, None when there are none."""

@@ -42,7 +42,7 @@ class PlanCheck:
         for _, location in plan.relocated:
             tier, slot = decode_location(location)
             _below(f"a slot of {tier.name}", [slot], slots[tier])
-        _below("a slot of DISK", list(plan.adopt or ()), slots[Tier.DISK])
+        _below("a slot of DISK", [*(plan.adopt or ()), *plan.added], slots[Tier.DISK])
         _below("the number of sampled tokens", [plan.num_sampled], self.max_num_seqs + 1)
         for transfer in plan.transfers:
             self._check_transfer(transfer, slots)

@@ -164,6 +164,8 @@ class Rank:
         sampled = self._share_sampled(plan.num_sampled, sampled)
         if plan.adopt is not None:
             pools.adopt(plan.adopt)
+        if plan.added:
+            pools.take_in(plan.added)
         pools.mover.start(plan.transfers, plan.await_ids)
         for source, target in plan.copies:
             pools.device.copy(source, target)

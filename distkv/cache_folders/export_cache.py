@@ -1,30 +1,24 @@
 """Writes pages of a cache folder to a file that another machine's engine can take in, see `export_format.py`."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from distkv import __version__
 from distkv.cache_folders.export_format import FORMAT, Manifest, Table, page_members, write_table
-from distkv.cache_folders.export_store import new_store
+from distkv.cache_folders.export_store import Put
 from distkv.cache_folders.file_damage import damage_of
 from distkv.cache_folders.model_cache import ModelCache
 from distkv.errors import StoreError
+from distkv.outputs import CacheExport, PromptExport
 from distkv.storage.disk.cache_folder import ARRAY, chunk_name
 from distkv.storage.disk.catalogue import Entry
 from distkv.storage.ledger.prefix_index import page_keys, root_key
 from distkv.storage.page_spec import PageSpec
-
-
-class Exported(NamedTuple):
-    """What a file holds."""
-
-    num_pages: int
-    num_tokens: int
-    num_bytes: int  # of pages
 
 
 class CachedPrefixes:
@@ -65,16 +59,21 @@ class CachedPrefixes:
 
 
 def export_pages(
-    path: Path, cache: ModelCache, prefixes: Iterable[Sequence[Entry]], sessions: Mapping[str, dict[str, Any]]
-) -> Exported:
+    store: AbstractContextManager[Put],
+    cache: ModelCache,
+    prefixes: Iterable[Sequence[Entry]],
+    sessions: Mapping[str, dict[str, Any]],
+    prompts: Iterable[PromptExport] = (),
+) -> CacheExport:
     """Writes the pages of some prefixes, each page once, and sessions.
 
     Args:
+        store: where to.
         prefixes: of each the entries of its pages, from the first one on.
         sessions: content of their files, by name.
+        prompts: what is to be said of them.
 
-    Raises ConfigError when there can be no such file, StoreError when it cannot be written, or a page is damaged or was
-    given up meanwhile; nothing is left of the file then.
+    Raises StoreError when a page is damaged or was given up meanwhile, and what `store` does.
     """
     entries = {entry.key: entry for prefix in prefixes for entry in prefix}
     rows = {key: row for row, key in enumerate(entries)}
@@ -92,7 +91,7 @@ def export_pages(
         table.parents[row] = rows[entry.parent] if entry.index else -1
         table.checksums[row] = np.frombuffer(entry.crc32c, np.uint32).reshape(table.checksums.shape[1:])
     num_bytes = 0
-    with new_store(path) as put:
+    with store as put:
         write_table(put, Manifest(FORMAT, __version__, len(rows), pages, dict(sessions)), table)
         for entry, row in zip(entries.values(), rows.values(), strict=True):
             for head, name in enumerate(page_members(row, spec.num_kv_heads)):
@@ -100,7 +99,7 @@ def export_pages(
                 content = _read(file, table.checksums[row, head].tolist(), spec)
                 put(name, content)
                 num_bytes += len(content)
-    return Exported(len(rows), len(rows) * spec.page_size, num_bytes)
+    return CacheExport(len(rows), len(rows) * spec.page_size, num_bytes, list(prompts))
 
 
 def _read(file: Path, checksums: list[int], spec: PageSpec) -> bytes:

@@ -17,6 +17,7 @@ from distkv.errors import ConfigError, StoreError
 from distkv.storage.disk.files import sync_file, sync_folder
 
 FOLDER, ZIP = ".zarr", ".zip"  # how the names end
+PIECE_BYTES = 2**20  # that are sent at a time
 AGAIN = "copy or export it again"
 _ZIP_ERRORS = zipfile.BadZipFile, EOFError, ValueError, struct.error, NotImplementedError  # of a damaged one
 
@@ -81,6 +82,45 @@ def _new_folder(path: Path) -> Iterator[Put]:
         sync_file(file)
     for folder in {file.parent for file in written}:
         sync_folder(folder)
+
+
+@contextmanager
+def sent_zip(write: Callable[[bytes], object]) -> Iterator[Put]:
+    """Has a zip file written as it is made. It has no end, and so is none, when anything is raised in the context."""
+    pipe = _Pipe(write)
+    file = zipfile.ZipFile(pipe, "w", zipfile.ZIP_STORED)
+    try:
+        yield lambda name, content: file.writestr(zipfile.ZipInfo(name), bytes(content))
+        file.close()
+        pipe.flush_pieces()
+    finally:
+        pipe.is_open = False  # for what zipfile would write when it is collected
+
+
+class _Pipe:
+    """A file that cannot be sought, written in larger pieces than a zip file is."""
+
+    def __init__(self, write: Callable[[bytes], object]):
+        self.is_open = True
+        self._write, self._waiting = write, bytearray()
+
+    def write(self, content: bytes, /) -> int:
+        if self.is_open:
+            self._waiting += content
+            if len(self._waiting) >= PIECE_BYTES:
+                self.flush_pieces()
+        return len(content)
+
+    def flush(self) -> None:
+        """zipfile does so after each member, which is no reason to write it."""
+
+    def close(self) -> None:
+        """For zipfile, which does not call it."""
+
+    def flush_pieces(self) -> None:
+        """Writes what waits."""
+        waiting, self._waiting = bytes(self._waiting), bytearray()
+        self._write(waiting)
 
 
 class StoreReader(Protocol):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from distkv.cache_folders.export_format import Manifest, Table, page_members, read_manifest, read_table
@@ -13,6 +14,7 @@ from distkv.cache_folders.export_store import AGAIN, StoreReader, open_store
 from distkv.cache_folders.file_damage import file_damage
 from distkv.cache_folders.model_cache import find_caches
 from distkv.errors import CapacityError, ConfigError, StoreError
+from distkv.outputs import CacheImport
 from distkv.storage.disk.cache_folder import ARRAY, DamagedError, Description, FolderLock, chunk_name
 from distkv.storage.disk.catalogue import Catalogue, Entry, read_catalogue
 from distkv.storage.disk.disk_array import find_slots, has_array
@@ -25,7 +27,6 @@ from distkv.storage.disk.synced_pages import SyncedPages
 from distkv.storage.ledger.page import PageKey
 from distkv.storage.ledger.prefix_index import page_key, root_key
 from distkv.storage.page_spec import PageSpec
-from distkv.storage.tier import Tier
 
 
 class ImportedPage(NamedTuple):
@@ -34,15 +35,6 @@ class ImportedPage(NamedTuple):
     row: int  # in the file
     key: PageKey
     place: int  # in its sequence, 0 for a first page
-
-
-class Imported(NamedTuple):
-    """What became of a file."""
-
-    num_pages: int  # in it
-    num_new: int  # of them were not there before
-    num_there: int  # pages in the folder now, or 0 where the file has none
-    page_bytes: int  # that a slot counts with
 
 
 class ExportedCache:
@@ -92,6 +84,13 @@ class ExportedCache:
             replace_file(file, self._reader.read(name))
             if problem := file_damage(file, self.table.checksums[row, head].tolist(), self.spec):
                 raise StoreError(f"{name} in {str(self.path)!r} {problem}; {AGAIN}")
+
+    def verify(self) -> None:
+        """Reads all pages. Raises StoreError when one is missing or damaged."""
+        with TemporaryDirectory(prefix="distkv-") as folder:
+            file = Path(folder) / "page"
+            for row in range(len(self.table)):
+                self.copy(row, [file] * self.pages.num_kv_heads)
 
     def num_bytes(self, rows: Sequence[int]) -> int:
         """Of the files of some pages."""
@@ -144,7 +143,7 @@ def _difference(found: Description, own: Description) -> str:
     return ", ".join(differing) or "their weights differ, or what config.json says of them"
 
 
-def import_pages(exported: ExportedCache, folder: Path, pages: Description, cache_salt: str | None) -> Imported:
+def import_pages(exported: ExportedCache, folder: Path, pages: Description, cache_salt: str | None) -> CacheImport:
     """Takes all pages in under a salt, or none, into the folder of a model that no engine uses, which may be a new one.
 
     Its array gets as many more slots as need be; an engine keeps as many as its disk_kv_bytes allows, those that were
@@ -154,7 +153,7 @@ def import_pages(exported: ExportedCache, folder: Path, pages: Description, cach
     is damaged or cannot be written.
     """
     if not len(exported.table):
-        return Imported(0, 0, 0, exported.spec.page_bytes_in(Tier.DISK))
+        return CacheImport(0, 0)
     lock = FolderLock(folder)
     try:
         return _import(exported, folder, pages, cache_salt)
@@ -162,7 +161,7 @@ def import_pages(exported: ExportedCache, folder: Path, pages: Description, cach
         lock.release()
 
 
-def _import(exported: ExportedCache, folder: Path, pages: Description, cache_salt: str | None) -> Imported:
+def _import(exported: ExportedCache, folder: Path, pages: Description, cache_salt: str | None) -> CacheImport:
     spec = exported.spec
     entries, listed = read_catalogue(folder)
     sweep(folder)  # what a killed import has left, too
@@ -182,7 +181,7 @@ def _import(exported: ExportedCache, folder: Path, pages: Description, cache_sal
             added.append(Entry(slot, key.digest, key.parent, key.tokens, checksums, now, page.place))
         with closing(Catalogue(folder)) as catalogue:
             catalogue.update([], added)
-    return Imported(len(exported.table), len(new), len(taken) + len(new), spec.page_bytes_in(Tier.DISK))
+    return CacheImport(len(exported.table), len(new))
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def cache_export(
     """Write what was read once to a file, for engines of the same weights elsewhere. An engine may be running: what it
     has not saved to disk yet is left out."""
     from distkv.cache_folders.export_cache import CachedPrefixes
-    from distkv.cache_folders.export_store import check_target
+    from distkv.cache_folders.export_store import check_target, new_store
     from distkv.cache_folders.model_cache import find_cache
     from distkv.frontend.cache_transfer import export_cache
     from distkv.frontend.tokenizer import Tokenizer
@@ -45,10 +45,10 @@ def cache_export(
     pages = find_cache(cache_dir, fingerprint)
     folder = Path(pages.description.model) if model is None else model_folder(model)
     tokenizer = cache(lambda: Tokenizer(folder))
-    exported, covered = export_cache(
-        path, cache_dir, CachedPrefixes(pages, cache_salt), tokenizer, prompts, session or [], everything
+    exported = export_cache(
+        new_store(path), cache_dir, CachedPrefixes(pages, cache_salt), tokenizer, prompts, session or [], everything
     )
-    for one in covered:
+    for one in exported.prompts:
         print(f"{one.name}: {one.num_exported} of {one.num_tokens} tokens")
     print(f"{exported.num_pages} pages ({exported.num_tokens} tokens, {shown_bytes(exported.num_bytes)}) in {path}")
 
@@ -64,7 +64,8 @@ def cache_import(
     """Take a file of `export` in: all of it or, where it is damaged or of other weights, nothing. No engine may use the
     folder meanwhile. Only take what you trust: nothing shows whether pages are those of their tokens."""
     from distkv.cache_folders.import_cache import check_same_pages, find_same_pages, open_exported
-    from distkv.frontend.cache_transfer import import_cache
+    from distkv.cache_folders.model_cache import ModelCache
+    from distkv.frontend.cache_transfer import import_cache, page_folder
     from distkv.launch.own_pages import own_pages
     from distkv.planner.units import shown_bytes
 
@@ -79,9 +80,8 @@ def cache_import(
     print(f"{imported.num_new} of {imported.num_pages} pages taken in, the others were there already")
     for name in exported.manifest.sessions:
         print(f"session {name} taken in")
-    if not imported.num_there:
-        return
-    print(
-        f"{imported.num_there} pages are there now: an engine with less disk_kv_bytes than "
-        f"{shown_bytes(imported.num_there * imported.page_bytes)} gives up those that were used longest ago"
-    )
+    if there := len(ModelCache(page_folder(cache_dir, pages)).entries()):
+        size = shown_bytes(there * pages.page_bytes)
+        print(
+            f"{there} pages are there now: of these an engine with disk_kv_bytes below {size} keeps what was used last"
+        )

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
@@ -72,6 +72,12 @@ class CatalogueWriter:
         if missing:
             log.warning("%d of %d KV pages on disk are missing and are not used", len(missing), len(entries))
         log.info("%d KV pages of earlier processes are on disk", len(kept))
+
+    def add(self, entries: Iterable[Entry]) -> None:
+        """Puts pages in that came from elsewhere; the cache adopts them."""
+        now = self._now()
+        self._added |= {entry.slot: entry._replace(last_use=now) for entry in entries}
+        self._write()
 
     def update(self, changes: DiskChanges, checksums: dict[int, bytes]) -> None:
         """Takes vacated disk slots out before they can be written again, and puts new pages in; without waiting.

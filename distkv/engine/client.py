@@ -52,6 +52,11 @@ class EngineClient(Protocol):
     def reset_prefix_cache(self) -> None:
         """Forgets the pages that are kept for later requests."""
 
+    def import_pages(self, path: str, cache_salt: str | None, start: int) -> tuple[int, int]:
+        """Takes pages of an exported cache in, from number `start` on; returns the number to go on with, that of all
+        pages in the end, and how many were not there before. Raises ConfigError, CapacityError and StoreError."""
+        ...
+
     def close(self) -> None:
         """Frees everything."""
 

@@ -134,6 +134,14 @@ class Engine:
         self._cache.reset()
         self._is_drained = False
 
+    def import_pages(self, path: str, cache_salt: str | None, start: int) -> tuple[int, int]:
+        """See `CacheImport.take_in`."""
+        from distkv.engine.cache_import import CacheImport  # imports zarr
+
+        self._finish_running()
+        self._is_drained = False
+        return CacheImport(self.info, self._cache, self._runner).take_in(path, cache_salt, start)
+
     def close(
         self, progress: Callable[[int], None] = lambda num_unsaved: None, save_timeout: float | None = None
     ) -> None:
@@ -145,12 +153,8 @@ class Engine:
         """
         try:
             save = FinalSave(self._cache, progress, self.info.save_timeout if save_timeout is None else save_timeout)
-            if self._failure is not None:
-                raise self._failure
             self.abort([(one.request.request_id, None) for one in self._scheduler.running + self._scheduler.waiting])
-            if self._running is not None:
-                self._complete(self._running, None)
-            self._read()  # the device has done with it, then
+            self._finish_running()
             save.run(self._runner)
         except Exception as error:
             log.warning(
@@ -205,6 +209,7 @@ class Engine:
             disk_write_seconds=write_seconds,
             checksum_failures=measures.checksum_failures,
             pages_recomputed=self._repairs.num_pages,
+            pages_to_save=cache.num_to_save,
             num_preemptions=self._num_preemptions,
             requests=scheduler.meter.stats(),
             speculation=SpeculationStats() if scheduler.speculator is None else scheduler.speculator.stats,
@@ -304,6 +309,14 @@ class Engine:
             self._unread = step
         self._observer.completed(step)
         return went_well
+
+    def _finish_running(self) -> None:
+        """Has no step run, and the device done with the last one. What it sampled is returned by the next `step`."""
+        if self._failure is not None:
+            raise self._failure
+        if self._running is not None:
+            self._complete(self._running, None)
+        self._read()
 
     def _read(self) -> None:
         """Waits for the tokens of the completed step, unless they are known, and adds them to the answers."""

@@ -155,6 +155,15 @@ class ResetPrefixCache(msgspec.Struct, frozen=True, tag=True):
     """Client to leader: forget the pages that are kept for later requests; answered by Accepted."""
 
 
+class ImportPages(msgspec.Struct, frozen=True, tag=True):
+    """Client to leader: take a part of an exported cache in, see `EngineClient.import_pages`; answered by ImportedPages
+    or Refused."""
+
+    path: str
+    cache_salt: str | None
+    start: int
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Client to leader: save the cache and end the group. Answered by Saving every now and then."""
 
@@ -165,8 +174,15 @@ class Accepted(msgspec.Struct, frozen=True, tag=True):
     """Leader to client: the requests are queued, or the prefix cache is empty."""
 
 
+class ImportedPages(msgspec.Struct, frozen=True, tag=True):
+    """Leader to client: a part of an exported cache is taken in."""
+
+    end: int
+    num_new: int
+
+
 class Refused(msgspec.Struct, frozen=True, tag=True):
-    """Leader to client: none of the requests is queued."""
+    """Leader to client: none of the requests is queued, no page of the part is taken in."""
 
     reason: str
     error: str = "CapacityError"  # name of a class of `distkv.errors`, whose text the reason is
@@ -201,7 +217,7 @@ class Traced(msgspec.Struct, frozen=True, tag=True):
 
 
 encode = msgspec.msgpack.Encoder().encode
-decode_command = msgspec.msgpack.Decoder(Add | Abort | GetStats | ResetPrefixCache | Shutdown).decode
+decode_command = msgspec.msgpack.Decoder(Add | Abort | GetStats | ResetPrefixCache | ImportPages | Shutdown).decode
 decode_reply = msgspec.msgpack.Decoder(
-    Accepted | Refused | Tokens | EngineStats | Working | Saving | Logged | Traced
+    Accepted | Refused | ImportedPages | Tokens | EngineStats | Working | Saving | Logged | Traced
 ).decode

@@ -127,6 +127,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     checksum_failures: int = 0  # parts of pages that came back from disk with another content
     num_engines: int = 1  # that run
     seconds_without_engine: float = 0.0  # since the last one of a pool was lost
+    pages_to_save: int = 0  # on their way to disk, or to go there by themselves as soon as they may
     num_refused: int = 0  # answers that found the queue full; whoever owns the engine counts them
     requests: RequestStats = RequestStats()
     policy: PolicyStats = PolicyStats()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distkv.engine.protocol import EngineInfo
+from distkv.errors import StoreError
 from distkv.storage.ledger.page import Page
 from distkv.storage.ledger.tiered_cache import TieredCache
 from distkv.storage.meter import Measures, Span
@@ -19,6 +20,7 @@ from distkv.workers.sampling.sample_row import SampleRow
 
 if TYPE_CHECKING:
     from distkv.engine.catalogue_writer import CatalogueWriter
+    from distkv.storage.disk.catalogue import Entry
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +77,28 @@ class StepRunner:
             self.put_back_ended(plan.ended)
             raise
         return self.take_in(report)
+
+    def take_in_pages(self, entries: list["Entry"], fill: Callable[["Entry"], None]) -> None:
+        """Takes in pages that come from elsewhere, while no plan runs.
+
+        Args:
+            entries: for free slots, each page behind the one before it in its sequence.
+            fill: writes a page's files.
+
+        Raises what `fill` does, and StoreError when a rank does not find a page, having taken in none.
+        """
+        assert self._catalogue_writer is not None
+        self._update_catalogue({})  # of the pages that lay there before
+        for entry in entries:
+            fill(entry)
+        report = self._report_of(StepPlan([], [], [], added={entry.slot: entry.crc32c for entry in entries}))
+        if report.missing:
+            raise StoreError(
+                f"{len(report.missing)} of {len(entries)} pages are not where all ranks look for them: nodes with "
+                "disks of their own cannot import; use a cache_dir that all nodes see"
+            )
+        self.take_in(report)
+        self._catalogue_writer.add(entries)
 
     def take_in(self, report: Report) -> set[Page]:
         """Books what the ranks report; returns the held pages that the step could not read."""

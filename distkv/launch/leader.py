@@ -13,6 +13,8 @@ from distkv.engine.protocol import (
     Add,
     EngineInfo,
     GetStats,
+    ImportedPages,
+    ImportPages,
     Logged,
     Refused,
     ResetPrefixCache,
@@ -23,7 +25,7 @@ from distkv.engine.protocol import (
     Working,
 )
 from distkv.engine.request_bounds import check_request
-from distkv.errors import CapacityError, RequestError
+from distkv.errors import CapacityError, ConfigError, RequestError, StoreError
 from distkv.launch.owner import Owner
 from distkv.metrics.ray_metrics import RayMetrics
 from distkv.metrics.step_trace import StepTrace
@@ -99,6 +101,11 @@ def _serve(
                 case ResetPrefixCache():
                     engine.reset_prefix_cache()
                     owner.tell(Accepted())
+                case ImportPages(path, cache_salt, start):
+                    try:
+                        owner.tell(ImportedPages(*engine.import_pages(path, cache_salt, start)))
+                    except (CapacityError, ConfigError, StoreError) as error:
+                        owner.tell(Refused(str(error), _public_name(error)))
                 case Shutdown(save_timeout):
                     engine.close(lambda num_unsaved: owner.tell(Saving(num_unsaved)), save_timeout)
                     return
@@ -112,3 +119,8 @@ def _serve(
             sign.goes_on()
         if lines := take_log():
             owner.tell(Logged(lines))
+
+
+def _public_name(error: Exception) -> str:
+    """The class that the other end knows it by."""
+    return next(kind.__name__ for kind in (CapacityError, ConfigError, StoreError) if isinstance(error, kind))

@@ -13,7 +13,7 @@ from distkv.engine.prefix_router import PrefixRouter, prefix_keys
 from distkv.engine.protocol import EngineInfo, EngineRequest, RequestFailed, StepOutput
 from distkv.engine.replay import Replay
 from distkv.engine.stats import EngineStats, total
-from distkv.errors import CapacityError, DistKVError, EngineUnavailable, RequestError, WorkerDied
+from distkv.errors import CapacityError, ConfigError, DistKVError, EngineUnavailable, RequestError, WorkerDied
 from distkv.launch.pool_member import Member
 from distkv.launch.ray_engine import REST, STEP_WAIT, RayEngine
 
@@ -158,6 +158,13 @@ class EnginePool:
                     member.engine.reset_prefix_cache()
             except WorkerDied as death:
                 self._lose(member, death)
+
+    def import_pages(self, path: str, cache_salt: str | None, start: int) -> tuple[int, int]:
+        """See `EngineClient.import_pages`; refused, since each engine has a cache of its own."""
+        raise ConfigError(
+            "each of several engines has a cache of its own; use `distkv cache import` with the --cache-dir of each, "
+            "cache_dir/engine-0, say, while none runs"
+        )
 
     def close(self) -> None:
         """Closes all engines, side by side, and gives up those that start. Raises what one of them raises, as

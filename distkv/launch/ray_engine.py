@@ -17,6 +17,8 @@ from distkv.engine.protocol import (
     EngineInfo,
     EngineRequest,
     GetStats,
+    ImportedPages,
+    ImportPages,
     Logged,
     Refused,
     ResetPrefixCache,
@@ -51,7 +53,7 @@ LEAVE_MARGIN = 3.0  # seconds by which all is to be saved before that
 START_SECONDS = 900.0  # at least, for the first answer: nobody knows how long compiling takes
 LAST_WORD = 1000  # milliseconds that a leader whose group has lost a rank gets to say how much is lost
 
-Reply = Accepted | Refused | Tokens | EngineStats | Saving
+Reply = Accepted | Refused | ImportedPages | Tokens | EngineStats | Saving
 
 
 class RayEngine:
@@ -173,6 +175,14 @@ class RayEngine:
         """See `EngineClient.reset_prefix_cache`."""
         self._ask(ResetPrefixCache())
 
+    def import_pages(self, path: str, cache_salt: str | None, start: int) -> tuple[int, int]:
+        """See `EngineClient.import_pages`; the file is read on the node of the first rank."""
+        reply = self._ask(ImportPages(path, cache_salt, start))
+        if isinstance(reply, Refused):
+            raise getattr(errors, reply.error)(reply.reason)
+        assert isinstance(reply, ImportedPages)
+        return reply.end, reply.num_new
+
     @property
     def notice(self) -> Notice | None:
         """That one of its nodes is about to go, if the cluster says so."""
@@ -255,7 +265,7 @@ class RayEngine:
         if left or (left is None and self.info.fingerprint):
             log.warning("%s KV pages were not saved", "an unknown number of" if left is None else left)
 
-    def _ask(self, command: Add | GetStats | ResetPrefixCache) -> Reply:
+    def _ask(self, command: Add | GetStats | ResetPrefixCache | ImportPages) -> Reply:
         """The answer to a command; tokens that come before it are kept for `step`. Raises WorkerDied when a rank has
         ended."""
         if self._closed:
@@ -272,7 +282,7 @@ class RayEngine:
             elif reply is not None:
                 return reply
 
-    def _send(self, command: Add | Abort | GetStats | ResetPrefixCache | Shutdown) -> bool:
+    def _send(self, command: Add | Abort | GetStats | ResetPrefixCache | ImportPages | Shutdown) -> bool:
         """Sends a command, unless the leader's end of the connection is no more: then its process has ended, which the
         group says a moment later. Only a peer can be written to, and always; without one the socket would wait."""
         try:

@@ -1,5 +1,7 @@
 """Which slots of the disk tier can be written: those of a full disk are fewer than it was to have."""
 
+from itertools import chain, islice
+
 from distkv.storage.ledger.disk_refusals import DiskRefusals
 from distkv.storage.ledger.slot_allocator import SlotAllocator
 
@@ -29,6 +31,11 @@ class DiskSlots(SlotAllocator):
                 self._exchanged.add(slot)
             return [slot]
         return super().allocate(count, after)
+
+    def next_free(self, count: int) -> list[int]:
+        """The slots that are handed out next, so many at most; they stay free."""
+        others = (slot for start, end in self._runs.items() for slot in range(start, end) if slot not in self._vacated)
+        return list(islice(chain(self._vacated, others), min(count, self.num_free)))
 
     def take(self, slot: int) -> None:
         super().take(slot)

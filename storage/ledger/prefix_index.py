@@ -50,6 +50,10 @@ class PrefixIndex:
     def __iter__(self) -> Iterator[Page]:
         return iter(list(self._pages.values()))
 
+    def has(self, digest: bytes) -> bool:
+        """Whether a page has this key."""
+        return digest in self._pages
+
     def add(self, page: Page, key: PageKey) -> Page:
         """Enters a page under a key; returns the page that has this key then, which may be another one that was there
         before."""

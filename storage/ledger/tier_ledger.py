@@ -36,8 +36,8 @@ class TierLedger:
 
     def __init__(self, num_pages: tuple[int, int, int], write_through: bool, share: float | None = None):
         self.refusals = DiskRefusals()
-        self._disk_slots = DiskSlots(num_pages[DISK], self.refusals)
-        self.slots = SlotAllocator(num_pages[DEVICE]), SlotAllocator(num_pages[HOST]), self._disk_slots
+        self.disk_slots = DiskSlots(num_pages[DISK], self.refusals)
+        self.slots = SlotAllocator(num_pages[DEVICE]), SlotAllocator(num_pages[HOST]), self.disk_slots
         self.index = PrefixIndex()
         self.held = HeldPages()
         self.shares = Shares(num_pages, share)
@@ -131,13 +131,13 @@ class TierLedger:
         assert ended is not None, "what is forced cannot fail"
         transfer, page = ended
         if transfer.target is DISK:
-            self._disk_slots.refuse(transfer.target_slot, reason)
+            self.disk_slots.refuse(transfer.target_slot, reason)
         self.drop(page, transfer.target)
         if not page.references and page.key is None:
             self.free_unheld(page)
         if transfer.target is not DISK:
             return page
-        self._disk_slots.forget_files(transfer.target_slot)
+        self.disk_slots.forget_files(transfer.target_slot)
         return None
 
     def force(self, page: Page) -> None:

@@ -78,6 +78,13 @@ class TieredCache:
         return sum(not page.has(DISK) for page in self.index) if self.slots[DISK].num_slots else 0
 
     @property
+    def num_to_save(self) -> int:
+        """Pages that are on their way to disk, or go there by themselves as soon as they may."""
+        ledger = self._ledger
+        queued = len(ledger.unspilled) + len(ledger.unsaved) + len(self._transfers.disk_writes)
+        return queued if self.slots[DISK].num_slots else 0
+
+    @property
     def capacity(self) -> int:
         """Distinct pages that sequences may hold: all slots, unless the disk refuses more than it holds."""
         return self.slots[DEVICE].num_slots + self.slots[HOST].num_slots + self._disk_capacity
@@ -244,6 +251,19 @@ class TieredCache:
                 page.set_slot(DISK, slot)
                 self._ledger.rest(page)
         self.journal.forget_uses()
+
+    def make_disk_room(self, count: int) -> list[int]:
+        """So many free slots of the disk, or as many as there are when idle pages on it have given way, those used
+        longest ago first. They are to be filled, and given to `adopt`, before anything else is done with the cache, or
+        to `leave_empty`."""
+        victims = iter(lambda: self._ledger.idle.oldest(DISK), None)
+        self._ledger.make_room(DISK, victims, count)
+        return self._ledger.disk_slots.next_free(count)
+
+    def leave_empty(self, slots: Iterable[int]) -> None:
+        """Takes note that free slots of the disk have no files any more."""
+        for slot in slots:
+            self._ledger.disk_slots.forget_files(slot)
 
     def reset(self) -> None:
         """Forgets all keys, so that nothing is found any more; idle pages are free once no transfer touches them."""

@@ -104,18 +104,24 @@ class DiskPool:
         heads that this rank writes. Raises StoreError when the folder cannot be read.
         """
         self._stored[:] = False
-        shape = self._heads.total, self.spec.num_layers
-        whole = set(self._sweep(entries))
-        missing = []
-        for slot, checksums in entries.items():
-            crcs = np.frombuffer(checksums, np.uint32) if len(checksums) % 4 == 0 else np.empty(0)
-            files = all((slot, head) in whole for head in self._held)
-            if slot >= self.num_pages or crcs.size != shape[0] * shape[1] or not files:
-                missing.append(slot)
-                continue
-            self._crcs[slot] = crcs.reshape(shape)[self._held.start : self._held.stop]
-            self._stored[slot] = True
-        return missing
+        return self._take_over(entries, set(self._sweep(entries)))
+
+    def take_in(self, entries: dict[int, bytes]) -> list[int]:
+        """Takes over pages that somebody else has put into free slots meanwhile, as `adopt` does, and removes nothing.
+        Raises StoreError when the folder cannot be read."""
+        whole: set[tuple[int, int]] = set()
+        for slot in entries:
+            for head, name in zip(self._held, self._names(slot), strict=True):
+                try:
+                    self.codec.check_size(os.stat(name).st_size)
+                except (FileNotFoundError, FileDamage):
+                    continue
+                except OSError as error:
+                    raise StoreError(f"{name} cannot be read: {error.strerror}") from error
+                whole.add((slot, head))
+            if self._synced is not None:
+                self._synced.add(self._names(slot))
+        return self._take_over(entries, whole)
 
     def parts(self, layer_slice: Tensor) -> Parts:
         """The memory of a contiguous layer slice `[2, kv_head, page_size, head_dim]`, to read into."""
@@ -158,6 +164,20 @@ class DiskPool:
     def layer_checksums(self, slot: int) -> list[list[int]]:
         """crc32c by head and layer."""
         return self._crcs[slot].tolist()
+
+    def _take_over(self, entries: dict[int, bytes], whole: Container[tuple[int, int]]) -> list[int]:
+        """Notes the checksums of pages whose files, as slot and head, are all `whole`; returns the slots of others."""
+        shape = self._heads.total, self.spec.num_layers
+        missing = []
+        for slot, checksums in entries.items():
+            crcs = np.frombuffer(checksums, np.uint32) if len(checksums) % 4 == 0 else np.empty(0)
+            files = all((slot, head) in whole for head in self._held)
+            if slot >= self.num_pages or crcs.size != shape[0] * shape[1] or not files:
+                missing.append(slot)
+                continue
+            self._crcs[slot] = crcs.reshape(shape)[self._held.start : self._held.stop]
+            self._stored[slot] = True
+        return missing
 
     def _write(self, slot: int, page: Tensor) -> None:
         """What lay in the slot is removed first, so that on a full disk its room does, whoever else is writing. Leaves

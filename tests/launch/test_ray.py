@@ -263,9 +263,10 @@ def await_exported(name: str, model: str) -> dict[str, float]:
 )
 def test_pages_are_found_by_any_number_of_ranks(cluster: Cluster, tmp_path: Path, kv_heads: int, codec: dict) -> None:
     """What 1, 2 and 3 ranks write each of the others reads, all of it, and lets it lie as it is; with 2 KV heads on 3
-    ranks one of them is held twice. With the pages of others a group answers what it does with its own."""
+    ranks one of them is held twice. With the pages of others a group answers what it does with its own, and so it does
+    with those that it imports while it runs."""
     folder = save_with_heads(tmp_path, kv_heads)
-    cache = tmp_path / "cache"
+    cache, book = tmp_path / "cache", tmp_path / "book.zarr.zip"
     # the log-probabilities of the whole vocabulary stand for the logits, which do not leave the cluster
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=20)
     options: dict[str, Any] = {
@@ -286,10 +287,17 @@ def test_pages_are_found_by_any_number_of_ranks(cluster: Cluster, tmp_path: Path
                 assert hit.outputs[0].token_ids == own.outputs[0].token_ids
                 for mine, other in zip(hit.outputs[0].logprobs or [], own.outputs[0].logprobs or [], strict=True):
                     assert all(mine[token].logprob == pytest.approx(other[token].logprob, abs=1e-4) for token in mine)
+                if writers == 1 and size > 1:  # the same pages, from a file
+                    assert llm.import_cache(book, cache_salt=f"file for {size}").num_new == 7
+                    [same] = llm.generate([prompt], params, cache_salt=f"file for {size}", use_tqdm=False)
+                    assert same.num_cached_tokens_by_tier == {"device": 0, "host": 0, "disk": 112}
+                    assert same.outputs == hit.outputs
             prompt = random_prompt(97, 10 * size + len(known), end=20)
             [output] = llm.generate([prompt], params, use_tqdm=False)
             assert output.num_cached_tokens == 0
             known.setdefault(size, prompt + output.outputs[0].token_ids)
+            if size == 1 and not book.exists():
+                assert llm.export_cache(book, known[1]).num_pages == 7
             assert llm.info.cache_dir is not None
             model = Path(llm.info.cache_dir)
             assert llm.stats().pages_recomputed == 0

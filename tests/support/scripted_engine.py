@@ -45,6 +45,9 @@ class ScriptedEngine:
     def reset_prefix_cache(self) -> None:
         pass
 
+    def import_pages(self, path: str, cache_salt: str | None, start: int) -> tuple[int, int]:
+        raise NotImplementedError
+
     def rest(self) -> None:
         """Nothing has to be looked after."""
 

@@ -16,7 +16,7 @@ class Report(msgspec.Struct, array_like=True):
     checksums: dict[int, bytes] = {}  # of pages written to disk, by id
     bad_reads: list[tuple[int, str]] = []  # disk slots that this step could not read back, with the reason
     bytes_moved: dict[str, int] = {}  # bytes by route, see `Rank.take_report`
-    missing: list[int] = []  # disk slots of `StepPlan.adopt` whose page is not there
+    missing: list[int] = []  # disk slots of `StepPlan.adopt` or `added` whose page is not there
     log: list[LogLine] = []  # of a rank behind rank 0
     measures: Measures = msgspec.field(default_factory=Measures)
 

@@ -32,8 +32,8 @@ class SequencePlan(msgspec.Struct, array_like=True):
 
 
 class StepPlan(msgspec.Struct, array_like=True):
-    """One step of the whole group. First comes `adopt`; transfers are started and `await_ids` waited for; then come
-    `copies`, `clear` and `synthetic_pages`; then the sequences run, of which there may be none.
+    """One step of the whole group. First comes `adopt` or `added`; transfers are started and `await_ids` waited for;
+    then come `copies`, `clear` and `synthetic_pages`; then the sequences run, of which there may be none.
 
     Ranks keep page tables (`page_directory.py`), so that a plan tells what has changed and not what a long context is
     made of. Telling a rank again what it knows does no harm.
@@ -52,6 +52,8 @@ class StepPlan(msgspec.Struct, array_like=True):
     # the pages on disk that an earlier process left, by slot with their checksums, see `DiskPool.adopt`; given once,
     # before anything is written there
     adopt: dict[int, bytes] | None = None
+    # pages that were put on disk since, by slot with their checksums, see `DiskPool.take_in`
+    added: dict[int, bytes] = {}
     # where sequences have placeholders: how many tokens the step before sampled, which rank 0 gives the others first
     num_sampled: int = 0
 
