@@ -172,7 +172,7 @@ def save_with_heads(folder: Path, kv_heads: int) -> Path:
 )
 def test_tiers_change_nothing_for_several_ranks(cluster: Cluster, tmp_path: Path, size: int, kv_heads: int) -> None:
     """Bit for bit against the same ranks with everything resident; 3 KV heads on 2 ranks are 2 + 1, and 2 of them on 3
-    ranks are one that two ranks hold, and another. Figures and the trace are of all ranks."""
+    ranks are one that two ranks hold, and another. Nor do drafts. Figures and the trace are of all ranks."""
     folder = save_with_heads(tmp_path, kv_heads)
     prompts = [random_prompt(length, length, end=20) for length in (300, 40)]
     # the log-probabilities of the whole vocabulary stand for the logits, which do not leave the cluster
@@ -181,7 +181,11 @@ def test_tiers_change_nothing_for_several_ranks(cluster: Cluster, tmp_path: Path
     cache, page_bytes = tmp_path / "cache", 2 * 2 * max(size, kv_heads) * 16 * 16 * 4
     tiers: list[tuple[dict[str, Any], set[str]]] = [
         ({"host_kv_bytes": 0}, set()),
-        ({"device_kv_bytes": 7 * page_bytes, "host_kv_bytes": 60 * page_bytes}, {"host_streamed"}),
+        (
+            {"device_kv_bytes": 7 * page_bytes, "host_kv_bytes": 60 * page_bytes, "max_num_seqs": 9,
+             "speculative_config": {"method": "ngram", "adaptive": False}},
+            {"host_streamed"},
+        ),
         (
             {"device_kv_bytes": 7 * page_bytes, "host_kv_bytes": 6 * page_bytes, "cache_dir": cache,
              "disk_kv_bytes": 60 * page_bytes, "trace": tmp_path / "steps.json"},
@@ -191,7 +195,7 @@ def test_tiers_change_nothing_for_several_ranks(cluster: Cluster, tmp_path: Path
     answers = []
     for number, (sizes, moved) in enumerate(tiers):
         (model := tmp_path / f"model-{number}-of-{size}-ranks").symlink_to(folder)  # for metrics, by its name
-        with LLM(model, ray_address=cluster.address, **options, **sizes) as llm:
+        with LLM(model, ray_address=cluster.address, **(options | sizes)) as llm:
             assert llm.info.page_bytes == page_bytes
             if "device_kv_bytes" in sizes:
                 kv_bytes = {name: size for name, size in sizes.items() if name.endswith("_kv_bytes")}
@@ -199,6 +203,7 @@ def test_tiers_change_nothing_for_several_ranks(cluster: Cluster, tmp_path: Path
             outputs = llm.generate(prompts, params, use_tqdm=False)
             stats = llm.stats()
             assert moved <= stats.bytes_moved.keys() and stats.pages_recomputed == 0
+            assert bool(stats.speculation.num_accepted_tokens) == ("speculative_config" in sizes)
             if "cache_dir" in sizes:
                 chunks = [path.name.split(".")[4] for path in cache.glob("*/kv.zarr/c.*")]
                 assert set(chunks) == {"0", "1", "2"} if kv_heads == 3 else {"0", "1"}, "a file per page and head"
