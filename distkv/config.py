@@ -288,9 +288,11 @@ class EngineConfig:
     """Draft tokens and check several in a step: {"method": "ngram"}, as JSON.
 
     A step then reads the context once for all of them; answers stay the same, bit for bit. ngram drafts what followed
-    the newest tokens where they stood before, so it pays for answers that quote. num_speculative_tokens is the most of
-    a draft (8), prompt_lookup_min (2) and prompt_lookup_max (8) the newest tokens that are looked for; "adaptive":
-    false has drafts as long as may be, where otherwise they are as long as pays. On CUDA it turns batch_invariant on.
+    the newest tokens where they stood before, so it pays for answers that quote; prompt_lookup_min (2) and
+    prompt_lookup_max (8) are the newest tokens that are looked for. draft_model has a small model draft, of the folder
+    "model", with draft_kv_bytes for its keys and values (max_model_len tokens). num_speculative_tokens is the most of a
+    draft (8); "adaptive": false has drafts as long as may be, where otherwise they are as long as pays. On CUDA it
+    turns batch_invariant on.
     """
 
     def __post_init__(self) -> None:

@@ -19,6 +19,8 @@ from distkv.workers.attention.policies.registry import parse_policy
 from distkv.workers.backend import Demand, make_backend
 from distkv.workers.bandwidth import measure_bandwidth
 from distkv.workers.cache_place import CachePlace
+from distkv.workers.drafting.draft_model import DraftModel
+from distkv.workers.drafting.draft_request import DraftRequest
 from distkv.workers.errors import CapacityError
 from distkv.workers.group.process_group import ProcessGroup
 from distkv.workers.group.report import Report
@@ -63,6 +65,8 @@ class Rank:
         use_threads(config.num_threads)
         self.model, digest = self._load(check)
         self.loaded = Loaded(digest, self.backend.kernels.name)
+        drafts = config.draft is not None and not group.rank
+        self._draft_model = DraftModel(config, self.backend, check) if drafts else None
         self._codec = self.backend.make_codec(self.page_spec)
         self.pools = KVPools(self.page_spec, PoolSizes(), self.backend.device, codec=self._codec)
         self._runner = self.backend.make_runner(self.model, self.pools, config.max_num_seqs)
@@ -159,6 +163,8 @@ class Rank:
         pools = self.pools
         self._scores = None  # of a step that raised
         steps = self._directory.update(plan)
+        if self._draft_model is not None:
+            self._draft_model.forget(plan.ended)
         if pools.summaries is not None:
             pools.summaries.forget(plan.new_pages)
         sampled = self._share_sampled(plan.num_sampled, sampled)
@@ -210,6 +216,11 @@ class Rank:
         scores, self._scores = self._scores, None
         return scores
 
+    def draft(self, requests: list[DraftRequest]) -> list[list[int]]:
+        """On rank 0, see `DraftModel.draft`; needs `RankConfig.draft`."""
+        assert self._draft_model is not None
+        return self._draft_model.draft(requests)
+
     def _share_sampled(self, count: int, sampled: Tensor | None) -> Tensor | None:
         """The `count` tokens that the step before sampled, on all ranks; None when the plan refers to none."""
         if not count:
@@ -234,6 +245,8 @@ class Rank:
     def close(self) -> None:
         """Ends transfers and gives back memory and files."""
         self.pools.close()
+        if self._draft_model is not None:
+            self._draft_model.close()
 
     def close_after_error(self) -> None:
         """The same where no step can be under way any more: a device may still be at one that nobody waits for. The

@@ -10,6 +10,15 @@ from distkv.workers.model.shard import Shard
 
 
 @dataclass(frozen=True)
+class DraftConfig:
+    """A small model that drafts, on rank 0."""
+
+    folder: Path
+    model: ModelConfig
+    num_pages: int  # of its own cache
+
+
+@dataclass(frozen=True)
 class RankConfig:
     """What every rank has to know; the same for all of them."""
 
@@ -32,6 +41,7 @@ class RankConfig:
     disk_codec: str = "none"  # see `EngineConfig.disk_kv_codec`
     attention_policy: str = FULL  # see `parse_policy`
     attention_audit: int | None = None  # see `EngineConfig`
+    draft: DraftConfig | None = None
     num_parts: int | None = None  # of sums over ranks, see `Shard.of`; None for one of each rank
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distkv.engine.protocol import EngineInfo
+from distkv.workers.drafting.draft_request import DraftRequest
 from distkv.workers.group.executor import StepResult
 from distkv.workers.group.rank_executor import RankExecutor
 from distkv.workers.group.report import Report
@@ -39,6 +40,10 @@ class IdleRanks:
         result = self._executor.run(plan, rows)
         self.run_seconds += time.perf_counter() - start
         return result
+
+    def draft(self, requests: list[DraftRequest]) -> list[list[int]]:
+        """See `Executor.draft`; there is no draft model."""
+        return [[] for _ in requests]
 
     def _forward(self, plan: StepPlan, sampled: Tensor | None) -> tuple[Tensor | None, Report]:
         start = time.perf_counter()

@@ -49,7 +49,7 @@ class Scheduler:
         self.cold_budget = ColdBudget(info, self.cache)
         self.load_choice = LoadChoice(info, self.cache)
         self.meter = RequestMeter()
-        self.speculator = None if info.speculation is None else Speculator(info)
+        self.speculator: Speculator | None = None  # of the engine whose steps these are
         self._promises = PagePromises(self.cache)
         self._order = AdmissionOrder(self.cache, info.max_num_seqs)
         self._lengths = AnswerLengths()

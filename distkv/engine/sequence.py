@@ -38,7 +38,8 @@ class Sequence:
     num_pending: int = 0  # tokens that steps under way sample, which are not known yet
     num_sent: int = 0  # pages that the ranks' table holds
     draft: list[int] = field(default_factory=list)  # tokens that its next step checks behind its newest one
-    drafter: "NgramDrafter | None" = None  # once tokens were drafted for it
+    drafter: "NgramDrafter | None" = None  # once tokens were looked up for it
+    is_drafted_for: bool = False  # by a draft model, which has read all of it
     rules: TokenRules | None = None  # None where its parameters let every token be
     num_scored: int = 0  # tokens behind the first one whose log-probabilities are known, if wanted
     cached_tiers: list[Tier | None] = field(default_factory=list)  # where its first pages were found; None: lost since

@@ -30,6 +30,7 @@ class SequenceWork:
     draft: list[int] = field(
         default_factory=list
     )  # the last of its tokens, of which nobody knows yet whether they come
+    num_right: int | None = None  # tokens of the draft that the answer goes on with, once its tokens are read
     is_damaged: bool = False  # could not read one of its pages, so its tokens are to be run again
 
 
@@ -49,7 +50,6 @@ class Step:
         self.num_sampled = 0  # tokens
         self.forks = False  # whether more than one answer of a request begins with this step
         self.started_at = 0.0  # by `time.perf_counter`
-        self.num_accepted = 0  # tokens of drafts, once its tokens are read
         self.copies: list[PageCopy] = []  # whose pages are held until the step has ended
         self.relocated: list[Page] = []  # whose locations the plan sends
         self._indexes: dict[Sequence, int] = {}  # `SequenceWork.sampled_index`, where there is one
@@ -158,7 +158,7 @@ class Step:
                 break
             num_right += 1
         work.sequence.reject(len(work.draft) - num_right)
-        self.num_accepted += num_right
+        work.num_right = num_right
         return [[token for row in rows[: num_right + 1] for token in row]]
 
     def read_scores(self) -> list[tuple[Sequence, list[TokenLogprobs]]]:

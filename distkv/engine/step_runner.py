@@ -13,6 +13,7 @@ from distkv.errors import StoreError
 from distkv.storage.ledger.page import Page
 from distkv.storage.ledger.tiered_cache import TieredCache
 from distkv.storage.meter import Measures, Span
+from distkv.workers.drafting.draft_request import DraftRequest
 from distkv.workers.group.executor import Executor, StepResult
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan
@@ -117,6 +118,10 @@ class StepRunner:
         damaged = self._cache.apply(report.done, report.failed, [slot for slot, _ in report.bad_reads])
         self._update_catalogue(report.checksums)
         return damaged
+
+    def draft(self, requests: list[DraftRequest]) -> list[list[int]]:
+        """See `Executor.draft`; while no plan runs."""
+        return self._thread.submit(self.executor.draft, requests).result()
 
     def wait_for(self, ids: Iterable[int]) -> None:
         """Runs a plan of nothing but transfers that waits for some."""

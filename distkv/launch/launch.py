@@ -18,6 +18,7 @@ from distkv.launch.fewer_ranks import fewer_after, fewer_sizes, with_fewer
 from distkv.launch.fingerprint import FOLDER_DIGITS, common_digest, common_kernels, make_fingerprint
 from distkv.metrics.step_trace import StepTrace
 from distkv.metrics.trace_file import TraceFile
+from distkv.planner.draft import draft_config
 from distkv.planner.ranks import make_rank_config
 from distkv.planner.sizing import keeps_cache, needs_bandwidth, needs_capacity, pool_sizes
 from distkv.storage.disk.cache_folder import SCRATCH
@@ -82,6 +83,7 @@ def check_config(config: EngineConfig) -> tuple[ModelConfig, int]:
     max_model_len = _max_model_len(config, model)
     for rank in range(config.tensor_parallel_size):
         Shard.of(model, rank, config.tensor_parallel_size)  # refuses too many ranks
+    draft_config(config, model)  # refuses one that does not go with the model
     fewer_sizes(config, model)  # refuses what the heads do not allow
     return model, max_model_len
 

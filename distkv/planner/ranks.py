@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from distkv.config import EngineConfig
+from distkv.planner.draft import draft_config
 from distkv.planner.sizing import keeps_cache, staging_pages
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.rank_config import RankConfig
@@ -30,4 +31,5 @@ def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> R
         disk_codec=config.disk_kv_codec,
         attention_policy=config.attention_policy,
         attention_audit=config.attention_audit,
+        draft=draft_config(config, model),
     )

@@ -5,6 +5,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -66,6 +67,47 @@ def test_drafts_change_no_answer(folder: Path, tmp_path: Path, seed: int) -> Non
     assert 0 < told.num_accepted_tokens < told.num_draft_tokens
 
 
+@pytest.mark.parametrize("is_same", [True, False])
+def test_a_draft_model_changes_no_answer(folder: Path, tmp_path: Path, is_same: bool) -> None:
+    """The model itself, which is nearly always right, and another one, which nearly never is; both over a cache with
+    room for one context, where several have to read again what they have lost."""
+    prompts, params = repeating_requests(random.Random(5), 20)
+    params = [msgspec.structs.replace(one, frequency_penalty=0) for one in params]
+    common: dict[str, Any] = {"page_size": PAGE, "dtype": "float32", "max_model_len": 500, "max_num_batched_tokens": 64}
+    with LLM(folder, device_kv_bytes="64MiB", host_kv_bytes="1MiB", **common) as plain:
+        expected = [said(output) for output in plain.generate(prompts, params, use_tqdm=False)]
+    draft = folder if is_same else save_llama(tmp_path, vocab_size=20, max_position_embeddings=512, seed=7)[0]
+    config = {"method": "draft_model", "model": str(draft), "adaptive": False}
+    sizes = {"device_kv_bytes": "128KiB", "host_kv_bytes": "1MiB", "max_num_seqs": 9}
+    with LLM(folder, speculative_config=config, **sizes, **common) as llm:
+        assert [said(output) for output in llm.generate(prompts, params, use_tqdm=False)] == expected
+        alone = llm.stats().speculation
+        again = llm.generate(prompts[:1], params[:1], use_tqdm=False)
+        assert said(again[0]) == expected[0]
+        told = llm.stats().speculation
+        idle_engine(llm).integrity_check()
+    assert told.num_drafts > alone.num_drafts > 10
+    assert told.acceptance_rate is not None and (told.acceptance_rate > 0.9 if is_same else told.acceptance_rate < 0.3)
+
+
+def test_what_is_no_draft_model(folder: Path, tmp_path: Path) -> None:
+    """Another vocabulary, fewer positions, too little memory."""
+
+    def config(path: Path, **more: Any) -> dict[str, Any]:
+        return {"speculative_config": {"method": "draft_model", "model": str(path), **more}}
+
+    other = save_llama(tmp_path / "other", vocab_size=30)[0]
+    short = save_llama(tmp_path / "short", vocab_size=20, max_position_embeddings=64)[0]
+    for options, message in (
+        (config(other), r"has another tokenizer than .* \(vocabularies of 30 and 20 tokens\); use one"),
+        (config(short), r"made for 64 positions and max_model_len is 2048; lower it"),
+        (config(folder, draft_kv_bytes="100KiB"), r"draft_kv_bytes 102400, and 2048 tokens .* take \d+; raise it"),
+        (config(tmp_path / "nowhere"), r"nowhere"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            LLM(folder, **options)
+
+
 def test_answers_that_keep_to_rules(tmp_path: Path) -> None:
     """Grammars, words that are banned, and lengths look at tokens of which nobody knows whether they come."""
     folder = save_speaking_llama(tmp_path)
@@ -115,7 +157,12 @@ def test_a_request_may_go_without(folder: Path) -> None:
         ({"speculative_config": {"method": "eagle"}}, r"method 'eagle'; use one of ngram"),
         ({"speculative_config": {"method": "ngram", "tokens": 3}}, r"unknown field `tokens`"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 9}}, r"tokens 9; .* from 1 to 8"),
-        ({"speculative_config": {"method": "ngram", "prompt_lookup_min": 9}}, r"min 9; .* from 1 to 8"),
+        (
+            {"speculative_config": {"method": "ngram", "prompt_lookup_min": 9, "prompt_lookup_max": 8}},
+            r"min 9; .* from 1 to 8",
+        ),
+        ({"speculative_config": {"method": "ngram", "model": "m"}}, r"model, which goes with method draft_model"),
+        ({"speculative_config": {"method": "draft_model"}}, r'name its folder, "model"'),
         ({"speculative_config": NGRAM, "max_num_seqs": 8}, r"raise max_num_seqs to 9"),
         ({"speculative_config": NGRAM, "batch_invariant": False}, r"drafts could change answers; leave one"),
         ({"speculative_config": NGRAM, "attention_policy": "decay(share=0.1)"}, r"in vain would count; leave one"),
@@ -183,18 +230,20 @@ def test_chances_follow_what_came() -> None:
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.lists(st.floats(0.01, 0.99), max_size=3), min_size=1, max_size=3), st.floats(0, 0.5),
-    st.integers(0, 5), st.integers(0, 2),
+    st.integers(0, 5), st.integers(0, 2), st.floats(0, 0.5), st.floats(0, 0.5),
 )  # fmt: skip
-def test_lengths_of_drafts_are_the_best(rates: list[list[float]], slope: float, most: int, others: int) -> None:
+def test_lengths_of_drafts_are_the_best(
+    rates: list[list[float]], slope: float, most: int, others: int, begin: float, each: float
+) -> None:
     """Against all there are: no other lengths bring more tokens a second."""
     chances = [np.cumprod(own).tolist() for own in rates]
     count = len(chances) + others
 
     def speed(lengths: Any) -> float:
         tokens = count + sum(sum(own[:length]) for own, length in zip(chances, lengths, strict=True))
-        return tokens / (1 + slope * sum(lengths))
+        return tokens / (1 + slope * sum(lengths) + (begin + each * sum(lengths) if any(lengths) else 0))
 
-    found = draft_lengths(chances, count, (1.0, slope), most)
+    found = draft_lengths(chances, count, (1.0, slope), (begin, each), most)
     every = product(*(range(len(own) + 1) for own in chances))
     assert sum(found) <= most
     assert speed(found) >= max(speed(one) for one in every if sum(one) <= most) - 1e-9

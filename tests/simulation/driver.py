@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 from simulation.answers import Callers
 from simulation.catalogues import patches
-from simulation.drafts import SimulatedDrafter
+from simulation.drafts import SimulatedDrafts
 from simulation.executor import SimulatedExecutor
 from simulation.model import PlainModel
 from simulation.node import Node
@@ -73,11 +73,9 @@ class Driver:
         return SimulatedExecutor(self.world, process, self.info, ranks)
 
     def _drafts(self) -> list[tuple[Any, str, Any]]:
-        def drafter(_: Any, sequence: Any) -> SimulatedDrafter:
-            return SimulatedDrafter(self.world, self.model, self.info, sequence)
-
+        drafts = SimulatedDrafts(self.world, self.model, self.info)
         return [
-            (speculator.Speculator, "_drafter", drafter), (speculator, "time", self.world.time),
+            (speculator, "NgramDrafts", lambda _: drafts), (speculator, "time", self.world.time),
             (step, "time", self.world.time),
         ]  # fmt: skip
 

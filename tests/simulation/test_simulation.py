@@ -19,7 +19,7 @@ MANY_PLANS, PLANS_PER_SEED = 1_000_000, 500  # of the slow one
 OFTEN = (
     "device_to_host", "host_to_device", "host_to_disk", "disk_to_host", "host_to_disk failed",
     "page streamed from disk", "wrong checksum",
-    "drafts", "disk full", "catalogue locked", "pages in catalogues", "aborted",
+    "drafted tokens that were right", "disk full", "catalogue locked", "pages in catalogues", "aborted",
     "idle checks", "killed at: from outside", "killed at: before a plan", "killed at: before the report",
     "killed at: transfers are under way", "device fault", "no room in the cluster", "step fault: reported",
 )  # fmt: skip

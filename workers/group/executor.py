@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from distkv.workers.drafting.draft_request import DraftRequest
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan
 from distkv.workers.sampling.sample_row import SampleRow
@@ -37,10 +38,14 @@ class StepResult:
 
 
 class Executor(Protocol):
-    """All ranks of an engine, by way of rank 0. Both methods are called by one thread, the one of the steps."""
+    """All ranks of an engine, by way of rank 0. All methods are called by one thread, the one of the steps."""
 
     def warm_up(self) -> None:
         """Does what would delay the first steps, before any of them."""
+
+    def draft(self, requests: list[DraftRequest]) -> list[list[int]]:
+        """See `DraftModel.draft`, where there is one."""
+        ...
 
     def run(self, plan: StepPlan, rows: list[SampleRow]) -> StepResult:
         """Has the ranks run a plan and samples a token for each row from its logits. Returns when all is launched; a

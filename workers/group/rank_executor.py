@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from distkv.workers.drafting.draft_request import DraftRequest
 from distkv.workers.group.executor import StepResult
 from distkv.workers.group.report import Report, ReportCollector
 from distkv.workers.group.step_plan import StepPlan
@@ -37,13 +38,15 @@ class RankExecutor:
         warm_up: Callable[[], None] = lambda: None,
         take_scores: Callable[[], PromptScores | None] = lambda: None,
         progress: Callable[[], int] = lambda: 0,
+        draft: Callable[[list[DraftRequest]], list[list[int]]] = lambda requests: [[] for _ in requests],
     ):
         """
         Args:
             take_scores: see `Rank.take_scores`.
             progress: a number that rises while a plan runs; any thread may ask for it.
+            draft: see `Executor.draft`.
         """
-        self.warm_up = warm_up
+        self.warm_up, self.draft = warm_up, draft
         self.forward = forward
         self.progress = progress
         self._take_scores = take_scores
@@ -63,7 +66,7 @@ class RankExecutor:
                 reported += followers.receive()
             return logits, reports.add(reported)
 
-        return cls(forward, rank.warm_up, rank.take_scores, lambda: rank.group.num_sums)
+        return cls(forward, rank.warm_up, rank.take_scores, lambda: rank.group.num_sums, rank.draft)
 
     def run(self, plan: StepPlan, rows: list[SampleRow]) -> StepResult:
         """See `Executor.run`."""

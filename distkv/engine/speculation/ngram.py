@@ -13,7 +13,7 @@ class NgramDrafter:
 
     def __init__(self, config: SpeculativeConfig, rates: HitRates):
         """`rates` are those of all answers, which its own begin with."""
-        self._least, self._most = config.prompt_lookup_min, config.prompt_lookup_max
+        self._least, self._most = config.lookup_sizes
         self._rates = HitRates(rates)
         self._tokens = np.zeros(0, dtype=np.int64)  # with room behind
         self._count = 0

@@ -4,23 +4,28 @@ import time
 
 from distkv.engine.protocol import EngineInfo
 from distkv.engine.sequence import Scheduled, Sequence
-from distkv.engine.speculation.hit_rates import HitRates
-from distkv.engine.speculation.ngram import NgramDrafter
+from distkv.engine.speculation.drafts import Drafts
+from distkv.engine.speculation.model_drafts import ModelDrafts, RunDrafts
+from distkv.engine.speculation.ngram_drafts import NgramDrafts
 from distkv.engine.speculation.step_cost import StepCost, draft_lengths
 from distkv.engine.stats import SpeculationStats
 from distkv.engine.step import Step
+
+PROBE_STEPS = 64  # without a draft, after which the shortest ones are tried: nothing is learned of those that are not
 
 
 class Speculator:
     """Drafts tokens for answers that are being written. A step runs them behind the newest token; those that are what
     the answer's own draws give are its tokens, so that drafts change no answer."""
 
-    def __init__(self, info: EngineInfo):
+    def __init__(self, info: EngineInfo, run: RunDrafts):
+        """`run` is `Executor.draft`."""
         assert info.speculation is not None
         self._info, self._config = info, info.speculation
-        self._rates = HitRates()
+        self._drafts: Drafts = ModelDrafts(run) if info.speculation.model else NgramDrafts(info.speculation)
         self._cost = StepCost()
         self._read_at = 0.0  # when tokens were read last
+        self._num_without = 0  # steps since one had a draft
         self._num_drafts = self._num_drafted = self._num_accepted = 0
 
     @property
@@ -31,7 +36,9 @@ class Speculator:
     def awaits(self, step: Step) -> bool:
         """Whether the step behind this one should wait for its tokens: it has drafts, or one of its sequences is likely
         to get one then."""
-        return step.num_drafts > 0 or any(self._is_likely(one) for one in step.sequences if one.num_pending)
+        return step.num_drafts > 0 or any(
+            self._is_likely(one, len(step.work)) for one in step.sequences if one.num_pending
+        )
 
     def add_drafts(self, decoding: list[Sequence], most_tokens: int, most_pages: int) -> Scheduled:
         """Gives those of the sequences a draft for which it pays, and returns all of them with the tokens that each
@@ -43,14 +50,16 @@ class Speculator:
             most_pages: the same of KV pages.
         """
         room = min(most_tokens, self._info.max_num_seqs - len(decoding))
-        chances = [self._chances(one) for one in decoding]
-        scheduled: Scheduled = []
+        chances = [[] if one.num_pending else self._chances(one) for one in decoding]
+        wanted = []
         for one, length in zip(decoding, self._lengths(chances, len(decoding), room), strict=True):
-            length = self._fitting(one, length, most_pages)
-            most_pages -= one.table.missing(1 + length) - one.table.missing(1)
-            one.draft = self._drafter(one).draft(length) if length else []
-            scheduled.append((one, 1 + length))
-        return scheduled
+            one.draft = []
+            if length := self._fitting(one, length, most_pages):
+                most_pages -= one.table.missing(1 + length) - one.table.missing(1)
+                wanted.append((one, length))
+        if wanted:
+            self._drafts.draft(wanted)
+        return [(one, 1 + len(one.draft)) for one in decoding]
 
     def take(self, step: Step) -> None:
         """Takes note of a step whose tokens have just been read."""
@@ -58,17 +67,24 @@ class Speculator:
         if step.only_decodes:
             self._cost.note(step.num_drafted, now - max(step.started_at, self._read_at))
         self._read_at = now
-        self._num_drafts += step.num_drafts
-        self._num_drafted += step.num_drafted
-        self._num_accepted += step.num_accepted
+        self._num_without = 0 if step.num_drafts else self._num_without + 1
+        for work in step.work:
+            if work.num_right is not None:
+                self._num_drafts += 1
+                self._num_drafted += len(work.draft)
+                self._num_accepted += work.num_right
+                self._drafts.checked(work.sequence, len(work.draft), work.num_right)
 
-    def _is_likely(self, sequence: Sequence) -> bool:
+    def _is_likely(self, sequence: Sequence, num_sequences: int) -> bool:
         chances = self._chances(sequence)[:1]
-        return bool(chances) and self._lengths([chances], 1, 1) == [1]
+        return bool(chances) and self._lengths([chances], num_sequences, 1) == [1]
 
     def _lengths(self, chances: list[list[float]], num_sequences: int, most: int) -> list[int]:
         if self._config.adaptive:
-            return draft_lengths(chances, num_sequences, self._cost.line(), most)
+            lengths = draft_lengths(chances, num_sequences, self._cost.line(), self._drafts.cost, most)
+            if any(lengths) or self._drafts.is_free or self._num_without < PROBE_STEPS:
+                return lengths
+            chances = [own[:1] for own in chances]
         lengths = []
         for own in chances:
             lengths.append(min(len(own), most))
@@ -76,11 +92,11 @@ class Speculator:
         return lengths
 
     def _chances(self, sequence: Sequence) -> list[float]:
-        """See `NgramDrafter.chances`: as many as its draft may have, with the token that it runs before."""
+        """See `Drafts.chances`: as many as its draft may have, with the token that it runs before."""
         own, most = sequence.request.params.num_speculative_tokens, self._config.num_speculative_tokens
         left = sequence.request.max_tokens - sequence.num_output_tokens - sequence.num_pending - 1
         most = min(most if own is None else min(own, most), left)
-        return self._drafter(sequence).chances(most) if most > 0 and not sequence.finished else []
+        return self._drafts.chances(sequence, most) if most > 0 and not sequence.finished else []
 
     def _fitting(self, sequence: Sequence, length: int, most_pages: int) -> int:
         """How much of a draft there is room for."""
@@ -90,9 +106,3 @@ class Speculator:
         granted = min(most_pages, sequence.expected_pages - len(table.pages) - table.missing(1))
         num_pages = len(table.pages) + table.missing(1) + max(0, granted)
         return min(length, num_pages * size - table.num_tokens - 1)
-
-    def _drafter(self, sequence: Sequence) -> NgramDrafter:
-        if sequence.drafter is None:
-            sequence.drafter = NgramDrafter(self._config, self._rates)
-        sequence.drafter.read(sequence.token_ids)
-        return sequence.drafter

@@ -19,6 +19,11 @@ class StepCost:
         new = num_drafted, seconds, num_drafted**2, num_drafted * seconds
         self._sums = [total * MEMORY + one for total, one in zip(self._sums, new, strict=True)]
 
+    @property
+    def is_known(self) -> bool:
+        """Whether any step was seen."""
+        return self._weight > 0
+
     def line(self) -> tuple[float, float]:
         """Seconds of a step without drafts, and of a drafted token more; before any step was seen, a step counts as one
         second."""
@@ -32,7 +37,9 @@ class StepCost:
         return base, slope
 
 
-def draft_lengths(chances: list[list[float]], num_sequences: int, cost: tuple[float, float], most: int) -> list[int]:
+def draft_lengths(
+    chances: list[list[float]], num_sequences: int, step: tuple[float, float], drafting: tuple[float, float], most: int
+) -> list[int]:
     """How many tokens of each draft to check, so that a step brings the most tokens a second. It adds the likeliest one
     as long as what that brings, for what it takes, is above what the step brings as a whole (goodput: Liu et al. 2024,
     https://arxiv.org/abs/2406.14066).
@@ -40,10 +47,11 @@ def draft_lengths(chances: list[list[float]], num_sequences: int, cost: tuple[fl
     Args:
         chances: for each draft, for each of its tokens the chance that it comes with all before it; none rises.
         num_sequences: that are in the step, with a token each, whether there is a draft for them or not.
-        cost: see `StepCost.line`.
+        step: see `StepCost.line`.
+        drafting: see `Drafts.cost`.
         most: tokens of all drafts together.
     """
-    seconds, slope = cost
+    seconds, slope = step[0] + drafting[0], step[1] + drafting[1]
     tokens = float(num_sequences)
     lengths = [0] * len(chances)
     line = sorted(((one, index) for index, own in enumerate(chances) for one in own), reverse=True)
@@ -52,4 +60,4 @@ def draft_lengths(chances: list[list[float]], num_sequences: int, cost: tuple[fl
             break
         tokens, seconds = tokens + chance, seconds + slope
         lengths[index] += 1
-    return lengths
+    return lengths if tokens * step[0] > num_sequences * seconds else [0] * len(chances)

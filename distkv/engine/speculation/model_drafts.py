@@ -1,0 +1,68 @@
+"""Drafts by a small model, for all sequences."""
+
+import time
+from collections.abc import Callable
+
+from distkv.engine.sequence import Sequence
+from distkv.engine.speculation.hit_rates import HitRates
+from distkv.engine.speculation.step_cost import StepCost
+from distkv.workers.drafting.draft_request import DraftRequest
+from distkv.workers.sampling.sample_row import SampleRow, uniform_number
+
+RunDrafts = Callable[[list[DraftRequest]], list[list[int]]]
+
+
+class ModelDrafts:
+    """`Drafts` of a draft model, which takes its time and runs while no step does."""
+
+    is_free = False
+
+    def __init__(self, run: RunDrafts):
+        """`run` is `Executor.draft`."""
+        self._run = run
+        self._rates = HitRates()  # by the place in a draft, counted from 1
+        self._cost = StepCost()
+
+    @property
+    def cost(self) -> tuple[float, float]:
+        return self._cost.line() if self._cost.is_known else (0.0, 0.0)
+
+    def chances(self, sequence: Sequence, most: int) -> list[float]:
+        found, chance = [], 1.0
+        for place in range(1, most + 1):
+            chance *= self._rates.rate(place)
+            found.append(chance)
+        return found
+
+    def draft(self, wanted: list[tuple[Sequence, int]]) -> None:
+        """A context that the model has not read yet is read first, and there is no draft before that is done."""
+        start = time.perf_counter()
+        drafts = self._run([_request(sequence, length) for sequence, length in wanted])
+        seconds = time.perf_counter() - start
+        begins = False
+        for (sequence, _), draft in zip(wanted, drafts, strict=True):
+            begins |= not draft or not sequence.is_drafted_for
+            sequence.draft, sequence.is_drafted_for = draft, bool(draft)
+        if not begins:
+            self._cost.note(sum(map(len, drafts)), seconds)
+
+    def checked(self, sequence: Sequence, num_drafted: int, num_right: int) -> None:
+        for place in range(1, min(num_right + 1, num_drafted) + 1):
+            self._rates.note(place, place <= num_right)
+
+
+def _request(sequence: Sequence, length: int) -> DraftRequest:
+    """The draws are those of the answer's own tokens, so that both models choose alike; what the request does to logits
+    besides is left out."""
+    params, request = sequence.request.params, sequence.request
+    rows = []
+    for place in range(sequence.num_output_tokens, sequence.num_output_tokens + length):
+        uniform = uniform_number(request.seed, sequence.index, place) if params.temperature > 0 else 0.0
+        rows.append(
+            SampleRow(
+                logits_row=0, temperature=params.temperature, top_p=params.top_p, top_k=params.top_k,
+                min_p=params.min_p, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0,
+                num_logprobs=None, uniform=uniform, prompt_token_ids=[], output_token_ids=[],
+            )
+        )  # fmt: skip
+    return DraftRequest(sequence.number, sequence.token_ids, sequence.prompt_len, rows)
