@@ -6,20 +6,19 @@ from typing import Annotated
 
 import typer
 
-from distkv.commands.options import model_folder, path_option
+from distkv.commands.options import model_folder, path_argument, path_option
 from distkv.commands.streams import read_prompt
 from distkv.errors import ConfigError
-from distkv.option_checks import settle_path
 
 CacheFolder = Annotated[Path, path_option("--cache-dir", help="The folder that engines were given as --cache-dir.")]
 Salt = Annotated[str | None, typer.Option(help="The cache_salt of requests that use the pages.")]
 
 
 def cache_export(
-    out: Annotated[str, typer.Argument(help="What to write: NAME.zarr, which is a folder, or NAME.zarr.zip.")],
+    out: Annotated[Path, path_argument(help="What to write: NAME.zarr, which is a folder, or NAME.zarr.zip.")],
     cache_dir: CacheFolder,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt that was read; may be repeated.")] = None,
-    prompt_file: Annotated[list[str] | None, typer.Option(help="A file with one, UTF-8; may be repeated.")] = None,
+    prompt_file: Annotated[list[Path] | None, path_option(help="A file with one, UTF-8; may be repeated.")] = None,
     session: Annotated[list[str] | None, typer.Option(help="A session, with its pages; may be repeated.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="The pages of all prompts.")] = False,
     cache_salt: Salt = None,
@@ -37,24 +36,23 @@ def cache_export(
     from distkv.frontend.tokenizer import Tokenizer
     from distkv.planner.units import shown_bytes
 
-    path = settle_path("OUT", out)
-    check_target(path)
-    prompts = [*(prompt or []), *(read_prompt(None, settle_path("--prompt-file", one)) for one in prompt_file or [])]
+    check_target(out)
+    prompts = [*(prompt or []), *(read_prompt(None, one) for one in prompt_file or [])]
     if not (prompts or session or everything):
         raise ConfigError("nothing was chosen; give --prompt, --prompt-file, --session or --all")
     pages = find_cache(cache_dir, fingerprint)
     folder = Path(pages.description.model) if model is None else model_folder(model)
     tokenizer = cache(lambda: Tokenizer(folder))
     exported = export_cache(
-        new_store(path), cache_dir, CachedPrefixes(pages, cache_salt), tokenizer, prompts, session or [], everything
+        new_store(out), cache_dir, CachedPrefixes(pages, cache_salt), tokenizer, prompts, session or [], everything
     )
     for one in exported.prompts:
         print(f"{one.name}: {one.num_exported} of {one.num_tokens} tokens")
-    print(f"{exported.num_pages} pages ({exported.num_tokens} tokens, {shown_bytes(exported.num_bytes)}) in {path}")
+    print(f"{exported.num_pages} pages ({exported.num_tokens} tokens, {shown_bytes(exported.num_bytes)}) in {out}")
 
 
 def cache_import(
-    file: Annotated[str, typer.Argument(help="What `distkv cache export` has written.")],
+    file: Annotated[Path, path_argument(help="What `distkv cache export` has written.")],
     cache_dir: CacheFolder,
     model: Annotated[
         str | None, typer.Option(help="The model's folder; needed where its pages do not lie in --cache-dir yet.")
@@ -69,8 +67,7 @@ def cache_import(
     from distkv.launch.own_pages import own_pages
     from distkv.planner.units import shown_bytes
 
-    path = settle_path("FILE", file)
-    with open_exported(path) as exported:
+    with open_exported(file) as exported:
         if model is None:
             pages = find_same_pages(exported, cache_dir)
         else:

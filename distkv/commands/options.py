@@ -27,8 +27,16 @@ def path_option(*names: str, **how: Any) -> Any:
     return typer.Option(*names, parser=str, callback=_settled, metavar="<path>", **how)
 
 
-def _settled(param: typer.CallbackParam, value: str | Path | None) -> Path | None:
-    return None if value is None else settle_path(param.opts[0], value)
+def path_argument(**how: Any) -> Any:
+    """The same for an argument."""
+    return typer.Argument(parser=str, callback=_settled, **how)
+
+
+def _settled(param: typer.CallbackParam, value: str | Path | list[str] | None) -> Path | list[Path] | None:
+    name = param.opts[0] if param.opts[0].startswith("-") else param.opts[0].upper()
+    if isinstance(value, list):
+        return [settle_path(name, one) for one in value]
+    return None if value is None else settle_path(name, value)
 
 
 Model = Annotated[str, typer.Option(help="Hugging Face model folder, or smollm2, which is fetched if need be.")]
