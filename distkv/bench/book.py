@@ -84,6 +84,8 @@ def run(sizes: Sizes, num_threads: int | None, cache_dir: Path | None, options: 
     Raises ConfigError for sizes that do not go together.
     """
     prompts = Prompts(sizes.model)
+    if sizes.book_tokens < 2 * sizes.page_size:
+        raise ConfigError(f"book-tokens {sizes.book_tokens} are less than two pages; use {2 * sizes.page_size} or more")
     book = prompts.text(sizes.book_tokens)
     # others in each turn: the pages of a question that was asked before are known, and lie below the device too
     questions = [book + prompts.question(number) for number in range(options.repeats * sum(sizes.questions))]

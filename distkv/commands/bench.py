@@ -129,7 +129,8 @@ def bench_book(
     book_tokens: Annotated[int, typer.Option(help="Tokens of the text.", min=1)] = sized(7168, 2048),
     answer_tokens: Annotated[int, typer.Option(help="Tokens of each answer, which are compared.", min=1)] = 16,
     questions: Annotated[
-        list[int], typer.Option(help="Questions at a time; may be given again, and 1 is what others are held against.")
+        list[int],
+        typer.Option(help="Questions at a time; may be given again, and 1 is what others are held against.", min=1),
     ] = sized([1, 4, 16, 64], [1, 4, 16]),
     options: Annotated[EngineOptions, engine("dtype", "page_size", "num_threads", dtype="bfloat16", page_size=16)],
     cache_dir: Annotated[Path | None, path_option(help="Where to make the folder of the disk tier.")] = None,

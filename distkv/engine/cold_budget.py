@@ -17,11 +17,14 @@ REVIEW_STEPS = 16  # between two reviews, unless sequences come or go, or so man
 DOUBT_STEPS = 2  # between two reviews at least in that case
 TURN_STEPS = 128  # after which a sequence goes behind those that wait
 RETURN_SHARE = 0.9  # of the budget: what a parked sequence must fit into to run beside others
+OWN_SHARE = 0.25  # see `ColdBudget`
 
 
 class ColdBudget:
     """Keeps the cold bytes of a step under `EngineInfo.max_cold_bytes_per_step`, 0 for no limit. The first in line
-    always runs, whatever it streams, and so do sequences that stream nothing."""
+    always runs, whatever it streams, and so do sequences that stream nothing. Where the first exceeds the limit, so do
+    those that share its pages, such as questions about one text, as long as what they stream beside these is little:
+    OWN_SHARE of what each shares at most, and all together of what the first streams."""
 
     def __init__(self, info: EngineInfo, cache: TieredCache):
         self._limit = info.max_cold_bytes_per_step / info.cold_page_bytes  # pages
@@ -72,12 +75,16 @@ class ColdBudget:
     def _choose(self, running: list[Sequence]) -> None:
         line = sorted(running, key=lambda one: (one.request.priority, one.turn, one.number))
         streamed: set[Page] = set()
-        total = 0.0
+        total = most_shared = 0.0
         for index, sequence in enumerate(line):
-            limit = self._limit * (RETURN_SHARE if sequence.is_parked else 1)
-            # all of the first's, however many: those that share them stream nothing more
-            cold, cost = self._cold_pages(sequence, streamed, limit - total if index else math.inf)
-            runs = not index or not cost or total + cost <= limit
+            returns = RETURN_SHARE if sequence.is_parked else 1
+            limit, most = self._limit * returns, max(self._limit, most_shared) * returns
+            # all of the first's, however many: those that share them do not stream them again
+            cold, cost, num_shared = self._cold_pages(sequence, streamed, most - total if index else math.inf)
+            if not index:
+                most_shared = cost * (1 + OWN_SHARE)
+            shares = len(cold) <= OWN_SHARE * num_shared
+            runs = not index or not cost or total + cost <= (most if shares else limit)
             if runs:
                 total += cost
                 if self._share(sequence) == 1:
@@ -89,19 +96,23 @@ class ColdBudget:
             sequence.is_parked = not runs
         self._slack = self._limit - total
 
-    def _cold_pages(self, sequence: Sequence, streamed: set[Page], limit: float) -> tuple[list[Page], float]:
+    def _cold_pages(self, sequence: Sequence, streamed: set[Page], limit: float) -> tuple[list[Page], float, int]:
         """The pages that a sequence streams and no other does, and what they cost, in pages of the host; not all of
-        them where they cost more than the limit, since a context may have a million."""
+        them where they cost more than the limit, since a context may have a million. Also how many it shares."""
         cold: list[Page] = []
+        num_shared = 0
         cost, share = 0.0, self._share(sequence)
         for page in sequence.table.pages:
-            if (page.slots[DEVICE] is not None and page.filling[DEVICE] is None) or page in streamed:
+            if page.slots[DEVICE] is not None and page.filling[DEVICE] is None:
+                continue
+            if page in streamed:
+                num_shared += 1
                 continue
             cold.append(page)
             cost += share * (1.0 if page.has(HOST) else self._disk_cost)
             if cost > limit:
                 break
-        return cold, cost
+        return cold, cost, num_shared
 
     def _share(self, sequence: Sequence) -> float:
         """The part of its pages that its next step is expected to read: what the policy of attention chooses, as if

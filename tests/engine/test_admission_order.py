@@ -1,10 +1,15 @@
 """Which waiting requests go ahead: those that share most of their prompt with running ones, within bounds."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from support.llms import tiered
 from support.memory import PAGE_SIZE
+from support.prompts import random_prompt
 from support.scheduler_steps import Steps
+
+from distkv import SamplingParams
 
 BOOK = 10 * PAGE_SIZE
 SEATS = 4
@@ -91,3 +96,25 @@ def test_those_go_ahead_that_share_most_of_their_prompt(shared: int, is_ahead: b
     steps.finish("x1")
     steps.step()
     assert steps.running()[-1] == ("part of x" if is_ahead else "y")
+
+
+def test_books_asked_in_turns_cost_an_llm_no_more_bytes_than_one_after_the_other(tiny_model: Path) -> None:
+    """With seats for half of the questions. And an answer is the one to its question asked alone."""
+    books = [random_prompt(8 * PAGE_SIZE, seed) for seed in (1, 2)]
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    with tiered(tiny_model, (14, 60, 0), max_num_seqs=3, max_num_batched_tokens=112) as llm:
+
+        def streamed(prompts: list[list[int]]) -> tuple[int, list[list[int]]]:
+            llm.generate([random_prompt(13 * PAGE_SIZE, 3)], params, cache_salt="another", use_tqdm=False)
+            before = llm.stats().bytes_moved.get("host_streamed", 0)
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            return llm.stats().bytes_moved["host_streamed"] - before, [one.outputs[0].token_ids for one in outputs]
+
+        llm.generate(books, params, use_tqdm=False)
+        asked = [[*book, 10 + number] for number in range(3) for book in books]
+        one_by_one = [streamed([prompt]) for prompt in asked]
+        by_book, answers = streamed(asked[::2] + asked[1::2])
+        in_turns, answers_in_turns = streamed(asked)
+    assert in_turns == by_book == sum(num_bytes for num_bytes, _ in one_by_one) // 3 > 0
+    assert answers == [answer for _, [answer] in one_by_one[::2] + one_by_one[1::2]]
+    assert answers_in_turns == [answer for _, [answer] in one_by_one]

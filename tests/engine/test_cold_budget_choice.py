@@ -102,12 +102,17 @@ def test_a_page_is_streamed_once_for_all_who_share_it() -> None:
     assert line.step() == [0, 1, 3]
 
 
-def test_those_that_share_all_with_the_first_run_beside_it_whatever_it_streams() -> None:
+def test_those_that_share_their_pages_with_the_first_run_beside_it_whatever_it_streams() -> None:
     line = Line()
-    book = pages(host=3 * LIMIT)
-    for own in (0, 0, 1, 0):
+    book = pages(host=4 * LIMIT)
+    for own in (0, 3, 4, 4, 0):
         line.add(book + pages(host=own, device=1))
-    assert line.step() == [0, 1, 3], "and one with a cold page of its own waits"
+    line.add(pages(host=1))
+    assert line.step() == [0, 1, 2, 4], "as long as those of their own are a quarter of its pages"
+    line = Line()
+    for shared, own in ((4 * LIMIT, 0), (16, 4), (16, 5)):
+        line.add(book[:shared] + pages(host=own))
+    assert line.step() == [0, 1], "and a quarter of what each shares"
 
 
 def test_a_page_on_disk_costs_what_the_disk_costs() -> None:
