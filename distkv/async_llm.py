@@ -2,12 +2,12 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from distkv.config import EngineConfig, EngineOptions
 from distkv.engine.loop import Delivery
@@ -21,6 +21,9 @@ from distkv.frontend.request_group import RequestGroup
 from distkv.option_checks import settle_path
 from distkv.outputs import CacheExport, CacheImport, RequestOutput, join_deltas
 from distkv.sampling_params import RequestOutputKind, SamplingParams
+
+if TYPE_CHECKING:  # it imports zarr
+    from distkv.cache_folders.export_store import Put
 
 _create_waits = ContextVar("_create_waits", default=False)
 """Whether `AsyncLLM.create` waits for what is being made, so that `__init__` does not."""
@@ -190,12 +193,26 @@ class AsyncLLM(Facade):
     ) -> CacheExport:
         """Writes what was read to a file, as `LLM.export_cache` does."""
         from distkv.cache_folders.export_store import check_target, new_store  # imports zarr
-        from distkv.frontend.live_cache import export_live
 
         target = settle_path("path", path)
         check_target(target)
-        store = new_store(target)
-        return await asyncio.to_thread(export_live, self._front_end, store, prompts, sessions, everything, cache_salt)
+        return await asyncio.to_thread(
+            self.export_to, new_store(target), prompts, sessions=sessions, everything=everything, cache_salt=cache_salt
+        )
+
+    def export_to(
+        self,
+        store: "AbstractContextManager[Put]",
+        prompts: Prompt | Sequence[Prompt] | None = None,
+        *,
+        sessions: Sequence[str] = (),
+        everything: bool = False,
+        cache_salt: str | None = None,
+    ) -> CacheExport:
+        """The same to a store of `export_store.py`, for a thread that may wait."""
+        from distkv.frontend.live_cache import export_live  # imports zarr
+
+        return export_live(self._front_end, store, prompts, sessions, everything, cache_salt)
 
     async def import_cache(self, path: str | Path, *, cache_salt: str | None = None) -> CacheImport:
         """Takes a file in, as `LLM.import_cache` does."""

@@ -11,6 +11,7 @@ from distkv.outputs import RequestOutput
 from distkv.sampling_params import SamplingParams
 
 GENERATE, STATS, RESET = "/generate", "/stats", "/reset_prefix_cache"
+EXPORT, IMPORT = "/cache/export", "/cache/import"
 
 
 class Params(SamplingParams, frozen=True, forbid_unknown_fields=True):

@@ -16,6 +16,7 @@ from distkv.errors import ConfigError
 from distkv.frontend.cache_transfer import export_cache
 from distkv.frontend.front_end import FrontEnd
 from distkv.frontend.request_checks import Prompt, plain_prompt, plain_prompts, plain_salt
+from distkv.frontend.session_limits import SessionLimits
 from distkv.frontend.session_transfer import ComingSessions
 from distkv.outputs import CacheExport, CacheImport
 
@@ -53,7 +54,8 @@ def import_live(front_end: FrontEnd, path: Path, cache_salt: str | None) -> Cach
         check_same_pages(exported, cache.description)
         exported.verify()  # before any of it is taken in
         num_pages = len(exported.keyed(cache_salt))
-        with ComingSessions(cache.folder.parent, exported.manifest.sessions) as sessions:
+        limits = SessionLimits.of(front_end.config)
+        with ComingSessions(cache.folder.parent, exported.manifest.sessions, limits) as sessions:
             end = num_new = 0
             while end < num_pages:
                 end, new = engine.call(partial(_import_part, str(path), cache_salt, end)).result()

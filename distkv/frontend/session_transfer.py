@@ -9,6 +9,7 @@ import msgspec
 
 from distkv.errors import ConfigError, StoreError
 from distkv.frontend.session import FORMAT, Session, SessionFile, load_session, lock_session, save_session
+from distkv.frontend.session_limits import RESPONSE_ID, SessionLimits
 from distkv.frontend.tokenizer import Tokenizer
 from distkv.option_checks import check_name
 from distkv.storage.disk.cache_folder import SESSIONS
@@ -30,13 +31,15 @@ def read_session(cache_dir: Path, name: str, tokenizer: Tokenizer) -> tuple[dict
 class ComingSessions:
     """Sessions that are to be taken in, locked in the meantime. A context manager."""
 
-    def __init__(self, cache_dir: Path, sessions: Mapping[str, Any]):
+    def __init__(self, cache_dir: Path, sessions: Mapping[str, Any], limits: SessionLimits | None = None):
         """Raises ConfigError when a name cannot be one, or is that of another session there or of one that is open,
-        StoreError when the content is none of a session."""
+        CapacityError for more or larger ones than there may be, StoreError when the content is none of a session."""
+        limits = limits or SessionLimits()
         self._files: dict[Path, bytes] = {}
         with ExitStack() as stack:
             for name, content in sessions.items():
-                check_name("session", name)
+                if RESPONSE_ID.fullmatch(check_name("session", name)):
+                    raise ConfigError(f"session {name} has the name of a server's response; leave it out of the file")
                 path = cache_dir / SESSIONS / f"{name}.json"
                 try:
                     new = msgspec.convert(content, SessionFile)
@@ -44,10 +47,12 @@ class ComingSessions:
                     raise StoreError(f"session {name} is damaged ({error}); export it again") from error
                 if new.version != FORMAT:
                     raise ConfigError(f"session {name} has version {new.version} and this distkv reads {FORMAT}")
+                limits.check_number(path)
                 stack.callback(lock_session(path.with_suffix(".lock"), name).release)
                 if (found := load_session(path)).messages and found != new:
                     raise ConfigError(f"there is another session {name}; move {str(path)!r} away, or keep that one")
                 self._files[path] = msgspec.json.encode(new)
+                limits.check_size(name, len(self._files[path]))
             self._locks = stack.pop_all()
 
     def __enter__(self) -> "ComingSessions":

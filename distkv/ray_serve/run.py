@@ -100,6 +100,8 @@ def _check_effects(options: ServerOptions) -> None:
     given = {one.name: one.default for one in fields(ServerOptions)}
     if options.uvicorn_log_level != given["uvicorn_log_level"]:
         raise ConfigError("uvicorn_log_level has no effect with replicas, since HTTP is Serve's; leave it out")
+    if options.cache_transfer_bytes is not None:
+        raise ConfigError("cache_transfer_bytes has no effect with replicas, which have a cache each; leave it out")
 
 
 def _check_room(replicas: int, config: EngineConfig) -> None:

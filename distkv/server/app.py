@@ -3,6 +3,7 @@
 from fastapi import FastAPI
 
 from distkv.server.about import about_routes
+from distkv.server.cache_files import cache_file_routes
 from distkv.server.chat import chat_routes
 from distkv.server.completions import completion_routes
 from distkv.server.guarded_app import guarded_app
@@ -20,6 +21,6 @@ def make_app(service: Service) -> FastAPI:
     """The application that serves a model; until that is loaded, most routes answer with status 503."""
     makers = (
         health_routes, about_routes, completion_routes, chat_routes, response_routes, message_routes, own_routes,
-        own_plan_routes, live_routes,
+        own_plan_routes, cache_file_routes, live_routes,
     )  # fmt: skip
     return guarded_app([*(routes(service) for routes in makers), page_file_routes()], service.options)

@@ -8,6 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from distkv import __version__
+from distkv.client.wire import IMPORT
 from distkv.errors import DistKVError
 from distkv.server.errors import api_error, error_response
 from distkv.server.middleware import BodyLimit, Failures, KeyGuard, RequestIds
@@ -22,7 +23,9 @@ def guarded_app(routers: Iterable[APIRouter], options: ServerOptions) -> FastAPI
         app.include_router(router)
 
     # the last one is the outermost
-    app.add_middleware(BodyLimit, most=int(options.max_body_bytes))
+    transfer = options.cache_transfer_bytes
+    larger = {} if transfer is None else {IMPORT: int(transfer)}
+    app.add_middleware(BodyLimit, most=int(options.max_body_bytes), others=larger)
     app.add_middleware(KeyGuard, key=options.api_key)
     app.add_middleware(Failures)
     app.add_middleware(RequestIds)

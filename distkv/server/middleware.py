@@ -5,6 +5,7 @@ import base64
 import hmac
 import re
 import uuid
+from collections.abc import Mapping
 from contextlib import suppress
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -97,16 +98,21 @@ class BodyLimit:
     """Refuses bodies of more bytes than this, before they are read where they say how long they are, and gives up those
     that stop coming."""
 
-    def __init__(self, app: ASGIApp, most: int):
-        self._app, self._most = app, most
+    def __init__(self, app: ASGIApp, most: int, others: Mapping[str, int] | None = None):
+        """
+        Args:
+            others: paths with a limit of their own, that of cache_transfer_bytes.
+        """
+        self._app, self._most, self._others = app, most, others or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles a request."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        most = self._others.get(scope["path"], self._most)
         length = Headers(scope=scope).get("content-length", "0")
-        if length.isdecimal() and int(length[:20]) > self._most:
-            return await error_response(scope["path"], self._error())(scope, receive, send)
+        if length.isdecimal() and int(length[:20]) > most:
+            return await error_response(scope["path"], self._error(scope["path"]))(scope, receive, send)
         num_read, is_whole = 0, False
 
         async def receive_some() -> Message:
@@ -120,14 +126,16 @@ class BodyLimit:
                 raise ApiError(408, f"the rest of the body has not come for {SILENCE_SECONDS:.0f} s") from None
             num_read += len(message.get("body", b""))
             is_whole = not message.get("more_body", False)
-            if num_read > self._most:
-                raise self._error()
+            if num_read > most:
+                raise self._error(scope["path"])
             return message
 
         await self._app(scope, receive_some, send)
 
-    def _error(self) -> ApiError:
-        return ApiError(413, f"the body has more than {self._most} bytes; send less, or raise --max-body-bytes")
+    def _error(self, path: str) -> ApiError:
+        option = "--cache-transfer-bytes" if path in self._others else "--max-body-bytes"
+        most = self._others.get(path, self._most)
+        return ApiError(413, f"the body has more than {most} bytes; send less, or raise {option}")
 
 
 class CutOff:

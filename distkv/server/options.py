@@ -45,6 +45,12 @@ class ServerOptions:
     """
     max_body_bytes: int | str = "64MiB"
     """Most bytes of a request's body."""
+    cache_transfer_bytes: int | str | None = None
+    """Largest file of KV pages that clients may send to /cache/import.
+
+    It allows /cache/export too; None allows neither. There must be a key, since whoever may import can have pages used
+    that are not those of their tokens, and whoever may export reads what others have said.
+    """
     shutdown_timeout: int | None = None
     """Most seconds for what runs to end after SIGTERM.
 
@@ -72,6 +78,12 @@ class ServerOptions:
         self._set("api_key", key)
         self._set("max_stored_responses", check_whole("max_stored_responses", self.max_stored_responses, 0))
         self._set("max_body_bytes", parse_bytes("max_body_bytes", self.max_body_bytes))
+        if self.cache_transfer_bytes is not None:
+            self._set("cache_transfer_bytes", parse_bytes("cache_transfer_bytes", self.cache_transfer_bytes))
+            if key is None:
+                raise ConfigError(
+                    f"cache_transfer_bytes allows what only those may do who have the key; set one in {KEY_VARIABLE}"
+                )
         if self.shutdown_timeout is not None:
             self._set("shutdown_timeout", check_whole("shutdown_timeout", self.shutdown_timeout))
         check_choice("uvicorn_log_level", self.uvicorn_log_level, LOG_LEVELS)

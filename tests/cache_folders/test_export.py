@@ -243,6 +243,9 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "kernels is f* in the file and  here",
     ),
     "a session's name": (member("zarr.json", edit(*TOLD, "sessions", value={"../x": {}})), "session is '../x'"),
+    "a response's name": (
+        member("zarr.json", edit(*TOLD, "sessions", value={"resp_" + "a" * 32: {}})), "the name of a server's response",
+    ),
     "a session's content": (member("zarr.json", edit(*TOLD, "sessions", value={"x": {"version": 1}})), "is damaged"),
 }  # fmt: skip
 

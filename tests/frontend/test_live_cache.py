@@ -121,3 +121,29 @@ def test_engines_that_cannot(tiny_model: Path, tmp_path: Path, book: tuple[Path,
         llm.generate([BOOK], GREEDY, use_tqdm=False)
         with pytest.raises(ConfigError, match=r"of no use .*: their weights differ"):
             llm.import_cache(path)
+
+
+def test_a_session_goes_on_elsewhere_within_the_limits_there(tmp_path: Path) -> None:
+    talker = save_talker(tmp_path / "talker")
+    sizes: dict[str, Any] = {"page_size": PAGE_SIZE, "device_kv_bytes": "1MiB", "host_kv_bytes": "1MiB"}
+
+    def ask(llm: LLM, name: str, text: str) -> Any:
+        [output] = llm.chat([{"role": "user", "content": text}], GREEDY, session=name, use_tqdm=False)
+        return output
+
+    with LLM(talker, cache_dir=tmp_path / "one", **sizes) as llm:
+        ask(llm, "trip", "Let us plan a trip to Peru.")
+        exported = llm.export_cache(tmp_path / "trip.zarr", sessions=["trip"])
+        expected = ask(llm, "trip", "And if it rains?")
+    assert exported.num_pages > 2 and exported.prompts[0].name == "session trip"
+    with LLM(talker, cache_dir=tmp_path / "two", max_sessions=1, **sizes) as llm:
+        ask(llm, "own", "Hello")
+        with pytest.raises(CapacityError, match="max_sessions"):
+            llm.import_cache(tmp_path / "trip.zarr")
+        (tmp_path / "two" / "sessions" / "own.json").unlink()
+        llm.import_cache(tmp_path / "trip.zarr")
+        answer = ask(llm, "trip", "And if it rains?")
+        assert answer.num_cached_tokens >= exported.num_tokens
+        assert answer.prompt_token_ids == expected.prompt_token_ids and answer.outputs == expected.outputs
+        with pytest.raises(ConfigError, match="there is another session trip"):
+            llm.import_cache(tmp_path / "trip.zarr")
