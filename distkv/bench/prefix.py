@@ -36,13 +36,12 @@ VARIANTS = {
 }
 HITS = ("device hit", "host hit", "disk hit after restart")
 COLUMNS = [
-    Column("prefix", "prefix_tokens"),
     Column("", "variant"),
-    Column("cached tokens", "where"),
+    Column("prefix tokens", "prefix_tokens"),
     Column("ms to first token", "first_token_ms", form=".1f"),
     Column("of cold", "of_cold", form=".3f"),
-    Column("vs cold", "times_faster_than_cold", form=".1f", ending="x"),
-    Column("bringing alone", "ceiling_ms", form=".1f", ending=" ms"),
+    Column("computed again", "most_recomputed"),
+    Column("ms to bring alone", "ceiling_ms", form=".1f"),
 ]
 
 
@@ -182,24 +181,19 @@ def _rows(answered: dict[str, list[Answered]], ceilings: dict[str, list[float]])
 
 
 def _print(bench: Bench) -> None:
-    bench.table(COLUMNS, [row | {"where": _where(row)} for row in bench.rows])
+    bench.table(COLUMNS, [row | {"most_recomputed": max(row["recomputed"]) or None} for row in bench.rows])
     slowest = max((row for row in bench.rows if row["variant"] in HITS), key=lambda row: row["of_cold"])
     what = f"{slowest['of_cold']:.3f} at most ({slowest['variant']}, {slowest['prefix_tokens']} tokens)"
     for line in (
         target("a hit takes less than cold, at every length", what, slowest["of_cold"] < 1),
-        "Bringing alone: to copy the bytes of the prefix in memory, and to read them from disk with preadv, page cache "
+        "Computed again: tokens that were found, since that was faster by the rates that the engine has measured. To "
+        "bring alone: to copy the bytes of the prefix in memory, and to read them from disk with preadv, page cache "
         "dropped. What a hit takes beyond that of the device is what bringing them costs.",
         "Times are medians, from adding a tokenised request to its first token. Engines are warm; the new process has "
         "loaded the model and answered another short prompt, and the page cache has forgotten the files.",
         _page_cache_line([row for row in bench.rows if row["variant"] == "disk hit after restart"]),
     ):
         bench.line(line)
-
-
-def _where(row: dict[str, Any]) -> str:
-    places = [f"{count} on {tier}" for tier, count in row["cached"].items() if count]
-    again = max(row["recomputed"])
-    return ", ".join([*places, f"{again} computed again, as faster"] if again else places) or "none"
 
 
 def _page_cache_line(rows: list[dict[str, Any]]) -> str:
