@@ -289,7 +289,8 @@ class EngineConfig:
 
     A step then reads the context once for all of them; answers stay the same, bit for bit. ngram drafts what followed
     the newest tokens where they stood before, so it pays for answers that quote; prompt_lookup_min (2) and
-    prompt_lookup_max (8) are the newest tokens that are looked for. draft_model has a small model draft, of the folder
+    prompt_lookup_max (8) are the newest tokens that are looked for. self drafts by the model over the pages on the
+    device alone, so it pays where most lie below. draft_model has a small model draft, of the folder
     "model", with draft_kv_bytes for its keys and values (max_model_len tokens). num_speculative_tokens is the most of a
     draft (8); "adaptive": false has drafts as long as may be, where otherwise they are as long as pays. On CUDA it
     turns batch_invariant on.
@@ -402,6 +403,11 @@ class EngineConfig:
             raise ConfigError(
                 f"speculative_config is set and attention_policy is {self.attention_policy}, by which a token that is "
                 "drafted in vain would count; leave one of them out"
+            )
+        if found.method == "self" and self.host_kv_bytes == 0:
+            raise ConfigError(
+                "speculative_config has method self and host_kv_bytes is 0: it drafts by the pages that are resident, "
+                "and none leaves the device; use ngram, or raise host_kv_bytes"
             )
         if self.max_num_seqs <= found.num_speculative_tokens:
             raise ConfigError(

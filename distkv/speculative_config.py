@@ -13,7 +13,7 @@ MAX_DRAFT = 8
 """Most tokens of a draft: so many rows, with the token before them, a step attends for at hardly more than the cost of
 one where it reads a long context."""
 
-METHODS = {"ngram": ("prompt_lookup_min", "prompt_lookup_max"), "draft_model": ("model", "draft_kv_bytes")}
+METHODS = {"ngram": ("prompt_lookup_min", "prompt_lookup_max"), "self": (), "draft_model": ("model", "draft_kv_bytes")}
 """With the fields that are theirs alone."""
 
 
@@ -23,8 +23,9 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
     method: str
     """ngram: what followed the newest tokens of the context where they stood before (prompt lookup, Saxena 2023,
-    https://github.com/apoorvumang/prompt-lookup-decoding). draft_model: what a small model goes on with (Leviathan et
-    al. 2022, https://arxiv.org/abs/2211.17192)."""
+    https://github.com/apoorvumang/prompt-lookup-decoding). self: what the model says when it attends to the
+    pages on the device alone (TriForce, Sun et al. 2024, https://arxiv.org/abs/2404.11912). draft_model: what a small
+    model goes on with (Leviathan et al. 2022, https://arxiv.org/abs/2211.17192)."""
     num_speculative_tokens: int = MAX_DRAFT
     """Most tokens of a draft, from 1 to 8."""
     adaptive: bool = True

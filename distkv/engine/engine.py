@@ -30,7 +30,7 @@ from distkv.engine.request_meter import RequestMeter
 from distkv.engine.saving import FinalSave
 from distkv.engine.scheduler import Scheduler
 from distkv.engine.sequence import Scheduled, Sequence
-from distkv.engine.speculation.speculator import Speculator
+from distkv.engine.speculation.methods import make_speculator
 from distkv.engine.stats import EngineStats, PolicyStats, SpeculationStats, TierStats
 from distkv.engine.step import Step
 from distkv.engine.step_runner import StepRunner
@@ -72,7 +72,7 @@ class Engine:
         self._cache = self._scheduler.cache
         self._runner = StepRunner(info, executor, self._cache, thread, self._observer.measured)
         if info.speculation is not None:
-            self._scheduler.speculator = Speculator(info, self._runner.draft)
+            self._scheduler.speculator = make_speculator(info, self._runner.draft, self._cache)
         self._repairs = Repairs(self._cache, self._runner, info.page_size)
         self._copies = ForkCopies(self._cache)
         self._preparation = Preparation(self._scheduler, self._copies, self._runner)

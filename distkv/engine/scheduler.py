@@ -149,6 +149,7 @@ class Scheduler:
             elif sequence.may_decode:
                 decoding.append(sequence)
         for sequence in decoding:
+            sequence.draft, sequence.is_drafting = [], False
             needed = sequence.table.missing(1)
             if budget and needed <= room:
                 step.append((sequence, 1))
@@ -156,7 +157,11 @@ class Scheduler:
                 room -= needed
         if self.speculator is not None and only is None:
             pages = room if self._promises.are_met else 0
-            step = self.speculator.add_drafts([sequence for sequence, _ in step], budget, pages)
+            decoding = [sequence for sequence, _ in step]
+            drafting = self.speculator.schedule_drafting(decoding, budget, pages, reads_prompts=bool(prefilling))
+            if drafting:
+                return drafting
+            step = self.speculator.add_drafts(decoding, budget, pages)
             budget -= sum(count - 1 for _, count in step)
             room -= sum(sequence.table.missing(count) - sequence.table.missing(1) for sequence, count in step)
         for sequence, count in self._chunks(prefilling, budget):

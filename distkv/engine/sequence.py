@@ -1,7 +1,7 @@
 """One answer that is being written: its tokens and its pages."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from distkv.workers.group.step_plan import SequencePlan, placeholder
 
 if TYPE_CHECKING:
     from distkv.engine.speculation.ngram import NgramDrafter
+    from distkv.engine.speculation.self_drafter import SelfDrafter
 
 
 @dataclass(eq=False)
@@ -37,8 +38,9 @@ class Sequence:
     num_observed: int = 0  # of the last tokens of the prompt, see `EngineInfo`
     num_pending: int = 0  # tokens that steps under way sample, which are not known yet
     num_sent: int = 0  # pages that the ranks' table holds
-    draft: list[int] = field(default_factory=list)  # tokens that its next step checks behind its newest one
-    drafter: "NgramDrafter | None" = None  # once tokens were looked up for it
+    draft: list[int] = field(default_factory=list)  # tokens that its next step runs behind its newest one
+    is_drafting: bool = False  # whether that is to find the draft's next token, not to check the draft
+    drafter: "NgramDrafter | SelfDrafter | None" = None  # once tokens were looked up for it, or drafted by itself
     is_drafted_for: bool = False  # by a draft model, which has read all of it
     rules: TokenRules | None = None  # None where its parameters let every token be
     num_scored: int = 0  # tokens behind the first one whose log-probabilities are known, if wanted
@@ -199,15 +201,18 @@ class Sequence:
             self.keys.append(page_key(parent, self.token_ids[index * size : (index + 1) * size]))
         return self.keys
 
-    def plan(self, start: int, count: int, num_logits: int, pending_index: int | None = None) -> SequencePlan:
+    def plan(
+        self, start: int, count: int, num_logits: int, pending_index: int | None = None, draft: Iterable[int] = ()
+    ) -> SequencePlan:
         """Its part of a step; sends the ranks the pages that they do not know yet, too.
 
         Args:
             pending_index: where it runs a token that nobody knows yet, the token's index among those that the step
                 before sampled.
+            draft: tokens that it runs behind those of the answer.
         """
         end, sent = start + count, self.num_sent
-        known = [*self.token_ids[start:end], *self.draft]
+        known = [*self.token_ids[start:end], *draft]
         token_ids = known if pending_index is None else [placeholder(pending_index)]
         assert len(token_ids) == count
         pages: list[int] = []
@@ -247,7 +252,8 @@ class Sequence:
         self.num_sent = min(self.num_sent, len(self.table.pages))
 
     def reject(self, count: int) -> None:
-        """Takes back the last tokens of a draft, which were run in vain. No other step may be under way."""
+        """Takes back the last tokens that a step has run, which nobody keeps. They have filled no page of which others
+        are kept, where that would round it. No other step may be under way."""
         self.table.rewind(count)
         self.num_sent = min(self.num_sent, len(self.table.pages))
 

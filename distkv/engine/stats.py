@@ -78,6 +78,7 @@ class SpeculationStats(msgspec.Struct, frozen=True):
     num_drafts: int = 0  # one for each answer and step that had one
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0  # of these, those that were the answer's
+    num_drafting_steps: int = 0  # that drafts by the model itself took
 
     @property
     def tokens_per_sweep(self) -> float | None:

@@ -13,7 +13,7 @@ from distkv.storage.ledger.tiered_cache import TieredCache
 from distkv.workers.group.executor import PendingScores, PendingTokens, StepResult
 from distkv.workers.group.step_plan import SequencePlan, StepPlan
 from distkv.workers.sampling.sample_row import SampleRow, uniform_number
-from distkv.workers.sampling.sampled_token import SampledToken, TokenLogprobs
+from distkv.workers.sampling.sampled_token import NO_TOKEN, SampledToken, TokenLogprobs
 
 WAITING_SECONDS = 1.0
 
@@ -27,9 +27,9 @@ class SequenceWork:
     plan: SequencePlan | None = None  # None where nothing is run
     sampled_index: int | None = None  # of its first token among those that the step samples; None when it gets none
     pending_index: int | None = None  # of the token that it runs among those of the step before, while it is unknown
-    draft: list[int] = field(
-        default_factory=list
-    )  # the last of its tokens, of which nobody knows yet whether they come
+    # the last of its tokens, of which nobody knows yet whether they come
+    draft: list[int] = field(default_factory=list)
+    is_drafting: bool = False  # it is to find the draft's next token, and all that it runs is taken back
     num_right: int | None = None  # tokens of the draft that the answer goes on with, once its tokens are read
     is_damaged: bool = False  # could not read one of its pages, so its tokens are to be run again
 
@@ -50,6 +50,7 @@ class Step:
         self.num_sampled = 0  # tokens
         self.forks = False  # whether more than one answer of a request begins with this step
         self.started_at = 0.0  # by `time.perf_counter`
+        self.drafted: list[tuple[Sequence, int | None]] = []  # next tokens of drafts, once they are read; None: none
         self.copies: list[PageCopy] = []  # whose pages are held until the step has ended
         self.relocated: list[Page] = []  # whose locations the plan sends
         self._indexes: dict[Sequence, int] = {}  # `SequenceWork.sampled_index`, where there is one
@@ -71,13 +72,18 @@ class Step:
 
     @property
     def num_drafts(self) -> int:
-        """Sequences with a draft."""
-        return sum(bool(work.draft) for work in self.work)
+        """Sequences whose drafts it checks."""
+        return sum(bool(work.draft) for work in self.work if not work.is_drafting)
 
     @property
     def num_drafted(self) -> int:
-        """Tokens of all drafts."""
+        """Tokens of all drafts, those that it checks or goes on behind."""
         return sum(len(work.draft) for work in self.work)
+
+    @property
+    def is_drafting(self) -> bool:
+        """Whether it finds tokens of drafts."""
+        return any(work.is_drafting for work in self.work)
 
     @property
     def only_decodes(self) -> bool:
@@ -130,6 +136,9 @@ class Step:
                 continue
             if damaged and not damaged.isdisjoint(sequence.table.pages):
                 work.is_damaged = True
+            if work.is_drafting:
+                sequence.reject(work.num_tokens)
+            elif work.is_damaged:
                 sequence.rewind(work.num_tokens, has_run=True)
             else:
                 sequence.commit(work.num_tokens - len(work.draft))
@@ -143,7 +152,11 @@ class Step:
         found = []
         for work in self.work:
             sequence, first = work.sequence, work.sampled_index
-            if first is not None:
+            if work.is_drafting:
+                assert first is not None
+                token_id, _ = tokens[first][0]
+                self.drafted.append((sequence, None if token_id == NO_TOKEN else token_id))
+            elif first is not None:
                 sequence.num_pending -= 1
                 if not sequence.finished and not work.is_damaged:
                     own = tokens[first : first + sequence.num_answers + len(work.draft)]
@@ -184,12 +197,16 @@ class Step:
             return
         self._is_open = False
         for work in self.work:
-            if not work.sequence.finished:
+            if work.sequence.finished:
+                continue
+            if work.is_drafting:
+                work.sequence.reject(work.num_tokens)
+            else:
                 work.sequence.rewind(work.num_tokens, has_run=self._result is not None)
         for work in self.work:
             if work.plan is not None:
                 work.sequence.num_sent = min(work.sequence.num_sent, work.plan.first_page)
-            if work.sampled_index is not None:
+            if work.sampled_index is not None and not work.is_drafting:
                 work.sequence.num_pending -= 1
         self._copies.put_back(self.copies)
         if not reported:
@@ -205,18 +222,25 @@ class Step:
             self.plan.synthetic_pages += sequence.synthetic.fills(taken)
             return work
         self.plan.clear += [page.location for page in taken]
-        work.draft, ends = sequence.draft, len(sequence.token_ids) + sequence.num_pending + len(sequence.draft)
-        is_last = start + count == ends
+        work.draft, work.is_drafting = sequence.draft, sequence.is_drafting
+        sequence.draft, sequence.is_drafting = [], False
+        is_last = start + count == len(sequence.token_ids) + sequence.num_pending + len(work.draft)
         if sequence.num_pending:
             assert before is not None
             work.pending_index = before._indexes[sequence]
-        if is_last:
-            work.sampled_index = self._indexes[sequence] = self.num_sampled
+        num_logits = 0
+        if work.is_drafting:
+            assert is_last and sequence.is_alone and not sequence.num_pending
+            work.sampled_index, num_logits = self.num_sampled, 1
+            self.num_sampled += 1
+        elif is_last:
+            work.sampled_index, num_logits = self.num_sampled, 1 + len(work.draft)
+            self._indexes[sequence] = self.num_sampled
             self.num_sampled += sequence.num_answers + len(work.draft)
             self.forks |= not sequence.is_alone
             sequence.num_pending += 1
-        work.plan = sequence.plan(start, count, is_last * (1 + len(work.draft)), work.pending_index)
-        sequence.draft = []
+        work.plan = sequence.plan(start, count, num_logits, work.pending_index, work.draft)
+        work.plan.resident_only = work.is_drafting
         if sequence.num_top is not None:
             sequence.add_scored(work.plan)
         self.plan.sequences.append(work.plan)
@@ -224,13 +248,19 @@ class Step:
 
     def _rows(self) -> list[SampleRow]:
         """What is to be sampled from the step's logits: one token for an answer being written and one behind each token
-        of its draft, one for each answer of a request whose prompt has just been read."""
+        of its draft, one for each answer of a request whose prompt has just been read. What would come next in a draft
+        is sampled as it will be once the draft is checked."""
         rows: list[SampleRow] = []
         logits_row = 0
         for work in self.work:
             if work.sampled_index is None:
                 continue
             one = work.sequence
+            if work.is_drafting:
+                rows.append(_sample_row(one, one.index, logits_row, None, work.draft))
+                rows[-1].num_logprobs = None
+                logits_row += 1
+                continue
             for index in [one.index] if one.is_alone else range(one.request.params.n):
                 rows.append(_sample_row(one, index, logits_row, work.pending_index, []))
             for count in range(1, len(work.draft) + 1):

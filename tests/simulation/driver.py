@@ -20,7 +20,7 @@ from simulation.world import Hung, Process, World
 from distkv.engine import step
 from distkv.engine.client import EngineClient
 from distkv.engine.engine import Engine
-from distkv.engine.speculation import speculator
+from distkv.engine.speculation import methods, speculator
 from distkv.errors import CapacityError
 
 SECONDS = 20000.0  # in which something must come of what is to be done
@@ -75,7 +75,7 @@ class Driver:
     def _drafts(self) -> list[tuple[Any, str, Any]]:
         drafts = SimulatedDrafts(self.world, self.model, self.info)
         return [
-            (speculator, "NgramDrafts", lambda _: drafts), (speculator, "time", self.world.time),
+            (methods, "NgramDrafts", lambda _: drafts), (speculator, "time", self.world.time),
             (step, "time", self.world.time),
         ]  # fmt: skip
 

@@ -135,6 +135,7 @@ class SimulatedExecutor:
             wanted += logits[first:]
             for row, token in zip(logits[first - len(part.scored) : first], part.scored, strict=True):
                 scores.append(TokenLogprobs(score(row, token), 1, []))
+            self.world.count("drafting", part.resident_only)
             if not number:
                 self.process.point("amid computing")
                 self._fail_at("computing", stage)
@@ -150,7 +151,7 @@ class SimulatedExecutor:
         written: list[bytearray] = [bytearray() for _ in hashes]
         logits = []
         memories = self._memories(steps)
-        for position, token in enumerate(token_ids, steps[0].start):
+        for position, token in enumerate(token_ids, steps[0].position):
             digests: dict[int, bytes] = {}
             for head, one in hashes:
                 digest = one.copy().digest()

@@ -9,6 +9,7 @@ from distkv.engine.fork_copies import ForkCopies
 from distkv.engine.replay import Replay
 from distkv.engine.scheduler import Scheduler
 from distkv.engine.sequence import Sequence
+from distkv.engine.speculation.self_speculator import SelfSpeculator
 from distkv.engine.speculation.speculator import Speculator
 from distkv.engine.step import Step
 from distkv.engine.step_runner import StepRunner
@@ -44,6 +45,11 @@ def _draft_stays() -> Any:
 def _draft_fills_a_page() -> Any:
     """A page is filled, and rounded, with tokens that may not stay."""
     return patch.object(Speculator, "_fitting", lambda self, sequence, length, most_pages: length)
+
+
+def _drafting_fills_a_page() -> Any:
+    """A step that drafts fills a page, and rounds it, with a token that is run again."""
+    return patch.object(SelfSpeculator, "_fitting", Speculator._fitting)
 
 
 def _memory_is_not_made_anew() -> Any:

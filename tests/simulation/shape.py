@@ -78,8 +78,9 @@ def with_drafts(info: EngineInfo, rng: Random) -> EngineInfo:
     if info.max_num_seqs < 2 or info.num_observed:
         return info
     most = rng.randint(1, info.max_num_seqs - 1)
-    drafts = SpeculativeConfig(method="ngram", num_speculative_tokens=most, adaptive=rng.random() < 0.3)
-    return msgspec.structs.replace(info, speculation=drafts, kv_cache_dtype=rng.choice(["auto", "int8"]))
+    is_adaptive, dtype = rng.random() < 0.3, rng.choice(["auto", "int8"])
+    drafts = SpeculativeConfig(method=rng.choice(["ngram", "self"]), num_speculative_tokens=most, adaptive=is_adaptive)
+    return msgspec.structs.replace(info, speculation=drafts, kv_cache_dtype=dtype)
 
 
 def make_ranks(

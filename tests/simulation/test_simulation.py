@@ -38,7 +38,7 @@ SOON_FOUND = (
     "spill is not awaited", "location is not sent", "fork is not copied", "checksum is stale", "begun token is lost",
     "clearing is left out", "page is kept", "lost requests are forgotten", "death is not noticed",
     "ended table is kept", "draw is of another place", "memory is not made anew", "observed tokens are not read again",
-    "draft stays",
+    "draft stays", "drafting fills a page",
 )  # fmt: skip
 
 

@@ -27,8 +27,19 @@ class HitRates:
     def rate(self, agreed: int) -> float:
         """The share of tokens that come as drafted, between 0 and 1."""
         index = _class_of(agreed)
-        prior = PRIOR if self._before is None else self._before.rate(agreed)
+        prior = self._prior(agreed) if self._before is None else self._before.rate(agreed)
         return (self._hits[index] + BEFOREHAND * prior) / (self._counts[index] + BEFOREHAND)
+
+    def _prior(self, agreed: int) -> float:
+        return PRIOR
+
+
+class PlaceRates(HitRates):
+    """By the place in a draft, all before which were right. A place of which little is known is as good as those before
+    it."""
+
+    def _prior(self, agreed: int) -> float:
+        return self.rate(agreed // 2) if agreed > 1 else PRIOR
 
 
 def _class_of(agreed: int) -> int:

@@ -28,5 +28,6 @@ class NgramDrafts:
     def _drafter(self, sequence: Sequence) -> NgramDrafter:
         if sequence.drafter is None:
             sequence.drafter = NgramDrafter(self._config, self._rates)
+        assert isinstance(sequence.drafter, NgramDrafter)
         sequence.drafter.read(sequence.token_ids)
         return sequence.drafter

@@ -5,8 +5,6 @@ import time
 from distkv.engine.protocol import EngineInfo
 from distkv.engine.sequence import Scheduled, Sequence
 from distkv.engine.speculation.drafts import Drafts
-from distkv.engine.speculation.model_drafts import ModelDrafts, RunDrafts
-from distkv.engine.speculation.ngram_drafts import NgramDrafts
 from distkv.engine.speculation.step_cost import StepCost, draft_lengths
 from distkv.engine.stats import SpeculationStats
 from distkv.engine.step import Step
@@ -18,11 +16,10 @@ class Speculator:
     """Drafts tokens for answers that are being written. A step runs them behind the newest token; those that are what
     the answer's own draws give are its tokens, so that drafts change no answer."""
 
-    def __init__(self, info: EngineInfo, run: RunDrafts):
-        """`run` is `Executor.draft`."""
+    def __init__(self, info: EngineInfo, drafts: Drafts):
         assert info.speculation is not None
         self._info, self._config = info, info.speculation
-        self._drafts: Drafts = ModelDrafts(run) if info.speculation.model else NgramDrafts(info.speculation)
+        self._drafts = drafts
         self._cost = StepCost()
         self._read_at = 0.0  # when tokens were read last
         self._num_without = 0  # steps since one had a draft
@@ -49,23 +46,27 @@ class Speculator:
             most_tokens: that the step has room for beside these.
             most_pages: the same of KV pages.
         """
-        room = min(most_tokens, self._info.max_num_seqs - len(decoding))
-        chances = [[] if one.num_pending else self._chances(one) for one in decoding]
-        wanted = []
-        for one, length in zip(decoding, self._lengths(chances, len(decoding), room), strict=True):
-            one.draft = []
-            if length := self._fitting(one, length, most_pages):
-                most_pages -= one.table.missing(1 + length) - one.table.missing(1)
-                wanted.append((one, length))
+        wanted = self._fitting_drafts(decoding, self._wanted(decoding, most_tokens), most_pages)
         if wanted:
             self._drafts.draft(wanted)
         return [(one, 1 + len(one.draft)) for one in decoding]
+
+    def schedule_drafting(
+        self, decoding: list[Sequence], most_tokens: int, most_pages: int, reads_prompts: bool
+    ) -> Scheduled:
+        """Those of the sequences, with the tokens that each runs, that should first have a step of their own, in which
+        their drafts grow by a token; none where all drafts are as long as they should be.
+
+        Args:
+            reads_prompts: whether there are prompts to be read, which would wait; all else as above.
+        """
+        return []
 
     def take(self, step: Step) -> None:
         """Takes note of a step whose tokens have just been read."""
         now = time.perf_counter()
         if step.only_decodes:
-            self._cost.note(step.num_drafted, now - max(step.started_at, self._read_at))
+            self._note_seconds(step, now - max(step.started_at, self._read_at))
         self._read_at = now
         self._num_without = 0 if step.num_drafts else self._num_without + 1
         for work in step.work:
@@ -74,6 +75,15 @@ class Speculator:
                 self._num_drafted += len(work.draft)
                 self._num_accepted += work.num_right
                 self._drafts.checked(work.sequence, len(work.draft), work.num_right)
+
+    def _note_seconds(self, step: Step, seconds: float) -> None:
+        self._cost.note(step.num_drafted, seconds)
+
+    def _wanted(self, decoding: list[Sequence], most_tokens: int) -> list[int]:
+        """How many tokens of a draft to check for each of the sequences, if these fit."""
+        room = min(most_tokens, self._info.max_num_seqs - len(decoding))
+        chances = [[] if one.num_pending else self._chances(one) for one in decoding]
+        return self._lengths(chances, len(decoding), room)
 
     def _is_likely(self, sequence: Sequence, num_sequences: int) -> bool:
         chances = self._chances(sequence)[:1]
@@ -97,6 +107,17 @@ class Speculator:
         left = sequence.request.max_tokens - sequence.num_output_tokens - sequence.num_pending - 1
         most = min(most if own is None else min(own, most), left)
         return self._drafts.chances(sequence, most) if most > 0 and not sequence.finished else []
+
+    def _fitting_drafts(
+        self, decoding: list[Sequence], lengths: list[int], most_pages: int
+    ) -> list[tuple[Sequence, int]]:
+        """Those for whose drafts there is room, with how long they may be; the first of them get it first."""
+        found = []
+        for one, wanted in zip(decoding, lengths, strict=True):
+            if length := self._fitting(one, wanted, most_pages):
+                most_pages -= one.table.missing(1 + length) - one.table.missing(1)
+                found.append((one, length))
+        return found
 
     def _fitting(self, sequence: Sequence, length: int, most_pages: int) -> int:
         """How much of a draft there is room for."""
