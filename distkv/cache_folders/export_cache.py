@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from distkv import __version__
-from distkv.cache_folders.export_format import FORMAT, Manifest, Table, page_members, write_table
+from distkv.cache_folders.export_format import FORMAT, Manifest, Table, page_member, write_table
 from distkv.cache_folders.export_store import Put
 from distkv.cache_folders.file_damage import damage_of
 from distkv.cache_folders.model_cache import ModelCache
@@ -94,10 +94,10 @@ def export_pages(
     with store as put:
         write_table(put, Manifest(FORMAT, __version__, len(rows), pages, dict(sessions)), table)
         for entry, row in zip(entries.values(), rows.values(), strict=True):
-            for head, name in enumerate(page_members(row, spec.num_kv_heads)):
+            for head in range(spec.num_kv_heads):
                 file = cache.folder / ARRAY / chunk_name(entry.slot, head)
                 content = _read(file, table.checksums[row, head].tolist(), spec)
-                put(name, content)
+                put(page_member(row, head), content)
                 num_bytes += len(content)
     return CacheExport(len(rows), len(rows) * spec.page_size, num_bytes, list(prompts))
 

@@ -24,7 +24,6 @@ from distkv.cache_folders.export_store import AGAIN, Put, StoreReader
 from distkv.errors import ConfigError, DistKVError, StoreError
 from distkv.storage.disk.cache_folder import Description, chunk_name
 from distkv.storage.disk.disk_array import METADATA, page_array
-from distkv.storage.disk.disk_codec import disk_codec
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.tier import Tier
 
@@ -73,9 +72,9 @@ class Table:
         )
 
 
-def page_members(row: int, num_kv_heads: int) -> list[str]:
-    """The members of a page, one for each head."""
-    return [f"{PAGES}/{chunk_name(row, head)}" for head in range(num_kv_heads)]
+def page_member(row: int, head: int) -> str:
+    """The member of one head of a page."""
+    return f"{PAGES}/{chunk_name(row, head)}"
 
 
 def write_table(put: Put, manifest: Manifest, table: Table) -> None:
@@ -171,11 +170,10 @@ def _members(table: Table) -> Iterator[str]:
 
 def _check_room(reader: StoreReader, spec: PageSpec, count: int) -> None:
     """Makes sure that the store has as many pages as its manifest says, before memory is taken for their table."""
-    if count:
-        size = reader.size(page_members(count - 1, spec.num_kv_heads)[-1])
-        disk_codec(spec).check_size(size)
-        if reader.size("tokens/c.0.0") != 4 * count * spec.page_size + CRC_BYTES:
-            raise StoreError(f"tokens is not of {count} pages; {AGAIN}")
+    sizes = {"tokens/c.0.0": spec.page_size, "parents/c.0": 2, "checksums/c.0.0.0": spec.num_kv_heads * spec.num_layers}
+    for name, size in sizes.items():
+        if count and reader.size(name) != 4 * count * size + CRC_BYTES:
+            raise StoreError(f"{name} is not of {count} pages as the file describes them; {AGAIN}")
 
 
 def _check(found: Store, expected: Store, name: str) -> None:

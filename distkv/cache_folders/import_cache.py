@@ -1,17 +1,18 @@
 """Takes pages in that `export_cache.py` has written, for engines of the same weights."""
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from distkv.cache_folders.export_format import Manifest, Table, page_members, read_manifest, read_table
+from distkv.cache_folders.export_format import Manifest, Table, page_member, read_manifest, read_table
 from distkv.cache_folders.export_store import AGAIN, StoreReader, open_store
-from distkv.cache_folders.file_damage import file_damage
+from distkv.cache_folders.file_damage import damage_of
 from distkv.cache_folders.model_cache import find_caches
 from distkv.errors import CapacityError, ConfigError, StoreError
 from distkv.outputs import CacheImport
@@ -45,6 +46,7 @@ class ExportedCache:
         self.path, self._reader = path, reader
         self.manifest: Manifest = read_manifest(reader)
         self.table: Table = read_table(reader, self.manifest)
+        self._codec = disk_codec(replace(self.spec, num_kv_heads=1))
 
     @property
     def pages(self) -> Description:
@@ -73,28 +75,37 @@ class ExportedCache:
         return self.table.checksums[row].tobytes()
 
     def copy(self, row: int, files: Sequence[Path]) -> None:
-        """Writes a page to the files of a slot, one for each head, and compares checksums. Raises StoreError for a page
-        that is missing or damaged, OSError for files that cannot be written."""
-        codec = disk_codec(self.spec)
-        for head, (name, file) in enumerate(zip(page_members(row, len(files)), files, strict=True)):
-            try:
-                codec.check_size(self._reader.size(name))
-            except FileDamage as damage:
-                raise StoreError(f"{name} in {str(self.path)!r} {damage}; {AGAIN}") from None
-            replace_file(file, self._reader.read(name))
-            if problem := file_damage(file, self.table.checksums[row, head].tolist(), self.spec):
-                raise StoreError(f"{name} in {str(self.path)!r} {problem}; {AGAIN}")
+        """Writes a page to the files of a slot, one for each head. Raises StoreError for a page that is missing or
+        damaged, OSError for files that cannot be written."""
+        for head, file in enumerate(files):
+            replace_file(file, self._content(row, head))
 
     def verify(self) -> None:
         """Reads all pages. Raises StoreError when one is missing or damaged."""
-        with TemporaryDirectory(prefix="distkv-") as folder:
-            file = Path(folder) / "page"
-            for row in range(len(self.table)):
-                self.copy(row, [file] * self.pages.num_kv_heads)
+        for row in range(len(self.table)):
+            for head in range(self.pages.num_kv_heads):
+                self._content(row, head)
+
+    def _content(self, row: int, head: int) -> bytes:
+        """The file of one head of a page, which has its checksums."""
+        name = page_member(row, head)
+        try:
+            self._codec.check_size(self._reader.size(name))
+        except FileDamage as damage:
+            raise StoreError(f"{name} in {str(self.path)!r} {damage}; {AGAIN}") from None
+        content = self._reader.read(name)
+        with open(os.memfd_create(name), "wb") as file:  # what checks files is used on it
+            file.write(content)
+            file.flush()
+            problem = damage_of(file.fileno(), self.table.checksums[row, head].tolist(), self.spec)
+        if problem is not None:
+            raise StoreError(f"{name} in {str(self.path)!r} {problem}; {AGAIN}")
+        return content
 
     def num_bytes(self, rows: Sequence[int]) -> int:
         """Of the files of some pages."""
-        return sum(self._reader.size(name) for row in rows for name in page_members(row, self.pages.num_kv_heads))
+        heads = range(self.pages.num_kv_heads)
+        return sum(self._reader.size(page_member(row, head)) for row in rows for head in heads)
 
 
 @contextmanager

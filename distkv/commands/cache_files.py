@@ -74,7 +74,8 @@ def cache_import(
             pages = own_pages(model_folder(model), exported.pages)
             check_same_pages(exported, pages)
         imported = import_cache(exported, cache_dir, pages, cache_salt)
-    print(f"{imported.num_new} of {imported.num_pages} pages taken in, the others were there already")
+    known = imported.num_pages - imported.num_new
+    print(f"{imported.num_new} of {imported.num_pages} pages taken in" + (f", {known} were there" if known else ""))
     for name in exported.manifest.sessions:
         print(f"session {name} taken in")
     if there := len(ModelCache(page_folder(cache_dir, pages)).entries()):
