@@ -67,14 +67,15 @@ def make_configs(model: Path, dtype: str, sizes: Sizes, folder: Path) -> dict[st
     itemsize = ITEM_BYTES[config.run_dtype(dtype)]
     token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
     one = sizes.request_pages * sizes.page_size * token_bytes
-    least = int(READ_BYTES / PROBE_SHARE)
-    spare = MAX_DISK_WRITES * sizes.page_size * token_bytes  # for pages on their way to disk
+    page = sizes.page_size * token_bytes
+    spare = MAX_DISK_WRITES * page  # for pages on their way to disk
+    measured = int(READ_BYTES / PROBE_SHARE) + page  # a tier has whole pages
     pools: dict[str, dict[str, Any]] = {
         "device": {"device_kv_bytes": 3 * one, "host_kv_bytes": 0},
         "host": {"device_kv_bytes": one, "host_kv_bytes": 4 * one},
         "disk": {
             "device_kv_bytes": 3 * one, "host_kv_bytes": 2 * one, "cache_dir": folder,
-            "disk_kv_bytes": max(one + spare, least),
+            "disk_kv_bytes": max(one + spare, measured),
         },
     }  # fmt: skip
     return {

@@ -26,7 +26,7 @@ from distkv.workers.group.report import Report
 if TYPE_CHECKING:
     from distkv.engine.step import SequenceWork
 
-GAIN = 1.25  # by which computing again must be faster
+GAIN = 1.1  # by which computing again must be faster
 RETRY_SECONDS = 60.0  # after which some pages are loaded although that seems slower
 RETRY_PAGES = 4
 STREAMED = {HOST: "host_streamed", DISK: "disk_streamed"}  # routes, see `storage/meter.py`
