@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -22,6 +23,12 @@ def small(talker: Path) -> Iterator[ServerProcess]:
         yield server
         server.await_idle()
         assert "Traceback" not in server.log, server.log
+
+
+@schemathesis.serializer("application/zip")
+def as_it_is(_: Any, value: Any) -> bytes:
+    """For bodies that are no JSON."""
+    return value if isinstance(value, bytes) else str(value).encode(errors="replace")
 
 
 @pytest.mark.slow
