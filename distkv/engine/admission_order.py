@@ -24,8 +24,9 @@ class AdmissionOrder:
         self._num_passes = 0  # that were admitted before it since it is the first
         self._num_admitted = 0
 
-    def line(self, waiting: list[Sequence]) -> Iterator[Sequence]:
-        """All that wait, each once; the order follows what is admitted meanwhile (`note_admitted`).
+    def line(self, waiting: list[Sequence]) -> Iterator[tuple[Sequence, bool]]:
+        """All that wait, each once, and whether it goes ahead of others: then these need not wait for it if it cannot
+        be admitted. The order follows what is admitted meanwhile (`note_admitted`).
 
         Args:
             waiting: by priority and arrival.
@@ -39,11 +40,11 @@ class AdmissionOrder:
                     if not self._may_pass(waiting[0]):
                         break
                     del left[sequence]
-                    yield sequence
+                    yield sequence, sequence is not waiting[0]
             first = next(iter(left), None)
             if first is not None:
                 del left[first]
-                yield first
+                yield first, False
 
     def note_admitted(self, sequence: Sequence, first: Sequence) -> None:
         """Takes note that one is about to leave the line, of which `first` is the first."""

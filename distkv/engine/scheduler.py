@@ -238,29 +238,43 @@ class Scheduler:
         at_their_share: set[bytes | None] = set()  # tenants, whose other requests wait behind
         if taken >= self._info.max_num_seqs:
             return
-        for sequence in self._order.line(self.waiting):
-            seats = taken + sequence.num_answers
-            if seats > self._info.max_num_seqs:
-                return
-            if sequence.table.tenant in at_their_share:
+        nobody_ahead = False  # one that would go ahead has no room: then those in order are next
+        for sequence, is_ahead in self._order.line(self.waiting):
+            if sequence.table.tenant in at_their_share or (is_ahead and nobody_ahead):
                 continue
+            seats = taken + sequence.num_answers
             prefix = self.load_choice.worth_taking(self._find_prefix(sequence))
             if self._is_coming(sequence, len(prefix)):
                 continue
-            if not self._promises.has_share(self.running, sequence, prefix):
+            if not is_ahead and not self._promises.has_share(self.running, sequence, prefix):
                 at_their_share.add(sequence.table.tenant)
                 continue
-            if not self._promises.may_begin(self.running, sequence, prefix):
-                return
-            promised = self._promises.num_promised(self.running) + sequence.expected_pages - num_held_pages(prefix)
             # the largest chunk must fit beside a page of each other answer, or all pages on the device
-            chunk = max(chunk, self._chunk_pages(sequence.num_to_read - len(prefix) * self._info.page_size))
-            if seats + chunk > self._info.num_pages < promised:
-                return
-            taken = seats
+            own = max(chunk, self._chunk_pages(sequence.num_to_read - len(prefix) * self._info.page_size))
+            if not self._has_room(sequence, prefix, seats, own):
+                if not is_ahead:
+                    return
+                nobody_ahead = True
+                continue
+            taken, chunk = seats, own
             self._order.note_admitted(sequence, self.waiting[0])
             self.waiting.remove(sequence)
             self._begin(sequence, prefix)
+
+    def _has_room(self, sequence: Sequence, prefix: list[Page], seats: int, chunk: int) -> bool:
+        """Whether a request may begin beside those that run.
+
+        Args:
+            prefix: what it takes up.
+            seats: answers that would run then.
+            chunk: the most pages that a prompt among them fills in a step.
+        """
+        if seats > self._info.max_num_seqs or not self._promises.has_share(self.running, sequence, prefix):
+            return False
+        if not self._promises.may_begin(self.running, sequence, prefix):
+            return False
+        promised = self._promises.num_promised(self.running) + sequence.expected_pages - num_held_pages(prefix)
+        return not seats + chunk > self._info.num_pages < promised
 
     def _begin(self, sequence: Sequence, prefix: list[Page]) -> None:
         if not sequence.was_preempted:  # else it finds pages of its own

@@ -74,6 +74,23 @@ def test_the_first_in_line_is_passed_by_as_many_as_run_at_a_time_and_no_more() -
     assert steps.running()[-1] == f"x{2 * SEATS}", "y is not in its way any more"
 
 
+def test_who_would_go_ahead_and_has_no_room_is_in_nobodys_way() -> None:
+    """For want of seats, or of pages over all tiers; those in order are admitted meanwhile."""
+    steps = two_books(num_host_pages=20)
+    ask(steps, "x1", "x2")
+    steps.step()
+    ask(steps, "y")
+    ask(steps, "x3", n=3)
+    steps.step()
+    assert steps.running() == ["x1", "x2", "y"], "x3 has three answers, and there were two seats"
+    steps.finish("y")
+    steps.finish("x3")
+    ask(steps, "z", max_tokens=2)
+    ask(steps, "x4", max_tokens=20 * PAGE_SIZE)
+    steps.step()
+    assert steps.running() == ["x1", "x2", "z"], "x4 may need what the others have"
+
+
 def test_nobody_of_a_lower_priority_goes_ahead() -> None:
     steps = two_books()
     ask(steps, "x1", "x2", "x3", "x4")
