@@ -35,7 +35,7 @@ class Preparation:
         # as long as the step's tokens have no pages
         forks = any(_num_fork_pages(one, count) for one, count in scheduled)
         step = Step(scheduled, before, self._cache, self._copies, self._runner)
-        self._move_pages(promotes=not forks)
+        self._move_pages(step, promotes=not forks)
         step.fix_pages()
         self._scheduler.cold_budget.note_relocated(len(step.relocated))
         return step
@@ -53,14 +53,17 @@ class Preparation:
             self._runner.wait_for(self._cache.awaited)
         return True
 
-    def _move_pages(self, promotes: bool) -> None:
+    def _move_pages(self, step: Step, promotes: bool) -> None:
         """Has the cache spill, save and fetch pages ahead of need. `promotes` lets free device pages be filled, which
-        forks would need."""
+        forks would need. Those of a sequence that begins are fetched from its second step on: the first one streams
+        them, and its token comes sooner where nothing else reads the disk meanwhile."""
         scheduler, cache = self._scheduler, self._cache
         cache.balance()
         if promotes and cache.may_promote and scheduler.cold_budget.is_steady:
-            running = (one for one in scheduler.running if not one.is_parked and cache.may_come_up(one.table.tenant))
-            cache.promote(chain.from_iterable(one.by_importance() for one in running))
+            begin = step.beginning
+            running = (one for one in scheduler.running if not one.is_parked and one not in begin)
+            wanted = (one for one in running if cache.may_come_up(one.table.tenant))
+            cache.promote(chain.from_iterable(one.by_importance() for one in wanted))
         if promotes and scheduler.waiting:
             cache.promote(scheduler.expected_pages())
         self.peak_pages = max(self.peak_pages, cache.num_pages)

@@ -90,6 +90,11 @@ class Step:
         """Whether each sequence runs its newest token, and a draft or not, and none reads its prompt."""
         return all(work.num_tokens == 1 + len(work.draft) for work in self.work)
 
+    @property
+    def beginning(self) -> set[Sequence]:
+        """Those whose first step it is, so that the ranks know none of their pages."""
+        return {work.sequence for work in self.work if work.plan is not None and not work.plan.first_page}
+
     def fix_pages(self) -> None:
         """Completes the plan by what ranks must know of pages and tables; nothing of that changes before it starts."""
         plan = self.plan

@@ -23,7 +23,8 @@ from distkv.storage.meter import Measures
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.tier import Tier
 from distkv.workers.group.report import Report
-from distkv.workers.group.step_plan import SequencePlan
+from distkv.workers.group.step_plan import SequencePlan, StepPlan
+from distkv.workers.rank import Rank
 from distkv.workers.sizes import Bandwidth
 
 DEVICE, HOST, DISK = Tier
@@ -203,3 +204,19 @@ def test_pages_that_are_computed_again_have_the_same_bits_and_are_found_next(tin
         stats = llm.stats()
         assert stats.requests.prefix_recomputed == COMMON and stats.requests.prefix_hits["disk"] == 0
         assert "compute" not in stats.seconds_moved
+
+
+def test_pages_are_fetched_behind_the_step_that_streams_them_first(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (tiny_model, (60, 40, 60), tmp_path)
+    with tiered(*options) as llm:
+        ask(llm, FIRST)
+    plans: list[StepPlan] = []
+    execute = Rank.execute
+    monkeypatch.setattr(Rank, "execute", lambda rank, plan, *others: plans.append(plan) or execute(rank, plan, *others))
+    with tiered(*options) as llm:
+        assert ask(llm, SECOND).num_cached_tokens_by_tier["disk"] == COMMON
+        assert llm.stats().bytes_moved["disk_to_host"]
+    fetched = [any(one.target < one.source for one in plan.transfers) for plan in plans if plan.sequences]
+    assert fetched[:2] == [False, True]
