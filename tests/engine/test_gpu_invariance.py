@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import save_llama
-from support.invariance import WHOLE, answers_alone, assert_answers, random_requests
+from support.invariance import WHOLE, answers_alone, assert_answers, random_requests, said
 from support.prompts import random_prompt, seeded
 from support.runs import GREEDY, run
 
-from distkv import LLM
+from distkv import LLM, SamplingParams
 
 pytestmark = pytest.mark.gpu
 dtypes = pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -76,3 +76,25 @@ def test_a_row_of_a_product_is_its_own(dtype: str, outputs: int, depth: int, gat
         for side_by_side in (False, True):
             found = multiply(x[:rows], weight, None, gated=gated, side_by_side=side_by_side)
             assert torch.equal(found, whole[:rows]), (rows, side_by_side)
+
+
+@pytest.mark.parametrize("method", ["ngram", "self", "draft_model"])
+@pytest.mark.parametrize("codec", ["auto", "int8"])
+def test_drafts_change_no_answer(tmp_path: Path, method: str, codec: str) -> None:
+    """Several tokens of a sequence in a step, most of whose pages lie on the host; sampled and greedy."""
+    folder = save_llama(
+        tmp_path, num_attention_heads=6, num_key_value_heads=3, hidden_size=768, head_dim=128, vocab_size=20,
+        intermediate_size=2056, max_position_embeddings=4096,
+    )[0]  # fmt: skip
+    prompts = [random_prompt(length, length, end=20) * 5 for length in (150, 40, 9)]
+    params = [SamplingParams(temperature=t, seed=4, max_tokens=60, ignore_eos=True, logprobs=2) for t in (0, 0.5, 0)]
+    page = 2 * 2 * 3 * 128 * 16 * 2  # bytes
+    config = {"method": method, "adaptive": False} | ({"model": str(folder)} if method == "draft_model" else {})
+    common: dict[str, Any] = {"dtype": "bfloat16", "page_size": 16, "device": "cuda", "kv_cache_dtype": codec}
+    common |= {"device_kv_bytes": 24 * page, "host_kv_bytes": 200 * page, "max_num_batched_tokens": 128}
+    answers = []
+    for options in ({"batch_invariant": True}, {"speculative_config": config}):
+        with LLM(folder, max_num_seqs=9, **common, **options) as llm:
+            answers.append([said(output) for output in llm.generate(prompts, params, use_tqdm=False)])
+            told = llm.stats().speculation
+    assert answers[0] == answers[1] and told.num_accepted_tokens

@@ -10,7 +10,7 @@ from support import triton_on_cpu
 from support.checkpoints import edit_weights, save_llama
 from support.invariance import WHOLE, said
 from support.measures import relative_error
-from support.prompts import random_prompts
+from support.prompts import random_prompt, random_prompts
 from support.runs import run
 from torch import Tensor
 
@@ -171,3 +171,25 @@ def test_graphs_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     graphs = run(folder, prompts, params, **options)
     graphs.assert_same(eager)
     assert set(replayed) == {1, 2, 4}
+
+
+@pytest.mark.parametrize(
+    "method", ["ngram", *(pytest.param(one, marks=pytest.mark.slow) for one in ("self", "draft_model"))]
+)
+def test_drafts_change_no_bit(tmp_path: Path, method: str) -> None:
+    """Rows of several tokens of one sequence beside rows of one, most pages on the host."""
+    folder, _ = save_llama(
+        tmp_path / "model", num_hidden_layers=1, head_dim=16, vocab_size=8, max_position_embeddings=256
+    )
+    prompts = [random_prompt(length, length, end=8) * 3 for length in (20, 9)]
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, logprobs=3) for n in (9, 5)]
+    config = {"method": method, "num_speculative_tokens": 3, "adaptive": False}
+    config |= {"ngram": {"prompt_lookup_min": 1}, "draft_model": {"model": str(folder)}}.get(method, {})
+    sizes: dict[str, Any] = {"page_size": 16, "max_num_batched_tokens": 64, "max_num_seqs": 9, "dtype": "float32"}
+    answers = []
+    for options in ({}, {"speculative_config": config}):
+        small = {"device_kv_bytes": 7 * 4096, "host_kv_bytes": "1MiB", "batch_invariant": True}
+        with LLM(folder, **sizes, **small, **options) as llm:
+            answers.append([said(output) for output in llm.generate(prompts, params, use_tqdm=False)])
+            told = llm.stats().speculation
+    assert answers[0] == answers[1] and told.num_accepted_tokens > 0
