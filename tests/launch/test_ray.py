@@ -183,7 +183,7 @@ def test_tiers_change_nothing_for_several_ranks(cluster: Cluster, tmp_path: Path
         ({"host_kv_bytes": 0}, set()),
         (
             {"device_kv_bytes": 7 * page_bytes, "host_kv_bytes": 60 * page_bytes, "max_num_seqs": 9,
-             "speculative_config": {"method": "ngram", "adaptive": False}},
+             "speculative_config": {"method": "self", "adaptive": False}},
             {"host_streamed"},
         ),
         (

@@ -20,7 +20,7 @@ from simulation.world import Hung, Process, World
 from distkv.engine import step
 from distkv.engine.client import EngineClient
 from distkv.engine.engine import Engine
-from distkv.engine.speculation import methods, speculator
+from distkv.engine.speculation import methods, self_speculator, speculator
 from distkv.errors import CapacityError
 
 SECONDS = 20000.0  # in which something must come of what is to be done
@@ -76,7 +76,7 @@ class Driver:
         drafts = SimulatedDrafts(self.world, self.model, self.info)
         return [
             (methods, "NgramDrafts", lambda _: drafts), (speculator, "time", self.world.time),
-            (step, "time", self.world.time),
+            (step, "time", self.world.time), (self_speculator, "TRIAL_SHARE", 0.5),
         ]  # fmt: skip
 
     # --- what a kind of engines is asked for ---
