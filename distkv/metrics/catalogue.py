@@ -222,6 +222,11 @@ CATALOGUE = (
         "Of these, those that the answer goes on with.",
         lambda stats: stats.speculation.num_accepted_tokens,
     ),
+    _counter(
+        "spec_decode_num_drafting_steps",
+        "Steps in which the model drafted for itself, over resident pages.",
+        lambda stats: stats.speculation.num_drafting_steps,
+    ),
     # what moves
     Metric("transfer_bytes", "counter", "KV bytes moved, all ranks together.", _routes("bytes_moved"), ENDS),
     Metric("transfer_seconds", "counter", "Time that this took, summed over ranks.", _routes("seconds_moved"), ENDS),

@@ -29,6 +29,7 @@ VLLM = {
     "spec_decode_num_drafts_total": [],
     "spec_decode_num_draft_tokens_total": [],
     "spec_decode_num_accepted_tokens_total": [],
+    "spec_decode_num_drafting_steps_total": [],
     "request_success_total": ["finished_reason"],
     "time_to_first_token_seconds": [],
     "inter_token_latency_seconds": [],
