@@ -320,6 +320,8 @@ def test_cost_of_a_step() -> None:
         cost.note(number % 5, 8.0 + 0.5 * (number % 5))
     base, slope = cost.line()
     assert base == pytest.approx(8.0, abs=0.2) and slope == pytest.approx(0.5, abs=0.1)
+    cost.note(0, 1000.0)  # the process was held up
+    assert cost.line()[0] < 14
     alone = StepCost()
     for _ in range(30):
         alone.note(0, 3.0)

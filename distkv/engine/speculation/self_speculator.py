@@ -68,8 +68,7 @@ class SelfSpeculator(Speculator):
 
     def _note_seconds(self, step: Step, seconds: float) -> None:
         if step.is_drafting:
-            self._drafting_cost.note(step.num_drafted, seconds)
-            self._drafting_seconds += seconds
+            self._drafting_seconds += self._drafting_cost.note(step.num_drafted, seconds)
             return
         self._cost.note(step.num_drafted, seconds)
         if step.num_drafts:

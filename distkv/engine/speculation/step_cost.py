@@ -2,6 +2,7 @@
 
 MEMORY = 0.9  # what a step counts when the next one has ended
 BEFOREHAND = 4.0  # squared tokens: how firmly the prior holds while drafts have not varied
+OUTLIER = 4.0  # times the mean that a step counts for at most
 PRIOR = 0.1  # of a step without drafts: what a drafted token adds to it
 
 
@@ -13,11 +14,15 @@ class StepCost:
         self._weight = 0.0
         self._sums = [0.0] * 4  # of drafted, seconds, drafted**2, drafted * seconds
 
-    def note(self, num_drafted: int, seconds: float) -> None:
-        """A step has ended."""
+    def note(self, num_drafted: int, seconds: float) -> float:
+        """A step has ended. Returns the seconds that it counts for, not many times those of the steps before: a process
+        that was held up for a while says nothing of steps."""
+        if self._weight:
+            seconds = min(seconds, OUTLIER * self._sums[1] / self._weight)
         self._weight = self._weight * MEMORY + 1
         new = num_drafted, seconds, num_drafted**2, num_drafted * seconds
         self._sums = [total * MEMORY + one for total, one in zip(self._sums, new, strict=True)]
+        return seconds
 
     @property
     def is_known(self) -> bool:
