@@ -95,20 +95,25 @@ class ReadCeiling:
 
 def flush(files: Iterable[Path]) -> None:
     """Has what was written to the files reach the disk, without which the page cache keeps it."""
-    for file in files:
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    for descriptor in _opened(files):
+        os.fsync(descriptor)
 
 
 def drop_page_cache(files: Iterable[Path]) -> None:
     """Has the system forget what it holds of flushed files; file systems in memory keep it nevertheless."""
+    for descriptor in _opened(files):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _opened(files: Iterable[Path]) -> Iterator[int]:
+    """Each file in turn, open for reading; those that are gone, with a page that was let go, are passed over."""
     for file in files:
-        descriptor = os.open(file, os.O_RDONLY)
         try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            descriptor = os.open(file, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        try:
+            yield descriptor
         finally:
             os.close(descriptor)
 

@@ -288,6 +288,40 @@ def bench_quality(
     run(sizes, options["num_threads"], plot_file, measured)
 
 
+@bench.command("spec")
+@spread
+def bench_spec(
+    *,
+    model: Model = "smollm2",
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="How to draft: ngram, say; may be given again. Else all that need no other model."),
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens of the text, in whole pages.")] = sized(4096, 1024),
+    below: Annotated[
+        list[int], typer.Option(help="Percent of the text's pages below the device; may be given again.")
+    ] = sized([0, 50, 95], [0, 95]),
+    tier: Annotated[list[str], typer.Option(help="Where they lie, host or disk; may be given again.")] = sized(
+        ["host", "disk"], ["disk"]
+    ),
+    task: Annotated[list[str] | None, typer.Option(help="Task to measure, by its name; may be given again.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=2)] = sized(128, 48),
+    options: Annotated[EngineOptions, engine("dtype", "page_size", "num_threads", dtype="bfloat16", page_size=64)],
+    cache_dir: Annotated[Path | None, path_option(help="Where to make the folder of the disk tier.")] = None,
+    measured: Annotated[BenchOptions, measuring(repeats=sized(3, 1))],
+) -> None:
+    """Tokens/s with drafts and without, where a part of the context lies below the device, at tasks that quote it and
+    others; exit code 1 when answers differ."""
+    from distkv.bench.speculation.speculation import Sizes, run
+
+    sizes = Sizes(
+        model_folder(model), tuple(method or ()), context, tuple(dict.fromkeys(below)), tuple(dict.fromkeys(tier)),
+        tuple(task or ()), new_tokens, options["dtype"], options["page_size"],
+    )  # fmt: skip
+    if not run(sizes, options["num_threads"], cache_dir, measured):
+        raise typer.Exit(1)
+
+
 @bench.command("plan")
 @spread
 def bench_plan(

@@ -1,0 +1,1 @@
+"""Answers with drafts beside the same ones without."""
