@@ -141,6 +141,7 @@ class Scheduler:
         decoding = []
         for sequence in self.running:
             table = sequence.table
+            sequence.draft, sequence.is_drafting = [], False  # of a step that was not made
             room -= len(table.pages) - table.num_tokens // size
             if sequence.lacks_room or (sequence.is_parked if only is None else sequence is not only):
                 continue
@@ -149,7 +150,6 @@ class Scheduler:
             elif sequence.may_decode:
                 decoding.append(sequence)
         for sequence in decoding:
-            sequence.draft, sequence.is_drafting = [], False
             needed = sequence.table.missing(1)
             if budget and needed <= room:
                 step.append((sequence, 1))

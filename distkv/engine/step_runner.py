@@ -93,12 +93,12 @@ class StepRunner:
         for entry in entries:
             fill(entry)
         report = self._report_of(StepPlan([], [], [], added={entry.slot: entry.crc32c for entry in entries}))
+        self.take_in(report)  # which tells of other transfers, too
         if report.missing:
             raise StoreError(
                 f"{len(report.missing)} of {len(entries)} pages are not where all ranks look for them: nodes with "
                 "disks of their own cannot import; use a cache_dir that all nodes see"
             )
-        self.take_in(report)
         self._catalogue_writer.add(entries)
 
     def take_in(self, report: Report) -> set[Page]:

@@ -70,6 +70,17 @@ def test_a_prompt_of_random_pages_costs_nothing_of_the_budget(budget: int, chunk
     assert steps.step()["a"] == 5
 
 
+def test_a_draft_is_for_the_next_step_alone() -> None:
+    """One whose step could not be made is not run when the answer has given its pages up and reads them again."""
+    steps = Steps()
+    steps.add("a", 40)
+    steps.step()
+    one = steps.sequence("a")
+    one.draft, one.is_drafting, one.lacks_room, one.is_guessed = [5, 6], True, True, True
+    assert steps.scheduler.preempt() is one
+    assert steps.step() == {"a": 41} and not one.draft and not one.is_drafting
+
+
 # --- room on the device ---
 
 

@@ -1,51 +1,57 @@
-"""What the runner of plans keeps when it is interrupted."""
+"""What ranks report is booked, whatever else comes of it."""
+
+from contextlib import closing
+from typing import Any
 
 import pytest
-from support.speaker import make
+from support.memory import engine_info
 
-from distkv.storage.ledger.disk_journal import DiskChanges
+from distkv.engine.step_runner import StepRunner
+from distkv.errors import StoreError
+from distkv.storage.disk.catalogue import Entry
+from distkv.storage.ledger.page_table import PageTable
+from distkv.storage.ledger.prefix_index import page_key
+from distkv.storage.ledger.tiered_cache import TieredCache
+from distkv.storage.tier import HOST
+from distkv.workers.group.executor import StepResult
 from distkv.workers.group.report import Report
+from distkv.workers.group.step_plan import StepPlan
 
 
-class Writer:
-    """A `CatalogueWriter` whose first update is interrupted."""
+class MissingPages:
+    """Ranks of nodes that do not see each other's disks; what was to be moved before has been moved."""
 
-    def __init__(self) -> None:
-        self.updates: list[DiskChanges] = []
+    def __init__(self, done: list[int]):
+        self.done = done
 
-    def update(self, changes: DiskChanges, checksums: dict[int, bytes]) -> None:
-        self.updates.append(changes)
-        if len(self.updates) == 1:
-            raise KeyboardInterrupt
+    def warm_up(self) -> None:
+        pass
+
+    def run(self, plan: StepPlan, rows: list[Any]) -> StepResult:
+        return StepResult(Report(done=self.done, missing=list(plan.added)))
+
+
+class NoCatalogue:
+    def update(self, changes: Any, checksums: dict[int, bytes]) -> None:
+        pass
 
     def close(self) -> None:
-        """There is nothing to close."""
+        pass
 
 
-def test_an_update_of_the_catalogue_that_is_interrupted_is_made_again() -> None:
-    """Else it would list a slot whose page has gone."""
-    engine, _ = make()
-    writer = engine._runner._catalogue_writer = Writer()  # type: ignore[assignment]
-    engine._cache.journal.vacate(3)
-    with pytest.raises(KeyboardInterrupt):
-        engine._runner.drain()
-    engine._runner.drain()
-    engine._runner.drain()
-    assert writer.updates == [DiskChanges({3}), DiskChanges({3}), DiskChanges()]
-    engine.close()
-
-
-def test_a_disk_that_refuses_pages_is_spoken_of_once(caplog: pytest.LogCaptureFixture) -> None:
-    """Until it takes some again; a page that cannot be read is another matter."""
-    engine, _ = make()
-    full, gone = "no space left", "page 3 is gone"
-    for _ in range(3):
-        engine._runner.take_in(Report(bad_reads=[(1, full), (2, full)]))
-    assert caplog.messages == [full]
-    engine._runner.take_in(Report(bad_reads=[(3, gone)]))
-    assert caplog.messages == [full, gone] and engine._runner.damage == gone
-    engine._runner.take_in(Report(bad_reads=[(1, full)]))
-    engine._runner.take_in(Report(checksums={7: b"crc"}))
-    engine._runner.take_in(Report(bad_reads=[(1, full)]))
-    assert caplog.messages == [full, gone, full, full]
-    engine.close()
+def test_pages_that_are_missing_leave_the_rest_of_the_report() -> None:
+    cache = TieredCache((4, 4, 4), 1, False, None)
+    table = PageTable(cache, 16, b"")
+    assert cache.reserve(1)
+    [page] = table.append(16)
+    table.commit(16, [page_key(b"root", list(range(16)))])
+    cache.balance()
+    [transfer] = cache.take_transfers()[0]
+    executor: Any = MissingPages([transfer.id])
+    with closing(StepRunner(engine_info(), executor, cache)) as runner:
+        catalogue: Any = NoCatalogue()
+        runner._catalogue_writer = catalogue
+        with pytest.raises(StoreError, match=r"1 of 1 pages are not where all ranks look .* use a cache_dir that all"):
+            runner.take_in_pages([Entry(2, b"key", b"root", b"", b"", 0.0, 0)], lambda entry: None)
+    assert not cache.awaited and page.has(HOST)
+    cache.integrity_check()

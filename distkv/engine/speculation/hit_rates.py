@@ -1,5 +1,8 @@
 """How often a drafted token is the one that comes."""
 
+from itertools import accumulate
+from operator import mul
+
 MEMORY = 0.95  # what a token counts when the next one of its class has come
 BEFOREHAND = 2.0  # tokens that the prior counts as
 PRIOR = 0.5
@@ -30,13 +33,22 @@ class HitRates:
         prior = self._prior(agreed) if self._before is None else self._before.rate(agreed)
         return (self._hits[index] + BEFOREHAND * prior) / (self._counts[index] + BEFOREHAND)
 
+    def chances(self, agreed: int, most: int) -> list[float]:
+        """For each of `most` tokens behind `agreed` ones that agree, how likely it comes, with all before it."""
+        return list(accumulate((self.rate(agreed + index) for index in range(most)), mul))
+
     def _prior(self, agreed: int) -> float:
         return PRIOR
 
 
 class PlaceRates(HitRates):
-    """By the place in a draft, all before which were right. A place of which little is known is as good as those before
-    it."""
+    """By the place in a draft, counted from 1, all before which were right. A place of which little is known is as good
+    as those before it."""
+
+    def note_draft(self, num_drafted: int, num_right: int) -> None:
+        """Of so many drafted tokens the first `num_right` came, and the one behind them did not."""
+        for place in range(1, min(num_right + 1, num_drafted) + 1):
+            self.note(place, place <= num_right)
 
     def _prior(self, agreed: int) -> float:
         return self.rate(agreed // 2) if agreed > 1 else PRIOR

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 from distkv.engine.sequence import Sequence
-from distkv.engine.speculation.hit_rates import HitRates
+from distkv.engine.speculation.hit_rates import PlaceRates
 from distkv.engine.speculation.step_cost import StepCost
 from distkv.workers.drafting.draft_request import DraftRequest
 from distkv.workers.sampling.sample_row import SampleRow, uniform_number
@@ -20,7 +20,7 @@ class ModelDrafts:
     def __init__(self, run: RunDrafts):
         """`run` is `Executor.draft`."""
         self._run = run
-        self._rates = HitRates()  # by the place in a draft, counted from 1
+        self._rates = PlaceRates()
         self._cost = StepCost()
 
     @property
@@ -28,11 +28,7 @@ class ModelDrafts:
         return self._cost.line() if self._cost.is_known else (0.0, 0.0)
 
     def chances(self, sequence: Sequence, most: int) -> list[float]:
-        found, chance = [], 1.0
-        for place in range(1, most + 1):
-            chance *= self._rates.rate(place)
-            found.append(chance)
-        return found
+        return self._rates.chances(1, most)
 
     def draft(self, wanted: list[tuple[Sequence, int]]) -> None:
         """A context that the model has not read yet is read first, and there is no draft before that is done."""
@@ -47,8 +43,7 @@ class ModelDrafts:
             self._cost.note(sum(map(len, drafts)), seconds)
 
     def checked(self, sequence: Sequence, num_drafted: int, num_right: int) -> None:
-        for place in range(1, min(num_right + 1, num_drafted) + 1):
-            self._rates.note(place, place <= num_right)
+        self._rates.note_draft(num_drafted, num_right)
 
 
 def _request(sequence: Sequence, length: int) -> DraftRequest:

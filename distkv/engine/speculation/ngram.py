@@ -47,13 +47,7 @@ class NgramDrafter:
     def chances(self, most: int) -> list[float]:
         """For each of so many tokens of a draft, how likely it comes, with all before it; none where there is no
         draft."""
-        if self._next is None:
-            return []
-        found, chance = [], 1.0
-        for index in range(most):
-            chance *= self._rates.rate(self._agreed + index)
-            found.append(chance)
-        return found
+        return [] if self._next is None else self._rates.chances(self._agreed, most)
 
     def _compare(self, token: int) -> None:
         if self._next is None:

@@ -25,10 +25,8 @@ class SelfDrafter:
         if len(token_ids) == self._count:
             return
         came = token_ids[self._count : self._count + len(self._tokens)]
-        for place, (drafted, token) in enumerate(zip(self._tokens, came, strict=False), 1):
-            self._rates.note(place, drafted == token)
-            if drafted != token:
-                break
+        agrees = [drafted == token for drafted, token in zip(self._tokens, came, strict=False)]
+        self._rates.note_draft(len(agrees), [*agrees, False].index(False))
         self._tokens, self._count, self.has_ended = [], len(token_ids), False
 
     def add(self, token_id: int | None) -> None:
@@ -45,8 +43,4 @@ class SelfDrafter:
     def chances(self, most: int) -> list[float]:
         """For each of so many tokens of the draft, with those that are still to be found, how likely it comes, with all
         before it."""
-        found, chance = [], 1.0
-        for place in range(1, 1 + most):
-            chance *= self._rates.rate(place)
-            found.append(chance)
-        return found
+        return self._rates.chances(1, most)
