@@ -34,6 +34,7 @@ TASKS = (
     Task("summary", OTHER, "\n\n\nQuestion: What are the sources above about?\nAnswer: They"),
     Task("chat", FREE, "\n\n\nNow something else.\nQuestion: What shall we cook for four friends?\nAnswer: I would"),
     Task("story at 0.8", FREE, "\n\n\nA story of a fox who wanted to swim\n\nOnce upon a time", temperature=0.8),
+    Task("story at 1.2", FREE, "\n\n\nA story of a fox who wanted to swim\n\nOnce upon a time", temperature=1.2),
 )
 QUICK_TASKS = tuple(task for task in TASKS if task.name in ("quote", "chat"))
 
