@@ -98,6 +98,7 @@ def test_targets_and_quotes() -> None:
         (("--context", "1024"), r"question and answer take \d+ tokens and the model has 1024 positions"),
         (("--new-tokens", "100"), r"passage of 'quote the end' has \d+ tokens and new-tokens is 100; lower it"),
         (("--method", "draft_model"), "--method is 'draft_model'; use one of ngram"),
+        (("--method", "self", "--below", "0"), "--below a share above 0"),
         (("--task", "sing"), "--task is 'sing'; use one of quote"),
         (("--below", "99"), "--below is 99; use a percentage from 0 to 95"),
     ],

@@ -189,6 +189,8 @@ def _prompts(sizes: Sizes, quick: bool) -> list[Prompt]:
     for share in sizes.shares:
         if not 0 <= share <= 95:
             raise ConfigError(f"--below is {share}; use a percentage from 0 to 95")
+    if set(sizes.methods) == {"self"} and not any(sizes.shares):
+        raise ConfigError("--method self drafts for what lies below the device alone; give --below a share above 0 too")
     check_page_size(sizes.page_size)
     if sizes.context % sizes.page_size or sizes.context < 4 * sizes.page_size:
         raise ConfigError(
