@@ -15,16 +15,13 @@ other kernels, and on a GPU, all known pages are taken up.
 
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 from distkv.engine.protocol import EngineInfo
+from distkv.engine.sequence_work import SequenceWork
 from distkv.storage.ledger.page import Page
 from distkv.storage.ledger.tiered_cache import TieredCache
 from distkv.storage.tier import DEVICE, DISK, HOST
 from distkv.workers.group.report import Report
-
-if TYPE_CHECKING:
-    from distkv.engine.step import SequenceWork
 
 GAIN = 1.1  # by which computing again must be faster
 RETRY_SECONDS = 60.0  # after which some pages are loaded although that seems slower
@@ -46,7 +43,7 @@ class LoadChoice:
         self._measured_at = dict.fromkeys(self._load_seconds, clock())
         self._token_seconds: float | None = None  # of a token that attends to none; None until it was measured
 
-    def note(self, work: Iterable["SequenceWork"], report: Report) -> None:
+    def note(self, work: Iterable[SequenceWork], report: Report) -> None:
         """Takes in what a step has told of its work for some sequences. The newest measurement counts half."""
         plans = [(one.sequence, one.plan) for one in work if one.plan is not None]
         begin = [sequence for sequence, plan in plans if plan.start and not plan.first_page]

@@ -3,35 +3,19 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 
 from distkv.engine.fork_copies import ForkCopies, PageCopy
+from distkv.engine.sample_rows import sample_rows
 from distkv.engine.sequence import Scheduled, Sequence
+from distkv.engine.sequence_work import SequenceWork
 from distkv.engine.step_runner import StepRunner
 from distkv.storage.ledger.page import Page
 from distkv.storage.ledger.tiered_cache import TieredCache
 from distkv.workers.group.executor import PendingScores, PendingTokens, StepResult
-from distkv.workers.group.step_plan import SequencePlan, StepPlan
-from distkv.workers.sampling.sample_row import SampleRow, uniform_number
+from distkv.workers.group.step_plan import StepPlan
 from distkv.workers.sampling.sampled_token import NO_TOKEN, SampledToken, TokenLogprobs
 
 WAITING_SECONDS = 1.0
-
-
-@dataclass(eq=False, slots=True)
-class SequenceWork:
-    """What a step does for one sequence."""
-
-    sequence: Sequence
-    num_tokens: int  # that it runs, with those of a draft, or whose pages it fills with synthetic KV
-    plan: SequencePlan | None = None  # None where nothing is run
-    sampled_index: int | None = None  # of its first token among those that the step samples; None when it gets none
-    pending_index: int | None = None  # of the token that it runs among those of the step before, while it is unknown
-    # the last of its tokens, of which nobody knows yet whether they come
-    draft: list[int] = field(default_factory=list)
-    is_drafting: bool = False  # it is to find the draft's next token, and all that it runs is taken back
-    num_right: int | None = None  # tokens of the draft that the answer goes on with, once its tokens are read
-    is_damaged: bool = False  # could not read one of its pages, so its tokens are to be run again
 
 
 class Step:
@@ -109,7 +93,7 @@ class Step:
     def start(self) -> None:
         """Has the ranks run it. To be called before the tokens of the step before are read."""
         self.started_at = time.perf_counter()
-        self._result = self._runner.start(self.plan, self._rows())
+        self._result = self._runner.start(self.plan, sample_rows(self.work))
 
     def wait(self, waiting: Callable[[], None] = lambda: None) -> StepResult:
         """What came of it, as soon as the ranks have reported. A wait that was interrupted may be taken up again.
@@ -250,53 +234,3 @@ class Step:
             sequence.add_scored(work.plan)
         self.plan.sequences.append(work.plan)
         return work
-
-    def _rows(self) -> list[SampleRow]:
-        """What is to be sampled from the step's logits: one token for an answer being written and one behind each token
-        of its draft, one for each answer of a request whose prompt has just been read. What would come next in a draft
-        is sampled as it will be once the draft is checked."""
-        rows: list[SampleRow] = []
-        logits_row = 0
-        for work in self.work:
-            if work.sampled_index is None:
-                continue
-            one = work.sequence
-            if work.is_drafting:
-                rows.append(_sample_row(one, one.index, logits_row, None, work.draft))
-                rows[-1].num_logprobs = None
-                logits_row += 1
-                continue
-            for index in [one.index] if one.is_alone else range(one.request.params.n):
-                rows.append(_sample_row(one, index, logits_row, work.pending_index, []))
-            for count in range(1, len(work.draft) + 1):
-                rows.append(_sample_row(one, one.index, logits_row + count, None, work.draft[:count]))
-            logits_row += 1 + len(work.draft)
-        return rows
-
-
-def _sample_row(
-    sequence: Sequence, index: int, logits_row: int, pending_index: int | None, draft: list[int]
-) -> SampleRow:
-    """How the token behind those of a draft is sampled, or behind the answer's own where there is none."""
-    params = sequence.request.params
-    position = sequence.num_output_tokens + (pending_index is not None) + len(draft)
-    row = SampleRow(
-        logits_row=logits_row,
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        min_p=params.min_p,
-        repetition_penalty=params.repetition_penalty,
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        num_logprobs=params.logprobs,
-        uniform=uniform_number(sequence.request.seed, index, position) if params.temperature > 0 else 0.0,
-        prompt_token_ids=sequence.request.prompt_token_ids,
-        output_token_ids=[],
-        pending=pending_index,
-    )
-    if row.penalised:
-        row.output_token_ids.extend(sequence.output_token_ids + draft)
-    if sequence.rules is not None:
-        row.edits = sequence.rules.edits(sequence.output_token_ids, pending_index is not None, draft)
-    return row

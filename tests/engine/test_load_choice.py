@@ -12,7 +12,7 @@ from distkv import LLM, SamplingParams
 from distkv.engine.load_choice import RETRY_PAGES, RETRY_SECONDS, LoadChoice
 from distkv.engine.protocol import EngineRequest
 from distkv.engine.sequence import Sequence
-from distkv.engine.step import SequenceWork
+from distkv.engine.sequence_work import SequenceWork
 from distkv.outputs import RequestOutput
 from distkv.planner.model_shape import attention_cost, find_model
 from distkv.planner.sizing import cold_page_seconds
