@@ -10,34 +10,24 @@ import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor as Thread
 
-import msgspec
-
+from distkv.engine.answers import Answers
+from distkv.engine.engine_stats import engine_stats
 from distkv.engine.fault_search import FaultSearch
 from distkv.engine.fork_copies import ForkCopies
-from distkv.engine.no_token import no_token
 from distkv.engine.observer import StepObserver
 from distkv.engine.preparation import Preparation
-from distkv.engine.protocol import (
-    EngineInfo,
-    EngineRequest,
-    PromptLogprobs,
-    RequestFailed,
-    StepOutput,
-    TokenOutput,
-)
+from distkv.engine.protocol import EngineInfo, EngineRequest, StepOutput
 from distkv.engine.repairs import Repairs
 from distkv.engine.request_meter import RequestMeter
 from distkv.engine.saving import FinalSave
 from distkv.engine.scheduler import Scheduler
-from distkv.engine.sequence import Scheduled, Sequence
+from distkv.engine.sequence import Scheduled
 from distkv.engine.speculation.methods import make_speculator
-from distkv.engine.stats import EngineStats, PolicyStats, SpeculationStats, TierStats
+from distkv.engine.stats import EngineStats
 from distkv.engine.step import Step
 from distkv.engine.step_runner import StepRunner
 from distkv.errors import CapacityError, DistKVError, RequestError
-from distkv.storage.tier import Tier
 from distkv.workers.group.executor import Executor
-from distkv.workers.sampling.sampled_token import NO_TOKEN, SampledToken, TokenLogprobs
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +65,11 @@ class Engine:
             self._scheduler.speculator = make_speculator(info, self._runner.draft, self._cache)
         self._repairs = Repairs(self._cache, self._runner, info.page_size)
         self._copies = ForkCopies(self._cache)
+        self._answers = Answers(info, self._scheduler, self._copies, self._runner)
         self._preparation = Preparation(self._scheduler, self._copies, self._runner)
         self._faults = FaultSearch()
         self._running: Step | None = None  # the ranks have it
         self._unread: Step | None = None  # completed, but for its tokens
-        self._outputs: list[StepOutput] = []  # to be returned by `step`
         self._failure: Exception | None = None  # of the device; nothing goes on after it
         self._num_preemptions = 0
         self._is_drained = True  # nothing moves and nothing is to be saved
@@ -110,9 +100,8 @@ class Engine:
         if running is None and not scheduled:
             self._do_without_step()
         self._read()  # while the ranks are at the following one
-        self._observer.emitted(self._outputs)
-        outputs, self._outputs = self._outputs, []
-        return outputs
+        self._observer.emitted(self._answers.outputs)
+        return self._answers.take()
 
     def add(self, requests: list[EngineRequest]) -> None:
         """Queues requests; raises CapacityError, and queues none, when one of them could never run."""
@@ -124,13 +113,13 @@ class Engine:
             try:
                 self._scheduler.add(request)
             except RequestError as error:
-                self.meter.refused(request)
-                self._outputs.append(RequestFailed(request.request_id, type(error).__name__, str(error)))
+                self._answers.refuse(request, error)
 
     def abort(self, answers: Iterable[tuple[str, int | None]], reason: str = "abort") -> None:
         """See `EngineClient.abort`."""
         for request_id, index in answers:
-            self._end(self._scheduler.abort(request_id, index, reason))
+            self._answers.abort(request_id, index, reason)
+            self._is_drained = False
 
     def reset_prefix_cache(self) -> None:
         """Forgets the pages of all prefixes, in every tier; what runs keeps its own."""
@@ -173,7 +162,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do: requests, or pages to be saved."""
-        return self._is_busy or bool(self._outputs) or not self._is_drained
+        return self._is_busy or bool(self._answers.outputs) or not self._is_drained
 
     def rest(self) -> float | None:
         """See `EngineClient.rest`."""
@@ -188,47 +177,19 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The state between two steps."""
-        scheduler, cache, measures = self._scheduler, self._cache, self._runner.measures
-        device, host, disk = cache.slots
-        seconds = {kind: count / 1e9 for kind, count in measures.nanoseconds.items()}
-        read_seconds, write_seconds, _ = (seconds.pop(kind, 0.0) for kind in ("disk_read", "disk_write", "compute"))
-        return EngineStats(
-            pages_in_use=cache.num_pages,
-            peak_pages_in_use=self._preparation.peak_pages,
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            num_parked=sum(sequence.is_parked for sequence in scheduler.running),
-            num_lacking_room=sum(sequence.lacks_room for sequence in scheduler.running),
-            idle_pages=cache.num_idle,
-            device_pages=device.num_used,
-            host_pages=host.num_used,
-            disk_pages=disk.num_used,
-            tiers={tier.name.lower(): self._tier_stats(tier) for tier in Tier},
-            bytes_moved=dict(self._runner.bytes_moved),
-            seconds_moved=seconds,
-            disk_read_bytes=measures.num_bytes.get("disk_read", 0),
-            disk_read_seconds=read_seconds,
-            disk_written_bytes=measures.num_bytes.get("disk_write", 0),
-            disk_write_seconds=write_seconds,
-            checksum_failures=measures.checksum_failures,
-            pages_recomputed=self._repairs.num_pages,
-            pages_to_save=cache.num_to_save,
+        return engine_stats(
+            self.info,
+            self._scheduler,
+            self._runner,
+            peak_pages=self._preparation.peak_pages,
+            num_recomputed=self._repairs.num_pages,
             num_preemptions=self._num_preemptions,
-            requests=scheduler.meter.stats(),
-            speculation=SpeculationStats() if scheduler.speculator is None else scheduler.speculator.stats,
-            policy=msgspec.convert(measures.counts, PolicyStats, strict=False),
         )
 
     @property
     def meter(self) -> RequestMeter:
         """What counts its requests."""
         return self._scheduler.meter
-
-    def _tier_stats(self, tier: Tier) -> TierStats:
-        num_pages = (self.info.num_pages, self.info.num_host_pages, self.info.num_disk_pages)[tier]
-        used, capacity = self._cache.slots[tier].num_used, self.info.tier_bytes[tier]
-        used_bytes = used * capacity // num_pages if num_pages else 0
-        return TierStats(num_pages, used, self._cache.num_idle_in(tier), capacity, used_bytes)
 
     def integrity_check(self) -> None:
         """Raises AssertionError when pages were lost or are held twice; meant for when nothing runs."""
@@ -341,10 +302,9 @@ class Engine:
         self._unread = None
         self.meter.tick()
         for sequence, scored in scores:
-            self._outputs.append(PromptLogprobs(sequence.request.request_id, 1 + sequence.num_scored, scored))
-            sequence.num_scored += len(scored)
+            self._answers.score(sequence, scored)
         for sequence, tokens in answers:
-            self._extend(sequence, tokens)
+            self._answers.extend(sequence, tokens)
 
     # --- what cannot go on, and what goes on without a step ---
 
@@ -415,49 +375,5 @@ class Engine:
 
     def _fail(self, request: EngineRequest, error: DistKVError) -> None:
         """Ends a request that cannot go on."""
-        log.error("request %s failed: %s", request.request_id, error)
-        self.abort([(request.request_id, None)], "error")
-        self._outputs.append(RequestFailed(request.request_id, type(error).__name__, str(error)))
-
-    # --- answers ---
-
-    def _extend(self, sequence: Sequence, tokens: list[list[SampledToken]]) -> None:
-        """Adds tokens to the answers that a sequence stands for, some to each."""
-        answers = [sequence]
-        if not sequence.num_output_tokens:
-            self.meter.began(sequence)
-        if not sequence.is_alone:
-            for fork, copy in self._scheduler.fork(sequence):
-                answers.append(fork)
-                if copy is not None:
-                    self._copies.add(copy)
-        for answer, new in zip(answers, tokens, strict=True):
-            if answer.index in sequence.dropped and not answer.finished:
-                self._scheduler.finish(answer, "abort")
-                self._end([answer])
-            for place, (token_id, logprobs) in enumerate(new):
-                if token_id == NO_TOKEN and not answer.finished:
-                    self._fail(answer.request, no_token(self.info.model, answer.request, answer.rules))
-                elif not answer.finished:
-                    self.meter.sampled(answer)
-                    answer.token_ids.append(token_id)
-                    if place:
-                        answer.commit(1)  # the token before it, which was drafted
-                    self._outputs.append(self._output(answer, logprobs))
-
-    def _output(self, sequence: Sequence, logprobs: TokenLogprobs | None) -> TokenOutput:
-        """What is emitted of the newest token of an answer, which ends if it is to end here."""
-        finish_reason, stop_reason = sequence.ending(self.info.eos_token_ids)
-        if finish_reason:
-            self._scheduler.finish(sequence, finish_reason)
-            self._end([sequence])
-        cached = sequence.num_cached if sequence.num_output_tokens == 1 else (0, 0, 0)
-        return TokenOutput(
-            sequence.request.request_id, sequence.index, sequence.token_ids[-1], logprobs, finish_reason, stop_reason,
-            cached,
-        )  # fmt: skip
-
-    def _end(self, sequences: list[Sequence]) -> None:
-        """Takes note of answers that have ended."""
-        self._runner.end_tables(sequence.number for sequence in sequences)
+        self._answers.fail(request, error)
         self._is_drained = False

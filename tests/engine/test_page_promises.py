@@ -200,14 +200,14 @@ def test_an_answer_that_was_dropped_before_it_began_ends_with_its_request(monkey
     engine.add([request("three", 20, 10, is_known=True, n=3), request("other", 20, 10, is_known=True)])
     engine.step()
     engine.abort([("three", 2)])
-    extend = engine._extend
+    extend = engine._answers.extend
 
     def lacks_numbers(sequence: Sequence, tokens: list[list[SampledToken]]) -> None:
         if sequence.request.request_id == "three":
             tokens = [[(NO_TOKEN, None)], *tokens[1:]]
         extend(sequence, tokens)
 
-    monkeypatch.setattr(engine, "_extend", lacks_numbers)
+    monkeypatch.setattr(engine._answers, "extend", lacks_numbers)
     outputs = drain(engine)
     assert [output.request_id for output in outputs if isinstance(output, RequestFailed)] == ["three"]
     assert sum(output.request_id == "other" for output in outputs) == 10

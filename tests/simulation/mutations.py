@@ -230,7 +230,8 @@ def _lost_page_counts_as_there() -> Any:
 def _draw_is_of_another_place() -> Any:
     """Every second token's draw is that of the one before it."""
     return patch(
-        "distkv.engine.step.uniform_number", lambda seed, index, place: uniform_number(seed, index, place - place % 2)
+        "distkv.engine.sample_rows.uniform_number",
+        lambda seed, index, place: uniform_number(seed, index, place - place % 2),
     )
 
 
