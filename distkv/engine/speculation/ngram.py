@@ -15,7 +15,7 @@ class NgramDrafter:
         """`rates` are those of all answers, which its own begin with."""
         self._least, self._most = config.lookup_sizes
         self._rates = HitRates(rates)
-        self._tokens = np.zeros(0, dtype=np.int64)  # with room behind
+        self._tokens = np.zeros(0, dtype=np.int32)  # with room behind
         self._count = 0
         self._next: int | None = None  # index of the token that is to come next, as it came before
         self._agreed = 0  # tokens before it that agree with the newest ones
@@ -59,7 +59,7 @@ class NgramDrafter:
     def _append(self, new: list[int]) -> None:
         end = self._count + len(new)
         if end > len(self._tokens):
-            grown = np.zeros(end + end // 4 + 64, dtype=np.int64)
+            grown = np.zeros(end + end // 4 + 64, dtype=np.int32)
             grown[: self._count] = self._tokens[: self._count]
             self._tokens = grown
         self._tokens[self._count : end] = new
