@@ -94,7 +94,7 @@ class ColdBudget:
             else:
                 self._cache.park(sequence.table.pages)
             sequence.is_parked = not runs
-        self._slack = self._limit - total
+        self._slack = max(0.0, self._limit - total)  # the first may be above the limit by itself
 
     def _cold_pages(self, sequence: Sequence, streamed: set[Page], limit: float) -> tuple[list[Page], float, int]:
         """The pages that a sequence streams and no other does, and what they cost, in pages of the host; not all of

@@ -1,7 +1,7 @@
 """Drafts change no answer, wherever pages lie and however answers are sampled; and they are as long as pays."""
 
 import random
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from distkv.engine.speculation.ngram import NgramDrafter
 from distkv.engine.speculation.step_cost import StepCost, draft_lengths, drafted_lengths
 from distkv.engine.stats import SpeculationStats
 from distkv.speculative_config import SpeculativeConfig
+from distkv.workers.drafting.draft_model import DraftModel
 
 NGRAM = {"method": "ngram", "adaptive": False}
 SELF = {"method": "self", "adaptive": False}
@@ -93,6 +94,27 @@ def test_a_draft_model_changes_no_answer(folder: Path, tmp_path: Path, is_same: 
         idle_engine(llm).integrity_check()
     assert told.num_drafts > alone.num_drafts > 10
     assert told.acceptance_rate is not None and (told.acceptance_rate > 0.9 if is_same else told.acceptance_rate < 0.3)
+
+
+def test_a_draft_model_that_fails_ends_no_answer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    with LLM(folder, page_size=PAGE, max_model_len=500) as plain:
+        expected = said(plain.generate([[5, 6, 7]], params, use_tqdm=False)[0])
+    config = {"method": "draft_model", "model": str(folder), "adaptive": False}
+    draft, calls = DraftModel.draft, count()
+
+    def fails(self: DraftModel, requests: Any) -> Any:
+        if next(calls) == 2:
+            raise MemoryError("no memory")
+        return draft(self, requests)
+
+    monkeypatch.setattr(DraftModel, "draft", fails)
+    with LLM(folder, page_size=PAGE, max_model_len=500, speculative_config=config) as llm:
+        assert said(llm.generate([[5, 6, 7]], params, use_tqdm=False)[0]) == expected
+        assert llm.stats().speculation.num_drafts == 2 and next(calls) == 3
+    assert "drafts no more" in caplog.text and "no memory" in caplog.text
 
 
 def test_what_is_no_draft_model(folder: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Drafts by a small model, for all sequences."""
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -8,6 +9,8 @@ from distkv.engine.speculation.hit_rates import PlaceRates
 from distkv.engine.speculation.step_cost import StepCost
 from distkv.workers.drafting.draft_request import DraftRequest
 from distkv.workers.sampling.sample_row import SampleRow, uniform_number
+
+log = logging.getLogger(__name__)
 
 RunDrafts = Callable[[list[DraftRequest]], list[list[int]]]
 
@@ -22,18 +25,29 @@ class ModelDrafts:
         self._run = run
         self._rates = PlaceRates()
         self._cost = StepCost()
+        self._has_failed = False
 
     @property
     def cost(self) -> tuple[float, float]:
         return self._cost.line() if self._cost.is_known else (0.0, 0.0)
 
     def chances(self, sequence: Sequence, most: int) -> list[float]:
-        return self._rates.chances(1, most)
+        return [] if self._has_failed else self._rates.chances(1, most)
 
     def draft(self, wanted: list[tuple[Sequence, int]]) -> None:
-        """A context that the model has not read yet is read first, and there is no draft before that is done."""
+        """A context that the model has not read yet is read first, and there is no draft before that is done. A model
+        that fails drafts no more; answers go on without it."""
         start = time.perf_counter()
-        drafts = self._run([_request(sequence, length) for sequence, length in wanted])
+        try:
+            drafts = self._run([_request(sequence, length) for sequence, length in wanted])
+        except Exception as error:
+            log.warning(
+                "the draft model failed and drafts no more, so that each step brings a token (%s: %s); where it was "
+                "memory, lower draft_kv_bytes or max_num_batched_tokens",
+                type(error).__name__, error,
+            )  # fmt: skip
+            self._has_failed = True
+            return
         seconds = time.perf_counter() - start
         begins = False
         for (sequence, _), draft in zip(wanted, drafts, strict=True):
