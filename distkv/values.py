@@ -7,6 +7,8 @@ from typing import Any
 
 from distkv.errors import RequestError
 
+MOST_QUOTED = 300  # characters of a file or an error
+
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 100
 
@@ -28,6 +30,14 @@ def shown(value: Any) -> str:
         return _REPR.repr(value)
     except Exception:  # an integer of more digits than Python prints, say
         return f"an unprintable {type(value).__name__}"
+
+
+def quoted(value: Any) -> str:
+    """Text of a file that anybody may have made, or of an error about it: shortened, on one line and without control
+    characters, which a terminal would follow."""
+    text = str(value)
+    short = text if len(text) <= MOST_QUOTED else text[:MOST_QUOTED] + "..."
+    return "".join(one if one.isprintable() else " " for one in short)
 
 
 def integer(name: str, value: Any, low: int, high: int = 2**63 - 1) -> int:

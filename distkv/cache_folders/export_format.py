@@ -26,6 +26,7 @@ from distkv.storage.disk.cache_folder import Description, chunk_name
 from distkv.storage.disk.disk_array import METADATA, page_array
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.tier import Tier
+from distkv.values import quoted, shown
 
 FORMAT = 1
 MOST_BYTES = 2**30  # of a member that is no page: tens of millions of tokens
@@ -100,8 +101,8 @@ def read_manifest(reader: StoreReader) -> Manifest:
         found = content["attributes"]["distkv"]
         if found["format"] != FORMAT:
             raise ConfigError(
-                f"the file is of format {found['format']} and this distkv reads format {FORMAT}; use the version that "
-                "wrote it, or a later one"
+                f"the file is of format {shown(found['format'])} and this distkv reads format {FORMAT}; use the "
+                "version that wrote it, or a later one"
             )
         manifest = msgspec.convert(found, Manifest)
         spec = manifest.pages.spec
@@ -112,7 +113,7 @@ def read_manifest(reader: StoreReader) -> Manifest:
         raise
     except (DistKVError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise StoreError(
-            f"{METADATA} describes no exported cache ({error}); name what `distkv cache export` wrote"
+            f"{METADATA} describes no exported cache ({quoted(error)}); name what `distkv cache export` wrote"
         ) from error
 
 
@@ -138,7 +139,7 @@ def read_table(reader: StoreReader, manifest: Manifest) -> Table:
             try:
                 values[...] = zarr.open_array(found, path=name, mode="r")[...]
             except Exception as error:  # zarr has no common base of what it raises
-                raise StoreError(f"{name} is damaged ({error}); {AGAIN}") from error
+                raise StoreError(f"{name} is damaged ({quoted(error)}); {AGAIN}") from error
     if (table.parents < -1).any() or (table.parents >= np.arange(count)).any():
         raise StoreError(f"parents is no tree of pages; {AGAIN}")
     return table
@@ -181,7 +182,7 @@ def _check(found: Store, expected: Store, name: str) -> None:
     try:
         metadata = zarr.open_array(found, path=name, mode="r").metadata.to_dict()
     except Exception as error:
-        raise StoreError(f"the metadata of {name} cannot be read ({error}); {AGAIN}") from error
+        raise StoreError(f"the metadata of {name} cannot be read ({quoted(error)}); {AGAIN}") from error
     if metadata != zarr.open_array(expected, path=name, mode="r").metadata.to_dict():
         raise StoreError(f"the metadata of {name} are not those of the pages that the file describes; {AGAIN}")
 

@@ -28,6 +28,7 @@ from distkv.storage.disk.synced_pages import SyncedPages
 from distkv.storage.ledger.page import PageKey
 from distkv.storage.ledger.prefix_index import page_key, root_key
 from distkv.storage.page_spec import PageSpec
+from distkv.values import quoted, shown
 
 
 class ImportedPage(NamedTuple):
@@ -120,7 +121,7 @@ def check_same_pages(exported: ExportedCache, own: Description) -> None:
     found = exported.pages
     if not _are_same(found, own):
         raise ConfigError(
-            f"{str(exported.path)!r} has pages of {found.model!r} that are of no use to {own.model!r}: "
+            f"{str(exported.path)!r} has pages of {shown(found.model)} that are of no use to {own.model!r}: "
             f"{_difference(found, own)}. Use the same weights, options and kind of machine, or compute the pages again"
         )
 
@@ -135,7 +136,7 @@ def find_same_pages(exported: ExportedCache, cache_dir: Path) -> Description:
             return own
     others = "".join(f"; as to those of {own.model!r}, {_difference(exported.pages, own)}" for own in known)
     raise ConfigError(
-        f"{str(exported.path)!r} has pages of {exported.pages.model!r}, and those in {str(cache_dir)!r} are none "
+        f"{str(exported.path)!r} has pages of {shown(exported.pages.model)}, and those in {str(cache_dir)!r} are none "
         f"with which they go{others}. Name the model's folder with --model, so that its weights are compared"
     )
 
@@ -147,7 +148,7 @@ def _are_same(found: Description, own: Description) -> bool:
 def _difference(found: Description, own: Description) -> str:
     names = "num_layers", "num_kv_heads", "head_dim", "dtype", "page_size", "kv_cache_dtype", "disk_codec", "kernels"
     differing = [
-        f"{name} is {there} in the file and {here} here"
+        f"{name} is {quoted(there)} in the file and {here} here"
         for name in names
         if (there := getattr(found, name)) != (here := getattr(own, name))
     ]

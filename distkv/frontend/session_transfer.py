@@ -13,6 +13,7 @@ from distkv.frontend.session_limits import RESPONSE_ID, SessionLimits
 from distkv.frontend.tokenizer import Tokenizer
 from distkv.option_checks import check_name
 from distkv.storage.disk.cache_folder import SESSIONS
+from distkv.values import quoted
 
 ANY_QUESTION = {"role": "user", "content": "?"}
 
@@ -44,7 +45,7 @@ class ComingSessions:
                 try:
                     new = msgspec.convert(content, SessionFile)
                 except msgspec.ValidationError as error:
-                    raise StoreError(f"session {name} is damaged ({error}); export it again") from error
+                    raise StoreError(f"session {name} is damaged ({quoted(error)}); export it again") from error
                 if new.version != FORMAT:
                     raise ConfigError(f"session {name} has version {new.version} and this distkv reads {FORMAT}")
                 limits.check_number(path)

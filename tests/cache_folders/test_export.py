@@ -226,6 +226,7 @@ def edit(*keys: str, value: Any) -> Callable[[Path], object]:
 
 
 TOLD = "attributes", "distkv"
+LONG = "\x1b[2J" * 1000  # what a terminal would follow
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "page flipped": (member("pages/c.2.0.0.1.0.0", flip_bit), "the checksum of layer 1 is wrong"),
     "page cut short": (member("pages/c.4.0.0.0.0.0", cut_short), "has not the 1536 bytes"),
@@ -249,6 +250,14 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         member("zarr.json", edit(*TOLD, "sessions", value={"resp_" + "a" * 32: {}})), "the name of a server's response",
     ),
     "a session's content": (member("zarr.json", edit(*TOLD, "sessions", value={"x": {"version": 1}})), "is damaged"),
+    "a long dtype": (member("zarr.json", edit(*TOLD, "pages", "dtype", value=LONG)), "describes no exported cache"),
+    "a long type of node": (member("tokens/zarr.json", edit("node_type", value=LONG)), "metadata of tokens"),
+    "a long name of kernels": (
+        member("zarr.json", lambda path: [edit(*TOLD, "pages", field, value=LONG)(path)
+                                          for field in ("fingerprint", "kernels", "model")]),
+        "kernels is",
+    ),
+    "a long field of a session": (member("zarr.json", edit(*TOLD, "sessions", value={"x": {LONG: 1}})), "is damaged"),
 }  # fmt: skip
 
 
@@ -261,6 +270,7 @@ def test_a_file_that_cannot_be_used_changes_nothing(book: Path, target: Path, fa
     before = pages_of(target / NAME)
     error = refused("import", book, "--cache-dir", target)
     assert re.search(message, error), error
+    assert len(error) < 1000 and "\x1b" not in error, "what a file says is not told at length, and moves no terminal"
     assert pages_of(target / NAME) == before
     assert distkv("verify", "--cache-dir", target) == (0, "1 pages read, all whole")
 
