@@ -33,8 +33,11 @@ def export_cache(
         tokenizer: is made when a text is to be encoded.
         everything: all pages of the salt.
 
-    Raises RequestError when no page would be in the file, nor a session, and as `export_pages` and `read_session` do.
+    Raises RequestError when nothing was chosen, or no page would be in the file, nor a session, and as `export_pages`
+    and `read_session` do.
     """
+    if not (prompts or sessions or everything):
+        raise RequestError("nothing was chosen; name prompts, sessions or all pages")
     prefixes: list[Sequence[Entry]] = []
     exported: list[PromptExport] = []
     contents: dict[str, dict[str, Any]] = {}

@@ -121,6 +121,9 @@ def test_engines_that_cannot(tiny_model: Path, tmp_path: Path, book: tuple[Path,
         llm.generate([BOOK], GREEDY, use_tqdm=False)
         with pytest.raises(ConfigError, match=r"of no use .*: their weights differ"):
             llm.import_cache(path)
+        with pytest.raises(RequestError, match="nothing was chosen; name prompts"):
+            llm.export_cache(tmp_path / "no.zarr")
+    assert not (tmp_path / "no.zarr").exists()
 
 
 def test_a_session_goes_on_elsewhere_within_the_limits_there(tmp_path: Path) -> None:
