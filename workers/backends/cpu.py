@@ -124,8 +124,8 @@ def make_backend(batch_invariant: bool | None) -> Backend:
     except BuildError as error:
         if batch_invariant:
             raise ConfigError(
-                "batch_invariant is True (speculative_config makes it so) and the native CPU kernels, which alone are, "
-                f"cannot be used: {error}; mend that, or leave it out and have torch's operators"
+                "batch_invariant is True and the native CPU kernels, which alone are, cannot be used: "
+                f"{error}; mend that, or have torch's operators: leave it out, and speculative_config, which sets it"
             ) from error
         log.warning(
             "the native CPU kernels cannot be used: %s. torch's operators run instead: slower, and last bits of an "
