@@ -28,7 +28,7 @@ from distkv.workers.group.step_plan import StepPlan
 from distkv.workers.kv_pools import DiskTier, KVPools
 from distkv.workers.model.llama import LlamaModel, load_llama
 from distkv.workers.model.shard import Shard
-from distkv.workers.model.weights import CheckedSource, DummySource, SafetensorsSource
+from distkv.workers.model.weights import CheckedSource, weight_source
 from distkv.workers.page_directory import PageDirectory, SequenceStep
 from distkv.workers.plan_check import PlanCheck
 from distkv.workers.rank_config import RankConfig, rank_page_spec
@@ -79,10 +79,7 @@ class Rank:
         """The model, and what was read, see `SafetensorsSource.digest`."""
         config, backend, device = self.config, self.backend, self.backend.device.torch_device
         dtype = torch_dtype(config.dtype)
-        if config.load_format == "dummy":
-            source: DummySource | SafetensorsSource = DummySource(config.seed, dtype, device)
-        else:
-            source = SafetensorsSource(config.folder, warns=self.shard.rank == 0)
+        source = weight_source(config.folder, config.load_format, config.seed, dtype, device, self.shard.rank == 0)
         with source as weights, torch.inference_mode():
             model = load_llama(
                 CheckedSource(weights, check), config.model, self.shard, self.group, dtype, device,

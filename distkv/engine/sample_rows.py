@@ -34,23 +34,36 @@ def _sample_row(
     """How the token behind those of a draft is sampled, or behind the answer's own where there is none."""
     params = sequence.request.params
     position = sequence.num_output_tokens + (pending_index is not None) + len(draft)
-    row = SampleRow(
-        logits_row=logits_row,
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        min_p=params.min_p,
-        repetition_penalty=params.repetition_penalty,
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        num_logprobs=params.logprobs,
-        uniform=uniform_number(sequence.request.seed, index, position) if params.temperature > 0 else 0.0,
-        prompt_token_ids=sequence.request.prompt_token_ids,
-        output_token_ids=[],
-        pending=pending_index,
-    )
+    row = plain_row(sequence, index, logits_row, position)
+    row.repetition_penalty = params.repetition_penalty
+    row.presence_penalty, row.frequency_penalty = params.presence_penalty, params.frequency_penalty
+    row.num_logprobs, row.pending = params.logprobs, pending_index
     if row.penalised:
         row.output_token_ids.extend(sequence.output_token_ids + draft)
     if sequence.rules is not None:
         row.edits = sequence.rules.edits(sequence.output_token_ids, pending_index is not None, draft)
     return row
+
+
+def plain_row(sequence: Sequence, index: int, logits_row: int, position: int) -> SampleRow:
+    """How a token of an answer is drawn, but for what the request does to logits besides and what it is told of them.
+
+    Args:
+        index: of the answer among those of the request.
+        position: of the token in the answer.
+    """
+    params, request = sequence.request.params, sequence.request
+    return SampleRow(
+        logits_row=logits_row,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        repetition_penalty=1.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        num_logprobs=None,
+        uniform=uniform_number(request.seed, index, position) if params.temperature > 0 else 0.0,
+        prompt_token_ids=request.prompt_token_ids,
+        output_token_ids=[],
+    )

@@ -246,12 +246,13 @@ class Scheduler:
             prefix = self.load_choice.worth_taking(self._find_prefix(sequence))
             if self._is_coming(sequence, len(prefix)):
                 continue
-            if not is_ahead and not self._promises.has_share(self.running, sequence, prefix):
+            has_share = self._promises.has_share(self.running, sequence, prefix)
+            if not has_share and not is_ahead:
                 at_their_share.add(sequence.table.tenant)
                 continue
             # the largest chunk must fit beside a page of each other answer, or all pages on the device
             own = max(chunk, self._chunk_pages(sequence.num_to_read - len(prefix) * self._info.page_size))
-            if not self._has_room(sequence, prefix, seats, own):
+            if not (has_share and self._has_room(sequence, prefix, seats, own)):
                 if not is_ahead:
                     return
                 nobody_ahead = True
@@ -269,9 +270,7 @@ class Scheduler:
             seats: answers that would run then.
             chunk: the most pages that a prompt among them fills in a step.
         """
-        if seats > self._info.max_num_seqs or not self._promises.has_share(self.running, sequence, prefix):
-            return False
-        if not self._promises.may_begin(self.running, sequence, prefix):
+        if seats > self._info.max_num_seqs or not self._promises.may_begin(self.running, sequence, prefix):
             return False
         promised = self._promises.num_promised(self.running) + sequence.expected_pages - num_held_pages(prefix)
         return not seats + chunk > self._info.num_pages < promised

@@ -103,9 +103,7 @@ class RayEngine:
 
     def add(self, requests: list[EngineRequest]) -> None:
         """See `EngineClient.add`."""
-        reply = self._ask(Add(requests))
-        if isinstance(reply, Refused):
-            raise getattr(errors, reply.error)(reply.reason)
+        self._ask(Add(requests))
         self._open.add(requests)
 
     def abort(self, answers: list[tuple[str, int | None]], reason: str = "abort") -> None:
@@ -178,8 +176,6 @@ class RayEngine:
     def import_pages(self, path: str, cache_salt: str | None, start: int) -> tuple[int, int]:
         """See `EngineClient.import_pages`; the file is read on the node of the first rank."""
         reply = self._ask(ImportPages(path, cache_salt, start))
-        if isinstance(reply, Refused):
-            raise getattr(errors, reply.error)(reply.reason)
         assert isinstance(reply, ImportedPages)
         return reply.end, reply.num_new
 
@@ -266,8 +262,8 @@ class RayEngine:
             log.warning("%s KV pages were not saved", "an unknown number of" if left is None else left)
 
     def _ask(self, command: Add | GetStats | ResetPrefixCache | ImportPages) -> Reply:
-        """The answer to a command; tokens that come before it are kept for `step`. Raises WorkerDied when a rank has
-        ended."""
+        """The answer to a command; tokens that come before it are kept for `step`. Raises the error that a command is
+        refused with, and WorkerDied when a rank has ended."""
         if self._closed:
             raise DistKVError("the engine has ended; make a new LLM")
         if not self._open:
@@ -279,6 +275,8 @@ class RayEngine:
             reply = self._receive(DEATH_POLL)
             if isinstance(reply, Tokens):
                 self._unread.append(reply.outputs)
+            elif isinstance(reply, Refused):
+                raise getattr(errors, reply.error)(reply.reason)
             elif reply is not None:
                 return reply
 

@@ -16,7 +16,7 @@ from distkv.workers.group.process_group import ProcessGroup
 from distkv.workers.kv_pools import KVPools
 from distkv.workers.model.llama import load_llama
 from distkv.workers.model.shard import Shard
-from distkv.workers.model.weights import CheckedSource, DummySource, SafetensorsSource
+from distkv.workers.model.weights import CheckedSource, weight_source
 from distkv.workers.page_directory import SequenceStep
 from distkv.workers.rank_config import RankConfig, model_page_spec
 from distkv.workers.sampling.sample_row import SampleRow
@@ -40,11 +40,7 @@ class DraftModel:
         draft, self._device = config.draft, backend.device
         group, device = ProcessGroup(), backend.device.torch_device
         dtype = torch_dtype(config.dtype)
-        source: DummySource | SafetensorsSource
-        if config.load_format == "dummy":
-            source = DummySource(config.seed, dtype, device)
-        else:
-            source = SafetensorsSource(draft.folder, warns=True)
+        source = weight_source(draft.folder, config.load_format, config.seed, dtype, device, warns=True)
         with source as weights, torch.inference_mode():
             shard = Shard.of(draft.model, 0, 1)
             self._model = load_llama(

@@ -165,6 +165,13 @@ class DummySource:
         return whole[index].clone()
 
 
+def weight_source(
+    folder: Path, load_format: str, seed: int, dtype: torch.dtype, device: torch.device, warns: bool
+) -> DummySource | SafetensorsSource:
+    """Where a model's weights come from by `RankConfig.load_format`. Raises ConfigError as `SafetensorsSource` does."""
+    return DummySource(seed, dtype, device) if load_format == "dummy" else SafetensorsSource(folder, warns)
+
+
 class CheckedSource:
     """A `WeightSource` that calls `check` before it reads a tensor, so that what this raises ends the loading."""
 

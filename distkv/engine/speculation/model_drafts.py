@@ -4,11 +4,11 @@ import logging
 import time
 from collections.abc import Callable
 
+from distkv.engine.sample_rows import plain_row
 from distkv.engine.sequence import Sequence
 from distkv.engine.speculation.hit_rates import PlaceRates
 from distkv.engine.speculation.step_cost import StepCost
 from distkv.workers.drafting.draft_request import DraftRequest
-from distkv.workers.sampling.sample_row import SampleRow, uniform_number
 
 log = logging.getLogger(__name__)
 
@@ -63,15 +63,6 @@ class ModelDrafts:
 def _request(sequence: Sequence, length: int) -> DraftRequest:
     """The draws are those of the answer's own tokens, so that both models choose alike; what the request does to logits
     besides is left out."""
-    params, request = sequence.request.params, sequence.request
-    rows = []
-    for place in range(sequence.num_output_tokens, sequence.num_output_tokens + length):
-        uniform = uniform_number(request.seed, sequence.index, place) if params.temperature > 0 else 0.0
-        rows.append(
-            SampleRow(
-                logits_row=0, temperature=params.temperature, top_p=params.top_p, top_k=params.top_k,
-                min_p=params.min_p, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0,
-                num_logprobs=None, uniform=uniform, prompt_token_ids=[], output_token_ids=[],
-            )
-        )  # fmt: skip
+    first = sequence.num_output_tokens
+    rows = [plain_row(sequence, sequence.index, 0, position) for position in range(first, first + length)]
     return DraftRequest(sequence.number, sequence.token_ids, sequence.prompt_len, rows)

@@ -4,7 +4,7 @@ from distkv.engine.protocol import EngineInfo
 from distkv.engine.sequence import Scheduled, Sequence
 from distkv.engine.speculation.self_drafts import SelfDrafts
 from distkv.engine.speculation.speculator import Speculator
-from distkv.engine.speculation.step_cost import StepCost, drafted_lengths
+from distkv.engine.speculation.step_cost import StepCost, drafted_lengths, shared_out
 from distkv.engine.stats import SpeculationStats
 from distkv.engine.step import Step
 from distkv.storage.ledger.tiered_cache import TieredCache
@@ -79,12 +79,7 @@ class SelfSpeculator(Speculator):
     def _wanted(self, decoding: list[Sequence], most_tokens: int) -> list[int]:
         """What has been drafted."""
         room = min(most_tokens, self._info.max_num_seqs - len(decoding))
-        found = []
-        for one in decoding:
-            length = 0 if one.num_pending else min(self._of(one).num_tokens, room)
-            found.append(length)
-            room -= length
-        return found
+        return shared_out((0 if one.num_pending else self._of(one).num_tokens for one in decoding), room)
 
     def _targets(self, decoding: list[Sequence], most_tokens: int | None = None) -> list[int]:
         """How long the draft of each sequence should become."""
@@ -103,15 +98,7 @@ class SelfSpeculator(Speculator):
             costs = self._cost.line(), self._drafting_cost.line()
             lengths = drafted_lengths(chances, len(decoding), *costs, room)
         if is_trial and not any(lengths):
-            lengths = self._lengths_of_trial(chances, room)
-        return lengths
-
-    @staticmethod
-    def _lengths_of_trial(chances: list[list[float]], room: int) -> list[int]:
-        lengths = []
-        for own in chances:
-            lengths.append(min(len(own), TRIAL_TOKENS, room))
-            room -= lengths[-1]
+            lengths = shared_out((min(len(own), TRIAL_TOKENS) for own in chances), room)
         return lengths
 
     def _fitting(self, sequence: Sequence, length: int, most_pages: int) -> int:

@@ -5,7 +5,7 @@ import time
 from distkv.engine.protocol import EngineInfo
 from distkv.engine.sequence import Scheduled, Sequence
 from distkv.engine.speculation.drafts import Drafts
-from distkv.engine.speculation.step_cost import StepCost, draft_lengths
+from distkv.engine.speculation.step_cost import StepCost, draft_lengths, shared_out
 from distkv.engine.stats import SpeculationStats
 from distkv.engine.step import Step
 
@@ -95,11 +95,7 @@ class Speculator:
             if any(lengths) or self._drafts.is_free or self._num_without < PROBE_STEPS:
                 return lengths
             chances = [own[:1] for own in chances]
-        lengths = []
-        for own in chances:
-            lengths.append(min(len(own), most))
-            most -= lengths[-1]
-        return lengths
+        return shared_out(map(len, chances), most)
 
     def _chances(self, sequence: Sequence) -> list[float]:
         """See `Drafts.chances`: as many as its draft may have, with the token that it runs before."""

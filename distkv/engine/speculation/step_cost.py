@@ -1,5 +1,7 @@
 """What a step takes, by the number of drafted tokens in it."""
 
+from collections.abc import Iterable
+
 MEMORY = 0.9  # what a step counts when the next one has ended
 BEFOREHAND = 4.0  # squared tokens: how firmly the prior holds while drafts have not varied
 OUTLIER = 4.0  # times the mean that a step counts for at most
@@ -95,4 +97,13 @@ def drafted_lengths(
         (tokens, seconds), most = best, most - num_chosen
         for index in able[:num_chosen]:
             lengths[index] += 1
+    return lengths
+
+
+def shared_out(wanted: Iterable[int], most: int) -> list[int]:
+    """How many tokens of each draft there is room for: the first gets what it wants of `most`, and so on."""
+    lengths = []
+    for length in wanted:
+        lengths.append(min(length, most))
+        most -= lengths[-1]
     return lengths
