@@ -47,6 +47,7 @@ struct Pages {
     const T* pool;
     int64_t num_slots;
     const void* buffer;
+    int64_t stride;  // bytes from a page of the buffer to the next one
     Codec codec;
     int64_t block;   // bytes of a head's coded keys, or values, of a page
     const T* exact;  // `[pages][2][kv_heads][page_size][dim]`
@@ -56,20 +57,25 @@ struct Pages {
             const T* keys = pool + entry * shape.page() + head * shape.part();
             return {keys, keys + num_slots * shape.page()};
         }
-        if (codec == Codec::NONE) return side_by_side(static_cast<const T*>(buffer), -1 - entry, head, shape);
-        auto* keys = static_cast<const uint8_t*>(buffer) + ((-1 - entry) * 2 * shape.kv_heads + head) * block;
+        auto* page = static_cast<const uint8_t*>(buffer) + (-1 - entry) * stride;
+        if (codec == Codec::NONE) return side_by_side(reinterpret_cast<const T*>(page), head, shape);
+        auto* keys = page + head * block;
         return {nullptr, nullptr, keys, keys + shape.kv_heads * block};
     }
 
+    // One of `exact`.
+    Part<T> find_exact(int64_t index, int64_t head, const Shape& shape) const {
+        return side_by_side(exact + index * 2 * shape.page(), head, shape);
+    }
+
     Part<T> find(const Chunk& chunk, const int64_t* table, int64_t page, int64_t head, const Shape& shape) const {
-        if (chunk.exact >= 0 && page == chunk.start / shape.page_size)
-            return side_by_side(exact, chunk.exact, head, shape);
+        if (chunk.exact >= 0 && page == chunk.start / shape.page_size) return find_exact(chunk.exact, head, shape);
         return find(table[chunk.table + page], head, shape);
     }
 
   private:
-    static Part<T> side_by_side(const T* pages, int64_t index, int64_t head, const Shape& shape) {
-        const T* keys = pages + index * 2 * shape.page() + head * shape.part();
+    static Part<T> side_by_side(const T* page, int64_t head, const Shape& shape) {
+        const T* keys = page + head * shape.part();
         return {keys, keys + shape.page()};
     }
 };
@@ -426,6 +432,49 @@ class PageAttention {
     Slot slots_[2];
 };
 
+// --- rows of queries and of results ---
+
+// Queries `[rows][heads][dim]`, whose rows may lie apart.
+template <class T>
+struct Queries {
+    const T* data;
+    int64_t stride;
+
+    // Those of the rows of a KV head from row `first` of a chunk on, which begins at `row`: `[count][depth]`, with zeros
+    // up to whole tiles.
+    void pack(const Shape& shape, int64_t row, int64_t head, int64_t first, int64_t count, int64_t depth,
+              RowElement<T>* to) const {
+        int64_t group = shape.group(), whole = round_up(count, TILE_ROWS);
+        for (int64_t r = 0; r < whole; ++r, to += depth) {
+            int64_t done = 0;
+            if (r < count) {
+                int64_t token = (first + r) / group, member = (first + r) % group;
+                const T* from = data + (row + token) * stride + (head * group + member) * shape.dim;
+                for (; done < shape.dim; done += LANES) {
+                    int lanes = static_cast<int>(std::min<int64_t>(LANES, shape.dim - done));
+                    store(to + done, load(from + done, lanes), lanes);
+                }
+                done = shape.dim;
+            }
+            std::memset(static_cast<void*>(to + done), 0, sizeof(*to) * (depth - done));
+        }
+    }
+};
+
+// A row's state as it is kept: `out [dim]`, then the highest score and the sum.
+inline void keep(const float* out, float highest, float sum, int64_t dim, float* to) {
+    std::memcpy(to, out, sizeof(float) * dim);
+    to[dim] = highest, to[dim + 1] = sum;
+}
+
+// Divides a row's sum of values by its weights, and rounds.
+template <class T>
+void finish(const float* out, float sum, int64_t dim, T* to) {
+    Vec share = all(1.f / sum);
+    for (int64_t d = 0; d < dim; d += LANES)
+        store(to + d, load(out + d) * share, static_cast<int>(std::min<int64_t>(LANES, dim - d)));
+}
+
 // --- sequences ---
 
 // All that a call is given. `kept` holds states between calls, `[rows][heads][dim() + 2]`; it is null where every chunk
@@ -436,8 +485,7 @@ struct Call {
     Shape shape;
     Pages<T> pages;
     const int64_t* table;
-    const T* q;
-    int64_t q_stride;
+    Queries<T> queries;
     float* kept;
     float* page_states;
     int64_t page_rows;
@@ -452,24 +500,6 @@ struct Call {
 
     // Where the state of a row is kept: `out`, then the highest score and the sum.
     float* kept_state(int64_t row, int64_t head) const { return kept + (row * shape.heads + head) * (kept_dim() + 2); }
-
-    // Queries of the rows of a KV head from row `first` on, `[count][depth]`, with zeros up to whole tiles.
-    void pack_queries(int64_t row, int64_t head, int64_t first, int64_t count, int64_t depth, RowElement<T>* to) const {
-        int64_t group = shape.group(), whole = round_up(count, TILE_ROWS);
-        for (int64_t r = 0; r < whole; ++r, to += depth) {
-            int64_t done = 0;
-            if (r < count) {
-                int64_t token = (first + r) / group, member = (first + r) % group;
-                const T* from = q + (row + token) * q_stride + (head * group + member) * shape.dim;
-                for (; done < shape.dim; done += LANES) {
-                    int lanes = static_cast<int>(std::min<int64_t>(LANES, shape.dim - done));
-                    store(to + done, load(from + done, lanes), lanes);
-                }
-                done = shape.dim;
-            }
-            std::memset(static_cast<void*>(to + done), 0, sizeof(*to) * (depth - done));
-        }
-    }
 
     // Makes states those with which `count` rows of a chunk begin, from row `first` on.
     void begin(const Chunk& chunk, int64_t first, int64_t count, int64_t head, States states) const {
@@ -491,16 +521,10 @@ struct Call {
         for (int64_t i = 0; i < count; ++i) {
             int64_t row = row_of(chunk, first + i), query_head = head_of(first + i, head);
             const float* from = states.out + i * kept_dim();
-            if (!chunk.is_last) {
-                float* to = kept_state(row, query_head);
-                std::memcpy(to, from, sizeof(float) * kept_dim());
-                to[kept_dim()] = states.highest[i], to[kept_dim() + 1] = states.sums[i];
-                continue;
-            }
-            T* to = out + (row * shape.heads + query_head) * shape.dim;
-            Vec share = all(1.f / states.sums[i]);
-            for (int64_t d = 0; d < shape.dim; d += LANES)
-                store(to + d, load(from + d) * share, static_cast<int>(std::min<int64_t>(LANES, shape.dim - d)));
+            if (chunk.is_last)
+                finish(from, states.sums[i], shape.dim, out + (row * shape.heads + query_head) * shape.dim);
+            else
+                keep(from, states.highest[i], states.sums[i], kept_dim(), kept_state(row, query_head));
         }
     }
 };
@@ -548,7 +572,7 @@ void attend_few(const Call<T>& call, const Chunk* chunks, int64_t num_chunks) {
                 const Chunk& chunk = chunks[at];
                 int64_t page = chunk.first + number - firsts[at], rows = chunk.num_tokens * group;
                 int64_t count = visible_keys(chunk, chunk.num_tokens - 1, page, shape.page_size);
-                call.pack_queries(chunk.row, head, 0, rows, one.depth(), queries);
+                call.queries.pack(shape, chunk.row, head, 0, rows, one.depth(), queries);
                 one.pack(call.pages.find(chunk, call.table, page, head, shape), call.pages.codec, count);
                 States to = states_at(states, number - from, head);
                 Tiles tiles(rows);
@@ -610,7 +634,7 @@ void attend_many(const Call<T>& call, const Chunk* chunks, int64_t num_chunks) {
             int64_t head = (task - firsts[at]) % shape.kv_heads, token = (task - firsts[at]) / shape.kv_heads * block;
             int64_t num_tokens = std::min(block, chunk.num_tokens - token), rows = num_tokens * group;
             int64_t first = token * group;
-            call.pack_queries(chunk.row, head, first, rows, one.depth(), queries);
+            call.queries.pack(shape, chunk.row, head, first, rows, one.depth(), queries);
             call.begin(chunk, first, rows, head, states);
             for (int64_t page = chunk.first; page < chunk.end; ++page) {
                 int64_t count = visible_keys(chunk, token + num_tokens - 1, page, shape.page_size);

@@ -13,6 +13,7 @@
 #include "collectives.hpp"
 #include "expected_weights.hpp"
 #include "linear.hpp"
+#include "page_states.hpp"
 #include "page_weights.hpp"
 #include "tokens.hpp"
 
@@ -41,6 +42,12 @@ void by_codec(int codec, Run run) {
         run(Number<Codec::INT8>{});
     else
         run(Number<Codec::INT4>{});
+}
+
+template <class T>
+Pages<T> pages_of(const void* pool, int64_t num_slots, const void* buffer, int64_t stride, int codec, int64_t block,
+                  const void* exact) {
+    return {static_cast<const T*>(pool), num_slots, buffer, stride, Codec{codec}, block, static_cast<const T*>(exact)};
 }
 
 }  // namespace
@@ -105,16 +112,15 @@ void rope_and_write(int dtype, void* qkv, int64_t stride, int64_t num_rows, int6
 
 // `chunks` are `Chunk`s; the first `num_few` of them have few tokens. Codecs: 0 none, 1 fp8, 2 int8, 3 int4.
 void attention(int dtype, const void* q, int64_t q_stride, int64_t heads, int64_t kv_heads, int64_t dim,
-               int64_t page_size, const void* pool, int64_t num_slots, const void* buffer, int codec, int64_t block,
-               const void* exact, const int64_t* table, const int64_t* chunks, int64_t num_chunks, int64_t num_few,
-               float* kept, float* page_states, int64_t page_rows, void* out, int num_threads) {
+               int64_t page_size, const void* pool, int64_t num_slots, const void* buffer, int64_t stride, int codec,
+               int64_t block, const void* exact, const int64_t* table, const int64_t* chunks, int64_t num_chunks,
+               int64_t num_few, float* kept, float* page_states, int64_t page_rows, void* out, int num_threads) {
     by_dtype(dtype, [&](auto one) {
         using T = decltype(one);
         Call<T> call{{heads, kv_heads, dim, page_size},
-                     {static_cast<const T*>(pool), num_slots, buffer, Codec{codec}, block, static_cast<const T*>(exact)},
+                     pages_of<T>(pool, num_slots, buffer, stride, codec, block, exact),
                      table,
-                     static_cast<const T*>(q),
-                     q_stride,
+                     {static_cast<const T*>(q), q_stride},
                      kept,
                      page_states,
                      page_rows,
@@ -123,6 +129,27 @@ void attention(int dtype, const void* q, int64_t q_stride, int64_t heads, int64_
         auto* all = reinterpret_cast<const Chunk*>(chunks);
         if (num_few) attend_few(call, all, num_few);
         if (num_chunks > num_few) attend_many(call, all + num_few, num_chunks - num_few);
+    });
+}
+
+// `items` are `Item`s.
+void page_states(int dtype, const void* q, int64_t q_stride, int64_t heads, int64_t kv_heads, int64_t dim,
+                 int64_t page_size, const void* pool, int64_t num_slots, const void* buffer, int64_t stride, int codec,
+                 int64_t block, const void* exact, const int64_t* items, int64_t num_items, float* states,
+                 int num_threads) {
+    by_dtype(dtype, [&](auto one) {
+        using T = decltype(one);
+        page_states({heads, kv_heads, dim, page_size},
+                    pages_of<T>(pool, num_slots, buffer, stride, codec, block, exact),
+                    {static_cast<const T*>(q), q_stride}, reinterpret_cast<const Item*>(items), num_items, states,
+                    num_threads);
+    });
+}
+
+void merge_page_states(int dtype, const float* states, int64_t heads, int64_t dim, const int64_t* order,
+                       const int64_t* offsets, int64_t num_rows, void* out, int num_threads) {
+    by_dtype(dtype, [&](auto one) {
+        merge_page_states(states, heads, dim, order, offsets, num_rows, static_cast<decltype(one)*>(out), num_threads);
     });
 }
 

@@ -27,9 +27,14 @@ _ARGUMENTS = {
     "rms_norm": [_INT, _ADDRESS, _ADDRESS, _ADDRESS, _FLOAT, _SIZE, _SIZE, _ADDRESS, _INT],
     "rope_and_write": [_INT, _ADDRESS, *[_SIZE] * 5, *[_ADDRESS] * 3, _SIZE, _SIZE, _ADDRESS, _ADDRESS, _INT],
     "attention": [
-        _INT, _ADDRESS, *[_SIZE] * 5, _ADDRESS, _SIZE, _ADDRESS, _INT, _SIZE, *[_ADDRESS] * 3, _SIZE, _SIZE, _ADDRESS,
-        _ADDRESS, _SIZE, _ADDRESS, _INT,
+        _INT, _ADDRESS, *[_SIZE] * 5, _ADDRESS, _SIZE, _ADDRESS, _SIZE, _INT, _SIZE, *[_ADDRESS] * 3, _SIZE, _SIZE,
+        _ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _INT,
     ],
+    "page_states": [
+        _INT, _ADDRESS, *[_SIZE] * 5, _ADDRESS, _SIZE, _ADDRESS, _SIZE, _INT, _SIZE, *[_ADDRESS] * 2, _SIZE, _ADDRESS,
+        _INT,
+    ],
+    "merge_page_states": [_INT, _ADDRESS, _SIZE, _SIZE, _ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _INT],
     "expected_weights": [
         _INT, _ADDRESS, *[_SIZE] * 4, _ADDRESS, _SIZE, _ADDRESS, _SIZE, _ADDRESS, _FLOAT, _ADDRESS, _ADDRESS, _INT,
     ],
@@ -56,6 +61,8 @@ class Library:
     rms_norm: Callable[..., None]
     rope_and_write: Callable[..., None]
     attention: Callable[..., None]
+    page_states: Callable[..., None]
+    merge_page_states: Callable[..., None]
     expected_weights: Callable[..., None]
     page_weights: Callable[..., None]
     encode_page: Callable[..., None]

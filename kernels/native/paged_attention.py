@@ -65,21 +65,33 @@ def attend_pages(
             each row of a KV head's queries, token after token, its state over the page, see `page_weights.py`. All
             chunks are to be of few tokens then, of no more rows than R
     """
-    _, heads, dim = q.shape
     assert chunks.numbers.is_contiguous() and chunks.numbers.shape[1] == 8
+    if page_states is not None:
+        assert chunks.num_few == len(chunks.numbers) and page_states.is_contiguous()
+        assert page_states.shape[:2] == (len(table), layer_pool.shape[2])
+    library.attention(
+        *read_arguments(q, layer_pool, buffer, coded), table.data_ptr(),
+        chunks.numbers.data_ptr(), len(chunks.numbers), chunks.num_few, None if kept is None else kept.data_ptr(),
+        None if page_states is None else page_states.data_ptr(), 0 if page_states is None else page_states.shape[2],
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def read_arguments(q: Tensor, layer_pool: Tensor, buffer: Tensor | None, coded: CodedPages | None) -> list[object]:
+    """What the library is told of queries and of the pages that they may meet. Shapes as in `attend_pages`; pages of
+    the buffer may lie apart."""
+    _, heads, dim = q.shape
     assert q.stride(1) == dim and q.stride(2) == 1 and layer_pool.is_contiguous() and q.dtype == layer_pool.dtype
     _, num_slots, kv_heads, page_size, _ = layer_pool.shape
     codec, block, exact = 0, 0, None
     if coded is not None:
         codec, exact = coded.format.number, coded.exact.data_ptr()
         block = page_size * coded.format.row_bytes(page_size, dim, q.element_size())
-    if page_states is not None:
-        assert chunks.num_few == len(chunks.numbers) and page_states.is_contiguous()
-        assert page_states.shape[:2] == (len(table), kv_heads)
-    library.attention(
+    where, stride = None, 0
+    if buffer is not None:
+        assert buffer[0].is_contiguous()
+        where, stride = buffer.data_ptr(), buffer.stride(0) * buffer.element_size()
+    return [
         DTYPES[q.dtype], q.data_ptr(), q.stride(0), heads, kv_heads, dim, page_size, layer_pool.data_ptr(), num_slots,
-        None if buffer is None else buffer.data_ptr(), codec, block, exact, table.data_ptr(),
-        chunks.numbers.data_ptr(), len(chunks.numbers), chunks.num_few, None if kept is None else kept.data_ptr(),
-        None if page_states is None else page_states.data_ptr(), 0 if page_states is None else page_states.shape[2],
-        out.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
+        where, stride, codec, block, exact,
+    ]  # fmt: skip

@@ -14,6 +14,7 @@ from distkv.kernels.codec_format import FORMATS, CodecFormat, group_size
 from distkv.kernels.native.codec_pages import NativeCodec
 from distkv.kernels.native.instruction_sets import INSTRUCTION_SETS
 from distkv.kernels.native.library import Library, load
+from distkv.kernels.native.page_states import merge_page_states, page_states, state_width
 from distkv.kernels.native.paged_attention import Chunks, CodedPages, attend_pages
 from distkv.kernels.page_codec import decode, encode
 
@@ -118,6 +119,24 @@ def test_native_codecs(
     assert torch.equal(bits(layer[:, 1]), bits(rounded[1])) and torch.equal(layer[:, 0], pool[1][:, 0])
 
 
+def _merged(
+    library: Library, q: Tensor, pool: Tensor, buffer: Tensor, table: Tensor, chunks: list[list[int]], coded: CodedPages
+) -> Tensor:
+    """The attention of chunks from the states of their pages, token by token."""
+    items, offsets = [], [0]
+    for row, count, start, _, _, end, _, exact in chunks:
+        for index in range(row, row + count):
+            for page in range(end):
+                own = exact if page == end - 1 else -1
+                items.append([index, 1, start + index - row, page, int(table[page]), own, len(items)])
+            offsets.append(len(items))
+    states = torch.empty(len(items), q.shape[1], state_width(q.shape[2]))
+    page_states(library, q, pool, buffer, torch.tensor(items), states, coded)
+    out = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
+    merge_page_states(library, states, torch.arange(len(items)), torch.tensor(offsets), out)
+    return out
+
+
 @pytest.mark.parametrize("head_dim", [16, 48, 64, 80, 128])
 @pytest.mark.parametrize("codec", FORMATS.values(), ids=list(FORMATS))
 @given(
@@ -155,6 +174,7 @@ def test_attention_over_codes(
             CodedPages(codec, exact),
         )  # fmt: skip
     assert torch.equal(out[0], out[1])
+    assert torch.equal(_merged(kernels_of, q, rounded, buffer, tables[1], chunks, CodedPages(codec, exact)), out[0])
     for page in range(first_own, count):
         seen = rounded.clone()
         seen[:, page] = pool[:, page]

@@ -23,6 +23,7 @@ from distkv.kernels.native import build, library
 from distkv.kernels.native.build import BuildError, find_or_build
 from distkv.kernels.native.instruction_sets import INSTRUCTION_SETS
 from distkv.kernels.native.library import Library, load
+from distkv.kernels.native.page_states import MOST_ROWS, merge_page_states, page_states, state_width
 from distkv.kernels.native.paged_attention import Chunks, attend_pages, kept_states
 from distkv.kernels.native.token_kernels import native_token_kernels
 from distkv.kernels.rope import rope_and_write_kv
@@ -167,6 +168,52 @@ def test_attention(
     assert torch.equal(attend(not few, count), found)
     if 0 < cut < count:
         assert torch.equal(attend(few, cut, count), found)
+
+
+@given(
+    kernels_of=libraries,
+    dtype=dtypes,
+    seed=seeds,
+    start=st.integers(0, 200),
+    tokens=st.integers(1, 20),
+    page_size=st.sampled_from([16, 64, 256]),
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 3, 8]),
+    head_dim=st.sampled_from([2, 16, 20, 64, 80, 128]),
+    rows=st.integers(1, MOST_ROWS),
+)
+def test_states_of_pages(
+    kernels_of: Library, dtype: torch.dtype, seed: int, start: int, tokens: int, page_size: int, kv_heads: int,
+    group: int, head_dim: int, rows: int,
+) -> None:  # fmt: skip
+    """Pages by themselves, in any order, here and there, and merged: bitwise what one call over all of them gives."""
+    generator, count = seeded(seed), -(-(start + tokens) // page_size)
+    pool = torch.randn(2, count, kv_heads, page_size, head_dim, generator=generator).to(dtype)
+    apart = pool.transpose(0, 1).unsqueeze(1).repeat(1, 3, 1, 1, 1, 1)[:, 1]  # pages with others between them
+    q = torch.randn(tokens, kv_heads * group, head_dim, generator=generator).to(dtype)
+    expected = q.new_empty(tokens, q.shape[1] * head_dim)
+    chunk = torch.tensor([[0, tokens, start, 0, 0, count, 1, -1]])
+    attend_pages(kernels_of, q, pool, None, torch.arange(count), Chunks(chunk, 1), None, expected)
+
+    states = torch.full((count * tokens, q.shape[1], state_width(head_dim)), torch.nan)
+    places = torch.randperm(count, generator=generator)[:, None] * tokens + torch.arange(tokens)  # [page, token]
+    items = [
+        [
+            first,
+            min(rows, tokens - first),
+            start + first,
+            page,
+            -1 - page if page % 2 else page,
+            -1,
+            places[page, first],
+        ]
+        for page in range(count)
+        for first in range(0, tokens, rows)
+    ]
+    page_states(kernels_of, q, pool, apart, torch.tensor(items)[torch.randperm(len(items))], states)
+    out = torch.empty_like(expected)
+    merge_page_states(kernels_of, states, places.T.flatten(), torch.arange(tokens + 1) * count, out)
+    assert torch.equal(out, expected)
 
 
 def test_the_system_is_asked_before_tiles_are_used() -> None:
