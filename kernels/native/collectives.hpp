@@ -97,14 +97,16 @@ int all_reduce(Ranks ranks, T* x, int64_t count, int num_threads) {
     return MET;
 }
 
-// Lays the ranks' x side by side into `parts [ranks][bytes]`, where that is wanted.
-inline int gather(Ranks ranks, const char* x, int64_t bytes, char* parts) {
+// Lays bytes `first` to `last` of the ranks' x side by side into `parts [ranks][last - first]`.
+inline int gather(Ranks ranks, const char* x, int64_t bytes, int64_t first, int64_t last, char* parts) {
     for (int64_t done = 0; done < bytes; done += ranks.capacity) {
         int64_t here = std::min(ranks.capacity, bytes - done);
         uint64_t number = ranks.number();
         std::memcpy(ranks.slot(number, ranks.rank), x + done, here);
         if (int end = ranks.meet(number, here); end != MET) return end;
-        for (int r = 0; parts && r < ranks.size; ++r) std::memcpy(parts + r * bytes + done, ranks.slot(number, r), here);
+        int64_t from = std::max(first, done), to = std::min(last, done + here);
+        for (int r = 0; from < to && r < ranks.size; ++r)
+            std::memcpy(parts + r * (last - first) + from - first, ranks.slot(number, r) + from - done, to - from);
     }
     return MET;
 }

@@ -213,8 +213,9 @@ int all_reduce(int dtype, void* shared, int64_t capacity, int rank, int size, vo
     return end;
 }
 
-int gather(void* shared, int64_t capacity, int rank, int size, const void* x, int64_t bytes, void* parts) {
-    return gather({static_cast<Meeting*>(shared), capacity, rank, size}, static_cast<const char*>(x), bytes,
+int gather(void* shared, int64_t capacity, int rank, int size, const void* x, int64_t bytes, int64_t first,
+           int64_t last, void* parts) {
+    return gather({static_cast<Meeting*>(shared), capacity, rank, size}, static_cast<const char*>(x), bytes, first, last,
                   static_cast<char*>(parts));
 }
 }

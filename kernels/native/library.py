@@ -44,7 +44,7 @@ _ARGUMENTS = {
     "round_pages": [_INT, _INT, _ADDRESS, *[_SIZE] * 5, _ADDRESS, _SIZE, _ADDRESS, _INT],
     "shared_size": [_SIZE, _INT],
     "all_reduce": [_INT, _ADDRESS, _SIZE, _INT, _INT, _ADDRESS, _SIZE, _INT],
-    "gather": [_ADDRESS, _SIZE, _INT, _INT, _ADDRESS, _SIZE, _ADDRESS],
+    "gather": [_ADDRESS, _SIZE, _INT, _INT, _ADDRESS, *[_SIZE] * 3, _ADDRESS],
 }  # fmt: skip
 
 _TELLING = ("start", "all_reduce", "gather")  # which return how they have ended

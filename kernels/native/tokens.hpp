@@ -38,8 +38,9 @@ void rms_norm(T* x, const T* delta, const T* weight, float eps, int64_t num_rows
 }
 
 // Rotates the pairs (x[i], x[i + dim / 2]) of the first `heads + kv_heads` heads of each row in place, and writes keys
-// and values into their pages: qkv `[num_rows, heads + 2 * kv_heads, dim]`, its rows `stride` apart; cos, sin
-// `[num_rows, dim / 2]`; a layer of the pool `[2, pages, kv_heads, page_size, dim]`.
+// and values into their pages, those of a row whose page is negative nowhere: qkv `[num_rows, heads + 2 * kv_heads,
+// dim]`, its rows `stride` apart; cos, sin `[num_rows, dim / 2]`; a layer of the pool `[2, pages, kv_heads, page_size,
+// dim]`.
 template <class T>
 void rope_and_write(T* qkv, int64_t stride, int64_t num_rows, int64_t heads, int64_t kv_heads, int64_t dim,
                     const float* cos, const float* sin, T* pool, int64_t num_pages, int64_t page_size,
@@ -58,7 +59,7 @@ void rope_and_write(T* qkv, int64_t stride, int64_t num_rows, int64_t heads, int
                 store(second + i, fma(b, c, a * s), count);
             }
         }
-        for (int64_t h = 0; h < kv_heads; ++h) {
+        for (int64_t h = 0; h < kv_heads && page[r] >= 0; ++h) {
             T* to = pool + ((page[r] * kv_heads + h) * page_size + offset[r]) * dim;
             std::memcpy(static_cast<void*>(to), row + (heads + h) * dim, sizeof(T) * dim);
             std::memcpy(static_cast<void*>(to + values), row + (heads + kv_heads + h) * dim, sizeof(T) * dim);

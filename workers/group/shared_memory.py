@@ -81,12 +81,23 @@ class SharedMemory:
         """What each rank has given as x, `[ranks, *x.shape]`, where it is wanted; shapes and dtypes are alike."""
         x = x.contiguous()
         parts = x.new_empty(self._size, *x.shape) if wanted else None
+        self._read(x, 0, x.nbytes if wanted else 0, parts)
+        return parts
+
+    def exchange(self, x: Tensor, sizes: list[int], out: Tensor) -> None:
+        """Gives each rank its own part of x, which has so many elements for each, one part after the other, and writes
+        what each rank has for this one into `out [ranks, sizes[rank]]`; both are contiguous, and dtypes are alike."""
+        assert x.is_contiguous() and out.is_contiguous() and len(x) == sum(sizes) and out.dtype == x.dtype
+        first = sum(sizes[: self._rank]) * x.itemsize
+        self._read(x, first, first + sizes[self._rank] * x.itemsize, out)
+
+    def _read(self, x: Tensor, first: int, last: int, out: Tensor | None) -> None:
+        """Lays x down, and reads bytes `first` to `last` of what each rank has."""
         end = self._library.gather(
-            self._address, CAPACITY, self._rank, self._size, x.data_ptr(), x.nbytes,
-            None if parts is None else parts.data_ptr(),
+            self._address, CAPACITY, self._rank, self._size, x.data_ptr(), x.nbytes, first, last,
+            None if out is None else out.data_ptr(),
         )  # fmt: skip
         _check(end)
-        return parts
 
 
 def _check(end: int) -> None:
