@@ -1,4 +1,4 @@
-"""One tensor-parallel rank: its part of the model and of the KV cache, and the execution of step plans on them."""
+"""One rank: its part of the model and of the KV cache, and the execution of step plans on them."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +22,7 @@ from distkv.workers.cache_place import CachePlace
 from distkv.workers.drafting.draft_model import DraftModel
 from distkv.workers.drafting.draft_request import DraftRequest
 from distkv.workers.errors import CapacityError
-from distkv.workers.group.process_group import ProcessGroup
+from distkv.workers.group.communicators import Communicators
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan
 from distkv.workers.kv_pools import DiskTier, KVPools
@@ -51,21 +51,22 @@ class Loaded(msgspec.Struct, array_like=True, frozen=True):
 class Rank:
     """Loads its part of the model at once; `allocate` must come before `execute`."""
 
-    def __init__(self, config: RankConfig, group: ProcessGroup, check: Callable[[], None] = lambda: None):
+    def __init__(self, config: RankConfig, peers: Communicators, check: Callable[[], None] = lambda: None):
         """
         Args:
+            peers: of the size that `RankConfig.layout` says.
             check: called before each tensor is read; what it raises ends the loading.
         """
         self.config = config
-        self.group = group
-        self.shard = Shard.of(config.model, group.rank, group.size, config.num_parts)
+        self.peers = peers
+        self.shard = Shard.of(config.model, config.layout, peers.rank)
         policy = parse_policy(config.attention_policy)
         self.backend = make_backend(config.device, config.batch_invariant, policy, config.attention_audit)
         self.page_spec = rank_page_spec(config, self.shard)
         use_threads(config.num_threads)
         self.model, digest = self._load(check)
         self.loaded = Loaded(digest, self.backend.kernels.name)
-        drafts = config.draft is not None and not group.rank
+        drafts = config.draft is not None and not peers.rank
         self._draft_model = DraftModel(config, self.backend, check) if drafts else None
         self._codec = self.backend.make_codec(self.page_spec)
         self.pools = KVPools(self.page_spec, PoolSizes(), self.backend.device, codec=self._codec)
@@ -79,10 +80,10 @@ class Rank:
         """The model, and what was read, see `SafetensorsSource.digest`."""
         config, backend, device = self.config, self.backend, self.backend.device.torch_device
         dtype = torch_dtype(config.dtype)
-        source = weight_source(config.folder, config.load_format, config.seed, dtype, device, self.shard.rank == 0)
+        source = weight_source(config.folder, config.load_format, config.seed, dtype, device, self.peers.rank == 0)
         with source as weights, torch.inference_mode():
             model = load_llama(
-                CheckedSource(weights, check), config.model, self.shard, self.group, dtype, device,
+                CheckedSource(weights, check), config.model, self.shard, self.peers.stage, dtype, device,
                 backend.kernels,
             )  # fmt: skip
             weights.check_all_read()
@@ -109,7 +110,7 @@ class Rank:
         pages = room.num_bytes // room.page_bytes
         if pages < 1:
             raise CapacityError(
-                f"rank {self.shard.rank} has {max(room.num_bytes, 0)} bytes left for KV pages of "
+                f"rank {self.peers.rank} has {max(room.num_bytes, 0)} bytes left for KV pages of "
                 f"{spec.page_bytes_in(Tier.DEVICE)} bytes; {room.cure}"
             )
         return Capacity(pages, host_pages, room.budget)
@@ -129,8 +130,8 @@ class Rank:
         if place is not None:
             heads = DiskHeads(shard.kv_heads[0], config.model.num_key_value_heads, reports=shard.holder == 0)
             kept = self._description(place) if place.fingerprint else None
-            disk = DiskTier(place, heads, shard.rank, kept, is_alone=self.group.size == 1)
-        meter = Meter(shard.rank, config.traces)
+            disk = DiskTier(place, heads, self.peers.rank, kept, is_alone=config.layout.size == 1)
+        meter = Meter(self.peers.rank, config.traces)
         self.pools = KVPools(self.page_spec, sizes, self.backend.device, disk, meter, self._codec)
         self._runner = self.backend.make_runner(self.model, self.pools, config.max_num_seqs)
         self.backend.tune(self.pools)
@@ -144,7 +145,7 @@ class Rank:
         will run the steps, all ranks at a time; follows `allocate`."""
         self.backend.device.enter_thread()  # pools and weights were made by another one
         parts, count = self._runner.warm_up(), self._runner.num_parts
-        hidden = None if count and self.shard.rank == 0 else True  # None: unless there is no terminal
+        hidden = None if count and self.peers.rank == 0 else True  # None: unless there is no terminal
         for _ in tqdm(parts, "warming up", count, disable=hidden, leave=False):
             pass
         self._runner.compile_rest()
@@ -223,10 +224,10 @@ class Rank:
         if not count:
             return None
         if sampled is None:
-            assert self.shard.rank, "rank 0 samples"
+            assert self.peers.rank, "rank 0 samples"
             sampled = torch.empty(count, dtype=torch.int64, device=self.backend.device.torch_device)
         assert len(sampled) == count
-        return self.group.broadcast(sampled)
+        return self.peers.stage.broadcast(sampled)
 
     def bandwidth(self) -> Bandwidth:
         """How fast the tiers below the device give pages back."""

@@ -1,10 +1,11 @@
 """What every rank of a group has to know."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from distkv.storage.page_spec import PageSpec
 from distkv.workers.attention.policies.registry import FULL
+from distkv.workers.model.layout import Layout
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import Shard
 
@@ -42,7 +43,7 @@ class RankConfig:
     attention_policy: str = FULL  # see `parse_policy`
     attention_audit: int | None = None  # see `EngineConfig`
     draft: DraftConfig | None = None
-    num_parts: int | None = None  # of sums over ranks, see `Shard.of`; None for one of each rank
+    layout: Layout = field(default_factory=Layout)
 
 
 def model_page_spec(
@@ -55,6 +56,6 @@ def model_page_spec(
 
 
 def rank_page_spec(config: RankConfig, shard: Shard) -> PageSpec:
-    """The pages of one rank: all layers, that rank's KV heads."""
+    """The pages of one rank: its layers and KV heads."""
     whole = model_page_spec(config.model, config.page_size, config.dtype, config.kv_cache_dtype, config.disk_codec)
-    return replace(whole, num_kv_heads=shard.num_kv_heads)
+    return replace(whole, num_layers=shard.num_layers, num_kv_heads=shard.num_kv_heads)

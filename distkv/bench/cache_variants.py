@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from distkv.storage.moving.staging_ring import Load, Stream
 from distkv.storage.paging import NUM_BUFFERS, PREFILL_SPLIT, pages_for
 from distkv.workers.backends.cpu import CpuBackend, NativeBackend
-from distkv.workers.group.process_group import ProcessGroup
+from distkv.workers.group.communicators import Communicators
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.page_directory import SequenceStep
 from distkv.workers.rank import Rank
@@ -104,7 +104,7 @@ class SmallModel:
             gpu_memory_utilization=0.9, num_threads=None, batch_invariant=None, digest_weights=False,
             staging_pages=max(NUM_BUFFERS, NUM_BUFFERS * PREFILL_SPLIT // page_size),
         )  # fmt: skip
-        self._rank = Rank(config, ProcessGroup())
+        self._rank = Rank(config, Communicators())
         self._rank.allocate(PoolSizes(device=pages_for(longest, page_size)))
         self._pages = np.arange(pages_for(longest, page_size))
 

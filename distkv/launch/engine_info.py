@@ -36,7 +36,7 @@ def engine_info(
             f"max_share_per_salt {config.max_share_per_salt} of the {sizes.device} KV pages of the device is less than "
             "one; raise it, or device_kv_bytes"
         )
-    specs = page_specs(config, ranks)
+    specs = page_specs(ranks)
     max_cold_bytes, disk_cost = cold_budget(config, sizes, rates)
     on_device, on_host, on_disk = (sum(tier) for tier in zip(*pool_bytes, strict=True))
     return EngineInfo(

@@ -47,7 +47,7 @@ def fewer_after(config: EngineConfig) -> float:
 
 def with_fewer(config: EngineConfig, size: int, device: str) -> tuple[EngineConfig, int | None]:
     """The options for fewer ranks, which are on Ray all the same, and the number of parts that their sums have, see
-    `RankConfig`; says what that means for answers.
+    `Layout`; says what that means for answers.
 
     Args:
         device: that the ranks run on.

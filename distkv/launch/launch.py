@@ -19,7 +19,7 @@ from distkv.launch.fingerprint import FOLDER_DIGITS, common_digest, common_kerne
 from distkv.metrics.step_trace import StepTrace
 from distkv.metrics.trace_file import TraceFile
 from distkv.planner.draft import draft_config
-from distkv.planner.ranks import make_rank_config
+from distkv.planner.ranks import layout_of, make_rank_config
 from distkv.planner.sizing import keeps_cache, needs_bandwidth, needs_capacity, pool_sizes
 from distkv.storage.disk.cache_folder import SCRATCH
 from distkv.storage.paging import pages_for
@@ -81,8 +81,7 @@ def check_config(config: EngineConfig) -> tuple[ModelConfig, int]:
     that can be used, or does not go with the options; nothing has started then."""
     model = ModelConfig.load(Path(config.model))
     max_model_len = _max_model_len(config, model)
-    for rank in range(config.tensor_parallel_size):
-        Shard.of(model, rank, config.tensor_parallel_size)  # refuses too many ranks
+    Shard.of(model, layout_of(config), 0)  # refuses too many ranks
     draft_config(config, model)  # refuses one that does not go with the model
     fewer_sizes(config, model)  # refuses what the heads do not allow
     return model, max_model_len
@@ -155,12 +154,13 @@ def set_up(
     """Has a group load the model and allocate its pools, and logs their sizes.
 
     Args:
-        num_parts: see `RankConfig`.
+        num_parts: see `Layout`.
 
     Raises CapacityError when a tier is too small to work with, ConfigError or StoreError when the checkpoint or the
     cache folder cannot be used, WorkerDied when a rank is lost.
     """
-    ranks = replace(make_rank_config(config, model, group.device), num_parts=num_parts)
+    ranks = make_rank_config(config, model, group.device)
+    ranks = replace(ranks, layout=replace(ranks.layout, num_parts=num_parts))
     place = cache_place(config, ranks, group.load(ranks))
     capacity = group.capacity(config.device_kv_bytes is None) if needs_capacity(config) else None
     free_disk = None if place is None else group.free_disk_bytes(place.folder)

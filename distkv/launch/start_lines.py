@@ -68,7 +68,7 @@ def _room_elsewhere(config: EngineConfig) -> list[str]:
     """Of each engine that starts where its memory is not known here: the tiers whose sizes the options give."""
     model, max_model_len = check_config(config)
     ranks = make_rank_config(config, model, "cpu")  # pages are the same on any kind
-    sizes = page_bytes(ranks, page_specs(config, ranks))
+    sizes = page_bytes(ranks, page_specs(ranks))
     given = config.device_kv_bytes, config.host_kv_bytes, config.disk_kv_bytes
     pages = [int(size or 0) // one for size, one in zip(given, sizes, strict=True)]
     if not any(pages):

@@ -14,6 +14,7 @@ from distkv.planner.sizing import page_bytes, page_specs, pages_with_summaries, 
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import CPU_BUFFERS, NUM_BUFFERS
 from distkv.storage.tier import Tier
+from distkv.workers.model.layout import Layout
 from distkv.workers.model.shard import Shard
 from distkv.workers.rank_config import RankConfig
 from distkv.workers.sizes import Capacity, PoolSizes, host_kv_bytes, ring_bytes
@@ -85,7 +86,7 @@ class Fit:
 def find_fit(request: PlanRequest) -> Fit:
     """What of a request fits where."""
     config, ranks = _configs(request)
-    specs = page_specs(config, ranks)
+    specs = page_specs(ranks)
     memories = [_rank_memory(request, ranks.staging_pages, rank, spec) for rank, spec in enumerate(specs)]
     room = min(max(0, one.left) // one.page_bytes for one in memories)
     sizes, refusal = PoolSizes(), None
@@ -147,7 +148,7 @@ def _rank_memory(request: PlanRequest, staging_pages: int, rank: int, spec: Page
         # KV of a given size may take what the share would leave free
         share = request.gpu_memory_utilization if request.device_kv_bytes is None else 1
         memory = int(hardware.memory_bytes * share)
-        workspace = _workspace_bytes(request, Shard.of(request.model.config, rank, size))
+        workspace = _workspace_bytes(request, Shard.of(request.model.config, Layout(size), rank))
         context = CONTEXT_BYTES + (GROUP_BYTES if size > 1 else 0)
         left = memory - weights - workspace - context - staging
     return RankMemory(

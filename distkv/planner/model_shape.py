@@ -13,6 +13,7 @@ from distkv.models.published import PUBLISHED
 from distkv.models.shapes import SHAPES
 from distkv.option_checks import settle_path
 from distkv.values import shown
+from distkv.workers.model.layout import Layout
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import Shard
 
@@ -75,7 +76,7 @@ class ModelShape:
     def rank_parameters(self, rank: int, size: int) -> RankParameters:
         """What one of `size` ranks holds. A KV head that several ranks hold counts for each of them. Raises ConfigError
         when there are more ranks than query heads."""
-        config, shard = self.config, Shard.of(self.config, rank, size)
+        config, shard = self.config, Shard.of(self.config, Layout(size), rank)
         hidden, dim = config.hidden_size, config.head_dim
         query, kv = shard.num_query_heads * dim, shard.num_kv_heads * dim
         columns, rows = shard.mlp[1] - shard.mlp[0], shard.vocab[1] - shard.vocab[0]

@@ -5,8 +5,14 @@ from pathlib import Path
 from distkv.config import EngineConfig
 from distkv.planner.draft import draft_config
 from distkv.planner.sizing import keeps_cache, staging_pages
+from distkv.workers.model.layout import Layout
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.rank_config import RankConfig
+
+
+def layout_of(config: EngineConfig) -> Layout:
+    """How the ranks share out model and cache."""
+    return Layout(config.tensor_parallel_size)
 
 
 def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> RankConfig:
@@ -32,4 +38,5 @@ def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> R
         attention_policy=config.attention_policy,
         attention_audit=config.attention_audit,
         draft=draft_config(config, model),
+        layout=layout_of(config),
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from distkv.planner.fit import Fit, RankMemory
 from distkv.planner.request import PlanRequest
+from distkv.workers.model.layout import Layout
 from distkv.workers.model.shard import Shard
 
 FP32_SHARE = 0.5  # of the matrix rate, at best (TF32 where it is switched on)
@@ -45,7 +46,7 @@ def first_token(request: PlanRequest, fit: Fit) -> Cost | None:
 
 def _decode_of(request: PlanRequest, fit: Fit, rank: RankMemory) -> Cost:
     hardware, config = request.hardware, request.model.config
-    shard = Shard.of(config, rank.rank, request.tensor_parallel_size)
+    shard = Shard.of(config, Layout(request.tensor_parallel_size), rank.rank)
     parameters = request.model.rank_parameters(rank.rank, request.tensor_parallel_size)
     tokens = fit.running * request.context
     resident, host, disk = _tokens_by_tier(request, fit, tokens)
@@ -68,7 +69,7 @@ def _decode_of(request: PlanRequest, fit: Fit, rank: RankMemory) -> Cost:
 
 def _prefill_of(request: PlanRequest, fit: Fit, rank: RankMemory) -> Cost:
     hardware, config = request.hardware, request.model.config
-    shard = Shard.of(config, rank.rank, request.tensor_parallel_size)
+    shard = Shard.of(config, Layout(request.tensor_parallel_size), rank.rank)
     parameters = request.model.rank_parameters(rank.rank, request.tensor_parallel_size)
     tokens, chunk = request.context, min(request.context, request.max_num_batched_tokens)
     steps = -(-tokens // chunk)

@@ -47,17 +47,17 @@ def staging_pages(config: EngineConfig, device: str) -> int:
     return config.min_staging_pages * KINDS[device].load_pieces
 
 
-def page_specs(config: EngineConfig, ranks: RankConfig) -> list[PageSpec]:
+def page_specs(ranks: RankConfig) -> list[PageSpec]:
     """The pages of each rank."""
-    size = config.tensor_parallel_size
-    shards = (Shard.of(ranks.model, rank, size, ranks.num_parts) for rank in range(size))
+    shards = (Shard.of(ranks.model, ranks.layout, rank) for rank in range(ranks.layout.size))
     return [rank_page_spec(ranks, shard) for shard in shards]
 
 
 def page_bytes(ranks: RankConfig, specs: list[PageSpec]) -> tuple[int, int, int]:
     """Bytes of a page in each tier, over all ranks: a head that several of them hold lies on disk once."""
     on_device, on_host = (sum(spec.page_bytes_in(tier) for spec in specs) for tier in (Tier.DEVICE, Tier.HOST))
-    whole = replace(specs[0], num_kv_heads=ranks.model.num_key_value_heads)
+    model = ranks.model
+    whole = replace(specs[0], num_layers=model.num_hidden_layers, num_kv_heads=model.num_key_value_heads)
     return on_device, on_host, whole.page_bytes_in(Tier.DISK)
 
 
@@ -97,7 +97,7 @@ def pool_sizes(
     Raises CapacityError when a tier is too small to work with. Sizes that are found count the summaries of pages that a
     policy of attention chooses by; those that are given are of pages alone.
     """
-    specs = page_specs(config, ranks)
+    specs = page_specs(ranks)
     on_device, on_host, on_disk = page_bytes(ranks, specs)
     summary = summary_bytes(ranks, specs)
     most = config.max_num_seqs * specs[0].pages_for(max_model_len)  # that running requests can fill

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from distkv import LLM, SamplingParams
 from distkv.storage.synthetic_pages import synthetic_slice
+from distkv.workers.group.communicators import Communicators
 from distkv.workers.group.executor import StepResult
-from distkv.workers.group.process_group import ProcessGroup
 from distkv.workers.group.step_plan import StepPlan
+from distkv.workers.model.layout import Layout
 from distkv.workers.sampling.sample_row import SampleRow
 from distkv.workers.sampling.sampler import sample
 
@@ -240,13 +241,14 @@ def test_no_step_of_a_decode_waits_for_the_device(tmp_path: Path, monkeypatch: p
 def _collectives(rank: int, port: int, folder: str) -> None:
     torch.cuda.set_device(0)
     store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
-    group = ProcessGroup(rank, 2, store, "gloo")
+    peers = Communicators.join(Layout(2), rank, store, "gloo")
+    group = peers.stage
     drawn = torch.tensor([7, 8, 9] if rank == 0 else [0, 0, 0], device="cuda")
     total = group.all_reduce(torch.full((4,), rank + 1.0, device="cuda"))
     gathered = group.gather_columns(torch.full((2, 3 - rank), rank + 1.0, device="cuda"), [3, 2])
     seen: dict[str, Tensor | None] = {"drawn": group.broadcast(drawn), "total": total, "gathered": gathered}
     torch.save(seen, Path(folder, f"{rank}.pt"))
-    group.close()
+    peers.close()
 
 
 def test_ranks_that_share_a_gpu(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ class Elsewhere(torch.Tensor):
 def test_gloo_gathers_in_cpu_memory(monkeypatch: pytest.MonkeyPatch, backend: str, expected: type) -> None:
     seen: list[type] = []
 
-    def gather(mine: Tensor, parts: list[Tensor]) -> None:
+    def gather(mine: Tensor, parts: list[Tensor], **where: Any) -> None:
         seen.extend(type(one) for one in (mine, *parts))
         for number, part in enumerate(parts):
             part.copy_(mine + number)

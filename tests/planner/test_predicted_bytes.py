@@ -29,7 +29,9 @@ from distkv.planner.sizing import pages_with_summaries, pool_sizes
 from distkv.storage.dtypes import DTYPES
 from distkv.workers import rank as rank_module
 from distkv.workers.cache_place import CachePlace
+from distkv.workers.group.communicators import Communicators
 from distkv.workers.group.process_group import ProcessGroup
+from distkv.workers.model.layout import Layout
 from distkv.workers.model.llama import LlamaModel, load_llama
 from distkv.workers.model.shard import Shard
 from distkv.workers.model.weights import SafetensorsSource
@@ -124,7 +126,7 @@ def test_ranks_hold_what_was_planned(tmp_path: Path, size: int, dtype: str, code
     place = CachePlace(tmp_path / "kv")
     in_all = [0, 0, 0]
     for number, expected in enumerate(plan.fit.ranks):
-        rank = Rank(ranks, _Alone(number, size))
+        rank = Rank(ranks, Communicators(number, ProcessGroup(number, size)))  # it can do all but run
         with closing(rank):
             assert rank.allocate(sizes, place) == rank.pools.nbytes
             pools = rank.pools
@@ -147,18 +149,10 @@ def test_weights_are_counted(tmp_path: Path, size: int, tied: bool) -> None:
     plan = planned(folder, dtype="bfloat16", tensor_parallel_size=size, **DEVICE_ONLY)
     config = plan.request.model.config
     for number, expected in enumerate(plan.fit.ranks):
-        group, shard = _Alone(number, size), Shard.of(config, number, size)
+        group, shard = ProcessGroup(number, size), Shard.of(config, Layout(size), number)
         with SafetensorsSource(folder) as source:
             model = load_llama(source, config, shard, group, torch.bfloat16, torch.device("cpu"), PLAIN_KERNELS)
         assert sum(one.nbytes for one in weights_of(model)) == expected.weights
-
-
-class _Alone(ProcessGroup):
-    """A rank of a group whose others are not there; it can load and allocate, and not run."""
-
-    def __init__(self, rank: int, size: int):
-        super().__init__()
-        self.rank, self.size = rank, size
 
 
 def weights_of(model: LlamaModel) -> list[Tensor]:

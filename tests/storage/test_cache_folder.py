@@ -58,6 +58,7 @@ from distkv.workers.group.process_group import ProcessGroup
 from distkv.workers.group.report import Report, ReportCollector
 from distkv.workers.group.step_plan import StepPlan, decode, encode
 from distkv.workers.kv_pools import DiskTier, KVPools
+from distkv.workers.model.layout import Layout
 from distkv.workers.model.llama import load_llama
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import Shard
@@ -94,7 +95,7 @@ def rank_pools(
 ) -> list[tuple[range, DiskPool]]:
     """The pools of all ranks of a group on one node, with the heads that each holds."""
     pools = []
-    for shard in (Shard.of(model(), rank, size) for rank in range(size)):
+    for shard in (Shard.of(model(), Layout(size), rank) for rank in range(size)):
         first = shard.holder == 0
         heads = DiskHeads(shard.kv_heads[0], spec.num_kv_heads, reports=first, writes=first)
         own = replace(spec, num_kv_heads=shard.num_kv_heads)
@@ -745,10 +746,10 @@ def test_holders_of_a_head_agree_in_every_bit(tmp_path: Path, num_tokens: int, d
     config = ModelConfig.load(folder)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(num_tokens, config.hidden_size, generator=generator).to(dtype)
-    whole = project(folder, Shard.of(config, 0, 1), dtype, hidden)
+    whole = project(folder, Shard.of(config, Layout(), 0), dtype, hidden)
     by_head: dict[int, list[Tensor]] = {}
     for rank in range(5):
-        shard = Shard.of(config, rank, 5)
+        shard = Shard.of(config, Layout(5), rank)
         kv = project(folder, shard, dtype, hidden)
         by_head.setdefault(shard.kv_heads[0], []).append(kv)
         torch.testing.assert_close(kv, whole[:, :, shard.kv_heads[0]].unsqueeze(2), rtol=0.02, atol=0.02)

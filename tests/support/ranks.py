@@ -9,7 +9,7 @@ from support.plans import sequence_step, step_plan
 from torch import Tensor
 
 from distkv.storage.paging import NUM_BUFFERS, PREFILL_SPLIT
-from distkv.workers.group.process_group import ProcessGroup
+from distkv.workers.group.communicators import Communicators
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.rank import Rank
 from distkv.workers.rank_config import RankConfig
@@ -18,7 +18,7 @@ from distkv.workers.sizes import PoolSizes
 
 def load_rank(folder: Path, *, num_pages: int = 32, **options: Any) -> Rank:
     """A group of one rank on the CPU with its pool; `options` are those of `rank_config`."""
-    rank = Rank(rank_config(folder, **options), ProcessGroup())
+    rank = Rank(rank_config(folder, **options), Communicators())
     rank.allocate(PoolSizes(device=num_pages))
     return rank
 

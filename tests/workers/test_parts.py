@@ -13,18 +13,12 @@ from support.prompts import random_prompt
 from support.ranks import rank_config
 from torch import Tensor
 
+from distkv.workers.group.communicators import Communicators
 from distkv.workers.group.process_group import ProcessGroup, open_store
 from distkv.workers.group.shared_memory import SharedMemory
+from distkv.workers.model.layout import Layout
 from distkv.workers.rank import Rank
 from distkv.workers.sizes import PoolSizes
-
-
-class RankInThread(ProcessGroup):
-    """A rank among others of this process, which exchange through shared memory as ranks of one machine do."""
-
-    def __init__(self, rank: int, size: int, shared: SharedMemory | None):
-        super().__init__()
-        self.rank, self.size, self._shared = rank, size, shared
 
 
 def on_ranks(size: int, run: Callable[[int], Any]) -> list[Any]:
@@ -34,13 +28,13 @@ def on_ranks(size: int, run: Callable[[int], Any]) -> list[Any]:
 
 def logits(folder: Path, size: int, num_parts: int | None, dtype: str, prompt_len: int = 40, **more: Any) -> Tensor:
     """Of all tokens of a prompt that is read in two steps."""
-    config = rank_config(folder, dtype=dtype, num_threads=1, num_parts=num_parts, **more)
+    config = rank_config(folder, dtype=dtype, num_threads=1, layout=Layout(size, num_parts=num_parts), **more)
     store = open_store("127.0.0.1")
     prompt = random_prompt(40, 1)
 
     def run(number: int) -> Tensor | None:
         shared = SharedMemory.join(open_store("127.0.0.1", store.port), number, size) if size > 1 else None
-        rank = Rank(config, RankInThread(number, size, shared))
+        rank = Rank(config, Communicators(number, ProcessGroup(number, size, shared=shared)))
         rank.allocate(PoolSizes(device=8, summaries=8))
         steps = [
             sequence_step(prompt[:23], 0, [3, 1], prompt_len, 23),

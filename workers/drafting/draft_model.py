@@ -14,6 +14,7 @@ from distkv.workers.drafting.draft_contexts import DraftContexts
 from distkv.workers.drafting.draft_request import DraftRequest
 from distkv.workers.group.process_group import ProcessGroup
 from distkv.workers.kv_pools import KVPools
+from distkv.workers.model.layout import Layout
 from distkv.workers.model.llama import load_llama
 from distkv.workers.model.shard import Shard
 from distkv.workers.model.weights import CheckedSource, weight_source
@@ -42,7 +43,7 @@ class DraftModel:
         dtype = torch_dtype(config.dtype)
         source = weight_source(draft.folder, config.load_format, config.seed, dtype, device, warns=True)
         with source as weights, torch.inference_mode():
-            shard = Shard.of(draft.model, 0, 1)
+            shard = Shard.of(draft.model, Layout(), 0)
             self._model = load_llama(
                 CheckedSource(weights, check), draft.model, shard, group, dtype, device, backend.kernels
             )

@@ -7,7 +7,7 @@ import torch
 
 from distkv.workers.cache_place import CachePlace, free_bytes
 from distkv.workers.errors import ConfigError
-from distkv.workers.group.process_group import ProcessGroup
+from distkv.workers.group.communicators import Communicators
 from distkv.workers.group.rank_executor import RankExecutor
 from distkv.workers.rank import Loaded, Rank
 from distkv.workers.rank_config import RankConfig
@@ -39,7 +39,7 @@ class LocalGroup:
 
     def load(self, config: RankConfig) -> list[Loaded]:
         """See `RankGroup.load`."""
-        self._rank = Rank(config, ProcessGroup(), self._check)
+        self._rank = Rank(config, Communicators(), self._check)
         return [self._rank.loaded]
 
     def capacity(self, of_device: bool) -> Capacity:

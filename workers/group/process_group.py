@@ -1,4 +1,4 @@
-"""Collectives among the ranks of one tensor-parallel group."""
+"""Collectives among some of an engine's ranks: those of a stage, or of a context group."""
 
 import os
 from collections.abc import Sequence
@@ -32,34 +32,29 @@ def open_store(host: str, port: int | None = None) -> dist.TCPStore:
 
 
 class ProcessGroup:
-    """The tensor-parallel group as seen by one rank; a group of one does nothing.
+    """A group of ranks as seen by one of them; a group of one does nothing.
 
     NCCL carries tensors on CUDA. Those on the CPU go through memory that the ranks of one machine share, else over
     gloo, as do CUDA tensors when ranks share a GPU.
     """
 
     def __init__(
-        self, rank: int = 0, size: int = 1, store: dist.Store | None = None, backend: str = "gloo",
-        in_order: bool = False,
+        self, rank: int = 0, size: int = 1, backend: str = "gloo", in_order: bool = False,
+        shared: SharedMemory | None = None, group: dist.ProcessGroup | None = None,
     ):  # fmt: skip
-        """Joins the group, waiting for all ranks to do so.
-
+        """
         Args:
-            store: where they find each other, see `open_store`; needed by more than one.
             backend: "nccl" or "gloo".
             in_order: whether sums are taken in the order of the ranks on CUDA too.
+            shared: what the ranks share, where they lie on one machine.
+            group: torch's, of these ranks; None for that of all that have met.
         """
         self.rank = rank
         self.size = size
         self.is_capturable = size == 1 or backend == "nccl"  # whether a CUDA graph may hold its collectives
         self._backend, self._in_order = backend, in_order
         self.num_sums = 0  # that this rank has begun: it goes on as long as there are more of them
-        self._shared: SharedMemory | None = None
-        if size > 1:
-            assert store is not None
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-            if backend == "gloo":
-                self._shared = SharedMemory.join(store, rank, size)
+        self._shared, self._group = shared, group
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of x over the ranks, in place. On a CPU, and on CUDA where it was asked for, it is taken in fp32 in
@@ -68,7 +63,7 @@ class ProcessGroup:
         if self.size == 1 or not x.numel():
             return x
         if x.is_cuda and not self._in_order:
-            dist.all_reduce(x)
+            dist.all_reduce(x, group=self._group)
             return x
         own = x.cpu() if self._backend == "gloo" else x  # which gathers in CPU memory alone; there it is x itself
         if self._shared is not None:
@@ -102,7 +97,7 @@ class ProcessGroup:
             assert gathered is not None
             return gathered.unbind()
         parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x)
+        dist.all_gather(parts, x, group=self._group)
         return parts
 
     def broadcast(self, x: Tensor) -> Tensor:
@@ -110,7 +105,7 @@ class ProcessGroup:
         if self.size == 1 or not x.numel():
             return x
         if self._shared is None or x.is_cuda:
-            dist.broadcast(x, src=0)
+            dist.broadcast(x, group=self._group, group_src=0)
         elif (parts := self._shared.gather(x, wanted=self.rank > 0)) is not None:
             x.copy_(parts[0])
         return x
@@ -137,11 +132,5 @@ class ProcessGroup:
             gathered = self._shared.gather(x, wanted=self.rank == 0)
             return None if gathered is None else gathered.unbind()
         parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
-        dist.gather(x, parts)
+        dist.gather(x, parts, group=self._group, group_dst=0)
         return parts
-
-    def close(self) -> None:
-        """Leaves the group."""
-        self._shared = None
-        if self.size > 1:
-            dist.destroy_process_group()

@@ -13,9 +13,10 @@ from torch.distributed import TCPStore
 from distkv.storage.process_limits import usable_cores
 from distkv.workers.cache_place import CachePlace, free_bytes
 from distkv.workers.group.channel import FollowerChannel, LeaderChannel
+from distkv.workers.group.communicators import Communicators
 from distkv.workers.group.log_lines import LogCollector, LogLine
 from distkv.workers.group.private_socket import Address, bind_private
-from distkv.workers.group.process_group import ProcessGroup, open_store
+from distkv.workers.group.process_group import open_store
 from distkv.workers.group.rank_executor import RankExecutor
 from distkv.workers.group.report import Report
 from distkv.workers.group.stray_connections import StrayConnections
@@ -33,7 +34,7 @@ have logged since the last call. Followers end when it returns."""
 class Addresses:
     """Where rank 0 of a group is reached."""
 
-    store: tuple[str, int]  # by the process group
+    store: tuple[str, int]  # by the other ranks
     requests: Address  # by the owner of the group
     plans: list[Address]  # by each follower
 
@@ -76,11 +77,11 @@ class RankActor:
         self._store = open_store(host)
         return Addresses((host, self._store.port), requests, self._followers.addresses)
 
-    def load(self, config: RankConfig, rank: int, size: int, store: tuple[str, int]) -> Loaded:
-        """Joins the process group and loads this rank's part of the model; returns what it will run."""
+    def load(self, config: RankConfig, rank: int, store: tuple[str, int]) -> Loaded:
+        """Joins the other ranks and loads this rank's part of the model; returns what it will run."""
         joined = self._store or open_store(*store)
         collectives, in_order = KINDS[config.device].collectives, bool(config.batch_invariant)
-        self._loaded = Rank(config, ProcessGroup(rank, size, joined, collectives, in_order))
+        self._loaded = Rank(config, Communicators.join(config.layout, rank, joined, collectives, in_order))
         return self._loaded.loaded
 
     def take_log(self) -> list[LogLine]:
@@ -113,7 +114,7 @@ class RankActor:
             self._rank.close_after_error()
             raise
         self._rank.close()
-        self._rank.group.close()
+        self._rank.peers.close()
         return self._log.take()
 
     def _take_logs(self) -> list[LogLine]:
@@ -132,5 +133,5 @@ class RankActor:
             leader.send(report)
         self._rank.close()
         leader.send(Report())
-        self._rank.group.close()
+        self._rank.peers.close()
         return self._log.take()

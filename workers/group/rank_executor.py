@@ -55,7 +55,7 @@ class RankExecutor:
     @classmethod
     def on(cls, rank: Rank, followers: Followers | None = None) -> "RankExecutor":
         """The executor of a group whose rank 0 is `rank`."""
-        reports = ReportCollector(rank.group.size)
+        reports = ReportCollector(rank.config.layout.size)
 
         def forward(plan: StepPlan, sampled: Tensor | None) -> tuple[Tensor | None, Report]:
             if followers is not None:
@@ -66,7 +66,7 @@ class RankExecutor:
                 reported += followers.receive()
             return logits, reports.add(reported)
 
-        return cls(forward, rank.warm_up, rank.take_scores, lambda: rank.group.num_sums, rank.draft)
+        return cls(forward, rank.warm_up, rank.take_scores, lambda: rank.peers.progress, rank.draft)
 
     def run(self, plan: StepPlan, rows: list[SampleRow]) -> StepResult:
         """See `Executor.run`."""

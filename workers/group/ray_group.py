@@ -111,7 +111,7 @@ class RayGroup:
         self.request_address, self._plan_addresses = addresses.requests, addresses.plans
         refs = []
         for rank, actor in enumerate(self._actors):
-            refs.append(actor.load.remote(self._for_node(config, rank), rank, self.size, addresses.store))
+            refs.append(actor.load.remote(self._for_node(config, rank), rank, addresses.store))
         loaded = self._wait(refs)
         self._relay_logs()
         return loaded

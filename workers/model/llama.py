@@ -183,5 +183,6 @@ def load_llama(
 
 
 def _all_shards(config: ModelConfig, shard: Shard) -> list[Shard]:
-    """Those of all ranks beside one of them."""
-    return [Shard.of(config, rank, shard.size, shard.num_parts) for rank in range(shard.size)]
+    """Those of all ranks of its stage."""
+    layout = shard.layout
+    return [Shard.of(config, layout, rank) for rank in layout.ranks_of_stage(shard.stage)]

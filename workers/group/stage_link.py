@@ -1,0 +1,44 @@
+"""From stage to stage of the pipeline, point to point."""
+
+from collections import deque
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class StageLink:
+    """From a rank to its like in the next stage, and to it from the one before. The first stage follows the last one.
+
+    Tensors arrive in the order in which they were sent. NCCL carries those on CUDA, and gloo all others.
+    """
+
+    def __init__(self, before: int, after: int, backend: str):
+        """
+        Args:
+            before, after: ranks, among all.
+            backend: "nccl" or "gloo".
+        """
+        self._before, self._after, self._backend = before, after, backend
+        self._sending: deque[tuple[dist.Work, Tensor]] = deque()  # what must not be freed yet
+        self.num_received = 0
+
+    def send(self, x: Tensor) -> None:
+        """Sends x, which nobody changes any more, and does not wait for it to be received."""
+        while self._sending and self._sending[0][0].is_completed():
+            self._sending.popleft()
+        if not x.numel():
+            return
+        own = (x.cpu() if self._backend == "gloo" else x).contiguous()
+        work = dist.isend(own, self._after)
+        assert work is not None
+        self._sending.append((work, own))
+
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """What the stage before has sent next, which is of this shape and dtype. Raises RuntimeError when a rank is
+        gone."""
+        x = torch.empty(shape, dtype=dtype, device="cpu" if self._backend == "gloo" else device)
+        if x.numel():
+            dist.recv(x, self._before)
+        self.num_received += 1
+        return x.to(device)
