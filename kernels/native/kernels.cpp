@@ -146,10 +146,11 @@ void page_states(int dtype, const void* q, int64_t q_stride, int64_t heads, int6
     });
 }
 
-void merge_page_states(int dtype, const float* states, int64_t heads, int64_t dim, const int64_t* order,
-                       const int64_t* offsets, int64_t num_rows, void* out, int num_threads) {
+void merge_page_states(int dtype, float* states, int64_t heads, int64_t dim, const int64_t* order,
+                       const int64_t* offsets, const int64_t* targets, int64_t num_rows, void* out, int num_threads) {
     by_dtype(dtype, [&](auto one) {
-        merge_page_states(states, heads, dim, order, offsets, num_rows, static_cast<decltype(one)*>(out), num_threads);
+        merge_page_states(states, heads, dim, order, offsets, targets, num_rows, static_cast<decltype(one)*>(out),
+                          num_threads);
     });
 }
 

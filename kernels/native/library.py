@@ -34,7 +34,7 @@ _ARGUMENTS = {
         _INT, _ADDRESS, *[_SIZE] * 5, _ADDRESS, _SIZE, _ADDRESS, _SIZE, _INT, _SIZE, *[_ADDRESS] * 2, _SIZE, _ADDRESS,
         _INT,
     ],
-    "merge_page_states": [_INT, _ADDRESS, _SIZE, _SIZE, _ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _INT],
+    "merge_page_states": [_INT, _ADDRESS, _SIZE, _SIZE, *[_ADDRESS] * 3, _SIZE, _ADDRESS, _INT],
     "expected_weights": [
         _INT, _ADDRESS, *[_SIZE] * 4, _ADDRESS, _SIZE, _ADDRESS, _SIZE, _ADDRESS, _FLOAT, _ADDRESS, _ADDRESS, _INT,
     ],

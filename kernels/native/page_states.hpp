@@ -61,11 +61,12 @@ void page_states(const Shape& shape, const Pages<T>& pages, const Queries<T>& q,
     }
 }
 
-// Merges, for each row of out, the rows of states `order[offsets[row]]` to `order[offsets[row + 1] - 1]`, one after the
-// other, and divides and rounds as `Call::end` does.
+// Merges, for each of some rows, the rows of states `order[offsets[row]]` to `order[offsets[row + 1] - 1]`, one after the
+// other. What comes of it is divided and rounded, as `Call::end` does, into row `targets[row]` of out; a target -1 - r is
+// row r of the states, which goes on.
 template <class T>
-void merge_page_states(const float* states, int64_t heads, int64_t dim, const int64_t* order, const int64_t* offsets,
-                       int64_t num_rows, T* out, int num_threads) {
+void merge_page_states(float* states, int64_t heads, int64_t dim, const int64_t* order, const int64_t* offsets,
+                       const int64_t* targets, int64_t num_rows, T* out, int num_threads) {
     KeptStates kept{heads, round_up(dim, LANES)};
     // heads of a task: up to as many as are merged by one instruction, and few enough that all threads have work
     int64_t num_blocks = std::clamp<int64_t>(2 * num_threads / std::max<int64_t>(1, num_rows), 1, heads);
@@ -90,8 +91,14 @@ void merge_page_states(const float* states, int64_t heads, int64_t dim, const in
                 }
                 merge(merged, next, count, kept.dim);
             }
-            for (int64_t h = 0; h < count; ++h)
-                finish(merged.out + h * kept.dim, merged.sums[h], dim, out + (row * heads + head + h) * dim);
+            int64_t target = targets[row];
+            for (int64_t h = 0; h < count; ++h) {
+                const float* found = merged.out + h * kept.dim;
+                if (target < 0)
+                    keep(found, merged.highest[h], merged.sums[h], kept.dim, states + kept.at(-1 - target, head + h));
+                else
+                    finish(found, merged.sums[h], dim, out + (target * heads + head + h) * dim);
+            }
         }
     }
 }

@@ -46,20 +46,26 @@ def page_states(
     )  # fmt: skip
 
 
-def merge_page_states(library: Library, states: Tensor, order: Tensor, offsets: Tensor, out: Tensor) -> None:
-    """Attention of rows from their states over all their pages.
+def merge_page_states(
+    library: Library, states: Tensor, order: Tensor, offsets: Tensor, out: Tensor, targets: Tensor | None = None
+) -> None:
+    """Attention of rows from their states over all their pages, all of them together in as many calls as need be.
 
     Shapes:
         states fp32 `[R, H, state_width(D)]`, of `page_states`
-        order int64: rows of states, for each row of out those of its pages in logical order, one row after the other;
-            offsets int64 `[T + 1]`: where they begin and end
+        order int64: rows of states, for each row those of its pages in logical order, one row after the other; offsets
+            int64 `[rows + 1]`: where they begin and end
         out `[T, H * D]`
+        targets int64 `[rows]`: the row of out that gets what comes of each; or -1 - r for row r of the states, which
+            becomes the state over all these pages, and comes first among those of its row in a later call. None for the
+            rows of out one after the other
     """
     _, heads, _ = states.shape
-    num_rows, width = out.shape
+    width = out.shape[1]
+    targets = torch.arange(len(out)) if targets is None else targets
     assert states.is_contiguous() and out.is_contiguous() and states.shape[2] == state_width(width // heads)
-    assert order.dtype == offsets.dtype == torch.int64 and len(offsets) == num_rows + 1
+    assert order.dtype == offsets.dtype == targets.dtype == torch.int64 and len(offsets) == len(targets) + 1
     library.merge_page_states(
-        DTYPES[out.dtype], states.data_ptr(), heads, width // heads, order.data_ptr(), offsets.data_ptr(), num_rows,
-        out.data_ptr(), torch.get_num_threads(),
+        DTYPES[out.dtype], states.data_ptr(), heads, width // heads, order.data_ptr(), offsets.data_ptr(),
+        targets.data_ptr(), len(targets), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip

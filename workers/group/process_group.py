@@ -110,6 +110,22 @@ class ProcessGroup:
             x.copy_(parts[0])
         return x
 
+    def all_gather(self, x: Tensor) -> Sequence[Tensor]:
+        """The x of each rank, all of one shape."""
+        return [x] if self.size == 1 else self._all_gather(x)
+
+    def exchange(self, x: Tensor, sizes: list[int], out: Tensor) -> None:
+        """Gives each rank its own part of x on the CPU, and writes what each rank has for this one into out.
+
+        Shapes: x `[sum(sizes)]`, one rank's part after the other; out `[ranks, sizes[rank]]`; contiguous, of one dtype.
+        """
+        if self._shared is not None:
+            self._shared.exchange(x, sizes, out)
+            return
+        of_bytes = [size * x.itemsize for size in sizes]
+        received = [of_bytes[self.rank]] * self.size
+        dist.all_to_all_single(out.view(-1).view(torch.uint8), x.view(torch.uint8), received, of_bytes)
+
     def gather_columns(self, x: Tensor, widths: list[int]) -> Tensor | None:
         """Puts the ranks' columns side by side on rank 0; other ranks get None.
 
