@@ -47,6 +47,7 @@ class EngineOptions(TypedDict, total=False):
     max_queued_requests: int | None
     max_num_batched_tokens: int
     page_size: int
+    decode_context_parallel_size: int
     seed: int
     ray_address: str | None
     device: str
@@ -154,6 +155,13 @@ class EngineConfig:
     """
     page_size: int = 256
     """Tokens of a KV page, a power of two from 16 on."""
+    decode_context_parallel_size: int = 1
+    """Ranks that share out each page: more ranks than KV heads hold more tokens.
+
+    It divides tensor_parallel_size. So many neighbouring ranks keep page_size tokens each of a page that is as many
+    times as long, in memory and on disk, and exchange what they find in them. Answers stay the same, bit for bit. It
+    needs native CPU kernels, and whole KV heads in each such group: 3 of them on 6 ranks are 3 groups of 2.
+    """
     seed: int = 0
     """Seed of dummy weights, and of the requests that bring none of their own."""
     ray_address: str | None = None
@@ -298,7 +306,14 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         self._set("model", settle_path("model", self.model))
-        sizes = ("tensor_parallel_size", "data_parallel_size", "max_num_seqs", "max_num_batched_tokens", "page_size")
+        sizes: tuple[str, ...] = (
+            "tensor_parallel_size",
+            "data_parallel_size",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "page_size",
+            "decode_context_parallel_size",
+        )
         for name in sizes:
             self._set(name, check_whole(name, getattr(self, name)))
         whole = (
@@ -354,6 +369,7 @@ class EngineConfig:
                 f"min_tensor_parallel_size {least} is not less than tensor_parallel_size {size}; lower the first, or "
                 "leave it out"
             )
+        self._check_context_groups()
         self._check_tiers()
         check_effects(self)
 
@@ -362,6 +378,11 @@ class EngineConfig:
         """`speculative_config`, as it was checked."""
         assert isinstance(self.speculative_config, SpeculativeConfig | None)
         return self.speculative_config
+
+    @property
+    def plan_page_size(self) -> int:
+        """Tokens of a page over all ranks that share it out."""
+        return self.page_size * self.decode_context_parallel_size
 
     @property
     def is_on_ray(self) -> bool:
@@ -415,6 +436,27 @@ class EngineConfig:
                 f"before are more than the max_num_seqs {self.max_num_seqs} that a step samples at most; "
                 f"{raise_to('max_num_seqs', found.num_speculative_tokens + 1)}"
             )
+
+    def _check_context_groups(self) -> None:
+        size, context = self.tensor_parallel_size, self.decode_context_parallel_size
+        if context == 1:
+            return
+        if size % context:
+            raise ConfigError(
+                f"decode_context_parallel_size {context} does not divide tensor_parallel_size {size}; use one that "
+                "does, or leave it out"
+            )
+        for name, value, why in (
+            ("attention_policy", self.attention_policy != FULL, "which chooses among the pages of a rank"),
+            ("min_tensor_parallel_size", self.min_tensor_parallel_size, "by which other ranks would share out pages"),
+            ("cache_dir", self.cache_dir is not None, "whose files are of whole pages"),
+            ("device", self.device == "cuda", "whose kernels attend to pages of one rank alone"),
+        ):
+            if value:
+                raise ConfigError(
+                    f"decode_context_parallel_size is {context} and {name} is {getattr(self, name)}, {why}; leave one "
+                    "of them out"
+                )
 
     def _check_tiers(self) -> None:
         if self.trace is not None:

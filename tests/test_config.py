@@ -269,3 +269,18 @@ def test_a_folder_below_one_that_was_removed(monkeypatch: pytest.MonkeyPatch, tm
     with pytest.raises(ConfigError, match="cache_dir is 'kv', which leads nowhere"):
         EngineConfig("/m", cache_dir="kv")
     os.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"tensor_parallel_size": 3}, "does not divide tensor_parallel_size 3"),
+        ({"tensor_parallel_size": 4, "attention_policy": "sink_window"}, "attention_policy is sink_window"),
+        ({"tensor_parallel_size": 4, "max_rank_failures": 1, "min_tensor_parallel_size": 1}, "leave one of them out"),
+        ({"tensor_parallel_size": 4, "device": "cuda"}, "device is cuda"),
+    ],
+)
+def test_context_groups_go_with_some_options_alone(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        EngineConfig("folder", decode_context_parallel_size=2, **options)
+    assert EngineConfig("f", tensor_parallel_size=4, decode_context_parallel_size=2, page_size=16).plan_page_size == 32

@@ -19,6 +19,7 @@ from distkv.kernels.token_kernels import TokenKernels
 from distkv.storage.device import Device
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools.page_pool import PageCodec
+from distkv.workers.attention.context_attention import ContextGroup
 from distkv.workers.attention.policies.policy import PagePolicy, name_of
 from distkv.workers.errors import ConfigError
 from distkv.workers.kinds import KINDS
@@ -64,6 +65,10 @@ class Backend(Protocol):
         """Has steps run by a policy of attention, and one of every `audit` of them measure what it covers, if that is
         given. Raises ConfigError where there are no kernels for it."""
 
+    def use_context_group(self, context: ContextGroup) -> None:
+        """Has steps share out pages with the other ranks of a context group. Raises ConfigError where there are no
+        kernels for it."""
+
     def room(self, model: LlamaModel, demand: Demand) -> Room:
         """Looks, or finds out by trial, how much memory is left beside the model. All ranks of a group at a time.
         Raises CapacityError when a step does not fit."""
@@ -100,4 +105,12 @@ def refused_policy(policy: PagePolicy, kernels: str) -> ConfigError:
     return ConfigError(
         f"attention_policy is {name_of(policy)}, which the native kernels of a CPU alone can follow, and this rank has "
         f"{kernels}; use full"
+    )
+
+
+def refused_context_group(kernels: str) -> ConfigError:
+    """The error of kernels that attend to pages of one rank alone."""
+    return ConfigError(
+        "decode_context_parallel_size is more than 1, which the native kernels of a CPU alone can do, and this rank "
+        f"has {kernels}; leave it out"
     )

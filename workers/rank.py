@@ -15,6 +15,7 @@ from distkv.storage.moving.streams import Lane
 from distkv.storage.process_limits import available_bytes
 from distkv.storage.synthetic_pages import synthetic_slice
 from distkv.storage.tier import Tier
+from distkv.workers.attention.context_attention import ContextGroup
 from distkv.workers.attention.policies.registry import parse_policy
 from distkv.workers.backend import Demand, make_backend
 from distkv.workers.bandwidth import measure_bandwidth
@@ -62,6 +63,8 @@ class Rank:
         self.shard = Shard.of(config.model, config.layout, peers.rank)
         policy = parse_policy(config.attention_policy)
         self.backend = make_backend(config.device, config.batch_invariant, policy, config.attention_audit)
+        if self.shard.context_size > 1:
+            self.backend.use_context_group(ContextGroup.of(config.model, config.layout, peers.rank, peers.context))
         self.page_spec = rank_page_spec(config, self.shard)
         use_threads(config.num_threads)
         self.model, digest = self._load(check)
@@ -71,7 +74,7 @@ class Rank:
         self._codec = self.backend.make_codec(self.page_spec)
         self.pools = KVPools(self.page_spec, PoolSizes(), self.backend.device, codec=self._codec)
         self._runner = self.backend.make_runner(self.model, self.pools, config.max_num_seqs)
-        self._directory = PageDirectory(config.page_size)
+        self._directory = PageDirectory(config.plan_page_size)
         # a device has been tried with the logits of max_num_seqs rows
         self._scored_rows = min(SCORED_ROWS, config.max_num_seqs) if self.backend.device.runs_behind else SCORED_ROWS
         self._scores: PromptScores | None = None
@@ -135,7 +138,7 @@ class Rank:
         self.pools = KVPools(self.page_spec, sizes, self.backend.device, disk, meter, self._codec)
         self._runner = self.backend.make_runner(self.model, self.pools, config.max_num_seqs)
         self.backend.tune(self.pools)
-        self.plan_check = PlanCheck(sizes, config.model.vocab_size, config.page_size, config.max_num_seqs)
+        self.plan_check = PlanCheck(sizes, config.model.vocab_size, config.plan_page_size, config.max_num_seqs)
         release_threads()  # steps run on another one
         return self.pools.nbytes
 
@@ -272,9 +275,10 @@ class Rank:
     def _fill_synthetic(self, slot: int, seed: int) -> None:
         """See `synthetic_slice`."""
         spec, heads, device = self.page_spec, range(*self.shard.kv_heads), self.backend.device.torch_device
+        first = self.shard.context_rank * spec.page_size
         for layer in range(spec.num_layers):
-            values = synthetic_slice(seed, layer, heads, spec.page_size, spec.head_dim, device)
+            values = synthetic_slice(seed, layer, heads, self.config.plan_page_size, spec.head_dim, device)
             pool = self.pools.device.layer(layer)
-            pool[:, slot] = values.to(torch_dtype(spec.dtype))
+            pool[:, slot] = values[:, :, first : first + spec.page_size].to(torch_dtype(spec.dtype))
             if self._codec is not None:
                 self._codec.round(pool, torch.tensor([slot], device=device))

@@ -30,7 +30,7 @@ class RankConfig:
     dtype: str  # one of `DTYPES`
     kv_cache_dtype: str  # "auto", or a key of `FORMATS`
     device: str  # a key of `KINDS`
-    page_size: int  # tokens
+    page_size: int  # tokens that a rank keeps of a page, see `plan_page_size`
     max_num_seqs: int
     max_num_batched_tokens: int
     gpu_memory_utilization: float  # share of the GPU's memory that weights, workspace and KV may take together
@@ -44,6 +44,12 @@ class RankConfig:
     attention_audit: int | None = None  # see `EngineConfig`
     draft: DraftConfig | None = None
     layout: Layout = field(default_factory=Layout)
+
+    @property
+    def plan_page_size(self) -> int:
+        """Tokens of a page as the leader and its plans have it: each rank of a context group keeps `page_size` of
+        them."""
+        return self.page_size * self.layout.decode_context_parallel_size
 
 
 def model_page_spec(

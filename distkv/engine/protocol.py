@@ -18,7 +18,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    page_size: int
+    page_size: int  # tokens
     num_pages: int  # on the device
     num_host_pages: int
     num_disk_pages: int
@@ -49,7 +49,13 @@ class EngineInfo(msgspec.Struct, frozen=True):
     # of a token, for each one that it attends to, in what all products of a token with the weights of layers cost
     attention_cost: float = 0.0
     cold_page_seconds: tuple[float, float] = (0.0, 0.0)  # from host and disk, as measured at start; 0 where it was not
+    context_size: int = 1  # ranks that share out the tokens of a page, see `decode_context_parallel_size`
     summary_bytes: int = 0  # beside the tiers, of all pages that requests can hold, where a policy chooses by summaries
+
+    @property
+    def coded_page_size(self) -> int:
+        """Tokens that are rounded together when the last of them has come, where pages have a codec."""
+        return self.page_size // self.context_size
 
     @property
     def cold_page_bytes(self) -> int:

@@ -108,7 +108,7 @@ class Scheduler:
         arrival = -1
         is_scored = request.num_to_read > len(request.prompt_token_ids)
         for index, tokens in (request.begun or {0: []}).items():
-            table = PageTable(self.cache, self._info.page_size, tenant)
+            table = PageTable(self.cache, self._info.page_size, tenant, self._info.coded_page_size)
             sequence = Sequence(
                 request, index, next(self._numbers), table, [*request.prompt_token_ids, *tokens], root,
                 keeps_answer=self._info.attention_policy == FULL, lengths=self._lengths,

@@ -238,15 +238,15 @@ class Sequence:
 
     def rewind(self, count: int, has_run: bool) -> None:
         """Takes back what a step with `count` of its tokens was to do. If ranks may have run it, they may have rounded
-        a page that it fills, with all tokens in it, and a policy of attention may remember it: tokens before the step
-        are read again, too."""
+        a page that it fills, or a rank's part of one, with all tokens in it, and a policy of attention may remember it:
+        tokens before the step are read again, too."""
         table, end = self.table, self.table.num_tokens
-        page = end // table.page_size  # the first one that the step leaves open
+        part = end // table.part_size  # the first one that the step leaves open
         table.rewind(count)
         if has_run and self.num_observed and end > self.first_observed:
             self.read_again()
             self.fell_from = end
-        elif has_run and table.num_tokens // table.page_size < page:
+        elif has_run and table.num_tokens // table.part_size < part:
             table.cut(table.num_tokens // table.page_size)
             self.num_to_read = len(self.token_ids)
         self.num_sent = min(self.num_sent, len(self.table.pages))

@@ -23,10 +23,11 @@ OTHER_FIELDS = ("dtype", "eos_token_ids", "max_position_embeddings", "tie_word_e
 
 def make_fingerprint(
     weights: str, kernels: str, model: ModelConfig, dtype: str, page_size: int, kv_cache_dtype: str = "auto",
-    disk_codec: str = "none",
+    disk_codec: str = "none", context_size: int = 1,
 ) -> str:  # fmt: skip
     """64 hex digits of the weights' digest, the kernels' name, the model's shape, the dtype, the codecs and the layout
-    of pages. The number of ranks has no part in it, since the layout of pages on disk does not depend on it."""
+    of pages. The number of ranks has no part in it, since the layout of pages on disk does not depend on it, but for
+    those that share out a page."""
     shape = {name: value for name, value in asdict(model).items() if name not in OTHER_FIELDS}
     parts = {
         "weights": weights,
@@ -36,11 +37,13 @@ def make_fingerprint(
         "page_size": page_size,
         "format": FORMAT,
     }
-    # names of folders that are there already have no codec in them
+    # names of folders that are there already have nothing of these in them
     if kv_cache_dtype != "auto":
         parts["kv_cache_dtype"] = kv_cache_dtype
     if disk_codec != "none":
         parts["disk_codec"] = disk_codec
+    if context_size != 1:
+        parts["decode_context_parallel_size"] = context_size
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

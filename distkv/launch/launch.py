@@ -203,7 +203,14 @@ def cache_place(config: EngineConfig, ranks: RankConfig, loaded: list[Loaded]) -
     if not keeps_cache(config, ranks.model):
         return CachePlace(cache_dir / SCRATCH)
     fingerprint = make_fingerprint(
-        weights, kernels, ranks.model, ranks.dtype, ranks.page_size, ranks.kv_cache_dtype, ranks.disk_codec
+        weights,
+        kernels,
+        ranks.model,
+        ranks.dtype,
+        ranks.page_size,
+        ranks.kv_cache_dtype,
+        ranks.disk_codec,
+        ranks.layout.decode_context_parallel_size,
     )
     return CachePlace(cache_dir / fingerprint[:FOLDER_DIGITS], fingerprint, kernels)
 

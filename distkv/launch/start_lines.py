@@ -75,7 +75,7 @@ def _room_elsewhere(config: EngineConfig) -> list[str]:
         return []
     tier_bytes = [count * one for count, one in zip(pages, sizes, strict=True)]
     other = "" if None not in given[:2] else "; a tier that no option sizes is found where the engine runs"
-    return [_room(pages, tier_bytes, config.page_size, max_model_len) + other]
+    return [_room(pages, tier_bytes, config.plan_page_size, max_model_len) + other]
 
 
 def _cost(config: EngineConfig, info: EngineInfo, model: ModelShape, hardware: Hardware) -> list[str]:
@@ -86,7 +86,7 @@ def _cost(config: EngineConfig, info: EngineInfo, model: ModelShape, hardware: H
     request = PlanRequest(
         model, hardware, tensor_parallel_size=config.tensor_parallel_size, dtype=config.dtype, context=context,
         kv_cache_dtype=config.kv_cache_dtype if host else "auto", attention_policy=config.attention_policy,
-        device_kv_bytes=device, host_kv_bytes=host, disk_kv_bytes=disk, page_size=info.page_size,
+        device_kv_bytes=device, host_kv_bytes=host, disk_kv_bytes=disk, page_size=config.page_size,
         max_num_seqs=info.max_num_seqs, max_num_batched_tokens=info.max_num_batched_tokens,
     )  # fmt: skip
     decode = make_plan(request).decode

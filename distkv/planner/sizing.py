@@ -58,7 +58,7 @@ def page_bytes(ranks: RankConfig, specs: list[PageSpec]) -> tuple[int, int, int]
     on_device, on_host = (sum(spec.page_bytes_in(tier) for spec in specs) for tier in (Tier.DEVICE, Tier.HOST))
     model = ranks.model
     whole = replace(specs[0], num_layers=model.num_hidden_layers, num_kv_heads=model.num_key_value_heads)
-    return on_device, on_host, whole.page_bytes_in(Tier.DISK)
+    return on_device, on_host, whole.page_bytes_in(Tier.DISK) * ranks.layout.decode_context_parallel_size
 
 
 def summary_bytes(ranks: RankConfig, specs: list[PageSpec]) -> int:
@@ -100,7 +100,7 @@ def pool_sizes(
     specs = page_specs(ranks)
     on_device, on_host, on_disk = page_bytes(ranks, specs)
     summary = summary_bytes(ranks, specs)
-    most = config.max_num_seqs * specs[0].pages_for(max_model_len)  # that running requests can fill
+    most = config.max_num_seqs * pages_for(max_model_len, config.plan_page_size)  # that running requests can fill
     window = _window_pages(config, max_model_len)
     device = _given(config, "device_kv_bytes", on_device, 1 if config.host_kv_bytes == 0 else window)
     if device is None:
@@ -139,8 +139,8 @@ def _given(config: EngineConfig, option: str, page_bytes: int, least: int = 1) -
         return size
     if size < page_bytes:
         raise CapacityError(
-            f"{option} {size} is less than one page of {config.page_size} tokens, {page_bytes} bytes over all ranks; "
-            f"{raise_to(option, least * page_bytes)} or lower page_size"
+            f"{option} {size} is less than one page of {config.plan_page_size} tokens, {page_bytes} bytes over all "
+            f"ranks; {raise_to(option, least * page_bytes)} or lower page_size"
         )
     return size // page_bytes
 
@@ -175,19 +175,19 @@ def _check_window(config: EngineConfig, device: int, host: int, max_model_len: i
     if not host or device >= least:
         return
     tokens = min(config.max_num_batched_tokens, max_model_len)
-    fits = (device - 1) * config.page_size
+    fits = (device - 1) * config.plan_page_size
     lower = f", or lower max_num_batched_tokens to {fits}" if fits >= config.max_num_seqs else ""
     raise CapacityError(
-        f"the device holds {device} KV pages of {config.page_size} tokens, and a step of {tokens} tokens fills "
-        f"{pages_for(tokens, config.page_size)} beside one being written: "
+        f"the device holds {device} KV pages of {config.plan_page_size} tokens, and a step of {tokens} tokens fills "
+        f"{pages_for(tokens, config.plan_page_size)} beside one being written: "
         f"{raise_to('device_kv_bytes', least * page_bytes)}{lower}"
     )
 
 
 def _window_pages(config: EngineConfig, max_model_len: int) -> int:
     """Pages on the device with which every step runs: the largest one's and one being written, or a whole request."""
-    step = pages_for(min(config.max_num_batched_tokens, max_model_len), config.page_size)
-    return min(step + 1, pages_for(max_model_len, config.page_size))
+    step = pages_for(min(config.max_num_batched_tokens, max_model_len), config.plan_page_size)
+    return min(step + 1, pages_for(max_model_len, config.plan_page_size))
 
 
 def cold_budget(config: EngineConfig, sizes: PoolSizes, rates: list[Bandwidth]) -> tuple[int, float]:

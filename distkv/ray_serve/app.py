@@ -78,7 +78,7 @@ def build_app(config: EngineConfig, server: dict[str, Any], names: list[str], de
     }  # fmt: skip
     routing: dict[str, Any] = {
         "request_router_class": ROUTER,
-        "request_router_kwargs": {"page_size": config.page_size, "max_num_seqs": config.max_num_seqs},
+        "request_router_kwargs": {"page_size": config.plan_page_size, "max_num_seqs": config.max_num_seqs},
     }
     of_engines: Any = serve.deployment(EngineReplica)
     engines = of_engines.options(

@@ -251,7 +251,7 @@ def _verify(
     dtype = torch_dtype(model.run_dtype(config.dtype))
     dummy = config.load_format == "dummy"
     with DummySource(config.seed, dtype, device) if dummy else SafetensorsSource(Path(config.model)) as source:
-        return compare_with_reference(stages, Reference(source, model, dtype, device, config.page_size))
+        return compare_with_reference(stages, Reference(source, model, dtype, device, config.plan_page_size))
 
 
 def _facts(options: StressOptions, config: EngineConfig, model: ModelConfig, synthetic_fill: bool) -> dict[str, Any]:
@@ -290,4 +290,4 @@ def _formula(model: ModelConfig, config: EngineConfig, info: EngineInfo) -> str:
     dtype, layers = model.run_dtype(config.dtype), model.num_hidden_layers
     heads = info.kv_bytes_per_token // (2 * layers * model.head_dim * ITEM_BYTES[dtype])
     copies = "" if heads == model.num_key_value_heads else " (with those that several ranks hold)"
-    return kv_formula(PageSpec(layers, heads, info.page_size, model.head_dim, dtype, config.kv_cache_dtype), copies)
+    return kv_formula(PageSpec(layers, heads, config.page_size, model.head_dim, dtype, config.kv_cache_dtype), copies)

@@ -11,11 +11,19 @@ class PageTable:
     Several steps may be prepared before the first of them has ended: `append` prepares one, `commit` ends it.
     """
 
-    def __init__(self, cache: TieredCache, page_size: int, tenant: bytes | None = None):
-        """`tenant` is whose the pages are, see `Shares`."""
+    def __init__(
+        self, cache: TieredCache, page_size: int, tenant: bytes | None = None, part_size: int | None = None
+    ):  # fmt: skip
+        """
+        Args:
+            tenant: whose the pages are, see `Shares`.
+            part_size: tokens that are rounded together when the last of them has come, where pages have a codec; those
+                of a page unless several ranks share them out.
+        """
         self._cache = cache
         self.tenant = tenant
         self.page_size = page_size
+        self.part_size = part_size or page_size
         self.pages: list[Page] = []
         self.num_tokens = 0  # with those of steps that have not ended
         self.num_committed = 0
@@ -74,7 +82,7 @@ class PageTable:
         Raises CapacityError as `append` does.
         """
         assert self.num_tokens == self.num_committed
-        other = PageTable(self._cache, self.page_size, self.tenant)
+        other = PageTable(self._cache, self.page_size, self.tenant, self.part_size)
         full = self.num_tokens // self.page_size
         copy = None
         if full < len(self.pages):
@@ -87,7 +95,7 @@ class PageTable:
 
     def fork_first(self, num_pages: int) -> "PageTable":
         """A second table over the tokens of so many full pages, which are shared."""
-        other = PageTable(self._cache, self.page_size, self.tenant)
+        other = PageTable(self._cache, self.page_size, self.tenant, self.part_size)
         other.begin(self.pages[:num_pages])
         return other
 

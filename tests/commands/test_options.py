@@ -56,6 +56,8 @@ OTHERS: dict[str, tuple[str, Any]] = {
     "trace": ("steps.json", Path("steps.json")),
     "gpu_memory_utilization": ("0.5", 0.5),
     "kv_cache_dtype": ("int8", "int8"),
+    "tensor_parallel_size": ("4", 4),
+    "decode_context_parallel_size": ("2", 2),
     "speculative_config": ('{"method": "ngram", "num_speculative_tokens": 3}', NGRAM),
 }
 """The same for fields that would make some of these useless."""

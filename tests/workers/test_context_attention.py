@@ -3,7 +3,7 @@
 The ranks are threads here.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.attention_steps import BUFFER_PAGES, Sequences, Step, place
+from support.thread_group import join_in_threads
 from torch import Tensor
 
 from distkv.kernels.codec_format import FORMATS
@@ -27,8 +28,6 @@ from distkv.storage.tier import Tier, encode_location
 from distkv.workers.attention import context_attention
 from distkv.workers.attention.context_attention import ContextGroup, plan_context_attention
 from distkv.workers.attention.native import plan_native_attention
-from distkv.workers.group.process_group import ProcessGroup, open_store
-from distkv.workers.group.shared_memory import SharedMemory
 from distkv.workers.page_directory import SequenceStep
 
 PAGE_SIZE = 16  # of a rank
@@ -84,23 +83,7 @@ def by_pages_of_ranks(step: Step, size: int) -> Step:
     return replace(step, pool=pool, steps=steps)
 
 
-class RankInThread(ProcessGroup):
-    """A rank among others of this process, which exchange through shared memory as ranks of one machine do."""
-
-    def __init__(self, rank: int, size: int, shared: SharedMemory | None):
-        super().__init__()
-        self.rank, self.size, self._shared = rank, size, shared
-
-
-@cache
-def join_threads(size: int) -> list[ProcessGroup]:
-    store = open_store("127.0.0.1")
-
-    def join(rank: int) -> ProcessGroup:
-        return RankInThread(rank, size, SharedMemory.join(open_store("127.0.0.1", store.port), rank, size))
-
-    with ThreadPoolExecutor(size) as threads:
-        return list(threads.map(join, range(size)))
+join_once = cache(join_in_threads)
 
 
 @contextmanager
@@ -111,9 +94,7 @@ def streaming(ring: StagingRing, loads: Any) -> Iterator[Stream | None]:
         stream.close()
 
 
-def attend_on_ranks(
-    step: Step, whole: Tensor, shape: Shape, cold: set[int], join: Callable[[int], list[ProcessGroup]], codec_name: str
-) -> Tensor:
+def attend_on_ranks(step: Step, whole: Tensor, shape: Shape, cold: set[int], codec_name: str) -> Tensor:
     """The attention of a step on all ranks, side by side; `whole` has the pages of ranks side by side, and those of the
     leader in `cold` lie on the host."""
     s, size, library = step.sequences, shape.size, load_best()
@@ -125,7 +106,7 @@ def attend_on_ranks(
         replace(one, pages=torch.tensor([places.get(slot, slot) for slot in one.pages.tolist()]).numpy())
         for one in step.steps
     ]
-    groups = join(size)
+    groups = join_once(size)
 
     def attend(rank: int) -> Tensor:
         torch.set_num_threads(1)
@@ -178,4 +159,4 @@ def test_ranks_that_share_out_pages_change_no_bit(shape: Shape, lengths: list[tu
     # any page that is full before the step
     full = {slot for each in step.steps for slot in each.pages[: each.start // sequences.page_size].tolist()}
     for cold in set(), full, {slot for slot in full if slot % 3}:
-        assert torch.equal(attend_on_ranks(step, whole, shape, cold, join_threads, codec), expected)
+        assert torch.equal(attend_on_ranks(step, whole, shape, cold, codec), expected)

@@ -9,6 +9,7 @@ Dims: T tokens of the step, H query heads of this rank, D ranks of the group, K 
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from distkv.storage.page_spec import PageSpec
 from distkv.storage.tier import Tier
 from distkv.workers.attention.context_plan import ContextPlan, Limits, PageRound, StateRound, plan_context
 from distkv.workers.group.process_group import ProcessGroup
+from distkv.workers.model.layout import Layout
+from distkv.workers.model.model_config import ModelConfig
+from distkv.workers.model.shard import Shard
 from distkv.workers.page_directory import SequenceStep
 
 STATE_BYTES = 8 << 20  # of states that a rank gives at a time
@@ -36,6 +40,14 @@ class ContextGroup:
     # of each rank its query heads, and the KV heads of these, half-open and counted from the group's first ones
     query_heads: list[tuple[int, int]]
     kv_heads: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, model: ModelConfig, layout: Layout, rank: int, group: ProcessGroup) -> Self:
+        """That of a rank of a layout."""
+        shards = [Shard.of(model, layout, one) for one in layout.context_group(rank)]
+        first, size = shards[0].query_heads[0], model.group_size
+        query_heads = [(one.query_heads[0] - first, one.query_heads[1] - first) for one in shards]
+        return cls(group, query_heads, [(start // size, -(-end // size)) for start, end in query_heads])
 
     @property
     def num_query_heads(self) -> int:

@@ -12,11 +12,12 @@ from distkv.storage.dtypes import torch_dtype
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools.page_pool import PageCodec
 from distkv.storage.tier import Tier
+from distkv.workers.attention.context_attention import ContextAttention, ContextGroup, plan_context_attention
 from distkv.workers.attention.cpu import CpuAttention, plan_cpu_attention
 from distkv.workers.attention.native import NativeAttention, plan_native_attention
 from distkv.workers.attention.policies.policy import PagePolicy
 from distkv.workers.attention.policy_attention import PolicyAttention, Tools, plan_policy_attention
-from distkv.workers.backend import Backend, Demand, Room, refused_policy
+from distkv.workers.backend import Backend, Demand, Room, refused_context_group, refused_policy
 from distkv.workers.errors import ConfigError
 from distkv.workers.kv_pools import KVPools
 from distkv.workers.model.llama import LlamaModel
@@ -52,6 +53,9 @@ class CpuBackend:
     def use_policy(self, policy: PagePolicy, audit: int | None) -> None:
         raise refused_policy(policy, "torch's operators")
 
+    def use_context_group(self, context: ContextGroup) -> None:
+        raise refused_context_group("torch's operators")
+
     def make_codec(self, spec: PageSpec) -> PageCodec | None:
         if spec.format is not None:
             raise ConfigError(
@@ -82,9 +86,13 @@ class NativeBackend(CpuBackend):
         self._library = library
         self._policy: PagePolicy | None = None
         self._audit: int | None = None
+        self._context: ContextGroup | None = None
 
     def use_policy(self, policy: PagePolicy, audit: int | None) -> None:
         self._policy, self._audit = policy, audit
+
+    def use_context_group(self, context: ContextGroup) -> None:
+        self._context = context
 
     def make_runner(self, model: LlamaModel, pools: KVPools, max_num_seqs: int) -> Runner:
         if self._policy is None:
@@ -104,11 +112,15 @@ class NativeBackend(CpuBackend):
         return None if spec.format is None else NativeCodec(self._library, spec.format)
 
     def attention(self, model: LlamaModel, pools: KVPools) -> PlanAttention:
-        codec = self.make_codec(pools.device.spec)
+        library, codec = self._library, self.make_codec(pools.device.spec)
+        # a model that drafts has its pages to itself
+        context = self._context if model.shard.context_size > 1 else None
 
-        def plan(steps: list[SequenceStep]) -> NativeAttention:
-            page_size, buffer_pages = pools.device.spec.page_size, pools.ring.buffer_pages
-            return plan_native_attention(self._library, steps, page_size, buffer_pages, codec)
+        def plan(steps: list[SequenceStep]) -> NativeAttention | ContextAttention:
+            spec, buffer_pages = pools.device.spec, pools.ring.buffer_pages
+            if context is not None:
+                return plan_context_attention(library, steps, spec, context, buffer_pages, codec)
+            return plan_native_attention(library, steps, spec.page_size, buffer_pages, codec)
 
         return plan
 

@@ -10,8 +10,9 @@ from distkv.kernels.cuda.page_copy import copy_pages
 from distkv.storage.device import CudaDevice, Device
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.tier import Tier
+from distkv.workers.attention.context_attention import ContextGroup
 from distkv.workers.attention.policies.policy import PagePolicy
-from distkv.workers.backend import Backend, Demand, Room, refused_policy
+from distkv.workers.backend import Backend, Demand, Room, refused_context_group, refused_policy
 from distkv.workers.bandwidth import choose_copies
 from distkv.workers.gpu_memory import find_memory_in_use
 from distkv.workers.kv_pools import KVPools
@@ -37,6 +38,9 @@ class CudaBackend:
 
     def use_policy(self, policy: PagePolicy, audit: int | None) -> None:
         raise refused_policy(policy, "those of CUDA")
+
+    def use_context_group(self, context: ContextGroup) -> None:
+        raise refused_context_group("those of CUDA")
 
     def room(self, model: LlamaModel, demand: Demand) -> Room:
         spec, device = demand.spec, self.device.torch_device

@@ -124,7 +124,9 @@ class ProcessGroup:
             return
         of_bytes = [size * x.itemsize for size in sizes]
         received = [of_bytes[self.rank]] * self.size
-        dist.all_to_all_single(out.view(-1).view(torch.uint8), x.view(torch.uint8), received, of_bytes)
+        dist.all_to_all_single(
+            out.view(-1).view(torch.uint8), x.view(torch.uint8), received, of_bytes, group=self._group
+        )
 
     def gather_columns(self, x: Tensor, widths: list[int]) -> Tensor | None:
         """Puts the ranks' columns side by side on rank 0; other ranks get None.

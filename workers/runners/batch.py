@@ -39,7 +39,7 @@ class Tokens(Generic[Array]):
     token_ids: Array  # [T]
     positions: Array  # [T]
     context: Array  # [T], see RotaryEmbedding.angles
-    page: Array  # [T], device slot of each token's page, -1 for padding
+    page: Array  # [T], device slot of each token's page, -1 for padding and where another rank has it
     offset: Array  # [T], index in that page
     logit_rows: Array  # rows of the step whose logits are wanted
 
@@ -52,8 +52,15 @@ class Batch:
     attention: Attention
 
 
-def step_tokens(steps: list[SequenceStep], page_size: int) -> Tokens[np.ndarray]:
-    """The tokens of all sequences, one sequence after the other."""
+def step_tokens(
+    steps: list[SequenceStep], page_size: int, context_rank: int = 0, context_size: int = 1
+) -> Tokens[np.ndarray]:
+    """The tokens of all sequences, one sequence after the other.
+
+    Args:
+        page_size: of this rank; those of `steps` have as many tokens for each rank of a context group.
+        context_rank: the place of this rank among the `context_size` ones of its context group, see `Layout`.
+    """
     token_ids, positions, contexts, pages = [], [], [], []
     logit_rows = [np.zeros(0, dtype=np.int64)]
     first = 0
@@ -63,7 +70,8 @@ def step_tokens(steps: list[SequenceStep], page_size: int) -> Tokens[np.ndarray]
         token_ids.append(np.asarray(sequence.token_ids, dtype=np.int64))
         positions.append(position)
         contexts.append(np.maximum(position + 1, sequence.prompt_len))
-        pages.append(sequence.pages[(position - sequence.num_left_out) // page_size])
+        page, of = np.divmod((position - sequence.num_left_out) // page_size, context_size)
+        pages.append(np.where(of == context_rank, sequence.pages[page], -1))
         logit_rows.append(np.arange(first + count - sequence.num_logits, first + count))
         first += count
     position = np.concatenate(positions)

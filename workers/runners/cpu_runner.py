@@ -36,7 +36,9 @@ class CpuRunner:
         """See `Runner`."""
         pool = self._pools.device
         attention = self._plan(steps)
-        tokens: Tokens[Tensor] = send(step_tokens(steps, pool.spec.page_size), pool.device)
+        shard = self._model.shard
+        found = step_tokens(steps, pool.spec.page_size, shard.context_rank, shard.context_size)
+        tokens: Tokens[Tensor] = send(found, pool.device)
         tokens = replace(tokens, token_ids=resolve_placeholders(tokens.token_ids, sampled))
         with self._stream(attention.loads) as stream:
             return self._model.forward(Batch(tokens, attention), pool, stream)

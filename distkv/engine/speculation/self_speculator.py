@@ -103,7 +103,7 @@ class SelfSpeculator(Speculator):
 
     def _fitting(self, sequence: Sequence, length: int, most_pages: int) -> int:
         table = sequence.table
-        if self._info.kv_cache_dtype != "auto" and (table.num_tokens + 1) % table.page_size == 0:
+        if self._info.kv_cache_dtype != "auto" and (table.num_tokens + 1) % self._info.coded_page_size == 0:
             return 0  # the newest token alone would fill its page, which is rounded then, and it will be run again
         return super()._fitting(sequence, length, most_pages)
 

@@ -119,7 +119,8 @@ class Speculator:
         """How much of a draft there is room for."""
         table, size = sequence.table, self._info.page_size
         if self._info.kv_cache_dtype != "auto":  # a page is rounded when it fills: not with tokens that may not stay
-            length = min(length, size - 1 - (table.num_tokens + 1) % size)
+            coded = self._info.coded_page_size
+            length = min(length, coded - 1 - (table.num_tokens + 1) % coded)
         granted = min(most_pages, sequence.expected_pages - len(table.pages) - table.missing(1))
         num_pages = len(table.pages) + table.missing(1) + max(0, granted)
         return min(length, num_pages * size - table.num_tokens - 1)
