@@ -1,4 +1,4 @@
-"""Where the disk tier of an engine lies, and which of its ranks writes which heads there.
+"""Where the disk tier of an engine lies, and which of its ranks writes which part of the pages there.
 
 The folder has one path on all nodes. It may be one folder that all of them see, or one on the disk of each node: ranks
 find out which by empty files that those before them have left, since a name can be made once, even over NFS.
@@ -13,18 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
-from distkv.storage.disk.cache_folder import (
-    ARRAY,
-    FULL,
-    LOCK,
-    DamagedError,
-    FolderLock,
-    InUseError,
-    parse_chunk,
-    read_description,
-)
+from distkv.storage.disk.cache_folder import FULL, LOCK, DamagedError, FolderLock, InUseError, read_description
 from distkv.storage.disk.file_lock import is_locked
 from distkv.storage.disk.files import make_folder
+from distkv.storage.disk.page_arrays import DiskShare, PageArray, find_arrays, parse_chunk
 from distkv.workers.errors import ConfigError
 
 WRITER = "writer"  # begins the names of the files that ranks leave
@@ -41,19 +33,28 @@ class CachePlace:
     engine: str = field(default_factory=lambda: uuid4().hex)  # tells its ranks from those of others
 
 
+@dataclass(frozen=True)
+class Joined:
+    """A rank among those of its engine that use a folder."""
+
+    lock: FolderLock | None  # of the folder, where it is the first of them
+    makes_array: bool  # whether it is the first that writes to its array
+    writes: bool  # whether it is the first that has its part of the pages
+
+
 @contextmanager
-def join_folder(place: CachePlace, head: int, is_alone: bool = False) -> Iterator[tuple[FolderLock | None, bool]]:
+def join_folder(place: CachePlace, share: DiskShare, is_alone: bool = False) -> Iterator[Joined]:
     """Makes a rank one of those that use the folder as its node sees it, after the ranks before it, until the end of
     the context.
 
     Args:
-        head: the first KV head of the rank.
+        share: the rank's.
         is_alone: the engine has no other rank, so that no file need tell one of it.
 
-    Gives the folder's lock where it is the first of its engine there, and whether it is the first there that has these
-    heads, and so writes them. Raises ConfigError when the folder cannot be used or another engine uses it.
+    Raises ConfigError when the folder cannot be used or another engine uses it.
     """
-    mine = place.folder / f"{WRITER}.{place.engine}.{head}"
+    layer, head, part = share.place
+    mine = place.folder / f"{WRITER}.{place.engine}.{layer}.{head}.{part}"
     with ExitStack() as stack:
         try:
             make_folder(place.folder)
@@ -62,26 +63,27 @@ def join_folder(place: CachePlace, head: int, is_alone: bool = False) -> Iterato
             raise ConfigError(
                 f"cache_dir {str(place.folder)!r} cannot be used ({error.strerror}); name a folder that can be written"
             ) from error
-        lock, is_first, others = None, False, []
+        lock, makes_array, others = None, is_alone, []
         if signs or is_alone:
             others = [file for file in place.folder.glob(f"{WRITER}.*") if file != mine]
-            is_first = not any(file.name.startswith(f"{WRITER}.{place.engine}.") for file in others)
-        if is_first:
-            try:
-                lock = _lock(place)
-                stack.callback(lock.release)
-            except InUseError as error:
-                if error.owner != place.engine:
-                    raise  # else a rank on another node is the first, whose file is not seen here yet
+            before = [file.name for file in others if file.name.startswith(f"{WRITER}.{place.engine}.")]
+            makes_array = not any(name.startswith(f"{WRITER}.{place.engine}.{layer}.") for name in before)
+            if not before:
+                try:
+                    lock = _lock(place)
+                    stack.callback(lock.release)
+                except InUseError as error:
+                    if error.owner != place.engine:
+                        raise  # else a rank on another node is the first, whose file is not seen here yet
         if lock is not None:
             for file in others:  # of engines that were killed
                 file.unlink(missing_ok=True)
-        yield lock, signs or is_alone
+        yield Joined(lock, makes_array, signs or is_alone)
 
 
 def _sign(place: CachePlace, mine: Path, stack: ExitStack) -> bool:
     """Leaves a rank's file, before others are looked for, so that what a node has cached is asked again; False where a
-    rank before it has the same heads. Where there is no room for a file, those make some that killed engines have left.
+    rank before it has the same part. Where there is no room for a file, those make some that killed engines have left.
     Raises OSError."""
     try:
         mine.touch(exist_ok=False)
@@ -121,13 +123,14 @@ def free_bytes(folder: Path) -> int:
     """
     taken, counted, place = 0, 0, folder
     try:
-        most = _most_file_bytes(folder)
-        with suppress(FileNotFoundError), os.scandir(folder / ARRAY) as files:
-            for file in files:
-                with suppress(FileNotFoundError):  # whoever uses the folder removes and renames files
-                    size = file.stat().st_size
-                    taken += size
-                    counted += max(size, most if parse_chunk(file.name) else 0)
+        for array in find_arrays(folder):
+            most = _most_file_bytes(folder, array)
+            with suppress(FileNotFoundError), os.scandir(folder / array.name) as files:
+                for file in files:
+                    with suppress(FileNotFoundError):  # whoever uses the folder removes and renames files
+                        size = file.stat().st_size
+                        taken += size
+                        counted += max(size, most if parse_chunk(file.name) else 0)
         while not place.exists():
             place = place.parent
         usage = shutil.disk_usage(place)
@@ -142,9 +145,11 @@ def free_bytes(folder: Path) -> int:
     return max(usage.free + taken, 2 * counted)
 
 
-def _most_file_bytes(folder: Path) -> int:
-    """What a file of the pages there counts with in a tier, compressed or not; 0 where that is not known."""
+def _most_file_bytes(folder: Path, array: PageArray) -> int:
+    """What a file of the pages in an array counts with in a tier, compressed or not; 0 where that is not known."""
     with suppress(DamagedError, ConfigError):
-        known = read_description(folder)
-        return 0 if known is None else -(-known.page_bytes // known.num_kv_heads)
+        if (known := read_description(folder)) is not None:
+            first, end = array.range(known.num_layers)
+            files = known.num_layers * known.num_kv_heads * known.decode_context_parallel_size
+            return -(-known.page_bytes * (end - first) // files)
     return 0

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from distkv.storage.device import Device
-from distkv.storage.disk.cache_folder import Description, DiskHeads, FolderLock
+from distkv.storage.disk.cache_folder import Description, FolderLock
+from distkv.storage.disk.page_arrays import DiskShare
 from distkv.storage.meter import Meter
 from distkv.storage.moving.lane_times import LaneTimes
 from distkv.storage.moving.mover import Mover
@@ -35,7 +36,7 @@ class DiskTier:
     """Where a rank's disk tier lies."""
 
     place: CachePlace
-    heads: DiskHeads
+    share: DiskShare
     rank: int
     kept: Description | None  # of pages that outlive the process; None for a folder that is emptied on open and close
     is_alone: bool = False  # whether the engine has no other rank
@@ -61,7 +62,7 @@ class KVPools:
         """
         self._spec, self.meter = spec, meter or Meter()
         on_device, on_host, on_disk = (spec.page_bytes_in(tier) for tier in Tier)
-        own_files = disk is not None and disk.heads.reports
+        own_files = disk is not None and disk.share.reports
         self.nbytes = sizes.device * on_device, sizes.host * on_host, sizes.disk * on_disk * own_files
         self._missing: list[int] = []
         self._bad_reads: dict[int, str] = {}
@@ -149,36 +150,40 @@ class KVPools:
         self._open.close()
 
     def _open_disk(self, stack: ExitStack, disk: DiskTier, num_pages: int) -> "DiskPool":
-        from distkv.storage.disk.disk_array import make_array
-        from distkv.storage.disk.reopen import rejoin, reopen
+        from distkv.storage.disk.disk_array import make_array, remove_arrays
+        from distkv.storage.disk.reopen import join, rejoin, reopen
         from distkv.storage.disk.scratch import sweep_scratch
         from distkv.storage.disk.synced_pages import SyncedPages
         from distkv.storage.pools.disk_pool import DiskPool  # imports zarr
 
-        folder = disk.place.folder
-        whole = replace(self._spec, num_kv_heads=disk.heads.total)
-        lock, writes = stack.enter_context(join_folder(disk.place, disk.heads.first, disk.is_alone))
-        if lock is not None:
-            if disk.kept is None:
-                make_array(folder, whole, num_pages)
-                stack.callback(_remove_array, folder, lock)
-            else:
-                sweep_scratch(folder.parent)
-                if disk.rank == 0:
-                    reopen(folder, whole, num_pages, disk.kept)
-                else:  # a node with a disk of its own
-                    rejoin(folder, whole, num_pages)
+        folder, share = disk.place.folder, disk.share
+        spec = replace(self._spec, num_kv_heads=share.num_heads)  # of the array
+        joined = stack.enter_context(join_folder(disk.place, share, disk.is_alone))
+        if joined.lock is not None and disk.kept is None:
+            remove_arrays(folder)
+            make_array(folder, spec, num_pages, share.array)
+            stack.callback(_remove_arrays, folder, joined.lock)
+        elif joined.lock is not None:
+            assert disk.kept is not None
+            sweep_scratch(folder.parent)
+            if disk.rank == 0:
+                reopen(folder, spec, num_pages, disk.kept, share.array)
+            else:  # a node with a disk of its own
+                rejoin(folder, spec, num_pages, share.array)
+        elif joined.makes_array:
+            join(folder, spec, num_pages, share.array)
         synced = SyncedPages(folder, has_catalogue=disk.rank == 0) if disk.kept is not None else None
         if synced is not None:
             stack.callback(synced.close)  # its thread is to end though the pool cannot be made
-        pool = DiskPool(self._spec, folder, num_pages, replace(disk.heads, writes=writes), self.meter, synced)
+        share = replace(share, writes=joined.writes, is_first=joined.lock is not None)
+        pool = DiskPool(self._spec, folder, num_pages, share, self.meter, synced)
         stack.callback(pool.close)
         return pool
 
 
-def _remove_array(folder: Path, lock: FolderLock) -> None:
+def _remove_arrays(folder: Path, lock: FolderLock) -> None:
     """Not where another engine has taken the folder over."""
-    from distkv.storage.disk.disk_array import remove_array  # imports zarr
+    from distkv.storage.disk.disk_array import remove_arrays  # imports zarr
 
     if not lock.is_lost:
-        remove_array(folder)
+        remove_arrays(folder)

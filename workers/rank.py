@@ -1,14 +1,13 @@
 """One rank: its part of the model and of the KV cache, and the execution of step plans on them."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import msgspec
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from distkv.storage.disk.cache_folder import Description, DiskHeads
+from distkv.storage.disk.cache_folder import Description
 from distkv.storage.dtypes import torch_dtype
 from distkv.storage.meter import Meter, now
 from distkv.storage.moving.streams import Lane
@@ -20,6 +19,7 @@ from distkv.workers.attention.policies.registry import parse_policy
 from distkv.workers.backend import Demand, make_backend
 from distkv.workers.bandwidth import measure_bandwidth
 from distkv.workers.cache_place import CachePlace
+from distkv.workers.disk_shares import disk_shares
 from distkv.workers.drafting.draft_model import DraftModel
 from distkv.workers.drafting.draft_request import DraftRequest
 from distkv.workers.errors import CapacityError
@@ -32,7 +32,7 @@ from distkv.workers.model.shard import Shard
 from distkv.workers.model.weights import CheckedSource, weight_source
 from distkv.workers.page_directory import PageDirectory, SequenceStep
 from distkv.workers.plan_check import PlanCheck
-from distkv.workers.rank_config import RankConfig, rank_page_spec
+from distkv.workers.rank_config import RankConfig, model_page_spec, rank_page_spec
 from distkv.workers.sampling.prompt_scores import PromptScores, score_prompts
 from distkv.workers.sizes import Bandwidth, Capacity, PoolSizes, host_kv_bytes, ring_bytes
 from distkv.workers.threads import release_threads, use_threads
@@ -128,12 +128,11 @@ class Rank:
             place: of the disk tier; needed where that has pages.
         """
         self.pools.close()
-        config, shard = self.config, self.shard
-        disk = None
+        config, disk = self.config, None
         if place is not None:
-            heads = DiskHeads(shard.kv_heads[0], config.model.num_key_value_heads, reports=shard.holder == 0)
             kept = self._description(place) if place.fingerprint else None
-            disk = DiskTier(place, heads, self.peers.rank, kept, is_alone=config.layout.size == 1)
+            share = disk_shares(config)[self.peers.rank]
+            disk = DiskTier(place, share, self.peers.rank, kept, is_alone=config.layout.size == 1)
         meter = Meter(self.peers.rank, config.traces)
         self.pools = KVPools(self.page_spec, sizes, self.backend.device, disk, meter, self._codec)
         self._runner = self.backend.make_runner(self.model, self.pools, config.max_num_seqs)
@@ -257,7 +256,8 @@ class Rank:
 
     def _description(self, place: CachePlace) -> Description:
         config, model = self.config, self.config.model
-        whole = replace(self.page_spec, num_kv_heads=model.num_key_value_heads)
+        whole = model_page_spec(model, config.page_size, config.dtype, config.kv_cache_dtype, config.disk_codec)
+        num_parts = config.layout.decode_context_parallel_size
         return Description(
             fingerprint=place.fingerprint,
             kernels=place.kernels,
@@ -268,8 +268,9 @@ class Rank:
             num_layers=model.num_hidden_layers,
             num_kv_heads=model.num_key_value_heads,
             head_dim=model.head_dim,
-            page_bytes=whole.page_bytes_in(Tier.DISK),
+            page_bytes=whole.page_bytes_in(Tier.DISK) * num_parts,
             disk_codec=config.disk_codec,
+            decode_context_parallel_size=num_parts,
         )
 
     def _fill_synthetic(self, slot: int, seed: int) -> None:

@@ -18,7 +18,7 @@ from distkv.engine.step import Step
 from distkv.errors import CapacityError, DistKVError, StoreError
 from distkv.launch.launch import launch
 from distkv.sampling_params import SamplingParams
-from distkv.storage.disk.cache_folder import ARRAY
+from distkv.storage.disk.page_arrays import ARRAY
 from distkv.workers.sampling.sampled_token import TokenLogprobs
 
 WARM_UP = 4  # tokens decoded before those that count, at least

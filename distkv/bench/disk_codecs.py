@@ -26,9 +26,9 @@ from distkv.llm import LLM
 from distkv.reporting.out_file import temporary_folder
 from distkv.reporting.tables import Column
 from distkv.sampling_params import SamplingParams
-from distkv.storage.disk.cache_folder import DiskHeads
 from distkv.storage.disk.catalogue import Catalogue
 from distkv.storage.disk.disk_array import make_array
+from distkv.storage.disk.page_arrays import DiskShare
 from distkv.storage.dtypes import torch_dtype
 from distkv.storage.moving.read_ahead import READ_THREADS
 from distkv.storage.page_spec import DISK_CODECS, PageSpec
@@ -102,7 +102,7 @@ def _pages(model: Path, tokens: list[int], spec: PageSpec, num_threads: int | No
     with closing(Catalogue(folder, read_only=True)) as catalogue:
         entries = sorted(catalogue.entries(), key=lambda entry: entry.index)
     assert len(entries) == num_pages
-    pool = DiskPool(spec, folder, num_pages + 1, DiskHeads(0, spec.num_kv_heads))
+    pool = DiskPool(spec, folder, num_pages + 1, DiskShare.of_all(spec))
     pool.adopt({entry.slot: entry.crc32c for entry in entries})
     pages = [torch.empty(spec.page_shape, dtype=torch_dtype(spec.dtype)) for _ in entries]
     for entry, page in zip(entries, pages, strict=True):
@@ -116,7 +116,7 @@ class _Stored:
     def __init__(self, spec: PageSpec, folder: Path, pages: list[Tensor]):
         """Raises DistKVError when a bit of what is read back is not as it was."""
         make_array(folder, spec, len(pages))
-        self.pool = DiskPool(spec, folder, len(pages), DiskHeads(0, spec.num_kv_heads))
+        self.pool = DiskPool(spec, folder, len(pages), DiskShare.of_all(spec))
         self.num_bytes = len(pages) * spec.page_bytes
         self.spec, self._pages = spec, pages
         found = torch.empty_like(pages[0])

@@ -24,7 +24,7 @@ from distkv.engine.client import EngineClient
 from distkv.launch.launch import launch
 from distkv.reporting.out_file import temporary_folder
 from distkv.reporting.tables import Column, target
-from distkv.storage.disk.cache_folder import ARRAY
+from distkv.storage.disk.page_arrays import ARRAY
 from distkv.workers.model.model_config import ModelConfig
 
 VARIANTS = {

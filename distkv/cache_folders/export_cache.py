@@ -11,14 +11,12 @@ import numpy as np
 from distkv import __version__
 from distkv.cache_folders.export_format import FORMAT, Manifest, Table, page_member, write_table
 from distkv.cache_folders.export_store import Put
-from distkv.cache_folders.file_damage import damage_of
 from distkv.cache_folders.model_cache import ModelCache
+from distkv.cache_folders.stored_heads import Head, StoredHeads
 from distkv.errors import StoreError
 from distkv.outputs import CacheExport, PromptExport
-from distkv.storage.disk.cache_folder import ARRAY, chunk_name
 from distkv.storage.disk.catalogue import Entry
 from distkv.storage.ledger.prefix_index import page_keys, root_key
-from distkv.storage.page_spec import PageSpec
 
 
 class CachedPrefixes:
@@ -33,7 +31,7 @@ class CachedPrefixes:
     @property
     def page_size(self) -> int:
         """In tokens."""
-        return self.cache.description.page_size
+        return self.cache.description.num_tokens
 
     def longest(self, token_ids: Sequence[int]) -> list[Entry]:
         """The pages of the longest prefix of a prompt that are there."""
@@ -79,8 +77,7 @@ def export_pages(
     rows = {key: row for row, key in enumerate(entries)}
     known = cache.description
     pages = msgspec.structs.replace(known, model=Path(known.model).name)  # a path tells of the machine
-    spec = pages.spec
-    table = Table.empty(spec, len(rows))
+    table, stored = Table.empty(pages, len(rows)), cache.stored
     for entry, row in zip(entries.values(), rows.values(), strict=True):
         if (len(entry.tokens), len(entry.crc32c)) != (table.tokens[row].nbytes, table.checksums[row].nbytes):
             raise StoreError(
@@ -94,26 +91,19 @@ def export_pages(
     with store as put:
         write_table(put, Manifest(FORMAT, __version__, len(rows), pages, dict(sessions)), table)
         for entry, row in zip(entries.values(), rows.values(), strict=True):
-            for head in range(spec.num_kv_heads):
-                file = cache.folder / ARRAY / chunk_name(entry.slot, head)
-                content = _read(file, table.checksums[row, head].tolist(), spec)
-                put(page_member(row, head), content)
+            for head, checksums in zip(stored.of(entry.slot), table.checksums[row].tolist(), strict=True):
+                content = _read(stored, head, checksums)
+                put(page_member(row, head.head, head.part), content)
                 num_bytes += len(content)
-    return CacheExport(len(rows), len(rows) * spec.page_size, num_bytes, list(prompts))
+    return CacheExport(len(rows), len(rows) * known.num_tokens, num_bytes, list(prompts))
 
 
-def _read(file: Path, checksums: list[int], spec: PageSpec) -> bytes:
-    """The content of one head's file, which is that of these checksums: files are replaced and never changed, so what
-    is checked is what is read."""
-    try:
-        with open(file, "rb") as opened:
-            problem = damage_of(opened.fileno(), checksums, spec)
-            content = opened.read()
-    except OSError as error:
-        problem = f"cannot be read: {error.strerror}"
+def _read(stored: StoredHeads, head: Head, checksums: list[int]) -> bytes:
+    """The content of a head's file, which is that of these checksums."""
+    content, problem = stored.read(head, checksums)
     if problem is not None:
         raise StoreError(
-            f"{file} {problem}. If an engine runs, it has given the page up; export again. Else "
+            f"{problem}. If an engine runs, it has given the page up; export again. Else "
             "`distkv cache verify --repair` takes out what is damaged"
         )
     return content

@@ -1,9 +1,10 @@
 """What an exported cache holds: one Zarr v3 group, plain for whoever opens it. `docs/tiers.md` has it in a table.
 
 pages       as the disk tier's array, a row per page: the same files, see `disk_array.py`
-tokens      uint32 `[page, page_size]`
+tokens      uint32 `[page, token]`
 parents     int64 `[page]`: the row of the page before it in its sequence, which is an earlier one; -1 for first pages
-checksums   uint32 `[page, kv_head, layer]`: crc32c of each layer slice of a head, as the catalogue has them
+checksums   uint32 `[page, kv_head, layer]`: crc32c of each layer slice of a head, as the catalogue has them; where the
+            tokens of a page lie in parts, those of the heads of one part after those of the part before it
 
 The group's attributes are a `Manifest`. Keys of pages are not kept: whoever imports makes them from the tokens.
 """
@@ -22,9 +23,9 @@ from zarr.storage import MemoryStore
 
 from distkv.cache_folders.export_store import AGAIN, Put, StoreReader
 from distkv.errors import ConfigError, DistKVError, StoreError
-from distkv.storage.disk.cache_folder import Description, chunk_name
+from distkv.storage.disk.cache_folder import Description
 from distkv.storage.disk.disk_array import METADATA, page_array
-from distkv.storage.page_spec import PageSpec
+from distkv.storage.disk.page_arrays import chunk_name
 from distkv.storage.tier import Tier
 from distkv.values import quoted, shown
 
@@ -48,7 +49,7 @@ class Manifest(msgspec.Struct, frozen=True):
 class Table:
     """What is told of each page, in the order of the rows."""
 
-    tokens: np.ndarray  # uint32 [page, page_size]
+    tokens: np.ndarray  # uint32 [page, token]
     parents: np.ndarray  # int64 [page]
     checksums: np.ndarray  # uint32 [page, kv_head, layer]
 
@@ -64,18 +65,18 @@ class Table:
         }
 
     @classmethod
-    def empty(cls, spec: PageSpec, num_pages: int) -> "Table":
+    def empty(cls, pages: Description, num_pages: int) -> "Table":
         """One that is to be filled."""
         return cls(
-            np.zeros((num_pages, spec.page_size), np.uint32),
+            np.zeros((num_pages, pages.num_tokens), np.uint32),
             np.full(num_pages, -1, np.int64),
-            np.zeros((num_pages, spec.num_kv_heads, spec.num_layers), np.uint32),
+            np.zeros((num_pages, pages.num_files, pages.num_layers), np.uint32),
         )
 
 
-def page_member(row: int, head: int) -> str:
-    """The member of one head of a page."""
-    return f"{PAGES}/{chunk_name(row, head)}"
+def page_member(row: int, head: int, part: int) -> str:
+    """The member of one head of a page, or of a part of its tokens."""
+    return f"{PAGES}/{chunk_name(row, head, part)}"
 
 
 def write_table(put: Put, manifest: Manifest, table: Table) -> None:
@@ -83,7 +84,7 @@ def write_table(put: Put, manifest: Manifest, table: Table) -> None:
     content: dict[str, Buffer] = {}
     store = MemoryStore(content)
     zarr.create_group(store, attributes={"distkv": msgspec.to_builtins(manifest)})
-    page_array(store, manifest.pages.spec, manifest.num_pages, PAGES)
+    page_array(store, manifest.pages.spec, manifest.num_pages, manifest.pages.whole_array, PAGES)
     for name, (values, dimensions) in table.arrays().items():
         if len(table):
             _make(store, name, values, dimensions)[...] = values
@@ -105,8 +106,9 @@ def read_manifest(reader: StoreReader) -> Manifest:
                 "version that wrote it, or a later one"
             )
         manifest = msgspec.convert(found, Manifest)
-        spec = manifest.pages.spec
-        if manifest.num_pages < 0 or spec.page_bytes_in(Tier.DISK) != manifest.pages.page_bytes:
+        pages = manifest.pages
+        page_bytes = pages.spec.page_bytes_in(Tier.DISK) * pages.decode_context_parallel_size
+        if manifest.num_pages < 0 or page_bytes != pages.page_bytes:
             raise ValueError("sizes that do not agree")
         return manifest
     except ConfigError:
@@ -119,15 +121,15 @@ def read_manifest(reader: StoreReader) -> Manifest:
 
 def read_table(reader: StoreReader, manifest: Manifest) -> Table:
     """Reads all but the pages. Raises StoreError for what is missing, damaged, or does not agree with the manifest."""
-    spec, count = manifest.pages.spec, manifest.num_pages
-    _check_room(reader, spec, count)
+    pages, count = manifest.pages, manifest.num_pages
+    _check_room(reader, pages, count)
     expected = MemoryStore()
     zarr.create_group(expected)
-    page_array(expected, spec, count, PAGES)
+    page_array(expected, pages.spec, count, pages.whole_array, PAGES)
     content: dict[str, Buffer] = {}
     prototype = default_buffer_prototype().buffer
     found = MemoryStore(content)
-    table = Table.empty(spec, count)
+    table = Table.empty(pages, count)
     for name in (METADATA, f"{PAGES}/{METADATA}", *_members(table)):
         content[name] = prototype.from_bytes(_read(reader, name))
     for name, (values, dimensions) in table.arrays().items():
@@ -169,9 +171,13 @@ def _members(table: Table) -> Iterator[str]:
             yield f"{name}/c{'.0' * values.ndim}"
 
 
-def _check_room(reader: StoreReader, spec: PageSpec, count: int) -> None:
+def _check_room(reader: StoreReader, pages: Description, count: int) -> None:
     """Makes sure that the store has as many pages as its manifest says, before memory is taken for their table."""
-    sizes = {"tokens/c.0.0": spec.page_size, "parents/c.0": 2, "checksums/c.0.0.0": spec.num_kv_heads * spec.num_layers}
+    sizes = {
+        "tokens/c.0.0": pages.num_tokens,
+        "parents/c.0": 2,
+        "checksums/c.0.0.0": pages.num_files * pages.num_layers,
+    }
     for name, size in sizes.items():
         if count and reader.size(name) != 4 * count * size + CRC_BYTES:
             raise StoreError(f"{name} is not of {count} pages as the file describes them; {AGAIN}")

@@ -16,12 +16,13 @@ from distkv.cache_folders.file_damage import damage_of
 from distkv.cache_folders.model_cache import find_caches
 from distkv.errors import CapacityError, ConfigError, StoreError
 from distkv.outputs import CacheImport
-from distkv.storage.disk.cache_folder import ARRAY, DamagedError, Description, FolderLock, chunk_name
+from distkv.storage.disk.cache_folder import DamagedError, Description, FolderLock
 from distkv.storage.disk.catalogue import Catalogue, Entry, read_catalogue
-from distkv.storage.disk.disk_array import find_slots, has_array
+from distkv.storage.disk.disk_array import find_slots
 from distkv.storage.disk.disk_codec import disk_codec
 from distkv.storage.disk.file_codec import FileDamage
 from distkv.storage.disk.files import replace_file
+from distkv.storage.disk.page_arrays import chunk_name, find_arrays
 from distkv.storage.disk.removal import sweep
 from distkv.storage.disk.reopen import reopen
 from distkv.storage.disk.synced_pages import SyncedPages
@@ -76,20 +77,20 @@ class ExportedCache:
         return self.table.checksums[row].tobytes()
 
     def copy(self, row: int, files: Sequence[Path]) -> None:
-        """Writes a page to the files of a slot, one for each head. Raises StoreError for a page that is missing or
+        """Writes a page to the files of a slot, see `slot_files`. Raises StoreError for a page that is missing or
         damaged, OSError for files that cannot be written."""
-        for head, file in enumerate(files):
-            replace_file(file, self._content(row, head))
+        for number, file in enumerate(files):
+            replace_file(file, self._content(row, number))
 
     def verify(self) -> None:
         """Reads all pages. Raises StoreError when one is missing or damaged."""
         for row in range(len(self.table)):
-            for head in range(self.pages.num_kv_heads):
-                self._content(row, head)
+            for number in range(self.pages.num_files):
+                self._content(row, number)
 
-    def _content(self, row: int, head: int) -> bytes:
-        """The file of one head of a page, which has its checksums."""
-        name = page_member(row, head)
+    def _content(self, row: int, number: int) -> bytes:
+        """A file of a page, which has its checksums."""
+        name = self._member(row, number)
         try:
             self._codec.check_size(self._reader.size(name))
         except FileDamage as damage:
@@ -98,15 +99,27 @@ class ExportedCache:
         with open(os.memfd_create(name), "wb") as file:  # what checks files is used on it
             file.write(content)
             file.flush()
-            problem = damage_of(file.fileno(), self.table.checksums[row, head].tolist(), self.spec)
+            problem = damage_of(file.fileno(), self.table.checksums[row, number].tolist(), self.spec)
         if problem is not None:
             raise StoreError(f"{name} in {str(self.path)!r} {problem}; {AGAIN}")
         return content
 
     def num_bytes(self, rows: Sequence[int]) -> int:
         """Of the files of some pages."""
-        heads = range(self.pages.num_kv_heads)
-        return sum(self._reader.size(page_member(row, head)) for row in rows for head in heads)
+        numbers = range(self.pages.num_files)
+        return sum(self._reader.size(self._member(row, number)) for row in rows for number in numbers)
+
+    def _member(self, row: int, number: int) -> str:
+        part, head = divmod(number, self.pages.num_kv_heads)
+        return page_member(row, head, part)
+
+
+def slot_files(folder: Path, slot: int, pages: Description) -> list[Path]:
+    """Where a page is taken in: its files in the array of all layers, one for each head, those of a part of its tokens
+    after those of the part before it. Every layout reads them there."""
+    array = folder / pages.whole_array.name
+    parts = range(pages.decode_context_parallel_size)
+    return [array / chunk_name(slot, head, part) for part in parts for head in range(pages.num_kv_heads)]
 
 
 @contextmanager
@@ -174,20 +187,19 @@ def import_pages(exported: ExportedCache, folder: Path, pages: Description, cach
 
 
 def _import(exported: ExportedCache, folder: Path, pages: Description, cache_salt: str | None) -> CacheImport:
-    spec = exported.spec
     entries, listed = read_catalogue(folder)
     sweep(folder)  # what a killed import has left, too
     known, taken = {entry.key for entry in entries}, {entry.slot for entry in entries}
     new = [page for page in exported.keyed(cache_salt) if page.key.digest not in known]
     _check_room(exported, folder, [page.row for page in new])
-    num_slots = max(_num_slots(folder, spec, listed), len(taken) + len(new))
-    reopen(folder, spec, num_slots, pages)
+    num_slots = max(_num_slots(folder, pages, listed), len(taken) + len(new))
+    reopen(folder, pages.spec, num_slots, pages, pages.whole_array)
     slots = list(islice((slot for slot in range(num_slots) if slot not in taken), len(new)))
     now = max([time.time(), *(entry.last_use for entry in entries)])
     added = []
-    with _all_or_none(folder) as files_of:
+    with _all_or_none(folder) as note:
         for slot, page in zip(slots, new, strict=True):
-            exported.copy(page.row, files_of(slot, spec.num_kv_heads))
+            exported.copy(page.row, note(slot_files(folder, slot, pages)))
             key = page.key
             checksums = exported.checksums(page.row)
             added.append(Entry(slot, key.digest, key.parent, key.tokens, checksums, now, page.place))
@@ -197,20 +209,19 @@ def _import(exported: ExportedCache, folder: Path, pages: Description, cache_sal
 
 
 @contextmanager
-def _all_or_none(folder: Path) -> Iterator[Callable[[int, int], list[Path]]]:
-    """Gives the files of a slot, by slot and number of heads. They are synced at the end, and removed when anything is
-    raised; raises StoreError when they cannot be written."""
+def _all_or_none(folder: Path) -> Iterator[Callable[[list[Path]], list[Path]]]:
+    """Takes files that are about to be written. They are synced at the end, and removed when anything is raised; raises
+    StoreError when they cannot be written."""
     written: list[Path] = []
     synced = SyncedPages(folder, has_catalogue=True)
 
-    def files_of(slot: int, num_heads: int) -> list[Path]:
-        files = [folder / ARRAY / chunk_name(slot, head) for head in range(num_heads)]
+    def note(files: list[Path]) -> list[Path]:
         written.extend(files)
         synced.add(map(str, files))
         return files
 
     try:
-        yield files_of
+        yield note
     except BaseException as error:
         for file in written:
             file.unlink(missing_ok=True)
@@ -233,10 +244,10 @@ def _check_room(exported: ExportedCache, folder: Path, rows: Sequence[int]) -> N
         )
 
 
-def _num_slots(folder: Path, spec: PageSpec, listed: set[int]) -> int:
-    """Of the array that is there, as far as it can be read."""
+def _num_slots(folder: Path, pages: Description, listed: set[int]) -> int:
+    """Of the arrays that are there, as far as they can be read."""
     least = max(listed, default=-1) + 1
-    if has_array(folder):
+    for array in find_arrays(folder, pages.decode_context_parallel_size):
         with suppress(DamagedError):  # which `reopen` mends
-            return max(least, find_slots(folder, spec))
+            least = max(least, find_slots(folder, array.spec(pages.spec), array))
     return least

@@ -2,25 +2,23 @@
 
 import os
 from contextlib import closing
-from itertools import count, islice, takewhile
 from pathlib import Path
 
 import numpy as np
 
-from distkv.cache_folders.file_damage import file_damage
+from distkv.cache_folders.stored_heads import StoredHeads
 from distkv.errors import ConfigError
 from distkv.storage.disk.cache_folder import (
-    ARRAY,
     CATALOGUE,
     DESCRIPTION,
     SCRATCH,
     SESSIONS,
     DamagedError,
     Description,
-    chunk_name,
     read_description,
 )
 from distkv.storage.disk.catalogue import Catalogue, Entry
+from distkv.storage.disk.page_arrays import PageArray, find_arrays
 from distkv.storage.page_spec import PageSpec
 
 
@@ -79,27 +77,32 @@ class ModelCache:
         with closing(Catalogue(self.folder, read_only=True)) as catalogue:
             return catalogue.slots()
 
+    @property
+    def arrays(self) -> list[PageArray]:
+        """Those in which its pages lie, one for each stage of a pipeline."""
+        num_parts = 1 if self._description is None else self._description.decode_context_parallel_size
+        return find_arrays(self.folder, num_parts)
+
+    @property
+    def stored(self) -> StoredHeads:
+        """The files of its pages."""
+        return StoredHeads(self.folder, self._description)
+
     def check_catalogue(self) -> None:
         """Raises DamagedError when it is damaged, be it where no row is, StoreError when it cannot be read now."""
         with closing(Catalogue(self.folder, read_only=True)) as catalogue:
             catalogue.check()
 
     def damage(self, entry: Entry) -> str | None:
-        """What is wrong with the files of a page, naming the first such file; None when they are whole. Where no
-        description says how many there are, those from the first head on count."""
-        files = (self.folder / ARRAY / chunk_name(entry.slot, head) for head in count())
-        if self._description is None:
-            paths = list(takewhile(Path.exists, files))
-        else:
-            paths = list(islice(files, self._description.num_kv_heads))
-        num_layers, rest = divmod(len(entry.crc32c), 4 * len(paths)) if paths else (0, 0)
+        """What is wrong with the files of a page, naming the first such file; None when they are whole."""
+        stored = self.stored
+        heads = stored.of(entry.slot)
+        num_layers, rest = divmod(len(entry.crc32c), 4 * len(heads)) if heads else (0, 0)
         if not num_layers or rest or (self._description and num_layers != self._description.num_layers):
-            return f"slot {entry.slot} has {len(entry.crc32c)} bytes of checksums, and not those of {len(paths)} files"
-        checksums = np.frombuffer(entry.crc32c, np.uint32).reshape(len(paths), num_layers)
-        for path, expected in zip(paths, checksums.tolist(), strict=True):
-            if problem := file_damage(path, expected, self.spec):
-                return f"{path} {problem}"
-        return None
+            return f"slot {entry.slot} has {len(entry.crc32c)} bytes of checksums, and not those of {len(heads)} files"
+        checksums = np.frombuffer(entry.crc32c, np.uint32).reshape(len(heads), num_layers)
+        found = (stored.damage(head, expected) for head, expected in zip(heads, checksums.tolist(), strict=True))
+        return next((problem for problem in found if problem), None)
 
 
 def elsewhere(cache: ModelCache) -> str:
@@ -138,4 +141,4 @@ def find_cache(cache_dir: Path, fingerprint: str | None) -> ModelCache:
 
 
 def _holds_pages(folder: Path) -> bool:
-    return any(os.path.exists(folder / name) for name in (DESCRIPTION, ARRAY, CATALOGUE))
+    return any(os.path.exists(folder / name) for name in (DESCRIPTION, CATALOGUE)) or bool(find_arrays(folder))

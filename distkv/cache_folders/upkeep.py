@@ -90,7 +90,7 @@ def _count(cache: ModelCache) -> tuple[list[str], str]:
     not known."""
     entries = cache.entries()
     ends = {entry.key for entry in entries} - {entry.parent for entry in entries}
-    tokens = len(entries) * cache.description.page_size
+    tokens = len(entries) * cache.description.num_tokens
     last_use = _date(max(entry.last_use for entry in entries)) if entries else "-"
     known = cache.description
     codec = known.disk_codec if known.kv_cache_dtype == "auto" else known.kv_cache_dtype

@@ -112,14 +112,16 @@ class _Folder:
             self._report(cache.problem)
             if self._repair:
                 take_away(folder / DESCRIPTION)
-        try:
-            check_metadata(folder, cache.spec)
-        except DamagedError as error:
-            self._report(str(error))
-            if self._repair:
-                renew_metadata(folder, cache.spec, max(cache.listed(), default=0) + 1)
-        except ConfigError as error:
-            self._report(str(error))
+        for array in cache.arrays:
+            spec = None if cache.spec is None else array.spec(cache.spec)
+            try:
+                check_metadata(folder, spec, array)
+            except DamagedError as error:
+                self._report(str(error))
+                if self._repair:
+                    renew_metadata(folder, spec, max(cache.listed(), default=0) + 1, array)
+            except ConfigError as error:
+                self._report(str(error))
 
     def _verify_rest(self) -> None:
         """Files of no page, and pages that nobody can use."""

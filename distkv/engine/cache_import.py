@@ -3,13 +3,16 @@
 from itertools import chain
 from pathlib import Path
 
-from distkv.cache_folders.import_cache import ExportedCache, ImportedPage, check_same_pages, open_exported
+from distkv.cache_folders.import_cache import ExportedCache, ImportedPage, check_same_pages, open_exported, slot_files
 from distkv.engine.protocol import EngineInfo
 from distkv.engine.step_runner import StepRunner
 from distkv.errors import CapacityError, ConfigError, StoreError
 from distkv.option_checks import raise_to
-from distkv.storage.disk.cache_folder import ARRAY, chunk_name, read_description
+from distkv.storage.disk.cache_folder import read_description
 from distkv.storage.disk.catalogue import Entry
+from distkv.storage.disk.disk_array import has_array
+from distkv.storage.disk.page_arrays import find_arrays
+from distkv.storage.disk.reopen import join
 from distkv.storage.ledger.tiered_cache import TieredCache
 
 PART_BYTES = 64 * 2**20  # that are taken in between two steps
@@ -56,7 +59,7 @@ class CacheImport:
         self._touch(pages)  # those that are there already must not give way to those that follow them
 
     def _take_in(self, exported: ExportedCache, new: list[ImportedPage]) -> None:
-        folder, num_heads = Path(str(self._info.cache_dir)) / ARRAY, exported.spec.num_kv_heads
+        folder, pages = Path(str(self._info.cache_dir)), exported.pages
         slots, coming = self._cache.make_disk_room(len(new)), {page.key.digest for page in new}
         follows = all(not page.place or page.key.parent in coming or self._has(page.key.parent) for page in new)
         if len(slots) < len(new) or not follows:
@@ -64,14 +67,24 @@ class CacheImport:
                 f"the disk tier has no room for more pages{self._cache.disk_refusal}: requests use too many of its "
                 f"{self._info.num_disk_pages}; import again when they have ended, or raise disk_kv_bytes"
             )
-        files = {slot: [folder / chunk_name(slot, head) for head in range(num_heads)] for slot in slots}
+        files = {slot: slot_files(folder, slot, pages) for slot in slots}
+        stages = [array for array in find_arrays(folder) if array.layers is not None]
         placed = dict(zip(slots, new, strict=True))
         entries = [
             Entry(slot, key.digest, key.parent, key.tokens, exported.checksums(row), 0.0, place)
             for slot, (row, key, place) in placed.items()
         ]
+
+        def fill(entry: Entry) -> None:
+            for file in files[entry.slot]:
+                for array in stages:  # where ranks would look first
+                    (folder / array.name / file.name).unlink(missing_ok=True)
+            exported.copy(placed[entry.slot].row, files[entry.slot])
+
         try:
-            self._runner.take_in_pages(entries, lambda one: exported.copy(placed[one.slot].row, files[one.slot]))
+            if not has_array(folder, pages.whole_array):
+                join(folder, pages.spec, self._info.num_disk_pages, pages.whole_array)
+            self._runner.take_in_pages(entries, fill)
         except BaseException as error:
             for file in chain.from_iterable(files.values()):
                 file.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """The folder of one model's pages on disk: what lies in it under which name, who uses it, and whose pages they are.
 
 lock               names the process that uses the folder, and is locked by it
-kv.zarr            the pages, see `disk_array.py`
+kv.zarr            the pages, see `disk_array.py`; with a pipeline kv.layers-0-15.zarr and so on
 catalogue.sqlite   which slots hold a page, and of which tokens, see `catalogue.py`
 model.json         which model's they are, where the pages outlive the process, see `Description`
 *.damaged          what could not be read, see `set_aside`
@@ -12,9 +12,7 @@ user's cache_dir, named after the model's fingerprint, or SCRATCH for pages that
 
 import errno
 import logging
-import re
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -22,13 +20,14 @@ import msgspec
 
 from distkv.storage.disk.file_lock import FileLock, HeldError
 from distkv.storage.disk.files import replace_file, sync_folder
+from distkv.storage.disk.page_arrays import PageArray
 from distkv.storage.errors import ConfigError, StoreError
 from distkv.storage.page_spec import PageSpec
 
 log = logging.getLogger(__name__)
 
 FORMAT = 2  # of what lies on disk; part of the fingerprint
-ARRAY, CATALOGUE, LOCK, DESCRIPTION = "kv.zarr", "catalogue.sqlite", "lock", "model.json"
+CATALOGUE, LOCK, DESCRIPTION = "catalogue.sqlite", "lock", "model.json"
 CATALOGUE_LOG = f"{CATALOGUE}-wal"  # of commits that are not in it yet
 SCRATCH, SESSIONS = "scratch", "sessions"  # sub-folders of cache_dir that are no model's
 FULL = errno.ENOSPC, errno.EDQUOT  # of a disk
@@ -36,21 +35,9 @@ DAMAGED = ".damaged"  # behind the name of what is set aside
 
 Count = Annotated[int, msgspec.Meta(gt=0)]
 
-_CHUNK = re.compile(r"c\.(\d+)\.0\.0\.(\d+)\.0\.(?:0|[0-9a-f.]*\.partial)")
-
 
 class DamagedError(StoreError):
     """A file of the folder is not what distkv wrote there, or no more."""
-
-
-@dataclass(frozen=True)
-class DiskHeads:
-    """A rank's part of the model's KV heads on disk. With more ranks than heads, several ranks share a head's files."""
-
-    first: int
-    total: int  # of the model
-    reports: bool = True  # checksums for the catalogue: no rank before this one holds its heads
-    writes: bool = True  # else another rank writes the same bytes to the same files
 
 
 class Description(msgspec.Struct, frozen=True):
@@ -59,23 +46,39 @@ class Description(msgspec.Struct, frozen=True):
     fingerprint: str
     model: str  # path of the model's folder when the cache was made
     dtype: str
-    page_size: Count  # tokens
+    page_size: Count  # tokens, of each part
     num_layers: Count
     num_kv_heads: Count
     head_dim: Count
     page_bytes: Count  # on disk, at most
     disk_codec: Annotated[str, msgspec.Meta(pattern="^(none|lossless)$")] = "none"  # one of `DISK_CODECS`
     kv_cache_dtype: Annotated[str, msgspec.Meta(pattern="^(auto|fp8_e4m3|int8|int4)$")] = "auto"
+    decode_context_parallel_size: Count = 1  # parts of a page, see `DiskShare`
     kernels: str = ""  # by which the pages were computed
     created: float = msgspec.field(default_factory=time.time)  # unix seconds
 
     @property
     def spec(self) -> PageSpec:
-        """The pages of the whole model."""
+        """The pages of the whole model, of one part."""
         return PageSpec(
             self.num_layers, self.num_kv_heads, self.page_size, self.head_dim, self.dtype, self.kv_cache_dtype,
             self.disk_codec,
         )  # fmt: skip
+
+    @property
+    def num_tokens(self) -> int:
+        """Of a page, over all its parts."""
+        return self.page_size * self.decode_context_parallel_size
+
+    @property
+    def num_files(self) -> int:
+        """Of a page, where one array has all of its layers."""
+        return self.num_kv_heads * self.decode_context_parallel_size
+
+    @property
+    def whole_array(self) -> PageArray:
+        """The array of all layers."""
+        return PageArray(None, self.decode_context_parallel_size)
 
 
 class InUseError(ConfigError):
@@ -111,17 +114,6 @@ class FolderLock(FileLock):
             raise InUseError(
                 f"cache_dir {str(folder)!r} is in use by {holder}; end that, or name another folder", holder.owner
             ) from None
-
-
-def chunk_name(slot: int, head: int) -> str:
-    """The file of one KV head of a page, in the array's folder."""
-    return f"c.{slot}.0.0.{head}.0.0"
-
-
-def parse_chunk(name: str) -> tuple[int, int] | None:
-    """The slot and the head of a chunk's file or of a write to it that has not ended; None for other files."""
-    match = _CHUNK.fullmatch(name)
-    return None if match is None else (int(match[1]), int(match[2]))
 
 
 def read_description(folder: Path) -> Description | None:

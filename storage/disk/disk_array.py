@@ -1,8 +1,10 @@
-"""The Zarr array of a cache folder, plain for whoever opens it.
+"""The Zarr arrays of a cache folder, plain for whoever opens them; most have one, see `page_arrays.py`.
 
-Zarr v3 `[slot, layer, 2, kv_head, page_size, head_dim]` over the model's KV heads. A file is one KV head of a page,
-over all layers: a chunk without compressor or filter, or else a shard, see `lossless_codec.py`. bfloat16 is stored as
-uint16, since Zarr has no such type.
+Zarr v3 `[slot, layer, 2, kv_head, token, head_dim]` over the model's KV heads and the layers of the array. A file is
+one KV head of a page, or of a part of its tokens, over all of these layers: a chunk without compressor or filter, or
+else a shard, see `lossless_codec.py`. bfloat16 is stored as uint16, since Zarr has no such type.
+
+`spec` is of the pages in the array, of all KV heads and of one part of the tokens.
 """
 
 import json
@@ -20,18 +22,10 @@ from zarr.core.common import JSON
 from zarr.storage import LocalStore, MemoryStore
 
 from distkv.kernels.codec_format import CodecFormat, group_size
-from distkv.storage.disk.cache_folder import (
-    ARRAY,
-    DAMAGED,
-    FORMAT,
-    DamagedError,
-    parse_chunk,
-    remove_catalogue,
-    set_aside,
-    take_away,
-)
+from distkv.storage.disk.cache_folder import DAMAGED, FORMAT, DamagedError, remove_catalogue, set_aside, take_away
 from distkv.storage.disk.files import make_folder, replace_file
 from distkv.storage.disk.lossless_codec import COMPRESSOR, LEVEL
+from distkv.storage.disk.page_arrays import WHOLE, PageArray, find_arrays, parse_chunk
 from distkv.storage.errors import ConfigError, StoreError
 from distkv.storage.page_spec import PageSpec
 
@@ -45,103 +39,104 @@ class OtherPagesError(DamagedError):
     """The array is one of distkv's, and not for these pages."""
 
 
-def make_array(folder: Path, spec: PageSpec, num_pages: int) -> None:
-    """Makes an empty array for pages of the whole model, and sweeps away what an earlier process left.
+def make_array(folder: Path, spec: PageSpec, num_pages: int, array: PageArray = WHOLE) -> None:
+    """Makes an empty array, and sweeps away what an earlier process left in its place.
 
-    Raises ConfigError when something else lies in its place, StoreError when it cannot be written.
+    Raises ConfigError when something else lies there, StoreError when it cannot be written.
     """
-    remove_array(folder)
-    _write_metadata(folder, spec, num_pages)
+    remove_array(folder, array)
+    _write_metadata(folder, spec, num_pages, array)
 
 
-def has_array(folder: Path) -> bool:
+def has_array(folder: Path, array: PageArray = WHOLE) -> bool:
     """Whether the folder has an array; one that was killed while it was made is none."""
-    return (folder / ARRAY / METADATA).exists()
+    return (folder / array.name / METADATA).exists()
 
 
-def find_slots(folder: Path, spec: PageSpec) -> int:
-    """The number of slots of an array for pages of the whole model. Raises ConfigError when it was not made by distkv,
-    OtherPagesError when its metadata are those of other pages, and else DamagedError when they are not what they
-    were."""
-    path = folder / ARRAY
+def find_slots(folder: Path, spec: PageSpec, array: PageArray = WHOLE) -> int:
+    """The number of slots of an array. Raises ConfigError when it was not made by distkv, OtherPagesError when its
+    metadata are those of other pages, and else DamagedError when they are not what they were."""
+    path = folder / array.name
     if _made_by_distkv(path) is False:
         raise _foreign(path)
     try:
-        array = zarr.open_array(LocalStore(folder / ARRAY), mode="r")
-        attributes = {name: array.attrs.get(name) for name in ("distkv", "dtype", "codec")}
-        expected = page_array(MemoryStore(), spec, array.shape[0]).metadata
+        found = zarr.open_array(LocalStore(path), mode="r")
+        attributes = {name: found.attrs.get(name) for name in ("distkv", "dtype", "codec")}
+        expected = page_array(MemoryStore(), spec, found.shape[0], array).metadata
     except Exception as error:  # zarr has no common base of what it raises
         raise DamagedError(f"the metadata of {str(path)!r} cannot be read ({error})") from error
     codec = None if spec.format is None else spec.format.name
     is_other = attributes != {"distkv": FORMAT, "dtype": spec.dtype, "codec": codec}
-    if is_other or (array.shape[1:], array.chunks) != (spec.page_shape, expected.chunks):
+    if is_other or (found.shape, found.chunks) != (expected.shape, expected.chunks):
         raise OtherPagesError(
-            f"{str(path)!r} does not hold {codec or spec.dtype} pages of shape {list(spec.page_shape)} in format "
+            f"{str(path)!r} does not hold {codec or spec.dtype} pages of shape {list(expected.shape[1:])} in format "
             f"{FORMAT}, and what it holds is given up"
         )
-    if array.metadata.to_dict() != expected.to_dict():
+    if found.metadata.to_dict() != expected.to_dict():
         raise DamagedError(f"the metadata of {str(path)!r} are not what they were")
-    return array.shape[0]
+    return found.shape[0]
 
 
-def check_metadata(folder: Path, spec: PageSpec | None) -> None:
+def check_metadata(folder: Path, spec: PageSpec | None, array: PageArray = WHOLE) -> None:
     """Raises DamagedError when those of an array are damaged or lost, ConfigError when it was not made by distkv.
 
     Args:
-        spec: the pages of the whole model, where they are known.
+        spec: None where the pages are not known.
     """
-    array = folder / ARRAY
-    if not array.exists():
+    path = folder / array.name
+    if not path.exists():
         return
-    if not array.is_dir():
-        raise _foreign(array)
-    if spec is not None and not has_array(folder):
-        raise DamagedError(f"{str(array)!r} has no {METADATA}")
+    if not path.is_dir():
+        raise _foreign(path)
+    if spec is not None and not has_array(folder, array):
+        raise DamagedError(f"{str(path)!r} has no {METADATA}")
     if spec is not None:
-        find_slots(folder, spec)
-    elif has_array(folder) and _made_by_distkv(array) is None:
-        raise DamagedError(f"the metadata of {str(array)!r} cannot be read")
+        find_slots(folder, spec, array)
+    elif has_array(folder, array) and _made_by_distkv(path) is None:
+        raise DamagedError(f"the metadata of {str(path)!r} cannot be read")
 
 
-def renew_metadata(folder: Path, spec: PageSpec | None, num_pages: int) -> None:
+def renew_metadata(folder: Path, spec: PageSpec | None, num_pages: int, array: PageArray = WHOLE) -> None:
     """Makes those of an array again, or removes them where its pages are not known, so that an engine makes them."""
-    take_away(folder / ARRAY / METADATA)
+    take_away(folder / array.name / METADATA)
     if spec is not None:
-        _write_metadata(folder, spec, num_pages)
+        _write_metadata(folder, spec, num_pages, array)
 
 
-def mend_array(folder: Path, spec: PageSpec, num_pages: int) -> None:
+def mend_array(folder: Path, spec: PageSpec, num_pages: int, array: PageArray = WHOLE) -> None:
     """Makes metadata of an array that are damaged or lost again. The pages in it stay, since they are checked when they
     are taken over, unless they are other ones.
 
     Raises ConfigError when the array was not made by distkv, StoreError when it cannot be written.
     """
-    array = folder / ARRAY
-    if array.exists() and not has_array(folder):
-        if not _is_named_as_ours(array):
-            raise _foreign(array)
-        _write_metadata(folder, spec, num_pages)
-    elif has_array(folder):
+    path = folder / array.name
+    if path.exists() and not has_array(folder, array):
+        if not _is_named_as_ours(path):
+            raise _foreign(path)
+        _write_metadata(folder, spec, num_pages, array)
+    elif has_array(folder, array):
         try:
-            find_slots(folder, spec)
+            find_slots(folder, spec, array)
         except DamagedError as error:
             if isinstance(error, OtherPagesError):
                 remove_catalogue(folder)
-            set_aside(folder / ARRAY / METADATA, error)
-            _write_metadata(folder, spec, num_pages)
+            set_aside(path / METADATA, error)
+            _write_metadata(folder, spec, num_pages, array)
 
 
-def fit_array(folder: Path, spec: PageSpec, num_pages: int) -> None:
+def fit_array(folder: Path, spec: PageSpec, num_pages: int, array: PageArray = WHOLE) -> None:
     """Makes an array, or gives the one found, see `mend_array`, another number of slots and leaves its chunks.
 
     Raises ConfigError when something else lies there, StoreError when it cannot be written.
     """
-    if not has_array(folder):
-        make_array(folder, spec, num_pages)
+    if not has_array(folder, array):
+        if not find_arrays(folder):
+            remove_catalogue(folder)
+        _write_metadata(folder, spec, num_pages, array)
         return
-    if find_slots(folder, spec) == num_pages:
+    if find_slots(folder, spec, array) == num_pages:
         return
-    path = folder / ARRAY / METADATA
+    path = folder / array.name / METADATA
     metadata = json.loads(path.read_bytes())
     metadata["shape"][0] = num_pages
     try:
@@ -153,48 +148,57 @@ def fit_array(folder: Path, spec: PageSpec, num_pages: int) -> None:
         ) from error
 
 
-def remove_array(folder: Path) -> None:
-    """Deletes the array with all its pages, and the catalogue. Raises ConfigError when it is not distkv's."""
-    array = folder / ARRAY
-    if array.exists():
-        ours = _made_by_distkv(array)
-        if ours is None:  # killed before it wrote the metadata, or while it swept; or they are damaged
-            ours = _is_named_as_ours(array)
-        if not ours:
-            raise _foreign(array)
-        left = [path for path in array.iterdir() if path.name != METADATA]
-        if left:
-            log.info("removing %d files that an earlier process left in %s", len(left), array)
-        remove_catalogue(folder)  # first, so that it never lists what is gone
-        for path in left:  # the metadata goes last: a process killed meanwhile leaves an array that is known as ours
-            path.unlink(missing_ok=True)
-        shutil.rmtree(array)
+def remove_arrays(folder: Path) -> None:
+    """Deletes all arrays of a folder, with the catalogue. Raises ConfigError when one is not distkv's."""
+    for array in find_arrays(folder):
+        remove_array(folder, array)
     remove_catalogue(folder)
 
 
-def _write_metadata(folder: Path, spec: PageSpec, num_pages: int) -> None:
+def remove_array(folder: Path, array: PageArray = WHOLE) -> None:
+    """Deletes an array with all its pages, and the catalogue. Raises ConfigError when it is not distkv's."""
+    path = folder / array.name
+    if path.exists():
+        ours = _made_by_distkv(path)
+        if ours is None:  # killed before it wrote the metadata, or while it swept; or they are damaged
+            ours = _is_named_as_ours(path)
+        if not ours:
+            raise _foreign(path)
+        left = [file for file in path.iterdir() if file.name != METADATA]
+        if left:
+            log.info("removing %d files that an earlier process left in %s", len(left), path)
+        remove_catalogue(folder)  # first, so that it never lists what is gone
+        for file in left:  # the metadata goes last: a process killed meanwhile leaves an array that is known as ours
+            file.unlink(missing_ok=True)
+        shutil.rmtree(path)
+    remove_catalogue(folder)
+
+
+def _write_metadata(folder: Path, spec: PageSpec, num_pages: int, array: PageArray) -> None:
     content: dict[str, Buffer] = {}
-    page_array(MemoryStore(content), spec, num_pages)
+    page_array(MemoryStore(content), spec, num_pages, array)
     try:
-        make_folder(folder / ARRAY)
-        replace_file(folder / ARRAY / METADATA, content[METADATA].to_bytes(), syncs=True)
+        make_folder(folder / array.name)
+        replace_file(folder / array.name / METADATA, content[METADATA].to_bytes(), syncs=True)
     except OSError as error:
         raise StoreError(f"the array in cache_dir {str(folder)!r} cannot be made: {error}") from error
 
 
-def page_array(store: Store, spec: PageSpec, num_pages: int, name: str | None = None) -> Any:
+def page_array(store: Store, spec: PageSpec, num_pages: int, array: PageArray = WHOLE, name: str | None = None) -> Any:
     """Makes an array without pages, the store's only one or one of a name."""
     dtype = STORED_DTYPES[spec.stored_dtype]
+    num_layers, pair, heads, tokens, row = spec.page_shape
+    layers = {} if array.layers is None else {"layers": list(array.layers)}
     return zarr.create_array(
         store=store,
         name=name,
-        shape=(num_pages, *spec.page_shape),
+        shape=(num_pages, num_layers, pair, heads, tokens * array.num_parts, row),
         dtype=dtype,
         **_stored_as(spec, np.dtype(dtype).itemsize),
         fill_value=0,
         chunk_key_encoding={"name": "default", "separator": "."},  # one flat folder
         dimension_names=("slot", "layer", "kv", "kv_head", "token", "head_dim" if spec.format is None else "byte"),
-        attributes={"distkv": FORMAT, "dtype": spec.dtype, **_codec_attributes(spec)},
+        attributes={"distkv": FORMAT, "dtype": spec.dtype, **layers, **_codec_attributes(spec)},
     )
 
 
@@ -230,29 +234,29 @@ def _codec_attributes(spec: PageSpec) -> dict[str, JSON]:
     }
 
 
-def _made_by_distkv(array: Path) -> bool | None:
+def _made_by_distkv(path: Path) -> bool | None:
     """What the metadata of a Zarr array or group say of its maker; None when there are none, or damaged ones. Raises
     StoreError when they cannot be read."""
     try:
-        metadata = json.loads((array / METADATA).read_bytes())
+        metadata = json.loads((path / METADATA).read_bytes())
         return metadata["attributes"].get("distkv") is not None if "zarr_format" in metadata else None
     except KeyError:
         return False
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
     except OSError as error:
-        raise StoreError(f"{str(array / METADATA)!r} cannot be read: {error.strerror}") from error
+        raise StoreError(f"{str(path / METADATA)!r} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, AttributeError, RecursionError):
         return None
 
 
-def _is_named_as_ours(array: Path) -> bool:
-    return array.is_dir() and all(map(_is_named_by_distkv, array.iterdir()))
+def _is_named_as_ours(path: Path) -> bool:
+    return path.is_dir() and all(map(_is_named_by_distkv, path.iterdir()))
 
 
 def _is_named_by_distkv(path: Path) -> bool:
     return path.suffix == ".partial" or path.name in (METADATA, METADATA + DAMAGED) or bool(parse_chunk(path.name))
 
 
-def _foreign(array: Path) -> ConfigError:
-    return ConfigError(f"{str(array)!r} was not made by distkv; name another cache_dir")
+def _foreign(path: Path) -> ConfigError:
+    return ConfigError(f"{str(path)!r} was not made by distkv; name another cache_dir")

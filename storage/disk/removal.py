@@ -6,10 +6,12 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator
 from contextlib import closing, suppress
+from itertools import chain
 from pathlib import Path
 
-from distkv.storage.disk.cache_folder import ARRAY, DAMAGED, parse_chunk
+from distkv.storage.disk.cache_folder import DAMAGED
 from distkv.storage.disk.catalogue import Catalogue, read_catalogue
+from distkv.storage.disk.page_arrays import find_arrays, parse_chunk
 from distkv.storage.errors import StoreError
 
 log = logging.getLogger(__name__)
@@ -76,11 +78,12 @@ def _remove_files(folder: Path, is_doomed: Callable[[int], bool]) -> bool:
 
 def _files(folder: Path) -> Iterator[tuple["os.DirEntry[str]", int]]:
     """The files that hold pages, or once did, with their slots or NO_SLOT."""
-    for file in [*_scan(folder / ARRAY), *_scan(folder)]:
+    arrays = [folder / array.name for array in find_arrays(folder)]
+    for file in chain.from_iterable(map(_scan, [*arrays, folder])):
         if file.name.endswith((".partial", DAMAGED)):
             yield file, NO_SLOT
         elif chunk := parse_chunk(file.name):
-            yield file, chunk[0]
+            yield file, chunk.slot
 
 
 def _scan(folder: Path) -> Iterator["os.DirEntry[str]"]:

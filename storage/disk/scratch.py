@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from distkv.storage.disk.cache_folder import SCRATCH, FolderLock
-from distkv.storage.disk.disk_array import remove_array
+from distkv.storage.disk.disk_array import remove_arrays
 from distkv.storage.disk.removal import num_bytes
 from distkv.storage.errors import ConfigError, DistKVError
 
@@ -22,7 +22,7 @@ def sweep_scratch(cache_dir: Path) -> int:
                 lock = FolderLock(folder)
             except ConfigError:
                 return 0
-            remove_array(folder)
+            remove_arrays(folder)
     except (DistKVError, OSError) as error:
         log.warning("%s is not swept: %s", folder, error)
         return 0

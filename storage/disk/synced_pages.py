@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from distkv.storage.disk.cache_folder import ARRAY, CATALOGUE_LOG
+from distkv.storage.disk.cache_folder import CATALOGUE_LOG
 from distkv.storage.disk.files import sync_file, sync_folder
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,8 @@ class SyncedPages:
             written, self._written = self._written, set()
         failures = [self._try(sync_file, Path(file)) for file in written]
         if written:
-            failures += [self._try(sync_folder, self._folder / ARRAY), self._try(sync_folder, self._folder)]
+            arrays = {Path(file).parent for file in written}
+            failures += [self._try(sync_folder, folder) for folder in (*arrays, self._folder)]
         failures.append(self._try(self._sync_catalogue))
         reason = next(filter(None, failures), None)
         if reason is not None and not self._has_failed:

@@ -1,24 +1,23 @@
-"""The disk tier: one rank's heads of a Zarr array, whose files are written and read here, each by a `FileCodec`.
+"""The disk tier: one rank's part of the Zarr arrays, whose files are written and read here, each by a `FileCodec`.
 
 A file is written to a temporary file and renamed, so a killed write leaves no torn one. zarr itself reads a missing
 chunk as zeros and a damaged one without a word, at a third of the speed, and when the disk takes one head of a page no
 more it does not say when its writes of the others have ended.
 """
 
-import os
-import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from distkv.storage.disk.cache_folder import ARRAY, FULL, DiskHeads, chunk_name, parse_chunk
+from distkv.storage.disk.cache_folder import FULL
 from distkv.storage.disk.disk_codec import disk_codec
 from distkv.storage.disk.file_codec import ChecksumDamage, FileDamage
 from distkv.storage.disk.files import replace_file
+from distkv.storage.disk.page_arrays import DiskShare, chunk_name
+from distkv.storage.disk.page_finder import PageFinder, PieceFiles
 from distkv.storage.disk.synced_pages import SyncedPages
 from distkv.storage.errors import StoreError
 from distkv.storage.meter import Meter, now
@@ -27,8 +26,6 @@ from distkv.storage.pools.host_memory import as_integers
 from distkv.storage.pools.open_pages import OpenPages, Parts, checksum
 from distkv.storage.pools.page_pool import check_slot
 from distkv.storage.tier import Tier
-
-WRITE_BACK_SECONDS = 60.0  # in which the system has written by itself what a killed process left to it
 
 
 class DiskPool:
@@ -42,11 +39,11 @@ class DiskPool:
         spec: PageSpec,
         folder: Path,
         num_pages: int,
-        heads: DiskHeads,
+        share: DiskShare,
         meter: Meter | None = None,
         synced: SyncedPages | None = None,
     ):
-        """For the array that lies in `folder`, of at least so many slots.
+        """For the arrays that lie in `folder`; its own has at least so many slots.
 
         Args:
             synced: takes care that pages outlive a loss of power.
@@ -55,14 +52,16 @@ class DiskPool:
         self.num_pages = num_pages
         self.spec = spec
         self.codec = disk_codec(spec)
-        self._heads = heads
+        self._share = share
         self._synced = synced
-        self._held = range(heads.first, heads.first + spec.num_kv_heads)
+        self._held = range(*share.heads)
         self.folder = folder
         self.nbytes = num_pages * spec.page_bytes_in(Tier.DISK)
-        self._array = str(folder / ARRAY)
+        self._array = str(folder / share.array.name)
         self._crcs = np.zeros((num_pages, spec.num_kv_heads, spec.num_layers), dtype=np.uint32)
         self._stored = np.zeros(num_pages, dtype=bool)
+        self._elsewhere: dict[int, list[PieceFiles]] = {}  # by slot, pages that lie in arrays of other layouts
+        self._strays: dict[int, list[str]] = {}  # by slot, files of other layouts there
         self.prefetch_thread: Executor = ThreadPoolExecutor(1, "kv-prefetch")
 
     def store(self, slot: int, page: Tensor) -> None:
@@ -75,7 +74,8 @@ class DiskPool:
         for layer in range(self.spec.num_layers):
             for head, parts in enumerate(self.parts(page[layer])):
                 self._crcs[slot, head, layer] = checksum(parts)
-        if self._heads.writes:
+        self._elsewhere.pop(slot, None)
+        if self._share.writes:
             try:
                 self._write(slot, page)
             except OSError as error:
@@ -97,31 +97,27 @@ class DiskPool:
         """Takes over the pages that an earlier process left, and no others; to be called before any page is stored.
 
         Args:
-            entries: by slot the checksums of the whole model, uint32 `[kv_head, layer]` in C order.
+            entries: by slot the checksums of the whole model, uint32 `[part, kv_head, layer]` in C order.
 
         Returns the slots of pages that this rank cannot read: a file is missing or has another size, or the checksums
-        are not this model's. Files of other pages, and of writes that were cut off, are removed where they belong to
-        heads that this rank writes. Raises StoreError when the folder cannot be read.
+        are not this model's. Files of other pages, and of writes that were cut off, are removed, see
+        `PageFinder.sweep`. Raises StoreError when the folder cannot be read.
         """
         self._stored[:] = False
-        return self._take_over(entries, set(self._sweep(entries)))
+        finder = PageFinder(self.folder, self.spec, self._share)
+        finder.sweep(entries, lambda files: None if self._synced is None else self._synced.add(files))
+        return self._take_over(entries, finder)
 
     def take_in(self, entries: dict[int, bytes]) -> list[int]:
         """Takes over pages that somebody else has put into free slots meanwhile, as `adopt` does, and removes nothing.
         Raises StoreError when the folder cannot be read."""
-        whole: set[tuple[int, int]] = set()
-        for slot in entries:
-            for head, name in zip(self._held, self._names(slot), strict=True):
-                try:
-                    self.codec.check_size(os.stat(name).st_size)
-                except (FileNotFoundError, FileDamage):
-                    continue
-                except OSError as error:
-                    raise StoreError(f"{name} cannot be read: {error.strerror}") from error
-                whole.add((slot, head))
-            if self._synced is not None:
-                self._synced.add(self._names(slot))
-        return self._take_over(entries, whole)
+        finder = PageFinder(self.folder, self.spec, self._share)
+        finder.look(entries)
+        missing = self._take_over(entries, finder)
+        if self._synced is not None:
+            for slot in entries.keys() - set(missing):
+                self._synced.add(file for piece in self.pieces(slot) for file in piece.files)
+        return missing
 
     def parts(self, layer_slice: Tensor) -> Parts:
         """The memory of a contiguous layer slice `[2, kv_head, page_size, head_dim]`, to read into."""
@@ -129,8 +125,8 @@ class DiskPool:
 
     def checksums(self, slot: int) -> bytes:
         """This rank's part of a slot's entry in the catalogue: crc32c of each head's layer slice, uint32
-        `[kv_head, layer]` in C order. Empty where an earlier rank holds the same heads."""
-        return self._crcs[slot].tobytes() if self._heads.reports else b""
+        `[kv_head, layer]` in C order. Empty where an earlier rank has the same part."""
+        return self._crcs[slot].tobytes() if self._share.reports else b""
 
     def chunk_path(self, slot: int, head: int) -> Path:
         """The file of one of this rank's heads, counted on the rank."""
@@ -142,12 +138,17 @@ class DiskPool:
         if self._synced is not None:
             self._synced.close()
 
-    def files(self, slot: int) -> list[str]:
-        """The files of a slot, one for each head."""
+    def pieces(self, slot: int) -> list[PieceFiles]:
+        """Where the page in a slot lies, by layers; most lie in this rank's own array alone."""
         check_slot(slot, self.num_pages)
         if not self._stored[slot]:
             raise StoreError(f"slot {slot} of {self._array} holds no page")
-        return self._names(slot)
+        found = self._elsewhere.get(slot) if self._elsewhere else None
+        return found or [PieceFiles(self.spec.num_layers, 0, self._names(slot), self.codec)]
+
+    def files(self, slot: int) -> list[str]:
+        """The files of a slot, one for each head, or several where other layouts have written them."""
+        return [file for piece in self.pieces(slot) for file in piece.files]
 
     def checksum(self, slot: int, head: int, layer: int) -> int:
         """crc32c of one head's layer slice."""
@@ -165,18 +166,20 @@ class DiskPool:
         """crc32c by head and layer."""
         return self._crcs[slot].tolist()
 
-    def _take_over(self, entries: dict[int, bytes], whole: Container[tuple[int, int]]) -> list[int]:
-        """Notes the checksums of pages whose files, as slot and head, are all `whole`; returns the slots of others."""
-        shape = self._heads.total, self.spec.num_layers
+    def _take_over(self, entries: dict[int, bytes], finder: PageFinder) -> list[int]:
+        """Notes the checksums of pages whose files are all found; returns the slots of others."""
+        expected = self._share.empty_checksums()
         missing = []
         for slot, checksums in entries.items():
-            crcs = np.frombuffer(checksums, np.uint32) if len(checksums) % 4 == 0 else np.empty(0)
-            files = all((slot, head) in whole for head in self._held)
-            if slot >= self.num_pages or crcs.size != shape[0] * shape[1] or not files:
+            pieces = finder.find(slot) if slot < self.num_pages and len(checksums) == expected.nbytes else None
+            if pieces is None:
                 missing.append(slot)
                 continue
-            self._crcs[slot] = crcs.reshape(shape)[self._held.start : self._held.stop]
+            self._crcs[slot] = self._share.own(np.frombuffer(checksums, np.uint32).reshape(expected.shape))
             self._stored[slot] = True
+            if [piece.files for piece in pieces] != [self._names(slot)]:
+                self._elsewhere[slot] = pieces
+        self._strays |= finder.strays
         return missing
 
     def _write(self, slot: int, page: Tensor) -> None:
@@ -198,11 +201,11 @@ class DiskPool:
             self._synced.add(self._names(slot))
 
     def _remove(self, slot: int) -> None:
-        for name in self._names(slot):
+        for name in self._names(slot) + self._strays.pop(slot, []):
             Path(name).unlink(missing_ok=True)
 
     def _names(self, slot: int) -> list[str]:
-        return [f"{self._array}/{chunk_name(slot, head)}" for head in self._held]
+        return [f"{self._array}/{chunk_name(slot, head, self._share.part)}" for head in self._held]
 
     def _split(self, layer_slice: memoryview) -> Parts:
         half = len(layer_slice) // 2
@@ -211,34 +214,6 @@ class DiskPool:
             [layer_slice[first : first + size], layer_slice[half + first : half + first + size]]
             for first in range(0, half, size)
         ]
-
-    def _sweep(self, kept: Container[int]) -> Iterator[tuple[int, int]]:
-        """Removes the files of slots that are not kept; gives slot and head of each other chunk of a size that can be
-        right."""
-        recent = time.time() - WRITE_BACK_SECONDS
-        try:
-            with os.scandir(self._array) as files:
-                for file in files:
-                    chunk = parse_chunk(file.name)
-                    is_partial = file.name.endswith(".partial")
-                    if chunk is None:  # the metadata
-                        swept = is_partial and self._held.start == 0
-                    elif chunk[1] not in self._held:
-                        continue
-                    elif chunk[0] in kept and not is_partial:
-                        swept = False
-                        with suppress(FileNotFoundError, FileDamage):
-                            found = file.stat()
-                            self.codec.check_size(found.st_size)
-                            if self._synced is not None and found.st_mtime > recent:
-                                self._synced.add([file.path])
-                            yield chunk
-                    else:
-                        swept = True
-                    if swept and self._heads.writes:
-                        Path(file.path).unlink(missing_ok=True)
-        except OSError as error:
-            raise StoreError(f"{self._array} cannot be swept: {error.strerror}") from error
 
 
 def _bytes(x: Tensor) -> memoryview:

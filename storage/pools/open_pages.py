@@ -11,6 +11,7 @@ from crc32c import crc32c
 
 from distkv.storage.disk import page_cache
 from distkv.storage.disk.file_codec import ChecksumDamage, FileCodec, FileDamage
+from distkv.storage.disk.page_finder import PieceFiles
 from distkv.storage.errors import StoreError
 from distkv.storage.meter import Meter, now
 from distkv.storage.page_spec import PageSpec
@@ -29,12 +30,11 @@ class PageFiles(Protocol):
     """Where pages on disk lie: a `DiskPool`."""
 
     spec: PageSpec
-    codec: FileCodec
     meter: Meter
     prefetch_thread: Executor
 
-    def files(self, slot: int) -> list[str]:
-        """See `DiskPool.files`."""
+    def pieces(self, slot: int) -> list[PieceFiles]:
+        """See `DiskPool.pieces`."""
         ...
 
     def layer_checksums(self, slot: int) -> list[list[int]]:
@@ -56,8 +56,9 @@ class OpenPages:
 
     def __init__(self, pool: PageFiles, slots: Sequence[int]):
         """Raises StoreError for a slot that holds no page."""
-        self._pool, self._codec = pool, pool.codec
-        self._files = [pool.files(slot) for slot in slots]
+        self._pool = pool
+        self._pieces = [pool.pieces(slot) for slot in slots]
+        self._files = [[file for piece in pieces for file in piece.files] for pieces in self._pieces]
         self._checksums = [pool.layer_checksums(slot) for slot in slots]
         self._descriptors: list[list[int | None]] = [[None] * len(files) for files in self._files]
         self._indexes: list[list[Any]] = [[_UNREAD] * len(files) for files in self._files]
@@ -78,13 +79,14 @@ class OpenPages:
         if self._prefetch is not None:
             self._prefetch.reach(layer * len(self._files) + index)
         checksums, start, num_bytes = self._checksums[index], now(), 0
+        first, piece = self._piece(index, layer)
         for head, pieces in enumerate(parts):
             try:
-                num_bytes += self._read(index, head, layer, pieces)
+                num_bytes += self._read(index, first + head, piece.codec, layer + piece.shift, pieces)
                 if checksum(pieces) != checksums[head][layer]:
-                    raise ChecksumDamage(f"is damaged: the checksum of layer {layer} is wrong")
+                    raise ChecksumDamage(f"is damaged: the checksum of layer {layer + piece.shift} is wrong")
             except (OSError, FileDamage) as error:
-                raise self._pool.told(self._files[index][head], error) from error
+                raise self._pool.told(self._files[index][first + head], error) from error
         self._pool.meter.add("disk_read", start, num_bytes, layer=layer)
 
     def close(self) -> None:
@@ -104,44 +106,60 @@ class OpenPages:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _read(self, index: int, head: int, layer: int, pieces: list[memoryview]) -> int:
+    def _piece(self, index: int, layer: int) -> tuple[int, PieceFiles]:
+        """The piece of a page that has a layer, behind the number of its first file among those of the page."""
+        first = 0
+        for piece in self._pieces[index]:
+            if layer < piece.end:
+                return first, piece
+            first += len(piece.files)
+        raise IndexError(f"a page has no layer {layer}")
+
+    def _read(self, index: int, number: int, codec: FileCodec, layer: int, pieces: list[memoryview]) -> int:
         """Returns how many bytes the file gave. Raises OSError or FileDamage."""
-        descriptor, found = self._descriptors[index][head], self._indexes[index][head]
+        descriptor, found = self._descriptors[index][number], self._indexes[index][number]
         if descriptor is not None and found is not _UNREAD:
-            return self._codec.read(descriptor, found, layer, pieces)
-        return self._with_file(index, head, lambda *file: self._codec.read(file[0], file[1], layer, pieces))
+            return codec.read(descriptor, found, layer, pieces)
+        return self._with_file(index, number, codec, lambda *file: codec.read(file[0], file[1], layer, pieces))
 
     def _is_held(self, index: int, layer: int) -> bool:
         """Whether the system has a layer of the index-th page in its memory, by the first byte of a head."""
+        number, piece = self._piece(index, layer)
 
         def look(descriptor: int, found: Any) -> bool:
-            return page_cache.is_held(descriptor, self._codec.span(found, layer)[0])
+            return page_cache.is_held(descriptor, piece.codec.span(found, layer + piece.shift)[0])
 
         try:
-            return self._with_file(index, 0, look)
+            return self._with_file(index, number, piece.codec, look)
         except (OSError, FileDamage):  # the system cannot tell, or `read` says why
             return False
 
     def _expect(self, index: int, first: int, last: int) -> None:
         """Has the system bring layers, from a first one to before a last one, of the index-th page."""
+        while first < last:
+            number, piece = self._piece(index, first)
+            begin, end = first + piece.shift, min(last, piece.end) + piece.shift
 
-        def tell(descriptor: int, found: Any) -> None:
-            start, _ = self._codec.span(found, first)
-            offset, size = self._codec.span(found, last - 1)
-            page_cache.bring(descriptor, start, offset + size - start)
+            def tell(
+                descriptor: int, found: Any, codec: FileCodec = piece.codec, begin: int = begin, end: int = end
+            ) -> None:
+                start, _ = codec.span(found, begin)
+                offset, size = codec.span(found, end - 1)
+                page_cache.bring(descriptor, start, offset + size - start)
 
-        for head in range(len(self._files[index])):
-            with suppress(OSError, FileDamage):  # `read` says why
-                self._with_file(index, head, tell)
+            for file in range(number, number + len(piece.files)):
+                with suppress(OSError, FileDamage):  # `read` says why
+                    self._with_file(index, file, piece.codec, tell)
+            first = piece.end
 
-    def _with_file(self, index: int, head: int, work: Callable[[int, Any], Result]) -> Result:
+    def _with_file(self, index: int, number: int, codec: FileCodec, work: Callable[[int, Any], Result]) -> Result:
         """What work on a file, and its index, gives. Raises OSError, FileDamage and what the work does."""
-        kept = self._descriptors[index][head]
-        descriptor = self._open(self._files[index][head]) if kept is None else kept
+        kept = self._descriptors[index][number]
+        descriptor = self._open(self._files[index][number]) if kept is None else kept
         try:
-            found = self._indexes[index][head]
+            found = self._indexes[index][number]
             if found is _UNREAD:  # of two threads that read it at once, both find the same
-                found = self._indexes[index][head] = self._codec.read_index(descriptor)
+                found = self._indexes[index][number] = codec.read_index(descriptor)
             return work(descriptor, found)
         finally:
             if kept is None:

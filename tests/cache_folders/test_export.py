@@ -27,8 +27,9 @@ from zarr.storage import LocalStore, ZipStore
 from distkv import LLM, SamplingParams
 from distkv.cache_folders import import_cache as import_module
 from distkv.commands.main import app
-from distkv.storage.disk.cache_folder import ARRAY, DiskHeads, FolderLock
+from distkv.storage.disk.cache_folder import FolderLock
 from distkv.storage.disk.catalogue import Catalogue, Entry
+from distkv.storage.disk.page_arrays import ARRAY, DiskShare
 from distkv.storage.disk.reopen import reopen
 from distkv.storage.ledger.prefix_index import page_keys, root_key
 from distkv.storage.pools.disk_pool import DiskPool
@@ -73,7 +74,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def keep(folder: Path, chains: list[list[int]], salt: str | None) -> None:
     reopen(folder, SPEC, 20, description())
-    pool = DiskPool(SPEC, folder, 20, DiskHeads(0, SPEC.num_kv_heads))
+    pool = DiskPool(SPEC, folder, 20, DiskShare.of_all(SPEC))
     with closing(Catalogue(folder)) as catalogue:
         for chain in chains:
             for index, key in enumerate(page_keys(root_key(description().fingerprint, salt), chain, SPEC.page_size)):

@@ -13,8 +13,9 @@ from distkv import LLM, SamplingParams
 from distkv.commands.main import app
 from distkv.storage.device import CpuDevice
 from distkv.storage.disk import scratch as scratch_module
-from distkv.storage.disk.cache_folder import ARRAY, CATALOGUE, DAMAGED, DESCRIPTION, SCRATCH, DiskHeads, FolderLock
+from distkv.storage.disk.cache_folder import CATALOGUE, DAMAGED, DESCRIPTION, SCRATCH, FolderLock
 from distkv.storage.disk.catalogue import Catalogue
+from distkv.storage.disk.page_arrays import ARRAY, DiskShare
 from distkv.storage.errors import ConfigError, StoreError
 from distkv.workers.cache_place import CachePlace
 from distkv.workers.kv_pools import DiskTier, KVPools
@@ -91,7 +92,7 @@ def test_an_engine_with_prefix_caching_sweeps_the_scratch_folder(cache: Path, sc
     """Not while another one uses it, and not when something else lies there."""
 
     def start() -> None:
-        tier = DiskTier(CachePlace(cache / NAME, NAME), DiskHeads(0, SPEC.num_kv_heads), 0, description())
+        tier = DiskTier(CachePlace(cache / NAME, NAME), DiskShare.of_all(SPEC), 0, description())
         KVPools(SPEC, PoolSizes(host=1, disk=8), CpuDevice(), tier).close()
 
     lock = FolderLock(scratch)

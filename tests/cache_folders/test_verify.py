@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 from distkv.commands.main import app
 from distkv.errors import ConfigError
 from distkv.frontend.session import Session
-from distkv.storage.disk.cache_folder import ARRAY, CATALOGUE, DAMAGED, DESCRIPTION, SCRATCH, FolderLock
+from distkv.storage.disk.cache_folder import CATALOGUE, DAMAGED, DESCRIPTION, SCRATCH, FolderLock
 from distkv.storage.disk.catalogue import Catalogue
+from distkv.storage.disk.page_arrays import ARRAY
 from distkv.storage.disk.reopen import rejoin
 from distkv.storage.page_spec import PageSpec
 

@@ -174,13 +174,13 @@ def test_loads_run_ahead_and_slots_are_filled_behind_them(copies: PageCopies, pi
 def test_disk_reads_run_ahead(tmp_path: Path, copies: PageCopies, pinned: HostPool) -> None:
     """Through memory for a few slices, which is read into again while the device is behind."""
     pytest.importorskip("zarr", reason="the disk tier's array is made by zarr")
-    from distkv.storage.disk.cache_folder import DiskHeads
     from distkv.storage.disk.disk_array import make_array
+    from distkv.storage.disk.page_arrays import DiskShare
     from distkv.storage.moving.read_ahead import ReadAhead
     from distkv.storage.pools.disk_pool import DiskPool
 
     make_array(tmp_path, SPEC, 6)
-    disk = DiskPool(SPEC, tmp_path, 6, DiskHeads(0, SPEC.num_kv_heads))
+    disk = DiskPool(SPEC, tmp_path, 6, DiskShare.of_all(SPEC))
     for slot in range(6):
         disk.store(slot, page_of(50 + slot))
     disk.chunk_path(4, 0).unlink()

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from distkv.storage.disk.cache_folder import ARRAY, CATALOGUE, DESCRIPTION
+from distkv.storage.disk.cache_folder import CATALOGUE, DESCRIPTION
+from distkv.storage.disk.page_arrays import ARRAY
 
 Damage = Callable[[random.Random, Path, list[Path]], None]
 """Does something to a file; the others are those beside it."""

@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.checkpoints import edit_config, save_llama
 from support.damage import flip_bit
+from support.disks import share
 from support.llms import PAGE_BYTES, tiered_options
 from support.pages import bits, random_page, same
 from support.ranks import load_rank
@@ -36,18 +37,10 @@ from distkv.launch.fingerprint import make_fingerprint
 from distkv.launch.launch import cache_place, launch
 from distkv.planner.ranks import make_rank_config
 from distkv.storage.device import CpuDevice
-from distkv.storage.disk.cache_folder import (
-    ARRAY,
-    CATALOGUE,
-    DESCRIPTION,
-    SCRATCH,
-    DamagedError,
-    Description,
-    DiskHeads,
-    FolderLock,
-)
+from distkv.storage.disk.cache_folder import CATALOGUE, DESCRIPTION, SCRATCH, DamagedError, Description, FolderLock
 from distkv.storage.disk.catalogue import Catalogue, Entry
 from distkv.storage.disk.disk_array import OtherPagesError, find_slots, make_array
+from distkv.storage.disk.page_arrays import ARRAY
 from distkv.storage.disk.reopen import reopen
 from distkv.storage.dtypes import torch_dtype
 from distkv.storage.page_spec import DISK_CODECS, PageSpec
@@ -97,8 +90,8 @@ def rank_pools(
     pools = []
     for shard in (Shard.of(model(), Layout(size), rank) for rank in range(size)):
         first = shard.holder == 0
-        heads = DiskHeads(shard.kv_heads[0], spec.num_kv_heads, reports=first, writes=first)
         own = replace(spec, num_kv_heads=shard.num_kv_heads)
+        heads = share(own, shard.kv_heads[0], spec.num_kv_heads, reports=first, writes=first, is_first=not shard.rank)
         pools.append((range(*shard.kv_heads), DiskPool(own, folder, num_pages, heads)))
     return pools
 
@@ -182,14 +175,14 @@ def test_ranks_on_one_disk_and_on_others(tmp_path: Path) -> None:
         ranks = []
         for rank, head in enumerate((0, 0, 1, 1)):
             there = replace(place, folder=folders[rank % 2])
-            tier = DiskTier(there, DiskHeads(head, 3, reports=rank in (0, 2)), rank, kept)
+            tier = DiskTier(there, share(own, head, 3, reports=rank in (0, 2)), rank, kept)
             ranks.append(KVPools(own, PoolSizes(host=1, disk=NUM_PAGES), CpuDevice(), tier))
             with pytest.raises(ConfigError, match="in use by process"):
                 KVPools(own, PoolSizes(host=1, disk=NUM_PAGES), CpuDevice(), replace(tier, place=another(there)))
             assert find_slots(there.folder, SPEC) == NUM_PAGES
         assert not (folders[1] / CATALOGUE).exists()
         third = replace(place, folder=folders[1])
-        more = KVPools(own, PoolSizes(host=1, disk=NUM_PAGES), CpuDevice(), DiskTier(third, DiskHeads(1, 3), 4, kept))
+        more = KVPools(own, PoolSizes(host=1, disk=NUM_PAGES), CpuDevice(), DiskTier(third, share(own, 1, 3), 4, kept))
         ranks.append(more)
         for rank, tiers in enumerate(ranks):
             assert tiers.disk is not None

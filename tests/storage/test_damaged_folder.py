@@ -12,18 +12,10 @@ import pytest
 from support.disks import NUM_PAGES, description, kept_pages, listed
 from support.pages import SPEC, load, random_page, same
 
-from distkv.storage.disk.cache_folder import (
-    ARRAY,
-    CATALOGUE,
-    DAMAGED,
-    DESCRIPTION,
-    LOCK,
-    DamagedError,
-    DiskHeads,
-    FolderLock,
-)
+from distkv.storage.disk.cache_folder import CATALOGUE, DAMAGED, DESCRIPTION, LOCK, DamagedError, FolderLock
 from distkv.storage.disk.catalogue import Catalogue, read_catalogue
 from distkv.storage.disk.disk_array import METADATA, find_slots
+from distkv.storage.disk.page_arrays import ARRAY, DiskShare
 from distkv.storage.disk.reopen import reopen
 from distkv.storage.errors import ConfigError, StoreError
 from distkv.storage.pools.disk_pool import DiskPool
@@ -35,7 +27,7 @@ def reopened(folder: Path, num_pages: int = NUM_PAGES) -> set[int]:
     """Opens a folder as an engine does; returns the slots of the pages in it, each of which is what it was."""
     reopen(folder, SPEC, num_pages, description())
     entries, _ = read_catalogue(folder)
-    pool = DiskPool(SPEC, folder, num_pages, DiskHeads(0, SPEC.num_kv_heads))
+    pool = DiskPool(SPEC, folder, num_pages, DiskShare.of_all(SPEC))
     missing = pool.adopt({one.slot: one.crc32c for one in entries})
     found = {one.slot for one in entries} - set(missing)
     for slot in found:
@@ -183,7 +175,7 @@ def test_a_page_whose_row_is_older_than_it(tmp_path: Path) -> None:
     """A slot that was written again while its row could not be removed: the row is taken over, and what lies there is
     not taken for its page."""
     kept_pages(tmp_path, SLOTS)
-    pool = DiskPool(SPEC, tmp_path, NUM_PAGES, DiskHeads(0, SPEC.num_kv_heads))
+    pool = DiskPool(SPEC, tmp_path, NUM_PAGES, DiskShare.of_all(SPEC))
     pool.store(3, random_page(SPEC, 99))
     reopen(tmp_path, SPEC, NUM_PAGES, description())
     entries, slots = read_catalogue(tmp_path)

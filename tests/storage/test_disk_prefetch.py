@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from support.page_cache import forget, is_held, refuse_fadvise, tell_nothing
 from support.pages import random_page, same
 
-from distkv.storage.disk.cache_folder import DiskHeads
 from distkv.storage.disk.disk_array import make_array
+from distkv.storage.disk.page_arrays import DiskShare
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools import disk_prefetch
 from distkv.storage.pools.disk_pool import DiskPool
@@ -105,7 +105,7 @@ def test_the_system_brings_what_comes_next_and_no_more(
     if not is_told:
         monkeypatch.setattr(DiskPrefetch, "reach", lambda *_: None)
     make_array(tmp_path, spec, 8)
-    pool = DiskPool(spec, tmp_path, 8, DiskHeads(0, 2))
+    pool = DiskPool(spec, tmp_path, 8, DiskShare.of_all(spec))
     pages = [random_page(spec, slot) for slot in range(8)]
     for slot, page in enumerate(pages):
         pool.store(slot, page)
@@ -170,7 +170,7 @@ def pool(tmp_path: Path) -> Iterator[DiskPool]:
     """Four pages, which the system has in its memory."""
     spec = PageSpec(num_layers=3, num_kv_heads=2, page_size=16, head_dim=8, dtype="float32")
     make_array(tmp_path, spec, 4)
-    pool = DiskPool(spec, tmp_path, 4, DiskHeads(0, 2))
+    pool = DiskPool(spec, tmp_path, 4, DiskShare.of_all(spec))
     for slot in range(4):
         pool.store(slot, random_page(spec, slot))
     yield pool

@@ -10,14 +10,16 @@ from subprocess import Popen
 
 import pytest
 from support.disk_process import DiskProcess
+from support.disks import share
 from support.nodes import enter_node
 from support.pages import SPEC, load, random_page, same
 from support.processes import kill, read_line, start_python
 
 from distkv.storage.device import CpuDevice
 from distkv.storage.disk import file_lock
-from distkv.storage.disk.cache_folder import ARRAY, LOCK, SCRATCH, DiskHeads, FolderLock, InUseError
+from distkv.storage.disk.cache_folder import LOCK, SCRATCH, FolderLock, InUseError
 from distkv.storage.disk.file_lock import FileLock, HeldError, is_locked
+from distkv.storage.disk.page_arrays import ARRAY, DiskShare
 from distkv.storage.errors import ConfigError
 from distkv.workers.cache_place import CachePlace, join_folder
 from distkv.workers.kv_pools import DiskTier, KVPools
@@ -188,7 +190,7 @@ def test_who_was_taken_over_removes_nothing(tmp_path: Path, monkeypatch: pytest.
     """Of an engine whose pages would go with it."""
 
     def engine() -> KVPools:
-        tier = DiskTier(CachePlace(tmp_path / SCRATCH), DiskHeads(0, SPEC.num_kv_heads), 0, None, is_alone=True)
+        tier = DiskTier(CachePlace(tmp_path / SCRATCH), DiskShare.of_all(SPEC), 0, None, is_alone=True)
         return KVPools(SPEC, PoolSizes(host=1, disk=4), CpuDevice(), tier)
 
     enter_node("a", "none", monkeypatch)
@@ -225,9 +227,9 @@ def test_a_rank_knows_the_first_one_of_its_engine_by_the_lock(
     """Where it does not see the other's file yet."""
     start("a", "of the node")
     enter_node("b", "of the node", monkeypatch)
-    with join_folder(CachePlace(folder, "f", engine="engine of a"), 1) as found:
-        assert found == (None, True)
-    with pytest.raises(InUseError), join_folder(CachePlace(folder, "f"), 1):
+    with join_folder(CachePlace(folder, "f", engine="engine of a"), share(SPEC, 1, 3)) as found:
+        assert found.lock is None and found.writes
+    with pytest.raises(InUseError), join_folder(CachePlace(folder, "f"), share(SPEC, 1, 3)):
         pass
 
 

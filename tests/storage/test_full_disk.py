@@ -16,9 +16,10 @@ from distkv.commands.main import app
 from distkv.engine.catalogue_writer import CatalogueWriter
 from distkv.storage.device import CpuDevice
 from distkv.storage.disk import disk_array
-from distkv.storage.disk.cache_folder import ARRAY, CATALOGUE, DiskHeads
+from distkv.storage.disk.cache_folder import CATALOGUE
 from distkv.storage.disk.catalogue import Catalogue, read_catalogue
 from distkv.storage.disk.disk_array import find_slots
+from distkv.storage.disk.page_arrays import ARRAY, DiskShare
 from distkv.storage.disk.removal import num_bytes
 from distkv.storage.disk.reopen import reopen
 from distkv.storage.errors import StoreError
@@ -105,7 +106,7 @@ def test_what_lies_there_is_read(full: tuple[Path, Fill], killed: bool) -> None:
     if killed:
         leave_as_killed(cache / NAME)
     with fill(cache):
-        tier = DiskTier(CachePlace(cache / NAME), DiskHeads(0, SPEC.num_kv_heads), 0, description(SPEC))
+        tier = DiskTier(CachePlace(cache / NAME), DiskShare.of_all(SPEC), 0, description(SPEC))
         pools = KVPools(SPEC, PoolSizes(host=1, disk=NUM_PAGES), CpuDevice(), tier)
 
         def run(plan: StepPlan) -> Report:

@@ -20,7 +20,7 @@ from support.pages import SPEC, bits, load, random_page, same
 from torch import Tensor
 
 from distkv.errors import StoreError
-from distkv.storage.disk.cache_folder import ARRAY
+from distkv.storage.disk.page_arrays import ARRAY, DiskShare
 from distkv.storage.disk.reopen import rejoin, reopen
 from distkv.storage.dtypes import DTYPES, torch_dtype
 from distkv.storage.page_spec import PageSpec
@@ -263,7 +263,7 @@ def test_pages_of_another_codec_are_never_read(tmp_path: Path, before: PageSpec,
     checksums = process.pool.checksums(2)
     reopen(tmp_path, after, 8, description(after))
     assert listed(tmp_path) == set()
-    pool = DiskPool(after, tmp_path, 8, process.pool._heads)
+    pool = DiskPool(after, tmp_path, 8, DiskShare.of_all(after))
     pool.adopt({2: checksums})  # as a wrong catalogue would have it
     with pytest.raises(StoreError):
         load(pool, 2, after)

@@ -14,8 +14,8 @@ from support.pages import SPEC, bits, load, random_page, same, store
 from torch import Tensor
 
 from distkv.storage.device import CpuDevice
-from distkv.storage.disk.cache_folder import DiskHeads
 from distkv.storage.disk.disk_array import make_array
+from distkv.storage.disk.page_arrays import DiskShare
 from distkv.storage.moving.mover import Mover
 from distkv.storage.pools.device_pool import DevicePool
 from distkv.storage.pools.disk_pool import DiskPool
@@ -53,7 +53,7 @@ class Tiers:
 
 @pytest.fixture
 def tiers(tmp_path: Path) -> Iterator[Tiers]:
-    heads = DiskHeads(0, SPEC.num_kv_heads)
+    heads = DiskShare.of_all(SPEC)
     make_array(tmp_path, SPEC, NUM_PAGES)
     device = GatedDevice(SPEC, NUM_PAGES, CpuDevice())
     host, disk = HostPool(SPEC, NUM_PAGES, pinned=False), GatedDisk(SPEC, tmp_path, NUM_PAGES, heads)

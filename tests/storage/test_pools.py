@@ -17,7 +17,7 @@ import torch
 import zarr
 from crc32c import crc32c
 from support.damage import cut_short, damages, flip_bit
-from support.disks import NUM_PAGES, disk_pool, entry, file_size_limit, partial_files
+from support.disks import NUM_PAGES, disk_pool, entry, file_size_limit, partial_files, share
 from support.pages import SPEC, bits, load, random_page, same, store
 from support.processes import kill, read_line, start_python
 from torch import Tensor
@@ -25,9 +25,10 @@ from torch import Tensor
 from distkv.cache_folders.file_damage import file_damage
 from distkv.errors import CapacityError, ConfigError, StoreError
 from distkv.storage.device import CpuDevice
-from distkv.storage.disk.cache_folder import ARRAY, DiskHeads, FolderLock
+from distkv.storage.disk.cache_folder import FolderLock
 from distkv.storage.disk.catalogue import Catalogue
 from distkv.storage.disk.disk_array import make_array, remove_array
+from distkv.storage.disk.page_arrays import ARRAY
 from distkv.storage.dtypes import DTYPES, torch_dtype
 from distkv.storage.page_spec import DISK_CODECS, PageSpec
 from distkv.storage.pools.device_pool import DevicePool
@@ -60,7 +61,7 @@ def pool(request: pytest.FixtureRequest, spec: PageSpec, tmp_path: Path) -> Iter
         made = disk_pool(tmp_path, replace(spec, disk_codec="lossless"))
     else:
         make_array(tmp_path, replace(spec, num_kv_heads=3), NUM_PAGES)
-        made = DiskPool(spec, tmp_path, NUM_PAGES, DiskHeads(first=1, total=3))
+        made = DiskPool(spec, tmp_path, NUM_PAGES, share(spec, 1, 3))
     yield made
     made.close()
 
@@ -192,12 +193,9 @@ def test_memory_that_is_not_touched_is_not_taken() -> None:
 def test_the_array_is_plain_zarr_over_the_heads_of_all_ranks(spec: PageSpec, tmp_path: Path) -> None:
     """Three heads split 2 + 1; anyone can read them with zarr."""
     whole = PageSpec(spec.num_layers, 3, spec.page_size, spec.head_dim, spec.dtype)
-    split = [DiskHeads(0, 3), DiskHeads(2, 3)]
+    split = [(replace(whole, num_kv_heads=2), 0), (replace(whole, num_kv_heads=1), 2)]
     make_array(tmp_path, whole, 4)
-    ranks = [
-        DiskPool(PageSpec(whole.num_layers, count, whole.page_size, whole.head_dim, whole.dtype), tmp_path, 4, heads)
-        for count, heads in zip([2, 1], split, strict=True)
-    ]
+    ranks = [DiskPool(own, tmp_path, 4, share(own, head, 3)) for own, head in split]
     pages = {slot: random_page(whole, slot) for slot in (0, 3)}
     for slot, page in pages.items():
         ranks[1].store(slot, page[:, :, 2:].contiguous())

@@ -25,13 +25,13 @@ from support.processes import start_python
 
 from distkv.frontend.session import Session
 from distkv.storage.device import CpuDevice
-from distkv.storage.disk import file_lock, synced_pages
+from distkv.storage.disk import file_lock, page_finder, synced_pages
 from distkv.storage.disk import reopen as reopen_module
-from distkv.storage.disk.cache_folder import CATALOGUE_LOG, DiskHeads
+from distkv.storage.disk.cache_folder import CATALOGUE_LOG
 from distkv.storage.disk.catalogue import Catalogue, read_catalogue
+from distkv.storage.disk.page_arrays import DiskShare
 from distkv.storage.disk.synced_pages import SyncedPages
 from distkv.storage.page_spec import PageSpec
-from distkv.storage.pools import disk_pool
 from distkv.workers.cache_place import CachePlace
 from distkv.workers.kv_pools import DiskTier, KVPools
 from distkv.workers.sizes import PoolSizes
@@ -140,7 +140,7 @@ def skip_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def skip_left_by_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk_pool, "WRITE_BACK_SECONDS", -1000.0)
+    monkeypatch.setattr(page_finder, "WRITE_BACK_SECONDS", -1000.0)
 
 
 def skip_moves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +210,7 @@ def test_pages_that_move_to_other_slots_outlive_it_while_somebody_looks_at_the_c
 
 
 def test_no_thread_outlives_a_pool_that_could_not_be_made(tmp_path: Path) -> None:
-    tier = DiskTier(CachePlace(tmp_path / NAME, "f"), DiskHeads(0, SPEC.num_kv_heads), 0, description())
+    tier = DiskTier(CachePlace(tmp_path / NAME, "f"), DiskShare.of_all(SPEC), 0, description())
     before = set(threading.enumerate())
     with pytest.raises(MemoryError):
         KVPools(SPEC, PoolSizes(host=1, disk=2**50), CpuDevice(), tier)

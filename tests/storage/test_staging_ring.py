@@ -19,8 +19,8 @@ from torch import Tensor
 
 from distkv.errors import StoreError
 from distkv.storage.device import CpuDevice
-from distkv.storage.disk.cache_folder import DiskHeads
 from distkv.storage.disk.disk_array import make_array
+from distkv.storage.disk.page_arrays import DiskShare
 from distkv.storage.moving.read_ahead import READ_THREADS, ReadAhead, Reads
 from distkv.storage.moving.staging_ring import StagingRing, Stream
 from distkv.storage.paging import CPU_BUFFERS, NUM_BUFFERS
@@ -33,7 +33,7 @@ NUM_PAGES = 9
 LOST = 4  # a disk slot that cannot be read
 
 
-HEADS = DiskHeads(0, SPEC.num_kv_heads)
+HEADS = DiskShare.of_all(SPEC)
 PAGES = {(tier, slot): random_page(SPEC, 100 * tier + slot) for tier in Tier for slot in range(NUM_PAGES)}
 
 

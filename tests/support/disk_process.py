@@ -6,8 +6,9 @@ from support.disks import description
 from support.pages import SPEC, load, random_page, same
 
 from distkv.engine.catalogue_writer import CatalogueWriter
-from distkv.storage.disk.cache_folder import DiskHeads, FolderLock
+from distkv.storage.disk.cache_folder import FolderLock
 from distkv.storage.disk.catalogue import read_catalogue
+from distkv.storage.disk.page_arrays import DiskShare
 from distkv.storage.disk.reopen import reopen
 from distkv.storage.disk.synced_pages import SyncedPages
 from distkv.storage.errors import StoreError
@@ -28,7 +29,7 @@ class DiskProcess:
         self._lock = FolderLock(folder)
         reopen(folder, spec, num_pages, description(spec))
         self._synced = SyncedPages(folder, has_catalogue=True)
-        heads = DiskHeads(0, spec.num_kv_heads)
+        heads = DiskShare.of_all(spec)
         self.pool = DiskPool(spec, folder, num_pages, heads, synced=self._synced)
         self._writer = CatalogueWriter(folder, TieredCache((2, 2, num_pages), 1))
         entries, _ = read_catalogue(folder)

@@ -8,13 +8,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.pages import SPEC, random_page
 
-from distkv.storage.disk.cache_folder import Description, DiskHeads
+from distkv.storage.disk.cache_folder import Description
 from distkv.storage.disk.catalogue import Catalogue, Entry
 from distkv.storage.disk.disk_array import make_array
+from distkv.storage.disk.page_arrays import DiskShare
 from distkv.storage.disk.reopen import reopen
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools import disk_pool as disk_module
@@ -27,7 +29,13 @@ NUM_PAGES = 8
 def disk_pool(folder: Path, spec: PageSpec = SPEC, num_pages: int = NUM_PAGES) -> DiskPool:
     """A disk tier of one rank."""
     make_array(folder, spec, num_pages)
-    return DiskPool(spec, folder, num_pages, DiskHeads(0, spec.num_kv_heads))
+    return DiskPool(spec, folder, num_pages, DiskShare.of_all(spec))
+
+
+def share(spec: PageSpec, head: int = 0, num_heads: int | None = None, **fields: Any) -> DiskShare:
+    """That of a rank with all layers, and the heads of `spec` from a first one on, of so many."""
+    heads = head, head + spec.num_kv_heads
+    return DiskShare(heads, num_heads or spec.num_kv_heads, (0, spec.num_layers), spec.num_layers, **fields)
 
 
 def entry(slot: int, crc32c: bytes = b"") -> Entry:
@@ -47,7 +55,7 @@ def kept_pages(folder: Path, slots: list[int], spec: PageSpec = SPEC) -> None:
     """Makes a folder of pages that outlive a process: first ones, in these slots, the last one used last."""
     folder.mkdir(exist_ok=True)
     reopen(folder, spec, NUM_PAGES, description(spec))
-    pool = DiskPool(spec, folder, NUM_PAGES, DiskHeads(0, spec.num_kv_heads))
+    pool = DiskPool(spec, folder, NUM_PAGES, DiskShare.of_all(spec))
     entries = []
     for now, slot in enumerate(slots):
         pool.store(slot, random_page(spec, slot))

@@ -17,19 +17,24 @@ from support.pages import SPEC
 
 from distkv.config import EngineConfig
 from distkv.launch.launch import set_up
-from distkv.storage.disk.cache_folder import ARRAY, FolderLock, describe
+from distkv.storage.disk.cache_folder import FolderLock, describe
+from distkv.storage.disk.page_arrays import ARRAY, DiskShare
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.tier import Tier
 from distkv.workers import bandwidth
 from distkv.workers.bandwidth import PROBE_BYTES, READ_BYTES, measure_bandwidth
-from distkv.workers.cache_place import CachePlace, free_bytes, join_folder
+from distkv.workers.cache_place import CachePlace, Joined, free_bytes, join_folder
 from distkv.workers.errors import ConfigError
 from distkv.workers.group.local_group import LocalGroup
 from distkv.workers.model.model_config import ModelConfig
 
 
-def has_lock_and_writes(joined: tuple[FolderLock | None, bool]) -> tuple[bool, bool]:
-    return joined[0] is not None, joined[1]
+def has_lock_and_writes(joined: Joined) -> tuple[bool, bool]:
+    return joined.lock is not None, joined.writes
+
+
+def of_head(head: int) -> DiskShare:
+    return DiskShare((head, head + 1), 2, (0, 1), 1)
 
 
 def test_free_bytes_while_others_remove_what_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,12 +169,16 @@ def test_a_start_needs_no_new_file_where_there_is_room_for_none(
         file.touch()
     monkeypatch.setattr(Path, "touch", limited)
     place = CachePlace(tmp_path, "f")
-    with join_folder(place, 0, is_alone=True) as found:
+    with join_folder(place, of_head(0), is_alone=True) as found:
         assert has_lock_and_writes(found) == (True, True) and not list(tmp_path.glob("writer.*"))
-        with pytest.raises(ConfigError, match="in use by process"), join_folder(CachePlace(tmp_path, "f"), 0):
+        with pytest.raises(ConfigError, match="in use by process"), join_folder(CachePlace(tmp_path, "f"), of_head(0)):
             pass
         assert left[1].exists(), "it is the other's"
-    with join_folder(place, 0) as found, join_folder(place, 1) as next_found, join_folder(place, 1) as twin:
+    with (
+        join_folder(place, of_head(0)) as found,
+        join_folder(place, of_head(1)) as next_found,
+        join_folder(place, of_head(1)) as twin,
+    ):
         assert [has_lock_and_writes(one) for one in (found, next_found, twin)] == [
             (True, True), (False, True), (False, False)
         ]  # fmt: skip
@@ -181,7 +190,7 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     for is_alone in (True, False):
         with (
             pytest.raises(ConfigError, match="cannot be used"),
-            join_folder(CachePlace(tmp_path / "file"), 0, is_alone),
+            join_folder(CachePlace(tmp_path / "file"), of_head(0), is_alone),
         ):
             pass
 
@@ -190,6 +199,6 @@ def test_a_sweep_is_waited_for(tmp_path: Path) -> None:
     lock = FolderLock(tmp_path)
     timer = threading.Timer(0.2, lock.release)
     timer.start()
-    with join_folder(CachePlace(tmp_path), 0, is_alone=True) as found:
+    with join_folder(CachePlace(tmp_path), of_head(0), is_alone=True) as found:
         assert has_lock_and_writes(found) == (True, True)
     timer.join()

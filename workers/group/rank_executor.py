@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
 
+from distkv.workers.disk_shares import disk_shares, join_checksums
 from distkv.workers.drafting.draft_request import DraftRequest
 from distkv.workers.group.executor import StepResult
 from distkv.workers.group.report import Report, ReportCollector
@@ -55,7 +57,8 @@ class RankExecutor:
     @classmethod
     def on(cls, rank: Rank, followers: Followers | None = None) -> "RankExecutor":
         """The executor of a group whose rank 0 is `rank`."""
-        reports = ReportCollector(rank.config.layout.size)
+        shares = disk_shares(rank.config)
+        reports = ReportCollector(len(shares), partial(join_checksums, shares))
 
         def forward(plan: StepPlan, sampled: Tensor | None) -> tuple[Tensor | None, Report]:
             if followers is not None:

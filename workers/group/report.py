@@ -1,6 +1,7 @@
 """What ranks tell the leader after a step plan."""
 
 from collections import Counter
+from collections.abc import Callable
 
 import msgspec
 
@@ -29,8 +30,12 @@ class ReportCollector:
     """Makes one report of those of all ranks: a transfer has ended when it has on each of them, and has failed when it
     has on one."""
 
-    def __init__(self, num_ranks: int):
-        self._num_ranks = num_ranks
+    def __init__(self, num_ranks: int, join: Callable[[list[bytes]], bytes] = b"".join):
+        """
+        Args:
+            join: makes the checksums of a page of those of its parts, in order of rank.
+        """
+        self._num_ranks, self._join = num_ranks, join
         self._ended: Counter[int] = Counter()
         self._reasons: dict[int, str] = {}
         self._checksums: dict[int, list[bytes]] = {}  # by id, in order of rank
@@ -59,5 +64,5 @@ class ReportCollector:
                 continue
             together.done.append(id)
             if checksums:
-                together.checksums[id] = b"".join(checksums)
+                together.checksums[id] = self._join(checksums)
         return together

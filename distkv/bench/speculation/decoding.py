@@ -15,7 +15,7 @@ from distkv.engine.stats import EngineStats, SpeculationStats
 from distkv.launch.launch import launch
 from distkv.sampling_params import SamplingParams
 from distkv.speculative_config import MAX_DRAFT
-from distkv.storage.disk.cache_folder import ARRAY
+from distkv.storage.disk.page_arrays import ARRAY
 from distkv.storage.ledger.write_back import MAX_DISK_WRITES
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.rank_config import model_page_spec
