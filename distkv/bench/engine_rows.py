@@ -23,6 +23,7 @@ from distkv.sampling_params import MAX_LOGPROBS, SamplingParams
 from distkv.storage.dtypes import ITEM_BYTES, torch_dtype
 from distkv.storage.page_spec import PageSpec
 from distkv.stress.stage import Stage, run_stage
+from distkv.workers.model.layout import Layout
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.rank_config import model_page_spec
 
@@ -213,7 +214,7 @@ def residency_rows(shape: Shape, context: int, new_tokens: int) -> list[dict[str
 
 def weight_bytes(model: ModelConfig, itemsize: int) -> int:
     """The bytes of all weights that a token's step reads: everything but the embedding, of which it is one row."""
-    return ModelShape("the model", model).rank_parameters(0, 1).read_per_step * itemsize
+    return ModelShape("the model", model).rank_parameters(Layout(), 0).read_per_step * itemsize
 
 
 def _run(

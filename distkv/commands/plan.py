@@ -20,7 +20,7 @@ SERVER_FIELDS = ("host", "port", "api_key", "uvicorn_log_level")
 
 SERVER_FLAGS = {f"--{name.replace('_', '-')}" for name in SERVER_FIELDS}
 GUESS_FLAGS = {"--kinds", "--guess", "--context", "--dtype", "--json"}
-TABLE_FLAGS = {"--solve", "--ms-per-token", "--price-per-hour", "--kinds", "--guess", "--json", "--plot"}
+TABLE_FLAGS = {"--solve", "--ms-per-token", "--price-per-hour", "--kinds", "--guess", "--layouts", "--json", "--plot"}
 
 ServerFlags = Annotated[ServerOptions, Fields(ServerOptions, SERVER_FIELDS, {})]
 
@@ -46,7 +46,21 @@ def plan(
     ] = False,
     gpus: Annotated[
         str | None,
-        typer.Option("--gpus", "--tensor-parallel-size", help="GPUs that share the model, such as 1,2,4,8."),
+        typer.Option("--gpus", "--tensor-parallel-size", help="GPUs that share each layer, such as 1,2,4,8."),
+    ] = None,
+    pipeline_parallel_size: Annotated[
+        int | None, typer.Option(help="Stages that share out the layers, of --gpus each.")
+    ] = None,
+    decode_context_parallel_size: Annotated[
+        int | None, typer.Option(help="Neighbouring GPUs of --gpus that share out a request's tokens.")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(help="Machines that the GPUs are in, evenly.")] = None,
+    node: Annotated[
+        str | None, typer.Option(help="One of them by hand: gpus=8,memory=1TiB,network=400GB (docs/planning.md).")
+    ] = None,
+    layouts: Annotated[bool, typer.Option("--layouts", help="Compare all layouts over the GPUs of --nodes.")] = False,
+    cpu_attention: Annotated[
+        str | None, typer.Option(help="Part of the pages that the CPU attends to: off, auto or a share.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
     kv_cache_dtype: Annotated[
@@ -110,7 +124,8 @@ def plan(
         "dtype": dtype, "kv_cache_dtype": kv_cache_dtype, "attention_policy": attention_policy,
         "device_kv_bytes": device_kv_bytes, "host_kv_bytes": host_kv_bytes, "disk_kv_bytes": disk_kv_bytes,
         "page_size": page_size, "max_num_batched_tokens": max_num_batched_tokens,
-        "gpu_memory_utilization": gpu_memory_utilization,
+        "gpu_memory_utilization": gpu_memory_utilization, "pipeline_parallel_size": pipeline_parallel_size,
+        "decode_context_parallel_size": decode_context_parallel_size, "cpu_attention": cpu_attention, "nodes": nodes,
     }  # fmt: skip
     options = PlanOptions(
         model=DEFAULT_MODEL if model is None else model,
@@ -119,6 +134,8 @@ def plan(
         gpu=gpu,
         measured=_measured() if measured else None,
         gpus=gpus,
+        node=node,
+        layouts=layouts,
         disk_bandwidth=None if disk_bandwidth is None else parse_bytes("disk_bandwidth", disk_bandwidth),
         solve=solve,
         ms_per_token=ms_per_token,

@@ -17,6 +17,7 @@ from distkv.storage.dtypes import ITEM_BYTES
 from distkv.storage.paging import pages_for
 from distkv.storage.tier import Tier
 from distkv.workers.attention.policies.registry import FULL
+from distkv.workers.model.layout import Layout
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.rank_config import model_page_spec
 
@@ -42,7 +43,7 @@ def start_lines(config: EngineConfig, info: EngineInfo | None = None, hardware: 
 
 def _sizes(config: EngineConfig, model: ModelShape) -> str:
     dtype, size = model.config.run_dtype(config.dtype), config.tensor_parallel_size
-    ranks = [model.rank_parameters(rank, size).total * ITEM_BYTES[dtype] for rank in range(size)]
+    ranks = [model.rank_parameters(Layout(size), rank).total * ITEM_BYTES[dtype] for rank in range(size)]
     spec = model_page_spec(model.config, config.page_size, dtype, config.kv_cache_dtype)
     most = f", at most {shown_bytes(max(ranks))} on one of {size} ranks" if size > 1 else ""
     kv = f"KV {shown_bytes(spec.bytes_per_token)} a token"

@@ -2,15 +2,22 @@
 
 from dataclasses import replace
 
+from distkv.errors import ConfigError
 from distkv.planner.fit import Fit
 from distkv.planner.request import PlanRequest
-from distkv.planner.roofline import DISK, KV, LINK, PEERS, WEIGHTS, Cost
+from distkv.planner.roofline import DISK, HOST, KV, LINK, NETWORK, PEERS, WEIGHTS, Cost
 from distkv.planner.room import codec_that_fits, enough_below, fewest_ranks
 from distkv.planner.sizing import STREAM_SECONDS
-from distkv.planner.units import option_bytes, shown_bytes, shown_seconds, shown_tokens
+from distkv.planner.units import (
+    option_bytes,
+    shown_bandwidth,
+    shown_bytes,
+    shown_seconds,
+    shown_share,
+    shown_tokens,
+)
 from distkv.workers.attention.policies.registry import FULL
 
-GPUS_OF_A_MACHINE = 8
 _LOSS = "at a loss that docs/quality.md has"
 
 
@@ -86,6 +93,17 @@ def _to_be_faster(request: PlanRequest, fit: Fit, decode: Cost | None) -> list[s
             f"A step waits for {shown_bytes(_streamed_bytes(request, fit))} of cold KV: more room on the devices helps "
             f"most, since what lies there is not streamed{links}{_fewer_bytes(request)}."
         ]
+    if decode.limit == HOST:
+        return [
+            f"A step waits for host memory, {shown_bandwidth(request.node.memory_bandwidth)} for all GPUs of a node "
+            f"together: more room on the devices helps most{_fewer_bytes(request)}."
+        ]
+    if decode.limit == NETWORK:
+        most = max(decode.between_ranks, key=lambda name: decode.between_ranks[name])
+        return [
+            f"A step waits for the network between nodes, most for {most}: stages and context groups that lie on one "
+            "node each, or a faster network, make it shorter, and messages of several requests go together."
+        ]
     if decode.limit == DISK:
         enough = enough_below(replace(request, disk_kv_bytes=0), "host")
         size = "more" if enough is None else option_bytes(enough.host_kv_bytes)
@@ -111,21 +129,24 @@ def _to_know(request: PlanRequest, fit: Fit, decode: Cost | None) -> list[str]:
             f"{request.model.name} was made for {config.most_positions} positions and the engine refuses more, so that "
             "this shows what it would take and cannot be served."
         )
-    held = sum(one.num_kv_heads for one in fit.ranks)
-    if held > config.num_key_value_heads:
+    if request.copies_of_kv > 1:
+        groups = _context_groups(request)
+        cure = f"; --decode-context-parallel-size {groups} has it once" if groups else ""
         found.append(
             f"{request.tensor_parallel_size} ranks share {config.num_key_value_heads} KV heads, so KV lies "
-            f"{held / config.num_key_value_heads:.3g} times on the devices."
+            f"{request.copies_of_kv:.3g} times on the devices{cure}."
         )
+    if decode is not None and decode.idle:
+        found.append(_stages_wait(request, decode))
     if decode is not None and fit.running > 1 and max(decode.parts[LINK], decode.parts[DISK]) > STREAM_SECONDS:
         found.append(
             f"Unless max_cold_bytes_per_step says more, a step streams for {shown_seconds(STREAM_SECONDS)} or so and "
             "the requests take turns; the time shown is then that between two tokens of each, on average."
         )
-    if request.tensor_parallel_size > GPUS_OF_A_MACHINE:
+    if request.ranks_per_node > request.node.gpus:
         found.append(
-            f"More than {GPUS_OF_A_MACHINE} GPUs are seldom in one machine; links between machines are slower than the "
-            f"{request.hardware.peer_link / 1e9:.3g} GB/s that are reckoned with."
+            f"More than {request.node.gpus} GPUs are seldom in one machine; links between machines are slower than the "
+            f"{request.hardware.peer_link / 1e9:.3g} GB/s that are reckoned with: --nodes and --node say how fast."
         )
     summaries = request.summary_tokens * fit.running * fit.kv_bytes_per_token
     if summaries:
@@ -141,10 +162,31 @@ def _to_know(request: PlanRequest, fit: Fit, decode: Cost | None) -> list[str]:
     return found
 
 
+def _context_groups(request: PlanRequest) -> int | None:
+    """The smallest groups in which no token's KV lies twice; None where there are none."""
+    for size in range(2, request.tensor_parallel_size + 1):
+        try:
+            if replace(request, decode_context_parallel_size=size).copies_of_kv == 1:
+                return size
+        except ConfigError:  # the model or the ranks cannot be cut so
+            continue
+    return None
+
+
+def _stages_wait(request: PlanRequest, decode: Cost) -> str:
+    """What a pipeline leaves idle, and what would fill it."""
+    stages, count = request.pipeline_parallel_size, decode.micro_batches
+    more = f"; with {stages} requests or more it would be less" if count < stages else ""
+    return (
+        f"A step is {count} micro-batch{'es' * (count > 1)} through {stages} stages, of which each waits "
+        f"{shown_share(decode.idle)} of the time{more}."
+    )
+
+
 def _streamed_bytes(request: PlanRequest, fit: Fit) -> int:
     """Of the running requests, what a step reads from below the devices, over all ranks."""
     cold_pages = sum(tier.used_pages for tier in fit.tiers[1:])
-    return int(cold_pages * request.share_read * request.page_size * fit.cold_kv_bytes_per_token)
+    return int(cold_pages * request.share_read * request.page_tokens * fit.cold_kv_bytes_per_token)
 
 
 def _may_choose(request: PlanRequest) -> bool:

@@ -11,12 +11,13 @@ from rich.console import Console
 
 from distkv.option_checks import check_amount
 from distkv.planner.attention_kinds import attention_kinds, guessed_kv
+from distkv.planner.layouts import find_layouts
 from distkv.planner.model_shape import UNPUBLISHED
 from distkv.planner.options import SOLVE_SIZES, PlanOptions
 from distkv.planner.plan import Plan, make_plan
 from distkv.planner.plot import write_plot
 from distkv.planner.solve import solve
-from distkv.planner.special_tables import print_guess, print_kinds, print_solutions
+from distkv.planner.special_tables import print_guess, print_kinds, print_layouts, print_solutions
 from distkv.planner.tables import print_plans
 from distkv.reporting.out_file import writing
 
@@ -34,7 +35,7 @@ def run(console: Console, options: PlanOptions) -> None:
     """Prints the tables that are asked for, and writes the files. Raises ConfigError, before anything is printed, or
     StoreError."""
     options.check()
-    find = _kinds if options.kinds else _solve if options.solve else _plans
+    find = _kinds if options.kinds else _solve if options.solve else _layouts if options.layouts else _plans
     found = find(options)
     try:
         found.show(console)
@@ -65,6 +66,12 @@ def _solve(options: PlanOptions) -> Found:
     ]
     show = partial(print_solutions, target=target, solutions=solutions, seconds=seconds)
     return Found(show, {"solutions": values}, [])
+
+
+def _layouts(options: PlanOptions) -> Found:
+    request, nodes = options.one_rank("--layouts")
+    plans = find_layouts(request, nodes)
+    return Found(partial(print_layouts, plans=plans), {"plans": [plan.to_json() for plan in plans]}, [])
 
 
 def _kinds(options: PlanOptions) -> Found:

@@ -4,17 +4,17 @@ Pages and pools are those of the engine (`sizing.py`): every rank holds the same
 KV heads, so the rank with the least room decides.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distkv.config import EngineConfig
 from distkv.errors import CapacityError
+from distkv.planner.model_shape import find_shard
 from distkv.planner.ranks import make_rank_config
 from distkv.planner.request import PlanRequest
 from distkv.planner.sizing import page_bytes, page_specs, pages_with_summaries, pool_sizes, summary_bytes
 from distkv.storage.page_spec import PageSpec
-from distkv.storage.paging import CPU_BUFFERS, NUM_BUFFERS
+from distkv.storage.paging import CPU_BUFFERS, NUM_BUFFERS, pages_for
 from distkv.storage.tier import Tier
-from distkv.workers.model.layout import Layout
 from distkv.workers.model.shard import Shard
 from distkv.workers.rank_config import RankConfig
 from distkv.workers.sizes import Capacity, PoolSizes, host_kv_bytes, ring_bytes
@@ -30,6 +30,8 @@ class RankMemory:
     """Bytes of one rank's device, and what its pages take."""
 
     rank: int
+    stage: int
+    num_layers: int
     num_kv_heads: int
     memory: int  # that may be used; of a CPU, for KV
     weights: int
@@ -37,7 +39,7 @@ class RankMemory:
     context: int  # assumed
     staging: int
     left: int  # for pages; below 0 where even the rest does not fit
-    kv_bytes_per_token: int  # of this rank's heads, on the device
+    kv_bytes_per_token: int  # of this rank's layers and heads, on the device; of a context group for its own tokens
     cold_kv_bytes_per_token: int  # the same below it
     page_bytes: int  # on the device
 
@@ -61,7 +63,7 @@ class Fit:
 
     ranks: list[RankMemory]
     tiers: list[TierRoom]
-    kv_bytes_per_token: int  # on the devices of all ranks: KV heads that several ranks hold count for each
+    kv_bytes_per_token: int  # on the devices of all ranks: KV heads whose tokens several ranks hold count for each
     cold_kv_bytes_per_token: int  # the same of full pages below them, which is what streaming moves
     kv_bytes_per_request: int  # on the devices, in whole pages
     pages_per_request: int
@@ -88,6 +90,7 @@ def find_fit(request: PlanRequest) -> Fit:
     config, ranks = _configs(request)
     specs = page_specs(ranks)
     memories = [_rank_memory(request, ranks.staging_pages, rank, spec) for rank, spec in enumerate(specs)]
+    tokens = config.plan_page_size
     room = min(max(0, one.left) // one.page_bytes for one in memories)
     sizes, refusal = PoolSizes(), None
     try:
@@ -95,27 +98,29 @@ def find_fit(request: PlanRequest) -> Fit:
         sizes = pool_sizes(config, ranks, request.context, Capacity(room, 0), free_disk)
     except CapacityError as error:
         refusal = str(error)
-    each, sizes_of_one = specs[0].pages_for(request.context), page_bytes(ranks, specs)
+    each, sizes_of_one = pages_for(request.context, tokens), page_bytes(ranks, specs)
     if request.device_kv_bytes is None and not refusal:  # the engine takes no more of it than its requests can fill
         others, most = sizes.host + sizes.disk, config.max_num_seqs * each
         room = pages_with_summaries(room, sizes_of_one[0], summary_bytes(ranks, specs), others, most)
     if sizes.device > room and not request.hardware.is_cpu:
         refusal = _too_much(request, sizes.device, room, memories)
+    refusal = refusal or _too_much_on_a_node(request)
     device = 0 if refusal else room if request.device_kv_bytes is None else sizes.device
     pages = device, sizes.host, sizes.disk
     most = sum(pages) // each if device else 0  # a page that is being filled lies on the device
     running = min(request.concurrency, most, request.num_seqs)
+    sharers = request.decode_context_parallel_size
     tiers, left = [], running * each
     for tier, count, size in zip(Tier, pages, sizes_of_one, strict=True):
         used = min(left, count)
         left -= used
         name = tier.name.lower()
-        tiers.append(TierRoom(name, size, count * size, count, count * request.page_size, count // each, used))
+        tiers.append(TierRoom(name, size, count * size, count, count * tokens, count // each, used))
     return Fit(
         ranks=memories,
         tiers=tiers,
-        kv_bytes_per_token=sum(one.kv_bytes_per_token for one in memories),
-        cold_kv_bytes_per_token=sum(one.cold_kv_bytes_per_token for one in memories),
+        kv_bytes_per_token=sum(one.kv_bytes_per_token for one in memories) // sharers,
+        cold_kv_bytes_per_token=sum(one.cold_kv_bytes_per_token for one in memories) // sharers,
         kv_bytes_per_request=each * sizes_of_one[0],
         pages_per_request=each,
         most_requests=most,
@@ -128,32 +133,34 @@ def find_fit(request: PlanRequest) -> Fit:
 def _configs(request: PlanRequest) -> tuple[EngineConfig, RankConfig]:
     """The options of the engine and of its ranks, for a folder that nobody reads."""
     cache_dir = "/" if request.disk_kv_bytes else None
-    config = EngineConfig("/", **request.engine_options, cache_dir=cache_dir)
+    options = {name: value for name, value in request.engine_options.items() if hasattr(EngineConfig, name)}
+    config = EngineConfig("/", **options, cache_dir=cache_dir)
     device = "cpu" if request.hardware.is_cpu else "cuda"
-    return config, make_rank_config(config, request.model.config, device)
+    return config, replace(make_rank_config(config, request.model.config, device), layout=request.layout)
 
 
 def _rank_memory(request: PlanRequest, staging_pages: int, rank: int, spec: PageSpec) -> RankMemory:
     """What one rank's device holds."""
-    size, hardware = request.tensor_parallel_size, request.hardware
-    weights = request.model.rank_parameters(rank, size).total * request.item_bytes
+    layout, hardware = request.layout, request.hardware
+    shard = find_shard(request.model.config, layout, rank)
+    weights = request.model.rank_parameters(layout, rank).total * request.item_bytes
     staging = 0
     if request.host_kv_bytes:
         staging = ring_bytes(spec, staging_pages, CPU_BUFFERS if hardware.is_cpu else NUM_BUFFERS)
     if hardware.is_cpu:  # all is one memory, of which KV takes a share
-        memory = host_kv_bytes(hardware.memory_bytes, pinned=False, ranks_on_node=size)
+        memory = host_kv_bytes(hardware.memory_bytes, pinned=False, ranks_on_node=request.ranks_per_node)
         workspace = context = 0
         left = memory - staging
     else:
         # KV of a given size may take what the share would leave free
         share = request.gpu_memory_utilization if request.device_kv_bytes is None else 1
         memory = int(hardware.memory_bytes * share)
-        workspace = _workspace_bytes(request, Shard.of(request.model.config, Layout(size), rank))
-        context = CONTEXT_BYTES + (GROUP_BYTES if size > 1 else 0)
+        workspace = _workspace_bytes(request, shard)
+        context = CONTEXT_BYTES + (GROUP_BYTES if layout.size > 1 else 0)
         left = memory - weights - workspace - context - staging
     return RankMemory(
-        rank, spec.num_kv_heads, memory, weights, workspace, context, staging, left, spec.bytes_per_token,
-        spec.bytes_per_token_in(Tier.HOST), spec.page_bytes_in(Tier.DEVICE),
+        rank, shard.stage, spec.num_layers, spec.num_kv_heads, memory, weights, workspace, context, staging, left,
+        spec.bytes_per_token, spec.bytes_per_token_in(Tier.HOST), spec.page_bytes_in(Tier.DEVICE),
     )  # fmt: skip
 
 
@@ -164,7 +171,7 @@ def _workspace_bytes(request: PlanRequest, shard: Shard) -> int:
     heads, columns = shard.num_query_heads, shard.mlp[1] - shard.mlp[0]
     attention = (2 * heads + 2 * shard.num_kv_heads) * config.head_dim
     step = request.max_num_batched_tokens * item * (3 * config.hidden_size + max(attention, 3 * columns))
-    logits = request.num_seqs * config.vocab_size * 4 * LOGIT_COPIES if shard.rank == 0 else 0
+    logits = request.num_seqs * config.vocab_size * 4 * LOGIT_COPIES if shard.rank == shard.stage == 0 else 0
     states = STATE_BYTES + request.max_num_batched_tokens * heads * (config.head_dim + 2) * 4
     return step + logits + states
 
@@ -178,10 +185,23 @@ def _too_much(request: PlanRequest, pages: int, room: int, ranks: list[RankMemor
     )
 
 
+def _too_much_on_a_node(request: PlanRequest) -> str | None:
+    """Why pages below the devices have no place on the nodes; None where they have. They lie evenly on all of them."""
+    for tier, has in (("host", request.node.memory), ("disk", request.node.disk)):
+        asked = -(-getattr(request, f"{tier}_kv_bytes") // request.nodes)
+        if has is not None and asked > has:
+            return (
+                f"{tier}_kv_bytes {getattr(request, f'{tier}_kv_bytes')} is {asked} bytes a node, which has {has}; "
+                f"lower it to {has * request.nodes}"
+            )
+    return None
+
+
 def _usual_requests(request: PlanRequest, ranks: list[RankMemory]) -> int | None:
     """What is commonly published: all that the data sheet promises, less the weights, over the KV of exactly so many
     tokens, without workspace or pages."""
     nominal = request.hardware.nominal_bytes
     if nominal is None:
         return None
-    return min(max(0, nominal - one.weights) // (one.kv_bytes_per_token * request.context) for one in ranks)
+    share = request.decode_context_parallel_size
+    return min(share * max(0, nominal - one.weights) // (one.kv_bytes_per_token * request.context) for one in ranks)

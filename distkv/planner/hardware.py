@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 
 from distkv.errors import ConfigError
 from distkv.option_checks import parse_bytes
+from distkv.planner.pairs import split_pairs
 from distkv.values import shown
 
 GIB = 2**30
@@ -27,7 +28,7 @@ class Hardware:
     matrix_rate: float  # multiplications and additions of dense products in bf16 or fp16
     host_link: float  # from host memory to the device; of a CPU, how fast cold pages are copied
     peer_link: float  # of one rank to the others
-    disk_bandwidth: float = NVME  # of the disk that all ranks of a machine share
+    disk_bandwidth: float = NVME  # of the disk that all ranks of a machine share; a node's own, where there are several
     is_cpu: bool = False  # where streaming and computing take turns
     is_measured: bool = False
     nominal_bytes: int | None = None  # memory by the data sheet, where CUDA reports less
@@ -106,16 +107,8 @@ def find_hardware(gpu: str) -> Hardware:
 
 
 def _by_hand(text: str) -> Hardware:
-    given: dict[str, int] = {}
-    texts: dict[str, str] = {}
-    for part in text.split(","):
-        key, _, value = part.strip().partition("=")
-        if key not in BY_HAND or key in given:
-            raise ConfigError(
-                f"{shown(part)} in the GPU {shown(text)} is not one of {', '.join(f'{one}=...' for one in BY_HAND)}, "
-                "each given once"
-            )
-        given[key], texts[key] = parse_bytes(f"{key} of the GPU", value), value.strip()
+    texts = dict(split_pairs("the GPU", text, BY_HAND))
+    given = {key: parse_bytes(f"{key} of the GPU", value) for key, value in texts.items()}
     missing = [key for key in NEEDED if key not in given]
     if missing:
         raise ConfigError(f"the GPU {shown(text)} lacks {', '.join(missing)}; give {', '.join(NEEDED)} at least")

@@ -4,6 +4,7 @@ import difflib
 import os
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -71,32 +72,39 @@ class ModelShape:
     @property
     def num_parameters(self) -> int:
         """Of the whole model, as its checkpoint holds them: tied embeddings count once."""
-        return self.rank_parameters(0, 1).total
+        return self.rank_parameters(Layout(), 0).total
 
-    def rank_parameters(self, rank: int, size: int) -> RankParameters:
-        """What one of `size` ranks holds. A KV head that several ranks hold counts for each of them. Raises ConfigError
-        when there are more ranks than query heads."""
-        config, shard = self.config, Shard.of(self.config, Layout(size), rank)
+    def rank_parameters(self, layout: Layout, rank: int) -> RankParameters:
+        """What a rank holds: the layers of its stage, of which the first has embedding, final norm and head too. A KV
+        head that several ranks hold counts for each of them. Raises ConfigError for a layout that the model cannot be
+        cut into."""
+        config, shard = self.config, find_shard(self.config, layout, rank)
         hidden, dim = config.hidden_size, config.head_dim
         query, kv = shard.num_query_heads * dim, shard.num_kv_heads * dim
         columns, rows = shard.mlp[1] - shard.mlp[0], shard.vocab[1] - shard.vocab[0]
         products = hidden * (query + 2 * kv) + query * hidden + 3 * hidden * columns
-        biases = (query + 2 * kv + hidden * (rank == 0)) * config.attention_bias
-        biases += (2 * columns + hidden * (rank == 0)) * config.mlp_bias
-        layers, tied = config.num_hidden_layers, config.tie_word_embeddings
+        biases = (query + 2 * kv + hidden * (shard.rank == 0)) * config.attention_bias
+        biases += (2 * columns + hidden * (shard.rank == 0)) * config.mlp_bias
+        layers, tied, is_first = shard.num_layers, config.tie_word_embeddings, shard.stage == 0
         return RankParameters(
-            embedding=rows * hidden,
-            head=0 if tied else rows * hidden,
+            embedding=rows * hidden if is_first else 0,
+            head=rows * hidden if is_first and not tied else 0,
             layers=layers * products,
-            others=layers * (2 * hidden + biases) + hidden,
+            others=layers * (2 * hidden + biases) + (hidden if is_first else 0),
             tied=tied,
         )
+
+
+@lru_cache(maxsize=2**12)
+def find_shard(config: ModelConfig, layout: Layout, rank: int) -> Shard:
+    """`Shard.of`, found once, since plans ask for those of all ranks again and again."""
+    return Shard.of(config, layout, rank)
 
 
 def attention_cost(config: ModelConfig) -> float:
     """Operations of a token for each one that it attends to, by a product with K and one with V, as a part of those by
     which it is multiplied with the weights of all layers."""
-    products = ModelShape("", config).rank_parameters(0, 1).layers
+    products = ModelShape("", config).rank_parameters(Layout(), 0).layers
     return 2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers / products
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,7 +10,8 @@ from distkv.errors import ConfigError
 from distkv.option_checks import check_amount, check_whole
 from distkv.planner.hardware import GPUS, Hardware, find_hardware, with_disk
 from distkv.planner.model_shape import find_model
-from distkv.planner.request import PlanRequest
+from distkv.planner.nodes import parse_node
+from distkv.planner.request import PARALLEL, PlanRequest
 from distkv.planner.units import parse_tokens
 from distkv.reporting.out_file import check_out_file, check_plot_file
 from distkv.values import shown
@@ -32,6 +33,8 @@ class PlanOptions:
     gpu: list[str] | None
     measured: Hardware | None  # this machine, to be planned for too
     gpus: str | None
+    node: str | None  # see `parse_node`
+    layouts: bool
     disk_bandwidth: float | None
     solve: bool
     ms_per_token: float | None
@@ -52,16 +55,36 @@ class PlanOptions:
         ):
             if value is not None and not has:
                 raise ConfigError(f"{name} is given without {needs}; add that, or leave it out")
-        if self.solve and self.kinds:
-            raise ConfigError("--solve and --kinds are both given; give one at a time")
+        tables = [name for name, asked in self._tables.items() if asked]
+        if len(tables) > 1:
+            raise ConfigError(f"{tables[0]} and {tables[1]} are both given; give one at a time")
+        self._check_layouts()
         if self.measured is not None and self.price_per_hour:
             raise ConfigError("--price-per-hour is for GPUs with names, and --measured has no price; leave one out")
-        if self.plot_file is not None and (self.solve or self.kinds):
-            raise ConfigError("--plot draws plans, and neither --solve nor --kinds; leave one of them out")
+        if self.plot_file is not None and tables:
+            raise ConfigError(f"--plot draws plans, and not {tables[0]}; leave one of them out")
         if self.measured is not None and self.measured.is_cpu:
             self._check_cpu()
         check_plot_file(self.plot_file)
         check_out_file(self.json_file)
+
+    @property
+    def _tables(self) -> dict[str, bool]:
+        """What is done in place of plans."""
+        return {"--solve": self.solve, "--kinds": self.kinds, "--layouts": self.layouts}
+
+    def _check_layouts(self) -> None:
+        """Raises ConfigError where the layout is given that is looked for, and where one machine's GPUs are."""
+        given = [name for name in PARALLEL[1:] if name in self.request] + ["gpus"] * (self.gpus is not None)
+        if self.layouts and given:
+            raise ConfigError(f"--layouts tries all of {_flag(given[0])}; leave it out, and say --nodes and --node")
+        if self.layouts and self.measured is not None:
+            raise ConfigError("--layouts is for GPUs of nodes, and --measured is this machine; leave one of them out")
+        beyond = [name for name in (*PARALLEL[1:], "nodes") if name in self.request]
+        if self.solve and beyond:
+            raise ConfigError(
+                f"--solve looks for GPUs of one machine, and {_flag(beyond[0])} is given; leave one of them out"
+            )
 
     def _check_cpu(self) -> None:
         if set(self.sizes("1")) != {1}:
@@ -78,7 +101,7 @@ class PlanOptions:
         if len(mixes) > MOST_PLANS:
             raise ConfigError(f"these lists make {len(mixes)} plans; {MOST_PLANS} at most are shown: shorten one")
         return [
-            PlanRequest(model, one, tensor_parallel_size=size, context=context, concurrency=load, **self.request)
+            PlanRequest(model, one, tensor_parallel_size=size, context=context, concurrency=load, **self._fields)
             for one, context, size, load in mixes
         ]
 
@@ -92,8 +115,19 @@ class PlanOptions:
             size = _only(what, "--gpus", self.sizes("1"))
         return PlanRequest(
             find_model(self.model), hardware[0], tensor_parallel_size=size, context=context, concurrency=load,
-            **self.request,
+            **self._fields,
         )  # fmt: skip
+
+    def one_rank(self, what: str) -> tuple[PlanRequest, int]:
+        """The only request for a single rank, and the number of nodes, for what lays out the ranks itself."""
+        fields = {name: value for name, value in self.request.items() if name != "nodes"}
+        nodes = check_whole("nodes", self.request.get("nodes", 1))
+        return replace(self, request=fields).only_request(what), nodes
+
+    @property
+    def _fields(self) -> dict[str, Any]:
+        """Of `PlanRequest`, as it takes them."""
+        return {**self.request, **({} if self.node is None else {"node": parse_node(self.node)})}
 
     def only_context(self, what: str) -> int:
         """Tokens, for what takes one context. Raises ConfigError for more."""
@@ -104,6 +138,7 @@ class PlanOptions:
         request = self.only_request("--serve")
         fields = {
             "gpu": (self.gpu or [DEFAULT_GPU])[0], "disk_bandwidth": self.disk_bandwidth, "context": request.context,
+            "node": self.node,
             "tensor_parallel_size": request.tensor_parallel_size, "concurrency": request.concurrency,
         }  # fmt: skip
         return {**self.request, **{name: value for name, value in fields.items() if value is not None}}
@@ -157,6 +192,10 @@ class PlanOptions:
                 raise ConfigError(f"--guess says {name} twice; say it once")
             found[name] = _whole(f"{name} of --guess", value)
         return found
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _only(what: str, name: str, values: list[One]) -> One:

@@ -7,7 +7,8 @@ from typing import Any
 from distkv.models.fetch import MODELS, default_cache_dir
 from distkv.planner.advice import advise
 from distkv.planner.fit import Fit, find_fit
-from distkv.planner.request import PlanRequest
+from distkv.planner.reading import cpu_share
+from distkv.planner.request import PARALLEL, PlanRequest
 from distkv.planner.roofline import Cost, decode_step, first_token
 from distkv.planner.units import option_bytes
 
@@ -70,8 +71,11 @@ class Plan:
                 "most_positions": config.most_positions,
             },
             "hardware": asdict(request.hardware),
+            "node": asdict(request.node),
             "request": {
-                "tensor_parallel_size": request.tensor_parallel_size,
+                **{name: getattr(request, name) for name in PARALLEL},
+                "nodes": request.nodes,
+                "cpu_attention": request.cpu_attention,
                 "dtype": request.run_dtype,
                 "kv_cache_dtype": request.kv_cache_dtype,
                 "attention_policy": request.attention_policy,
@@ -93,6 +97,7 @@ class Plan:
             "kv_bytes_per_token": fit.kv_bytes_per_token,
             "cold_kv_bytes_per_token": fit.cold_kv_bytes_per_token,
             "share_read": request.share_read,
+            "cpu_share": cpu_share(request, fit),
             "kv_bytes_per_request": fit.kv_bytes_per_request,
             "ranks": [asdict(one) for one in fit.ranks],
             "tiers": [asdict(one) for one in fit.tiers],

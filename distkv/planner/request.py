@@ -8,14 +8,19 @@ from distkv.errors import ConfigError
 from distkv.kernels.codec_format import FORMATS
 from distkv.option_checks import check_choice, check_share, check_whole, parse_bytes
 from distkv.planner.hardware import Hardware
-from distkv.planner.model_shape import ModelShape
+from distkv.planner.model_shape import ModelShape, find_shard
+from distkv.planner.nodes import DGX, Node
 from distkv.storage.dtypes import DTYPES, ITEM_BYTES
 from distkv.storage.page_spec import MEAN_TOKENS
 from distkv.storage.paging import check_page_size, pages_for
+from distkv.values import shown
 from distkv.workers.attention.policies.registry import FULL, parse_policy, policy_name
 from distkv.workers.kinds import KINDS, Kind
+from distkv.workers.model.layout import Layout
 
 MOST_TOKENS = 2**40
+PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "decode_context_parallel_size")
+WHOLE = (*PARALLEL, "nodes", "concurrency", "page_size", "max_num_batched_tokens")
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,13 @@ class PlanRequest:
     Attributes:
         model: its shape.
         hardware: of each rank.
-        tensor_parallel_size: ranks, a GPU each.
+        tensor_parallel_size: ranks that share each layer, a GPU each.
+        pipeline_parallel_size: stages, which share out the layers; each has so many ranks.
+        decode_context_parallel_size: neighbouring ranks that share out the tokens of their KV heads.
+        cpu_attention: the part of each request's pages that the CPU attends to while an answer is written: "off",
+            "auto" for what keeps it and the links equally long, or a share.
+        nodes: machines, to which the ranks are dealt evenly and in their order.
+        node: one of them.
         dtype: of weights, activations and KV; auto is the checkpoint's.
         kv_cache_dtype: what KV lies and moves as below the device; auto is `dtype`.
         attention_policy: which part of a request's pages a token of the answer reads.
@@ -46,6 +57,11 @@ class PlanRequest:
     model: ModelShape
     hardware: Hardware
     tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    decode_context_parallel_size: int = 1
+    cpu_attention: str | float = "off"
+    nodes: int = 1
+    node: Node = DGX
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
     attention_policy: str = FULL
@@ -60,7 +76,7 @@ class PlanRequest:
     gpu_memory_utilization: float = EngineConfig.gpu_memory_utilization
 
     def __post_init__(self) -> None:
-        for name in ("tensor_parallel_size", "concurrency", "page_size", "max_num_batched_tokens"):
+        for name in WHOLE:
             self._set(name, check_whole(name, getattr(self, name)))
         self._set("context", check_whole("context", self.context, most=MOST_TOKENS))
         if self.max_num_seqs is not None:
@@ -83,7 +99,81 @@ class PlanRequest:
                 f"max_num_batched_tokens {self.max_num_batched_tokens} is less than the {self.num_seqs} answers that "
                 "are to run at a time; raise it, or lower concurrency or max_num_seqs"
             )
-        self.model.rank_parameters(0, self.tensor_parallel_size)  # refuses too many ranks
+        find_shard(self.model.config, self.layout, 0)  # refuses what the model cannot be cut into
+        self._check_nodes()
+        self._set("cpu_attention", self._checked_cpu_attention())
+
+    def _check_nodes(self) -> None:
+        """Raises ConfigError unless the ranks fill the nodes evenly, with stages that lie whole on one each."""
+        size, nodes = self.layout.size, self.nodes
+        ranks = f"{self.tensor_parallel_size} x {self.pipeline_parallel_size} are {size} ranks"
+        if size % nodes:
+            raise ConfigError(
+                f"tensor_parallel_size x pipeline_parallel_size, {ranks}, which {nodes} nodes cannot share evenly; "
+                "change one of them, or nodes"
+            )
+        if nodes > 1 and self.ranks_per_node > self.node.gpus:
+            raise ConfigError(
+                f"tensor_parallel_size x pipeline_parallel_size, {ranks}, and {nodes} nodes of {self.node.gpus} GPUs "
+                f"have {nodes * self.node.gpus}; lower one of them, or raise nodes"
+            )
+        if self.ranks_per_node % self.tensor_parallel_size and self.tensor_parallel_size % self.ranks_per_node:
+            raise ConfigError(
+                f"stages of {self.tensor_parallel_size} ranks would begin in the middle of nodes with "
+                f"{self.ranks_per_node} each; let one of them divide the other"
+            )
+
+    def _checked_cpu_attention(self) -> str | float:
+        """ "off", "auto" or the share as a number. Raises ConfigError."""
+        value = self.cpu_attention
+        if isinstance(value, str) and value not in ("off", "auto"):
+            try:
+                value = float(value)
+            except ValueError:
+                raise ConfigError(
+                    f"cpu_attention is {shown(value)}; use off, auto, or a share above 0 and at most 1"
+                ) from None
+        value = value if isinstance(value, str) else check_share("cpu_attention", value)
+        if value != "off" and not self.host_kv_bytes:
+            raise ConfigError(
+                f"cpu_attention is {value} and host_kv_bytes is 0, so that no page lies where a CPU reads it; raise "
+                "the second, or leave the first out"
+            )
+        return value
+
+    @property
+    def layout(self) -> Layout:
+        """Of the ranks."""
+        return Layout(self.tensor_parallel_size, self.pipeline_parallel_size, self.decode_context_parallel_size)
+
+    @property
+    def ranks_per_node(self) -> int:
+        """On each node, neighbours."""
+        return self.layout.size // self.nodes
+
+    @property
+    def nodes_per_stage(self) -> int:
+        """Over which the ranks of a stage are spread."""
+        return -(-self.tensor_parallel_size // self.ranks_per_node)
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether there is more than a tensor-parallel group on the GPUs of one machine."""
+        return max(self.pipeline_parallel_size, self.decode_context_parallel_size, self.nodes) > 1 or (
+            self.cpu_attention != "off"
+        )
+
+    @property
+    def copies_of_kv(self) -> float:
+        """How many ranks hold the KV of a token, for each layer and head, on average."""
+        config = self.model.config
+        held = sum(find_shard(config, self.layout, rank).num_kv_heads for rank in range(self.tensor_parallel_size))
+        return held / config.num_key_value_heads / self.decode_context_parallel_size
+
+    @property
+    def page_tokens(self) -> int:
+        """Of a page over all ranks of a context group."""
+        return self.page_size * self.decode_context_parallel_size
 
     @property
     def run_dtype(self) -> str:
@@ -121,7 +211,10 @@ class PlanRequest:
     def unknown_options(self) -> list[str]:
         """Those that are set and that the engine refuses on such hardware, since no kernel there knows them."""
         refuses = self.attention_policy != FULL and not self.kind.follows_policies
-        return ["attention_policy"] if refuses else []
+        unknown = [name for name in self.engine_options if not hasattr(EngineConfig, name)]
+        if self.decode_context_parallel_size > 1 and not self.hardware.is_cpu:
+            unknown.append("decode_context_parallel_size")
+        return ["attention_policy"] * refuses + unknown
 
     @property
     def item_bytes(self) -> int:
@@ -142,7 +235,7 @@ class PlanRequest:
     @property
     def engine_options(self) -> dict[str, Any]:
         """The options of the engine that do as planned, without those that are as by default."""
-        options: dict[str, Any] = {"tensor_parallel_size": self.tensor_parallel_size, "dtype": self.dtype}
+        options: dict[str, Any] = {name: getattr(self, name) for name in (*PARALLEL, "cpu_attention", "dtype")}
         options |= {"kv_cache_dtype": self.kv_cache_dtype, "attention_policy": self.attention_policy}
         options |= {"device_kv_bytes": self.device_kv_bytes, "host_kv_bytes": self.host_kv_bytes}
         options |= {"disk_kv_bytes": self.disk_kv_bytes or None, "page_size": self.page_size}
@@ -150,11 +243,13 @@ class PlanRequest:
         options |= {"max_model_len": None if is_whole else self.context}
         options |= {"max_num_seqs": self.num_seqs, "max_num_batched_tokens": self.max_num_batched_tokens}
         options |= {"gpu_memory_utilization": self.gpu_memory_utilization}
-        return {name: value for name, value in options.items() if value != getattr(EngineConfig, name)}
+        owners = {name: EngineConfig if hasattr(EngineConfig, name) else PlanRequest for name in options}
+        return {name: value for name, value in options.items() if value != getattr(owners[name], name)}
 
     def on_devices_alone(self, **changes: Any) -> "PlanRequest":
         """The same without memory below the devices, where no codec has a part, but with `changes`."""
-        return replace(self, **{"host_kv_bytes": 0, "disk_kv_bytes": 0, "kv_cache_dtype": "auto", **changes})
+        alone = {"host_kv_bytes": 0, "disk_kv_bytes": 0, "kv_cache_dtype": "auto", "cpu_attention": "off"}
+        return replace(self, **{**alone, **changes})
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

@@ -2,22 +2,30 @@
 (the roofline model, https://doi.org/10.1145/1498765.1498785). The slowest rank counts, since all wait for it.
 
 On CUDA cold pages stream while other work is computed, so the slowest of the parts is the time of a step. On a CPU they
-are copied when their turn comes, by the processors that compute, so the parts add up.
+are copied when their turn comes, by the processors that compute, so the parts add up. What ranks send each other
+(`between_ranks.py`) always adds up, and so do the stages of a pipeline (`pipeline.py`).
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from distkv.planner.between_ranks import Sent, decode_exchange, hidden_states, prefill_exchange, state_bytes, sums
 from distkv.planner.fit import Fit, RankMemory
+from distkv.planner.model_shape import find_shard
+from distkv.planner.pipeline import StageCost, num_micro_batches, run_stages
+from distkv.planner.reading import decode_reading
 from distkv.planner.request import PlanRequest
-from distkv.workers.model.layout import Layout
-from distkv.workers.model.shard import Shard
 
 FP32_SHARE = 0.5  # of the matrix rate, at best (TF32 where it is switched on)
 
 WEIGHTS, KV, COMPUTE = "weights", "KV", "compute"
-LINK, DISK, PEERS, FIXED = "host link", "disk", "peer links", "fixed work"
-"""What time is spent on: reading weights, reading KV, the matrix units, cold KV from the host and from the disk, sums
-over the ranks, and what every step takes."""
+LINK, HOST, DISK, PEERS, NETWORK, FIXED = "host link", "host memory", "disk", "peer links", "network", "fixed work"
+"""What time is spent on: reading weights, reading KV, the matrix units, cold KV over a GPU's own link, out of the host
+memory and from the disk that the GPUs of a node share, what ranks send each other within nodes and between them, and
+what every step takes."""
+SUMS, EXCHANGE, HIDDEN = "sums", "context exchange", "hidden states"
+"""What peer links and the network carry: sums over the ranks of a stage, what a context group exchanges, and what
+stages hand on."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +35,20 @@ class Cost:
     parts: dict[str, float]
     seconds: float
     limit: str  # the part that binds
+    micro_batches: int  # of a step, which follow each other through the stages of a pipeline
+    idle: float  # share of the time that a stage waits for others; 0 without a pipeline
+    between_ranks: dict[str, float]  # peer links and network once more: SUMS, EXCHANGE and HIDDEN
+
+
+Work = Callable[[PlanRequest, Fit, RankMemory, int], dict[str, float]]
+"""What one of so many micro-batches takes a rank."""
 
 
 def decode_step(request: PlanRequest, fit: Fit) -> Cost | None:
     """One token for each of the requests that run, all at their full context; None when none can run."""
     if not fit.running:
         return None
-    return max((_decode_of(request, fit, one) for one in fit.ranks), key=lambda cost: cost.seconds)
+    return _cost(request, fit, fit.running, 1, _decode_of)
 
 
 def first_token(request: PlanRequest, fit: Fit) -> Cost | None:
@@ -41,81 +56,122 @@ def first_token(request: PlanRequest, fit: Fit) -> Cost | None:
     it does not fit."""
     if not fit.most_requests:
         return None
-    return max((_prefill_of(request, fit, one) for one in fit.ranks), key=lambda cost: cost.seconds)
+    return _cost(request, fit, _chunk(request), _num_chunks(request), _prefill_of)
 
 
-def _decode_of(request: PlanRequest, fit: Fit, rank: RankMemory) -> Cost:
-    hardware, config = request.hardware, request.model.config
-    shard = Shard.of(config, Layout(request.tensor_parallel_size), rank.rank)
-    parameters = request.model.rank_parameters(rank.rank, request.tensor_parallel_size)
-    tokens = fit.running * request.context
-    resident, host, disk = _tokens_by_tier(request, fit, tokens)
-    operations = 2.0 * fit.running * (parameters.layers + parameters.head_products)
-    operations += 4 * request.share_read * tokens * shard.num_query_heads * config.head_dim * config.num_hidden_layers
-    resident += request.summary_tokens * fit.running
-    return _combine(
-        request,
-        {
-            WEIGHTS: parameters.read_per_step * request.item_bytes / hardware.memory_bandwidth,
-            KV: _read_seconds(request, rank, resident, host + disk),
-            COMPUTE: operations / _matrix_rate(request),
-            LINK: _link_seconds(request, rank, host, disk),
-            DISK: disk * fit.cold_kv_bytes_per_token / hardware.disk_bandwidth,
-            PEERS: _all_reduce_seconds(request, fit.running),
-            FIXED: hardware.step_seconds,
-        },
+def _cost(request: PlanRequest, fit: Fit, rows: int, steps: int, work: Work) -> Cost:
+    """Of so many steps of so many tokens each."""
+    micro_batches = num_micro_batches(request, rows)
+    stages = []
+    for stage in range(request.pipeline_parallel_size):
+        found = [work(request, fit, rank, micro_batches) for rank in fit.ranks if rank.stage == stage]
+        stages.append(max((_combine(request, parts) for parts in found), key=lambda cost: cost.seconds))
+    hops = [_sent({HIDDEN: one * steps}) for one in hidden_states(request, rows / micro_batches)]
+    whole = run_stages(stages, [StageCost(hop, _over_links(hop)) for hop in hops], micro_batches)
+    sent = {name: whole.parts.get(name, 0.0) for name in (SUMS, EXCHANGE, HIDDEN)}
+    return Cost(
+        parts={name: seconds for name, seconds in whole.parts.items() if name not in sent},
+        seconds=whole.seconds,
+        limit=max(whole.in_turn, key=lambda name: whole.in_turn[name]),
+        micro_batches=micro_batches,
+        idle=whole.idle,
+        between_ranks=sent,
     )
 
 
-def _prefill_of(request: PlanRequest, fit: Fit, rank: RankMemory) -> Cost:
+def _decode_of(request: PlanRequest, fit: Fit, rank: RankMemory, micro_batches: int) -> dict[str, float]:
     hardware, config = request.hardware, request.model.config
-    shard = Shard.of(config, Layout(request.tensor_parallel_size), rank.rank)
-    parameters = request.model.rank_parameters(rank.rank, request.tensor_parallel_size)
-    tokens, chunk = request.context, min(request.context, request.max_num_batched_tokens)
-    steps = -(-tokens // chunk)
+    shard = find_shard(config, request.layout, rank.rank)
+    parameters = request.model.rank_parameters(request.layout, rank.rank)
+    rows, group = fit.running / micro_batches, request.decode_context_parallel_size
+    reading = decode_reading(request, fit) * (1 / micro_batches)
+    tokens = request.share_read * rows * request.context
+    # of a context group a rank has the query heads of all, for its part of the tokens
+    operations = 2 * rows * (parameters.layers + parameters.head_products)
+    operations += 4 * (tokens - reading.on_cpu) * shard.num_query_heads * config.head_dim * shard.num_layers
+    states = state_bytes(request, shard, reading.on_cpu / request.page_size)
+    return {
+        WEIGHTS: parameters.read_per_step * request.item_bytes / hardware.memory_bandwidth,
+        KV: _read_seconds(request, rank, reading.resident / group, reading.streamed / group),
+        COMPUTE: operations / _matrix_rate(request),
+        LINK: _link_seconds(request, rank, reading.host / group, reading.disk / group) + states / hardware.host_link,
+        HOST: _host_seconds(request, fit, rank, reading.from_host, reading.from_disk, micro_batches),
+        DISK: _disk_seconds(request, fit, rank, reading.from_disk, micro_batches),
+        **_sent(
+            {
+                SUMS: sums(request, shard, rows),
+                EXCHANGE: decode_exchange(request, shard, rows, tokens / request.page_size),
+            }
+        ),
+        FIXED: hardware.step_seconds,
+    }
+
+
+def _prefill_of(request: PlanRequest, fit: Fit, rank: RankMemory, micro_batches: int) -> dict[str, float]:
+    """Over all chunks of a prompt, of each of which a micro-batch is an equal part."""
+    hardware, config = request.hardware, request.model.config
+    shard = find_shard(config, request.layout, rank.rank)
+    parameters = request.model.rank_parameters(request.layout, rank.rank)
+    tokens, chunk, steps = request.context, _chunk(request), _num_chunks(request)
+    group = request.decode_context_parallel_size
     # a token attends to half of the tokens on average, by a product with K and one with V
     operations = 2 * tokens * parameters.layers + 2 * parameters.head_products
-    operations += 2 * tokens * tokens * shard.num_query_heads * config.head_dim * config.num_hidden_layers
+    operations += 2 * tokens * tokens * shard.num_query_heads * config.head_dim * shard.num_layers
     device, host = (fit.tiers[index].tokens for index in (0, 1))
     all_of_it, cold, disk = (_read_beyond(tokens, chunk, room) for room in (0, device, device + host))
     # the head is read once, for the only logits that are wanted
-    weights = steps * (parameters.read_per_step - parameters.head_products) + parameters.head_products
-    return _combine(
-        request,
-        {
-            WEIGHTS: weights * request.item_bytes / hardware.memory_bandwidth,
-            KV: _read_seconds(request, rank, all_of_it - cold, cold),
-            COMPUTE: operations / _matrix_rate(request),
-            LINK: _link_seconds(request, rank, cold - disk, disk),
-            DISK: disk * fit.cold_kv_bytes_per_token / hardware.disk_bandwidth,
-            PEERS: _all_reduce_seconds(request, tokens),
-            FIXED: steps * hardware.step_seconds,
-        },
-    )
+    weights = steps * micro_batches * (parameters.read_per_step - parameters.head_products) + parameters.head_products
+    read = (all_of_it - cold) * rank.kv_bytes_per_token, cold * rank.cold_kv_bytes_per_token
+    exchange = prefill_exchange(request, shard, sum(read) / micro_batches, steps)
+    of_others = 1 - 1 / group  # which pass through memory as streamed pages do
+    parts = {
+        KV: _read_seconds(request, rank, (1 + of_others) * (all_of_it - cold), cold),
+        COMPUTE: operations / _matrix_rate(request),
+        LINK: _link_seconds(request, rank, (cold - disk) / group, disk / group),
+        HOST: _host_seconds(request, fit, rank, cold - disk, disk, micro_batches),
+        DISK: _disk_seconds(request, fit, rank, disk, micro_batches),
+    }
+    return {
+        **{name: seconds / micro_batches for name, seconds in parts.items()},
+        WEIGHTS: weights / micro_batches * request.item_bytes / hardware.memory_bandwidth,
+        **_sent({SUMS: sums(request, shard, tokens / micro_batches, steps), EXCHANGE: exchange}),
+        FIXED: steps * hardware.step_seconds,
+    }
 
 
-def _combine(request: PlanRequest, parts: dict[str, float]) -> Cost:
-    """Reading and computing overlap everywhere, and streaming as well on CUDA. Sums over the ranks wait for what is
-    computed, and what comes next for them."""
+def _chunk(request: PlanRequest) -> int:
+    """Tokens of a step that reads a prompt."""
+    return min(request.context, request.max_num_batched_tokens)
+
+
+def _num_chunks(request: PlanRequest) -> int:
+    return -(-request.context // _chunk(request))
+
+
+def _combine(request: PlanRequest, parts: dict[str, float]) -> StageCost:
+    """Reading and computing overlap everywhere, and streaming as well on CUDA. What ranks send each other waits for
+    what is computed, and what comes next for that."""
     memory = parts[WEIGHTS] + parts[KV]
     at_a_time = {max(WEIGHTS, KV, key=lambda name: parts[name]): memory, COMPUTE: parts[COMPUTE]}
-    in_turn = {PEERS: parts[PEERS], FIXED: parts[FIXED]}
-    streaming = {LINK: parts[LINK], DISK: parts[DISK]}
+    in_turn = _over_links(parts) | {FIXED: parts[FIXED]}
+    streaming = {name: parts[name] for name in (LINK, HOST, DISK)}
     if request.hardware.is_cpu:
         in_turn |= streaming
     else:
         at_a_time |= streaming
     slowest = max(at_a_time, key=lambda name: at_a_time[name])
     in_turn[slowest] = at_a_time[slowest]
-    return Cost(parts, sum(in_turn.values()), max(in_turn, key=lambda name: in_turn[name]))
+    return StageCost(parts, in_turn)
 
 
-def _tokens_by_tier(request: PlanRequest, fit: Fit, tokens: int) -> tuple[float, float, float]:
-    """Tokens that are read on the device, on the host and on disk: whole pages from below, the rest where pages are
-    filled. A policy of attention is taken to choose from all tiers alike, as the engine expects."""
-    host, disk = (min(tier.used_pages * request.page_size, tokens) for tier in fit.tiers[1:])
-    share = request.share_read
-    return share * max(0, tokens - host - disk), share * host, share * disk
+def _sent(what: Mapping[str, Sent]) -> dict[str, float]:
+    """Seconds by what is sent, and once more by what it crosses."""
+    crossed = {PEERS: sum(one.peers for one in what.values()), NETWORK: sum(one.network for one in what.values())}
+    return {name: one.seconds for name, one in what.items()} | crossed
+
+
+def _over_links(parts: Mapping[str, float]) -> dict[str, float]:
+    return {PEERS: parts[PEERS], NETWORK: parts[NETWORK]}
 
 
 def _read_seconds(request: PlanRequest, rank: RankMemory, resident: float, cold: float) -> float:
@@ -132,6 +188,30 @@ def _link_seconds(request: PlanRequest, rank: RankMemory, host: float, disk: flo
     return tokens * rank.cold_kv_bytes_per_token / request.hardware.host_link
 
 
+def _host_seconds(
+    request: PlanRequest, fit: Fit, rank: RankMemory, host: float, disk: float, micro_batches: int
+) -> float:
+    """Of what the GPUs of a node stream out of its memory and its CPU attends to there; what comes from disk is written
+    to it first. A CPU's host memory is its device's."""
+    if request.hardware.is_cpu:
+        return 0.0
+    return _node_bytes(request, fit, rank, host + 2 * disk, micro_batches) / request.node.memory_bandwidth
+
+
+def _disk_seconds(request: PlanRequest, fit: Fit, rank: RankMemory, disk: float, micro_batches: int) -> float:
+    """Of what all GPUs of a node read from its disk."""
+    return _node_bytes(request, fit, rank, disk, micro_batches) / request.hardware.disk_bandwidth
+
+
+def _node_bytes(request: PlanRequest, fit: Fit, rank: RankMemory, tokens: float, micro_batches: int) -> float:
+    """Of the cold KV of so many tokens, what the ranks of a node share: those of the rank's stage there, and as much
+    for each other stage there that works on another micro-batch."""
+    of_stage = sum(one.cold_kv_bytes_per_token for one in fit.ranks if one.stage == rank.stage)
+    at_a_time = min(max(1, request.ranks_per_node // request.tensor_parallel_size), micro_batches)
+    share = at_a_time / request.nodes_per_stage / request.decode_context_parallel_size
+    return tokens * of_stage * share
+
+
 def _read_beyond(tokens: int, chunk: int, room: int) -> int:
     """Tokens that the chunks of a prompt read of those before them, as far as these lie beyond the first `room`."""
     first = room // chunk + 1  # chunk whose earlier tokens do not all fit
@@ -140,14 +220,6 @@ def _read_beyond(tokens: int, chunk: int, room: int) -> int:
         return 0
     count = last - first + 1
     return chunk * (first + last) * count // 2 - count * room
-
-
-def _all_reduce_seconds(request: PlanRequest, tokens: int) -> float:
-    """Two sums of the hidden states over the ranks in each layer and one of the embeddings, by a ring: each rank sends
-    2 (n - 1) / n of them."""
-    size, config = request.tensor_parallel_size, request.model.config
-    num_bytes = (2 * config.num_hidden_layers + 1) * tokens * config.hidden_size * request.item_bytes
-    return 2 * (size - 1) / size * num_bytes / request.hardware.peer_link
 
 
 def _matrix_rate(request: PlanRequest) -> float:

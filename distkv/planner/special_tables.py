@@ -3,10 +3,13 @@
 from rich.console import Console
 
 from distkv.planner.attention_kinds import AttentionKind, GuessedKv
+from distkv.planner.plan import Plan
 from distkv.planner.request import PlanRequest
 from distkv.planner.solve import Solution
-from distkv.planner.tables import print_advice, print_caveat, print_line, right_table
+from distkv.planner.tables import layout_shown, print_advice, print_caveat, print_line, print_nodes, right_table
 from distkv.planner.units import option_bytes, shown_bytes, shown_rate, shown_seconds, shown_tokens
+
+MOST_LAYOUTS = 12  # that are shown
 
 
 def print_solutions(console: Console, target: PlanRequest, solutions: list[Solution], seconds: float | None) -> None:
@@ -49,6 +52,39 @@ def print_solutions(console: Console, target: PlanRequest, solutions: list[Solut
     if not best.reached or best.plan.command is None:
         print_advice(console, [best.plan])
     print_caveat(console, [one.plan.request.hardware for one in solutions])
+
+
+def print_layouts(console: Console, plans: list[Plan]) -> None:
+    """A line for each of the fastest, and what is to be said of the first."""
+    if not plans:
+        print_line(console, "This model cannot be cut into as many ranks as these nodes have GPUs; give others.")
+        return
+    request = plans[0].request
+    print_line(
+        console,
+        f": {request.concurrency} request{'s' * (request.concurrency > 1)} of {shown_tokens(request.context)} tokens "
+        f"at a time on {request.layout.size} x {request.hardware.name}",
+        request.model.name,
+    )
+    print_nodes(console, request)
+    columns = "layout", "KV", "running", "per step", "tokens/s", "wait", "first token", "bound by"
+    table = right_table("Layouts, tensor ranks x stages / context group, the fastest first", columns, last_left=True)
+    for plan in plans[:MOST_LAYOUTS]:
+        one, decode, first = plan.request, plan.decode, plan.first_token
+        table.add_row(
+            layout_shown(one), f"{one.copies_of_kv:.3g}x",
+            str(plan.fit.running) if plan.fits else f"{plan.fit.running} of {one.concurrency}",
+            "" if decode is None else shown_seconds(decode.seconds),
+            "" if plan.tokens_per_second is None else shown_rate(plan.tokens_per_second),
+            "" if decode is None else f"{decode.idle:.0%}",
+            "" if first is None else shown_seconds(first.seconds),
+            "no room" if decode is None else decode.limit,
+        )  # fmt: skip
+    console.print(table)
+    if len(plans) > MOST_LAYOUTS:
+        print_line(console, f"and {len(plans) - MOST_LAYOUTS} more, which --json has")
+    print_advice(console, plans[:1])
+    print_caveat(console, [request.hardware])
 
 
 def print_kinds(console: Console, kinds: list[AttentionKind]) -> None:

@@ -1,6 +1,6 @@
 """Plans as tables for people, narrow enough for 80 columns."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -9,11 +9,22 @@ from rich.text import Text
 from distkv.planner.fit import RankMemory
 from distkv.planner.hardware import Hardware
 from distkv.planner.plan import Plan
-from distkv.planner.units import shown_bytes, shown_count, shown_rate, shown_seconds, shown_share, shown_tokens
+from distkv.planner.request import PlanRequest
+from distkv.planner.roofline import Cost
+from distkv.planner.units import (
+    shown_bandwidth,
+    shown_bytes,
+    shown_count,
+    shown_rate,
+    shown_seconds,
+    shown_share,
+    shown_tokens,
+)
 from distkv.storage.tier import Tier
 from distkv.workers.attention.policies.registry import FULL
 from distkv.workers.rank_config import model_page_spec
 
+MOST_COLUMNS = 4  # plans whose times are shown by what they are spent on
 MOST_ADVICE = 8  # sentences for a kind of hardware
 
 
@@ -24,9 +35,13 @@ def print_plans(console: Console, plans: list[Plan]) -> None:
         own = [plan for plan in plans if plan.request.hardware == hardware]
         console.print()
         _print_hardware(console, hardware)
+        if own[0].request.nodes > 1:
+            print_nodes(console, own[0].request)
         console.print(_memory_table(own))
         console.print(_capacity_table(own))
         console.print(_step_table(own))
+        if any(plan.request.is_spread for plan in own) and len(own) <= MOST_COLUMNS:
+            console.print(_time_table(own))
         print_advice(console, own)
     if len(plans) == 1 and plans[0].command is not None:
         print_line(console, f"\nTo serve it: {plans[0].command}")
@@ -113,6 +128,52 @@ def _print_hardware(console: Console, hardware: Hardware) -> None:
     )
 
 
+def print_nodes(console: Console, request: PlanRequest) -> None:
+    """What the GPUs of a node share."""
+    node = request.node
+    sizes = (("memory", node.memory), ("disk", node.disk))
+    below = "".join(f", {shown_bytes(size)} of {name} for KV" for name, size in sizes if size is not None)
+    disk = shown_bandwidth(request.hardware.disk_bandwidth)
+    print_line(
+        console,
+        f"{request.nodes} nodes, of which each uses {request.ranks_per_node} GPUs{below}: "
+        f"{shown_bandwidth(node.memory_bandwidth)} from host memory, {disk} from disk, "
+        f"{shown_bandwidth(node.network)} to other nodes, {shown_seconds(node.latency)} a message (assumed)",
+    )
+
+
+def _time_table(plans: list[Plan]) -> Table:
+    """What a step takes by what it is spent on, a column for each plan; what others hide is in it too."""
+    about = [(_context(plan), layout_shown(plan.request), f"{plan.fit.running} running") for plan in plans]
+    varies = [len(set(kind)) > 1 for kind in zip(*about, strict=True)]
+    headings = [", ".join(one for one, shown in zip(name, varies, strict=True) if shown) for name in about]
+    table = right_table("What a step's time goes to", ("", *headings))
+    table.columns[0].justify = "left"
+    decodes = [plan.decode for plan in plans]
+    found = [one for one in decodes if one is not None]
+
+    def add(label: str, show: Callable[[Cost], str]) -> None:
+        table.add_row(label, *("" if one is None else show(one) for one in decodes))
+
+    def add_parts(indent: str, parts: Callable[[Cost], Mapping[str, float]]) -> None:
+        for name in dict.fromkeys(name for one in found for name, value in parts(one).items() if value):
+            add(indent + name, lambda one: shown_seconds(parts(one)[name]))  # noqa: B023  (called at once)
+
+    add_parts("", lambda one: one.parts)
+    add_parts("  ", lambda one: one.between_ranks)
+    table.add_section()
+    add("a step", lambda one: shown_seconds(one.seconds))
+    if any(one.idle for one in found):
+        add("stages wait", lambda one: shown_share(one.idle))
+    return table
+
+
+def layout_shown(request: PlanRequest) -> str:
+    """Ranks of a stage, stages, and ranks of a context group, where there are any."""
+    stages, group = request.pipeline_parallel_size, request.decode_context_parallel_size
+    return f"{request.tensor_parallel_size}{f'x{stages}' * (stages > 1)}{f'/{group}' * (group > 1)}"
+
+
 def _memory_table(plans: list[Plan]) -> Table:
     """The rank with the least room, once for each number of ranks."""
     table = right_table(
@@ -122,7 +183,7 @@ def _memory_table(plans: list[Plan]) -> Table:
     for plan in plans:
         one: RankMemory = min(plan.fit.ranks, key=lambda rank: rank.left // rank.page_bytes)
         row = (
-            str(plan.request.tensor_parallel_size), shown_bytes(one.memory), shown_bytes(one.weights),
+            layout_shown(plan.request), shown_bytes(one.memory), shown_bytes(one.weights),
             shown_bytes(one.workspace + one.context), shown_bytes(one.staging), shown_bytes(one.left),
         )  # fmt: skip
         rows.append(row)
@@ -142,7 +203,7 @@ def _capacity_table(plans: list[Plan]) -> Table:
     for plan in plans:
         fit = plan.fit
         row = (
-            _context(plan), str(plan.request.tensor_parallel_size), shown_bytes(fit.kv_bytes_per_request),
+            _context(plan), layout_shown(plan.request), shown_bytes(fit.kv_bytes_per_request),
             *(str(tier.requests) for tier in fit.tiers if tier.name in (tiers or ["device"])),
             str(fit.most_requests), f"{fit.tokens:,}",
         )  # fmt: skip
@@ -157,7 +218,7 @@ def _step_table(plans: list[Plan]) -> Table:
         asked, running = plan.request.concurrency, plan.fit.running
         table.add_row(
             _context(plan),
-            str(plan.request.tensor_parallel_size),
+            layout_shown(plan.request),
             str(running) if running == asked else f"{running} of {asked}",
             "" if plan.decode is None else shown_seconds(plan.decode.seconds),
             "" if plan.tokens_per_second is None else shown_rate(plan.tokens_per_second),
@@ -182,6 +243,6 @@ def _context(plan: Plan) -> str:
 
 
 def _ranks(plan: Plan) -> str:
-    size = plan.request.tensor_parallel_size
+    size = plan.request.layout.size
     kind = "rank" if plan.request.hardware.is_cpu else "GPU"
     return f"{size} {kind}{'s' * (size > 1)}"

@@ -69,6 +69,11 @@ def shown_seconds(seconds: float) -> str:
     return f"{_three(seconds / 60)} min" if seconds < 36000 else f"{_three(seconds / 3600)} h"
 
 
+def shown_bandwidth(rate: float) -> str:
+    """Of bytes per second, in GB."""
+    return f"{rate / 1e9:.3g} GB/s"
+
+
 def shown_share(share: float) -> str:
     """In percent."""
     return f"{_three(100 * share)} %"

@@ -13,9 +13,10 @@ from distkv.kernels.codec_format import FORMATS
 from distkv.option_checks import parse_bytes
 from distkv.planner.hardware import GPUS, Hardware, find_hardware, with_disk
 from distkv.planner.model_shape import ModelShape, find_known_model, known_models
+from distkv.planner.nodes import parse_node
 from distkv.planner.options import DEFAULT_GPU, DEFAULT_MODEL
 from distkv.planner.plan import make_plan
-from distkv.planner.request import PlanRequest
+from distkv.planner.request import PARALLEL, PlanRequest
 from distkv.planner.units import parse_tokens, shown_tokens
 from distkv.server.json import encode_ascii
 from distkv.server.page_files import page_file
@@ -69,22 +70,25 @@ def _plan(body: PlanBody, find_start: Callable[[], PlanStart]) -> dict[str, Any]
     given = body.model_dump(exclude_none=True, exclude={"model", "gpu", "disk_bandwidth"})
     if "context" in given:
         given["context"] = parse_tokens("context", given["context"])
+    if "node" in given:
+        given["node"] = parse_node(given["node"])
     disk = None if body.disk_bandwidth is None else parse_bytes("disk_bandwidth", body.disk_bandwidth)
     start = find_start()
     own = start.model if body.model in start.names else None
     model = find_known_model(body.model) if own is None else own
     here = start.hardware if body.gpu == HERE else None
     hardware = find_hardware(body.gpu) if here is None else here
-    if hardware.is_cpu and given.get("tensor_parallel_size", 1) > 1:
+    several = next((name for name in (*PARALLEL, "nodes") if given.get(name, 1) > 1), None)
+    if hardware.is_cpu and several:
         raise ConfigError(
-            f"tensor_parallel_size {given['tensor_parallel_size']} would have several ranks share the cores and the "
-            "memory of one CPU, which was measured as a whole; use 1"
+            f"{several} {given[several]} would have several ranks share the cores and the memory of one CPU, which was "
+            "measured as a whole; use 1"
         )
     return make_plan(PlanRequest(model, with_disk(hardware, disk), **given)).to_json()
 
 
 def _choices(start: PlanStart) -> dict[str, Any]:
-    found = {name: getattr(PlanRequest, name, None) for name in PlanBody.model_fields}
+    found = {name: getattr(PlanRequest, name, None) for name in PlanBody.model_fields if name != "node"}
     defaults = {name: value for name, value in found.items() if value is not None}
     own = list(start.names[:1])
     begin = {name: defaults[name] for name in MAIN_FIELDS} | {"gpu": DEFAULT_GPU, "model": (own or [DEFAULT_MODEL])[0]}

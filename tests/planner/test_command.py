@@ -59,6 +59,7 @@ def test_files_are_written_though_the_reader_of_the_tables_has_left(tmp_path: Pa
 def options(**more: Any) -> PlanOptions:
     given: dict[str, Any] = {
         "model": "smollm2-135m", "context": "4k", "concurrency": "1", "gpu": None, "measured": None, "gpus": None,
+        "layouts": False, "node": None,
         "disk_bandwidth": None, "solve": False, "ms_per_token": None, "price_per_hour": None, "kinds": False,
         "guess": None, "json_file": None, "plot_file": None,
     }  # fmt: skip
@@ -89,6 +90,24 @@ def test_a_value_that_is_given_twice_is_planned_for_once() -> None:
         ("llama-3.1-405b", "--context", "4k,1M", "--gpus", "8,16", "--host-memory", "2TiB", "--disk", "100TiB"),
         ("llama-3.1-70b", "--solve", "--ms-per-token", "40", "--context", "32k", "--price-per-hour", "h100=2.99"),
         ("llama-3.1-8b", "--kinds", "--guess", "layers=120,heads=96,head_dim=128"),
+        ("llama-3.1-70b", "--layouts", "--nodes", "2", "--context", "1M", "--host-memory", "2TiB"),
+        (
+            "llama-3.1-70b",
+            "--gpus",
+            "16",
+            "--decode-context-parallel-size",
+            "2",
+            "--nodes",
+            "2",
+            "--context",
+            "128k",
+            "--concurrency",
+            "1,16,64,256",
+            "--host-memory",
+            "2TiB",
+            "--cpu-attention",
+            "auto",
+        ),
     ],
 )
 def test_tables_are_whole_at_any_width(arguments: tuple[str, ...], columns: int) -> None:
@@ -143,6 +162,12 @@ def test_names_and_figures_are_shown_whole(tmp_path: Path) -> None:
         (["--gpu", "memory=1,memory=2"], "each given once"), (["--plot", "x.pdf"], r"is not a \.png"),
         (["--ms-per-token", "3"], "without --solve"), (["--guess", "layers=3"], "without --kinds"),
         (["--price-per-hour", "1"], "without --solve"), (["--solve", "--kinds"], "one at a time"),
+        (["--layouts", "--solve"], "one at a time"), (["--layouts", "--gpus", "8"], "tries all of --gpus; leave it"),
+        (["--layouts", "--pipeline-parallel-size", "2"], "tries all of --pipeline-parallel-size"),
+        (["--layouts", "--plot", "x.png"], "--plot draws plans, and not --layouts"),
+        (["--layouts", "--concurrency", "1,2"], "takes one --conc"), (["--node", "gpu=8"], "in the node 'gpu=8'"),
+        (["--solve", "--nodes", "2"], "--nodes is given; leave one of them out"),
+        (["--pipeline-parallel-size", "33"], "more than the model's 32 layers"),
         (["--solve", "--plot", "x.png"], "--plot draws plans"),
         (["--solve", "--context", "4k,8k"], "takes one --context"),
         (["--kinds", "--gpus", "1,2"], "takes one --gpus"), (["--kinds", "--gpu", "l4", "--gpu", "a10"], "one --gpu,"),

@@ -10,6 +10,7 @@ from support.checkpoints import save_llama
 from distkv import ConfigError
 from distkv.models.published import PUBLISHED
 from distkv.planner.model_shape import find_model
+from distkv.workers.model.layout import Layout
 
 # what the hub's pages and the safetensors' headers of these models say
 PARAMETERS = {
@@ -47,9 +48,9 @@ def test_a_folder_has_the_parameters_of_its_tensors(tmp_path: Path) -> None:
     assert shape.num_parameters == sum(tensor.numel() for tensor in model.parameters())
     assert find_model(folder / "config.json").config == shape.config and shape.folder == folder
     for size in (2, 3):
-        ranks = [shape.rank_parameters(rank, size) for rank in range(size)]
-        assert sum(one.layers for one in ranks) == shape.rank_parameters(0, 1).layers
-        assert sum(one.embedding + one.head for one in ranks) == 2 * shape.rank_parameters(0, 1).embedding
+        ranks = [shape.rank_parameters(Layout(size), rank) for rank in range(size)]
+        assert sum(one.layers for one in ranks) == shape.rank_parameters(Layout(), 0).layers
+        assert sum(one.embedding + one.head for one in ranks) == 2 * shape.rank_parameters(Layout(), 0).embedding
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:

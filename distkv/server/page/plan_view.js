@@ -6,7 +6,8 @@ import { figures, shownBytes, shownSeconds } from "./units.js";
 // what the time of a step goes to
 const PARTS = {
   weights: "reading the weights", KV: "reading KV on the device", compute: "arithmetic", "host link": "link to host memory",
-  disk: "reading the disk", "peer links": "links between ranks", "fixed work": "fixed work",
+  "host memory": "host memory that GPUs share", disk: "reading the disk", "peer links": "links between ranks",
+  network: "network between nodes", "fixed work": "fixed work",
 };
 
 export function showPlan(plan) {
@@ -87,7 +88,7 @@ function bars(plan) {
     ["free", "free for KV", spare],
   ];
   const taken = parts.reduce((sum, [, , size]) => sum + size, 0);
-  const size = plan.request.tensor_parallel_size, isCpu = plan.hardware.is_cpu;
+  const size = plan.ranks.length, isCpu = plan.hardware.is_cpu;
   const kind = isCpu ? "CPU memory" : "Device";
   const memory = plan.hardware.memory_bytes / (isCpu ? size : 1); // ranks on a CPU share it
   return [
@@ -139,7 +140,8 @@ function tierBar({ title, parts, lacking, tier }) {
 function showCosts({ decode, hardware }) {
   $("costs-note").textContent = !decode ? "" : hardware.is_cpu
     ? "the longer of memory (weights and KV) and arithmetic; the rest comes on top"
-    : "the longest of memory (weights and KV), arithmetic, link and disk; links between ranks come on top";
+    : "the longest of memory (weights and KV), arithmetic, link, host memory and disk; what ranks send comes on top"
+      + (decode.micro_batches > 1 || decode.idle ? `, and stages follow each other: each waits ${figures(100 * decode.idle)} % of a step` : "");
   const parts = decode ? Object.entries(decode.parts).filter(([, seconds]) => seconds > 0) : [];
   const most = Math.max(...parts.map(([, seconds]) => seconds));
   $("costs").replaceChildren(...parts.map(([name, seconds]) => {

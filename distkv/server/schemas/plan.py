@@ -12,12 +12,18 @@ Amount = Annotated[int | Text, Field(union_mode="left_to_right")]
 
 
 class PlanBody(Body):
-    """A `PlanRequest` whose model and GPU are named. All other fields mean the same there, which has the defaults."""
+    """A `PlanRequest` whose model and GPU are named, and whose node is told as `parse_node` takes it. All other fields
+    mean the same there, which has the defaults."""
 
     model: Text
     gpu: Text
     disk_bandwidth: Amount | None = None
     tensor_parallel_size: int | None = None
+    pipeline_parallel_size: int | None = None
+    decode_context_parallel_size: int | None = None
+    cpu_attention: float | Text | None = Field(None, union_mode="left_to_right")
+    nodes: int | None = None
+    node: Text | None = None
     dtype: Text | None = None
     kv_cache_dtype: Text | None = None
     attention_policy: Text | None = None
