@@ -34,6 +34,7 @@ class EngineOptions(TypedDict, total=False):
     """
 
     tensor_parallel_size: int
+    pipeline_parallel_size: int
     data_parallel_size: int
     max_rank_failures: int | None
     hang_timeout: float | None
@@ -85,6 +86,13 @@ class EngineConfig:
     """Ranks that share the model; more than one run as Ray actors.
 
     A single one runs in this process.
+    """
+    pipeline_parallel_size: int = 1
+    """Stages that the layers are split over, of tensor_parallel_size ranks each.
+
+    Each stage has the weights and the KV of its layers alone, with tiers of its own. A step is cut into micro-batches,
+    so that stages work at the same time; answers stay the same. It is for models or contexts that no node holds, since
+    stages exchange little.
     """
     data_parallel_size: int = 1
     """Engines of this model on a Ray cluster, each of its own ranks.
@@ -308,6 +316,7 @@ class EngineConfig:
         self._set("model", settle_path("model", self.model))
         sizes: tuple[str, ...] = (
             "tensor_parallel_size",
+            "pipeline_parallel_size",
             "data_parallel_size",
             "max_num_seqs",
             "max_num_batched_tokens",
@@ -359,8 +368,8 @@ class EngineConfig:
                 f"max_num_batched_tokens {self.max_num_batched_tokens} is less than max_num_seqs {self.max_num_seqs}: "
                 "not every running answer could take a token in a step; raise the first or lower the second"
             )
-        sizes = ("device_kv_bytes", "host_kv_bytes", "disk_kv_bytes", "max_cold_bytes_per_step", "max_session_bytes")
-        for name in sizes:
+        in_bytes = ("device_kv_bytes", "host_kv_bytes", "disk_kv_bytes", "max_cold_bytes_per_step", "max_session_bytes")
+        for name in in_bytes:
             if getattr(self, name) is not None:
                 self._set(name, parse_bytes(name, getattr(self, name), least=0 if name == "host_kv_bytes" else 1))
         least, size = self.min_tensor_parallel_size, self.tensor_parallel_size
@@ -385,9 +394,14 @@ class EngineConfig:
         return self.page_size * self.decode_context_parallel_size
 
     @property
+    def num_ranks(self) -> int:
+        """Of each engine."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
     def is_on_ray(self) -> bool:
         """Whether the ranks are Ray actors."""
-        return self.tensor_parallel_size > 1 or self.data_parallel_size > 1 or self.ray_address is not None
+        return self.num_ranks > 1 or self.data_parallel_size > 1 or self.ray_address is not None
 
     @property
     def kv_policy(self) -> str | None:

@@ -17,6 +17,10 @@ def check_effects(config: Any) -> None:
         ("hang_timeout", not config.is_on_ray, "the ranks are not on Ray", "set ray_address, or leave it out"),
         ("rebuild_timeout", not config.max_rank_failures, *not_rebuilt),
         ("min_tensor_parallel_size", not config.max_rank_failures, *not_rebuilt),
+        (
+            "min_tensor_parallel_size", config.pipeline_parallel_size > 1,
+            "pipeline_parallel_size is more than 1, which takes all ranks of each stage", "leave one of them out",
+        ),
         ("trace", config.data_parallel_size > 1, "data_parallel_size is more than 1", "trace a single engine"),
         (
             "max_prompt_tokens",

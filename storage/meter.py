@@ -2,7 +2,8 @@
 
 Kinds are the routes of whole pages (`device_to_host`, `host_to_disk`, `disk_to_host`, `host_to_device`), those of layer
 slices through the staging ring (`host_streamed`, `disk_streamed`), what these take of the disk itself: `disk_read`
-and `disk_write`; and `compute`, steps that read long pieces of prompts and stream nothing.
+and `disk_write`; `compute`, steps that read long pieces of prompts and stream nothing; and with a pipeline `stage_step`
+and `stage_wait`, steps as far as a stage has a part in them, and what it waited for others meanwhile.
 """
 
 import threading

@@ -110,6 +110,11 @@ def test_numbers_of_other_libraries_are_taken() -> None:
         ({"max_share_per_salt": "half"}, "max_share_per_salt is 'half'"),
         ({"max_session_bytes": "0", "cache_dir": "kv"}, "max_session_bytes is '0'; give bytes as a positive"),
         # nothing would come of these
+        (
+            {"pipeline_parallel_size": 2, "tensor_parallel_size": 2, "min_tensor_parallel_size": 1}
+            | {"max_rank_failures": 1},
+            "min_tensor_parallel_size is set and pipeline_parallel_size is more than 1",
+        ),
         ({"max_share_per_salt": 1.0}, "max_share_per_salt is set and 1 is no limit; lower it, or leave it out"),
         ({"max_sessions": 5}, "max_sessions is set and cache_dir is not, where they are kept; name the folder"),
         ({"max_session_bytes": "1MiB"}, "max_session_bytes is set and cache_dir is not"),

@@ -106,7 +106,10 @@ def _try_out(
 
 
 def _largest_step(model: LlamaModel, runner: CudaRunner, max_num_seqs: int, tokens: int, pages: int) -> None:
-    hidden = runner.run([SequenceStep([0] * tokens, 0, np.arange(pages), tokens, 1)], None)
-    logits = model.logits(hidden.repeat(max_num_seqs, 1))
+    step = SequenceStep([0] * tokens, 0, np.arange(pages), tokens, 1)
+    hidden = runner.run([step], None, model.blank_input(tokens))
+    if model.ends is None:
+        return
+    logits = model.logits(hidden[-1:].repeat(max_num_seqs, 1))
     if logits is not None:  # on rank 0
         sample_in_all_ways(logits)

@@ -27,7 +27,7 @@ from distkv.workers.group.communicators import Communicators
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan
 from distkv.workers.kv_pools import DiskTier, KVPools
-from distkv.workers.model.llama import LlamaModel, load_llama
+from distkv.workers.model.llama import LlamaModel, is_elsewhere, load_llama
 from distkv.workers.model.shard import Shard
 from distkv.workers.model.weights import CheckedSource, weight_source
 from distkv.workers.page_directory import PageDirectory, SequenceStep
@@ -35,6 +35,7 @@ from distkv.workers.plan_check import PlanCheck
 from distkv.workers.rank_config import RankConfig, model_page_spec, rank_page_spec
 from distkv.workers.sampling.prompt_scores import PromptScores, score_prompts
 from distkv.workers.sizes import Bandwidth, Capacity, PoolSizes, host_kv_bytes, ring_bytes
+from distkv.workers.stage_pipeline import StagePipeline
 from distkv.workers.threads import release_threads, use_threads
 
 # Rows of logits that are made at a time to score the tokens of prompts: enough for a product at full speed.
@@ -73,11 +74,21 @@ class Rank:
         self._draft_model = DraftModel(config, self.backend, check) if drafts else None
         self._codec = self.backend.make_codec(self.page_spec)
         self.pools = KVPools(self.page_spec, PoolSizes(), self.backend.device, codec=self._codec)
-        self._runner = self.backend.make_runner(self.model, self.pools, config.max_num_seqs)
+        self._use_pools()
         self._directory = PageDirectory(config.plan_page_size)
         # a device has been tried with the logits of max_num_seqs rows
         self._scored_rows = min(SCORED_ROWS, config.max_num_seqs) if self.backend.device.runs_behind else SCORED_ROWS
         self._scores: PromptScores | None = None
+
+    def _use_pools(self) -> None:
+        """Has steps run over the pools."""
+        self._runner = self.backend.make_runner(self.model, self.pools, self.config.max_num_seqs)
+        self._pipeline = None
+        if self.peers.link is not None:
+            self._pipeline = StagePipeline(
+                self._runner, self.model, self.peers.link, self.config.plan_page_size, torch_dtype(self.config.dtype),
+                self.backend.device.torch_device, self.pools.meter,
+            )  # fmt: skip
 
     def _load(self, check: Callable[[], None]) -> tuple[LlamaModel, str]:
         """The model, and what was read, see `SafetensorsSource.digest`."""
@@ -89,7 +100,7 @@ class Rank:
                 CheckedSource(weights, check), config.model, self.shard, self.peers.stage, dtype, device,
                 backend.kernels,
             )  # fmt: skip
-            weights.check_all_read()
+            weights.check_all_read(lambda name: is_elsewhere(name, config.model, self.shard))
             return model, weights.digest(config.digest_weights)
 
     def page_capacity(self, ranks_on_node: int, of_device: bool) -> Capacity:
@@ -135,7 +146,7 @@ class Rank:
             disk = DiskTier(place, share, self.peers.rank, kept, is_alone=config.layout.size == 1)
         meter = Meter(self.peers.rank, config.traces)
         self.pools = KVPools(self.page_spec, sizes, self.backend.device, disk, meter, self._codec)
-        self._runner = self.backend.make_runner(self.model, self.pools, config.max_num_seqs)
+        self._use_pools()
         self.backend.tune(self.pools)
         self.plan_check = PlanCheck(sizes, config.model.vocab_size, config.plan_page_size, config.max_num_seqs)
         release_threads()  # steps run on another one
@@ -191,10 +202,12 @@ class Rank:
         """Runs the model; a trace shows it on the host and, where that runs behind, on the device."""
         meter, times, start = self.pools.meter, self.pools.times, now()
         begun = times.begin(Lane.COMPUTE) if meter.traces and times is not None else None
-        hidden = self._runner.run(steps, sampled)
-        if any(one.scored for one in plan.sequences):
-            self._scores, hidden = score_prompts(plan.sequences, hidden, self.model.logits, self._scored_rows)
-        logits = self.model.logits(hidden)
+        run = self._runner.run if self._pipeline is None else self._pipeline.run
+        hidden, logits = run(steps, sampled), None
+        if self.shard.is_first_stage:
+            if any(one.scored for one in plan.sequences):
+                self._scores, hidden = score_prompts(plan.sequences, hidden, self.model.logits, self._scored_rows)
+            logits = self.model.logits(hidden)
         num_tokens = sum(len(one.token_ids) for one in steps)
         if begun is not None:
             assert times is not None
@@ -222,8 +235,9 @@ class Rank:
         return self._draft_model.draft(requests)
 
     def _share_sampled(self, count: int, sampled: Tensor | None) -> Tensor | None:
-        """The `count` tokens that the step before sampled, on all ranks; None when the plan refers to none."""
-        if not count:
+        """The `count` tokens that the step before sampled, on all ranks of the first stage, which embeds them; None on
+        others, and when the plan refers to none."""
+        if not count or not self.shard.is_first_stage:
             return None
         if sampled is None:
             assert self.peers.rank, "rank 0 samples"

@@ -147,7 +147,7 @@ queue's limit, since nobody else asks."""
 
 def surviving(options: EngineOptions, max_rank_failures: int) -> EngineOptions:
     """The same for what is to go on when ranks are lost, if they can be, unless the user has said how often."""
-    names = ("tensor_parallel_size", "data_parallel_size", "ray_address")
+    names = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "ray_address")
     where: Any = {name: value for name, value in options.items() if name in names}  # others may need failures made good
     is_told = options["max_rank_failures"] is not None or not EngineConfig("/", **where).is_on_ray
     return options if is_told else {**options, "max_rank_failures": max_rank_failures}

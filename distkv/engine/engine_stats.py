@@ -23,7 +23,9 @@ def engine_stats(
     cache, measures = scheduler.cache, runner.measures
     device, host, disk = cache.slots
     seconds = {kind: count / 1e9 for kind, count in measures.nanoseconds.items()}
-    read_seconds, write_seconds, _ = (seconds.pop(kind, 0.0) for kind in ("disk_read", "disk_write", "compute"))
+    read_seconds, write_seconds, stage_seconds, stage_wait_seconds, _ = (
+        seconds.pop(kind, 0.0) for kind in ("disk_read", "disk_write", "stage_step", "stage_wait", "compute")
+    )
     return EngineStats(
         pages_in_use=cache.num_pages,
         peak_pages_in_use=peak_pages,
@@ -43,6 +45,8 @@ def engine_stats(
         disk_written_bytes=measures.num_bytes.get("disk_write", 0),
         disk_write_seconds=write_seconds,
         checksum_failures=measures.checksum_failures,
+        stage_seconds=stage_seconds,
+        stage_wait_seconds=stage_wait_seconds,
         pages_recomputed=num_recomputed,
         pages_to_save=cache.num_to_save,
         num_preemptions=num_preemptions,

@@ -126,6 +126,9 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     disk_written_bytes: int = 0
     disk_write_seconds: float = 0.0
     checksum_failures: int = 0  # parts of pages that came back from disk with another content
+    # with pipeline_parallel_size: that ranks were at steps, summed over them, and waited for other stages meanwhile
+    stage_seconds: float = 0.0
+    stage_wait_seconds: float = 0.0
     num_engines: int = 1  # that run
     seconds_without_engine: float = 0.0  # since the last one of a pool was lost
     pages_to_save: int = 0  # on their way to disk, or to go there by themselves as soon as they may

@@ -81,7 +81,7 @@ def check_config(config: EngineConfig) -> tuple[ModelConfig, int]:
     that can be used, or does not go with the options; nothing has started then."""
     model = ModelConfig.load(Path(config.model))
     max_model_len = _max_model_len(config, model)
-    Shard.of(model, layout_of(config), 0)  # refuses too many ranks
+    Shard.of(model, layout_of(config), 0)  # refuses too many ranks, or stages
     draft_config(config, model)  # refuses one that does not go with the model
     fewer_sizes(config, model)  # refuses what the heads do not allow
     return model, max_model_len
@@ -99,7 +99,7 @@ def _launch_on_ray(
     from distkv.launch.ray_engine import RayEngine
     from distkv.workers.group.ray_group import RayGroup
 
-    size, num_parts = config.tensor_parallel_size, None
+    size, num_parts = config.num_ranks, None
     group = RayGroup(size, config.ray_address, config.device, check, config.data_parallel_size, fewer)
     try:
         if group.size < size:
@@ -136,7 +136,7 @@ def _launch_pool(
         )
 
     # for longer than its engines, which come and go
-    connect(config.ray_address, config.data_parallel_size * config.tensor_parallel_size)
+    connect(config.ray_address, config.data_parallel_size * config.num_ranks)
     size, max_rank_failures = config.data_parallel_size, config.max_rank_failures or 0
     return EnginePool(start, size, max_rank_failures, config.seconds_to_rebuild, check, disconnect)
 

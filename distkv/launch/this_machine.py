@@ -24,7 +24,7 @@ def engine_hardware(config: EngineConfig, info: EngineInfo) -> Hardware | None:
     found = known_gpu() if not on_cpu else None if config.is_on_ray else measured_cpu()
     if found is None or not info.num_host_pages or config.max_cold_bytes_per_step is not None:
         return found
-    rates = cold_rates((info.max_cold_bytes_per_step, info.disk_cost), config.tensor_parallel_size)
+    rates = cold_rates((info.max_cold_bytes_per_step, info.disk_cost), config.num_ranks)
     if not info.num_disk_pages:
         return replace(found, host_link=rates.host)
     source = found.source.removesuffix(ASSUMED)

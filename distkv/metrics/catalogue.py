@@ -237,6 +237,16 @@ CATALOGUE = (
     Metric("kv_offload_tiering_write_bytes", "counter", "Bytes written to disk.", _disk("disk_written_bytes"), TIER),
     Metric("kv_offload_tiering_write_time", "counter", "Seconds that this took.", _disk("disk_write_seconds"), TIER),
     _counter(
+        "pipeline_stage_seconds",
+        "With pipeline_parallel_size: time that ranks were at steps, summed over them.",
+        lambda stats: stats.stage_seconds,
+    ),
+    _counter(
+        "pipeline_stage_wait_seconds",
+        "Of this, what they waited for other stages.",
+        lambda stats: stats.stage_wait_seconds,
+    ),
+    _counter(
         "checksum_failures",
         "Parts of KV pages that came back from disk with another content.",
         lambda stats: stats.checksum_failures,

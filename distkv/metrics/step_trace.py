@@ -20,6 +20,9 @@ NAMES = {
     "disk_streamed": "fetch slices from disk",
     "disk_read": "disk read",
     "disk_write": "disk write",
+    "stage_step": "step of the stage",
+    "stage_wait": "wait for another stage",
+    "micro_batch": "micro-batch",
 }
 """Of the kinds of work in `meter.py` that have another one there."""
 

@@ -12,7 +12,7 @@ from distkv.workers.rank_config import RankConfig
 
 def layout_of(config: EngineConfig) -> Layout:
     """How the ranks share out model and cache."""
-    return Layout(config.tensor_parallel_size, decode_context_parallel_size=config.decode_context_parallel_size)
+    return Layout(config.tensor_parallel_size, config.pipeline_parallel_size, config.decode_context_parallel_size)
 
 
 def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> RankConfig:

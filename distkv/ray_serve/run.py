@@ -55,7 +55,7 @@ def serve_replicas(
     config = EngineConfig(folder(), **on_ray)
     signals = Signals()
     with signals.handled():
-        connect(address, how.replicas * config.tensor_parallel_size)
+        connect(address, how.replicas * config.num_ranks)
         signals.handle()
         try:
             _check_room(how.replicas, config)
@@ -108,19 +108,25 @@ def _check_room(replicas: int, config: EngineConfig) -> None:
     """Raises CapacityError where the cluster never has room for all ranks; says so where it has none at the moment."""
     total = ray.cluster_resources()
     device = ("cuda" if total.get("GPU", 0) >= 1 else "cpu") if config.device == "auto" else config.device
-    kind, wanted = KINDS[device].resource, replicas * config.tensor_parallel_size
+    kind, wanted = KINDS[device].resource, replicas * config.num_ranks
     if wanted > total.get(kind, 0):
         raise CapacityError(
-            f"replicas {replicas} of tensor_parallel_size {config.tensor_parallel_size} need {wanted} {kind}s and the "
+            f"replicas {replicas} of {_ranks(config)} need {wanted} {kind}s and the "
             f"cluster has {int(total.get(kind, 0))}; use fewer, or add nodes (`ray start --num-{kind.lower()}s=N` says "
             "how many a node offers)"
         )
     free = ray.available_resources().get(kind, 0)
     if wanted > free:
         log.warning(
-            "replicas %d of tensor_parallel_size %d need %d %ss, and %d are free at the moment; those without room "
-            "wait for it", replicas, config.tensor_parallel_size, wanted, kind, free,
+            "replicas %d of %s need %d %ss, and %d are free at the moment; those without room wait for it",
+            replicas, _ranks(config), wanted, kind, free,
         )  # fmt: skip
+
+
+def _ranks(config: EngineConfig) -> str:
+    """How many a replica has, by the options that say it."""
+    names = ["tensor_parallel_size", *(["pipeline_parallel_size"] if config.pipeline_parallel_size > 1 else [])]
+    return " and ".join(f"{name} {getattr(config, name)}" for name in names)
 
 
 def _start_http(options: ServerOptions, is_own: bool) -> str:

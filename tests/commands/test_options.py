@@ -52,6 +52,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
 }
 """What the command line is given for a field, and what the field is then."""
 OTHERS: dict[str, tuple[str, Any]] = {
+    "pipeline_parallel_size": ("2", 2),
     "enable_prefix_caching": ("no", False),
     "trace": ("steps.json", Path("steps.json")),
     "gpu_memory_utilization": ("0.5", 0.5),

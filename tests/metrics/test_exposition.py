@@ -64,6 +64,8 @@ OURS = {
     "attention_pages_chosen_total": [],
     "attention_audited_total": [],
     "attention_mass_covered_total": [],
+    "pipeline_stage_seconds_total": [],
+    "pipeline_stage_wait_seconds_total": [],
     "checksum_failures_total": [],
     "pages_recomputed_total": [],
 }

@@ -97,6 +97,7 @@ def run(
         tiers = info.num_pages, info.num_host_pages, info.num_disk_pages
         assert all(count <= size for count, size in zip(peak, tiers, strict=True))
         if info.cache_dir is not None:
-            files = sum(file.stat().st_size for file in Path(info.cache_dir, "kv.zarr").iterdir())
-            assert files <= pages[2] * on_disk + 4096
+            arrays = Path(info.cache_dir).glob("kv*.zarr")  # of each stage
+            files = sum(file.stat().st_size for array in arrays for file in array.iterdir())
+            assert 0 < files <= pages[2] * on_disk + 4096 * 3
         return Run(logits, outputs, llm.stats(), on_host, (peak[0], peak[1], peak[2]), tiers)

@@ -1,12 +1,16 @@
 """An engine over several ranks of this process, each in a thread of its own: all but the processes and the network is
 as on a cluster."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from distkv import LLM, EngineConfig
 from distkv.engine.client import EngineClient
@@ -18,12 +22,15 @@ from distkv.workers.group.process_group import ProcessGroup, open_store
 from distkv.workers.group.rank_executor import RankExecutor
 from distkv.workers.group.report import Report
 from distkv.workers.group.shared_memory import SharedMemory
+from distkv.workers.group.stage_link import StageLink
 from distkv.workers.group.step_plan import StepPlan
 from distkv.workers.model.layout import Layout
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.rank import Loaded, Rank
 from distkv.workers.rank_config import RankConfig
 from distkv.workers.sizes import Bandwidth, Capacity, PoolSizes
+
+PATIENCE = 60  # seconds
 
 
 def join_in_threads(size: int) -> list[ProcessGroup]:
@@ -40,11 +47,38 @@ def join_in_threads(size: int) -> list[ProcessGroup]:
         return list(threads.map(join, range(size)))
 
 
+class QueueLink(StageLink):
+    """A link between threads."""
+
+    def __init__(self, before: "SimpleQueue[Tensor]", after: "SimpleQueue[Tensor]"):
+        super().__init__(0, 0, "gloo")
+        self._from, self._to = before, after
+
+    def send(self, x: Tensor) -> None:
+        if x.numel():
+            self._to.put(x.clone())
+
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        x = torch.empty(shape, dtype=dtype) if 0 in shape else self._from.get(timeout=PATIENCE)
+        assert (x.shape, x.dtype) == (shape, dtype)
+        self.num_received += 1
+        return x
+
+
 def communicators(layout: Layout) -> list[Communicators]:
-    """Of all ranks of one stage."""
-    stage, size = join_in_threads(layout.size), layout.decode_context_parallel_size
-    contexts = [one for _ in range(0, layout.size, size) for one in join_in_threads(size)]
-    return [Communicators(rank, *both) for rank, both in enumerate(zip(stage, contexts, strict=True))]
+    """Of all ranks."""
+
+    def groups(size: int) -> list[ProcessGroup]:
+        return [one for _ in range(0, layout.size, size) for one in join_in_threads(size)]
+
+    size = layout.tensor_parallel_size
+    stages, contexts = groups(size), groups(layout.decode_context_parallel_size)
+    queues: list[SimpleQueue[Tensor]] = [SimpleQueue() for _ in range(layout.size)]  # to each rank
+    links = [QueueLink(queues[rank], queues[(rank + size) % layout.size]) for rank in range(layout.size)]
+    return [
+        Communicators(rank, stages[rank], contexts[rank], links[rank] if size < layout.size else None)
+        for rank in range(layout.size)
+    ]
 
 
 class ThreadGroup:
@@ -105,11 +139,14 @@ class ThreadGroup:
         self._threads = []
 
 
-def llm_in_threads(monkeypatch: pytest.MonkeyPatch, folder: Path, **options: Any) -> tuple[LLM, ThreadGroup]:
-    """An LLM whose ranks are threads, however many."""
-    group = ThreadGroup()
+@contextmanager
+def ranks_in_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ThreadGroup]]:
+    """An LLM whose ranks would be on Ray has them in threads of this process meanwhile, and its engine is an `Engine`.
+    Yields the groups of those that were made."""
+    groups: list[ThreadGroup] = []
 
     def start(config: EngineConfig, model: ModelConfig, max_model_len: int, *_: Any) -> EngineClient:
+        groups.append(group := ThreadGroup())
         try:
             info = launch.set_up(group, config, model, max_model_len)
             return Engine(info, group.make_executor(), group.close)
@@ -119,4 +156,11 @@ def llm_in_threads(monkeypatch: pytest.MonkeyPatch, folder: Path, **options: Any
 
     with monkeypatch.context() as patched:
         patched.setattr(launch, "_launch_on_ray", start)
-        return LLM(folder, num_threads=1, **options), group
+        yield groups
+
+
+def llm_in_threads(monkeypatch: pytest.MonkeyPatch, folder: Path, **options: Any) -> tuple[LLM, ThreadGroup]:
+    """An LLM whose ranks are threads, however many."""
+    with ranks_in_threads(monkeypatch) as groups:
+        llm = LLM(folder, num_threads=1, **options)
+    return llm, groups[0]

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from distkv.workers.group.process_group import PATIENCE, ProcessGroup
 from distkv.workers.group.shared_memory import SharedMemory
 from distkv.workers.group.stage_link import StageLink
+from distkv.workers.group.stage_pulse import num_beats
 from distkv.workers.model.layout import Layout
 
 
@@ -19,6 +20,7 @@ class Communicators:
     stage: ProcessGroup = field(default_factory=ProcessGroup)  # sums, logits, and in the first one what was sampled
     context: ProcessGroup = field(default_factory=ProcessGroup)  # the ranks that share out pages
     link: StageLink | None = None  # to other stages, where there are any
+    store: dist.Store | None = None  # where all ranks have met
 
     @classmethod
     def join(cls, layout: Layout, rank: int, store: dist.Store, backend: str = "gloo", in_order: bool = False) -> Self:
@@ -42,12 +44,17 @@ class Communicators:
         if len(stages) > 1:
             step = layout.tensor_parallel_size
             link = StageLink((rank - step) % layout.size, (rank + step) % layout.size, backend)
-        return cls(rank, stage, context, link)
+        return cls(rank, stage, context, link, store)
 
     @property
     def progress(self) -> int:
-        """Rises while a step goes on; any thread may ask for it."""
-        return self.stage.num_sums + (0 if self.link is None else self.link.num_received)
+        """Rises while a step goes on, that of other stages included on rank 0; any thread may ask for it."""
+        count = self.stage.num_sums
+        if self.link is not None:
+            count += self.link.num_received
+            if self.store is not None and not self.rank:
+                count += num_beats(self.store)  # of the stages that it waits for
+        return count
 
     def close(self) -> None:
         """Leaves all groups."""

@@ -19,6 +19,7 @@ from distkv.workers.group.private_socket import Address, bind_private
 from distkv.workers.group.process_group import open_store
 from distkv.workers.group.rank_executor import RankExecutor
 from distkv.workers.group.report import Report
+from distkv.workers.group.stage_pulse import StagePulse
 from distkv.workers.group.stray_connections import StrayConnections
 from distkv.workers.kinds import KINDS
 from distkv.workers.rank import Loaded, Rank
@@ -124,6 +125,10 @@ class RankActor:
     def follow(self, address: Address) -> list[LogLine]:
         """On other ranks: runs plans until the end is sent. Returns what was logged last."""
         leader = FollowerChannel(self._context, address)
+        peers, pulse = self._rank.peers, None
+        if not self._rank.shard.is_first_stage:
+            assert peers.store is not None
+            pulse = StagePulse(peers.store, lambda: peers.progress)
         self._rank.warm_up()
         while (plan := leader.receive()) is not None:
             self._rank.plan_check.check(plan)
@@ -131,6 +136,8 @@ class RankActor:
             report = self._rank.take_report()
             report.log = self._log.take()
             leader.send(report)
+        if pulse is not None:
+            pulse.close()
         self._rank.close()
         leader.send(Report())
         self._rank.peers.close()

@@ -1,9 +1,11 @@
 """The LLaMA model (https://arxiv.org/abs/2302.13971), as one rank runs its part of it.
 
 Dims: T tokens of the step, E hidden_size, H query heads and K KV heads of this rank, D head_dim, V vocabulary of this
-rank. Row-parallel outputs (attention's and the MLP's second projection, the embedding) are summed over the ranks.
+rank. Row-parallel outputs (attention's and the MLP's second projection, the embedding) are summed over the ranks of its
+stage.
 """
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +19,11 @@ from distkv.workers.group.process_group import ProcessGroup
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.rope import RotaryEmbedding
 from distkv.workers.model.shard import Shard
-from distkv.workers.model.weights import Rows, WeightSource
+from distkv.workers.model.weights import PREFIX, Rows, WeightSource
 from distkv.workers.runners.batch import Batch
+
+EMBEDDING, FINAL_NORM, HEAD = f"{PREFIX}embed_tokens.weight", f"{PREFIX}norm.weight", "lm_head.weight"
+_LAYER = re.compile(rf"(?:{re.escape(PREFIX)})?layers\.(\d{{1,9}})\.")
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,15 @@ class RowParallel:
 
 
 @dataclass(frozen=True)
+class Ends:
+    """What comes before and behind the layers."""
+
+    embedding: Tensor  # [V, E]
+    final_norm: Tensor
+    head: Linear  # E -> V
+
+
+@dataclass(frozen=True)
 class LlamaModel:
     """A rank's part of the model."""
 
@@ -59,25 +73,28 @@ class LlamaModel:
     group: ProcessGroup
     kernels: TokenKernels
     rope: RotaryEmbedding
-    embedding: Tensor  # [V, E]
-    layers: list[Layer]
-    final_norm: Tensor
-    head: Linear  # E -> V
+    layers: list[Layer]  # of this stage
+    ends: Ends | None  # of the first stage
 
-    def forward(self, batch: Batch, pool: DevicePool, stream: Stream | None) -> Tensor:
+    def forward(self, batch: Batch, pool: DevicePool, stream: Stream | None, x_TE: Tensor | None = None) -> Tensor:
         """Runs a step and fills the pages of its tokens; `stream` brings the batch's loads. Returns the hidden states
         `[rows, E]` before the final norm of the rows whose logits are wanted. The others end with the last layer's
-        attention, which nobody reads."""
+        attention, which nobody reads. Stages before the last one return those of all tokens.
+
+        Args:
+            x_TE: what the stage before has returned, which is changed in place; behind the first one.
+        """
         eps, head_dim, kernels, tokens = self.config.rms_norm_eps, self.config.head_dim, self.kernels, batch.tokens
         cos, sin = self.rope.angles(tokens.positions, tokens.context)
-        x_TE = self._embed(tokens.token_ids)
+        if x_TE is None:
+            x_TE = self._embed(tokens.token_ids)
         delta_TE: Tensor | None = None  # what is still to be added to x
         for index, layer in enumerate(self.layers):
             layer_pool = pool.layer(index)
             qkv = layer.qkv(kernels.rms_norm(x_TE, layer.input_norm, eps, delta_TE)).unflatten(1, (-1, head_dim))
             q_THD, k_TKD, v_TKD = kernels.rope_and_write_kv(qkv, cos, sin, layer_pool, tokens.page, tokens.offset)
             attended = batch.attention.attend(q_THD, k_TKD, v_TKD, layer_pool, stream)
-            if index == len(self.layers) - 1:
+            if self.shard.is_last_stage and index == len(self.layers) - 1:
                 x_TE, attended = x_TE[tokens.logit_rows], attended[tokens.logit_rows]
             delta_TE = layer.attention_out(attended)
             gated = layer.gate_up(kernels.rms_norm(x_TE, layer.post_attention_norm, eps, delta_TE))
@@ -85,19 +102,29 @@ class LlamaModel:
         assert delta_TE is not None
         return x_TE.add_(delta_TE)
 
+    def blank_input(self, rows: int) -> Tensor | None:
+        """Stands for what the stage before returns, to try out what a step takes; None on the first stage."""
+        if self.shard.is_first_stage:
+            return None
+        return self.layers[0].input_norm.new_zeros(rows, self.config.hidden_size)
+
     def logits(self, x: Tensor) -> Tensor | None:
-        """fp32 logits `[rows, vocab_size]` of hidden states `[rows, E]` on rank 0; None on other ranks."""
-        local = self.head(self.kernels.rms_norm(x, self.final_norm, self.config.rms_norm_eps))
+        """fp32 logits `[rows, vocab_size]` of hidden states `[rows, E]` on rank 0; None on other ranks of the first
+        stage, which alone makes them."""
+        assert self.ends is not None
+        local = self.ends.head(self.kernels.rms_norm(x, self.ends.final_norm, self.config.rms_norm_eps))
         parts = [shard.vocab for shard in _all_shards(self.config, self.shard)]
         logits = self.group.gather_columns(local, [last - first for first, last in parts])
         return None if logits is None else logits.float()
 
     def _embed(self, token_ids: Tensor) -> Tensor:
+        assert self.ends is not None
         first, last = self.shard.vocab
+        embedding = self.ends.embedding
         if self.shard.size == 1:
-            return self.embedding[token_ids]
+            return embedding[token_ids]
         mine = (token_ids >= first) & (token_ids < last)
-        x = self.embedding[torch.where(mine, token_ids - first, 0)].masked_fill_(~mine[:, None], 0)
+        x = embedding[torch.where(mine, token_ids - first, 0)].masked_fill_(~mine[:, None], 0)
         return self.group.all_reduce(x)
 
 
@@ -165,21 +192,32 @@ def load_llama(
             down=rows_of(f"{mlp}.down_proj", config.intermediate_size, part_mlp, config.mlp_bias),
         )
 
-    vocab = (config.vocab_size, hidden)
-    embedding = read("model.embed_tokens.weight", vocab, shard.vocab)
-    # as in transformers, a head that the checkpoint does hold wins over the config's tie
-    tied = config.tie_word_embeddings and not source.has("lm_head.weight")
+    def ends() -> Ends:
+        vocab = (config.vocab_size, hidden)
+        embedding = read(EMBEDDING, vocab, shard.vocab)
+        # as in transformers, a head that the checkpoint does hold wins over the config's tie
+        tied = config.tie_word_embeddings and not source.has(HEAD)
+        head = kernels.make_linear(embedding if tied else read(HEAD, vocab, shard.vocab))
+        return Ends(embedding, read(FINAL_NORM, (hidden,)), head)
+
     return LlamaModel(
         config=config,
         shard=shard,
         group=group,
         kernels=kernels,
         rope=RotaryEmbedding(config.rope, dim, device),
-        embedding=embedding,
-        layers=[layer(index) for index in range(config.num_hidden_layers)],
-        final_norm=read("model.norm.weight", (hidden,)),
-        head=kernels.make_linear(embedding if tied else read("lm_head.weight", vocab, shard.vocab)),
+        layers=[layer(index) for index in range(*shard.layers)],
+        ends=ends() if shard.is_first_stage else None,
     )
+
+
+def is_elsewhere(name: str, config: ModelConfig, shard: Shard) -> bool:
+    """Whether a tensor of the model, by its name in a checkpoint, is for other stages than that of a rank."""
+    found = _LAYER.match(name)
+    if found is None:
+        ends = EMBEDDING, FINAL_NORM, HEAD
+        return not shard.is_first_stage and name in (*ends, *(end.removeprefix(PREFIX) for end in ends))
+    return int(found[1]) < config.num_hidden_layers and int(found[1]) not in range(*shard.layers)
 
 
 def _all_shards(config: ModelConfig, shard: Shard) -> list[Shard]:

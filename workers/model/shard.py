@@ -48,6 +48,14 @@ class Shard:
         return self.layout.tensor_parallel_size
 
     @property
+    def is_first_stage(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.stage == self.layout.pipeline_parallel_size - 1
+
+    @property
     def context_size(self) -> int:
         """The ranks of the context group."""
         return self.layout.decode_context_parallel_size

@@ -100,9 +100,13 @@ class SafetensorsSource:
         index = tuple(slice(None) if part is None else slice(*part) for part in (rows, columns)[: len(shape)])
         return stored[index]
 
-    def check_all_read(self) -> None:
-        """Raises ConfigError when there are tensors that nobody has read: they belong to another model."""
-        left = {name for name in self._unread if not NEEDLESS.search(name)}
+    def check_all_read(self, is_elsewhere: Callable[[str], bool] = lambda name: False) -> None:
+        """Raises ConfigError when there are tensors that nobody has read: they belong to another model.
+
+        Args:
+            is_elsewhere: whether another rank reads a tensor.
+        """
+        left = {name for name in self._unread if not NEEDLESS.search(name) and not is_elsewhere(name)}
         kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in left})
         if kinds:
             names = ", ".join(kinds[:MOST_NAMES]) + (", ..." if len(kinds) > MOST_NAMES else "")
@@ -149,7 +153,7 @@ class DummySource:
     def has(self, name: str) -> bool:
         return False  # nothing beyond what the config asks for
 
-    def check_all_read(self) -> None:
+    def check_all_read(self, is_elsewhere: Callable[[str], bool] = lambda name: False) -> None:
         """There are never more."""
 
     def digest(self, whole: bool) -> str:

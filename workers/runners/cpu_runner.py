@@ -32,16 +32,17 @@ class CpuRunner:
         self._model, self._pools, self._plan = model, pools, plan
         self._stream: OpenStream = stream or pools.stream
 
-    def run(self, steps: list[SequenceStep], sampled: Tensor | None) -> Tensor:
+    def run(self, steps: list[SequenceStep], sampled: Tensor | None, x_TE: Tensor | None = None) -> Tensor:
         """See `Runner`."""
         pool = self._pools.device
         attention = self._plan(steps)
         shard = self._model.shard
         found = step_tokens(steps, pool.spec.page_size, shard.context_rank, shard.context_size)
         tokens: Tokens[Tensor] = send(found, pool.device)
-        tokens = replace(tokens, token_ids=resolve_placeholders(tokens.token_ids, sampled))
+        if x_TE is None:  # else they have been embedded
+            tokens = replace(tokens, token_ids=resolve_placeholders(tokens.token_ids, sampled))
         with self._stream(attention.loads) as stream:
-            return self._model.forward(Batch(tokens, attention), pool, stream)
+            return self._model.forward(Batch(tokens, attention), pool, stream, x_TE)
 
     def warm_up(self) -> Iterator[None]:
         """See `Runner`."""

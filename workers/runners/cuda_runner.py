@@ -45,7 +45,7 @@ class StepArrays(Generic[Array]):
 
     tokens: Tokens[Array]  # with padding
     attention: AttentionArrays[Array]
-    wanted: Array  # int64: the rows whose logits are wanted, of those that the model returns
+    wanted: Array  # int64: the rows that the next stage or the head is to have, of those that the model returns
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,15 @@ class CudaStep:
 
     arrays: StepArrays[np.ndarray]
     plan: CudaPlan
-    size: int | None  # rows with padding; None where there is none, and the model returns the wanted rows alone
+    size: int | None  # rows with padding; None where there is none, and the model returns what is wanted alone
 
 
-def plan_step(steps: list[SequenceStep], shape: CudaShape, sizes: list[int]) -> CudaStep:
-    """Lays a step out; one of single tokens is padded to the next of `sizes`."""
+def plan_step(steps: list[SequenceStep], shape: CudaShape, sizes: list[int], is_last_stage: bool = True) -> CudaStep:
+    """Lays a step out; one of single tokens is padded to the next of `sizes`. Stages before the last one pass all
+    tokens on."""
     tokens = step_tokens(steps, shape.page_size)
-    wanted, size, padding = tokens.logit_rows, None, 0
+    wanted = tokens.logit_rows if is_last_stage else np.arange(len(tokens.token_ids))
+    size, padding = None, 0
     if all(len(step.token_ids) == 1 for step in steps):
         size = next((size for size in sizes if size >= len(steps)), None)
     if size is not None:
@@ -97,21 +99,25 @@ class CudaRunner:
         self._ahead: CompileAhead | None = None
         self._graphs: StepGraphs | None = None
 
-    def run(self, steps: list[SequenceStep], sampled: Tensor | None) -> Tensor:
+    def run(self, steps: list[SequenceStep], sampled: Tensor | None, x_TE: Tensor | None = None) -> Tensor:
         """See `Runner`."""
-        step = plan_step(steps, self.shape, self.sizes)
+        step = plan_step(steps, self.shape, self.sizes, self._model.shard.is_last_stage)
+        if x_TE is not None and step.size is not None:
+            x_TE = torch.nn.functional.pad(x_TE, (0, 0, 0, step.size - len(x_TE)))
         if self._graphs is not None and self._graphs.fits(step.size, step.plan):
             assert step.size is not None
             wanted: Tensor = send(step.arrays.wanted, self._device)
-            return self._graphs.run(step.size, step.arrays.tokens, step.arrays.attention, sampled)[wanted]
+            return self._graphs.run(step.size, step.arrays.tokens, step.arrays.attention, sampled, x_TE)[wanted]
         if self._ahead is not None:
             for group in step.plan.decode:
                 self._ahead.claim(group.num_tokens)
         sent: StepArrays[Tensor] = send(step.arrays, self._device)
-        tokens = replace(sent.tokens, token_ids=resolve_placeholders(sent.tokens.token_ids, sampled))
+        tokens = sent.tokens
+        if x_TE is None:  # else they have been embedded
+            tokens = replace(tokens, token_ids=resolve_placeholders(tokens.token_ids, sampled))
         attention = CudaAttention(step.plan, self.shape, sent.attention)
         with self._pools.stream(attention.loads) as stream:
-            hidden = self._model.forward(Batch(tokens, attention), self._pools.device, stream)
+            hidden = self._model.forward(Batch(tokens, attention), self._pools.device, stream, x_TE)
         return hidden if step.size is None else hidden[sent.wanted]
 
     def warm_up(self) -> Iterator[None]:
@@ -119,11 +125,13 @@ class CudaRunner:
         size, pages = self.shape.page_size, self._pools.device.num_pages
         wanted = WARM_UP_TOKENS if self.shape.codec is None else max(WARM_UP_TOKENS, size)  # so that a page is filled
         tokens = min(wanted, pages * size)
-        hidden = self.run([SequenceStep([0] * tokens, 0, np.arange(pages_for(tokens, size)), tokens, 1)], None)
-        logits = self._model.logits(hidden)
-        if logits is not None:  # on rank 0
-            sample_in_all_ways(logits)
-        self.run([SequenceStep([0], 0, np.arange(1), 1, 1)], None)
+        prompt = SequenceStep([0] * tokens, 0, np.arange(pages_for(tokens, size)), tokens, 1)
+        hidden = self.run([prompt], None, self._model.blank_input(tokens))
+        if self._model.ends is not None:
+            logits = self._model.logits(hidden[-1:])
+            if logits is not None:  # on rank 0
+                sample_in_all_ways(logits)
+        self.run([SequenceStep([0], 0, np.arange(1), 1, 1)], None, self._model.blank_input(1))
         yield
         if self._captures:
             self._graphs = StepGraphs(self._model, self._pools.device, self.shape, self.sizes[-1])

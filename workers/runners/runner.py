@@ -11,12 +11,13 @@ from distkv.workers.page_directory import SequenceStep
 class Runner(Protocol):
     """Runs steps over the pools of a rank."""
 
-    def run(self, steps: list[SequenceStep], sampled: Tensor | None) -> Tensor:
-        """The hidden states `[rows, E]` whose logits are wanted, see `LlamaModel.forward`. Waits for nothing on the
-        device, but with gloo.
+    def run(self, steps: list[SequenceStep], sampled: Tensor | None, x_TE: Tensor | None = None) -> Tensor:
+        """The hidden states `[rows, E]` whose logits are wanted, or those of all tokens, see `LlamaModel.forward`.
+        Waits for nothing on the device, but with gloo.
 
         Args:
             sampled: what the step before sampled, int64 on the device, where token ids refer to it.
+            x_TE: what the stage before has of these tokens, behind the first one.
         """
 
     def warm_up(self) -> Iterator[None]:

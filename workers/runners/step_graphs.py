@@ -82,6 +82,7 @@ class StepGraphs:
         self._inputs = Inputs(*(self._flat[span].view(one) for span, one in zip(spans, shapes, strict=True)))
         self._inputs.page.fill_(-1)
         self._inputs.filled.fill_(-1)
+        self._x_TE = model.blank_input(max_rows)
         # a graph holds the addresses of what it reads, so all of that must live as long
         self._logit_rows = torch.arange(max_rows, device=self._flat.device)
         self._memory = torch.cuda.graph_pool_handle()
@@ -90,7 +91,8 @@ class StepGraphs:
     def capture(self, rows: int) -> None:
         """Records the graph of steps with `rows` rows; the inputs hold padding."""
         batch = self._batch(rows)
-        self._graphs[rows] = captured(lambda: self._model.forward(batch, self._pool, None), self._memory)
+        x_TE = None if self._x_TE is None else self._x_TE[:rows]
+        self._graphs[rows] = captured(lambda: self._model.forward(batch, self._pool, None, x_TE), self._memory)
 
     def fits(self, rows: int | None, plan: CudaPlan) -> bool:
         """Whether a step of `rows` rows can run as a graph."""
@@ -102,9 +104,18 @@ class StepGraphs:
         return fits and len(group.rounds) == 1 and not one.loads
 
     def run(
-        self, rows: int, tokens: Tokens[np.ndarray], attention: AttentionArrays[np.ndarray], sampled: Tensor | None
+        self,
+        rows: int,
+        tokens: Tokens[np.ndarray],
+        attention: AttentionArrays[np.ndarray],
+        sampled: Tensor | None,
+        x_TE: Tensor | None = None,
     ) -> Tensor:
-        """The hidden states `[rows, E]` of a step that fits; they hold until the next one runs."""
+        """The hidden states `[rows, E]` of a step that fits; they hold until the next one runs.
+
+        Args:
+            sampled, x_TE: see `Runner`; the latter has all rows.
+        """
         [group] = attention.decode
         [one] = group.rounds
         arrays = [tokens.token_ids, tokens.positions, tokens.context, tokens.page, tokens.offset]
@@ -118,8 +129,12 @@ class StepGraphs:
         block[end:].numpy()[:] = group.table
         self._flat[:end].copy_(block[:end], non_blocking=True)
         self._inputs.table[: len(group.table)].copy_(block[end:], non_blocking=True)
-        token_ids = self._inputs.token_ids[:rows]
-        token_ids.copy_(resolve_placeholders(token_ids, sampled))
+        if self._x_TE is None:
+            token_ids = self._inputs.token_ids[:rows]
+            token_ids.copy_(resolve_placeholders(token_ids, sampled))
+        else:
+            assert x_TE is not None
+            self._x_TE[:rows].copy_(x_TE)
         return self._graphs[rows]()
 
     def _batch(self, rows: int) -> Batch:

@@ -1,0 +1,56 @@
+"""A rank's part of a step where the layers are split over stages."""
+
+import torch
+from torch import Tensor
+
+from distkv.storage.meter import Meter, now
+from distkv.workers.group.stage_link import StageLink
+from distkv.workers.micro_batches import StepCosts, cut_step
+from distkv.workers.model.llama import LlamaModel
+from distkv.workers.page_directory import SequenceStep
+from distkv.workers.runners.runner import Runner
+
+
+class StagePipeline:
+    """Runs the micro-batches of a step one after the other, each when the stage before has sent it, and sends it on at
+    once. What the last stage has comes back to the first."""
+
+    def __init__(
+        self, runner: Runner, model: LlamaModel, link: StageLink, page_size: int, dtype: torch.dtype,
+        device: torch.device, meter: Meter,
+    ):  # fmt: skip
+        """
+        Args:
+            dtype: of hidden states.
+            meter: is told how long this stage waited for others.
+        """
+        self._runner, self._link, self._page_size, self._meter = runner, link, page_size, meter
+        self._shard, self._hidden_size = model.shard, model.config.hidden_size
+        self._costs = StepCosts.of(model.config)
+        self._dtype, self._device = dtype, device
+
+    def run(self, steps: list[SequenceStep], sampled: Tensor | None) -> Tensor:
+        """On the first stage, the hidden states `[rows, E]` whose logits are wanted; nothing on others.
+
+        Args:
+            sampled: see `Runner`; on the first stage.
+        """
+        begun = now()
+        batches = cut_step(steps, self._costs, self._shard.layout.pipeline_parallel_size, self._page_size)
+        for batch in batches:
+            x = None
+            if self._shard.stage:
+                x = self._receive(sum(len(step.token_ids) for step in batch))
+            start = now()
+            hidden = self._runner.run(batch, sampled, x)
+            self._meter.trace("micro_batch", start, tokens=sum(len(step.token_ids) for step in batch))
+            self._link.send(hidden)
+        wanted = [self._receive(sum(step.num_logits for step in batch)) for batch in batches if not self._shard.stage]
+        self._meter.add("stage_step", begun)
+        return torch.cat(wanted) if wanted else hidden[:0]
+
+    def _receive(self, rows: int) -> Tensor:
+        start = now()
+        x = self._link.receive((rows, self._hidden_size), self._dtype, self._device)
+        self._meter.add("stage_wait", start)
+        return x
