@@ -53,8 +53,8 @@ def join_folder(place: CachePlace, share: DiskShare, is_alone: bool = False) -> 
 
     Raises ConfigError when the folder cannot be used or another engine uses it.
     """
-    layer, head, part = share.place
-    mine = place.folder / f"{WRITER}.{place.engine}.{layer}.{head}.{part}"
+    (first, end), (head, _) = share.layers, share.heads
+    mine = place.folder / f"{WRITER}.{place.engine}.{first}-{end}.{head}.{share.part}"
     with ExitStack() as stack:
         try:
             make_folder(place.folder)
@@ -67,7 +67,7 @@ def join_folder(place: CachePlace, share: DiskShare, is_alone: bool = False) -> 
         if signs or is_alone:
             others = [file for file in place.folder.glob(f"{WRITER}.*") if file != mine]
             before = [file.name for file in others if file.name.startswith(f"{WRITER}.{place.engine}.")]
-            makes_array = not any(name.startswith(f"{WRITER}.{place.engine}.{layer}.") for name in before)
+            makes_array = not any(name.startswith(f"{WRITER}.{place.engine}.{first}-{end}.") for name in before)
             if not before:
                 try:
                     lock = _lock(place)
@@ -79,6 +79,12 @@ def join_folder(place: CachePlace, share: DiskShare, is_alone: bool = False) -> 
             for file in others:  # of engines that were killed
                 file.unlink(missing_ok=True)
         yield Joined(lock, makes_array, signs or is_alone)
+
+
+def stages_here(place: CachePlace) -> set[tuple[int, int]]:
+    """The layers of the engine's ranks that use the folder as this node sees it, where all of them have joined."""
+    names = (file.name.split(".") for file in place.folder.glob(f"{WRITER}.{place.engine}.*"))
+    return {(int(first), int(end)) for _, _, layers, *_ in names for first, end in [layers.split("-")]}
 
 
 def _sign(place: CachePlace, mine: Path, stack: ExitStack) -> bool:

@@ -1,13 +1,15 @@
 """The three pools of one rank, and what moves pages between them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from distkv.storage.device import Device
 from distkv.storage.disk.cache_folder import Description, FolderLock
+from distkv.storage.disk.mounts import is_local
 from distkv.storage.disk.page_arrays import DiskShare
 from distkv.storage.meter import Meter
 from distkv.storage.moving.lane_times import LaneTimes
@@ -21,7 +23,7 @@ from distkv.storage.pools.host_pool import HostPool
 from distkv.storage.pools.page_pool import PageCodec
 from distkv.storage.pools.page_summaries import PageSummaries
 from distkv.storage.tier import Tier, route_name
-from distkv.workers.cache_place import CachePlace, join_folder
+from distkv.workers.cache_place import CachePlace, join_folder, stages_here
 from distkv.workers.group.report import Report
 from distkv.workers.sizes import PoolSizes
 
@@ -65,8 +67,10 @@ class KVPools:
         own_files = disk is not None and disk.share.reports
         self.nbytes = sizes.device * on_device, sizes.host * on_host, sizes.disk * on_disk * own_files
         self._missing: list[int] = []
+        self._lack = ""  # why they are missing
         self._bad_reads: dict[int, str] = {}
         self._reported: dict[str, int] = {}
+        self._drop_arrays: Callable[[], None] | None = None  # of no use to any rank on this disk
         self.summaries = PageSummaries(spec, device, sizes.summaries) if sizes.summaries else None
         with ExitStack() as stack:  # what is open is closed again if something fails on the way
             self.device = DevicePool(spec, sizes.device, device, codec)
@@ -97,7 +101,10 @@ class KVPools:
     def adopt(self, entries: dict[int, bytes]) -> None:
         """Takes over what an earlier process left on disk, see `DiskPool.adopt`; the report says what is missing."""
         assert self.disk is not None
+        if self._drop_arrays is not None:
+            self._drop_arrays()
         self._missing = self.disk.adopt(entries)
+        self._lack = self.disk.lack
 
     def take_in(self, entries: dict[int, bytes]) -> None:
         """Takes over pages that were put on disk since, see `DiskPool.take_in`; the report says what is missing."""
@@ -138,10 +145,10 @@ class KVPools:
         new = {route: count - self._reported.get(route, 0) for route, count in routes.items()}
         self._reported = routes
         bad_reads, self._bad_reads = self._bad_reads, {}
-        missing, self._missing = self._missing, []
+        (missing, self._missing), (lack, self._lack) = (self._missing, []), (self._lack, "")
         return Report(
             ended.done, ended.failed, ended.checksums, list(bad_reads.items()),
-            {route: count for route, count in new.items() if count}, missing, measures=self.meter.take(),
+            {route: count for route, count in new.items() if count}, missing, measures=self.meter.take(), lack=lack,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -176,9 +183,19 @@ class KVPools:
         if synced is not None:
             stack.callback(synced.close)  # its thread is to end though the pool cannot be made
         share = replace(share, writes=joined.writes, is_first=joined.lock is not None)
+        if share.is_first and disk.kept is not None and is_local(folder):  # else others may not be seen yet
+            self._drop_arrays = partial(_drop_arrays, disk)
         pool = DiskPool(self._spec, folder, num_pages, share, self.meter, synced)
         stack.callback(pool.close)
         return pool
+
+
+def _drop_arrays(disk: DiskTier) -> None:
+    """When all ranks of the engine have joined."""
+    from distkv.storage.disk.disk_array import drop_arrays  # imports zarr
+
+    share = disk.share
+    drop_arrays(disk.place.folder, {share.layers, *stages_here(disk.place)}, share.num_layers)
 
 
 def _remove_arrays(folder: Path, lock: FolderLock) -> None:

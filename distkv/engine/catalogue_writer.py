@@ -70,7 +70,9 @@ class CatalogueWriter:
         )
         self._write()
         if missing:
-            log.warning("%d of %d KV pages on disk are missing and are not used", len(missing), len(entries))
+            log.warning(
+                "%d of %d KV pages on disk are missing and are not used: %s", len(missing), len(entries), report.lack
+            )
         log.info("%d KV pages of earlier processes are on disk", len(kept))
 
     def add(self, entries: Iterable[Entry]) -> None:

@@ -40,7 +40,7 @@ def own_pages(folder: Path, like: Description) -> Description:
         num_layers=spec.num_layers,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
-        page_bytes=spec.page_bytes_in(Tier.DISK),
+        page_bytes=spec.page_bytes_in(Tier.DISK) * like.decode_context_parallel_size,
     )
 
 

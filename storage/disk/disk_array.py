@@ -10,6 +10,7 @@ else a shard, see `lossless_codec.py`. bfloat16 is stored as uint16, since Zarr 
 import json
 import logging
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,24 @@ def remove_array(folder: Path, array: PageArray = WHOLE) -> None:
             file.unlink(missing_ok=True)
         shutil.rmtree(path)
     remove_catalogue(folder)
+
+
+def drop_arrays(folder: Path, stages: Collection[tuple[int, int]], num_layers: int) -> None:
+    """Removes the arrays of a locked folder that have no page, or none of the layers of some stages: those who need
+    others have a folder of their own. Raises StoreError when they cannot be removed."""
+    try:
+        for array in find_arrays(folder):
+            path, (first, end) = folder / array.name, array.range(num_layers)
+            is_used = any(first < last and begin < end for begin, last in stages)
+            if (first, end) in stages or not (has_array(folder, array) and _is_named_as_ours(path)):
+                continue
+            if not is_used or not any(parse_chunk(file.name) for file in path.iterdir()):
+                log.info("removing %s: its pages are of no use to the ranks on this disk", path)
+                for file in path.glob("c.*"):  # the metadata go last
+                    file.unlink(missing_ok=True)
+                shutil.rmtree(path)
+    except OSError as error:
+        raise StoreError(f"arrays in {str(folder)!r} cannot be removed: {error.strerror}") from error
 
 
 def _write_metadata(folder: Path, spec: PageSpec, num_pages: int, array: PageArray) -> None:

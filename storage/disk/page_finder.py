@@ -1,6 +1,7 @@
 """Finds the pages that an earlier process left, as far as they are a rank's, and removes what is of no use."""
 
 import os
+import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable
@@ -76,7 +77,8 @@ class PageFinder:
                                 if found.st_mtime > after and self._is_own(chunk):
                                     recent([file.path])
             except OSError as error:
-                raise StoreError(f"{path} cannot be swept: {error.strerror}") from error
+                if is_own or not isinstance(error, FileNotFoundError):  # which a rank removes of which none has any use
+                    raise StoreError(f"{path} cannot be swept: {error.strerror}") from error
 
     def look(self, slots: Iterable[int]) -> None:
         """Notes this rank's files of some slots, and removes nothing. Raises StoreError when one cannot be read."""
@@ -106,6 +108,20 @@ class PageFinder:
             shift = share.layers[0] - array.range(share.num_layers)[0]
             found.append(PieceFiles(end - share.layers[0], shift, self.names(array, slot), self._codec(array)))
         return found
+
+    def lack(self, missing: list[int]) -> str:
+        """What this rank has not found of some pages, and what that may come from."""
+        share = self._share
+        (first, end), (head, last) = share.layers, share.heads
+        files = ((slot, head) for slot in missing for head in self._heads)
+        lost = next((file for file in files if file not in self._whole[share.array]), (missing[0], head))
+        part = f", part {share.part} of the tokens" if share.num_parts > 1 else ""
+        return (
+            f"{socket.gethostname()} has not all files of layers {first} to {end - 1} of KV heads {head} to {last - 1}"
+            f"{part} of {len(missing)} pages, such as {share.array.name}/{chunk_name(*lost, share.part)} in "
+            f"{str(self._folder)!r}. They are lost, or ranks of another layout wrote them to the disks of other nodes: "
+            "a cache_dir that all nodes see is read by every layout"
+        )
 
     def names(self, array: PageArray, slot: int) -> list[str]:
         """The files of this rank's heads."""

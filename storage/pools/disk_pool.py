@@ -61,6 +61,7 @@ class DiskPool:
         self._crcs = np.zeros((num_pages, spec.num_kv_heads, spec.num_layers), dtype=np.uint32)
         self._stored = np.zeros(num_pages, dtype=bool)
         self._elsewhere: dict[int, list[PieceFiles]] = {}  # by slot, pages that lie in arrays of other layouts
+        self.lack = ""  # why `adopt` has not found all pages
         self._strays: dict[int, list[str]] = {}  # by slot, files of other layouts there
         self.prefetch_thread: Executor = ThreadPoolExecutor(1, "kv-prefetch")
 
@@ -106,7 +107,9 @@ class DiskPool:
         self._stored[:] = False
         finder = PageFinder(self.folder, self.spec, self._share)
         finder.sweep(entries, lambda files: None if self._synced is None else self._synced.add(files))
-        return self._take_over(entries, finder)
+        missing = self._take_over(entries, finder)
+        self.lack = finder.lack(missing) if missing else ""
+        return missing
 
     def take_in(self, entries: dict[int, bytes]) -> list[int]:
         """Takes over pages that somebody else has put into free slots meanwhile, as `adopt` does, and removes nothing.

@@ -9,13 +9,19 @@ import pytest
 import torch
 import zarr
 from support.damage import flip_bit
-from support.layouts import NUM_PAGES, SPEC, page_of, shares, start
+from support.layouts import NUM_PAGES, SPEC, page_of, pages_of, shares, start
 from torch import Tensor
 
+from distkv.storage.device import CpuDevice
+from distkv.storage.disk.cache_folder import FolderLock, InUseError
 from distkv.storage.disk.catalogue import Catalogue, Entry
 from distkv.storage.disk.page_arrays import ARRAY, PageArray, find_arrays, find_pieces
 from distkv.storage.errors import StoreError
 from distkv.storage.page_spec import PageSpec
+from distkv.workers.cache_place import CachePlace
+from distkv.workers.disk_shares import join_checksums
+from distkv.workers.kv_pools import DiskTier, KVPools
+from distkv.workers.sizes import PoolSizes
 
 CODED = replace(SPEC, kv_cache_dtype="int8", head_dim=16)
 LOSSLESS = replace(SPEC, disk_codec="lossless")
@@ -77,6 +83,51 @@ def test_a_disk_with_a_part_of_the_layers_has_no_more(tmp_path: Path) -> None:
         ranks = start(tmp_path, shares(SPEC, stages, 1)[:1])
         assert ranks.pools[0].adopt({2: checksums}) == missing
         ranks.close()
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_stages_with_disks_of_their_own(tmp_path: Path, swapped: bool) -> None:
+    """Each locks its folder and has its layers alone. After a swap nothing is found, what lies there is removed, and
+    the report says why."""
+    having = shares(SPEC, 2, 1)
+    place = CachePlace(Path(), "f")
+    folders = [tmp_path / "one", tmp_path / "other"]
+    page = page_of(SPEC, 1)
+
+    def open_pools(folders: list[Path]) -> list[KVPools]:
+        return [
+            KVPools(
+                replace(SPEC, num_layers=3), PoolSizes(host=1, disk=NUM_PAGES), CpuDevice(),
+                DiskTier(replace(place, folder=folder), share, rank, pages_of(SPEC)),
+            )
+            for rank, (folder, share) in enumerate(zip(folders, having, strict=True))
+        ]  # fmt: skip
+
+    pools = open_pools(folders)
+    for one, share in zip(pools, having, strict=True):
+        assert one.disk is not None
+        one.disk.store(2, page[slice(*share.layers)].contiguous())
+    for folder in folders:
+        with pytest.raises(InUseError):
+            FolderLock(folder)
+    checksums = join_checksums(having, [one.disk.checksums(2) for one in pools if one.disk is not None])
+    for one in pools:
+        one.close()
+    assert [array.name for folder in folders for array in find_arrays(folder)] == [share.array.name for share in having]
+
+    pools = open_pools(folders[::-1] if swapped else folders)
+    reports = []
+    for one in pools:
+        one.adopt({2: checksums})
+        reports.append(one.take_report())
+    assert [report.missing for report in reports] == [[2] if swapped else []] * 2
+    if swapped:
+        assert (
+            "layers 3 to 5 of KV heads 0 to 2 of 1 pages, such as kv.layers-3-5.zarr/c.2.0.0.0.0.0" in reports[1].lack
+        )
+        assert len(find_arrays(folders[0])) == len(find_arrays(folders[1])) == 1 and not files(folders[0])
+    for one in pools:
+        one.close()
 
 
 def test_fewer_slots_move_the_pages_of_all_layouts(tmp_path: Path) -> None:

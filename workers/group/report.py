@@ -20,6 +20,7 @@ class Report(msgspec.Struct, array_like=True):
     missing: list[int] = []  # disk slots of `StepPlan.adopt` or `added` whose page is not there
     log: list[LogLine] = []  # of a rank behind rank 0
     measures: Measures = msgspec.field(default_factory=Measures)
+    lack: str = ""  # why pages of `StepPlan.adopt` are missing
 
 
 encode_report = msgspec.msgpack.Encoder().encode
@@ -54,6 +55,7 @@ class ReportCollector:
             together.bad_reads += report.bad_reads
             moved.update(report.bytes_moved)
             missing.update(report.missing)
+            together.lack = together.lack or report.lack
             together.measures.add(report.measures)
         together.bytes_moved, together.missing = dict(moved), sorted(missing)
         for id in [id for id, count in self._ended.items() if count == self._num_ranks]:
