@@ -52,6 +52,7 @@ class EngineOptions(TypedDict, total=False):
     seed: int
     ray_address: str | None
     device: str
+    link_bytes_per_second: int | str | None
     device_kv_bytes: int | str | None
     host_kv_bytes: int | str | None
     disk_kv_bytes: int | str | None
@@ -179,7 +180,17 @@ class EngineConfig:
     rank is as auto, but for a cluster of another user, and starts one where there is none. The log says which it is.
     """
     device: str = "auto"
-    """auto (CUDA where there is any), cuda or cpu."""
+    """auto (CUDA where there is any), cuda, cpu or simulated.
+
+    simulated is a CPU whose device tier lies behind a link of link_bytes_per_second: what crosses it is there no sooner
+    than such a link would have brought it. It shows what a slow link does to steps where there is no GPU; what it
+    computes takes the time of a CPU, and answers are those of one. It needs native kernels.
+    """
+    link_bytes_per_second: int | str | None = None
+    """Rate of a simulated device's link each way, such as 4GB.
+
+    It is of each rank, and goes with device simulated.
+    """
     device_kv_bytes: int | str | None = None
     """KV memory on the devices, such as 4GiB.
 
@@ -346,7 +357,7 @@ class EngineConfig:
         for name, choices in (
             ("dtype", ("auto", "float32", "float16", "bfloat16")),
             ("kv_cache_dtype", ("auto", *FORMATS)),
-            ("device", ("auto", "cuda", "cpu")),
+            ("device", ("auto", "cuda", "cpu", "simulated")),
             ("load_format", ("auto", "dummy")),
             ("disk_write_policy", ("write_through", "idle")),
             ("disk_kv_codec", DISK_CODECS),
@@ -368,10 +379,21 @@ class EngineConfig:
                 f"max_num_batched_tokens {self.max_num_batched_tokens} is less than max_num_seqs {self.max_num_seqs}: "
                 "not every running answer could take a token in a step; raise the first or lower the second"
             )
-        in_bytes = ("device_kv_bytes", "host_kv_bytes", "disk_kv_bytes", "max_cold_bytes_per_step", "max_session_bytes")
+        in_bytes = (
+            "device_kv_bytes",
+            "host_kv_bytes",
+            "disk_kv_bytes",
+            "max_cold_bytes_per_step",
+            "max_session_bytes",
+            "link_bytes_per_second",
+        )
         for name in in_bytes:
             if getattr(self, name) is not None:
                 self._set(name, parse_bytes(name, getattr(self, name), least=0 if name == "host_kv_bytes" else 1))
+        if self.device == "simulated" and self.link_bytes_per_second is None:
+            raise ConfigError(
+                "device is simulated and link_bytes_per_second is not set; give the rate of its link, such as 4GB"
+            )
         least, size = self.min_tensor_parallel_size, self.tensor_parallel_size
         if least is not None and least >= size:
             raise ConfigError(

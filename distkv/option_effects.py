@@ -27,6 +27,7 @@ def check_effects(config: Any) -> None:
             config.max_model_len is not None and (config.max_prompt_tokens or 0) >= config.max_model_len,
             f"max_model_len is {config.max_model_len}, which no prompt may reach", "lower it, or leave it out",
         ),
+        ("link_bytes_per_second", config.device != "simulated", "device is not simulated", "set both, or leave it out"),
         ("max_share_per_salt", config.max_share_per_salt == 1, "1 is no limit", "lower it, or leave it out"),
         ("max_sessions", no_disk, "cache_dir is not, where they are kept", "name the folder in cache_dir"),
         ("max_session_bytes", no_disk, "cache_dir is not, where they are kept", "name the folder in cache_dir"),

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distkv.storage.moving.link import Link
 from distkv.storage.moving.page_copies import PageCopies
 from distkv.storage.moving.streams import CudaStreams, Event
 from distkv.storage.paging import CPU_BUFFERS, NUM_BUFFERS
@@ -34,7 +35,8 @@ class HostCopy:
 
 
 class Device(Protocol):
-    """Where the tensors of a rank lie. Two of the same `torch_device` are the same: it has no other state."""
+    """Where the tensors of a rank lie. For small tensors two of the same `torch_device` are the same: there is no other
+    state but a simulated link."""
 
     torch_device: torch.device
     runs_behind: bool  # whether what is enqueued may run after the call has returned
@@ -43,6 +45,7 @@ class Device(Protocol):
 
     pinned: bool  # whether host memory that pages cross from is registered with the driver, for full speed
     num_buffers: int  # of a staging ring, see `paging.py`
+    link: Link | None  # whose time is waited for where pages cross; None where copies take their own
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory for pages. Raises MemoryError or torch.OutOfMemoryError."""
@@ -86,6 +89,7 @@ class CpuDevice:
     runs_behind = False
     pinned = False
     num_buffers = CPU_BUFFERS
+    link: Link | None = None
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return lazy_zeros(shape, dtype)
@@ -113,12 +117,22 @@ class CpuDevice:
         pass
 
 
+class SimulatedDevice(CpuDevice):
+    """A `Device` of host memory that stands for a device's, behind a link of its own."""
+
+    num_buffers = NUM_BUFFERS
+
+    def __init__(self, link: Link):
+        self.link = link
+
+
 class CudaDevice:
     """A `Device` on CUDA."""
 
     runs_behind = True
     pinned = True
     num_buffers = NUM_BUFFERS
+    link: Link | None = None
 
     def __init__(self, torch_device: torch.device):
         self.torch_device = torch_device

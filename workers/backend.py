@@ -17,6 +17,7 @@ from typing import Protocol
 
 from distkv.kernels.token_kernels import TokenKernels
 from distkv.storage.device import Device
+from distkv.storage.moving.link import Link
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.pools.page_pool import PageCodec
 from distkv.workers.attention.context_attention import ContextGroup
@@ -83,7 +84,11 @@ class Backend(Protocol):
 
 
 def make_backend(
-    kind: str, batch_invariant: bool | None = None, policy: PagePolicy | None = None, audit: int | None = None
+    kind: str,
+    batch_invariant: bool | None = None,
+    policy: PagePolicy | None = None,
+    audit: int | None = None,
+    link_bytes_per_second: int | None = None,
 ) -> Backend:
     """The backend of this process, for a key of `KINDS`.
 
@@ -91,10 +96,12 @@ def make_backend(
         batch_invariant: as in `EngineConfig`.
         policy: of attention, None for all pages.
         audit: see `Backend.use_policy`.
+        link_bytes_per_second: of a kind that is simulated, and of no other.
 
     Raises ConfigError where the backend cannot do as these say.
     """
-    backend: Backend = import_module(KINDS[kind].module).make_backend(batch_invariant)
+    link = () if link_bytes_per_second is None else (Link(link_bytes_per_second),)
+    backend: Backend = import_module(KINDS[kind].module).make_backend(batch_invariant, *link)
     if policy is not None:
         backend.use_policy(policy, audit)
     return backend

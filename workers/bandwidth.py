@@ -83,7 +83,8 @@ def _host_bandwidth(pools: KVPools) -> float:
     pages = min(len(buffer), pools.host.num_pages)
     slices = pools.host.slices(0, pages, 0)
     slices.zero_()  # memory that was never written is not there yet
-    return slices.nbytes / fastest(partial(seconds_of, partial(buffer[:pages].copy_, slices)))
+    copied = slices.nbytes / fastest(partial(seconds_of, partial(buffer[:pages].copy_, slices)))
+    return copied if pools.ring.link is None else min(copied, pools.ring.link.bytes_per_second)
 
 
 def _decoded_bandwidth(disk: "DiskPool", rate: float) -> float:

@@ -13,6 +13,7 @@ class Kind:
     reads_ahead: bool  # whether pages that stream from disk pass through host memory, see `ReadAhead`
     follows_policies: bool  # whether its kernels know `attention_policy`
     load_pieces: int  # pieces of a prefix in a buffer of the staging ring, unless an option says how large that is
+    is_simulated: bool = False  # whether it is another one behind a link, see `EngineConfig.link_bytes_per_second`
 
 
 KINDS = {
@@ -32,5 +33,14 @@ KINDS = {
         reads_ahead=True,
         follows_policies=False,
         load_pieces=4,
+    ),
+    "simulated": Kind(
+        "distkv.workers.backends.simulated",
+        "CPU",
+        "gloo",
+        reads_ahead=False,
+        follows_policies=False,
+        load_pieces=1,
+        is_simulated=True,
     ),
 }

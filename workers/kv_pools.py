@@ -83,7 +83,9 @@ class KVPools:
                 self.disk = self._open_disk(stack, disk, sizes.disk)
             self.copies = device.make_copies()
             self.times = None if self.copies is None else LaneTimes(self.copies.streams, self.meter)
-            self.mover = Mover(self.device, self.host, self.disk, self.copies, self.meter, self.times)
+            self.mover = Mover(
+                self.device, self.host, self.disk, self.copies, self.meter, self.times, device.link
+            )  # fmt: skip
             stack.callback(self.mover.close)
             read_ahead = None
             if self.disk is not None and sizes.read_ahead:

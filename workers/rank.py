@@ -63,7 +63,9 @@ class Rank:
         self.peers = peers
         self.shard = Shard.of(config.model, config.layout, peers.rank)
         policy = parse_policy(config.attention_policy)
-        self.backend = make_backend(config.device, config.batch_invariant, policy, config.attention_audit)
+        self.backend = make_backend(
+            config.device, config.batch_invariant, policy, config.attention_audit, config.link_bytes_per_second
+        )
         if self.shard.context_size > 1:
             self.backend.use_context_group(ContextGroup.of(config.model, config.layout, peers.rank, peers.context))
         self.page_spec = rank_page_spec(config, self.shard)

@@ -44,6 +44,8 @@ class RankConfig:
     attention_audit: int | None = None  # see `EngineConfig`
     draft: DraftConfig | None = None
     layout: Layout = field(default_factory=Layout)
+    link_bytes_per_second: int | None = None  # of a kind that is simulated
+    num_parts: int | None = None  # of sums over ranks, see `Shard.of`; None for one of each rank
 
     @property
     def plan_page_size(self) -> int:

@@ -46,7 +46,8 @@ def own_pages(folder: Path, like: Description) -> Description:
 
 def _kernels(wanted: str) -> str:
     """The name of the kernels that an engine of this machine may have, those wanted if they are among them."""
-    kinds = [kind for kind in reversed(KINDS) if kind != "cuda" or torch.cuda.is_available()]
+    kinds = [kind for kind, one in reversed(KINDS.items()) if not one.is_simulated]
+    kinds = [kind for kind in kinds if kind != "cuda" or torch.cuda.is_available()]
     names = []
     for kind in kinds:
         for batch_invariant in (None, True):

@@ -20,7 +20,7 @@ ASSUMED = "; disk assumed"  # at the end of a source
 def engine_hardware(config: EngineConfig, info: EngineInfo) -> Hardware | None:
     """Where the ranks of an engine run, as far as this process can tell: a CPU of a cluster may be any. Measures for
     half a second on a CPU."""
-    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    on_cpu = config.device in ("cpu", "simulated") or not torch.cuda.is_available()
     found = known_gpu() if not on_cpu else None if config.is_on_ray else measured_cpu()
     if found is None or not info.num_host_pages or config.max_cold_bytes_per_step is not None:
         return found

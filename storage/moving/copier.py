@@ -8,6 +8,7 @@ from typing import Protocol
 
 from distkv.storage.meter import Meter, now
 from distkv.storage.moving.lane_times import LaneTimes
+from distkv.storage.moving.link import Link, Way, sleep_until
 from distkv.storage.moving.page_copies import PageCopies
 from distkv.storage.moving.streams import Event, Lane
 from distkv.storage.pools.device_pool import DevicePool
@@ -56,10 +57,11 @@ class Copier(Protocol):
 
 
 class ThreadCopier:
-    """A thread that copies pages in turn. It suits a CPU, where what computes has ended when the next plan begins."""
+    """A thread that copies pages in turn. It suits a CPU, where what computes has ended when the next plan begins; a
+    simulated link has each copy last as long as it would there."""
 
-    def __init__(self, device: DevicePool, host: HostPool, meter: Meter):
-        self._device, self._host, self._meter = device, host, meter
+    def __init__(self, device: DevicePool, host: HostPool, meter: Meter, link: Link | None = None):
+        self._device, self._host, self._meter, self._link = device, host, meter, link
         self._thread = ThreadPoolExecutor(1, "kv-copy")
 
     def border(self) -> list[Event]:
@@ -79,12 +81,16 @@ class ThreadCopier:
             work = partial(self._device.store, transfer.target_slot, self._host.page(transfer.source_slot))
         else:
             work = partial(self._device.load, transfer.source_slot, self._host.page(transfer.target_slot))
-        return partial(self._run, work, transfer.route)
+        return partial(self._run, work, transfer)
 
-    def _run(self, work: Callable[[], None], route: str) -> None:
+    def _run(self, work: Callable[[], None], transfer: Transfer) -> None:
         start = now()
         work()
-        self._meter.add(route, start, pages=1)
+        if self._link is not None:
+            way = Way.UP if transfer.target is Tier.DEVICE else Way.DOWN
+            num_bytes = self._device.spec.route_bytes(transfer.source, transfer.target)
+            sleep_until(self._link.carry(way, num_bytes, start))
+        self._meter.add(transfer.route, start, pages=1)
 
 
 class LaneCopier:

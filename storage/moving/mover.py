@@ -37,6 +37,7 @@ from distkv.storage.errors import StoreError
 from distkv.storage.meter import Meter, now
 from distkv.storage.moving.copier import Copier, LaneCopier, Task, ThreadCopier
 from distkv.storage.moving.lane_times import LaneTimes
+from distkv.storage.moving.link import Link
 from distkv.storage.moving.page_copies import PageCopies
 from distkv.storage.moving.streams import Event
 from distkv.storage.pools.device_pool import DevicePool
@@ -73,16 +74,18 @@ class Mover:
         copies: PageCopies | None = None,
         meter: Meter | None = None,
         times: LaneTimes | None = None,
+        link: Link | None = None,
     ):
         """
         Args:
             copies: of the device, for a GPU.
             meter: is told how long transfers take.
             times: of the lanes of `copies`.
+            link: of a simulated device.
         """
         self._spec, self._host, self._disk, self._meter = device.spec, host, disk, meter or Meter()
         self._copier: Copier = (
-            ThreadCopier(device, host, self._meter)
+            ThreadCopier(device, host, self._meter, link)
             if copies is None
             else LaneCopier(device, host, copies, times or LaneTimes(copies.streams, self._meter))
         )

@@ -22,6 +22,7 @@ from distkv.storage.dtypes import torch_dtype
 from distkv.storage.errors import StoreError
 from distkv.storage.meter import Meter, now
 from distkv.storage.moving.lane_times import LaneTimes
+from distkv.storage.moving.link import Way, sleep_until
 from distkv.storage.moving.page_copies import PageCopies
 from distkv.storage.moving.read_ahead import ReadAhead
 from distkv.storage.moving.streams import Event, Lane
@@ -85,7 +86,7 @@ class StagingRing:
         self.copies, self.filling, self.meter = copies, filling, meter or Meter()
         self.times = times if times is not None or copies is None else LaneTimes(copies.streams, self.meter)
         self.buffer_pages = num_pages // NUM_BUFFERS
-        self.num_buffers = device.num_buffers
+        self.num_buffers, self.link = device.num_buffers, device.link
         self.buffers = torch.zeros(
             self.num_buffers,
             self.buffer_pages,
@@ -156,7 +157,8 @@ class _Run:
 
 
 class LoadsInTurn:
-    """A `Stream` that fills each buffer when its turn comes."""
+    """A `Stream` that fills each buffer when its turn comes. With a simulated link a load is there no sooner than that
+    would have brought it, ahead of its turn as far as there are buffers."""
 
     def __init__(self, ring: StagingRing, loads: Sequence[Load]):
         self.bad_reads: dict[int, str] = {}
@@ -168,10 +170,12 @@ class LoadsInTurn:
         )
         self._taken = 0
         self._on_disk = 0  # pages on disk of the layer that were brought already
+        self._arrivals: list[int] = []  # with a link, of each load that is on its way or there
 
     def take(self) -> Tensor:
         number = self._taken
         self._taken += 1
+        self._go_on(number + self._ring.num_buffers - 2)  # the buffer of the load before may be in use
         layer, load = divmod(number, len(self._loads))
         if load == 0:
             self._on_disk = 0
@@ -186,11 +190,24 @@ class LoadsInTurn:
                 for index in range(run.count):
                     self._read(layer, run.first_slot + index, buffer, run.first_index + index)
             self._ring.meter.add(STREAMED[run.tier], start, layer=layer, pages=run.count)
+        if self._arrivals:
+            start = now()
+            sleep_until(self._arrivals[number])
+            self._ring.meter.add(STREAMED[Tier.HOST], start, layer=layer, pages=0)
         return self._ring.buffers[buffer, : self._sizes[load]]
 
     def close(self) -> None:
         if self._pages is not None:
             self._pages.close()
+
+    def _go_on(self, last: int) -> None:
+        """Has the link begin with all loads up to a last one, whose buffers are free from now on."""
+        ring, ready = self._ring, now()
+        if ring.link is None:
+            return
+        for number in range(len(self._arrivals), min(last + 1, len(self._loads) * ring.spec.num_layers)):
+            num_bytes = self._sizes[number % len(self._sizes)] * ring.spec.slice_bytes_in(Tier.HOST)
+            self._arrivals.append(ring.link.carry(Way.UP, num_bytes, ready))
 
     def _read(self, layer: int, slot: int, buffer: int, index: int) -> None:
         assert self._pages is not None

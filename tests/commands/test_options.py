@@ -53,6 +53,8 @@ GIVEN: dict[str, tuple[str, Any]] = {
 """What the command line is given for a field, and what the field is then."""
 OTHERS: dict[str, tuple[str, Any]] = {
     "pipeline_parallel_size": ("2", 2),
+    "device": ("simulated", "simulated"),
+    "link_bytes_per_second": ("4GB", 4 * 10**9),
     "enable_prefix_caching": ("no", False),
     "trace": ("steps.json", Path("steps.json")),
     "gpu_memory_utilization": ("0.5", 0.5),
