@@ -12,6 +12,7 @@ from distkv.option_checks import (
     check_flag,
     check_ray_address,
     check_share,
+    check_share_or,
     check_whole,
     parse_bytes,
     raise_to,
@@ -73,6 +74,7 @@ class EngineOptions(TypedDict, total=False):
     batch_invariant: bool | None
     attention_policy: str
     attention_audit: int | None
+    cpu_attention: float | str
     speculative_config: SpeculativeConfig | dict[str, Any] | str | None
 
 
@@ -311,6 +313,15 @@ class EngineConfig:
     Those steps read all pages of the answers that are being written; the answers stay as they are. It goes with
     attention_policy, and stats tell what was found. None measures nothing.
     """
+    cpu_attention: float | str = "off"
+    """Share of the KV pages that an answer's tokens meet on the CPU: off, auto or such as 0.4.
+
+    The CPU attends to these where they lie on the host, while the device attends to its own and the others cross the
+    link: so decode of what does not fit on the device goes at the rate of both. The share is of the full pages of each
+    sequence, spread evenly; they leave the device first. auto is what the CPU's rate is to the link's beside it,
+    measured at the start. It needs native kernels; on CUDA last bits of answers are those of the share, and
+    batch_invariant is refused. On a CPU, which is its own host, it changes nothing.
+    """
     speculative_config: SpeculativeConfig | dict[str, Any] | str | None = None
     """Draft tokens and check several in a step: {"method": "ngram"}, as JSON.
 
@@ -370,6 +381,7 @@ class EngineConfig:
         if self.max_share_per_salt is not None:
             self._set("max_share_per_salt", check_share("max_share_per_salt", self.max_share_per_salt))
         self._set("attention_policy", policy_name(self.attention_policy))
+        self._set("cpu_attention", check_share_or("cpu_attention", self.cpu_attention, ("off", "auto")))
         if self.speculative_config is not None:
             self._set_speculation(SpeculativeConfig.parse(self.speculative_config))
         check_ray_address(self.ray_address)

@@ -71,6 +71,18 @@ def check_share(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_share_or(name: str, value: Any, words: tuple[str, ...]) -> float | str:
+    """A number above 0 and at most 1, as a text too, or one of these words."""
+    if isinstance(value, str) and value in words:
+        return value
+    try:
+        return check_share(name, float(value) if isinstance(value, str) else value)
+    except (ConfigError, ValueError):
+        raise ConfigError(
+            f"{name} is {shown(value)}; use {', '.join(words)} or a share above 0 and at most 1"
+        ) from None
+
+
 def check_amount(name: str, value: Any) -> float:
     """A finite number above 0."""
     is_number = isinstance(value, Real) and not isinstance(value, bool)

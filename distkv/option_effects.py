@@ -49,6 +49,11 @@ def check_effects(config: Any) -> None:
         ),
         ("kv_cache_dtype", no_cold and config.kv_cache_dtype != "auto", no_pages, "leave one of them out"),
         ("attention_audit", config.attention_policy == FULL, "attention_policy is full", "set both, or leave it out"),
+        ("cpu_attention", no_cold and config.cpu_attention != "off", no_pages, "leave one of them out"),
+        (
+            "cpu_attention", config.cpu_attention != "off" and config.attention_policy != FULL,
+            f"attention_policy is {config.attention_policy}, by which few pages are read", "leave one of them out",
+        ),
         ("staging_pages", no_cold, no_pages, "leave one of them out"),
         ("max_cold_bytes_per_step", no_cold, no_pages, "leave one of them out"),
         (

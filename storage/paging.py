@@ -1,5 +1,7 @@
 """The arithmetic of page sizes, apart from the tensors so that options can be checked without torch."""
 
+import math
+
 from distkv.storage.errors import ConfigError
 
 MIN_PAGE_SIZE = 16  # tokens
@@ -20,6 +22,12 @@ CPU_BUFFERS = 2
 def pages_for(num_tokens: int, page_size: int) -> int:
     """Pages that `num_tokens` tokens take, the last one perhaps partly filled."""
     return -(-num_tokens // page_size)
+
+
+def is_hosts(page: int, share: float) -> bool:
+    """Whether a sequence's page, counted from its first one, is of the share that the host attends to: as many as that
+    says, spread evenly."""
+    return math.floor((page + 1) * share) > math.floor(page * share)
 
 
 def check_page_size(size: int) -> None:

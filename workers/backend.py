@@ -70,6 +70,14 @@ class Backend(Protocol):
         """Has steps share out pages with the other ranks of a context group. Raises ConfigError where there are no
         kernels for it."""
 
+    def share_attention(self) -> None:
+        """Has runners that are made from now on leave to the host what plans say. Raises ConfigError where that cannot
+        be. A CPU has nothing to do: it is its own host."""
+
+    def host_attention_rate(self, model: LlamaModel, pools: KVPools) -> float:
+        """Bytes per second at which the host attends to pages, measured; 0 where it has none to attend to."""
+        ...
+
     def room(self, model: LlamaModel, demand: Demand) -> Room:
         """Looks, or finds out by trial, how much memory is left beside the model. All ranks of a group at a time.
         Raises CapacityError when a step does not fit."""

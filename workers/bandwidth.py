@@ -7,17 +7,24 @@ import shutil
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from distkv.kernels.native.library import Library
+from distkv.kernels.native.page_states import ITEM_COLUMNS, page_states, state_width
+from distkv.kernels.native.paged_attention import CodedPages
+from distkv.kernels.page_entries import buffer_entry
 from distkv.storage.dtypes import torch_dtype
 from distkv.storage.moving.page_copies import Gather, PageCopies
 from distkv.storage.moving.streams import Lane
 from distkv.storage.pools.host_memory import as_integers
 from distkv.storage.synthetic_pages import synthetic_slice
+from distkv.storage.tier import Tier
 from distkv.workers.kv_pools import KVPools
 from distkv.workers.sizes import Bandwidth
 
@@ -31,6 +38,7 @@ PROBE_PAGES = 8  # of a whole-page copy
 ENQUEUED_BYTES = 2**26  # on a GPU, in copies one behind the other, so that what begins and ends them counts little
 ENQUEUED_COPIES = 2, 32  # at least and at most
 KERNEL_GAIN = 1.1  # by which the kernel must be faster, since it takes processors of the GPU from what computes
+ATTENDED_BYTES = 2**28  # of pages of the host at most, which no cache of a processor holds for long
 PROBE_BYTES = 2**25  # written to disk at most, and read back
 READ_BYTES = 2**23  # at a time, of which the fastest counts
 PROBE_SHARE = 1 / 32  # of a rank's disk tier; where that is less than READ_BYTES, all of it is read in about a second
@@ -85,6 +93,29 @@ def _host_bandwidth(pools: KVPools) -> float:
     slices.zero_()  # memory that was never written is not there yet
     copied = slices.nbytes / fastest(partial(seconds_of, partial(buffer[:pages].copy_, slices)))
     return copied if pools.ring.link is None else min(copied, pools.ring.link.bytes_per_second)
+
+
+def host_attention_rate(library: Library, pools: KVPools, num_heads: int) -> float:
+    """Bytes per second at which one token meets pages of the host's pool, layer after layer, with all threads."""
+    spec, host = pools.spec, pools.host
+    count = min(host.num_pages, max(1, ATTENDED_BYTES // spec.page_bytes_in(Tier.HOST)))
+    for slot in range(count):
+        host.page(slot).zero_()  # what was never written is the system's one page of zeros
+    dtype = torch_dtype(spec.dtype)
+    q = torch.zeros(1, num_heads, spec.head_dim, dtype=dtype)
+    pool = torch.zeros(2, 1, spec.num_kv_heads, spec.page_size, spec.head_dim, dtype=dtype)
+    items = torch.zeros(count, ITEM_COLUMNS, dtype=torch.int64)
+    items[:, 1], items[:, 2], items[:, 5] = 1, spec.page_size - 1, -1
+    items[:, 4] = torch.from_numpy(buffer_entry(np.arange(count)))
+    items[:, 6] = torch.arange(count)
+    states = torch.empty(count, num_heads, state_width(spec.head_dim))
+    coded = None if spec.format is None else CodedPages(spec.format, pool[0])
+    layers = cycle(range(spec.num_layers))
+
+    def attend() -> None:
+        page_states(library, q, pool, host.slices(0, count, next(layers)), items, states, coded)
+
+    return count * spec.slice_bytes_in(Tier.HOST) / fastest(partial(seconds_of, attend))
 
 
 def _decoded_bandwidth(disk: "DiskPool", rate: float) -> float:

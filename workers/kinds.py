@@ -12,6 +12,7 @@ class Kind:
     collectives: str  # what carries tensors between ranks, see `ProcessGroup`
     reads_ahead: bool  # whether pages that stream from disk pass through host memory, see `ReadAhead`
     follows_policies: bool  # whether its kernels know `attention_policy`
+    is_its_host: bool  # whether it has the kernels of its host, so that what that computes has the same bits
     load_pieces: int  # pieces of a prefix in a buffer of the staging ring, unless an option says how large that is
     is_simulated: bool = False  # whether it is another one behind a link, see `EngineConfig.link_bytes_per_second`
 
@@ -23,6 +24,7 @@ KINDS = {
         "gloo",
         reads_ahead=False,
         follows_policies=True,
+        is_its_host=True,
         load_pieces=1,
     ),
     # enqueuing a load takes the host a tenth of a millisecond, for which the link brings more than one piece
@@ -32,6 +34,7 @@ KINDS = {
         "nccl",
         reads_ahead=True,
         follows_policies=False,
+        is_its_host=False,
         load_pieces=4,
     ),
     "simulated": Kind(
@@ -40,6 +43,7 @@ KINDS = {
         "gloo",
         reads_ahead=False,
         follows_policies=False,
+        is_its_host=True,
         load_pieces=1,
         is_simulated=True,
     ),

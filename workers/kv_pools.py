@@ -1,5 +1,6 @@
 """The three pools of one rank, and what moves pages between them."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -62,7 +63,8 @@ class KVPools:
             meter: is told what moving takes.
             codec: of `spec`, where that has one.
         """
-        self._spec, self.meter = spec, meter or Meter()
+        self.spec, self.meter = spec, meter or Meter()
+        self._counted: Counter[str] = Counter()
         on_device, on_host, on_disk = (spec.page_bytes_in(tier) for tier in Tier)
         own_files = disk is not None and disk.share.reports
         self.nbytes = sizes.device * on_device, sizes.host * on_host, sizes.disk * on_disk * own_files
@@ -137,13 +139,21 @@ class KVPools:
             stream.close()
             self._bad_reads |= stream.bad_reads
 
+    def count(self, route: str, num_bytes: int) -> None:
+        """Takes down bytes that were read where they lie, for the next report."""
+        self._counted[route] += num_bytes
+
+    def end_with(self, close: Callable[[], None]) -> None:
+        """Has something end when the pools are closed, before them."""
+        self._open.callback(close)
+
     def take_report(self) -> Report:
         """See `Rank.take_report`."""
         if self.times is not None:
             self.times.collect()
         ended = self.mover.report()
         routes = {route_name(*ends): count for ends, count in self.mover.bytes.items()}
-        routes |= {STREAMED[tier]: count for tier, count in self.ring.bytes.items()}
+        routes |= {STREAMED[tier]: count for tier, count in self.ring.bytes.items()} | self._counted
         new = {route: count - self._reported.get(route, 0) for route, count in routes.items()}
         self._reported = routes
         bad_reads, self._bad_reads = self._bad_reads, {}
@@ -166,7 +176,7 @@ class KVPools:
         from distkv.storage.pools.disk_pool import DiskPool  # imports zarr
 
         folder, share = disk.place.folder, disk.share
-        spec = replace(self._spec, num_kv_heads=share.num_heads)  # of the array
+        spec = replace(self.spec, num_kv_heads=share.num_heads)  # of the array
         joined = stack.enter_context(join_folder(disk.place, share, disk.is_alone))
         if joined.lock is not None and disk.kept is None:
             remove_arrays(folder)
@@ -187,7 +197,7 @@ class KVPools:
         share = replace(share, writes=joined.writes, is_first=joined.lock is not None)
         if share.is_first and disk.kept is not None and is_local(folder):  # else others may not be seen yet
             self._drop_arrays = partial(_drop_arrays, disk)
-        pool = DiskPool(self._spec, folder, num_pages, share, self.meter, synced)
+        pool = DiskPool(self.spec, folder, num_pages, share, self.meter, synced)
         stack.callback(pool.close)
         return pool
 

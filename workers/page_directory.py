@@ -10,6 +10,8 @@ from distkv.workers.attention.sequence_memory import SequenceMemory
 from distkv.workers.errors import DistKVError
 from distkv.workers.group.step_plan import StepPlan
 
+NOT_SHARED = -2
+
 
 @dataclass(frozen=True)
 class SequenceStep:
@@ -26,6 +28,9 @@ class SequenceStep:
     page_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     memory: SequenceMemory = field(default_factory=SequenceMemory)  # of the sequence, as long as it has a table
     num_left_out: int = 0  # tokens that nobody attends to, in pages below the device
+    # int64, by page, where the host has a share of attention: the slot of its copy on the host if it is the host's to
+    # attend to, -1 where it has none there, NOT_SHARED for all others; empty without such a share
+    host_slots: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     @property
     def position(self) -> int:
@@ -39,6 +44,7 @@ class PageDirectory:
     def __init__(self, page_size: int):
         self._page_size = page_size
         self._locations = np.zeros(0, dtype=np.int64)
+        self._host_slots = np.zeros(0, dtype=np.int64)  # by id, see `SequenceStep`; empty until any is told
         self._tables: dict[int, np.ndarray] = {}
         self._memories: dict[int, SequenceMemory] = {}
 
@@ -51,6 +57,7 @@ class PageDirectory:
             relocated = np.asarray(plan.relocated)
             self._locations = _grown(self._locations, int(relocated[:, 0].max()) + 1)
             self._locations[relocated[:, 0]] = relocated[:, 1]
+            self._share_out(relocated[:, 0], plan.host_pages)
         steps = []
         for one in plan.sequences:
             table = self._tables.setdefault(one.table, np.zeros(0, dtype=np.int64))
@@ -66,9 +73,23 @@ class PageDirectory:
                 raise DistKVError("a step plan writes to pages that are not on the device")
             wanted = len(one.scored) + one.num_logits
             memory = self._memories.setdefault(one.table, SequenceMemory())
-            step = SequenceStep(one.token_ids, one.start, locations, one.prompt_len, wanted, pages.copy(), memory)
+            step = SequenceStep(
+                one.token_ids, one.start, locations, one.prompt_len, wanted, pages.copy(), memory,
+                host_slots=self._host_slots[pages] if len(self._host_slots) else self._host_slots,
+            )  # fmt: skip
             steps.append(_resident(step, self._page_size) if one.resident_only else step)
         return steps
+
+    def _share_out(self, relocated: np.ndarray, host_pages: list[tuple[int, int]]) -> None:
+        """Takes in which of the relocated pages are the host's to attend to."""
+        if host_pages or len(self._host_slots):
+            known = len(self._host_slots)
+            self._host_slots = _grown(self._host_slots, len(self._locations))
+            self._host_slots[known:] = NOT_SHARED
+            self._host_slots[relocated] = NOT_SHARED
+        if host_pages:
+            told = np.asarray(host_pages)
+            self._host_slots[told[:, 0]] = told[:, 1]
 
 
 def _resident(step: SequenceStep, page_size: int) -> SequenceStep:
@@ -77,7 +98,7 @@ def _resident(step: SequenceStep, page_size: int) -> SequenceStep:
     num_left_out = int(len(kept) - kept.sum()) * page_size
     return replace(
         step, start=step.start - num_left_out, pages=step.pages[kept], page_ids=step.page_ids[kept],
-        num_left_out=num_left_out,
+        num_left_out=num_left_out, host_slots=step.host_slots[kept] if len(step.host_slots) else step.host_slots,
     )  # fmt: skip
 
 

@@ -38,6 +38,8 @@ class PlanCheck:
         _below("a device slot", [slot for slot, _ in plan.synthetic_pages], slots[DEVICE])
         _below("a seed", [seed for _, seed in plan.synthetic_pages], 2**63)
         _below("a page", [page for page, _ in plan.relocated], num_pages)
+        _below("a page", [page for page, _ in plan.host_pages], num_pages)
+        _below("a slot of HOST", [slot + 1 for _, slot in plan.host_pages], slots[Tier.HOST] + 1)
         _below("a page", plan.new_pages, num_pages)
         for _, location in plan.relocated:
             tier, slot = decode_location(location)

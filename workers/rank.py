@@ -68,6 +68,8 @@ class Rank:
         )
         if self.shard.context_size > 1:
             self.backend.use_context_group(ContextGroup.of(config.model, config.layout, peers.rank, peers.context))
+        if config.cpu_attention:
+            self.backend.share_attention()
         self.page_spec = rank_page_spec(config, self.shard)
         use_threads(config.num_threads)
         self.model, digest = self._load(check)
@@ -250,6 +252,8 @@ class Rank:
     def bandwidth(self) -> Bandwidth:
         """How fast the tiers below the device give pages back."""
         found = measure_bandwidth(self.pools)
+        if self.config.cpu_attention and self.pools.host.num_pages:
+            found = Bandwidth(found.host, found.disk, self.backend.host_attention_rate(self.model, self.pools))
         release_threads()
         return found
 

@@ -45,7 +45,7 @@ class RankConfig:
     draft: DraftConfig | None = None
     layout: Layout = field(default_factory=Layout)
     link_bytes_per_second: int | None = None  # of a kind that is simulated
-    num_parts: int | None = None  # of sums over ranks, see `Shard.of`; None for one of each rank
+    cpu_attention: bool = False  # whether plans may say that pages are the host's to attend to
 
     @property
     def plan_page_size(self) -> int:

@@ -39,6 +39,7 @@ class Bandwidth(msgspec.Struct, array_like=True, frozen=True):
 
     host: float = 0.0
     disk: float = 0.0
+    cpu: float = 0.0  # at which the host attends to pages where they lie, where it has a share of them
 
 
 def host_kv_bytes(available: int, pinned: bool, ranks_on_node: int) -> int:

@@ -50,6 +50,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     attention_cost: float = 0.0
     cold_page_seconds: tuple[float, float] = (0.0, 0.0)  # from host and disk, as measured at start; 0 where it was not
     context_size: int = 1  # ranks that share out the tokens of a page, see `decode_context_parallel_size`
+    host_share: float = 0.0  # of the pages of a sequence that tokens of answers meet on the host, see `is_hosts`
     summary_bytes: int = 0  # beside the tiers, of all pages that requests can hold, where a policy chooses by summaries
 
     @property

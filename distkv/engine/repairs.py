@@ -50,6 +50,7 @@ class Repairs:
         locations = [(page.id, page.location) for page in relocated]
         new_pages = [page.id for page in self._cache.take_new(relocated)]
         plan = StepPlan(parts, [], [slot], transfers, await_ids, synthetic_pages, locations, new_pages)
+        plan.host_pages = self._cache.hosts_of(relocated)
         try:
             damaged = self._runner.run(plan)
         except BaseException:

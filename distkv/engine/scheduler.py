@@ -45,7 +45,7 @@ class Scheduler:
         self._info = info
         step_pages = pages_for(min(info.max_num_batched_tokens, info.max_model_len), info.page_size)
         sizes = info.num_pages, info.num_host_pages, info.num_disk_pages
-        self.cache = TieredCache(sizes, step_pages, info.write_through, info.max_share_per_salt)
+        self.cache = TieredCache(sizes, step_pages, info.write_through, info.max_share_per_salt, info.host_share)
         self.cold_budget = ColdBudget(info, self.cache)
         self.load_choice = LoadChoice(info, self.cache)
         self.meter = RequestMeter()

@@ -85,6 +85,7 @@ class Step:
         plan.transfers, plan.await_ids = self._cache.take_transfers()
         self.relocated = self._cache.take_relocated()
         plan.relocated = [(page.id, page.location) for page in self.relocated]
+        plan.host_pages = self._cache.hosts_of(self.relocated)
         plan.new_pages = [page.id for page in self._cache.take_new(self.relocated)]
         plan.ended = self._runner.take_ended()
         self.copies = self._copies.take()

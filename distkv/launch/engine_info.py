@@ -9,6 +9,7 @@ from distkv.storage.tier import Tier
 from distkv.workers.attention.policies.policy import num_observed
 from distkv.workers.attention.policies.registry import parse_policy
 from distkv.workers.cache_place import CachePlace
+from distkv.workers.kinds import KINDS
 from distkv.workers.rank_config import RankConfig
 from distkv.workers.sizes import Bandwidth, PoolSizes
 
@@ -21,6 +22,7 @@ def engine_info(
     sizes: PoolSizes,
     pool_bytes: list[tuple[int, int, int]],
     rates: list[Bandwidth],
+    host_share: float = 0.0,
 ) -> EngineInfo:
     """What the engine is told.
 
@@ -28,6 +30,7 @@ def engine_info(
         place: of the disk tier; needed where that has pages.
         pool_bytes: of device, host and disk, for each rank, as allocated.
         rates: see `cold_budget`.
+        host_share: see `sizing.host_share`.
 
     Raises ConfigError for a share of the device that is less than a page.
     """
@@ -37,7 +40,7 @@ def engine_info(
             "one; raise it, or device_kv_bytes"
         )
     specs = page_specs(ranks)
-    max_cold_bytes, disk_cost = cold_budget(config, sizes, rates)
+    max_cold_bytes, disk_cost = cold_budget(config, sizes, rates, host_share)
     on_device, on_host, on_disk = (sum(tier) for tier in zip(*pool_bytes, strict=True))
     return EngineInfo(
         max_model_len=max_model_len,
@@ -67,7 +70,8 @@ def engine_info(
         save_timeout=config.save_timeout,
         attention_policy=config.attention_policy,
         num_observed=num_observed(parse_policy(config.attention_policy)),
-        kv_policy=config.kv_policy,
+        kv_policy=_kv_policy(config, ranks, host_share),
+        host_share=host_share,
         kv_cache_dtype=config.kv_cache_dtype,
         speculation=config.speculation,
         num_ranks=len(specs),
@@ -75,3 +79,11 @@ def engine_info(
         cold_page_seconds=cold_page_seconds(specs, rates),
         summary_bytes=sizes.summaries * summary_bytes(ranks, specs),
     )
+
+
+def _kv_policy(config: EngineConfig, ranks: RankConfig, host_share: float) -> str | None:
+    """See `EngineConfig.kv_policy`; what a host attends to beside a device with other kernels has bits of its own."""
+    parts = [] if config.kv_policy is None else [config.kv_policy]
+    if host_share and not KINDS[ranks.device].is_its_host:
+        parts.append(f"cpu_attention={host_share:g}")
+    return ", ".join(parts) or None

@@ -20,7 +20,7 @@ from distkv.metrics.step_trace import StepTrace
 from distkv.metrics.trace_file import TraceFile
 from distkv.planner.draft import draft_config
 from distkv.planner.ranks import layout_of, make_rank_config
-from distkv.planner.sizing import keeps_cache, needs_bandwidth, needs_capacity, pool_sizes
+from distkv.planner.sizing import host_share, keeps_cache, needs_bandwidth, needs_capacity, pool_sizes
 from distkv.storage.disk.cache_folder import SCRATCH
 from distkv.storage.paging import pages_for
 from distkv.storage.process_limits import lack_of_memory
@@ -31,7 +31,7 @@ from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import Shard
 from distkv.workers.rank import Loaded
 from distkv.workers.rank_config import RankConfig
-from distkv.workers.sizes import Budget
+from distkv.workers.sizes import Bandwidth, Budget
 
 if TYPE_CHECKING:  # they import ray
     from distkv.launch.ray_engine import RayEngine
@@ -173,7 +173,10 @@ def set_up(
         host, disk = (min(getattr(rate, tier) for rate in rates) for tier in ("host", "disk"))
         from_disk = f", from disk at {disk / 1e9:.1f}" if disk else ""
         log.info("cold pages come from the host at %.1f GB/s%s, for each rank", host / 1e9, from_disk)
-    info = engine_info(config, ranks, place, max_model_len, sizes, pool_bytes, rates)
+    share = host_share(config, ranks.device, sizes, rates)
+    if share:
+        log.info("cpu_attention: the CPU attends to %g of the pages that answers meet%s", share, _measured(rates))
+    info = engine_info(config, ranks, place, max_model_len, sizes, pool_bytes, rates, share)
     if config.enable_prefix_caching and not info.enable_prefix_caching:
         log.warning(
             "prefix caching is off: with rope_type 'dynamic' the keys of a token depend on the length of its prompt, "
@@ -187,6 +190,12 @@ def set_up(
         )
     _log_pools(info, pool_bytes)
     return info
+
+
+def _measured(rates: list[Bandwidth]) -> str:
+    if not rates:
+        return ""
+    return f", at {min(rate.cpu for rate in rates) / 1e9:.1f} GB/s for each rank"
 
 
 def cache_place(config: EngineConfig, ranks: RankConfig, loaded: list[Loaded]) -> CachePlace | None:

@@ -95,6 +95,7 @@ ROUTES = {
     "host_to_disk": ("host", "disk"),
     "disk_to_host": ("disk", "host"),
     "host_streamed": ("host", "staging"),
+    "host_attended": ("host", "cpu"),
     "disk_streamed": ("disk", "staging"),
 }
 """From where to where pages move, by the routes of `EngineStats.bytes_moved`."""

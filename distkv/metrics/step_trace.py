@@ -17,6 +17,7 @@ NAMES = {
     "host_to_disk": "save page",
     "disk_to_host": "load page",
     "host_streamed": "fetch slices from host",
+    "host_attended": "attend on the host",
     "disk_streamed": "fetch slices from disk",
     "disk_read": "disk read",
     "disk_write": "disk write",

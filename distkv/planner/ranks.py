@@ -39,5 +39,6 @@ def make_rank_config(config: EngineConfig, model: ModelConfig, device: str) -> R
         attention_audit=config.attention_audit,
         draft=draft_config(config, model),
         layout=layout_of(config),
+        cpu_attention=config.cpu_attention != "off",
         link_bytes_per_second=None if config.link_bytes_per_second is None else int(config.link_bytes_per_second),
     )

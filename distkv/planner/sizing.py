@@ -1,6 +1,7 @@
 """The sizes of an engine's pools and what follows from them, from options and measured facts. It touches nothing: the
 launch and a planner reckon alike."""
 
+import math
 from dataclasses import replace
 
 from distkv.config import EngineConfig
@@ -27,7 +28,7 @@ def needs_capacity(config: EngineConfig) -> bool:
 
 def needs_bandwidth(config: EngineConfig, sizes: PoolSizes) -> bool:
     """Whether the ranks must measure how fast cold pages come."""
-    return bool(sizes.host) and config.max_cold_bytes_per_step is None
+    return bool(sizes.host) and (config.max_cold_bytes_per_step is None or config.cpu_attention == "auto")
 
 
 def shares_prefixes(config: EngineConfig, model: ModelConfig) -> bool:
@@ -190,7 +191,31 @@ def _window_pages(config: EngineConfig, max_model_len: int) -> int:
     return min(step + 1, pages_for(max_model_len, config.plan_page_size))
 
 
-def cold_budget(config: EngineConfig, sizes: PoolSizes, rates: list[Bandwidth]) -> tuple[int, float]:
+def host_share(config: EngineConfig, device: str, sizes: PoolSizes, rates: list[Bandwidth]) -> float:
+    """`EngineInfo.host_share`: as given, or that with which CPU and link are done at the same time.
+
+    Args:
+        device: a key of `KINDS`; a CPU attends to everything where it lies.
+        rates: of each rank; needed where `needs_bandwidth` says so.
+    """
+    if config.cpu_attention == "off" or device == "cpu" or not sizes.host:
+        return 0.0
+    if config.cpu_attention != "auto":
+        return float(config.cpu_attention)
+    cpu, link = min(rate.cpu for rate in rates), min(rate.host for rate in rates)
+    return round(cpu / (cpu + link), 3)
+
+
+def rate_with_host(rate: Bandwidth, share: float) -> float:
+    """Bytes per second at which pages on the host are attended to, of which the CPU has a share."""
+    by_link = rate.host / (1 - share) if share < 1 else math.inf
+    by_cpu = rate.cpu / share if share and rate.cpu else math.inf
+    return rate.host if by_link == by_cpu == math.inf else min(by_link, by_cpu)
+
+
+def cold_budget(
+    config: EngineConfig, sizes: PoolSizes, rates: list[Bandwidth], host_share: float = 0.0
+) -> tuple[int, float]:
     """`EngineInfo.max_cold_bytes_per_step` and `disk_cost`: the bytes as given, or what the host brings in
     STREAM_SECONDS, of which the disk takes more for each byte as it is slower.
 
@@ -201,7 +226,7 @@ def cold_budget(config: EngineConfig, sizes: PoolSizes, rates: list[Bandwidth]) 
         return 0, 1.0
     if config.max_cold_bytes_per_step is not None:
         return int(config.max_cold_bytes_per_step), 1.0
-    host, disk = min(rate.host for rate in rates), min(rate.disk for rate in rates)
+    host, disk = min(rate_with_host(rate, host_share) for rate in rates), min(rate.disk for rate in rates)
     return int(host * STREAM_SECONDS) * len(rates), max(1.0, host / disk) if disk else 1.0
 
 

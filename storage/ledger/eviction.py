@@ -67,6 +67,8 @@ class Eviction:
     def _held_in_order(self) -> Iterator[Page]:
         """Held pages whose device copy may go, the first to go first."""
         yield from self._ledger.held.parked
+        if self._ledger.host_share:
+            yield from (page for page in self._ledger.full[DEVICE] if self._ledger.is_hosts(page) and page.has(HOST))
         yield from (page for page in self._ledger.full[DEVICE] if page.index)
         yield from self._ledger.full[DEVICE]
 

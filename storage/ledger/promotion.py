@@ -33,6 +33,8 @@ class Promotion:
             if page.slots[DEVICE] is not None:
                 continue
             if page.has(HOST):
+                if self._ledger.is_hosts(page):
+                    continue
                 if self._make_room(DEVICE, page):
                     self._ledger.start(page, HOST, DEVICE)
                 elif not self._has_room(HOST):

@@ -18,6 +18,7 @@ from distkv.storage.ledger.prefix_index import PrefixIndex
 from distkv.storage.ledger.shares import Shares
 from distkv.storage.ledger.slot_allocator import SlotAllocator
 from distkv.storage.ledger.transfers import Transfers
+from distkv.storage.paging import is_hosts
 from distkv.storage.tier import ALL_TIERS, DEVICE, DISK, HOST, Tier, Transfer
 
 
@@ -34,7 +35,9 @@ class TierLedger:
     - `index.add`, `forget`: the page may be found by its key.
     """
 
-    def __init__(self, num_pages: tuple[int, int, int], write_through: bool, share: float | None = None):
+    def __init__(
+        self, num_pages: tuple[int, int, int], write_through: bool, share: float | None = None, host_share: float = 0.0
+    ):
         self.refusals = DiskRefusals()
         self.disk_slots = DiskSlots(num_pages[DISK], self.refusals)
         self.slots = SlotAllocator(num_pages[DEVICE]), SlotAllocator(num_pages[HOST]), self.disk_slots
@@ -49,7 +52,7 @@ class TierLedger:
         self.unspilled: dict[Page, None] = {}  # full, on the device alone, the first to be copied to the host first
         self.unsaved: OrderedDict[Page, None] = OrderedDict()  # on the host, to be written to disk, the first first
         self.put_off: dict[Page, None] = {}  # the same of those outlived by all on disk, when a slot there is free
-        self._write_through = write_through
+        self._write_through, self.host_share = write_through, host_share
         self._dropped: dict[int, Page] = {}  # disk slots given up since the last report, and what they held
 
     def take_slot(self, page: Page, tier: Tier, after: int | None = None) -> None:
@@ -231,6 +234,10 @@ class TierLedger:
         """Whether the page is to be written to disk for later processes."""
         is_wanted = page.key is not None and page.slots[DISK] is None and (self._write_through or not page.references)
         return is_wanted and self.slots[DISK].num_slots > 0
+
+    def is_hosts(self, page: Page) -> bool:
+        """Whether tokens of answers meet the page on the host, if it has a copy there."""
+        return self.host_share > 0 and is_hosts(page.index, self.host_share)
 
     def take_owners(self, disk_slots: set[int]) -> set[Page]:
         """The held pages that the plan found in these slots which was reported last. To be called once a report."""

@@ -38,7 +38,12 @@ class TieredCache:
     """
 
     def __init__(
-        self, num_pages: tuple[int, int, int], step_pages: int, write_through: bool = False, share: float | None = None
+        self,
+        num_pages: tuple[int, int, int],
+        step_pages: int,
+        write_through: bool = False,
+        share: float | None = None,
+        host_share: float = 0.0,
     ):
         """
         Args:
@@ -46,9 +51,11 @@ class TieredCache:
                 large enough, host before pages are brought back up.
             write_through: pages with a key are written to disk as soon as they are full, not only when they are idle.
             share: of device and host that a tenant may have, see `Shares`.
+            host_share: of each sequence's pages that tokens of answers meet on the host: they leave the device first,
+                and are not brought up there.
         """
         low = step_pages, min(step_pages, max(1, num_pages[HOST] // 4))  # free slots that device and host need
-        ledger = self._ledger = TierLedger(num_pages, write_through, share)
+        ledger = self._ledger = TierLedger(num_pages, write_through, share, host_share)
         self._held, self._transfers, self._refusals = ledger.held, ledger.transfers, ledger.refusals
         self._write_back = WriteBack(ledger, low[HOST])
         self._eviction = Eviction(ledger, self._write_back)
@@ -312,6 +319,11 @@ class TieredCache:
     def take_new(self, relocated: Iterable[Page]) -> list[Page]:
         """Those of the relocated pages whose ids named other pages before, or none; to be sent with them."""
         return self._held.take_new(relocated)
+
+    def hosts_of(self, relocated: Iterable[Page]) -> list[tuple[int, int]]:
+        """`StepPlan.host_pages` of some pages."""
+        mine = (page for page in relocated if self._ledger.is_hosts(page))
+        return [(page.id, -1 if (slot := page.slots[HOST]) is None or not page.has(HOST) else slot) for page in mine]
 
     def put_back(self, transfers: list[Transfer], wait: list[int], relocated: Iterable[Page] = ()) -> None:
         """Undoes the takings for a plan that may not have reached the ranks; they pass over what they know."""

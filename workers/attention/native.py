@@ -13,7 +13,7 @@ from distkv.kernels.native.codec_pages import NativeCodec
 from distkv.kernels.native.library import Library
 from distkv.kernels.native.paged_attention import Chunks, CodedPages, attend_pages, kept_states
 from distkv.storage.moving.staging_ring import Load, Stream
-from distkv.workers.attention.page_walk import cut_pieces, walk_pages
+from distkv.workers.attention.page_walk import PageWalk, Pieces, cut_pieces, walk_pages
 from distkv.workers.page_directory import SequenceStep
 from distkv.workers.runners.batch import MAX_DECODE_TOKENS
 
@@ -35,11 +35,7 @@ class NativeAttention:
         tokens, heads, dim = q.shape
         out = q.new_empty(tokens, heads * dim)
         kept = kept_states(tokens, heads, dim) if len(self.calls) > 1 else None
-        coded = None
-        if self.codec is not None:
-            assert self.filled is not None
-            coded = CodedPages(self.codec.format, layer_pool.new_empty(len(self.filled), *layer_pool[:, 0].shape))
-            self.codec.round(layer_pool, self.filled, coded.exact)
+        coded = coded_pages(self.codec, self.filled, layer_pool)
         for index, chunks in enumerate(self.calls):
             buffer = None
             if index < len(self.loads):
@@ -55,18 +51,41 @@ def plan_native_attention(
     """The attention of a step for a rank with `buffer_pages` pages in a buffer of its staging ring."""
     pieces = cut_pieces(steps, None if codec is None else page_size)
     walk = walk_pages(steps, pieces, page_size, buffer_pages)
-    firsts = walk.firsts[pieces.sequence]
+    filled, exact = rounding(walk, pieces, page_size, codec)
+    calls = [chunks_of(walk, pieces, exact, *stretch) for stretch in walk.stretches]
+    return NativeAttention(library, torch.from_numpy(walk.table), walk.loads, calls, codec, torch.from_numpy(filled))
 
+
+def coded_pages(codec: NativeCodec | None, filled: Tensor | None, layer_pool: Tensor) -> CodedPages | None:
+    """With a codec, gives the pages in slots that a step fills the values of their codes; returns what they held."""
+    if codec is None:
+        return None
+    assert filled is not None
+    coded = CodedPages(codec.format, layer_pool.new_empty(len(filled), *layer_pool[:, 0].shape))
+    codec.round(layer_pool, filled, coded.exact)
+    return coded
+
+
+def rounding(
+    walk: PageWalk, pieces: Pieces, page_size: int, codec: NativeCodec | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The slots of pages that a step fills, and of each piece which of them its own page is, -1 for none and without a
+    codec."""
     own_page = pieces.start // page_size
     is_filled = (own_page + 1) * page_size <= pieces.end
-    filled = walk.table[firsts + own_page][is_filled]
+    filled = walk.table[walk.firsts[pieces.sequence] + own_page][is_filled]
     exact = np.where(is_filled, np.cumsum(is_filled) - 1, -1) if codec is not None else np.full(len(own_page), -1)
+    return filled, exact
 
-    few = pieces.count <= MAX_DECODE_TOKENS
+
+def chunks_of(
+    walk: PageWalk, pieces: Pieces, exact: np.ndarray, begins: np.ndarray, ends: np.ndarray,
+    wanted: np.ndarray | None = None,
+) -> Chunks:  # fmt: skip
+    """The pieces, or those that are wanted, over the pages from `begins` to `ends` of each."""
+    few, meets = pieces.count <= MAX_DECODE_TOKENS, ends > begins
     in_order = np.argsort(~few, kind="stable")
-    calls = []
-    for begins, ends in walk.stretches:
-        columns = [pieces.row, pieces.count, pieces.start, firsts, begins, ends, ends == walk.met, exact]
-        chosen = in_order[(ends > begins)[in_order]]
-        calls.append(Chunks(torch.from_numpy(np.stack(columns, axis=1)[chosen]), int(few[chosen].sum())))
-    return NativeAttention(library, torch.from_numpy(walk.table), walk.loads, calls, codec, torch.from_numpy(filled))
+    chosen = in_order[(meets if wanted is None else meets & wanted)[in_order]]
+    firsts = walk.firsts[pieces.sequence]
+    columns = [pieces.row, pieces.count, pieces.start, firsts, begins, ends, ends == walk.met, exact]
+    return Chunks(torch.from_numpy(np.stack(columns, axis=1)[chosen]), int(few[chosen].sum()))

@@ -56,6 +56,12 @@ class CpuBackend:
     def use_context_group(self, context: ContextGroup) -> None:
         raise refused_context_group("torch's operators")
 
+    def share_attention(self) -> None:
+        pass
+
+    def host_attention_rate(self, model: LlamaModel, pools: KVPools) -> float:
+        return 0.0
+
     def make_codec(self, spec: PageSpec) -> PageCodec | None:
         if spec.format is not None:
             raise ConfigError(

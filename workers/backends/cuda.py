@@ -14,6 +14,7 @@ from distkv.workers.attention.context_attention import ContextGroup
 from distkv.workers.attention.policies.policy import PagePolicy
 from distkv.workers.backend import Backend, Demand, Room, refused_context_group, refused_policy
 from distkv.workers.bandwidth import choose_copies
+from distkv.workers.errors import ConfigError
 from distkv.workers.gpu_memory import find_memory_in_use
 from distkv.workers.kv_pools import KVPools
 from distkv.workers.model.llama import LlamaModel
@@ -41,6 +42,15 @@ class CudaBackend:
 
     def use_context_group(self, context: ContextGroup) -> None:
         raise refused_context_group("those of CUDA")
+
+    def share_attention(self) -> None:
+        raise ConfigError(
+            "cpu_attention is set and this rank has a GPU, whose kernels do not share attention with the CPU yet; "
+            "leave it out"
+        )
+
+    def host_attention_rate(self, model: LlamaModel, pools: KVPools) -> float:
+        return 0.0
 
     def room(self, model: LlamaModel, demand: Demand) -> Room:
         spec, device = demand.spec, self.device.torch_device

@@ -8,10 +8,18 @@ from distkv.kernels.native.build import BuildError
 from distkv.kernels.native.library import Library, load_best
 from distkv.storage.device import SimulatedDevice
 from distkv.storage.moving.link import Link
+from distkv.workers.attention.host_share import HostShare
 from distkv.workers.attention.policies.policy import PagePolicy
+from distkv.workers.attention.shared_native import plan_shared_attention
 from distkv.workers.backend import Backend, refused_policy
 from distkv.workers.backends.cpu import NativeBackend
+from distkv.workers.bandwidth import host_attention_rate
 from distkv.workers.errors import ConfigError
+from distkv.workers.kv_pools import KVPools
+from distkv.workers.model.llama import LlamaModel
+from distkv.workers.page_directory import SequenceStep
+from distkv.workers.runners.batch import Attention
+from distkv.workers.runners.cpu_runner import PlanAttention
 
 
 class SimulatedBackend(NativeBackend):
@@ -20,6 +28,25 @@ class SimulatedBackend(NativeBackend):
     def __init__(self, library: Library, link: Link) -> None:
         super().__init__(library)
         self.device = SimulatedDevice(link)
+        self._shares = False
+
+    def share_attention(self) -> None:
+        self._shares = True
+
+    def host_attention_rate(self, model: LlamaModel, pools: KVPools) -> float:
+        return host_attention_rate(self._library, pools, model.shard.num_query_heads)
+
+    def attention(self, model: LlamaModel, pools: KVPools) -> PlanAttention:
+        alone = super().attention(model, pools)
+        if not self._shares or not pools.host.num_pages:
+            return alone
+        host, codec = HostShare(self._library, pools), self.make_codec(pools.spec)
+
+        def plan(steps: list[SequenceStep]) -> Attention:
+            page_size, buffer_pages = pools.spec.page_size, pools.ring.buffer_pages
+            return plan_shared_attention(self._library, host, steps, page_size, buffer_pages, codec) or alone(steps)
+
+        return plan
 
     def use_policy(self, policy: PagePolicy, audit: int | None) -> None:
         raise refused_policy(policy, "a simulated device")

@@ -56,6 +56,8 @@ class StepPlan(msgspec.Struct, array_like=True):
     added: dict[int, bytes] = {}
     # where sequences have placeholders: how many tokens the step before sampled, which rank 0 gives the others first
     num_sampled: int = 0
+    # of `relocated`, the host's to attend to: (page id, slot of its copy on the host, -1 where it has none there)
+    host_pages: list[tuple[int, int]] = []
 
 
 encode = msgspec.msgpack.Encoder().encode

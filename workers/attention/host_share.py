@@ -1,0 +1,53 @@
+"""Attention that a device leaves to its host: states of pages that lie in the host's pool, computed there by the native
+kernels while the device is at its own."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+from torch import Tensor
+
+from distkv.kernels.native.library import Library
+from distkv.kernels.native.page_states import page_states
+from distkv.kernels.native.paged_attention import CodedPages
+from distkv.storage.meter import now
+from distkv.storage.tier import Tier
+from distkv.workers.kv_pools import KVPools
+from distkv.workers.page_directory import NOT_SHARED, SequenceStep
+from distkv.workers.runners.batch import MAX_DECODE_TOKENS
+
+ATTENDED = "host_attended"  # the route of layer slices that are read where they lie, see `meter.py`
+
+
+class HostShare:
+    """A thread of the host that computes states, one layer after the other; it ends with the pools."""
+
+    def __init__(self, library: Library, pools: KVPools):
+        self._library, self._pools = library, pools
+        self._thread = ThreadPoolExecutor(1, "kv-attend")
+        pools.end_with(self._thread.shutdown)
+
+    def start(
+        self, layer: int, q: Tensor, layer_pool: Tensor, items: Tensor, states: Tensor, coded: CodedPages | None = None
+    ) -> "Future[None]":
+        """Has the thread write the states of `items`, as `page_states` takes them; the entries of pages in the host's
+        pool are those of a buffer that all of it is."""
+        return self._thread.submit(self._run, layer, q, layer_pool, items, states, coded)
+
+    def _run(
+        self, layer: int, q: Tensor, layer_pool: Tensor, items: Tensor, states: Tensor, coded: CodedPages | None
+    ) -> None:
+        start, pools = now(), self._pools
+        buffer = pools.host.slices(0, pools.host.num_pages, layer)
+        page_states(self._library, q, layer_pool, buffer, items, states, coded)
+        pools.count(ATTENDED, len(items) * pools.spec.slice_bytes_in(Tier.HOST))
+        pools.meter.add(ATTENDED, start, layer=layer, pages=len(items))
+
+
+def shared_pages(step: SequenceStep, page_size: int) -> np.ndarray:
+    """Which of a sequence's pages are the host's to attend to in a step, bool `[pages]`: of those that are shared out
+    the full ones, where few tokens meet them."""
+    shared = np.zeros(len(step.pages), dtype=bool)
+    if len(step.host_slots) and len(step.token_ids) <= MAX_DECODE_TOKENS:
+        full = step.start // page_size
+        shared[:full] = step.host_slots[:full] != NOT_SHARED
+    return shared
