@@ -116,13 +116,18 @@ class Decoder:
             if len(tokens) != 1:
                 raise DistKVError(f"{name}: a page could not be read and was computed again; see the log")
             answer += tokens
-            host, disk = check_streamed(name, before, self._engine.stats().bytes_moved, self.cold_bytes)
+            host, disk = self._check(before, self._engine.stats().bytes_moved)
             host_bytes, disk_bytes = host_bytes + host, disk_bytes + disk
         end, stored_bytes = bytes_from_disk(), self._engine.stats().disk_read_bytes - read_before
         self._engine.abort([("0", None)])
         drain(self._engine)
         fetched = None if start is None or end is None else end - start
         return Turn(answer, seconds, host_bytes, disk_bytes, stored_bytes, fetched)
+
+    def _check(self, before: dict[str, int], after: dict[str, int]) -> tuple[int, int]:
+        """The bytes that a step has streamed from host and disk. Raises DistKVError where they are not what they must
+        be."""
+        return check_streamed(self.variant.name, before, after, self.cold_bytes)
 
     def _is_settled(self, num_pages: int) -> bool:
         """Whether all full pages of the context have reached the lowest tier: then nothing is left to move."""

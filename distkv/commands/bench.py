@@ -78,6 +78,35 @@ def bench_offload(
     run(sizes, options["num_threads"], cache_dir, measured)
 
 
+@bench.command("cpu-attention")
+@spread
+def bench_cpu_attention(
+    *,
+    model: Model = "smollm2",
+    context: Annotated[int, typer.Option(help="Context, four times the device's window; of any length.")] = sized(
+        32768, 8192
+    ),
+    link: Annotated[list[str], typer.Option(help="Rate of the simulated link; may be given again.")] = sized(
+        ["1GB", "2GB", "4GB"], ["1GB"]
+    ),
+    share: Annotated[
+        list[str], typer.Option(help="Share of the pages for the CPU, a number or auto; may be given again.")
+    ] = sized(["0.25", "0.5", "auto"], ["0.5", "auto"]),
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode in each turn.", min=1)] = sized(16, 8),
+    options: Annotated[EngineOptions, engine("dtype", "page_size", "num_threads", dtype="bfloat16", num_threads=1)],
+    measured: Annotated[BenchOptions, measuring(repeats=sized(3, 2))],
+) -> None:
+    """Decode at four times the device's window, the CPU attending to a share of the pages, over simulated links.
+
+    The device and the CPU's share have --num-threads each. Weights are made up; all shares draw the same tokens.
+    """
+    from distkv.bench.cpu_attention import Sizes, run
+
+    sizes = Sizes(model_folder(model), context, new_tokens, options["dtype"], options["page_size"])
+    rates = [parse_bytes("--link", one) for one in link]
+    run(sizes, rates, share, options["num_threads"], measured)
+
+
 @bench.command("disk-codec")
 @spread
 def bench_disk_codec(

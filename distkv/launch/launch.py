@@ -173,7 +173,7 @@ def set_up(
         host, disk = (min(getattr(rate, tier) for rate in rates) for tier in ("host", "disk"))
         from_disk = f", from disk at {disk / 1e9:.1f}" if disk else ""
         log.info("cold pages come from the host at %.1f GB/s%s, for each rank", host / 1e9, from_disk)
-    share = host_share(config, ranks.device, sizes, rates)
+    share = host_share(config, ranks.device, max_model_len, sizes, rates)
     if share:
         log.info("cpu_attention: the CPU attends to %g of the pages that answers meet%s", share, _measured(rates))
     info = engine_info(config, ranks, place, max_model_len, sizes, pool_bytes, rates, share)

@@ -191,8 +191,12 @@ def _window_pages(config: EngineConfig, max_model_len: int) -> int:
     return min(step + 1, pages_for(max_model_len, config.plan_page_size))
 
 
-def host_share(config: EngineConfig, device: str, sizes: PoolSizes, rates: list[Bandwidth]) -> float:
-    """`EngineInfo.host_share`: as given, or that with which CPU and link are done at the same time.
+def host_share(
+    config: EngineConfig, device: str, max_model_len: int, sizes: PoolSizes, rates: list[Bandwidth]
+) -> float:
+    """`EngineInfo.host_share`: as given, or that with which CPU and link are done at the same time when the requests are
+    as long and as many as may be, or as device and host hold: of what then lies below the device the CPU has the part
+    that its rate is of both.
 
     Args:
         device: a key of `KINDS`; a CPU attends to everything where it lies.
@@ -203,7 +207,8 @@ def host_share(config: EngineConfig, device: str, sizes: PoolSizes, rates: list[
     if config.cpu_attention != "auto":
         return float(config.cpu_attention)
     cpu, link = min(rate.cpu for rate in rates), min(rate.host for rate in rates)
-    return round(cpu / (cpu + link), 3)
+    most = min(config.max_num_seqs * pages_for(max_model_len, config.page_size), sizes.device + sizes.host)
+    return round(max(0.0, 1 - sizes.device / most) * cpu / (cpu + link), 3)
 
 
 def rate_with_host(rate: Bandwidth, share: float) -> float:

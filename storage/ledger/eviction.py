@@ -68,7 +68,8 @@ class Eviction:
         """Held pages whose device copy may go, the first to go first."""
         yield from self._ledger.held.parked
         if self._ledger.host_share:
-            yield from (page for page in self._ledger.full[DEVICE] if self._ledger.is_hosts(page) and page.has(HOST))
+            below = (page for page in self._ledger.full[DEVICE] if page.slots[HOST] is not None or page.has(DISK))
+            yield from filter(self._ledger.is_hosts, below)
         yield from (page for page in self._ledger.full[DEVICE] if page.index)
         yield from self._ledger.full[DEVICE]
 

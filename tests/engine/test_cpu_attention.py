@@ -84,11 +84,16 @@ def test_which_pages_are_the_hosts() -> None:
 
 
 def test_the_share_is_the_ratio_of_the_rates() -> None:
-    config = EngineConfig("/", cpu_attention="auto")
+    config = EngineConfig("/", cpu_attention="auto", page_size=16, max_num_seqs=2)
     rates = [Bandwidth(10.0, 1.0, 31.0), Bandwidth(11.0, 1.0, 30.0)]
-    sizes = PoolSizes(device=1, host=1)
-    assert host_share(config, "simulated", sizes, rates) == 0.75
-    assert host_share(config, "cpu", sizes, rates) == host_share(config, "simulated", PoolSizes(device=1), rates) == 0
+    sizes = PoolSizes(device=10, host=30)
+    assert host_share(config, "simulated", 16000, sizes, rates) == pytest.approx(0.75 * 0.75, abs=1e-3), (
+        "of what is not on the device"
+    )
+    assert host_share(config, "simulated", 160, sizes, rates) == 0.75 * 0.5, "two requests of 10 pages"
+    assert host_share(config, "simulated", 80, sizes, rates) == 0, "all of them fit there"
+    assert host_share(config, "cpu", 16000, sizes, rates) == 0
+    assert host_share(config, "simulated", 16000, PoolSizes(device=10), rates) == 0
     assert rate_with_host(Bandwidth(10.0, 1.0, 30.0), 0.75) == 40, "both at a time"
     assert rate_with_host(Bandwidth(10.0, 1.0, 30.0), 0.0) == 10
     assert rate_with_host(Bandwidth(10.0, 1.0, 30.0), 1.0) == 30
@@ -96,7 +101,7 @@ def test_the_share_is_the_ratio_of_the_rates() -> None:
 
 def test_auto_is_measured_at_the_start(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "distkv")
-    with LLM(folder, cpu_attention="auto", device_kv_bytes="1MiB", **SIMULATED) as llm:
+    with LLM(folder, cpu_attention="auto", device_kv_bytes="1MiB", page_size=16, **SIMULATED) as llm:
         share = llm.info.host_share
         assert 0 < share < 1 and llm.info.kv_policy is None
     assert f"the CPU attends to {share:g} of the pages" in caplog.text
