@@ -194,9 +194,9 @@ def _window_pages(config: EngineConfig, max_model_len: int) -> int:
 def host_share(
     config: EngineConfig, device: str, max_model_len: int, sizes: PoolSizes, rates: list[Bandwidth]
 ) -> float:
-    """`EngineInfo.host_share`: as given, or that with which CPU and link are done at the same time when the requests are
-    as long and as many as may be, or as device and host hold: of what then lies below the device the CPU has the part
-    that its rate is of both.
+    """`EngineInfo.host_share`: as given, or that with which CPU and link are done at the same time when requests are as
+    long and as many as may be, or as device and host hold: of what then lies below the device the CPU has the part that
+    its rate is of both.
 
     Args:
         device: a key of `KINDS`; a CPU attends to everything where it lies.

@@ -113,5 +113,7 @@ def test_what_is_refused() -> None:
             EngineConfig("/", cpu_attention=value)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="cpu_attention is set and host_kv_bytes is 0"):
         EngineConfig("/", cpu_attention=0.5, host_kv_bytes=0)
+    with pytest.raises(ConfigError, match="cpu_attention is set and decode_context_parallel_size is more than 1"):
+        EngineConfig("/", cpu_attention=0.5, tensor_parallel_size=4, decode_context_parallel_size=2)
     with pytest.raises(ConfigError, match="cpu_attention is set and attention_policy is top_pages"):
         EngineConfig("/", cpu_attention="auto", attention_policy="top_pages(pages=2)")
