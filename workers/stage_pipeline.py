@@ -1,5 +1,7 @@
 """A rank's part of a step where the layers are split over stages."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -38,12 +40,9 @@ class StagePipeline:
         begun = now()
         batches = cut_step(steps, self._costs, self._shard.layout.pipeline_parallel_size, self._page_size)
         for batch in batches:
-            x = None
-            if self._shard.stage:
-                x = self._receive(sum(len(step.token_ids) for step in batch))
-            start = now()
-            hidden = self._runner.run(batch, sampled, x)
-            self._meter.trace("micro_batch", start, tokens=sum(len(step.token_ids) for step in batch))
+            start, rows = now(), sum(len(step.token_ids) for step in batch)
+            hidden = self._runner.run(batch, sampled, partial(self._receive, rows) if self._shard.stage else None)
+            self._meter.trace("micro_batch", start, tokens=rows)
             self._link.send(hidden)
         wanted = [self._receive(sum(step.num_logits for step in batch)) for batch in batches if not self._shard.stage]
         self._meter.add("stage_step", begun)

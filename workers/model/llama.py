@@ -21,6 +21,7 @@ from distkv.workers.model.rope import RotaryEmbedding
 from distkv.workers.model.shard import Shard
 from distkv.workers.model.weights import PREFIX, Rows, WeightSource
 from distkv.workers.runners.batch import Batch
+from distkv.workers.runners.runner import Receive
 
 EMBEDDING, FINAL_NORM, HEAD = f"{PREFIX}embed_tokens.weight", f"{PREFIX}norm.weight", "lm_head.weight"
 _LAYER = re.compile(rf"(?:{re.escape(PREFIX)})?layers\.(\d{{1,9}})\.")
@@ -102,11 +103,12 @@ class LlamaModel:
         assert delta_TE is not None
         return x_TE.add_(delta_TE)
 
-    def blank_input(self, rows: int) -> Tensor | None:
-        """Stands for what the stage before returns, to try out what a step takes; None on the first stage."""
+    def blank_input(self, rows: int) -> Receive | None:
+        """Gives what stands for the hidden states of the stage before, to try out what a step takes; None on the first
+        stage."""
         if self.shard.is_first_stage:
             return None
-        return self.layers[0].input_norm.new_zeros(rows, self.config.hidden_size)
+        return lambda: self.layers[0].input_norm.new_zeros(rows, self.config.hidden_size)
 
     def logits(self, x: Tensor) -> Tensor | None:
         """fp32 logits `[rows, vocab_size]` of hidden states `[rows, E]` on rank 0; None on other ranks of the first

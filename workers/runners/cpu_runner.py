@@ -12,6 +12,7 @@ from distkv.workers.model.llama import LlamaModel
 from distkv.workers.page_directory import SequenceStep
 from distkv.workers.runners.batch import Attention, Batch, Tokens, step_tokens
 from distkv.workers.runners.host_copies import send
+from distkv.workers.runners.runner import Receive
 from distkv.workers.sampling.placeholders import resolve_placeholders
 
 PlanAttention = Callable[[list[SequenceStep]], Attention]
@@ -32,16 +33,17 @@ class CpuRunner:
         self._model, self._pools, self._plan = model, pools, plan
         self._stream: OpenStream = stream or pools.stream
 
-    def run(self, steps: list[SequenceStep], sampled: Tensor | None, x_TE: Tensor | None = None) -> Tensor:
+    def run(self, steps: list[SequenceStep], sampled: Tensor | None, receive: Receive | None = None) -> Tensor:
         """See `Runner`."""
         pool = self._pools.device
         attention = self._plan(steps)
         shard = self._model.shard
         found = step_tokens(steps, pool.spec.page_size, shard.context_rank, shard.context_size)
         tokens: Tokens[Tensor] = send(found, pool.device)
-        if x_TE is None:  # else they have been embedded
+        if receive is None:  # else they have been embedded
             tokens = replace(tokens, token_ids=resolve_placeholders(tokens.token_ids, sampled))
         with self._stream(attention.loads) as stream:
+            x_TE = None if receive is None else receive()
             return self._model.forward(Batch(tokens, attention), pool, stream, x_TE)
 
     def warm_up(self) -> Iterator[None]:

@@ -25,6 +25,7 @@ from distkv.workers.page_directory import SequenceStep
 from distkv.workers.runners.batch import MAX_DECODE_TOKENS, Batch, Tokens, step_tokens
 from distkv.workers.runners.compile_ahead import CompileAhead, compile_decode
 from distkv.workers.runners.host_copies import Array, map_arrays, send
+from distkv.workers.runners.runner import Receive
 from distkv.workers.runners.step_graphs import StepGraphs
 from distkv.workers.sampling.placeholders import resolve_placeholders
 from distkv.workers.sampling.trial_sampling import sample_in_all_ways
@@ -99,24 +100,24 @@ class CudaRunner:
         self._ahead: CompileAhead | None = None
         self._graphs: StepGraphs | None = None
 
-    def run(self, steps: list[SequenceStep], sampled: Tensor | None, x_TE: Tensor | None = None) -> Tensor:
+    def run(self, steps: list[SequenceStep], sampled: Tensor | None, receive: Receive | None = None) -> Tensor:
         """See `Runner`."""
         step = plan_step(steps, self.shape, self.sizes, self._model.shard.is_last_stage)
-        if x_TE is not None and step.size is not None:
-            x_TE = torch.nn.functional.pad(x_TE, (0, 0, 0, step.size - len(x_TE)))
         if self._graphs is not None and self._graphs.fits(step.size, step.plan):
             assert step.size is not None
             wanted: Tensor = send(step.arrays.wanted, self._device)
+            x_TE = _received(receive, step.size)
             return self._graphs.run(step.size, step.arrays.tokens, step.arrays.attention, sampled, x_TE)[wanted]
         if self._ahead is not None:
             for group in step.plan.decode:
                 self._ahead.claim(group.num_tokens)
         sent: StepArrays[Tensor] = send(step.arrays, self._device)
         tokens = sent.tokens
-        if x_TE is None:  # else they have been embedded
+        if receive is None:  # else they have been embedded
             tokens = replace(tokens, token_ids=resolve_placeholders(tokens.token_ids, sampled))
         attention = CudaAttention(step.plan, self.shape, sent.attention)
         with self._pools.stream(attention.loads) as stream:
+            x_TE = _received(receive, step.size)
             hidden = self._model.forward(Batch(tokens, attention), self._pools.device, stream, x_TE)
         return hidden if step.size is None else hidden[sent.wanted]
 
@@ -150,6 +151,14 @@ class CudaRunner:
     def num_parts(self) -> int:
         """See `Runner`."""
         return 1 + self._captures * len(self.sizes)
+
+
+def _received(receive: Receive | None, size: int | None) -> Tensor | None:
+    """What the stage before has, with the padding of a step that is padded to so many rows."""
+    if receive is None:
+        return None
+    x_TE = receive()
+    return x_TE if size is None else torch.nn.functional.pad(x_TE, (0, 0, 0, size - len(x_TE)))
 
 
 def cuda_codec(spec: PageSpec) -> CudaCodec | None:

@@ -82,7 +82,8 @@ class StepGraphs:
         self._inputs = Inputs(*(self._flat[span].view(one) for span, one in zip(spans, shapes, strict=True)))
         self._inputs.page.fill_(-1)
         self._inputs.filled.fill_(-1)
-        self._x_TE = model.blank_input(max_rows)
+        blank = model.blank_input(max_rows)
+        self._x_TE = None if blank is None else blank()
         # a graph holds the addresses of what it reads, so all of that must live as long
         self._logit_rows = torch.arange(max_rows, device=self._flat.device)
         self._memory = torch.cuda.graph_pool_handle()
