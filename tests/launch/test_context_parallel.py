@@ -4,48 +4,100 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.checkpoints import save_llama
-from support.prompts import random_prompts
-from support.thread_group import llm_in_threads
+from support.plans import sequence_step, step_plan
+from support.prompts import random_prompt, random_prompts
+from support.ranks import rank_config
+from support.thread_group import ThreadGroup, llm_in_threads
+from torch import Tensor
 
 from distkv import SamplingParams
 from distkv.outputs import RequestOutput
+from distkv.workers.model.layout import Layout
+from distkv.workers.sizes import PoolSizes
 
-GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, logprobs=3)
+GREEDY = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, logprobs=2)
+FORKS = SamplingParams(n=3, temperature=1, seed=3, max_tokens=30, ignore_eos=True, logprobs=2)
+SIZES: dict[str, Any] = {"page_size": 16, "max_num_batched_tokens": 48, "max_num_seqs": 10, "dtype": "bfloat16"}
+WIDE: dict[str, Any] = {"device_kv_bytes": "4MiB", "host_kv_bytes": "4MiB"}
+
+
+def save_model(folder: Path, heads: int = 6, kv_heads: int = 3) -> Path:
+    return save_llama(
+        folder, num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=16 * heads, intermediate_size=113,
+        vocab_size=130, max_position_embeddings=512,
+    )[0]  # fmt: skip
 
 
 def answers(outputs: list[RequestOutput]) -> list[Any]:
-    return [(one.token_ids, one.logprobs) for output in outputs for one in output.outputs]
+    return [(one.token_ids, one.logprobs, output.prompt_logprobs) for output in outputs for one in output.outputs]
 
 
-def shape(tmp_path: Path, heads: int, kv_heads: int) -> Path:
-    folder, _ = save_llama(
-        tmp_path, num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=16 * heads,
-        intermediate_size=113, vocab_size=130, max_position_embeddings=512,
-    )  # fmt: skip
-    return folder
+def drafting(method: str) -> dict[str, Any]:
+    return {"speculative_config": {"method": method, "num_speculative_tokens": 4, "adaptive": False}}
 
 
-@pytest.mark.parametrize("heads, kv_heads, size, context", [(6, 3, 2, 2), (6, 1, 3, 3), (4, 2, 4, 2)])
+@pytest.mark.parametrize(
+    "heads, kv_heads, size, context",
+    [
+        (6, 3, 2, 2),
+        pytest.param(6, 1, 3, 3, marks=pytest.mark.slow),
+        pytest.param(4, 2, 4, 2, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize(
+    "options, params",
+    [
+        ({}, GREEDY),
+        ({"kv_cache_dtype": "int8"} | drafting("self"), GREEDY),
+        pytest.param({"kv_cache_dtype": "int8"} | drafting("ngram"), GREEDY, marks=pytest.mark.slow),
+        pytest.param(drafting("self"), GREEDY, marks=pytest.mark.slow),
+        pytest.param({}, FORKS, marks=pytest.mark.slow),
+        pytest.param({"kv_cache_dtype": "fp8_e4m3"}, FORKS, marks=pytest.mark.slow),
+        pytest.param({}, SamplingParams(temperature=0, max_tokens=5, prompt_logprobs=1), marks=pytest.mark.slow),
+    ],
+)
 def test_answers_are_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int, size: int, context: int
-) -> None:
-    folder = shape(tmp_path, heads, kv_heads)
-    options: dict[str, Any] = {
-        "tensor_parallel_size": size, "page_size": 16, "max_num_batched_tokens": 48, "max_num_seqs": 4,
-        "dtype": "bfloat16",
-    }  # fmt: skip
-    prompts = random_prompts(90, 5, 150, 33)
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int, size: int, context: int,
+    options: dict[str, Any], params: SamplingParams,
+) -> None:  # fmt: skip
+    """Also over a device of few pages, and where the prompts are known."""
+    folder = save_model(tmp_path, heads, kv_heads)
+    common = random_prompt(70, 3)
+    prompts = [common + own for own in random_prompts(20, 43)] + random_prompts(5, 150) + [random_prompt(9, 1) * 12]
+    sharing = {"decode_context_parallel_size": context}
+    tight = WIDE | {"device_kv_bytes": 21600 * kv_heads * context}
     found = []
-    for more in (
-        {"device_kv_bytes": "4MiB"},
-        {"device_kv_bytes": "4MiB", "decode_context_parallel_size": context},
-        {"device_kv_bytes": 30000 * kv_heads, "host_kv_bytes": "4MiB", "decode_context_parallel_size": context},
-    ):
-        llm, _ = llm_in_threads(monkeypatch, folder, **options, **more)
+    for more in (WIDE, tight | sharing):
+        llm, _ = llm_in_threads(monkeypatch, folder, tensor_parallel_size=size, **SIZES, **options, **more)
         with llm:
-            found.append(answers(llm.generate(prompts, GREEDY, use_tqdm=False)))
-            found.append(answers(llm.generate(prompts, GREEDY, use_tqdm=False)))  # over what is known
+            found.append([answers(llm.generate(prompts, params, use_tqdm=False)) for _ in range(2)])
+            assert ("host_streamed" in llm.stats().bytes_moved) == (more is not WIDE)
     assert found[0] == found[1]
-    for other in found[2:]:
-        assert other == found[0]
+
+
+def logits(folder: Path, layout: Layout, dtype: str) -> Tensor:
+    """Of all tokens of a prompt that is read in three steps."""
+    group, prompt = ThreadGroup(), random_prompt(75, 1)
+    size = 16 * layout.decode_context_parallel_size
+    slots = [5, 1, 6, 0, 3][: -(-len(prompt) // size)]
+    try:
+        group.load(rank_config(folder, dtype=dtype, num_threads=1, layout=layout))
+        group.allocate(PoolSizes(device=8), None)
+        found = []
+        for start, end in (0, 39), (39, 74), (74, 75):
+            step = step_plan([sequence_step(prompt[start:end], start, slots[: -(-end // size)], 75, end - start)])
+            found.append(group.on_all(lambda rank, plan=step: group.ranks[rank].execute(plan))[0])
+        return torch.cat(found)
+    finally:
+        group.close()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
+def test_fewer_ranks_with_their_parts_change_no_bit(tmp_path: Path, dtype: str) -> None:
+    folder = save_model(tmp_path, 8, 2)
+    expected = logits(folder, Layout(1, num_parts=4), dtype)
+    for layout in Layout(4), Layout(4, 1, 2), Layout(2, 1, 2, num_parts=4), Layout(2, num_parts=4):
+        assert torch.equal(logits(folder, layout, dtype), expected), layout
+    assert not torch.equal(logits(folder, Layout(1), dtype), expected), "what the parts are for"

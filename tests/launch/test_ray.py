@@ -37,6 +37,7 @@ from distkv.storage.disk.catalogue import Catalogue
 pytestmark = pytest.mark.ray
 
 GREEDY = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
+SHARING = {"decode_context_parallel_size": 2}
 UNEVEN = {"tie_word_embeddings": True, "vocab_size": 130, "intermediate_size": 113}
 INEXACT = {"kv_cache_dtype": "int8", "attention_policy": "top_pages(pages=3)"}
 
@@ -56,20 +57,22 @@ def check_nothing_is_left(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize(
-    "heads, kv_heads, size, options, inexact",
+    "heads, kv_heads, size, options, more",
     [
         (6, 3, 2, {"attention_bias": True, "mlp_bias": True}, {}),  # 2 + 1 KV heads
         (6, 3, 2, {}, INEXACT),
         *(pytest.param(6, 3, 2, {}, {name: INEXACT[name]}, marks=pytest.mark.slow) for name in INEXACT),
         pytest.param(6, 3, 3, UNEVEN, {}, marks=pytest.mark.slow),  # only heads are even
         (4, 2, 3, {"attention_bias": True, **UNEVEN}, {}),  # one KV head is held twice, the other once; nothing is even
-        (4, 1, 2, {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, {}),
+        # two ranks share out the pages of one KV head
+        (4, 1, 2, {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, SHARING),
     ],
 )
 def test_ranks_change_nothing(
-    cluster: Cluster, tmp_path: Path, heads: int, kv_heads: int, size: int, options: dict, inexact: dict
+    cluster: Cluster, tmp_path: Path, heads: int, kv_heads: int, size: int, options: dict, more: dict
 ) -> None:
-    """Tokens are those of one rank, also by codes and where each rank chooses pages for its heads."""
+    """Tokens are those of one rank, also by codes, where each rank chooses pages for its heads, and where ranks share
+    pages out."""
     folder, _ = save_llama(
         tmp_path, num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=16 * heads, **options
     )
@@ -77,13 +80,13 @@ def test_ranks_change_nothing(
     # penalties count tokens that rank 0 has drawn and nobody has read yet, and all ranks run them
     penalised = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True, repetition_penalty=1.3, logprobs=1)
     params = [GREEDY, SamplingParams(temperature=1, seed=4, n=2, max_tokens=20, logprobs=2), penalised]
-    engine: dict[str, Any] = {"page_size": 16, "max_num_batched_tokens": 64, "device_kv_bytes": "4MiB", **inexact}
-    with LLM(folder, **engine) as alone:
+    engine: dict[str, Any] = {"page_size": 16, "max_num_batched_tokens": 64, "device_kv_bytes": "4MiB", **more}
+    with LLM(folder, **engine | dict.fromkeys(SHARING, 1)) as alone:
         expected = alone.generate(prompts, params, use_tqdm=False)
     with LLM(folder, tensor_parallel_size=size, ray_address=cluster.address, **engine) as llm:
         outputs = llm.generate(prompts, params, use_tqdm=False)
         assert llm.stats().pages_in_use == 0
-        assert (llm.stats().policy.share_chosen is None) == ("attention_policy" not in inexact)
+        assert (llm.stats().policy.share_chosen is None) == ("attention_policy" not in more)
         for prompt, one, together in zip(prompts, params, outputs, strict=True):
             again = llm.generate([prompt], one, use_tqdm=False)[0]
             assert again.outputs == together.outputs, "neighbours and known pages change no bit"
