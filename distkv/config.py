@@ -497,7 +497,6 @@ class EngineConfig:
         for name, value, why in (
             ("attention_policy", self.attention_policy != FULL, "which chooses among the pages of a rank"),
             ("min_tensor_parallel_size", self.min_tensor_parallel_size, "by which other ranks would share out pages"),
-            ("cache_dir", self.cache_dir is not None, "whose files are of whole pages"),
             ("device", self.device == "cuda", "whose kernels attend to pages of one rank alone"),
         ):
             if value:

@@ -159,7 +159,10 @@ def _are_same(found: Description, own: Description) -> bool:
 
 
 def _difference(found: Description, own: Description) -> str:
-    names = "num_layers", "num_kv_heads", "head_dim", "dtype", "page_size", "kv_cache_dtype", "disk_codec", "kernels"
+    names = (
+        "num_layers", "num_kv_heads", "head_dim", "dtype", "page_size", "decode_context_parallel_size",
+        "kv_cache_dtype", "disk_codec", "kernels",
+    )  # fmt: skip
     differing = [
         f"{name} is {quoted(there)} in the file and {here} here"
         for name in names

@@ -12,8 +12,8 @@ StressFlags = Annotated[
     EngineOptions,
     engine(
         "device_kv_bytes", "host_kv_bytes", "disk_kv_bytes", "cache_dir", "staging_pages", "page_size",
-        "tensor_parallel_size", "ray_address", "dtype", "kv_cache_dtype", "num_threads", "trace",
-        "attention_policy", "attention_audit",
+        "tensor_parallel_size", "decode_context_parallel_size", "ray_address", "dtype", "kv_cache_dtype", "num_threads",
+        "trace", "attention_policy", "attention_audit",
     ),
 ]  # fmt: skip
 

@@ -28,7 +28,7 @@ def _own_start(service: Service) -> PlanStart:
         "context": info.max_model_len,
         "host_kv_bytes": option_bytes(int(config.host_kv_bytes or host)),
         "disk_kv_bytes": option_bytes(int(config.disk_kv_bytes or disk)),
-        "page_size": info.page_size,
+        "page_size": config.page_size,
         "max_num_seqs": info.max_num_seqs,
         "max_num_batched_tokens": info.max_num_batched_tokens,
     }

@@ -138,7 +138,8 @@ def _model_folder(options: StressOptions) -> AbstractContextManager[Path]:
 
 
 def _config(options: StressOptions, folder: Path, synthetic_fill: bool) -> EngineConfig:
-    step = max(RANDOM_STEP, options.engine["page_size"]) if synthetic_fill else PREFILL_STEP
+    page = options.engine["page_size"] * options.engine["decode_context_parallel_size"]
+    step = max(RANDOM_STEP, page) if synthetic_fill else PREFILL_STEP
     engine: EngineOptions = {
         **options.engine,
         "max_model_len": options.context + options.new_tokens,

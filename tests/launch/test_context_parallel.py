@@ -1,19 +1,24 @@
 """Engines whose ranks share out the tokens of pages: answers are those of ranks that do not, bit for bit."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.checkpoints import save_llama
+from support.damage import flip_bit
 from support.plans import sequence_step, step_plan
 from support.prompts import random_prompt, random_prompts
 from support.ranks import rank_config
 from support.thread_group import ThreadGroup, llm_in_threads
 from torch import Tensor
+from typer.testing import CliRunner
 
-from distkv import SamplingParams
+from distkv import ConfigError, SamplingParams
+from distkv.commands.main import app
 from distkv.outputs import RequestOutput
+from distkv.storage.disk.catalogue import Catalogue
 from distkv.workers.model.layout import Layout
 from distkv.workers.sizes import PoolSizes
 
@@ -101,3 +106,40 @@ def test_fewer_ranks_with_their_parts_change_no_bit(tmp_path: Path, dtype: str) 
     for layout in Layout(4), Layout(4, 1, 2), Layout(2, 1, 2, num_parts=4), Layout(2, num_parts=4):
         assert torch.equal(logits(folder, layout, dtype), expected), layout
     assert not torch.equal(logits(folder, Layout(1), dtype), expected), "what the parts are for"
+
+
+def test_pages_outlive_the_ranks_that_share_them_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other ranks that share out pages alike find them, and what one of them cannot read is computed again."""
+    folder = save_model(tmp_path / "model", 8, 2)
+    prompts = random_prompts(150, 90)
+    options = SIZES | {
+        "decode_context_parallel_size": 2, "device_kv_bytes": 4 * 8192, "host_kv_bytes": 3 * 8192,
+        "disk_kv_bytes": "1MiB", "cache_dir": tmp_path / "kv",
+    }  # fmt: skip
+    found, hits = [], []
+    for size in 4, 4, 2:
+        llm, _ = llm_in_threads(monkeypatch, folder, tensor_parallel_size=size, **options)
+        with llm:
+            found.append(answers(llm.generate(prompts, GREEDY, use_tqdm=False)))
+            stats = llm.stats()
+        hits.append((stats.requests.prefix_hits["disk"], stats.pages_recomputed))
+        if not found[1:]:
+            array = next(tmp_path.glob("kv/*/kv.zarr"))
+            with closing(Catalogue(array.parent, read_only=True)) as catalogue:
+                first = next(entry for entry in catalogue.entries() if entry.index == 0)
+            flip_bit(array / f"c.{first.slot}.0.0.1.1.0")  # the second part of one head
+    assert found[0] == found[1]
+    assert hits == [(0, 0), (192, 1), (192, 0)]
+
+    code = distkv("export", tmp_path / "pages.zarr", "--cache-dir", tmp_path / "kv", "--all")
+    assert code[0] == 0, code
+    code = distkv("import", tmp_path / "pages.zarr", "--cache-dir", tmp_path / "kv")
+    assert code[0] == 0, code
+    llm, _ = llm_in_threads(monkeypatch, folder, **SIZES, cache_dir=tmp_path / "others", device_kv_bytes="1MiB")
+    with llm, pytest.raises(ConfigError, match="decode_context_parallel_size"):
+        llm.import_cache(tmp_path / "pages.zarr")
+
+
+def distkv(*arguments: Any) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["cache", *map(str, arguments)])
+    return result.exit_code, result.output
