@@ -15,7 +15,7 @@ from support.thread_group import ThreadGroup, llm_in_threads
 from torch import Tensor
 from typer.testing import CliRunner
 
-from distkv import ConfigError, SamplingParams
+from distkv import LLM, ConfigError, SamplingParams
 from distkv.commands.main import app
 from distkv.outputs import RequestOutput
 from distkv.storage.disk.catalogue import Catalogue
@@ -72,7 +72,7 @@ def test_answers_are_the_same(
     common = random_prompt(70, 3)
     prompts = [common + own for own in random_prompts(20, 43)] + random_prompts(5, 150) + [random_prompt(9, 1) * 12]
     sharing = {"decode_context_parallel_size": context}
-    tight = WIDE | {"device_kv_bytes": 21600 * kv_heads * context}
+    tight = WIDE | {"device_kv_bytes": 220 * 128 * kv_heads}  # for 220 tokens
     found = []
     for more in (WIDE, tight | sharing):
         llm, _ = llm_in_threads(monkeypatch, folder, tensor_parallel_size=size, **SIZES, **options, **more)
@@ -135,8 +135,8 @@ def test_pages_outlive_the_ranks_that_share_them_out(tmp_path: Path, monkeypatch
     assert code[0] == 0, code
     code = distkv("import", tmp_path / "pages.zarr", "--cache-dir", tmp_path / "kv")
     assert code[0] == 0, code
-    llm, _ = llm_in_threads(monkeypatch, folder, **SIZES, cache_dir=tmp_path / "others", device_kv_bytes="1MiB")
-    with llm, pytest.raises(ConfigError, match="decode_context_parallel_size"):
+    others = {"cache_dir": tmp_path / "others", "device_kv_bytes": "1MiB", "host_kv_bytes": "1MiB"}
+    with LLM(folder, **SIZES, **others) as llm, pytest.raises(ConfigError, match="decode_context_parallel_size"):
         llm.import_cache(tmp_path / "pages.zarr")
 
 

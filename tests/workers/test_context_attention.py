@@ -28,6 +28,9 @@ from distkv.storage.tier import Tier, encode_location
 from distkv.workers.attention import context_attention
 from distkv.workers.attention.context_attention import ContextGroup, plan_context_attention
 from distkv.workers.attention.native import plan_native_attention
+from distkv.workers.backends.cpu import CpuBackend
+from distkv.workers.errors import ConfigError
+from distkv.workers.group.process_group import ProcessGroup
 from distkv.workers.page_directory import SequenceStep
 
 PAGE_SIZE = 16  # of a rank
@@ -64,7 +67,7 @@ LENGTHS = [
 def few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds of a few pages, so that there are many of them."""
     monkeypatch.setattr(context_attention, "STATE_BYTES", 12000)
-    monkeypatch.setattr(context_attention, "PAGE_BYTES", 20000)
+    monkeypatch.setattr(context_attention, "PAGE_BYTES", 40000)
 
 
 def round_full(codec: NativeCodec, pool: Tensor, steps: list[SequenceStep]) -> None:
@@ -160,3 +163,8 @@ def test_ranks_that_share_out_pages_change_no_bit(shape: Shape, lengths: list[tu
     full = {slot for each in step.steps for slot in each.pages[: each.start // sequences.page_size].tolist()}
     for cold in set(), full, {slot for slot in full if slot % 3}:
         assert torch.equal(attend_on_ranks(step, whole, shape, cold, codec), expected)
+
+
+def test_kernels_that_cannot_are_refused() -> None:
+    with pytest.raises(ConfigError, match="native kernels of a CPU alone"):
+        CpuBackend().use_context_group(ContextGroup(ProcessGroup(), [(0, 1)], [(0, 1)]))

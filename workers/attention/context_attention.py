@@ -28,8 +28,8 @@ from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import Shard
 from distkv.workers.page_directory import SequenceStep
 
-STATE_BYTES = 8 << 20  # of states that a rank gives at a time
-PAGE_BYTES = 16 << 20  # of pages that it gives, of one layer
+STATE_BYTES = 8 << 20  # of states that a rank gives at a time, and about as many it gets
+PAGE_BYTES = 32 << 20  # of pages that it gets, of one layer
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,9 @@ def plan_context_attention(
     codec: NativeCodec | None = None,
 ) -> ContextAttention:
     """The attention of a step for a rank with pages of `spec`, `buffer_pages` of them in a buffer of its ring."""
-    row_bytes = 4 * context.num_query_heads * state_width(spec.head_dim)
-    limits = Limits(max(1, STATE_BYTES // row_bytes), max(1, PAGE_BYTES // spec.slice_bytes_in(Tier.DEVICE)))
-    group = context.group
+    group, row_bytes = context.group, 4 * context.num_query_heads * state_width(spec.head_dim)
+    heads = max(last - first for first, last in context.kv_heads)
+    page_bytes = group.size * heads * (spec.slice_bytes_in(Tier.DEVICE) // spec.num_kv_heads)
+    limits = Limits(max(1, STATE_BYTES // row_bytes), max(1, PAGE_BYTES // page_bytes))
     plan = plan_context(steps, spec.page_size, group.rank, group.size, buffer_pages, limits, codec is not None)
     return ContextAttention(library, plan, context, codec)
