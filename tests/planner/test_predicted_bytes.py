@@ -25,7 +25,7 @@ from distkv.kernels.token_kernels import gated
 from distkv.launch.launch import launch
 from distkv.planner.plan import Plan
 from distkv.planner.ranks import make_rank_config
-from distkv.planner.sizing import pages_with_summaries, pool_sizes
+from distkv.planner.sizing import page_bytes, page_specs, pages_with_summaries, pool_sizes
 from distkv.storage.dtypes import DTYPES
 from distkv.workers import rank as rank_module
 from distkv.workers.cache_place import CachePlace
@@ -33,6 +33,7 @@ from distkv.workers.group.communicators import Communicators
 from distkv.workers.group.process_group import ProcessGroup
 from distkv.workers.model.layout import Layout
 from distkv.workers.model.llama import LlamaModel, load_llama
+from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import Shard
 from distkv.workers.model.weights import SafetensorsSource
 from distkv.workers.rank import Rank
@@ -173,3 +174,20 @@ def _tensors(held: Any) -> Iterator[Tensor]:
     elif callable(held):
         for cell in getattr(held, "__closure__", None) or ():
             yield from _tensors(cell.cell_contents)
+
+
+def test_ranks_that_share_out_pages_hold_as_many_times_the_tokens(tmp_path: Path) -> None:
+    """Of six ranks on 3 KV heads each pair holds a head: twice, or half of the tokens each. The disk holds it once."""
+    folder, _ = save_llama(tmp_path, num_attention_heads=6, num_key_value_heads=3, hidden_size=96)
+    model, found = ModelConfig.load(folder), []
+    for context in 1, 2:
+        config = EngineConfig(
+            folder, tensor_parallel_size=6, decode_context_parallel_size=context, page_size=16, device_kv_bytes="1MiB",
+            host_kv_bytes="2MiB", disk_kv_bytes="4MiB", cache_dir=tmp_path / "kv",
+        )  # fmt: skip
+        ranks = make_rank_config(config, model, "cpu")
+        sizes = pool_sizes(config, ranks, 200, None, 2**40)
+        found.append([pages * config.plan_page_size for pages in (sizes.device, sizes.host, sizes.disk)])
+        assert page_bytes(ranks, page_specs(ranks))[2] == 16 * context * 2 * 2 * 3 * 16 * 4
+    (device, host, disk), shared = found
+    assert shared == [pytest.approx(2 * device, abs=32), pytest.approx(2 * host, abs=32), pytest.approx(disk, abs=32)]

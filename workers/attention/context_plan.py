@@ -176,6 +176,7 @@ class _Planner:
         entry = walk.table[walk.firsts[sequence] + page]
         # each once, in logical order
         pairs, index = np.unique(np.stack([page, entry], axis=1), axis=0, return_inverse=True)
+        index = index.reshape(-1)  # which numpy 2.0 does not do
         rounds = []
         for start in range(0, len(pairs), self.limits.pages):
             given = pairs[start : start + self.limits.pages, 1]
