@@ -11,7 +11,7 @@ from support.damage import flip_bit
 from support.plans import sequence_step, step_plan
 from support.prompts import random_prompt, random_prompts
 from support.ranks import rank_config
-from support.thread_group import ThreadGroup, llm_in_threads
+from support.thread_group import ThreadGroup, llm_in_threads, ranks_in_threads
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -80,6 +80,23 @@ def test_answers_are_the_same(
             found.append([answers(llm.generate(prompts, params, use_tqdm=False)) for _ in range(2)])
             assert ("host_streamed" in llm.stats().bytes_moved) == (more is not WIDE)
     assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_stages_of_ranks_that_share_out_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One stage finds what two have kept."""
+    folder, prompts, kept = save_model(tmp_path / "model"), random_prompts(20, 43, 150, 9), tmp_path / "kv"
+    options = SIZES | {"tensor_parallel_size": 2, "num_threads": 1}
+    tokens = 128 * 3  # bytes of each
+    tight = {"device_kv_bytes": 300 * tokens, "host_kv_bytes": 200 * tokens, "disk_kv_bytes": "2MiB", "cache_dir": kept}
+    sharing, stages = {"decode_context_parallel_size": 2}, {"pipeline_parallel_size": 2}
+    found, hits = [], []
+    for more in WIDE, WIDE | sharing | stages, tight | sharing | stages, tight | sharing:
+        with ranks_in_threads(monkeypatch), LLM(folder, **options, **more) as llm:
+            found.append([answers(llm.generate(prompts, GREEDY, use_tqdm=False)) for _ in range(2)])
+            hits.append(llm.stats().requests.prefix_hits["disk"])
+    assert all(other == found[0] for other in found)
+    assert hits[-1] > 0
 
 
 def logits(folder: Path, layout: Layout, dtype: str) -> Tensor:
