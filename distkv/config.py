@@ -319,8 +319,9 @@ class EngineConfig:
     The CPU attends to these where they lie on the host, while the device attends to its own and the others cross the
     link: so decode of what does not fit on the device goes at the rate of both. The share is of the full pages of each
     sequence, spread evenly; they leave the device first. auto has CPU and link done at the same time, by rates that are
-    measured at the start, when requests fill device and host. It needs native kernels. On a CPU, which is its own host,
-    it changes nothing, and CUDA refuses it.
+    measured at the start, when requests fill device and host. It needs native kernels. On CUDA last bits of answers are
+    those of the share, so batch_invariant is refused, and so is auto with cache_dir. On a CPU, its own host, it changes
+    nothing.
     """
     speculative_config: SpeculativeConfig | dict[str, Any] | str | None = None
     """Draft tokens and check several in a step: {"method": "ngram"}, as JSON.

@@ -29,9 +29,13 @@ class HostCopy:
 
     def wait(self) -> np.ndarray:
         """The content. Any thread may wait, and more than once; what failed on the device before is raised here."""
+        return self.tensor().numpy()
+
+    def tensor(self) -> Tensor:
+        """The same as a tensor, of whichever dtype."""
         if self.arrival is not None:
             self.arrival.synchronize()
-        return self.host.numpy()
+        return self.host
 
 
 class Device(Protocol):

@@ -12,7 +12,8 @@ class Kind:
     collectives: str  # what carries tensors between ranks, see `ProcessGroup`
     reads_ahead: bool  # whether pages that stream from disk pass through host memory, see `ReadAhead`
     follows_policies: bool  # whether its kernels know `attention_policy`
-    is_its_host: bool  # whether it has the kernels of its host, so that what that computes has the same bits
+    has_link: bool  # whether pages cross to it from its host, which may have a share of attention
+    has_bits_of_host: bool  # whether what the host computes of attention has the bits of its own kernels
     load_pieces: int  # pieces of a prefix in a buffer of the staging ring, unless an option says how large that is
     is_simulated: bool = False  # whether it is another one behind a link, see `EngineConfig.link_bytes_per_second`
 
@@ -24,7 +25,8 @@ KINDS = {
         "gloo",
         reads_ahead=False,
         follows_policies=True,
-        is_its_host=True,
+        has_link=False,
+        has_bits_of_host=True,
         load_pieces=1,
     ),
     # enqueuing a load takes the host a tenth of a millisecond, for which the link brings more than one piece
@@ -34,7 +36,8 @@ KINDS = {
         "nccl",
         reads_ahead=True,
         follows_policies=False,
-        is_its_host=False,
+        has_link=True,
+        has_bits_of_host=False,
         load_pieces=4,
     ),
     "simulated": Kind(
@@ -43,7 +46,8 @@ KINDS = {
         "gloo",
         reads_ahead=False,
         follows_policies=False,
-        is_its_host=True,
+        has_link=True,
+        has_bits_of_host=True,
         load_pieces=1,
         is_simulated=True,
     ),

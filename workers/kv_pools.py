@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from distkv.storage.device import Device
 from distkv.storage.disk.cache_folder import Description, FolderLock
@@ -31,7 +31,17 @@ from distkv.workers.sizes import PoolSizes
 if TYPE_CHECKING:
     from distkv.storage.pools.disk_pool import DiskPool
 
-AnyStream = TypeVar("AnyStream", bound=Stream)
+
+class Noted(Protocol):
+    """What reads pages during a step, as a `Stream` does."""
+
+    bad_reads: dict[int, str]  # see `Stream`
+
+    def close(self) -> None:
+        """See `Stream`."""
+
+
+AnyStream = TypeVar("AnyStream", bound=Noted)
 
 
 @dataclass(frozen=True)
@@ -121,17 +131,17 @@ class KVPools:
         if not loads:
             yield None
             return
-        with self._noting(self.ring.begin(loads)) as stream:
+        with self.noting(self.ring.begin(loads)) as stream:
             yield stream
 
     @contextmanager
     def stream_on_demand(self, loads: list[Load]) -> Iterator[SlicesOnDemand]:
         """A stream of a step's loads, of which there may be none, and of what the step asks for; on a CPU."""
-        with self._noting(SlicesOnDemand(self.ring, loads)) as stream:
+        with self.noting(SlicesOnDemand(self.ring, loads)) as stream:
             yield stream
 
     @contextmanager
-    def _noting(self, stream: AnyStream) -> Iterator[AnyStream]:
+    def noting(self, stream: AnyStream) -> Iterator[AnyStream]:
         """Closes a stream and takes down what it could not read."""
         try:
             yield stream

@@ -141,7 +141,8 @@ def _measure(bench: Bench, sizes: Sizes, link: int, shares: list[str], rate: flo
         works: dict[str, Callable[[], Any]] = {
             decoder.variant.name: partial(decoder.turn, prompt, sizes.new_tokens) for decoder in decoders
         }
-        taken = bench.in_turns(works, f"link of {link / 1e9:g} GB/s")
+        # each turn has tokens that are not timed
+        taken = bench.in_turns(works, f"link of {link / 1e9:g} GB/s", warm_up=0)
     answers = {f"{name}, turn {n}": turn.answer for name, turns in taken.items() for n, turn in enumerate(turns)}
     shortest = min(map(len, answers.values()))
     check_answers({name: answer[:shortest] for name, answer in answers.items()})

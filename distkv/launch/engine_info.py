@@ -84,6 +84,6 @@ def engine_info(
 def _kv_policy(config: EngineConfig, ranks: RankConfig, host_share: float) -> str | None:
     """See `EngineConfig.kv_policy`; what a host attends to beside a device with other kernels has bits of its own."""
     parts = [] if config.kv_policy is None else [config.kv_policy]
-    if host_share and not KINDS[ranks.device].is_its_host:
+    if host_share and not KINDS[ranks.device].has_bits_of_host:
         parts.append(f"cpu_attention={host_share:g}")
     return ", ".join(parts) or None

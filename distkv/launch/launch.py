@@ -27,6 +27,7 @@ from distkv.storage.process_limits import lack_of_memory
 from distkv.workers.cache_place import CachePlace
 from distkv.workers.group.local_group import LocalGroup
 from distkv.workers.group.rank_group import RankGroup
+from distkv.workers.kinds import KINDS
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.model.shard import Shard
 from distkv.workers.rank import Loaded
@@ -211,6 +212,13 @@ def cache_place(config: EngineConfig, ranks: RankConfig, loaded: list[Loaded]) -
     cache_dir = Path(config.cache_dir).absolute()
     if not keeps_cache(config, ranks.model):
         return CachePlace(cache_dir / SCRATCH)
+    if config.cpu_attention != "off" and not KINDS[ranks.device].has_bits_of_host:
+        if config.cpu_attention == "auto":
+            raise ConfigError(
+                "cpu_attention is auto and cache_dir is set: pages that are kept have bits of their share, which is "
+                "measured anew at each start; give cpu_attention as a number, or leave one of them out"
+            )
+        kernels = f"{kernels}, cpu attention {config.cpu_attention:g}"
     fingerprint = make_fingerprint(
         weights,
         kernels,

@@ -202,7 +202,7 @@ def host_share(
         device: a key of `KINDS`; a CPU attends to everything where it lies.
         rates: of each rank; needed where `needs_bandwidth` says so.
     """
-    if config.cpu_attention == "off" or device == "cpu" or not sizes.host:
+    if config.cpu_attention == "off" or not KINDS[device].has_link or not sizes.host:
         return 0.0
     if config.cpu_attention != "auto":
         return float(config.cpu_attention)

@@ -6,7 +6,7 @@ B sequences of C tokens each.
 
 from collections import defaultdict
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic
 
 import numpy as np
@@ -21,7 +21,9 @@ from distkv.kernels.cuda.prefill import BLOCK_M, SEGMENT_TOKENS, prefill_walk
 from distkv.kernels.cuda.prefill_splits import prefill_splits
 from distkv.kernels.cuda.softmax import States
 from distkv.storage.moving.staging_ring import Load, Stream
+from distkv.workers.attention.cuda_share import HostStates, Left, LeftArrays, leave_to_host
 from distkv.workers.attention.decode_plan import DecodePlan, DecodeRound, plan_decode, split_pages_for
+from distkv.workers.attention.host_share import shared_pages
 from distkv.workers.attention.prefill_plan import PrefillPlan, plan_prefill
 from distkv.workers.attention.step_loads import Member, plan_loads
 from distkv.workers.page_directory import SequenceStep
@@ -48,6 +50,7 @@ class CudaShape:
     num_programs: int  # of the decode kernel for each KV head: enough to fill the GPU
     batch_invariant: bool = False  # whether prefill and decode agree in every bit
     codec: CudaCodec | None = None  # of full pages
+    leaves_to_host: bool = False  # whether states come up from the host, see `cuda_share.py`
 
     @property
     def group_size(self) -> int:
@@ -67,7 +70,9 @@ class CudaShape:
     def streaming_bytes(self, num_tokens: int) -> int:
         """Device memory that attention takes beside its result, in a step of `num_tokens` that streams."""
         decode = max(STATE_BYTES, STATES * sum(range(1, MAX_DECODE_TOKENS + 1)) * self.state_bytes)
-        return decode + num_tokens * self.state_bytes
+        # what comes up, and is brought into the order of the device's own
+        from_host = 2 * STATE_BYTES if self.leaves_to_host else 0
+        return decode + from_host + num_tokens * self.state_bytes
 
     def exact_bytes(self, num_seqs: int) -> int:
         """What is kept of pages that a step fills, at most, beyond those that its tokens fill alone."""
@@ -114,6 +119,7 @@ class AttentionArrays(Generic[Array]):
     decode: list[DecodeArrays[Array]]
     prefill: PrefillArrays[Array] | None
     filled: Array  # with a codec: slots of the pages that decode fills, or -1
+    left: LeftArrays[Array] | None = None  # to the host
 
 
 @dataclass(frozen=True)
@@ -124,16 +130,17 @@ class CudaPlan:
     prefill: PrefillPlan | None
     filled: np.ndarray  # with a codec: slots of the pages that decode fills
     loads: list[Load]  # each for all sequences, of any group, that need it
+    left: Left | None = None  # what the host has of it
 
     @property
     def arrays(self) -> AttentionArrays[np.ndarray]:
         """What the kernels read."""
         decode = [DecodeArrays(group.table, [_round_arrays(one) for one in group.rounds]) for group in self.decode]
-        prefill = self.prefill
+        prefill, left = self.prefill, None if self.left is None else self.left.arrays
         if prefill is None:
-            return AttentionArrays(decode, None, self.filled)
+            return AttentionArrays(decode, None, self.filled, left)
         arrays = PrefillArrays(prefill.table, prefill.chunks, prefill.blocks, prefill.filled)
-        return AttentionArrays(decode, arrays, self.filled)
+        return AttentionArrays(decode, arrays, self.filled, left)
 
 
 def plan_cuda_attention(steps: list[SequenceStep], shape: CudaShape, num_padding: int = 0) -> CudaPlan:
@@ -142,9 +149,15 @@ def plan_cuda_attention(steps: list[SequenceStep], shape: CudaShape, num_padding
     decode: dict[int, list[Member]] = defaultdict(list)
     prefill: list[Member] = []
     filled = []
+    rows: dict[int, SequenceStep] = {}  # by first row
+    shared: dict[int, np.ndarray] = {}  # the same, which pages are the host's
     first = 0
-    for step in steps:
-        count = len(step.token_ids)
+    for given in steps:
+        step, count = given, len(given.token_ids)
+        if _decodes(step, shape):
+            rows[first], shared[first] = step, shared_pages(step, shape.page_size)
+            if shared[first].any():  # as what the device has, so that no load brings it
+                step = replace(step, pages=np.where(shared[first], 0, step.pages))
         (decode[count] if _decodes(step, shape) else prefill).append((first, step))
         if shape.codec is not None and _decodes(step, shape) and (step.start + count) % shape.page_size == 0:
             filled.append(step.pages[step.start // shape.page_size])
@@ -163,7 +176,10 @@ def plan_cuda_attention(steps: list[SequenceStep], shape: CudaShape, num_padding
     if prefill:
         has_codec = shape.codec is not None
         chunks = plan_prefill(prefill, number, brought, shape.page_size, shape.group_size, BLOCK_M, has_codec)
-    return CudaPlan(groups, chunks, np.array(filled, dtype=np.int64), brought.loads)
+    left = None
+    if any(pages.any() for pages in shared.values()):
+        groups, left = leave_to_host(groups, shared, rows)
+    return CudaPlan(groups, chunks, np.array(filled, dtype=np.int64), brought.loads, left)
 
 
 def _decodes(step: SequenceStep, shape: CudaShape) -> bool:
@@ -181,6 +197,7 @@ class CudaAttention:
     plan: CudaPlan
     shape: CudaShape
     arrays: AttentionArrays[Tensor]
+    host: HostStates | None = None  # of what the plan leaves to it
 
     @property
     def loads(self) -> list[Load]:
@@ -192,9 +209,11 @@ class CudaAttention:
         values of their codes: behind decode, and before prefill, for which what they held is kept. Each buffer serves
         all that need it before the next one is taken."""
         out, codec = q.new_empty(q.shape), self.shape.codec
+        if self.host is not None:
+            self.host.begin(q, layer_pool)
         walks: list[Walk] = [
-            self._decode(plan, arrays, q, layer_pool, out)
-            for plan, arrays in zip(self.plan.decode, self.arrays.decode, strict=True)
+            self._decode(number, plan, arrays, q, layer_pool, out)
+            for number, (plan, arrays) in enumerate(zip(self.plan.decode, self.arrays.decode, strict=True))
         ]
         if self.plan.prefill is not None and self.arrays.prefill is not None:
             walks.append(self._prefill(self.plan.prefill, self.arrays.prefill, q, layer_pool, out))
@@ -211,12 +230,12 @@ class CudaAttention:
         return out.flatten(1)
 
     def _decode(
-        self, plan: DecodePlan, arrays: DecodeArrays[Tensor], q: Tensor, layer_pool: Tensor, out: Tensor
+        self, number: int, plan: DecodePlan, arrays: DecodeArrays[Tensor], q: Tensor, layer_pool: Tensor, out: Tensor
     ) -> Walk:
         shape, count, codec = self.shape, plan.num_tokens, self._format
         split_pages = split_pages_for(shape.page_size)
         carry = carry_like(out) if len(plan.rounds) > 1 else None
-        for one, read in zip(plan.rounds, arrays.rounds, strict=True):
+        for index, (one, read) in enumerate(zip(plan.rounds, arrays.rounds, strict=True)):
             rows = one.num_states, shape.num_kv_heads, count * shape.group_size
             states = _new_states(q, rows, shape.head_dim)
             first = 0
@@ -230,6 +249,8 @@ class CudaAttention:
                         codec=codec,
                     )  # fmt: skip
                 first += size
+            if self.host is not None:
+                self.host.put(number, index, states)
             merge_splits(states, read.sequences, out, carry, num_tokens=count, split_tokens=shape.split_tokens)
 
     def _prefill(

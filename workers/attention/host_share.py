@@ -1,7 +1,9 @@
 """Attention that a device leaves to its host: states of pages that lie in the host's pool, computed there by the native
 kernels while the device is at its own."""
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -15,6 +17,8 @@ from distkv.workers.kv_pools import KVPools
 from distkv.workers.page_directory import NOT_SHARED, SequenceStep
 from distkv.workers.runners.batch import MAX_DECODE_TOKENS
 
+Result = TypeVar("Result")
+
 ATTENDED = "host_attended"  # the route of layer slices that are read where they lie, see `meter.py`
 
 
@@ -26,21 +30,23 @@ class HostShare:
         self._thread = ThreadPoolExecutor(1, "kv-attend")
         pools.end_with(self._thread.shutdown)
 
-    def start(
-        self, layer: int, q: Tensor, layer_pool: Tensor, items: Tensor, states: Tensor, coded: CodedPages | None = None
-    ) -> "Future[None]":
-        """Has the thread write the states of `items`, as `page_states` takes them; the entries of pages in the host's
-        pool are those of a buffer that all of it is."""
-        return self._thread.submit(self._run, layer, q, layer_pool, items, states, coded)
+    def submit(self, work: Callable[..., Result], *arguments: Any) -> "Future[Result]":
+        """Has the thread do some work, behind what it was given before."""
+        return self._thread.submit(work, *arguments)
 
-    def _run(
-        self, layer: int, q: Tensor, layer_pool: Tensor, items: Tensor, states: Tensor, coded: CodedPages | None
-    ) -> None:
+    def attend(
+        self, layer: int, q: Tensor, layer_pool: Tensor, buffer: Tensor, items: Tensor, states: Tensor,
+        coded: CodedPages | None = None,
+    ) -> None:  # fmt: skip
+        """Writes the states of items, see `page_states`; to be called by the thread."""
         start, pools = now(), self._pools
-        buffer = pools.host.slices(0, pools.host.num_pages, layer)
         page_states(self._library, q, layer_pool, buffer, items, states, coded)
         pools.count(ATTENDED, len(items) * pools.spec.slice_bytes_in(Tier.HOST))
         pools.meter.add(ATTENDED, start, layer=layer, pages=len(items))
+
+    def everything(self, layer: int) -> Tensor:
+        """One layer of the host's pool, as a buffer of all its pages."""
+        return self._pools.host.slices(0, self._pools.host.num_pages, layer)
 
 
 def shared_pages(step: SequenceStep, page_size: int) -> np.ndarray:

@@ -83,7 +83,8 @@ class SharedAttention:
 
     def _start_host(self, q: Tensor, layer_pool: Tensor, coded: CodedPages | None) -> "Future[None]":
         assert self.states is not None
-        return self.host.start(self.layer, q, layer_pool, self.left, self.states, coded)
+        pages = self.host.everything(self.layer)
+        return self.host.submit(self.host.attend, self.layer, q, layer_pool, pages, self.left, self.states, coded)
 
     def _merge(self, out: Tensor) -> None:
         assert self.states is not None

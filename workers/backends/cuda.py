@@ -7,13 +7,15 @@ import torch
 from distkv.kernels.cuda.codec_pages import CudaCodec
 from distkv.kernels.cuda.cuda_kernels import BATCH_INVARIANT_KERNELS, CUDA_KERNELS
 from distkv.kernels.cuda.page_copy import copy_pages
+from distkv.kernels.native.build import BuildError
+from distkv.kernels.native.library import Library, load_best
 from distkv.storage.device import CudaDevice, Device
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.tier import Tier
 from distkv.workers.attention.context_attention import ContextGroup
 from distkv.workers.attention.policies.policy import PagePolicy
 from distkv.workers.backend import Backend, Demand, Room, refused_context_group, refused_policy
-from distkv.workers.bandwidth import choose_copies
+from distkv.workers.bandwidth import choose_copies, host_attention_rate
 from distkv.workers.errors import ConfigError
 from distkv.workers.gpu_memory import find_memory_in_use
 from distkv.workers.kv_pools import KVPools
@@ -30,12 +32,13 @@ class CudaBackend:
         self.kernels = BATCH_INVARIANT_KERNELS if batch_invariant else CUDA_KERNELS
         self.keeps_bits = self._batch_invariant = batch_invariant
         self.device: Device = CudaDevice(torch.device("cuda", torch.cuda.current_device()))
+        self._library: Library | None = None  # by which the host attends to its share
         self._properties = torch.cuda.get_device_properties(self.device.torch_device)
 
     def make_runner(self, model: LlamaModel, pools: KVPools, max_num_seqs: int) -> CudaRunner:
         num_programs = decode_programs(self._properties.multi_processor_count, pools.device.spec.num_kv_heads)
         captures = self.captures and model.group.is_capturable
-        return CudaRunner(model, pools, max_num_seqs, num_programs, captures, self._batch_invariant)
+        return CudaRunner(model, pools, max_num_seqs, num_programs, captures, self._batch_invariant, self._library)
 
     def use_policy(self, policy: PagePolicy, audit: int | None) -> None:
         raise refused_policy(policy, "those of CUDA")
@@ -44,13 +47,11 @@ class CudaBackend:
         raise refused_context_group("those of CUDA")
 
     def share_attention(self) -> None:
-        raise ConfigError(
-            "cpu_attention is set and this rank has a GPU, whose kernels do not share attention with the CPU yet; "
-            "leave it out"
-        )
+        self._library = host_library(self._batch_invariant)
 
     def host_attention_rate(self, model: LlamaModel, pools: KVPools) -> float:
-        return 0.0
+        assert self._library is not None
+        return host_attention_rate(self._library, pools, model.shard.num_query_heads)
 
     def room(self, model: LlamaModel, demand: Demand) -> Room:
         spec, device = demand.spec, self.device.torch_device
@@ -73,6 +74,23 @@ class CudaBackend:
 
     def tune(self, pools: KVPools) -> None:
         choose_copies(pools, copy_pages)
+
+
+def host_library(batch_invariant: bool) -> Library:
+    """The kernels of a host that has a share of attention. Raises ConfigError where there are none, and where bits that
+    it would change are promised."""
+    if batch_invariant:
+        raise ConfigError(
+            "cpu_attention is set and batch_invariant is True, by which tokens of prompts and of answers have the same "
+            "bits, while a page that the CPU attends to has bits of its own; leave one of them out (speculative_config "
+            "turns batch_invariant on)"
+        )
+    try:
+        return load_best()
+    except BuildError as error:
+        raise ConfigError(
+            f"cpu_attention is set and the native CPU kernels cannot be used: {error}; mend that, or leave it out"
+        ) from error
 
 
 def make_backend(batch_invariant: bool | None) -> Backend:

@@ -6,6 +6,7 @@ products of other sizes in another order, and an answer must not depend on where
 """
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Generic
@@ -15,10 +16,14 @@ import torch
 from torch import Tensor
 
 from distkv.kernels.cuda.codec_pages import CudaCodec
+from distkv.kernels.native.library import Library
 from distkv.storage.dtypes import torch_dtype
 from distkv.storage.page_spec import PageSpec
-from distkv.storage.paging import pages_for
+from distkv.storage.paging import DECODE_SPLIT, pages_for
 from distkv.workers.attention.cuda import AttentionArrays, CudaAttention, CudaPlan, CudaShape, plan_cuda_attention
+from distkv.workers.attention.cuda_share import HostStates
+from distkv.workers.attention.host_share import HostShare
+from distkv.workers.errors import ConfigError
 from distkv.workers.kv_pools import KVPools
 from distkv.workers.model.llama import LlamaModel
 from distkv.workers.page_directory import SequenceStep
@@ -80,23 +85,35 @@ class CudaRunner:
 
     def __init__(
         self, model: LlamaModel, pools: KVPools, max_num_seqs: int, num_programs: int, captures: bool,
-        batch_invariant: bool = False,
+        batch_invariant: bool = False, library: Library | None = None,
     ):  # fmt: skip
         """
         Args:
             num_programs: see `CudaShape`.
             captures: whether steps are captured as graphs.
             batch_invariant: whether prefill and decode agree in every bit.
+            library: by which the host attends to what plans leave to it; None where they leave it nothing.
+
+        Raises ConfigError where the host's pages are not whole splits.
         """
         self._model, self._pools, self._device = model, pools, pools.device.device
         spec = pools.device.spec
         self.shape = CudaShape(
             model.shard.num_query_heads, spec.num_kv_heads, spec.head_dim, spec.page_size, pools.ring.buffer_pages,
             torch_dtype(spec.dtype), num_programs, batch_invariant, cuda_codec(spec),
+            library is not None,
         )  # fmt: skip
         below = [size for size in SIZES if size < max_num_seqs]
         self.sizes = below + list(SIZES[len(below) : len(below) + 1])
         self._captures = captures
+        self._host = None
+        if library is not None:
+            if spec.page_size < DECODE_SPLIT:
+                raise ConfigError(
+                    f"cpu_attention is set and page_size is {spec.page_size}, of which a split of decode on CUDA has "
+                    f"several: use {DECODE_SPLIT} or more, or leave one of them out"
+                )
+            self._host = HostShare(library, pools)
         self._ahead: CompileAhead | None = None
         self._graphs: StepGraphs | None = None
 
@@ -115,8 +132,15 @@ class CudaRunner:
         tokens = sent.tokens
         if receive is None:  # else they have been embedded
             tokens = replace(tokens, token_ids=resolve_placeholders(tokens.token_ids, sampled))
-        attention = CudaAttention(step.plan, self.shape, sent.attention)
-        with self._pools.stream(attention.loads) as stream:
+        with ExitStack() as stack:
+            host = None
+            if step.plan.left is not None:
+                assert self._host is not None and sent.attention.left is not None
+                arrays, group_size = sent.attention.left, self.shape.group_size
+                host = HostStates(self._host, self._pools, step.plan.left, arrays, group_size)
+                stack.enter_context(self._pools.noting(host))
+            attention = CudaAttention(step.plan, self.shape, sent.attention, host)
+            stream = stack.enter_context(self._pools.stream(attention.loads))
             x_TE = _received(receive, step.size)
             hidden = self._model.forward(Batch(tokens, attention), self._pools.device, stream, x_TE)
         return hidden if step.size is None else hidden[sent.wanted]

@@ -97,7 +97,7 @@ class StepGraphs:
 
     def fits(self, rows: int | None, plan: CudaPlan) -> bool:
         """Whether a step of `rows` rows can run as a graph."""
-        if rows not in self._graphs or plan.prefill is not None or len(plan.decode) != 1:
+        if rows not in self._graphs or plan.prefill is not None or plan.left is not None or len(plan.decode) != 1:
             return False
         group = plan.decode[0]
         one = group.rounds[0]
