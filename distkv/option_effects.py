@@ -54,10 +54,6 @@ def check_effects(config: Any) -> None:
             "cpu_attention", config.cpu_attention != "off" and config.attention_policy != FULL,
             f"attention_policy is {config.attention_policy}, by which few pages are read", "leave one of them out",
         ),
-        (
-            "cpu_attention", config.cpu_attention != "off" and config.decode_context_parallel_size > 1,
-            "decode_context_parallel_size is more than 1, whose ranks share out each page", "leave one of them out",
-        ),
         ("staging_pages", no_cold, no_pages, "leave one of them out"),
         ("max_cold_bytes_per_step", no_cold, no_pages, "leave one of them out"),
         (

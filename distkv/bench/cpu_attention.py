@@ -31,6 +31,7 @@ from distkv.workers.rank_config import model_page_spec
 from distkv.workers.sizes import PoolSizes
 
 WINDOWS = 4  # the context, in windows of the device
+CPU_ALONE = "the CPU alone"
 PROBE_PAGES = 64  # over which the CPU's rate is measured
 SLACK_PAGES = 2  # the newest ones, which may be the host's and lie on the device as well
 
@@ -116,15 +117,15 @@ def run(sizes: Sizes, links: list[int], shares: list[str], num_threads: int | No
     other bytes move than must."""
     _check_sizes(sizes)
     with Bench("cpu-attention", options, num_threads, **_facts(sizes)) as bench:
-        rate = _cpu_rate(sizes)
-        bench.facts["cpu_gb_per_s"] = rate / 1e9
         for link in links:
-            _measure(bench, sizes, link, ["off", *(one for one in shares if one != "off")], rate, num_threads)
+            _measure(bench, sizes, link, ["off", *(one for one in shares if one != "off")], num_threads)
         bench.table(COLUMNS)
+        rates = sorted(row["cpu_bytes_per_s"] / 1e9 for row in bench.rows)
         for line in (
             f"The context is {WINDOWS} windows of the device; {sizes.cold_bytes / 1e6:.1f} MB of it do not fit there.",
-            f"A ceiling is that many bytes at the rate of the link, or at that and the {rate / 1e9:.2f} GB/s at which "
-            "as many threads of this CPU attend to pages and do nothing else; products count in neither.",
+            "A ceiling is that many bytes at the rate of the link, or at that and the rate at which as many threads of "
+            f"this CPU attend to pages and do nothing else, {rates[0]:.2f} to {rates[-1]:.2f} GB/s between the turns; "
+            "products count in neither.",
             "The simulated device computes on cores of this CPU too: where its part takes longer than the link, that "
             "is the limit.",
             "All shares of a link drew the same tokens with the same logprobs, bit for bit.",
@@ -132,7 +133,7 @@ def run(sizes: Sizes, links: list[int], shares: list[str], num_threads: int | No
             bench.line(line)
 
 
-def _measure(bench: Bench, sizes: Sizes, link: int, shares: list[str], rate: float, num_threads: int | None) -> None:
+def _measure(bench: Bench, sizes: Sizes, link: int, shares: list[str], num_threads: int | None) -> None:
     rng = random.Random(sizes.context)
     prompt = [rng.randrange(10, ModelConfig.load(sizes.model).vocab_size) for _ in range(sizes.context + 1)]
     with ExitStack() as stack:
@@ -141,8 +142,10 @@ def _measure(bench: Bench, sizes: Sizes, link: int, shares: list[str], rate: flo
         works: dict[str, Callable[[], Any]] = {
             decoder.variant.name: partial(decoder.turn, prompt, sizes.new_tokens) for decoder in decoders
         }
+        works[CPU_ALONE] = partial(_cpu_rate, sizes)
         # each turn has tokens that are not timed
         taken = bench.in_turns(works, f"link of {link / 1e9:g} GB/s", warm_up=0)
+    rate = Figure.of(taken.pop(CPU_ALONE)).median
     answers = {f"{name}, turn {n}": turn.answer for name, turns in taken.items() for n, turn in enumerate(turns)}
     shortest = min(map(len, answers.values()))
     check_answers({name: answer[:shortest] for name, answer in answers.items()})
@@ -157,7 +160,7 @@ def _measure(bench: Bench, sizes: Sizes, link: int, shares: list[str], rate: flo
                 "streamed_bytes_per_step": sum(turn.host_bytes for turn in turns) / steps,
                 "attended_bytes_per_step": decoder.attended_bytes,
                 "decode_ms_per_token": seconds.scaled(1e3), "tokens_per_s": 1 / seconds.median,
-                "link_tokens_per_s": link / sizes.cold_bytes, "both_tokens_per_s": both,
+                "cpu_bytes_per_s": rate, "link_tokens_per_s": link / sizes.cold_bytes, "both_tokens_per_s": both,
                 "reached": 1 / seconds.median / both, "tokens_compared": shortest,
             }
         )  # fmt: skip

@@ -83,6 +83,11 @@ def check_config(config: EngineConfig) -> tuple[ModelConfig, int]:
     model = ModelConfig.load(Path(config.model))
     max_model_len = _max_model_len(config, model)
     Shard.of(model, layout_of(config), 0)  # refuses too many ranks, or stages
+    if config.cpu_attention != "off" and config.decode_context_parallel_size > 1:
+        raise ConfigError(
+            f"cpu_attention is set and decode_context_parallel_size is {config.decode_context_parallel_size}, whose "
+            "ranks share out each page among themselves alone; leave one of them out"
+        )
     draft_config(config, model)  # refuses one that does not go with the model
     fewer_sizes(config, model)  # refuses what the heads do not allow
     return model, max_model_len

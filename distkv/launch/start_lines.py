@@ -87,6 +87,7 @@ def _cost(config: EngineConfig, info: EngineInfo, model: ModelShape, hardware: H
     request = PlanRequest(
         model, hardware, tensor_parallel_size=config.tensor_parallel_size, dtype=config.dtype, context=context,
         kv_cache_dtype=config.kv_cache_dtype if host else "auto", attention_policy=config.attention_policy,
+        cpu_attention=config.cpu_attention if host else "off",
         device_kv_bytes=device, host_kv_bytes=host, disk_kv_bytes=disk, page_size=config.page_size,
         max_num_seqs=info.max_num_seqs, max_num_batched_tokens=info.max_num_batched_tokens,
     )  # fmt: skip

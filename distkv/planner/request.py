@@ -6,14 +6,13 @@ from typing import Any
 from distkv.config import EngineConfig
 from distkv.errors import ConfigError
 from distkv.kernels.codec_format import FORMATS
-from distkv.option_checks import check_choice, check_share, check_whole, parse_bytes
+from distkv.option_checks import check_choice, check_share, check_share_or, check_whole, parse_bytes
 from distkv.planner.hardware import Hardware
 from distkv.planner.model_shape import ModelShape, find_shard
 from distkv.planner.nodes import DGX, Node
 from distkv.storage.dtypes import DTYPES, ITEM_BYTES
 from distkv.storage.page_spec import MEAN_TOKENS
 from distkv.storage.paging import check_page_size, pages_for
-from distkv.values import shown
 from distkv.workers.attention.policies.registry import FULL, parse_policy, policy_name
 from distkv.workers.kinds import KINDS, Kind
 from distkv.workers.model.layout import Layout
@@ -125,15 +124,7 @@ class PlanRequest:
 
     def _checked_cpu_attention(self) -> str | float:
         """ "off", "auto" or the share as a number. Raises ConfigError."""
-        value = self.cpu_attention
-        if isinstance(value, str) and value not in ("off", "auto"):
-            try:
-                value = float(value)
-            except ValueError:
-                raise ConfigError(
-                    f"cpu_attention is {shown(value)}; use off, auto, or a share above 0 and at most 1"
-                ) from None
-        value = value if isinstance(value, str) else check_share("cpu_attention", value)
+        value = check_share_or("cpu_attention", self.cpu_attention, ("off", "auto"))
         if value != "off" and not self.host_kv_bytes:
             raise ConfigError(
                 f"cpu_attention is {value} and host_kv_bytes is 0, so that no page lies where a CPU reads it; raise "

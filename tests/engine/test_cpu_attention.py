@@ -9,9 +9,11 @@ import pytest
 from support.checkpoints import save_llama
 from support.prompts import random_prompt
 from support.runs import Run, run
+from support.thread_group import ranks_in_threads
 
 from distkv import LLM, ConfigError, EngineConfig, SamplingParams
 from distkv.kernels.codec_format import FORMATS
+from distkv.launch.launch import check_config
 from distkv.planner.sizing import host_share, rate_with_host
 from distkv.storage.paging import is_hosts
 from distkv.workers.sizes import Bandwidth, PoolSizes
@@ -75,6 +77,19 @@ def test_drafts_are_checked_on_both(folder: Path) -> None:
     assert found.moved("host_attended")
 
 
+def test_each_rank_shares_with_its_own_host(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages and tensor ranks, each with a part of the layers and heads."""
+    prompts = [random_prompt(200, 1), random_prompt(70, 2)]
+    options = OPTIONS | {"tensor_parallel_size": 2, "num_threads": 1, "dtype": "bfloat16"}
+    with ranks_in_threads(monkeypatch):
+        expected = run(folder, prompts, **options)
+        for stages in (1, 2):
+            layout = {"pipeline_parallel_size": stages, "cpu_attention": 0.5, "pages": (8, 60, 0)}
+            found = run(folder, prompts, **layout, **SIMULATED, **options)
+            found.assert_same(expected)
+            assert found.moved("host_attended") and found.moved("host_streamed")
+
+
 def test_which_pages_are_the_hosts() -> None:
     for share in (0.1, 0.37, 0.5, 1.0):
         mine = [is_hosts(page, share) for page in range(1000)]
@@ -107,13 +122,14 @@ def test_auto_is_measured_at_the_start(folder: Path, caplog: pytest.LogCaptureFi
     assert f"the CPU attends to {share:g} of the pages" in caplog.text
 
 
-def test_what_is_refused() -> None:
+def test_what_is_refused(folder: Path) -> None:
     for value in ("on", 0, 1.5, "0", None, True):
         with pytest.raises(ConfigError, match=r"cpu_attention is .*; use off, auto or a share above 0 and at most 1"):
             EngineConfig("/", cpu_attention=value)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="cpu_attention is set and host_kv_bytes is 0"):
         EngineConfig("/", cpu_attention=0.5, host_kv_bytes=0)
-    with pytest.raises(ConfigError, match="cpu_attention is set and decode_context_parallel_size is more than 1"):
-        EngineConfig("/", cpu_attention=0.5, tensor_parallel_size=4, decode_context_parallel_size=2)
+    both = EngineConfig(folder, cpu_attention=0.5, tensor_parallel_size=6, decode_context_parallel_size=2)
+    with pytest.raises(ConfigError, match="cpu_attention is set and decode_context_parallel_size is 2"):
+        check_config(both)
     with pytest.raises(ConfigError, match="cpu_attention is set and attention_policy is top_pages"):
         EngineConfig("/", cpu_attention="auto", attention_policy="top_pages(pages=2)")

@@ -84,9 +84,8 @@ def communicators(layout: Layout) -> list[Communicators]:
 class ThreadGroup:
     """A `RankGroup`, whose ranks are threads; also the `Followers` of its rank 0."""
 
-    device = "cpu"
-
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self.device = "cpu" if device == "auto" else device
         self.ranks: list[Rank] = []
         self._threads: list[ThreadPoolExecutor] = []
         self._reports: list[Any] = []
@@ -146,7 +145,7 @@ def ranks_in_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ThreadGro
     groups: list[ThreadGroup] = []
 
     def start(config: EngineConfig, model: ModelConfig, max_model_len: int, *_: Any) -> EngineClient:
-        groups.append(group := ThreadGroup())
+        groups.append(group := ThreadGroup(config.device))
         try:
             info = launch.set_up(group, config, model, max_model_len)
             return Engine(info, group.make_executor(), group.close)

@@ -155,6 +155,7 @@ class HostStates:
             if self._pages is not None:
                 self._pages.close()
 
+    @torch.inference_mode()
     def _compute(self, layer: int, queries: HostCopy, pages: HostCopy) -> list[list[Tensor]]:
         """What `put` sends up, by group and round."""
         for event in self._awaited:
