@@ -24,7 +24,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )[0]  # fmt: skip
 
 
-@pytest.mark.parametrize("stages, size, dtype", [(2, 1, "bfloat16"), (3, 1, "float32"), (2, 2, "bfloat16")])
+@pytest.mark.parametrize(
+    "stages, size, dtype",
+    [(3, 1, "float32"), (2, 2, "bfloat16"), pytest.param(2, 1, "bfloat16", marks=pytest.mark.slow)],
+)
 def test_stages_change_no_bit(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: int, size: int, dtype: str
 ) -> None:
@@ -49,3 +52,51 @@ def test_stages_change_no_bit(
             assert bool(staged.moved("host_streamed")) == bool(pages[1])
             assert bool(staged.moved("disk_streamed")) == bool(pages[2]) and not staged.stats.pages_recomputed
             assert 0 < staged.stats.stage_wait_seconds < staged.stats.stage_seconds
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"kv_cache_dtype": "int8", "speculative_config": {"method": "ngram", "adaptive": False}},
+        pytest.param(
+            {"speculative_config": {"method": "self", "adaptive": False}, "decode_context_parallel_size": 2},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"attention_policy": "decay(pages=4)"}, marks=pytest.mark.slow),
+        pytest.param({"attention_policy": "top_pages(pages=4)", "kv_cache_dtype": "int4"}, marks=pytest.mark.slow),
+        pytest.param({"decode_context_parallel_size": 3}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_stages_go_with_other_options(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    """Drafts and codes, which round pages as they fill, policies of attention that look back, shared pages."""
+    monkeypatch.setattr(micro_batches, "ROWS_PER_READ", 2.0)
+    prompts = [random_prompt(150, 1) * 2, random_prompt(60, 2)]
+    parts = more.get("decode_context_parallel_size", 1)
+    pages = (ON_HOST[0] // parts, *ON_HOST[1:])
+    options = OPTIONS | {"pages": pages, "max_num_seqs": 12, "tensor_parallel_size": parts} | more
+    with ranks_in_threads(monkeypatch):
+        alone = run(folder, prompts, **options)
+        staged = run(folder, prompts, pipeline_parallel_size=2, **options)
+    assert [one.outputs for one in staged.outputs] == [one.outputs for one in alone.outputs]
+    assert staged.moved("host_streamed")
+    assert staged.stats.speculation.num_drafts == alone.stats.speculation.num_drafts
+
+
+def test_pages_of_other_stages_are_found(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What two stages have left on disk serves two stages again; a file that one of them has lost is one page to be
+    computed again."""
+    prompt = random_prompt(200, 1)
+    options = OPTIONS | {"pages": (16, 8, 60), "cache_dir": tmp_path, "enable_prefix_caching": True}
+    with ranks_in_threads(monkeypatch):
+        first = run(folder, [prompt], pipeline_parallel_size=2, **options)
+        again = run(folder, [prompt], pipeline_parallel_size=2, **options)
+        arrays = sorted(tmp_path.glob("*/kv*.zarr"))
+        assert len(arrays) == 2
+        sorted(arrays[1].glob("c.*"))[3].unlink()
+        third = run(folder, [prompt], pipeline_parallel_size=2, **options)
+    for one in (again, third):
+        assert one.outputs[0].outputs == first.outputs[0].outputs
+    assert again.outputs[0].num_cached_tokens == 192 > third.outputs[0].num_cached_tokens

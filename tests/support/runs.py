@@ -63,7 +63,8 @@ def run(
         model.num_hidden_layers, model.num_key_value_heads, options["page_size"], model.head_dim, dtype,
         options.get("kv_cache_dtype", "auto"),
     )  # fmt: skip
-    page_bytes, on_host, on_disk = (spec.page_bytes_in(tier) for tier in Tier)
+    parts = options.get("decode_context_parallel_size", 1)
+    page_bytes, on_host, on_disk = (parts * spec.page_bytes_in(tier) for tier in Tier)
     sizes: dict[str, Any] = {"device_kv_bytes": "1GiB" if pages[0] is None else pages[0] * page_bytes}
     sizes["host_kv_bytes"] = pages[1] * on_host
     if pages[2]:
