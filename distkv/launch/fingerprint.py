@@ -47,10 +47,10 @@ def make_fingerprint(
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def common_kernels(names: list[str], num_kv_heads: int) -> str:
+def common_kernels(names: list[str], num_kv_heads: int, num_stages: int = 1) -> str:
     """The name of the kernels of all ranks; all names in order where they differ, since each rank computes its own
     heads. Raises ConfigError where they differ and several ranks hold one head, whose pages must agree in every bit."""
-    if len(set(names)) > 1 and len(names) > num_kv_heads:
+    if len(set(names)) > 1 and len(names) > num_kv_heads * num_stages:
         raise ConfigError(
             f"the ranks have different kernels ({', '.join(names)}), and some hold the same KV head; use nodes of one "
             f"kind, or tensor_parallel_size {num_kv_heads} at most"

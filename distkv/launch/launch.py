@@ -211,7 +211,8 @@ def cache_place(config: EngineConfig, ranks: RankConfig, loaded: list[Loaded]) -
         loaded: what the ranks will run. Raises ConfigError when that is not one model.
     """
     weights = common_digest([one.digest for one in loaded], ranks.folder)
-    kernels = common_kernels([one.kernels for one in loaded], ranks.model.num_key_value_heads)
+    names, stages = [one.kernels for one in loaded], ranks.layout.pipeline_parallel_size
+    kernels = common_kernels(names, ranks.model.num_key_value_heads, stages)
     if config.cache_dir is None:
         return None
     cache_dir = Path(config.cache_dir).absolute()

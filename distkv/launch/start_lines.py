@@ -9,7 +9,7 @@ from distkv.launch.launch import check_config
 from distkv.planner.hardware import Hardware
 from distkv.planner.model_shape import ModelShape
 from distkv.planner.plan import make_plan
-from distkv.planner.ranks import make_rank_config
+from distkv.planner.ranks import layout_of, make_rank_config
 from distkv.planner.request import PlanRequest
 from distkv.planner.sizing import page_bytes, page_specs
 from distkv.planner.units import shown_bytes, shown_seconds, shown_share
@@ -17,7 +17,6 @@ from distkv.storage.dtypes import ITEM_BYTES
 from distkv.storage.paging import pages_for
 from distkv.storage.tier import Tier
 from distkv.workers.attention.policies.registry import FULL
-from distkv.workers.model.layout import Layout
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.rank_config import model_page_spec
 
@@ -42,8 +41,9 @@ def start_lines(config: EngineConfig, info: EngineInfo | None = None, hardware: 
 
 
 def _sizes(config: EngineConfig, model: ModelShape) -> str:
-    dtype, size = model.config.run_dtype(config.dtype), config.tensor_parallel_size
-    ranks = [model.rank_parameters(Layout(size), rank).total * ITEM_BYTES[dtype] for rank in range(size)]
+    dtype, layout = model.config.run_dtype(config.dtype), layout_of(config)
+    size = layout.size
+    ranks = [model.rank_parameters(layout, rank).total * ITEM_BYTES[dtype] for rank in range(size)]
     spec = model_page_spec(model.config, config.page_size, dtype, config.kv_cache_dtype)
     most = f", at most {shown_bytes(max(ranks))} on one of {size} ranks" if size > 1 else ""
     kv = f"KV {shown_bytes(spec.bytes_per_token)} a token"
@@ -85,7 +85,9 @@ def _cost(config: EngineConfig, info: EngineInfo, model: ModelShape, hardware: H
     context = min(info.max_model_len, held)
     device, host, disk = info.tier_bytes
     request = PlanRequest(
-        model, hardware, tensor_parallel_size=config.tensor_parallel_size, dtype=config.dtype, context=context,
+        model, hardware, tensor_parallel_size=config.tensor_parallel_size,
+        pipeline_parallel_size=config.pipeline_parallel_size,
+        decode_context_parallel_size=config.decode_context_parallel_size, dtype=config.dtype, context=context,
         kv_cache_dtype=config.kv_cache_dtype if host else "auto", attention_policy=config.attention_policy,
         cpu_attention=config.cpu_attention if host else "off",
         device_kv_bytes=device, host_kv_bytes=host, disk_kv_bytes=disk, page_size=config.page_size,

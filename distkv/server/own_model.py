@@ -22,6 +22,8 @@ def _own_start(service: Service) -> PlanStart:
     device, host, disk = info.tier_bytes  # where the options do not say
     fields = {
         "tensor_parallel_size": config.tensor_parallel_size,
+        "pipeline_parallel_size": config.pipeline_parallel_size,
+        "decode_context_parallel_size": config.decode_context_parallel_size,
         "dtype": config.dtype,
         "kv_cache_dtype": config.kv_cache_dtype if host else "auto",
         "attention_policy": config.attention_policy,
