@@ -32,7 +32,8 @@ class Measures(msgspec.Struct, array_like=True):
     num_bytes: dict[str, int] = {}  # of disk_read and disk_write
     checksum_failures: int = 0  # layer slices of one head
     spans: list[Span] = []
-    # of pages that tokens have chosen, see `PolicyStats`: pages_visible, pages_chosen, num_audited, mass_covered
+    # of pages that tokens have chosen, see `PolicyStats`: pages_visible, pages_chosen, num_audited, mass_covered; and
+    # of steps with a pipeline, on rank 0: pipeline_steps, micro_batches
     counts: dict[str, float] = {}
 
     def add(self, other: "Measures") -> None:

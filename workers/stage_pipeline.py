@@ -39,6 +39,9 @@ class StagePipeline:
         """
         begun = now()
         batches = cut_step(steps, self._costs, self._shard.layout.pipeline_parallel_size, self._page_size)
+        if not self._shard.stage and not self._shard.rank:
+            self._meter.count("pipeline_steps", 1)
+            self._meter.count("micro_batches", len(batches))
         for batch in batches:
             start, rows = now(), sum(len(step.token_ids) for step in batch)
             hidden = self._runner.run(batch, sampled, partial(self._receive, rows) if self._shard.stage else None)

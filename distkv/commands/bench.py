@@ -206,6 +206,41 @@ def bench_serve_offline(
         raise typer.Exit(1)
 
 
+@bench.command("stages")
+@spread
+def bench_stages(
+    *,
+    model: Model = "smollm2",
+    stages: Annotated[
+        list[int],
+        typer.Option(help="Stages of one rank each; may be given again, and the first is compared with.", min=1),
+    ] = sized([1, 2], [1, 2]),
+    requests: Annotated[list[int], typer.Option(help="Requests at a time; may be given again.", min=1)] = sized(
+        [1, 4, 16], [1, 4]
+    ),
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)] = sized(2048, 512),
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode of each answer.", min=1)] = sized(32, 16),
+    options: Annotated[
+        EngineOptions,
+        engine("dtype", "page_size", "num_threads", "ray_address", dtype="bfloat16", page_size=64, num_threads=1),
+    ],
+    measured: Annotated[BenchOptions, measuring(repeats=sized(3, 1))],
+) -> None:
+    """Tokens/s of prompts and answers with layers split over stages, and how busy the stages are; exit code 1 when
+    answers differ.
+
+    Each stage is a rank on Ray with the same number of threads; one stage alone runs in this process.
+    """
+    from distkv.bench.stages import Sizes, run
+
+    sizes = Sizes(
+        model_folder(model), tuple(dict.fromkeys(stages)), tuple(dict.fromkeys(requests)), prompt_tokens, new_tokens,
+        options["dtype"], options["page_size"], options["ray_address"],
+    )  # fmt: skip
+    if not run(sizes, options["num_threads"], measured):
+        raise typer.Exit(1)
+
+
 @bench.command("scheduler")
 @spread
 def bench_scheduler(

@@ -47,6 +47,8 @@ def engine_stats(
         checksum_failures=measures.checksum_failures,
         stage_seconds=stage_seconds,
         stage_wait_seconds=stage_wait_seconds,
+        pipeline_steps=int(measures.counts.get("pipeline_steps", 0)),
+        micro_batches=int(measures.counts.get("micro_batches", 0)),
         pages_recomputed=num_recomputed,
         pages_to_save=cache.num_to_save,
         num_preemptions=num_preemptions,

@@ -129,6 +129,8 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     # with pipeline_parallel_size: that ranks were at steps, summed over them, and waited for other stages meanwhile
     stage_seconds: float = 0.0
     stage_wait_seconds: float = 0.0
+    pipeline_steps: int = 0
+    micro_batches: int = 0  # that these were cut into
     num_engines: int = 1  # that run
     seconds_without_engine: float = 0.0  # since the last one of a pool was lost
     pages_to_save: int = 0  # on their way to disk, or to go there by themselves as soon as they may
