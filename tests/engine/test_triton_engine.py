@@ -1,5 +1,6 @@
 """The whole engine with the CUDA kernels, interpreted on a CPU: tokens of transformers, one answer in all tiers."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from support.invariance import WHOLE, said
 from support.measures import relative_error
 from support.prompts import random_prompt, random_prompts
 from support.runs import run
+from support.thread_group import ranks_in_threads
 from torch import Tensor
 
 from distkv import LLM, SamplingParams
 from distkv.workers.attention.cuda import CudaAttention
 from distkv.workers.kinds import KINDS
+from distkv.workers.model.llama import LlamaModel
 from distkv.workers.runners.batch import Batch
 from distkv.workers.runners.host_copies import map_arrays
 from distkv.workers.runners.step_graphs import StepGraphs
@@ -171,6 +174,34 @@ def test_graphs_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     graphs = run(folder, prompts, params, **options)
     graphs.assert_same(eager)
     assert set(replayed) == {1, 2, 4}
+
+
+@pytest.mark.slow
+def test_stages_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the first one a graph begins with hidden states, at an address that it has seen."""
+    folder, _ = save_llama(tmp_path / "model", head_dim=16, max_position_embeddings=256)
+    prompts = random_prompts(40, 3, 12)
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (3, 6, 5)]
+    options: dict[str, Any] = {"page_size": 16, "max_num_batched_tokens": 32, "max_num_seqs": 3}
+    options |= {"batch_invariant": True}
+    alone = run(folder, prompts, params, **options)
+    forward, lock, replayed = LlamaModel.forward, threading.Lock(), []
+
+    def in_turns(*arguments: Any) -> Tensor:
+        with lock:  # the interpreter takes one launch at a time
+            return forward(*arguments)
+
+    def replays(run: Callable[[], Tensor], memory: object) -> Callable[[], Tensor]:
+        return lambda: replayed.append(1) or run()
+
+    monkeypatch.setattr(LlamaModel, "forward", in_turns)
+    for captures in (False, True):
+        monkeypatch.setattr("distkv.workers.runners.step_graphs.captured", replays)
+        monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
+        monkeypatch.setattr(triton_on_cpu.TritonOnCpu, "captures", captures)
+        with ranks_in_threads(monkeypatch):
+            run(folder, prompts, params, pipeline_parallel_size=2, num_threads=1, **options).assert_same(alone)
+    assert replayed
 
 
 @pytest.mark.parametrize(

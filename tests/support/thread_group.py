@@ -117,6 +117,8 @@ class ThreadGroup:
         return self.on_all(lambda rank: self.ranks[rank].bandwidth())
 
     def make_executor(self) -> RankExecutor:
+        for pool, rank in list(zip(self._threads, self.ranks, strict=True))[1:]:
+            pool.submit(rank.warm_up)
         return RankExecutor.on(self.ranks[0], self)
 
     def send(self, plan: StepPlan) -> None:
