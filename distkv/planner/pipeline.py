@@ -1,9 +1,8 @@
 """What a step takes whose stages work one after the other."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-
-from distkv.planner.request import PlanRequest
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,16 @@ class PipelineCost(StageCost):
     idle: float  # share of the time that a stage waits, over all stages
 
 
-def num_micro_batches(request: PlanRequest, rows: int) -> int:
-    """In which a step of so many tokens passes the stages."""
-    return min(rows, request.pipeline_parallel_size)
+def num_micro_batches(stages: int, fixed: float, variable: float, most: int) -> int:
+    """In which a step passes the stages: as many as make `(m + stages - 1) * (fixed + variable / m)` least, by the rule
+    of the engine (`workers/micro_batches.py`), which has these from the model's sizes alone.
+
+    Args:
+        fixed: seconds that a micro-batch takes a stage however small it is.
+        variable: seconds that all rows of a step take a stage beside that.
+        most: pieces that the step can be cut into.
+    """
+    return min(most, max(1, round(math.sqrt((stages - 1) * variable / fixed))))
 
 
 def run_stages(stages: Sequence[StageCost], between: Sequence[StageCost], micro_batches: int) -> PipelineCost:

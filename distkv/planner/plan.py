@@ -97,7 +97,7 @@ class Plan:
             "kv_bytes_per_token": fit.kv_bytes_per_token,
             "cold_kv_bytes_per_token": fit.cold_kv_bytes_per_token,
             "share_read": request.share_read,
-            "cpu_share": cpu_share(request, fit),
+            "cpu_share": cpu_share(request),
             "kv_bytes_per_request": fit.kv_bytes_per_request,
             "ranks": [asdict(one) for one in fit.ranks],
             "tiers": [asdict(one) for one in fit.tiers],

@@ -15,6 +15,7 @@ from distkv.planner.model_shape import find_shard
 from distkv.planner.pipeline import StageCost, num_micro_batches, run_stages
 from distkv.planner.reading import decode_reading
 from distkv.planner.request import PlanRequest
+from distkv.storage.paging import pages_for
 
 FP32_SHARE = 0.5  # of the matrix rate, at best (TF32 where it is switched on)
 
@@ -48,7 +49,7 @@ def decode_step(request: PlanRequest, fit: Fit) -> Cost | None:
     """One token for each of the requests that run, all at their full context; None when none can run."""
     if not fit.running:
         return None
-    return _cost(request, fit, fit.running, 1, _decode_of)
+    return _cost(request, fit, fit.running, 1, fit.running, _decode_of)
 
 
 def first_token(request: PlanRequest, fit: Fit) -> Cost | None:
@@ -56,16 +57,24 @@ def first_token(request: PlanRequest, fit: Fit) -> Cost | None:
     it does not fit."""
     if not fit.most_requests:
         return None
-    return _cost(request, fit, _chunk(request), _num_chunks(request), _prefill_of)
+    chunk = _chunk(request)
+    return _cost(request, fit, chunk, _num_chunks(request), pages_for(chunk, request.page_tokens), _prefill_of)
 
 
-def _cost(request: PlanRequest, fit: Fit, rows: int, steps: int, work: Work) -> Cost:
-    """Of so many steps of so many tokens each."""
-    micro_batches = num_micro_batches(request, rows)
-    stages = []
-    for stage in range(request.pipeline_parallel_size):
-        found = [work(request, fit, rank, micro_batches) for rank in fit.ranks if rank.stage == stage]
-        stages.append(max((_combine(request, parts) for parts in found), key=lambda cost: cost.seconds))
+def _cost(request: PlanRequest, fit: Fit, rows: int, steps: int, pieces: int, work: Work) -> Cost:
+    """Of so many steps of so many tokens each, which can be cut into so many pieces."""
+
+    def stages_of(micro_batches: int) -> list[StageCost]:
+        found = [(rank.stage, _combine(request, work(request, fit, rank, micro_batches))) for rank in fit.ranks]
+        numbers = range(request.pipeline_parallel_size)
+        return [max((one for number, one in found if number == stage), key=_seconds) for stage in numbers]
+
+    stages, micro_batches = stages_of(1), 1
+    if len(stages) > 1:
+        slowest = max(stages, key=_seconds)
+        fixed = slowest.parts[WEIGHTS] + slowest.parts[FIXED]
+        micro_batches = num_micro_batches(len(stages), fixed, slowest.seconds - fixed, pieces)
+        stages = stages_of(micro_batches)
     hops = [_sent({HIDDEN: one * steps}) for one in hidden_states(request, rows / micro_batches)]
     whole = run_stages(stages, [StageCost(hop, _over_links(hop)) for hop in hops], micro_batches)
     sent = {name: whole.parts.get(name, 0.0) for name in (SUMS, EXCHANGE, HIDDEN)}
@@ -95,8 +104,8 @@ def _decode_of(request: PlanRequest, fit: Fit, rank: RankMemory, micro_batches: 
         KV: _read_seconds(request, rank, reading.resident / group, reading.streamed / group),
         COMPUTE: operations / _matrix_rate(request),
         LINK: _link_seconds(request, rank, reading.host / group, reading.disk / group) + states / hardware.host_link,
-        HOST: _host_seconds(request, fit, rank, reading.from_host, reading.from_disk, micro_batches),
-        DISK: _disk_seconds(request, fit, rank, reading.from_disk, micro_batches),
+        HOST: _host_seconds(request, fit, rank, reading.host + reading.on_cpu, reading.disk, micro_batches),
+        DISK: _disk_seconds(request, fit, rank, reading.disk, micro_batches),
         **_sent(
             {
                 SUMS: sums(request, shard, rows),
@@ -162,6 +171,10 @@ def _combine(request: PlanRequest, parts: dict[str, float]) -> StageCost:
     slowest = max(at_a_time, key=lambda name: at_a_time[name])
     in_turn[slowest] = at_a_time[slowest]
     return StageCost(parts, in_turn)
+
+
+def _seconds(stage: StageCost) -> float:
+    return stage.seconds
 
 
 def _sent(what: Mapping[str, Sent]) -> dict[str, float]:
