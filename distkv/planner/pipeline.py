@@ -30,11 +30,14 @@ def num_micro_batches(stages: int, fixed: float, variable: float, most: int) -> 
     of the engine (`workers/micro_batches.py`), which has these from the model's sizes alone.
 
     Args:
-        fixed: seconds that a micro-batch takes a stage however small it is.
+        fixed: seconds that a micro-batch takes a stage however small it is; none, or less by rounding, where something
+            else hides them.
         variable: seconds that all rows of a step take a stage beside that.
         most: pieces that the step can be cut into.
     """
-    return min(most, max(1, round(math.sqrt((stages - 1) * variable / fixed))))
+    if fixed * most**2 <= (stages - 1) * variable:
+        return most
+    return max(1, round(math.sqrt((stages - 1) * variable / fixed)))
 
 
 def run_stages(stages: Sequence[StageCost], between: Sequence[StageCost], micro_batches: int) -> PipelineCost:

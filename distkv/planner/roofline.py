@@ -70,10 +70,10 @@ def _cost(request: PlanRequest, fit: Fit, rows: int, steps: int, pieces: int, wo
         return [max((one for number, one in found if number == stage), key=_seconds) for stage in numbers]
 
     stages, micro_batches = stages_of(1), 1
-    if len(stages) > 1:
-        slowest = max(stages, key=_seconds)
-        fixed = slowest.parts[WEIGHTS] + slowest.parts[FIXED]
-        micro_batches = num_micro_batches(len(stages), fixed, slowest.seconds - fixed, pieces)
+    if min(len(stages), pieces) > 1:
+        whole, part = (max(one.seconds for one in found) for found in (stages, stages_of(pieces)))
+        variable = (whole - part) * pieces / (pieces - 1)
+        micro_batches = num_micro_batches(len(stages), whole - variable, variable, pieces)
         stages = stages_of(micro_batches)
     hops = [_sent({HIDDEN: one * steps}) for one in hidden_states(request, rows / micro_batches)]
     whole = run_stages(stages, [StageCost(hop, _over_links(hop)) for hop in hops], micro_batches)
@@ -117,7 +117,7 @@ def _decode_of(request: PlanRequest, fit: Fit, rank: RankMemory, micro_batches: 
 
 
 def _prefill_of(request: PlanRequest, fit: Fit, rank: RankMemory, micro_batches: int) -> dict[str, float]:
-    """Over all chunks of a prompt, of each of which a micro-batch is an equal part."""
+    """Over all chunks of a prompt, of each of which a micro-batch is an equal part that reads all tokens before it."""
     hardware, config = request.hardware, request.model.config
     shard = find_shard(config, request.layout, rank.rank)
     parameters = request.model.rank_parameters(request.layout, rank.rank)
@@ -129,21 +129,22 @@ def _prefill_of(request: PlanRequest, fit: Fit, rank: RankMemory, micro_batches:
     device, host = (fit.tiers[index].tokens for index in (0, 1))
     all_of_it, cold, disk = (_read_beyond(tokens, chunk, room) for room in (0, device, device + host))
     # the head is read once, for the only logits that are wanted
-    weights = steps * micro_batches * (parameters.read_per_step - parameters.head_products) + parameters.head_products
+    weights = steps * (parameters.read_per_step - parameters.head_products) + parameters.head_products / micro_batches
     read = (all_of_it - cold) * rank.kv_bytes_per_token, cold * rank.cold_kv_bytes_per_token
-    exchange = prefill_exchange(request, shard, sum(read) / micro_batches, steps)
     of_others = 1 - 1 / group  # which pass through memory as streamed pages do
-    parts = {
+    return {
+        WEIGHTS: weights * request.item_bytes / hardware.memory_bandwidth,
         KV: _read_seconds(request, rank, (1 + of_others) * (all_of_it - cold), cold),
-        COMPUTE: operations / _matrix_rate(request),
+        COMPUTE: operations / micro_batches / _matrix_rate(request),
         LINK: _link_seconds(request, rank, (cold - disk) / group, disk / group),
         HOST: _host_seconds(request, fit, rank, cold - disk, disk, micro_batches),
         DISK: _disk_seconds(request, fit, rank, disk, micro_batches),
-    }
-    return {
-        **{name: seconds / micro_batches for name, seconds in parts.items()},
-        WEIGHTS: weights / micro_batches * request.item_bytes / hardware.memory_bandwidth,
-        **_sent({SUMS: sums(request, shard, tokens / micro_batches, steps), EXCHANGE: exchange}),
+        **_sent(
+            {
+                SUMS: sums(request, shard, tokens / micro_batches, steps),
+                EXCHANGE: prefill_exchange(request, shard, sum(read), steps),
+            }
+        ),
         FIXED: steps * hardware.step_seconds,
     }
 

@@ -109,15 +109,16 @@ def test_a_prompt_has_its_pages_go_round_a_context_group() -> None:
 @pytest.mark.parametrize("stages", [1, 2])
 def test_gpus_of_a_node_share_its_memory_and_its_disk(stages: int) -> None:
     """Of 8 requests of 2**17 tokens a half lies on the devices of two nodes, a quarter on the host, a quarter on disk,
-    also where each node has two stages that work at a time, on 8 micro-batches."""
+    also where each node has two stages that work at a time."""
     each = 2**17 * TOKEN
     sizes = {"device_kv_bytes": 4 * each, "host_kv_bytes": 2 * each * 16 // 15 + 2**20, "disk_kv_bytes": 4 * each}
     ranks = {"tensor_parallel_size": 8 // stages, "pipeline_parallel_size": 2 * stages}
     found = plan(**ranks, nodes=2, concurrency=8, context=2**17, page_size=1024, **sizes)
     assert [tier.used_pages for tier in found.fit.tiers] == [512, 256, 256] and found.decode is not None
     count = 2 * stages
-    assert found.decode.micro_batches == 8
-    times = (count + 7) / 8  # of a micro-batch: through all stages, and out of the slowest
+    pieces = found.decode.micro_batches
+    assert pieces > 2
+    times = (count - 1 + pieces) / pieces  # of a micro-batch: through all stages, and out of the slowest
     at_a_time = 1 / 2  # of the layers, on one node
     quarter = 2 * each
     assert found.decode.parts["disk"] == pytest.approx(times * at_a_time * quarter / 7e9)

@@ -1,6 +1,7 @@
 """Which part of the model a rank holds."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from distkv.workers.errors import ConfigError
 from distkv.workers.model.layout import Layout
@@ -173,6 +174,7 @@ def _are_whole(model: ModelConfig, query_heads: tuple[int, int], kv_heads: tuple
     return query_heads == (kv_heads[0] * model.group_size, kv_heads[1] * model.group_size)
 
 
+@lru_cache(maxsize=2**7)  # of all ranks of a group
 def _check_context_groups(model: ModelConfig, layout: Layout) -> None:
     """Raises ConfigError unless the ranks of a stage are context groups with whole KV heads."""
     size, asked = layout.tensor_parallel_size, layout.decode_context_parallel_size
