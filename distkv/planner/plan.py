@@ -2,6 +2,7 @@
 
 import shlex
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from distkv.models.fetch import MODELS, default_cache_dir
@@ -21,7 +22,11 @@ class Plan:
     fit: Fit
     decode: Cost | None  # of a step with one token for each running request; None when nothing fits
     first_token: Cost | None  # of one request alone
-    advice: list[str]  # whole sentences, the most pressing first
+
+    @cached_property
+    def advice(self) -> list[str]:
+        """What to change, in whole sentences, the most pressing first."""
+        return advise(self.request, self.fit, self.decode)
 
     @property
     def fits(self) -> bool:
@@ -113,5 +118,4 @@ class Plan:
 def make_plan(request: PlanRequest) -> Plan:
     """What of a request fits where, and what it costs. Raises ConfigError for one that cannot be planned for."""
     fit = find_fit(request)
-    decode, first = decode_step(request, fit), first_token(request, fit)
-    return Plan(request, fit, decode, first, advise(request, fit, decode))
+    return Plan(request, fit, decode_step(request, fit), first_token(request, fit))

@@ -63,17 +63,20 @@ def first_token(request: PlanRequest, fit: Fit) -> Cost | None:
 
 def _cost(request: PlanRequest, fit: Fit, rows: int, steps: int, pieces: int, work: Work) -> Cost:
     """Of so many steps of so many tokens each, which can be cut into so many pieces."""
+    ranks = {
+        (one.stage, one.num_kv_heads, one.weights, one.workspace): one for one in fit.ranks
+    }.values()  # unlike ones
 
     def stages_of(micro_batches: int) -> list[StageCost]:
-        found = [(rank.stage, _combine(request, work(request, fit, rank, micro_batches))) for rank in fit.ranks]
+        found = [(rank.stage, _combine(request, work(request, fit, rank, micro_batches))) for rank in ranks]
         numbers = range(request.pipeline_parallel_size)
         return [max((one for number, one in found if number == stage), key=_seconds) for stage in numbers]
 
     stages, micro_batches = stages_of(1), 1
     if min(len(stages), pieces) > 1:
-        whole, part = (max(one.seconds for one in found) for found in (stages, stages_of(pieces)))
-        variable = (whole - part) * pieces / (pieces - 1)
-        micro_batches = num_micro_batches(len(stages), whole - variable, variable, pieces)
+        at_once, piece = (max(one.seconds for one in found) for found in (stages, stages_of(pieces)))
+        variable = (at_once - piece) * pieces / (pieces - 1)
+        micro_batches = num_micro_batches(len(stages), at_once - variable, variable, pieces)
         stages = stages_of(micro_batches)
     hops = [_sent({HIDDEN: one * steps}) for one in hidden_states(request, rows / micro_batches)]
     whole = run_stages(stages, [StageCost(hop, _over_links(hop)) for hop in hops], micro_batches)

@@ -24,7 +24,7 @@ from distkv.storage.tier import Tier
 from distkv.workers.attention.policies.registry import FULL
 from distkv.workers.rank_config import model_page_spec
 
-MOST_COLUMNS = 4  # plans whose times are shown by what they are spent on
+MOST_COLUMNS = 3  # plans whose times are shown by what they are spent on
 MOST_ADVICE = 8  # sentences for a kind of hardware
 
 
@@ -143,17 +143,20 @@ def print_nodes(console: Console, request: PlanRequest) -> None:
 
 
 def _time_table(plans: list[Plan]) -> Table:
-    """What a step takes by what it is spent on, a column for each plan; what others hide is in it too."""
+    """What a step and a first token take by what it is spent on, a column each; what others hide is in it too."""
     about = [(_context(plan), layout_shown(plan.request), f"{plan.fit.running} running") for plan in plans]
     varies = [len(set(kind)) > 1 for kind in zip(*about, strict=True)]
-    headings = [", ".join(one for one, shown in zip(name, varies, strict=True) if shown) for name in about]
-    table = right_table("What a step's time goes to", ("", *headings))
+    setups = [", ".join(one for one, shown in zip(name, varies[:2], strict=False) if shown) for name in about]
+    loads = [f"{name[2]}" if varies[2] else "a step" for name in about]
+    columns = {", ".join(filter(None, names)): plan.decode for *names, plan in zip(setups, loads, plans, strict=True)}
+    for name, plan in zip(setups, plans, strict=True):
+        columns[", ".join(filter(None, (name, "first token")))] = plan.first_token
+    table = right_table("What a step's time goes to, and a first token's", ("", *columns))
     table.columns[0].justify = "left"
-    decodes = [plan.decode for plan in plans]
-    found = [one for one in decodes if one is not None]
+    found = [one for one in columns.values() if one is not None]
 
     def add(label: str, show: Callable[[Cost], str]) -> None:
-        table.add_row(label, *("" if one is None else show(one) for one in decodes))
+        table.add_row(label, *("" if one is None else show(one) for one in columns.values()))
 
     def add_parts(indent: str, parts: Callable[[Cost], Mapping[str, float]]) -> None:
         for name in dict.fromkeys(name for one in found for name, value in parts(one).items() if value):
@@ -162,7 +165,7 @@ def _time_table(plans: list[Plan]) -> Table:
     add_parts("", lambda one: one.parts)
     add_parts("  ", lambda one: one.between_ranks)
     table.add_section()
-    add("a step", lambda one: shown_seconds(one.seconds))
+    add("in all", lambda one: shown_seconds(one.seconds))
     if any(one.idle for one in found):
         add("stages wait", lambda one: shown_share(one.idle))
     return table
