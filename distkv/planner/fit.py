@@ -4,7 +4,7 @@ Pages and pools are those of the engine (`sizing.py`): every rank holds the same
 KV heads, so the rank with the least room decides.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from distkv.config import EngineConfig
 from distkv.errors import CapacityError
@@ -133,10 +133,9 @@ def find_fit(request: PlanRequest) -> Fit:
 def _configs(request: PlanRequest) -> tuple[EngineConfig, RankConfig]:
     """The options of the engine and of its ranks, for a folder that nobody reads."""
     cache_dir = "/" if request.disk_kv_bytes else None
-    options = {name: value for name, value in request.engine_options.items() if hasattr(EngineConfig, name)}
-    config = EngineConfig("/", **options, cache_dir=cache_dir)
+    config = EngineConfig("/", **request.engine_options, cache_dir=cache_dir)
     device = "cpu" if request.hardware.is_cpu else "cuda"
-    return config, replace(make_rank_config(config, request.model.config, device), layout=request.layout)
+    return config, make_rank_config(config, request.model.config, device)
 
 
 def _rank_memory(request: PlanRequest, staging_pages: int, rank: int, spec: PageSpec) -> RankMemory:

@@ -202,10 +202,10 @@ class PlanRequest:
     def unknown_options(self) -> list[str]:
         """Those that are set and that the engine refuses on such hardware, since no kernel there knows them."""
         refuses = self.attention_policy != FULL and not self.kind.follows_policies
-        unknown = [name for name in self.engine_options if not hasattr(EngineConfig, name)]
-        if self.decode_context_parallel_size > 1 and not self.hardware.is_cpu:
-            unknown.append("decode_context_parallel_size")
-        return ["attention_policy"] * refuses + unknown
+        if self.hardware.is_cpu:
+            return []
+        unshared = self.decode_context_parallel_size > 1
+        return ["attention_policy"] * refuses + ["decode_context_parallel_size"] * unshared
 
     @property
     def item_bytes(self) -> int:
@@ -234,8 +234,7 @@ class PlanRequest:
         options |= {"max_model_len": None if is_whole else self.context}
         options |= {"max_num_seqs": self.num_seqs, "max_num_batched_tokens": self.max_num_batched_tokens}
         options |= {"gpu_memory_utilization": self.gpu_memory_utilization}
-        owners = {name: EngineConfig if hasattr(EngineConfig, name) else PlanRequest for name in options}
-        return {name: value for name, value in options.items() if value != getattr(owners[name], name)}
+        return {name: value for name, value in options.items() if value != getattr(EngineConfig, name)}
 
     def on_devices_alone(self, **changes: Any) -> "PlanRequest":
         """The same without memory below the devices, where no codec has a part, but with `changes`."""

@@ -120,12 +120,12 @@ def test_forks_take_no_more_pages_than_they_need() -> None:
     engine.integrity_check()
 
 
-@pytest.mark.parametrize("first", [0, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("first", [0, pytest.param(60, marks=pytest.mark.slow)])
 def test_small_windows_with_a_disk_that_loses_pages(first: int) -> None:
     """What `check` admits is answered, however small the window, with forks, aborts and pages that are lost at any
     time; and nothing waits for ever."""
     recomputed = 0
-    for seed in range(first, 4000 if first else 150):
+    for seed in range(first, 4000 if first else 60):
         rng = random.Random(seed)
         torch.manual_seed(seed)
         has_tiers, budget = rng.random() < 0.7, rng.choice([8, 16, 24, 40, 64])
@@ -159,4 +159,4 @@ def test_small_windows_with_a_disk_that_loses_pages(first: int) -> None:
             assert not engine.has_work, f"seed {seed} does not come to an end"
         engine.integrity_check()
         recomputed += engine.stats().pages_recomputed
-    assert recomputed > 10
+    assert recomputed > 5

@@ -142,7 +142,7 @@ def test_random_requests_of_known_and_unknown_length(first: int) -> None:
     """Everything ends with the tokens that it asked for, over random pools, tiers, streaming limits, forks, priorities,
     shared prompts and aborts; pages hold what they should (the memory looks)."""
     preempted = 0
-    for seed in range(first, first + (300 if first else 16)):
+    for seed in range(first, first + (300 if first else 8)):
         rng, tenants = random.Random(seed), random.Random(-seed)
         share = tenants.choice([None, None, 0.4, 0.8])
         torch.manual_seed(seed)

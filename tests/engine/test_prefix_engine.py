@@ -105,14 +105,14 @@ def check_output(
     answer.append(output.token_id)
 
 
-@pytest.mark.parametrize("first", [0, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("first", [0, pytest.param(30, marks=pytest.mark.slow)])
 def test_each_sequence_reads_its_own_history(first: int) -> None:
     total = {"hits": 0, "resets": 0, "failed": 0}
-    for seed in range(first, first + (80 if first < 1000 else 4000)):
+    for seed in range(first, 4000 if first else 30):
         try:
             counts = simulate(seed)
         except BaseException as error:
             error.add_note(f"seed {seed}")
             raise
         total = {name: total[name] + counts[name] for name in total}
-    assert total["hits"] > 2000 and total["resets"] > 20
+    assert total["hits"] > 700 and total["resets"] > 7

@@ -287,17 +287,17 @@ def run_requests(seed: int, faults: float, forgets: Wait | None = None) -> tuple
 @pytest.mark.parametrize("faults", [0.0, 0.2])
 def test_pages_hold_what_belongs_there_however_late_the_device_is(faults: float) -> None:
     total: Counter[str] = Counter()
-    for seed in range(12):
+    for seed in range(7):
         memory, wrong = run_requests(seed, faults)
         assert not wrong, (seed, wrong[:3])
         total += memory.counts
         total += Counter(f"{a.name} to {b.name}" for a, b in memory.mover.bytes)
         total["read"] += len(memory.read)
         memory.mover.close()
-    assert total["read"] > 500 and total["steps that stream"] > 100
+    assert total["read"] > 250 and total["steps that stream"] > 50
     assert {"DEVICE to HOST", "HOST to DEVICE", "HOST to DISK", "DISK to HOST"} <= total.keys()
     if faults:
-        assert total["broken"] > 10 and total["bad reads"]
+        assert total["broken"] > 5 and total["bad reads"]
 
 
 def test_the_faster_way_of_copying_is_chosen_for_each_lane(

@@ -76,7 +76,9 @@ def test_a_token_without_numbers_ends_its_own_request_alone(tmp_path: Path) -> N
 
 def test_tiers_change_no_bit(tmp_path: Path) -> None:
     """Decodes and chunks of prompts of several sequences, with a window of a few pages, the rest on host and disk."""
-    folder, _ = save_llama(tmp_path / "model", num_hidden_layers=1, head_dim=16, max_position_embeddings=1024)
+    folder, _ = save_llama(
+        tmp_path / "model", num_hidden_layers=1, head_dim=16, num_attention_heads=2, num_key_value_heads=1
+    )
     prompts = random_prompts(180, 40, 12)
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (4, 6, 3)]
     options = {"page_size": 16, "max_num_batched_tokens": 64, "max_num_seqs": 3}
@@ -92,8 +94,10 @@ def test_tiers_change_no_bit(tmp_path: Path) -> None:
 def test_codes_are_the_same_in_all_tiers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str) -> None:
     """Decodes and chunks of prompts that fill pages, with a window of a few pages; and near to what the native kernels
     of a CPU compute of codes."""
-    folder, _ = save_llama(tmp_path / "model", num_hidden_layers=1, head_dim=16, max_position_embeddings=1024)
-    prompts = random_prompts(100, 12)
+    folder, _ = save_llama(
+        tmp_path / "model", num_hidden_layers=1, head_dim=16, num_attention_heads=2, num_key_value_heads=1
+    )
+    prompts = random_prompts(70, 12)
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (3, 7)]
     options: dict[str, Any] = {
         "page_size": 16, "max_num_batched_tokens": 48, "max_num_seqs": 2, "kv_cache_dtype": codec,

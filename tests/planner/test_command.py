@@ -102,11 +102,9 @@ def test_a_value_that_is_given_twice_is_planned_for_once() -> None:
             "--context",
             "128k",
             "--concurrency",
-            "1,16,64,256",
+            "1,16,64",
             "--host-memory",
             "2TiB",
-            "--cpu-attention",
-            "auto",
         ),
     ],
 )

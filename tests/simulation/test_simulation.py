@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import count
+from itertools import chain, count
 
 import pytest
 from simulation.mutations import MUTATIONS
@@ -34,12 +34,14 @@ NOW_AND_THEN = (
     "killed at: after a message is sent", "killed at: wait", "catalogue damaged: flips", "catalogue damaged: cut",
     "file damaged: flip", "file damaged: cut", "file damaged: lose", "file damaged: swap", "file damaged: zeros",
 )  # fmt: skip
-SOON_FOUND = (
-    "spill is not awaited", "location is not sent", "fork is not copied", "checksum is stale", "begun token is lost",
-    "clearing is left out", "page is kept", "lost requests are forgotten", "death is not noticed",
-    "ended table is kept", "draw is of another place", "memory is not made anew", "observed tokens are not read again",
-    "draft stays", "drafting fills a page",
-)  # fmt: skip
+SOON_FOUND = {
+    "spill is not awaited": 0, "location is not sent": 0, "fork is not copied": 4, "checksum is stale": 1,
+    "begun token is lost": 5, "clearing is left out": 0, "page is kept": 0, "lost requests are forgotten": 5,
+    "death is not noticed": 5, "ended table is kept": 0, "draw is of another place": 0, "memory is not made anew": 27,
+    "observed tokens are not read again": 27, "draft stays": 24, "drafting fills a page": 63,
+}  # fmt: skip
+"""By mutations that few seeds are tried for, the first that found it: what seeds do changes with the engine, so others
+follow."""
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +108,8 @@ def test_a_process_may_end_at_every_point(seed: int, stride: int) -> None:
     "name", [pytest.param(name, marks=() if name in SOON_FOUND else pytest.mark.slow) for name in MUTATIONS]
 )
 def test_what_is_broken_is_found(name: str) -> None:
-    for seed in range(500):
+    first = SOON_FOUND.get(name, 0)
+    for seed in chain(range(first, 500), range(first)):
         with MUTATIONS[name]():
             found = simulate(seed, 150).failure
         if found:
