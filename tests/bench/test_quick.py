@@ -14,6 +14,7 @@ from distkv.reporting.machine import machine_facts
 
 COMMANDS = {
     "cache": "--model MODEL",
+    "cpu-attention": "--model MODEL",
     "decode": "--model MODEL",
     "disk-codec": "--model MODEL",
     "gqa": "",
@@ -23,7 +24,8 @@ COMMANDS = {
     "scheduler": "",
     "serve-offline": "--model MODEL",
 }
-SLOW = {"disk-codec", "gqa", "offload", "paging", "prefix", "scheduler"}  # they have tests with smaller sizes too
+# they have tests with smaller sizes too
+SLOW = {"cpu-attention", "disk-codec", "gqa", "offload", "paging", "prefix", "scheduler"}
 
 
 @pytest.fixture(scope="module")

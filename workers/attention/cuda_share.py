@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from distkv.kernels.cuda.softmax import States
-from distkv.kernels.native.page_states import ITEM_COLUMNS, state_width
+from distkv.kernels.native.page_states import state_width
 from distkv.kernels.native.paged_attention import CodedPages
 from distkv.kernels.page_entries import buffer_entry
 from distkv.storage.device import HostCopy
 from distkv.storage.dtypes import torch_dtype
 from distkv.storage.errors import StoreError
-from distkv.storage.tier import DEVICE, DISK, HOST, Tier, decode_location
+from distkv.storage.tier import DEVICE, DISK, HOST, Tier, decode_locations
 from distkv.workers.attention.decode_plan import DecodePlan, DecodeRound
 from distkv.workers.attention.host_share import HostShare
 from distkv.workers.kv_pools import KVPools
-from distkv.workers.page_directory import SequenceStep
+from distkv.workers.page_directory import NOT_SHARED, SequenceStep
 from distkv.workers.runners.host_copies import Array
 
 READ_PAGES = 8  # that are read from disk before their states are computed
@@ -64,6 +64,9 @@ def leave_to_host(
             resident ones, and a page for each split.
         steps: by first row the sequences.
     """
+    first_page = dict(zip(steps, np.cumsum([0, *(len(step.pages) for step in steps.values())]).tolist(), strict=False))
+    is_shared = np.concatenate([shared[row] for row in steps])
+    tiers_of, slots_of = _places(list(steps.values()))
     plans, items, tiers = [], [], []
     states: list[list[np.ndarray]] = []
     for plan in groups:
@@ -71,30 +74,38 @@ def leave_to_host(
         states.append([])
         for one in plan.rounds:
             resident, others = np.split(one.items, [one.num_items[0]])
-            first_rows = one.sequences[resident[:, 0], 0]
-            pairs = zip(first_rows.tolist(), resident[:, 1].tolist(), strict=True)
-            is_left = np.array([shared[row][split] for row, split in pairs], dtype=bool)
-            states[-1].append(one.sequences[resident[is_left, 0], 3] + resident[is_left, 1])
-            num_items = [int((~is_left).sum()), *one.num_items[1:]]
+            # padding stands for nobody, and has no items
+            bases = np.array([first_page.get(row, 0) for row in one.sequences[:, 0].tolist()])
+            page = bases[resident[:, 0]] + resident[:, 1]
+            is_left = is_shared[page]
+            left, page = resident[is_left], page[is_left]
+            states[-1].append(one.sequences[left[:, 0], 3] + left[:, 1])
+            num_items = [one.num_items[0] - len(left), *one.num_items[1:]]
             rounds.append(replace(one, items=np.concatenate([resident[~is_left], others]), num_items=num_items))
-            for row, split in zip(first_rows[is_left].tolist(), resident[is_left, 1].tolist(), strict=True):
-                tier, slot = _place(steps[row], split)
-                items.append([row, plan.num_tokens, steps[row].start, split, slot, -1, 0])
-                tiers.append(tier)
+            rows, tokens = one.sequences[left[:, 0], 0], np.full(len(left), plan.num_tokens)
+            starts = one.sequences[left[:, 0], 1] - plan.num_tokens
+            items.append(np.stack([rows, tokens, starts, left[:, 1], slots_of[page], 0 * tokens - 1, 0 * tokens], 1))
+            tiers.append(tiers_of[page])
         plans.append(replace(plan, rounds=rounds))
-    table, where = np.array(items, dtype=np.int64).reshape(-1, ITEM_COLUMNS), np.array(tiers, dtype=np.int64)
+    table, where = np.concatenate(items), np.concatenate(tiers)
     table[:, 6] = np.cumsum(table[:, 1]) - table[:, 1]
     slots = table[where == DEVICE, 4].copy()
     table[where == DEVICE, 4] = np.arange(len(slots))
-    rows = np.unique([row + token for row, count in table[:, :2].tolist() for token in range(count)])
-    table[:, 0] = np.searchsorted(rows, table[:, 0])
-    return plans, Left(table, where, [plan.num_tokens for plan in groups], LeftArrays(rows, slots, states))
+    rows = np.repeat(table[:, 0] - table[:, 6], table[:, 1]) + np.arange(table[:, 1].sum())
+    needed = np.unique(rows)
+    table[:, 0] = np.searchsorted(needed, table[:, 0])
+    return plans, Left(table, where, [plan.num_tokens for plan in groups], LeftArrays(needed, slots, states))
 
 
-def _place(step: SequenceStep, page: int) -> tuple[Tier, int]:
-    """Where the host finds a page of its share."""
-    slot = int(step.host_slots[page])
-    return (HOST, slot) if slot >= 0 else decode_location(int(step.pages[page]))
+def _places(steps: list[SequenceStep]) -> tuple[np.ndarray, np.ndarray]:
+    """Tier and slot in which the host finds each page, over all pages of all sequences."""
+    pages = np.concatenate([step.pages for step in steps])
+    on_host = np.concatenate(
+        [step.host_slots if len(step.host_slots) else np.full(len(step.pages), NOT_SHARED) for step in steps]
+    )
+    _, on_disk = decode_locations(pages)
+    tiers = np.where(on_host >= 0, HOST, np.where(pages >= 0, DEVICE, DISK))
+    return tiers, np.where(on_host >= 0, on_host, np.where(pages >= 0, pages, on_disk))
 
 
 class HostStates:
