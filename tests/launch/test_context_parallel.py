@@ -99,9 +99,22 @@ def test_stages_of_ranks_that_share_out_pages(tmp_path: Path, monkeypatch: pytes
     assert hits[-1] > 0
 
 
+@pytest.mark.slow
+def test_random_contexts_that_ranks_share_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`distkv stress` compares them with a run that has all on the device, bit for bit."""
+    options = ["--shape", "tiny", "--context", "4000", "--new-tokens", "4", "--page-size", "16", "--num-threads", "1"]
+    options += ["--tensor-parallel-size", "2", "--decode-context-parallel-size", "2", "--device-kv-bytes", "1MiB"]
+    options += ["--host-kv-bytes", "512KiB", "--cache-dir", str(tmp_path / "kv"), "--verify"]
+    with ranks_in_threads(monkeypatch):
+        result = CliRunner().invoke(app, ["stress", *options])
+    assert result.exit_code == 0, result.output
+    assert "log-probabilities equal the all-resident run's bit for bit" in result.output
+    assert "disk_streamed" in result.output
+
+
 def logits(folder: Path, layout: Layout, dtype: str) -> Tensor:
     """Of all tokens of a prompt that is read in three steps."""
-    group, prompt = ThreadGroup(), random_prompt(75, 1)
+    group, prompt = ThreadGroup("cpu"), random_prompt(75, 1)
     size = 16 * layout.decode_context_parallel_size
     slots = [5, 1, 6, 0, 3][: -(-len(prompt) // size)]
     try:
