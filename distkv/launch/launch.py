@@ -106,7 +106,8 @@ def _launch_on_ray(
     from distkv.workers.group.ray_group import RayGroup
 
     size, num_parts = config.num_ranks, None
-    group = RayGroup(size, config.ray_address, config.device, check, config.data_parallel_size, fewer)
+    stages = config.pipeline_parallel_size
+    group = RayGroup(size, config.ray_address, config.device, check, config.data_parallel_size, fewer, stages)
     try:
         if group.size < size:
             config, num_parts = with_fewer(config, group.size, group.device)

@@ -63,7 +63,7 @@ class Cluster:
         return {"CPU": float(self.free)}
 
     def place(self, size: int, fewer: Fewer | None = None) -> int:
-        return place("CPU", size, fewer, lambda: None)[1]
+        return place("CPU", size, fewer, lambda: None).size
 
     def _make(self, bundles: list[dict[str, int]], strategy: str) -> SimpleNamespace:
         self.sizes.append(len(bundles))
@@ -125,6 +125,46 @@ def test_ranks_that_are_free_on_paper_become_fewer_still(monkeypatch: pytest.Mon
     stale = Cluster(monkeypatch, free=3)
     monkeypatch.setattr(stale, "_wait", lambda size, seconds: stale._pass(seconds) or size <= 1)  # type: ignore[func-returns-value]
     assert stale.place(4, Fewer((1, 2, 3), after=20)) == 1 and stale.sizes == [4, 3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "offered, size, num_stages, bundles, strategy",
+    [
+        ([8, 8], 4, 2, [2, 2], "SPREAD"),
+        ([4], 4, 2, [2, 2], "SPREAD"),  # one node is enough
+        ([3, 3, 2], 8, 2, [1] * 8, "PACK"),  # none has room for four
+        ([4, 2, 2], 8, 2, [1] * 8, "PACK"),
+        ([1, 1, 1], 3, 3, [1] * 3, "SPREAD"),
+        ([4], 4, 1, [1] * 4, "PACK"),
+    ],
+)
+def test_stages_have_a_node_each(
+    monkeypatch: pytest.MonkeyPatch, offered: list[int], size: int, num_stages: int, bundles: list[int], strategy: str
+) -> None:
+    cluster = Cluster(monkeypatch, offered=sum(offered), free=sum(offered))
+    nodes = [{"Alive": True, "Resources": {"CPU": float(count)}} for count in offered]
+    monkeypatch.setattr(cluster, "nodes", lambda: nodes)
+    made: list[object] = []
+    monkeypatch.setattr(
+        placement,
+        "placement_group",
+        lambda *one, strategy: made.append((*one, strategy)) or cluster._make(*one, strategy),
+    )
+    placed = place("CPU", size, None, lambda: None, num_stages)
+    assert made == [([{"CPU": count} for count in bundles], strategy)]
+    assert [placed.bundle(rank) for rank in range(size)] == [
+        bundle for bundle, count in enumerate(bundles) for _ in range(count)
+    ]
+
+
+def test_room_for_stages_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    Cluster(monkeypatch)
+    with pytest.raises(CapacityError, match="pipeline_parallel_size 3 times tensor_parallel_size 2 needs 6 CPUs"):
+        place("CPU", 6, None, lambda: None, 3)
+    held = Cluster(monkeypatch)
+    with pytest.raises(CapacityError, match="4 CPUs, 2 on a node for each stage, were not free within 60 s"):
+        place("CPU", 4, None, lambda: None, 2)
+    assert held.num_removed == 1
 
 
 def test_one_of_two_ranks_stays_on_ray(caplog: pytest.LogCaptureFixture) -> None:

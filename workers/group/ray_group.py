@@ -65,6 +65,7 @@ class RayGroup:
         check: Callable[[], None] = lambda: None,
         num_groups: int = 1,
         fewer: Fewer | None = None,
+        num_stages: int = 1,
     ):
         """Takes `size` bundles of the cluster and starts an actor on each.
 
@@ -75,10 +76,11 @@ class RayGroup:
                 ends the wait.
             num_groups: of this size that are to share the cluster's cores.
             fewer: when fewer ranks will do; `size` has their number then.
+            num_stages: of the pipeline that all ranks are.
 
         Raises CapacityError when the cluster lacks the resources, ConfigError when it cannot be reached.
         """
-        self.size, self._num_groups = size, num_groups
+        self.size, self._num_groups, self._num_stages = size, num_groups, num_stages
         self._check_wanted = check
         self._connected = False
         self._placement: Any = None
@@ -95,9 +97,7 @@ class RayGroup:
             self._place(fewer)
             hosts = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
             self.nodes = [Node(node_id, hosts[node_id], *process) for node_id, *process in self._call("node")]
-            if len(per_node := self._ranks_per_node()) > 1:
-                places = ", ".join(f"{count} on {hosts[node_id]}" for node_id, count in per_node.items())
-                log.warning("no node has room for all %d ranks: %s", self.size, places)
+            self._tell_places(hosts)
         except BaseException:
             self.close()
             raise
@@ -245,10 +245,12 @@ class RayGroup:
 
     def _place(self, fewer: Fewer | None) -> None:
         kind = KINDS[self.device].resource
-        self._placement, self.size = place(kind, self.size, fewer, self._check_wanted)
+        placed = place(kind, self.size, fewer, self._check_wanted, self._num_stages)
+        self._placement, self.size = placed.group, placed.size
         actor_class = ray.remote(RankActor)
-        for index in range(self.size):
-            strategy_of_rank = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=index)
+        for rank in range(self.size):
+            bundle = placed.bundle(rank)
+            strategy_of_rank = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=bundle)
             options = {
                 "num_cpus": int(kind == "CPU"),
                 "num_gpus": int(kind == "GPU"),
@@ -257,6 +259,22 @@ class RayGroup:
                 "runtime_env": {"env_vars": _passed_environment()},
             }
             self._actors.append(actor_class.options(**options).remote())
+
+    def _tell_places(self, hosts: dict[str, str]) -> None:
+        """Says where the ranks lie, if that is not one node: a warning where sums cross a network."""
+        of_stage = self.size // self._num_stages
+        stages = [
+            Counter(node.node_id for node in self.nodes[at : at + of_stage]) for at in range(0, self.size, of_stage)
+        ]
+        if len(self._ranks_per_node()) == 1:
+            return
+        for number, stage in enumerate(stages):
+            places = ", ".join(f"{count} on {hosts[node_id]}" for node_id, count in stage.items())
+            of_it = "all" if len(stages) == 1 else f"stage {number} with its"
+            if len(stage) > 1:
+                log.warning("no node has room for %s %d ranks: %s", of_it, of_stage, places)
+            else:
+                log.info("stage %d lies on %s", number, hosts[next(iter(stage))])
 
     def _for_node(self, config: RankConfig, rank: int) -> RankConfig:
         """The config of a rank with its number of threads: Ray itself gives an actor one."""
