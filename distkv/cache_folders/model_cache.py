@@ -93,15 +93,20 @@ class ModelCache:
         with closing(Catalogue(self.folder, read_only=True)) as catalogue:
             catalogue.check()
 
-    def damage(self, entry: Entry) -> str | None:
-        """What is wrong with the files of a page, naming the first such file; None when they are whole."""
-        stored = self.stored
+    def damage(self, entry: Entry, stored: StoredHeads, of_all: bool) -> str | None:
+        """What is wrong with the files of a page, naming the first such file; None when they are whole.
+
+        Args:
+            stored, of_all: see `StoredHeads.damage`.
+        """
         heads = stored.of(entry.slot)
         num_layers, rest = divmod(len(entry.crc32c), 4 * len(heads)) if heads else (0, 0)
         if not num_layers or rest or (self._description and num_layers != self._description.num_layers):
             return f"slot {entry.slot} has {len(entry.crc32c)} bytes of checksums, and not those of {len(heads)} files"
         checksums = np.frombuffer(entry.crc32c, np.uint32).reshape(len(heads), num_layers)
-        found = (stored.damage(head, expected) for head, expected in zip(heads, checksums.tolist(), strict=True))
+        found = (
+            stored.damage(head, expected, of_all) for head, expected in zip(heads, checksums.tolist(), strict=True)
+        )
         return next((problem for problem in found if problem), None)
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count, takewhile
 from pathlib import Path
@@ -14,7 +15,7 @@ from distkv.cache_folders.file_damage import damage_of, file_damage
 from distkv.storage.disk.cache_folder import Description
 from distkv.storage.disk.disk_codec import disk_codec
 from distkv.storage.disk.file_codec import FileDamage
-from distkv.storage.disk.page_arrays import WHOLE, PageArray, Piece, chunk_name, find_arrays, find_pieces
+from distkv.storage.disk.page_arrays import WHOLE, PageArray, Piece, chunk_name, find_arrays, find_pieces, parse_chunk
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.tier import Tier
 
@@ -37,6 +38,11 @@ class StoredHeads:
         """
         self._folder, self._known = folder, known
         self._arrays = find_arrays(folder)
+        self._found: dict[PageArray, set[tuple[int, int]]] = {}  # heads and parts of which there is any page
+        for array in self._arrays:
+            with suppress(OSError):  # one that cannot be read has no pages
+                chunks = [parse_chunk(name) for name in os.listdir(folder / array.name)]
+                self._found[array] = {(chunk.head, chunk.part) for chunk in chunks if chunk is not None}
 
     def of(self, slot: int) -> list[Head]:
         """The heads of a page, those of a part after those of the part before it. Where nothing says how many there
@@ -48,13 +54,24 @@ class StoredHeads:
             num_parts = _count(lambda part: self._is_there(Head(slot, 0, part)))
         return [Head(slot, head, part) for part in range(num_parts) for head in range(num_heads)]
 
-    def damage(self, head: Head, checksums: Sequence[int]) -> str | None:
+    def lacks(self) -> bool:
+        """Whether there are layers or heads of which not one page has a file, and others: ranks on nodes with disks of
+        their own have those, or they are lost. The description must be known."""
+        known = self._known
+        assert known is not None
+        whole = [(0, known.num_layers)]
+        return any(self._found.values()) and any(self._here(head, known.num_layers) != whole for head in self.of(0))
+
+    def damage(self, head: Head, checksums: Sequence[int], of_all: bool = True) -> str | None:
         """What is wrong with the files of a head, naming the first such file; None when they are whole.
 
         Args:
             checksums: of each layer of the model.
+            of_all: layers; else those of which `lacks` finds no page are not looked at.
         """
-        for array, _ in self._pieces(head, len(checksums)):
+        num_layers = len(checksums)
+        ranges = [(0, num_layers)] if of_all else self._here(head, num_layers)
+        for array, _ in [piece for layers in ranges for piece in self._pieces(head, num_layers, layers)]:
             file = self._file(array, head)
             first, end = array.range(len(checksums))
             if problem := file_damage(file, checksums[first:end], self._spec(array)):
@@ -100,11 +117,23 @@ class StoredHeads:
         bits = content.view(f"i{half // (rows * columns)}").reshape(len(checksums), 2, rows, columns)
         return bytes(disk_codec(replace(whole, num_kv_heads=1)).encode(bits))
 
-    def _pieces(self, head: Head, num_layers: int) -> list[Piece]:
-        """Where the layers of a head lie, or would lie, where one is missing."""
-        arrays = [*self._arrays, WHOLE]
-        found = find_pieces((0, num_layers), num_layers, arrays, lambda array: self._file(array, head).exists())
-        return found or find_pieces((0, num_layers), num_layers, arrays, lambda array: True) or []
+    def _here(self, head: Head, num_layers: int) -> list[tuple[int, int]]:
+        """The layers of which there is any page with this head and part."""
+        having = [array.range(num_layers) for array, found in self._found.items() if (head.head, head.part) in found]
+        there = [layer for layer in range(num_layers) if any(first <= layer < end for first, end in having)]
+        runs: list[tuple[int, int]] = []
+        for layer in there:
+            if runs and runs[-1][1] == layer:
+                runs[-1] = runs[-1][0], layer + 1
+            else:
+                runs.append((layer, layer + 1))
+        return runs
+
+    def _pieces(self, head: Head, num_layers: int, layers: tuple[int, int] | None = None) -> list[Piece]:
+        """Where some layers of a head lie, or would lie, where one is missing; all unless they are given."""
+        arrays, layers = [*self._arrays, WHOLE], layers or (0, num_layers)
+        found = find_pieces(layers, num_layers, arrays, lambda array: self._file(array, head).exists())
+        return found or find_pieces(layers, num_layers, arrays, lambda array: True) or []
 
     def _is_there(self, head: Head) -> bool:
         return any(os.path.exists(self._file(array, head)) for array in self._arrays)

@@ -91,9 +91,16 @@ class _Folder:
         return len(entries)
 
     def _verify_pages(self, entries: list[Entry]) -> None:
-        cache = self._cache
+        cache, stored = self._cache, self._cache.stored
+        of_all = len(entries) < 2 or cache.spec is None or not stored.lacks()
+        if not of_all:
+            lacking = (
+                f"{str(cache.folder)!r} has some layers or KV heads of none of its {len(entries)} pages: they lie on "
+                "the disks of other nodes, or are lost, and are not looked at"
+            )
+            _print(self._console, [lacking])
         pages = track(entries, f"reading {cache.folder.name}", console=self._console, transient=True)
-        found = {entry: problem for entry in pages if (problem := cache.damage(entry))}
+        found = {entry: problem for entry in pages if (problem := cache.damage(entry, stored, of_all))}
         # what an engine has given up meanwhile was not damaged
         damaged = {entry: problem for entry, problem in found.items() if entry.slot in _unchanged(cache, found)}
         for problem in damaged.values():

@@ -1,5 +1,6 @@
 """What looks after cache folders, where layouts with stages and parts of pages have written there."""
 
+import shutil
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -86,3 +87,15 @@ def test_verify_reads_the_files_of_all_layouts(tmp_path: Path) -> None:
     assert code == 0 and "2 pages read, all whole" in text, text
     code, text = distkv("prune", "--max-bytes", "0", "--cache-dir", tmp_path)
     assert code == 0 and "2 pages given up" in text and not list(folder.glob("*.zarr/c.*")), text
+
+
+def test_verify_leaves_what_lies_on_the_disks_of_other_nodes(tmp_path: Path) -> None:
+    """Of two stages the first one has its disk here, and of two pages the second one is damaged."""
+    layouts = [(2, 1), (2, 1)]
+    keep(tmp_path / "both" / NAME, SPEC, 1, layouts)
+    shutil.rmtree(tmp_path / "both" / NAME / "kv.layers-3-5.zarr")
+    code, text = distkv("verify", "--cache-dir", tmp_path / "both")
+    assert code == 0 and "lie on the disks of other nodes, or are lost" in text and "2 pages read" in text, text
+    flip_bit(tmp_path / "both" / NAME / "kv.layers-0-2.zarr" / "c.1.0.0.2.0.0")
+    code, text = distkv("verify", "--repair", "--cache-dir", tmp_path / "both")
+    assert code == 1 and "1 pages taken out" in text, text
