@@ -56,6 +56,7 @@ ATTENTION = {
     "decode, int8": (True, "int8", BF16, 8, 4, 128, 256, 1),
     "decode, fp8": (True, "fp8_e4m3", BF16, 8, 4, 128, 256, 8),
     "prefill, int4": (False, "int4", BF16, 8, 4, 128, 256),
+    "prefill, int4, SmolLM2-135M": (False, "int4", BF16, 3, 3, 64, 256),
     "prefill, int8": (False, "int8", FP16, 3, 3, 64, 256),
 }
 
@@ -64,7 +65,7 @@ def launch_attention(decodes: bool, name: str, *shape: Any) -> None:
     (launch_decode if decodes else launch_prefill)(*shape, codec=FORMATS[name])
 
 
-@pytest.mark.parametrize("case", cases(launch_attention, ATTENTION, ["decode, int4", "prefill, int4"]))
+@pytest.mark.parametrize("case", cases(launch_attention, ATTENTION, ["decode, int4", "prefill, int4, SmolLM2-135M"]))
 def test_attention(case: Case, capability: int, reports: list[Report]) -> None:
     """Tensor cores, codes on their way before they are used, and nothing that spills."""
     [report] = reports
