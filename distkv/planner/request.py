@@ -130,6 +130,11 @@ class PlanRequest:
                 f"cpu_attention is {value} and host_kv_bytes is 0, so that no page lies where a CPU reads it; raise "
                 "the second, or leave the first out"
             )
+        if value != "off" and self.decode_context_parallel_size > 1:
+            raise ConfigError(
+                f"cpu_attention is {value} and decode_context_parallel_size {self.decode_context_parallel_size}, whose "
+                "ranks share out each page, so that the engine refuses it; leave one of them out"
+            )
         return value
 
     @property

@@ -180,6 +180,7 @@ def test_all_layouts_are_compared() -> None:
         ({"tensor_parallel_size": 32, "nodes": 2}, "32 x 1 are 32 ranks, and 2 nodes of 8 GPUs have 16"),
         ({"tensor_parallel_size": 6, "pipeline_parallel_size": 4, "nodes": 6}, "begin in the middle of nodes"),
         ({"pipeline_parallel_size": 0}, "pipeline_parallel_size is 0"), ({"nodes": True}, "nodes is True"),
+        ({**DCP, "cpu_attention": "auto", "host_kv_bytes": 2**40}, "cpu_attention is auto and decode_context"),
         ({"cpu_attention": "auto"}, "host_kv_bytes is 0"), ({"cpu_attention": "on"}, "cpu_attention is 'on'"),
         ({"cpu_attention": 1.5, "host_kv_bytes": 2**33}, "cpu_attention is 1.5"),
     ],
