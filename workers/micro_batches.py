@@ -91,7 +91,8 @@ def _shared_cold(steps: list[SequenceStep]) -> np.ndarray:
 
 
 def _part(step: SequenceStep, first: int, end: int, page_size: int) -> SequenceStep:
-    """The new tokens of a sequence from the first-th on up to another, behind those before them."""
+    """The new tokens of a sequence from the first-th on up to another, behind those before them. What is cut is part of
+    a prompt, of which the host has no share."""
     count = len(step.token_ids)
     if end - first == count:
         return step
@@ -103,4 +104,5 @@ def _part(step: SequenceStep, first: int, end: int, page_size: int) -> SequenceS
         pages=step.pages[:num_pages],
         page_ids=step.page_ids[:num_pages],
         num_logits=max(0, end - max(first, count - step.num_logits)),
+        host_slots=step.host_slots[:0],
     )

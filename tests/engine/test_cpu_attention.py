@@ -78,13 +78,15 @@ def test_drafts_are_checked_on_both(folder: Path) -> None:
 
 
 def test_each_rank_shares_with_its_own_host(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stages and tensor ranks, each with a part of the layers and heads."""
-    prompts = [random_prompt(200, 1), random_prompt(70, 2)]
+    """Stages, which cut chunks of prompts into micro-batches, and tensor ranks, each with a part of the layers and
+    heads."""
+    prompts = [random_prompt(600, 1), random_prompt(70, 2)]
     options = OPTIONS | {"tensor_parallel_size": 2, "num_threads": 1, "dtype": "bfloat16"}
+    options["max_num_batched_tokens"] = 512
     with ranks_in_threads(monkeypatch):
         expected = run(folder, prompts, **options)
         for stages in (1, 2):
-            layout = {"pipeline_parallel_size": stages, "cpu_attention": 0.5, "pages": (8, 60, 0)}
+            layout = {"pipeline_parallel_size": stages, "cpu_attention": 0.5, "pages": (40, 80, 0)}
             found = run(folder, prompts, **layout, **SIMULATED, **options)
             found.assert_same(expected)
             assert found.moved("host_attended") and found.moved("host_streamed")

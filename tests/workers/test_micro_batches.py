@@ -7,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.checkpoints import TINY
 
-from distkv.workers.micro_batches import StepCosts, cut_step
+from distkv.workers.attention.host_share import shared_pages
+from distkv.workers.micro_batches import StepCosts, _part, cut_step
 from distkv.workers.model.model_config import ModelConfig
 from distkv.workers.page_directory import SequenceStep
-from distkv.workers.runners.batch import step_tokens
+from distkv.workers.runners.batch import MAX_DECODE_TOKENS, step_tokens
 
 LLAMA_8B = StepCosts.of(
     ModelConfig.from_dict(
@@ -51,6 +52,17 @@ def test_rows_stay_in_order(data: st.DataObject, num_stages: int) -> None:
     for part in (part for batch in batches for part in batch):
         assert len(part.pages) == -(-(part.start + len(part.token_ids)) // PAGE)
         assert part.start % PAGE == 0 or part.start in [step.start for step in steps], "cut where a page begins"
+
+
+def test_what_is_cut_of_a_prompt_is_none_of_the_hosts() -> None:
+    """However few tokens a part has; answers beside it keep what the host has of theirs."""
+    prompt, answer = sequence(160, 16 * 60 + 5), sequence(160, 1, first_page=1000)
+    steps = [replace(one, host_slots=np.arange(len(one.pages))) for one in (prompt, answer)]
+    *parts, last = [part for batch in cut(steps) for part in batch]
+    assert len(parts) > 1 and not any(shared_pages(part, PAGE).any() for part in parts)
+    assert shared_pages(last, PAGE).sum() == 10
+    tail = _part(steps[0], 16 * 60, 16 * 60 + 5, PAGE)
+    assert len(tail.token_ids) < MAX_DECODE_TOKENS and not shared_pages(tail, PAGE).any()
 
 
 def test_weights_are_not_read_twice_for_a_few_short_answers() -> None:
