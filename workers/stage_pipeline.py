@@ -38,6 +38,7 @@ class StagePipeline:
             sampled: see `Runner`; on the first stage.
         """
         begun = now()
+        self._link.settle()
         batches = cut_step(steps, self._costs, self._shard.layout.pipeline_parallel_size, self._page_size)
         if not self._shard.stage and not self._shard.rank:
             self._meter.count("pipeline_steps", 1)

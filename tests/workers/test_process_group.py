@@ -50,3 +50,38 @@ def test_ranks_of_several_machines_exchange_parts() -> None:
     assert read_line(second) == "[[3, 4], [103, 104]] [[0], [1]]"
     for process in first, second:
         process.communicate("\n")
+
+
+STAGES = """
+import sys
+import torch
+from distkv.workers.group.communicators import Communicators
+from distkv.workers.group.process_group import open_store
+from distkv.workers.model.layout import Layout
+
+rank = len(sys.argv) - 1
+store = open_store("127.0.0.1", int(sys.argv[1]) if rank else None)
+print(store.port, flush=True)
+link = Communicators.join(Layout(pipeline_parallel_size=2), rank, store).link
+shape, device, total = (1000, 100), torch.device("cpu"), 0.0
+for step in range(6):
+    link.settle()
+    for batch in range(3):
+        given = torch.full(shape, float(batch)) if not rank else link.receive(shape, torch.float32, device)
+        link.send(given + step)
+    if not rank:
+        total += sum(link.receive(shape, torch.float32, device)[0, 0].item() for _ in range(3))
+print(total, len(link._sending), flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.slow
+def test_stages_keep_nothing_that_has_been_received() -> None:
+    """A micro-batch that was sent is freed a step later."""
+    first = start_python(STAGES)
+    second = start_python(STAGES, port := read_line(first))
+    assert read_line(second) == port
+    assert (read_line(first), read_line(second)) == (f"{6 * 3 + 15 * 6:.1f} 3", "0.0 3")
+    for process in first, second:
+        process.communicate("\n")

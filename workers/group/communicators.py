@@ -42,8 +42,15 @@ class Communicators:
         )
         link = None
         if len(stages) > 1:
-            step = layout.tensor_parallel_size
-            link = StageLink((rank - step) % layout.size, (rank + step) % layout.size, backend)
+            step, last = layout.tensor_parallel_size, len(stages) - 1
+            back = dist.new_group(timeout=PATIENCE, backend=backend)
+            link = StageLink(
+                (rank - step) % layout.size,
+                (rank + step) % layout.size,
+                backend,
+                receives_by=back if layout.stage(rank) == 0 else None,
+                sends_by=back if layout.stage(rank) == last else None,
+            )
         return cls(rank, stage, context, link, store)
 
     @property
