@@ -12,8 +12,8 @@ def synthetic_slice(seed: int, layer: int, heads: range, page_size: int, head_di
     """One layer of a page: fp32 `[2, kv_head, page_size, head_dim]` on the device, which makes them, K first; normal
     numbers, the values times VALUE_SCALE.
 
-    A head's numbers depend on the kind of device, the page's seed, the layer and the head's index in the model alone,
-    so they are the same whichever rank holds it.
+    A head's numbers depend on the kind of device, the page's seed, and the layer's and the head's index in the model
+    alone, so they are the same whichever rank holds it.
     """
     numbers = torch.empty(2, len(heads), page_size, head_dim, device=device)
     generator = torch.Generator(device)

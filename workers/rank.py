@@ -297,8 +297,8 @@ class Rank:
         """See `synthetic_slice`."""
         spec, heads, device = self.page_spec, range(*self.shard.kv_heads), self.backend.device.torch_device
         first = self.shard.context_rank * spec.page_size
-        for layer in range(spec.num_layers):
-            values = synthetic_slice(seed, layer, heads, self.config.plan_page_size, spec.head_dim, device)
+        for layer, number in enumerate(range(*self.shard.layers)):
+            values = synthetic_slice(seed, number, heads, self.config.plan_page_size, spec.head_dim, device)
             pool = self.pools.device.layer(layer)
             pool[:, slot] = values[:, :, first : first + spec.page_size].to(torch_dtype(spec.dtype))
             if self._codec is not None:

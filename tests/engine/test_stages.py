@@ -4,13 +4,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.checkpoints import save_llama
 from support.prompts import random_prompt
+from support.ranks import rank_config
 from support.runs import run
-from support.thread_group import ranks_in_threads
+from support.thread_group import communicators, ranks_in_threads
+from torch import Tensor
 
 from distkv import SamplingParams
 from distkv.workers import micro_batches
+from distkv.workers.group.step_plan import StepPlan
+from distkv.workers.model.layout import Layout
+from distkv.workers.rank import Rank
+from distkv.workers.sizes import PoolSizes
 
 OPTIONS: dict[str, Any] = {"page_size": 16, "max_num_batched_tokens": 96, "max_num_seqs": 8, "num_threads": 1}
 RESIDENT, ON_HOST, ON_DISK = (None, 0, 0), (14, 60, 0), (14, 6, 60)
@@ -100,3 +107,17 @@ def test_pages_of_other_stages_are_found(folder: Path, tmp_path: Path, monkeypat
     for one in (again, third):
         assert one.outputs[0].outputs == first.outputs[0].outputs
     assert again.outputs[0].num_cached_tokens == 192 > third.outputs[0].num_cached_tokens
+
+
+def test_random_pages_are_those_of_one_stage(folder: Path) -> None:
+    def filled(stages: int) -> Tensor:
+        config, layers = rank_config(folder, layout=Layout(pipeline_parallel_size=stages)), []
+        for peers in communicators(config.layout):
+            rank = Rank(config, peers)
+            rank.allocate(PoolSizes(device=2))
+            rank.execute(StepPlan([], [], [], synthetic_pages=[(1, 7)]))
+            layers.append(rank.pools.device.data[:, :, 1].clone())
+            rank.close()
+        return torch.cat(layers)
+
+    assert torch.equal(filled(2), filled(1))
