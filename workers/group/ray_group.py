@@ -54,6 +54,21 @@ class Node:
     pid: int
 
 
+def hung_rank(states: list[str], nodes: list[Node]) -> tuple[int, str]:
+    """Which of the ranks that nothing comes of is to blame, and why: one whose process does not run, or else one whose
+    node does not tell, or else the first.
+
+    Args:
+        states: of the ranks' processes, by the letters of proc(5); "" where the node has not told.
+    """
+    for rank, state in enumerate(states):
+        if state in STOPPED:
+            return rank, f"its process {nodes[rank].pid} {STOPPED[state]}"
+    if "" in states:
+        return states.index(""), "its node has not told whether its process runs"
+    return 0, "no process is stopped, so a collective, a device or a file system is stuck"
+
+
 class RayGroup:
     """A `RankGroup` as the owner of its engine sees it; the engine itself runs beside rank 0, see `start`."""
 
@@ -166,13 +181,9 @@ class RayGroup:
             self._blame()
 
     def blame_for_hang(self, seconds: float) -> NoReturn:
-        """Raises WorkerDied for the rank whose process does not run, or else for the first one. To be called when
-        nothing has come of the ranks for so many seconds."""
-        states = self._process_states()
-        rank = next((rank for rank, state in enumerate(states) if state in STOPPED), 0)
-        why = "no process is stopped, so a collective, a device or a file system is stuck"
-        if states[rank] in STOPPED:
-            why = f"its process {self.nodes[rank].pid} {STOPPED[states[rank]]}"
+        """Raises WorkerDied for the rank that `hung_rank` says. To be called when nothing has come of the ranks for so
+        many seconds."""
+        rank, why = hung_rank(self._process_states(), self.nodes)
         raise WorkerDied(
             rank, self.nodes[rank].host,
             f"nothing has come of the ranks for {seconds:.0f} s, which is hang_timeout and more beyond what they ever "
