@@ -137,7 +137,7 @@ def _to_know(request: PlanRequest, fit: Fit, decode: Cost | None) -> list[str]:
             f"{request.copies_of_kv:.3g} times on the devices{cure}."
         )
     if decode is not None and decode.idle:
-        found.append(_stages_wait(request, decode))
+        found.append(_stages_wait(request, fit, decode))
     if decode is not None and fit.running > 1 and max(decode.parts[LINK], decode.parts[DISK]) > STREAM_SECONDS:
         found.append(
             f"Unless max_cold_bytes_per_step says more, a step streams for {shown_seconds(STREAM_SECONDS)} or so and "
@@ -173,10 +173,10 @@ def _context_groups(request: PlanRequest) -> int | None:
     return None
 
 
-def _stages_wait(request: PlanRequest, decode: Cost) -> str:
+def _stages_wait(request: PlanRequest, fit: Fit, decode: Cost) -> str:
     """What a pipeline leaves idle, and what would fill it."""
     stages, count = request.pipeline_parallel_size, decode.micro_batches
-    more = f"; with {stages} requests or more it would be less" if count < stages else ""
+    more = f"; with {stages} requests or more it would be less" if fit.running < stages else ""
     return (
         f"A step is {count} micro-batch{'es' * (count > 1)} through {stages} stages, of which each waits "
         f"{shown_share(decode.idle)} of the time{more}."

@@ -88,6 +88,7 @@ def test_stages_follow_each_other() -> None:
     assert many.decode.parts["weights"] == pytest.approx((sum(read) + (count - 1) * read[0]) / 3.35e12)
     assert many.decode.parts["KV"] == pytest.approx((7 + count) / 8 * 16 * kv / count)
     assert f"each waits {100 * one.decode.idle:.1f} % of the time; with 8 requests or more" in " ".join(one.advice)
+    assert f"each waits {100 * many.decode.idle:.1f} % of the time." in " ".join(many.advice), "there are 8 already"
 
 
 def test_a_prompt_passes_the_stages_in_pieces_of_each_chunk() -> None:
