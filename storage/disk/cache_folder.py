@@ -143,10 +143,31 @@ def describe(folder: Path, description: Description) -> None:
         set_aside(path, error)
         found = None
     if found is None:
+        _tell_of_other_parts(folder, description)
         try:
             replace_file(path, msgspec.json.format(msgspec.json.encode(description)), syncs=True)
         except OSError as error:
             raise StoreError(f"{str(path)!r} cannot be written: {error.strerror}") from error
+
+
+def _tell_of_other_parts(folder: Path, own: Description) -> None:
+    """Warns that pages of the same model lie beside a new folder, where other numbers of ranks have shared out each."""
+    for path in sorted(folder.parent.glob(f"*/{DESCRIPTION}")):
+        try:
+            found = read_description(path.parent)
+        except (DamagedError, ConfigError):  # it says nothing of this model
+            continue
+        num_parts = own.decode_context_parallel_size
+        if found is None or found.decode_context_parallel_size == num_parts:
+            continue
+        layout = {name: getattr(own, name) for name in ("fingerprint", "page_size", "page_bytes", "created")}
+        if msgspec.structs.replace(found, **layout, decode_context_parallel_size=num_parts) == own:
+            log.warning(
+                "KV pages of this model in %s are not used: they were written with decode_context_parallel_size %d and "
+                "page_size %d, and only the same are found again; prompts are computed anew",
+                path.parent, found.decode_context_parallel_size, found.page_size,
+            )  # fmt: skip
+            return
 
 
 def remove_catalogue(folder: Path) -> None:

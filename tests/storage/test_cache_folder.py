@@ -12,6 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -37,7 +38,15 @@ from distkv.launch.fingerprint import make_fingerprint
 from distkv.launch.launch import cache_place, launch
 from distkv.planner.ranks import make_rank_config
 from distkv.storage.device import CpuDevice
-from distkv.storage.disk.cache_folder import CATALOGUE, DESCRIPTION, SCRATCH, DamagedError, Description, FolderLock
+from distkv.storage.disk.cache_folder import (
+    CATALOGUE,
+    DESCRIPTION,
+    SCRATCH,
+    DamagedError,
+    Description,
+    FolderLock,
+    describe,
+)
 from distkv.storage.disk.catalogue import Catalogue, Entry
 from distkv.storage.disk.disk_array import OtherPagesError, find_slots, make_array
 from distkv.storage.disk.page_arrays import ARRAY
@@ -120,6 +129,28 @@ def load(pool: DiskPool, slot: int, held: range) -> Tensor:
     page = torch.empty((SPEC.num_layers, 2, len(held), SPEC.page_size, SPEC.head_dim), dtype=torch_dtype(SPEC.dtype))
     pool.load(slot, page)
     return page
+
+
+# --- what is said of other folders ---
+
+
+def test_pages_that_other_numbers_of_ranks_share_out_are_told_of_once(tmp_path: Path, caplog: Any) -> None:
+    """Not those of other models, nor what is no description; and a folder that is there has its own pages."""
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / DESCRIPTION).write_text("{")
+    one, two = description(), msgspec.structs.replace(description(), fingerprint="f", decode_context_parallel_size=2)
+    other = msgspec.structs.replace(two, model="/models/two")
+    for name, pages in (("a", one), ("b", other), ("d", msgspec.structs.replace(one, page_size=64))):
+        (tmp_path / name).mkdir()
+        describe(tmp_path / name, pages)
+    assert not caplog.records
+    (tmp_path / "e").mkdir()
+    for _ in range(2):
+        describe(tmp_path / "e", two)
+    (line,) = caplog.messages
+    assert (
+        f"{tmp_path / 'a'} are not used: they were written with decode_context_parallel_size 1 and page_size 16" in line
+    )
 
 
 # --- what ranks find of what others wrote ---
