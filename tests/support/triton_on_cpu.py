@@ -9,6 +9,7 @@ from distkv.kernels.linear import packed_linear
 from distkv.kernels.native.library import Library
 from distkv.kernels.token_kernels import gated
 from distkv.storage.page_spec import PageSpec
+from distkv.workers.attention.context_attention import ContextGroup
 from distkv.workers.backend import Backend
 from distkv.workers.backends.cpu import CpuBackend
 from distkv.workers.backends.cuda import host_library
@@ -32,9 +33,15 @@ class TritonOnCpu(CpuBackend):
         self.kernels = BATCH_INVARIANT_KERNELS if batch_invariant else replace(CUDA_KERNELS, **products)
         self._batch_invariant = batch_invariant
         self._library: Library | None = None
+        self._context: ContextGroup | None = None
+
+    def use_context_group(self, context: ContextGroup) -> None:
+        self._context = context
 
     def make_runner(self, model: LlamaModel, pools: KVPools, max_num_seqs: int) -> CudaRunner:
-        return CudaRunner(model, pools, max_num_seqs, 1, self.captures, self._batch_invariant, self._library)
+        return CudaRunner(
+            model, pools, max_num_seqs, 1, self.captures, self._batch_invariant, self._library, self._context
+        )
 
     def share_attention(self) -> None:
         self._library = host_library(self._batch_invariant)

@@ -51,6 +51,7 @@ class CudaShape:
     batch_invariant: bool = False  # whether prefill and decode agree in every bit
     codec: CudaCodec | None = None  # of full pages
     leaves_to_host: bool = False  # whether states come up from the host, see `cuda_share.py`
+    exchange_bytes: int = 0  # of device memory that exchanges with other ranks take
 
     @property
     def group_size(self) -> int:
@@ -72,7 +73,7 @@ class CudaShape:
         decode = max(STATE_BYTES, STATES * sum(range(1, MAX_DECODE_TOKENS + 1)) * self.state_bytes)
         # what comes up, and is brought into the order of the device's own
         from_host = 2 * STATE_BYTES if self.leaves_to_host else 0
-        return decode + from_host + num_tokens * self.state_bytes
+        return decode + from_host + num_tokens * self.state_bytes + self.exchange_bytes
 
     def exact_bytes(self, num_seqs: int) -> int:
         """What is kept of pages that a step fills, at most, beyond those that its tokens fill alone."""
@@ -154,12 +155,12 @@ def plan_cuda_attention(steps: list[SequenceStep], shape: CudaShape, num_padding
     first = 0
     for given in steps:
         step, count = given, len(given.token_ids)
-        if _decodes(step, shape):
+        if is_decoded(step, shape):
             rows[first], shared[first] = step, shared_pages(step, shape.page_size)
             if shared[first].any():  # as what the device has, so that no load brings it
                 step = replace(step, pages=np.where(shared[first], 0, step.pages))
-        (decode[count] if _decodes(step, shape) else prefill).append((first, step))
-        if shape.codec is not None and _decodes(step, shape) and (step.start + count) % shape.page_size == 0:
+        (decode[count] if is_decoded(step, shape) else prefill).append((first, step))
+        if shape.codec is not None and is_decoded(step, shape) and (step.start + count) % shape.page_size == 0:
             filled.append(step.pages[step.start // shape.page_size])
         first += count
     most = {count: shape.max_states(count, len(decode)) for count in decode}
@@ -182,7 +183,7 @@ def plan_cuda_attention(steps: list[SequenceStep], shape: CudaShape, num_padding
     return CudaPlan(groups, chunks, np.array(filled, dtype=np.int64), brought.loads, left)
 
 
-def _decodes(step: SequenceStep, shape: CudaShape) -> bool:
+def is_decoded(step: SequenceStep, shape: CudaShape) -> bool:
     """Whether a sequence takes the path of decode. With a codec its new tokens are of one page then, which is rounded
     once they have met it as it is."""
     count = len(step.token_ids)
@@ -217,14 +218,7 @@ class CudaAttention:
         ]
         if self.plan.prefill is not None and self.arrays.prefill is not None:
             walks.append(self._prefill(self.plan.prefill, self.arrays.prefill, q, layer_pool, out))
-        wanted = [next(walk, None) for walk in walks]
-        for number in range(len(self.loads)):
-            assert stream is not None
-            buffer = stream.take()
-            for index, walk in enumerate(walks):
-                while wanted[index] == number:
-                    wanted[index] = _go_on(walk, buffer)
-        assert not any(number is not None for number in wanted), "loads are met in order"
+        go_through(walks, len(self.loads), stream)
         if codec is not None:
             codec.round(layer_pool, self.arrays.filled)
         return out.flatten(1)
@@ -237,7 +231,7 @@ class CudaAttention:
         carry = carry_like(out) if len(plan.rounds) > 1 else None
         for index, (one, read) in enumerate(zip(plan.rounds, arrays.rounds, strict=True)):
             rows = one.num_states, shape.num_kv_heads, count * shape.group_size
-            states = _new_states(q, rows, shape.head_dim)
+            states = new_states(q, rows, shape.head_dim)
             first = 0
             for launch, size in enumerate(one.num_items):
                 buffer = (yield one.loads[launch - 1]) if launch else None
@@ -260,7 +254,7 @@ class CudaAttention:
         if shape.codec is not None:
             exact = layer_pool.new_empty(len(arrays.filled), *layer_pool[:, 0].shape)
             shape.codec.round(layer_pool, arrays.filled, exact)
-        state = _new_states(q, (plan.num_saved, shape.num_heads), shape.head_dim) if plan.num_saved else None
+        state = new_states(q, (plan.num_saved, shape.num_heads), shape.head_dim) if plan.num_saved else None
         first = 0
         for launch, size in enumerate(plan.num_blocks):
             buffer = (yield plan.loads[launch - 1]) if launch else None
@@ -276,9 +270,22 @@ class CudaAttention:
         return None if self.shape.codec is None else self.shape.codec.format
 
 
-def _new_states(q: Tensor, rows: tuple[int, ...], head_dim: int) -> States:
+def new_states(q: Tensor, rows: tuple[int, ...], head_dim: int) -> States:
+    """Room for the states of some rows, on the device of q."""
     # each a tensor of its own: kernels are compiled for pointers that are multiples of 16 bytes
     return States(*(q.new_empty(shape, dtype=torch.float32) for shape in ((*rows, head_dim), rows, rows)))
+
+
+def go_through(walks: list[Walk], num_loads: int, stream: Stream | None) -> None:
+    """Brings all walks to their ends, side by side: each buffer serves all that need it before the next is taken."""
+    wanted = [next(walk, None) for walk in walks]
+    for number in range(num_loads):
+        assert stream is not None
+        buffer = stream.take()
+        for index, walk in enumerate(walks):
+            while wanted[index] == number:
+                wanted[index] = _go_on(walk, buffer)
+    assert not any(number is not None for number in wanted), "loads are met in order"
 
 
 def _go_on(walk: Walk, buffer: Tensor) -> int | None:

@@ -14,7 +14,7 @@ from distkv.storage.page_spec import PageSpec
 from distkv.storage.tier import Tier
 from distkv.workers.attention.context_attention import ContextGroup
 from distkv.workers.attention.policies.policy import PagePolicy
-from distkv.workers.backend import Backend, Demand, Room, refused_context_group, refused_policy
+from distkv.workers.backend import Backend, Demand, Room, refused_policy
 from distkv.workers.bandwidth import choose_copies, host_attention_rate
 from distkv.workers.errors import ConfigError
 from distkv.workers.gpu_memory import find_memory_in_use
@@ -33,18 +33,21 @@ class CudaBackend:
         self.keeps_bits = self._batch_invariant = batch_invariant
         self.device: Device = CudaDevice(torch.device("cuda", torch.cuda.current_device()))
         self._library: Library | None = None  # by which the host attends to its share
+        self._context: ContextGroup | None = None
         self._properties = torch.cuda.get_device_properties(self.device.torch_device)
 
     def make_runner(self, model: LlamaModel, pools: KVPools, max_num_seqs: int) -> CudaRunner:
         num_programs = decode_programs(self._properties.multi_processor_count, pools.device.spec.num_kv_heads)
         captures = self.captures and model.group.is_capturable
-        return CudaRunner(model, pools, max_num_seqs, num_programs, captures, self._batch_invariant, self._library)
+        return CudaRunner(
+            model, pools, max_num_seqs, num_programs, captures, self._batch_invariant, self._library, self._context
+        )
 
     def use_policy(self, policy: PagePolicy, audit: int | None) -> None:
         raise refused_policy(policy, "those of CUDA")
 
     def use_context_group(self, context: ContextGroup) -> None:
-        raise refused_context_group("those of CUDA")
+        self._context = context
 
     def share_attention(self) -> None:
         self._library = host_library(self._batch_invariant)

@@ -112,13 +112,21 @@ class ProcessGroup:
 
     def all_gather(self, x: Tensor) -> Sequence[Tensor]:
         """The x of each rank, all of one shape."""
-        return [x] if self.size == 1 else self._all_gather(x)
+        if self.size == 1:
+            return [x]
+        own = x.cpu() if self._backend == "gloo" else x
+        return [part.to(x.device) for part in self._all_gather(own)]
 
     def exchange(self, x: Tensor, sizes: list[int], out: Tensor) -> None:
-        """Gives each rank its own part of x on the CPU, and writes what each rank has for this one into out.
+        """Gives each rank its own part of x, and writes what each rank has for this one into out.
 
         Shapes: x `[sum(sizes)]`, one rank's part after the other; out `[ranks, sizes[rank]]`; contiguous, of one dtype.
         """
+        if x.is_cuda and self._backend == "gloo":  # which has CPU memory alone
+            found = torch.empty(out.shape, dtype=out.dtype)
+            self.exchange(x.cpu(), sizes, found)
+            out.copy_(found)
+            return
         if self._shared is not None:
             self._shared.exchange(x, sizes, out)
             return
