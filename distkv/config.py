@@ -22,7 +22,7 @@ from distkv.option_effects import check_effects
 from distkv.option_help import explained
 from distkv.speculative_config import SpeculativeConfig
 from distkv.storage.page_spec import DISK_CODECS
-from distkv.storage.paging import NUM_BUFFERS, PREFILL_SPLIT, check_page_size
+from distkv.storage.paging import NUM_BUFFERS, PREFILL_SPLIT, check_context_page_size, check_page_size
 from distkv.workers.attention.policies.registry import FULL, policy_name
 
 REBUILD_SECONDS = 600.0  # `EngineConfig.rebuild_timeout` unless it is given
@@ -170,8 +170,9 @@ class EngineConfig:
     """Ranks that share out each page: more ranks than KV heads hold more tokens.
 
     It divides tensor_parallel_size. So many neighbouring ranks keep page_size tokens each of a page that is as many
-    times as long, in memory and on disk, and exchange what they find in them. Answers stay the same, bit for bit. It
-    needs native CPU kernels, and whole KV heads in each such group: 3 of them on 6 ranks are 3 groups of 2.
+    times as long, in memory and on disk, and exchange what they find in them. Answers stay the same, bit for bit, on
+    CUDA with batch_invariant. It needs native kernels on CPUs, page_size 256 or more on CUDA, and whole KV heads in
+    each such group: 3 of them on 6 ranks are 3 groups of 2.
     """
     seed: int = 0
     """Seed of dummy weights, and of the requests that bring none of their own."""
@@ -495,10 +496,11 @@ class EngineConfig:
                 f"decode_context_parallel_size {context} does not divide tensor_parallel_size {size}; use one that "
                 "does, or leave it out"
             )
+        if self.device == "cuda":
+            check_context_page_size(self.page_size, context)
         for name, value, why in (
             ("attention_policy", self.attention_policy != FULL, "which chooses among the pages of a rank"),
             ("min_tensor_parallel_size", self.min_tensor_parallel_size, "by which other ranks would share out pages"),
-            ("device", self.device == "cuda", "whose kernels attend to pages of one rank alone"),
         ):
             if value:
                 raise ConfigError(

@@ -30,6 +30,16 @@ def is_hosts(page: int, share: float) -> bool:
     return math.floor((page + 1) * share) > math.floor(page * share)
 
 
+def check_context_page_size(size: int, num_ranks: int) -> None:
+    """Raises ConfigError, naming the cure, where so many ranks that share out pages on CUDA have pages that are less
+    than a split of decode, of which they would have parts."""
+    if num_ranks > 1 and size < DECODE_SPLIT:
+        raise ConfigError(
+            f"decode_context_parallel_size is {num_ranks} and page_size is {size}, of which a split of decode on CUDA "
+            f"has several: use page_size {DECODE_SPLIT} or more, or leave one of them out"
+        )
+
+
 def check_page_size(size: int) -> None:
     """Raises ConfigError, naming a size that works, unless `size` is a power of two >= MIN_PAGE_SIZE."""
     if size < MIN_PAGE_SIZE or size & (size - 1):

@@ -282,7 +282,7 @@ def test_a_folder_below_one_that_was_removed(monkeypatch: pytest.MonkeyPatch, tm
         ({"tensor_parallel_size": 3}, "does not divide tensor_parallel_size 3"),
         ({"tensor_parallel_size": 4, "attention_policy": "sink_window"}, "attention_policy is sink_window"),
         ({"tensor_parallel_size": 4, "max_rank_failures": 1, "min_tensor_parallel_size": 1}, "leave one of them out"),
-        ({"tensor_parallel_size": 4, "device": "cuda"}, "device is cuda"),
+        ({"tensor_parallel_size": 4, "device": "cuda", "page_size": 128}, "use page_size 256 or more"),
     ],
 )
 def test_context_groups_go_with_some_options_alone(options: dict[str, Any], said: str) -> None:

@@ -126,6 +126,6 @@ def refused_policy(policy: PagePolicy, kernels: str) -> ConfigError:
 def refused_context_group(kernels: str) -> ConfigError:
     """The error of kernels that attend to pages of one rank alone."""
     return ConfigError(
-        "decode_context_parallel_size is more than 1, which the native kernels of a CPU alone can do, and this rank "
-        f"has {kernels}; leave it out"
+        "decode_context_parallel_size is more than 1, which native kernels of a CPU and those of CUDA can do, and this "
+        f"rank has {kernels}; leave it out"
     )

@@ -12,7 +12,7 @@ from distkv.planner.model_shape import ModelShape, find_shard
 from distkv.planner.nodes import DGX, Node
 from distkv.storage.dtypes import DTYPES, ITEM_BYTES
 from distkv.storage.page_spec import MEAN_TOKENS
-from distkv.storage.paging import check_page_size, pages_for
+from distkv.storage.paging import check_context_page_size, check_page_size, pages_for
 from distkv.workers.attention.policies.registry import FULL, parse_policy, policy_name
 from distkv.workers.kinds import KINDS, Kind
 from distkv.workers.model.layout import Layout
@@ -99,6 +99,8 @@ class PlanRequest:
                 "are to run at a time; raise it, or lower concurrency or max_num_seqs"
             )
         find_shard(self.model.config, self.layout, 0)  # refuses what the model cannot be cut into
+        if not self.hardware.is_cpu:
+            check_context_page_size(self.page_size, self.decode_context_parallel_size)
         self._check_nodes()
         self._set("cpu_attention", self._checked_cpu_attention())
 
@@ -207,10 +209,7 @@ class PlanRequest:
     def unknown_options(self) -> list[str]:
         """Those that are set and that the engine refuses on such hardware, since no kernel there knows them."""
         refuses = self.attention_policy != FULL and not self.kind.follows_policies
-        if self.hardware.is_cpu:
-            return []
-        unshared = self.decode_context_parallel_size > 1
-        return ["attention_policy"] * refuses + ["decode_context_parallel_size"] * unshared
+        return ["attention_policy"] * refuses
 
     @property
     def item_bytes(self) -> int:

@@ -175,6 +175,7 @@ def test_all_layouts_are_compared() -> None:
     [
         ({"tensor_parallel_size": 8, "decode_context_parallel_size": 3}, "decode_context_parallel_size 3 does not"),
         ({"tensor_parallel_size": 64, "decode_context_parallel_size": 4}, "has no whole KV heads"),
+        ({"tensor_parallel_size": 16, "decode_context_parallel_size": 2, "page_size": 64}, "use page_size 256 or more"),
         ({"tensor_parallel_size": 128}, "more than the model's 64 query heads"),
         ({"pipeline_parallel_size": 81}, "more than the model's 80 layers"),
         ({"tensor_parallel_size": 8, "nodes": 3}, "8 x 1 are 8 ranks, which 3 nodes cannot share evenly"),

@@ -166,5 +166,5 @@ def test_ranks_that_share_out_pages_change_no_bit(shape: Shape, lengths: list[tu
 
 
 def test_kernels_that_cannot_are_refused() -> None:
-    with pytest.raises(ConfigError, match="native kernels of a CPU alone"):
+    with pytest.raises(ConfigError, match="native kernels of a CPU and those of CUDA"):
         CpuBackend().use_context_group(ContextGroup(ProcessGroup(), [(0, 1)], [(0, 1)]))

@@ -25,6 +25,7 @@ from triton.runtime.interpreter import GridExecutor
 from distkv import ConfigError, SamplingParams
 from distkv.kernels.codec_format import FORMATS
 from distkv.kernels.cuda.codec_pages import CudaCodec
+from distkv.storage import paging
 from distkv.storage.device import CpuDevice
 from distkv.storage.moving.staging_ring import StagingRing
 from distkv.storage.page_spec import PageSpec
@@ -78,7 +79,7 @@ def one_launch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GridExecutor, "__call__", alone)
     monkeypatch.setattr(cuda_attention, "STATE_BYTES", 1)
     monkeypatch.setattr(cuda_context, "PAGE_BYTES", 1)
-    for module in (decode_plan, cuda_context):
+    for module in (decode_plan, paging):
         monkeypatch.setattr(module, "DECODE_SPLIT", PAGE_SIZE)
 
 
@@ -203,12 +204,12 @@ def test_answers_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, o
         max_position_embeddings=512,
     )  # fmt: skip
     common = random_prompt(140, 3)
-    prompts = [common + own for own in random_prompts(20, 33)] + [random_prompt(9, 1) * 6]
-    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=2)
+    prompts = [common + own for own in random_prompts(20, 33)] + [random_prompt(9, 1) * 3]
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, logprobs=2)
     sizes: dict[str, Any] = {"page_size": PAGE_SIZE, "max_num_batched_tokens": 96, "max_num_seqs": 8}
     sizes |= {"tensor_parallel_size": 2, "host_kv_bytes": "1MiB"}
     found = []
-    for more in {"device_kv_bytes": "1MiB"}, {"device_kv_bytes": 48 << 10, "decode_context_parallel_size": 2}:
+    for more in {"device_kv_bytes": "1MiB"}, {"device_kv_bytes": 32 << 10, "decode_context_parallel_size": 2}:
         llm, _ = llm_in_threads(monkeypatch, folder, **sizes, **options, **more)
         with llm:
             found.append([said(one) for one in llm.generate(prompts, params, use_tqdm=False)])
@@ -217,8 +218,8 @@ def test_answers_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, o
 
 
 def test_pages_smaller_than_a_split_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_context, "DECODE_SPLIT", 256)
-    context = ContextGroup(ProcessGroup(), [(0, 2), (2, 3)], [(0, 1), (0, 1)])
+    monkeypatch.setattr(paging, "DECODE_SPLIT", 256)
+    context = ContextGroup(ProcessGroup(size=2), [(0, 2), (2, 3)], [(0, 1), (0, 1)])
     spec = PageSpec(1, 1, PAGE_SIZE, 16, "float16")
     shape = CudaShape(3, 1, 16, PAGE_SIZE, BUFFER_PAGES, torch.float16, 2)
     with pytest.raises(ConfigError, match="use page_size 256 or more"):

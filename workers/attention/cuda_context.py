@@ -24,7 +24,7 @@ from distkv.kernels.cuda.prefill_splits import prefill_splits
 from distkv.kernels.cuda.softmax import States
 from distkv.storage.moving.staging_ring import Load, Stream
 from distkv.storage.page_spec import PageSpec
-from distkv.storage.paging import DECODE_SPLIT
+from distkv.storage.paging import check_context_page_size
 from distkv.storage.tier import Tier
 from distkv.workers.attention.context_attention import PAGE_BYTES, ContextGroup
 from distkv.workers.attention.cuda import (
@@ -80,11 +80,7 @@ class ContextShape:
 def context_shape(context: ContextGroup, whole: CudaShape, spec: PageSpec) -> ContextShape:
     """That of a rank with pages of `spec`. Raises ConfigError for pages that are less than a split of decode, which
     several ranks would have then, and for query heads that kernels cannot take together."""
-    if spec.page_size < DECODE_SPLIT:
-        raise ConfigError(
-            f"decode_context_parallel_size is {context.group.size} and page_size is {spec.page_size}, of which a split "
-            f"of decode on CUDA has several: use page_size {DECODE_SPLIT} or more, or leave one of them out"
-        )
+    check_context_page_size(spec.page_size, context.group.size)
     for (first, last), (first_kv, last_kv) in zip(context.query_heads, context.kv_heads, strict=True):
         num_kv_heads = last_kv - first_kv
         if num_kv_heads > 1 and (first, last) != (first_kv * whole.group_size, last_kv * whole.group_size):
