@@ -25,8 +25,8 @@ def test_ranks_that_share_out_pages_change_no_bit(tmp_path: Path, monkeypatch: p
     prompts = random_prompts(2500, 700, 300)
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=2)
     options: dict[str, Any] = {
-        "page_size": 256, "max_num_batched_tokens": 512, "max_num_seqs": 4, "dtype": "bfloat16", "kv_cache_dtype": codec,
-        "batch_invariant": True, "tensor_parallel_size": 2, "host_kv_bytes": "64MiB",
+        "page_size": 256, "max_num_batched_tokens": 512, "max_num_seqs": 4, "dtype": "bfloat16",
+        "kv_cache_dtype": codec, "batch_invariant": True, "tensor_parallel_size": 2, "host_kv_bytes": "64MiB",
     }  # fmt: skip
     page = 2 * 2 * 128 * 256 * 2  # bytes of a rank
     found = []
