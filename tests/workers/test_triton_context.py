@@ -188,7 +188,7 @@ def test_ranks_that_share_out_pages_change_no_bit(
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         pytest.param({"kv_cache_dtype": "int8", "batch_invariant": True}, marks=pytest.mark.slow),
         pytest.param(
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "adaptive": False}},
@@ -203,8 +203,8 @@ def test_answers_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, o
         tmp_path, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
         max_position_embeddings=512,
     )  # fmt: skip
-    common = random_prompt(140, 3)
-    prompts = [common + own for own in random_prompts(20, 33)] + [random_prompt(9, 1) * 3]
+    common = random_prompt(270, 3)
+    prompts = [common + own for own in random_prompts(3, 20)] + [random_prompt(9, 1) * 3]
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, logprobs=2)
     sizes: dict[str, Any] = {"page_size": PAGE_SIZE, "max_num_batched_tokens": 96, "max_num_seqs": 8}
     sizes |= {"tensor_parallel_size": 2, "host_kv_bytes": "1MiB"}
