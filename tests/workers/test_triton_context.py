@@ -151,9 +151,9 @@ def attend_on_ranks(
     "heads, lengths, codec, batch_invariant",
     [
         pytest.param(ONE, MIXED, "auto", False, id="all kinds"),
-        pytest.param(THREE, MIXED[2:], "auto", True, id="batch_invariant"),
-        pytest.param(ONE, MIXED, "int8", False, id="codes"),
-        pytest.param(ONE, [(64 * 37 + 3, 1), (64 * 33, 2)], "auto", False, id="rounds"),
+        pytest.param(THREE, MIXED[2:4], "auto", True, id="batch_invariant"),
+        pytest.param(ONE, MIXED[1:4], "int8", False, id="codes"),
+        pytest.param(ONE, [(64 * 33 + 3, 1)], "auto", False, id="rounds"),
         pytest.param(THREE_RANKS, MIXED, "auto", False, id="three ranks", marks=pytest.mark.slow),
         pytest.param(THREE_RANKS, [(64 * 50 + 3, 1), (64 * 33, 2)], "int4", True, id="more", marks=pytest.mark.slow),
     ],
@@ -180,7 +180,7 @@ def test_ranks_that_share_out_pages_change_no_bit(
     expected = attention.attend(one.q, one.q, one.q, pool, None)
     # any page that is full before the step
     full = {slot for each in step.steps for slot in each.pages[: each.start // sequences.page_size].tolist()}
-    for cold in set(), full, {slot for slot in full if slot % 3}:
+    for cold in set(), {slot for slot in full if slot % 3}:
         found = attend_on_ranks(step, whole, heads, cold, kernels, batch_invariant, codec)
         assert torch.equal(found, expected), cold
 
