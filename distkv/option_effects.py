@@ -48,6 +48,10 @@ def check_effects(config: Any) -> None:
             "enable_prefix_caching is off, so that no page is written for later processes", "leave one of them out",
         ),
         ("kv_cache_dtype", no_cold and config.kv_cache_dtype != "auto", no_pages, "leave one of them out"),
+        (
+            "attention_policy", config.device == "simulated" and config.attention_policy != FULL,
+            "device is simulated, which attends to all pages", "leave one of them out",
+        ),
         ("attention_audit", config.attention_policy == FULL, "attention_policy is full", "set both, or leave it out"),
         ("cpu_attention", no_cold and config.cpu_attention != "off", no_pages, "leave one of them out"),
         (

@@ -63,7 +63,7 @@ def test_what_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="link_bytes_per_second is set and device is not simulated; set both"):
         EngineConfig(folder, link_bytes_per_second="1GB")
     simulated = {"device": "simulated", "link_bytes_per_second": "1GB"}
-    with pytest.raises(ConfigError, match=r"attention_policy .* this rank has a simulated device"):
-        LLM(folder, attention_policy="top_pages(pages=2)", **simulated)
+    with pytest.raises(ConfigError, match="attention_policy is set and device is simulated, which attends to all"):
+        EngineConfig(folder, attention_policy="top_pages(pages=2)", **simulated)
     with pytest.raises(ConfigError, match="batch_invariant is False and a simulated device"):
         LLM(folder, batch_invariant=False, **simulated)
