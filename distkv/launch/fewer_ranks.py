@@ -53,7 +53,7 @@ def with_fewer(config: EngineConfig, size: int, device: str) -> tuple[EngineConf
         device: that the ranks run on.
     """
     asked = config.tensor_parallel_size
-    keeps_bits = device == "cpu" or bool(config.batch_invariant)
+    keeps_bits = device != "cuda" or bool(config.batch_invariant)
     what_of_it = (
         f"they take the parts of {asked} in all sums, so answers are the same"
         if keeps_bits

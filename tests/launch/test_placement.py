@@ -175,6 +175,7 @@ def test_one_of_two_ranks_stays_on_ray(caplog: pytest.LogCaptureFixture) -> None
     assert num_parts == 2 and "so answers are the same" in caplog.messages[0]
     assert with_fewer(config, 1, "cuda")[1] is None and "may differ" in caplog.messages[1]
     assert with_fewer(replace(config, batch_invariant=True), 1, "cuda")[1] == 2
+    assert with_fewer(config, 1, "simulated")[1] == 2, "which computes as a CPU does"
 
 
 def test_the_heads_say_how_many_ranks_will_do() -> None:
