@@ -96,7 +96,7 @@ def test_distkv_is_shipped_whole_and_small(tmp_path: Path) -> None:
     package = stage_distkv(tmp_path)
     files = [file for file in package.rglob("*") if file.is_file()]
     assert not [file for file in files if file.is_symlink() or "__pycache__" in file.parts]
-    assert sum(file.stat().st_size for file in files) < 4e6
+    assert sum(file.stat().st_size for file in files) < 6e6
     code = "import distkv.commands.main, distkv.storage.page_spec, distkv.workers, sys; print(distkv.__file__)"
     shown = run_process(
         [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
@@ -113,7 +113,7 @@ def test_ray_itself_uploads_only_distkv_of_a_checkout(tmp_path: Path) -> None:
     tops = {name.split("/")[0] for name in names}
     assert "distkv/workers/rank.py" in names and "distkv/kernels/native/attention.hpp" in names
     assert not tops & {"tests", "docs", "workers", "storage", "kernels", ".git", "dist"}
-    assert target.stat().st_size < 4e6
+    assert target.stat().st_size < 6e6
 
 
 @pytest.mark.parametrize(

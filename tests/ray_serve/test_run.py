@@ -70,7 +70,7 @@ def test_the_error_for_a_name_that_is_taken_says_how_to_end_what_has_it(monkeypa
 def test_replicas_without_room_at_the_moment_are_told_at_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config: Any = SimpleNamespace(device="cpu", tensor_parallel_size=2)
+    config: Any = SimpleNamespace(device="cpu", num_ranks=2, tensor_parallel_size=2, pipeline_parallel_size=1)
     monkeypatch.setattr(run.ray, "cluster_resources", lambda: {"CPU": 4.0})
     monkeypatch.setattr(run.ray, "available_resources", lambda: {"CPU": 4.0})
     run._check_room(2, config)
