@@ -12,10 +12,11 @@ from distkv import __version__
 from distkv.cache_folders.export_format import FORMAT, Manifest, Table, page_member, write_table
 from distkv.cache_folders.export_store import Put
 from distkv.cache_folders.model_cache import ModelCache
-from distkv.cache_folders.stored_heads import Head, StoredHeads
+from distkv.cache_folders.stored_heads import StoredHeads
 from distkv.errors import StoreError
 from distkv.outputs import CacheExport, PromptExport
 from distkv.storage.disk.catalogue import Entry
+from distkv.storage.disk.page_arrays import Chunk
 from distkv.storage.ledger.prefix_index import page_keys, root_key
 
 
@@ -98,7 +99,7 @@ def export_pages(
     return CacheExport(len(rows), len(rows) * known.num_tokens, num_bytes, list(prompts))
 
 
-def _read(stored: StoredHeads, head: Head, checksums: list[int]) -> bytes:
+def _read(stored: StoredHeads, head: Chunk, checksums: list[int]) -> bytes:
     """The content of a head's file, which is that of these checksums."""
     content, problem = stored.read(head, checksums)
     if problem is not None:

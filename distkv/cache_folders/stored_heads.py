@@ -6,7 +6,6 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import count, takewhile
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from crc32c import crc32c
@@ -15,17 +14,18 @@ from distkv.cache_folders.file_damage import damage_of, file_damage
 from distkv.storage.disk.cache_folder import Description
 from distkv.storage.disk.disk_codec import disk_codec
 from distkv.storage.disk.file_codec import FileDamage
-from distkv.storage.disk.page_arrays import WHOLE, PageArray, Piece, chunk_name, find_arrays, find_pieces, parse_chunk
+from distkv.storage.disk.page_arrays import (
+    WHOLE,
+    Chunk,
+    PageArray,
+    Piece,
+    chunk_name,
+    find_arrays,
+    find_pieces,
+    parse_chunk,
+)
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.tier import Tier
-
-
-class Head(NamedTuple):
-    """A KV head of a page, or of a part of its tokens."""
-
-    slot: int
-    head: int
-    part: int
 
 
 class StoredHeads:
@@ -44,15 +44,15 @@ class StoredHeads:
                 chunks = [parse_chunk(name) for name in os.listdir(folder / array.name)]
                 self._found[array] = {(chunk.head, chunk.part) for chunk in chunks if chunk is not None}
 
-    def of(self, slot: int) -> list[Head]:
+    def of(self, slot: int) -> list[Chunk]:
         """The heads of a page, those of a part after those of the part before it. Where nothing says how many there
         are, those from the first one on of which there is a file."""
         if self._known is not None:
             num_parts, num_heads = self._known.decode_context_parallel_size, self._known.num_kv_heads
         else:
-            num_heads = _count(lambda head: self._is_there(Head(slot, head, 0)))
-            num_parts = _count(lambda part: self._is_there(Head(slot, 0, part)))
-        return [Head(slot, head, part) for part in range(num_parts) for head in range(num_heads)]
+            num_heads = _count(lambda head: self._is_there(Chunk(slot, head, 0)))
+            num_parts = _count(lambda part: self._is_there(Chunk(slot, 0, part)))
+        return [Chunk(slot, head, part) for part in range(num_parts) for head in range(num_heads)]
 
     def lacks(self) -> bool:
         """Whether there are layers or heads of which not one page has a file, and others: ranks on nodes with disks of
@@ -62,7 +62,7 @@ class StoredHeads:
         whole = [(0, known.num_layers)]
         return any(self._found.values()) and any(self._here(head, known.num_layers) != whole for head in self.of(0))
 
-    def damage(self, head: Head, checksums: Sequence[int], of_all: bool = True) -> str | None:
+    def damage(self, head: Chunk, checksums: Sequence[int], of_all: bool = True) -> str | None:
         """What is wrong with the files of a head, naming the first such file; None when they are whole.
 
         Args:
@@ -78,7 +78,7 @@ class StoredHeads:
                 return f"{file} {problem}"
         return None
 
-    def read(self, head: Head, checksums: Sequence[int]) -> tuple[bytes, str | None]:
+    def read(self, head: Chunk, checksums: Sequence[int]) -> tuple[bytes, str | None]:
         """The content of a file of a head over all layers of the model, and what is wrong with it, as `damage` says it.
         Where layouts with a pipeline have written the page, it is made of several files. The description must be known.
         """
@@ -95,7 +95,7 @@ class StoredHeads:
         except FileDamage as damage:
             return b"", str(damage)
 
-    def _join(self, head: Head, pieces: list[Piece], checksums: Sequence[int]) -> bytes:
+    def _join(self, head: Chunk, pieces: list[Piece], checksums: Sequence[int]) -> bytes:
         """Raises OSError, and FileDamage that names the file."""
         whole = self._spec(WHOLE)
         assert whole is not None
@@ -117,7 +117,7 @@ class StoredHeads:
         bits = content.view(f"i{half // (rows * columns)}").reshape(len(checksums), 2, rows, columns)
         return bytes(disk_codec(replace(whole, num_kv_heads=1)).encode(bits))
 
-    def _here(self, head: Head, num_layers: int) -> list[tuple[int, int]]:
+    def _here(self, head: Chunk, num_layers: int) -> list[tuple[int, int]]:
         """The layers of which there is any page with this head and part."""
         having = [array.range(num_layers) for array, found in self._found.items() if (head.head, head.part) in found]
         there = [layer for layer in range(num_layers) if any(first <= layer < end for first, end in having)]
@@ -129,16 +129,16 @@ class StoredHeads:
                 runs.append((layer, layer + 1))
         return runs
 
-    def _pieces(self, head: Head, num_layers: int, layers: tuple[int, int] | None = None) -> list[Piece]:
+    def _pieces(self, head: Chunk, num_layers: int, layers: tuple[int, int] | None = None) -> list[Piece]:
         """Where some layers of a head lie, or would lie, where one is missing; all unless they are given."""
         arrays, layers = [*self._arrays, WHOLE], layers or (0, num_layers)
         found = find_pieces(layers, num_layers, arrays, lambda array: self._file(array, head).exists())
         return found or find_pieces(layers, num_layers, arrays, lambda array: True) or []
 
-    def _is_there(self, head: Head) -> bool:
+    def _is_there(self, head: Chunk) -> bool:
         return any(os.path.exists(self._file(array, head)) for array in self._arrays)
 
-    def _file(self, array: PageArray, head: Head) -> Path:
+    def _file(self, array: PageArray, head: Chunk) -> Path:
         return self._folder / array.name / chunk_name(*head)
 
     def _spec(self, array: PageArray) -> PageSpec | None:

@@ -1,5 +1,6 @@
 """Pages that no tier can give back are computed again from their tokens."""
 
+from distkv.engine.page_places import tell_places
 from distkv.engine.protocol import EngineRequest
 from distkv.engine.sequence import Sequence
 from distkv.engine.step_runner import StepRunner
@@ -45,12 +46,8 @@ class Repairs:
             parts, synthetic_pages = [], owner.synthetic.fills([page])
         else:
             parts, synthetic_pages = [owner.plan(page.index * size, size, 0)], []
-        transfers, await_ids = self._cache.take_transfers()
-        relocated = self._cache.take_relocated()
-        locations = [(page.id, page.location) for page in relocated]
-        new_pages = [page.id for page in self._cache.take_new(relocated)]
-        plan = StepPlan(parts, [], [slot], transfers, await_ids, synthetic_pages, locations, new_pages)
-        plan.host_pages = self._cache.hosts_of(relocated)
+        plan = StepPlan(parts, [], [slot], synthetic_pages=synthetic_pages)
+        relocated = tell_places(plan, self._cache)
         try:
             damaged = self._runner.run(plan)
         except BaseException:

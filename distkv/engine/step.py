@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from distkv.engine.fork_copies import ForkCopies, PageCopy
+from distkv.engine.page_places import tell_places
 from distkv.engine.sample_rows import sample_rows
 from distkv.engine.sequence import Scheduled, Sequence
 from distkv.engine.sequence_work import SequenceWork
@@ -82,11 +83,7 @@ class Step:
     def fix_pages(self) -> None:
         """Completes the plan by what ranks must know of pages and tables; nothing of that changes before it starts."""
         plan = self.plan
-        plan.transfers, plan.await_ids = self._cache.take_transfers()
-        self.relocated = self._cache.take_relocated()
-        plan.relocated = [(page.id, page.location) for page in self.relocated]
-        plan.host_pages = self._cache.hosts_of(self.relocated)
-        plan.new_pages = [page.id for page in self._cache.take_new(self.relocated)]
+        self.relocated = tell_places(plan, self._cache)
         plan.ended = self._runner.take_ended()
         self.copies = self._copies.take()
         plan.copies = [(source.location, target.location) for source, target in self.copies]

@@ -529,9 +529,9 @@ struct Call {
     }
 };
 
-// How many keys of a page row r of a chunk sees.
-inline int64_t visible_keys(const Chunk& chunk, int64_t token, int64_t page, int64_t page_size) {
-    return std::clamp<int64_t>(chunk.start + token + 1 - page * page_size, 0, page_size);
+// How many keys of a page a token sees, the new one `token` of a sequence whose first new token is at `start`.
+inline int64_t visible_keys(int64_t start, int64_t token, int64_t page, int64_t page_size) {
+    return std::clamp<int64_t>(start + token + 1 - page * page_size, 0, page_size);
 }
 
 // Chunks of few rows: states of pages side by side, then their merge.
@@ -571,12 +571,12 @@ void attend_few(const Call<T>& call, const Chunk* chunks, int64_t num_chunks) {
                 int64_t number = task / shape.kv_heads, head = task % shape.kv_heads, at = number_of(number);
                 const Chunk& chunk = chunks[at];
                 int64_t page = chunk.first + number - firsts[at], rows = chunk.num_tokens * group;
-                int64_t count = visible_keys(chunk, chunk.num_tokens - 1, page, shape.page_size);
+                int64_t count = visible_keys(chunk.start, chunk.num_tokens - 1, page, shape.page_size);
                 call.queries.pack(shape, chunk.row, head, 0, rows, one.depth(), queries);
                 one.pack(call.pages.find(chunk, call.table, page, head, shape), call.pages.codec, count);
                 States to = states_at(states, number - from, head);
                 Tiles tiles(rows);
-                auto visible = [&](int64_t r) { return visible_keys(chunk, r / group, page, shape.page_size); };
+                auto visible = [&](int64_t r) { return visible_keys(chunk.start, r / group, page, shape.page_size); };
                 one.attend(queries, rows, visible, [&](int64_t first, int64_t count, States found) {
                     std::memcpy(to.out + first * one.dim(), found.out, sizeof(float) * count * one.dim());
                     std::memcpy(to.highest + first, found.highest, sizeof(float) * count);
@@ -637,11 +637,11 @@ void attend_many(const Call<T>& call, const Chunk* chunks, int64_t num_chunks) {
             call.queries.pack(shape, chunk.row, head, first, rows, one.depth(), queries);
             call.begin(chunk, first, rows, head, states);
             for (int64_t page = chunk.first; page < chunk.end; ++page) {
-                int64_t count = visible_keys(chunk, token + num_tokens - 1, page, shape.page_size);
+                int64_t count = visible_keys(chunk.start, token + num_tokens - 1, page, shape.page_size);
                 if (!count) break;
                 one.pack(call.pages.find(chunk, call.table, page, head, shape), call.pages.codec, count);
                 auto visible = [&](int64_t r) {
-                    return visible_keys(chunk, (first + r) / group, page, shape.page_size);
+                    return visible_keys(chunk.start, (first + r) / group, page, shape.page_size);
                 };
                 auto merge_into = [&](int64_t from, int64_t count, States found) {
                     merge(states.from(from, one.dim()), found, count, one.dim());

@@ -42,9 +42,7 @@ void page_states(const Shape& shape, const Pages<T>& pages, const Queries<T>& q,
         for (int64_t task = 0; task < num_items * shape.kv_heads; ++task) {
             const Item& item = items[task / shape.kv_heads];
             int64_t head = task % shape.kv_heads, rows = item.num_tokens * group;
-            auto seen = [&](int64_t token) {
-                return std::clamp<int64_t>(item.start + token + 1 - item.page * shape.page_size, 0, shape.page_size);
-            };
+            auto seen = [&](int64_t token) { return visible_keys(item.start, token, item.page, shape.page_size); };
             q.pack(shape, item.row, head, 0, rows, one.depth(), queries);
             one.pack(item.exact < 0 ? pages.find(item.entry, head, shape) : pages.find_exact(item.exact, head, shape),
                      pages.codec, seen(item.num_tokens - 1));

@@ -180,9 +180,8 @@ def drop_arrays(folder: Path, stages: Collection[tuple[int, int]], num_layers: i
     others have a folder of their own. Raises StoreError when they cannot be removed."""
     try:
         for array in find_arrays(folder):
-            path, (first, end) = folder / array.name, array.range(num_layers)
-            is_used = any(first < last and begin < end for begin, last in stages)
-            if (first, end) in stages or not (has_array(folder, array) and _is_named_as_ours(path)):
+            path, is_used = folder / array.name, any(array.overlaps(stage, num_layers) for stage in stages)
+            if array.range(num_layers) in stages or not (has_array(folder, array) and _is_named_as_ours(path)):
                 continue
             if not is_used or not any(parse_chunk(file.name) for file in path.iterdir()):
                 log.info("removing %s: its pages are of no use to the ranks on this disk", path)

@@ -37,6 +37,11 @@ class PageArray:
         """Its layers, of so many that the model has."""
         return self.layers or (0, num_layers)
 
+    def overlaps(self, layers: tuple[int, int], num_layers: int) -> bool:
+        """Whether it has some of these layers."""
+        first, end = self.range(num_layers)
+        return first < layers[1] and layers[0] < end
+
     def spec(self, whole: PageSpec) -> PageSpec:
         """The pages in it, of one part of the tokens, from those of the whole model."""
         first, end = self.range(whole.num_layers)
@@ -85,7 +90,7 @@ class DiskShare:
 
 
 class Chunk(NamedTuple):
-    """What a file of an array holds: over all layers of that."""
+    """A KV head of a page, or of a part of its tokens: what a file of an array holds, over all layers of that."""
 
     slot: int
     head: int

@@ -161,8 +161,7 @@ class PageFinder:
 
     def _overlaps(self, array: PageArray) -> bool:
         """Whether an array has layers of this rank, so that no other stage of its engine writes there."""
-        first, end = array.range(self._share.num_layers)
-        return first < self._share.layers[1] and self._share.layers[0] < end
+        return array.overlaps(self._share.layers, self._share.num_layers)
 
     def _codec(self, array: PageArray) -> FileCodec:
         if array not in self._codecs:

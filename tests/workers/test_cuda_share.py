@@ -14,7 +14,7 @@ from distkv.workers.attention.cuda import CudaShape, plan_cuda_attention
 from distkv.workers.page_directory import NOT_SHARED, SequenceStep
 
 PAGE = 256
-SHAPE = CudaShape(4, 2, 16, PAGE, 16, torch.float32, 8)
+SHAPE = CudaShape(4, 2, 16, PAGE, 16, torch.float32, 8, leaves_to_host=True)
 
 
 def shared_step(start: int, count: int, seed: int) -> SequenceStep:

@@ -4,22 +4,19 @@ The ranks are threads, and the interpreter takes one launch at a time.
 """
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from support import triton_on_cpu
 from support.attention_steps import Sequences, Step, place
 from support.checkpoints import save_llama
+from support.context_ranks import Heads, RankMemory, attend_on_ranks, by_pages_of_ranks, slots_full_before
 from support.invariance import said
 from support.prompts import random_prompt, random_prompts
-from support.thread_group import join_in_threads, llm_in_threads
-from torch import Tensor
+from support.thread_group import llm_in_threads
 from triton.runtime.interpreter import GridExecutor
 
 from distkv import ConfigError, SamplingParams
@@ -27,37 +24,20 @@ from distkv.kernels.codec_format import FORMATS
 from distkv.kernels.cuda.codec_pages import CudaCodec
 from distkv.storage import paging
 from distkv.storage.device import CpuDevice
-from distkv.storage.moving.staging_ring import StagingRing
 from distkv.storage.page_spec import PageSpec
-from distkv.storage.paging import NUM_BUFFERS
-from distkv.storage.pools.host_pool import HostPool
-from distkv.storage.tier import Tier, encode_location
+from distkv.workers.attention import context_attention, decode_plan
 from distkv.workers.attention import cuda as cuda_attention
-from distkv.workers.attention import cuda_context, decode_plan
 from distkv.workers.attention.context_attention import ContextGroup
 from distkv.workers.attention.cuda import CudaAttention, CudaShape, plan_cuda_attention
 from distkv.workers.attention.cuda_context import CudaContextAttention, context_shape, plan_cuda_context
 from distkv.workers.group.process_group import ProcessGroup
 from distkv.workers.kinds import KINDS
+from distkv.workers.page_directory import SequenceStep
 from distkv.workers.runners.host_copies import send
 
 pytestmark = pytest.mark.interpreter
 PAGE_SIZE = 64  # of a rank
 BUFFER_PAGES = 2
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Those of a group of ranks."""
-
-    kv_heads: int
-    group: int
-    query_heads: list[tuple[int, int]]
-    kv_heads_of: list[tuple[int, int]]
-
-    @property
-    def size(self) -> int:
-        return len(self.query_heads)
 
 
 ONE = Heads(1, 3, [(0, 2), (2, 3)], [(0, 1), (0, 1)])
@@ -78,7 +58,7 @@ def one_launch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(GridExecutor, "__call__", alone)
     monkeypatch.setattr(cuda_attention, "STATE_BYTES", 1)
-    monkeypatch.setattr(cuda_context, "PAGE_BYTES", 1)
+    monkeypatch.setattr(context_attention, "PAGE_BYTES", 1)
     for module in (decode_plan, paging):
         monkeypatch.setattr(module, "DECODE_SPLIT", PAGE_SIZE)
 
@@ -88,63 +68,6 @@ def cuda_shape(step: Step, codec: CudaCodec | None, batch_invariant: bool) -> Cu
     return CudaShape(
         s.kv_heads * s.group, s.kv_heads, s.head_dim, PAGE_SIZE, BUFFER_PAGES, s.dtype, 2, batch_invariant, codec
     )
-
-
-def by_pages_of_ranks(step: Step, size: int) -> Step:
-    """The same step over pages of PAGE_SIZE tokens: those of a larger one lie side by side."""
-    pool = step.pool.unflatten(3, (size, PAGE_SIZE)).movedim(3, 2).flatten(1, 2).contiguous()
-    steps = []
-    for one in step.steps:
-        pages = (one.pages[:, None] * size + np.arange(size)).reshape(-1)
-        steps.append(replace(one, pages=pages[: -(-(one.start + len(one.token_ids)) // PAGE_SIZE)]))
-    return replace(step, pool=pool, steps=steps)
-
-
-join_once = cache(join_in_threads)
-
-
-def attend_on_ranks(
-    step: Step, whole: Tensor, heads: Heads, cold: set[int], codec: CudaCodec | None, batch_invariant: bool, name: str
-) -> Tensor:
-    """The attention of a step on all ranks, side by side; `whole` has the pages of ranks side by side, and those of the
-    leader in `cold` lie on the host."""
-    s, size = step.sequences, heads.size
-    spec = PageSpec(1, s.kv_heads, PAGE_SIZE, s.head_dim, str(s.dtype).removeprefix("torch."), name)
-    numbers = {slot: number for number, slot in enumerate(cold)}
-    places = {slot: encode_location(Tier.HOST, number) for slot, number in numbers.items()}
-    steps = [
-        replace(one, pages=np.array([places.get(slot, slot) for slot in one.pages.tolist()])) for one in step.steps
-    ]
-    groups = join_once(size)
-
-    def attend(rank: int) -> Tensor:
-        torch.set_num_threads(1)
-        pool = whole[:, rank::size].contiguous()
-        host = HostPool(spec, len(cold) + 1, pinned=False)
-        for slot in cold:
-            page = host.page(numbers[slot])
-            if codec is None:
-                page.copy_(pool[:, slot][None])
-            else:
-                codec.encode(pool[None], slot, page)
-            pool[:, slot] = 6e4
-        ring = StagingRing(spec, NUM_BUFFERS * BUFFER_PAGES, host, None, None, CpuDevice())
-        context = ContextGroup(groups[rank], heads.query_heads, heads.kv_heads_of)
-        whole_shape = replace(cuda_shape(step, codec, batch_invariant), buffer_pages=ring.buffer_pages)
-        shape = context_shape(context, whole_shape, spec)
-        plan = plan_cuda_context(steps, shape)
-        attention = CudaContextAttention(plan, shape, send(plan.arrays, CpuDevice()))
-        first, last = heads.query_heads[rank]
-        own = step.q[:, first:last].contiguous()
-        stream = ring.begin(attention.loads) if attention.loads else None
-        assert (stream is not None) == bool(cold)
-        out = attention.attend(own, own, own, pool, stream)
-        if stream is not None:
-            stream.close()
-        return out
-
-    with ThreadPoolExecutor(size) as threads:
-        return torch.cat(list(threads.map(attend, range(size))), dim=1)
 
 
 @pytest.mark.parametrize(
@@ -171,17 +94,22 @@ def test_ranks_that_share_out_pages_change_no_bit(
     pool, kernels = one.pool, None
     if codec != "auto":
         kernels = CudaCodec(FORMATS[codec], heads.kv_heads, PAGE_SIZE, sequences.head_dim)
-        full = {slot for each in one.steps for slot in each.pages[: each.start // PAGE_SIZE].tolist()}
-        kernels.round(pool, torch.tensor(sorted(full)))
+        kernels.round(pool, torch.tensor(sorted(slots_full_before(one.steps, PAGE_SIZE))))
     whole = pool.clone()
     shape = cuda_shape(step, kernels, batch_invariant)
     plan = plan_cuda_attention(one.steps, shape)
     attention = CudaAttention(plan, shape, send(plan.arrays, CpuDevice()))
     expected = attention.attend(one.q, one.q, one.q, pool, None)
-    # any page that is full before the step
-    full = {slot for each in step.steps for slot in each.pages[: each.start // sequences.page_size].tolist()}
+
+    def plan_of_rank(steps: list[SequenceStep], rank: RankMemory) -> CudaContextAttention:
+        own = replace(shape, buffer_pages=rank.ring.buffer_pages)
+        cut = context_shape(rank.context, own, rank.spec)
+        plan = plan_cuda_context(steps, cut)
+        return CudaContextAttention(plan, cut, send(plan.arrays, CpuDevice()))
+
+    full = slots_full_before(step.steps, sequences.page_size)
     for cold in set(), {slot for slot in full if slot % 3}:
-        found = attend_on_ranks(step, whole, heads, cold, kernels, batch_invariant, codec)
+        found = attend_on_ranks(step, whole, heads, cold, codec, kernels, BUFFER_PAGES, plan_of_rank)
         assert torch.equal(found, expected), cold
 
 

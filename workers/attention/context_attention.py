@@ -73,6 +73,21 @@ class ContextGroup:
         self._exchange(x, 2, self.kv_heads, out)
         return out
 
+    def exchange_pool(self, layer_pool: Tensor, slots: Tensor) -> Tensor:
+        """The pages of each rank in some slots of its pool `[2, pages, K, S, head_dim]`, by the heads that this one
+        attends to, as a pool: those of the first rank, then those of the next one."""
+        return self.exchange_pages(layer_pool[:, slots]).transpose(0, 1).flatten(1, 2).contiguous()
+
+    def exchange_buffer(self, pages: Tensor) -> Tensor:
+        """Of pages `[n, 2, K, ...]` of each rank the heads that this one attends to, `[D * n, 2, heads, ...]`."""
+        return self.exchange_pages(pages).flatten(0, 1)
+
+    def pages_at_a_time(self, spec: PageSpec) -> int:
+        """How many pages of `spec` each rank gives at a time at most, so that none gets more than PAGE_BYTES."""
+        heads = max(last - first for first, last in self.kv_heads)
+        page_bytes = self.group.size * heads * (spec.slice_bytes_in(Tier.DEVICE) // spec.num_kv_heads)
+        return max(1, PAGE_BYTES // page_bytes)
+
     def _exchange(self, x: Tensor, dim: int, heads: list[tuple[int, int]], out: Tensor) -> None:
         parts = [x.narrow(dim, first, last - first).flatten() for first, last in heads]
         self.group.exchange(torch.cat(parts), [len(part) for part in parts], out.view(self.group.size, -1))
@@ -103,7 +118,7 @@ class ContextAttention:
             self.codec.round(layer_pool, plan.filled, exact[: len(plan.filled)])
             coded = CodedPages(self.codec.format, exact)
             if plan.num_page_rounds:
-                all_coded = CodedPages(self.codec.format, self.context.exchange_pages(exact).flatten(0, 1))
+                all_coded = CodedPages(self.codec.format, self.context.exchange_buffer(exact))
         kept = kept_states(tokens, heads, dim) if plan.num_page_rounds > 1 else None
         few = self.context.gather_queries(q[plan.few_rows]) if len(plan.few_rows) else q[:0]
         states = torch.empty(self._most_states(), heads, state_width(dim), dtype=torch.float32, device="cpu")
@@ -137,12 +152,11 @@ class ContextAttention:
         self, one: PageRound, q: Tensor, layer_pool: Tensor, buffer: Tensor | None, coded: CodedPages | None,
         kept: Tensor | None, out: Tensor,
     ) -> None:  # fmt: skip
-        pool = self.context.exchange_pages(layer_pool[:, one.slots])  # [D, 2, pages, heads, S, head_dim]
-        pool = pool.transpose(0, 1).flatten(1, 2).contiguous()
+        pool = self.context.exchange_pool(layer_pool, one.slots)
         cold = None
         if len(one.indexes):
             assert buffer is not None
-            cold = self.context.exchange_pages(buffer[one.indexes]).flatten(0, 1)
+            cold = self.context.exchange_buffer(buffer[one.indexes])
         attend_pages(self.library, q, pool, cold, self.plan.table, one.chunks, kept, out, coded)
 
 
@@ -156,8 +170,6 @@ def plan_context_attention(
 ) -> ContextAttention:
     """The attention of a step for a rank with pages of `spec`, `buffer_pages` of them in a buffer of its ring."""
     group, row_bytes = context.group, 4 * context.num_query_heads * state_width(spec.head_dim)
-    heads = max(last - first for first, last in context.kv_heads)
-    page_bytes = group.size * heads * (spec.slice_bytes_in(Tier.DEVICE) // spec.num_kv_heads)
-    limits = Limits(max(1, STATE_BYTES // row_bytes), max(1, PAGE_BYTES // page_bytes))
+    limits = Limits(max(1, STATE_BYTES // row_bytes), context.pages_at_a_time(spec))
     plan = plan_context(steps, spec.page_size, group.rank, group.size, buffer_pages, limits, codec is not None)
     return ContextAttention(library, plan, context, codec)

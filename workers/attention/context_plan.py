@@ -14,7 +14,7 @@ from torch import Tensor
 from distkv.kernels.native.paged_attention import Chunks
 from distkv.kernels.page_entries import buffer_entry, buffer_index
 from distkv.storage.moving.staging_ring import Load
-from distkv.workers.attention.page_walk import PageWalk, Pieces, cut_pieces, walk_pages
+from distkv.workers.attention.page_walk import PageWalk, Pieces, cut_pieces, spread, walk_pages
 from distkv.workers.page_directory import SequenceStep
 from distkv.workers.runners.batch import MAX_DECODE_TOKENS
 
@@ -101,7 +101,7 @@ class _Planner:
         self.firsts = walk.firsts[pieces.sequence]
         few_counts = np.where(self.few, pieces.count, 0)
         self.few_row = np.cumsum(few_counts) - few_counts  # of each piece, the first among the rows of few tokens
-        self.few_rows = _ranges(pieces.row, few_counts)[1]
+        self.few_rows = spread(pieces.row, few_counts)[1]
         self.table = np.zeros(len(walk.table) * size, dtype=np.int64)
         # the page of a piece's own tokens, which has a place among those of its rank that are filled
         self.own = pieces.start // page_size
@@ -118,7 +118,7 @@ class _Planner:
 
     def states(self, begins: np.ndarray, ends: np.ndarray) -> list[StateRound]:
         """The rounds of few tokens in a stretch of the walk."""
-        piece, page = _ranges(begins, np.where(self.few, ends - begins, 0))
+        piece, page = spread(begins, np.where(self.few, ends - begins, 0))
         if not len(piece):
             return []
         rows = self.pieces.count[piece]
@@ -139,7 +139,7 @@ class _Planner:
         ]  # fmt: skip
         items = np.stack(columns, axis=1)[own < self.met[piece]]
 
-        which, index = _ranges(np.zeros_like(rows), rows)
+        which, index = spread(np.zeros_like(rows), rows)
         row, position = self.few_row[piece][which] + index, pieces.start[piece][which] + index
         member = np.arange(size)
         met = page[which][:, None] * size + member
@@ -172,7 +172,7 @@ class _Planner:
         last = np.zeros_like(first)
         np.minimum.at(first, pieces.sequence[chosen], begins[chosen])
         np.maximum.at(last, pieces.sequence[chosen], ends[chosen])
-        sequence, page = _ranges(first, np.maximum(last - first, 0))
+        sequence, page = spread(first, np.maximum(last - first, 0))
         entry = walk.table[walk.firsts[sequence] + page]
         # each once, in logical order
         pairs, index = np.unique(np.stack([page, entry], axis=1), axis=0, return_inverse=True)
@@ -211,9 +211,3 @@ class _Planner:
             np.where(exact < 0, -1, self.owner[chosen] * self.most_filled + exact),
         ]  # fmt: skip
         return Chunks(torch.from_numpy(np.stack(columns, axis=1).astype(np.int64)), 0)
-
-
-def _ranges(firsts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers of ranges one after the other: of each, which range it is in, and itself."""
-    which = np.repeat(np.arange(len(counts)), counts)
-    return which, np.arange(len(which)) - (np.cumsum(counts) - counts)[which] + firsts[which]

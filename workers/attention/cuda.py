@@ -54,6 +54,11 @@ class CudaShape:
     exchange_bytes: int = 0  # of device memory that exchanges with other ranks take
 
     @property
+    def format(self) -> CodecFormat | None:
+        """That of full pages, None where they hold plain numbers."""
+        return None if self.codec is None else self.codec.format
+
+    @property
     def group_size(self) -> int:
         """Query heads per KV head."""
         return self.num_heads // self.num_kv_heads
@@ -136,7 +141,7 @@ class CudaPlan:
     @property
     def arrays(self) -> AttentionArrays[np.ndarray]:
         """What the kernels read."""
-        decode = [DecodeArrays(group.table, [_round_arrays(one) for one in group.rounds]) for group in self.decode]
+        decode = [DecodeArrays(group.table, [round_arrays(one) for one in group.rounds]) for group in self.decode]
         prefill, left = self.prefill, None if self.left is None else self.left.arrays
         if prefill is None:
             return AttentionArrays(decode, None, self.filled, left)
@@ -154,13 +159,13 @@ def plan_cuda_attention(steps: list[SequenceStep], shape: CudaShape, num_padding
     shared: dict[int, np.ndarray] = {}  # the same, which pages are the host's
     first = 0
     for given in steps:
-        step, count = given, len(given.token_ids)
-        if is_decoded(step, shape):
+        step, count, decodes = given, len(given.token_ids), is_decoded(given, shape)
+        if decodes and shape.leaves_to_host:
             rows[first], shared[first] = step, shared_pages(step, shape.page_size)
             if shared[first].any():  # as what the device has, so that no load brings it
                 step = replace(step, pages=np.where(shared[first], 0, step.pages))
-        (decode[count] if is_decoded(step, shape) else prefill).append((first, step))
-        if shape.codec is not None and is_decoded(step, shape) and (step.start + count) % shape.page_size == 0:
+        (decode[count] if decodes else prefill).append((first, step))
+        if shape.codec is not None and decodes and (step.start + count) % shape.page_size == 0:
             filled.append(step.pages[step.start // shape.page_size])
         first += count
     most = {count: shape.max_states(count, len(decode)) for count in decode}
@@ -226,23 +231,12 @@ class CudaAttention:
     def _decode(
         self, number: int, plan: DecodePlan, arrays: DecodeArrays[Tensor], q: Tensor, layer_pool: Tensor, out: Tensor
     ) -> Walk:
-        shape, count, codec = self.shape, plan.num_tokens, self._format
-        split_pages = split_pages_for(shape.page_size)
+        shape, count = self.shape, plan.num_tokens
         carry = carry_like(out) if len(plan.rounds) > 1 else None
         for index, (one, read) in enumerate(zip(plan.rounds, arrays.rounds, strict=True)):
             rows = one.num_states, shape.num_kv_heads, count * shape.group_size
             states = new_states(q, rows, shape.head_dim)
-            first = 0
-            for launch, size in enumerate(one.num_items):
-                buffer = (yield one.loads[launch - 1]) if launch else None
-                if size:
-                    decode_splits(
-                        q, layer_pool, buffer, arrays.table, read.sequences, read.items[first : first + size],
-                        read.num_items[launch], states, num_tokens=count, split_pages=split_pages,
-                        num_programs=min(size, shape.num_programs), batch_invariant=shape.batch_invariant,
-                        codec=codec,
-                    )  # fmt: skip
-                first += size
+            yield from meet_splits(shape, q, layer_pool, arrays.table, one, read, count, states)
             if self.host is not None:
                 self.host.put(number, index, states)
             merge_splits(states, read.sequences, out, carry, num_tokens=count, split_tokens=shape.split_tokens)
@@ -250,7 +244,7 @@ class CudaAttention:
     def _prefill(
         self, plan: PrefillPlan, arrays: PrefillArrays[Tensor], q: Tensor, layer_pool: Tensor, out: Tensor
     ) -> Walk:
-        shape, codec, exact = self.shape, self._format, None
+        shape, exact = self.shape, None
         if shape.codec is not None:
             exact = layer_pool.new_empty(len(arrays.filled), *layer_pool[:, 0].shape)
             shape.codec.round(layer_pool, arrays.filled, exact)
@@ -258,22 +252,43 @@ class CudaAttention:
         first = 0
         for launch, size in enumerate(plan.num_blocks):
             buffer = (yield plan.loads[launch - 1]) if launch else None
-            read = q, layer_pool, buffer, arrays.table, arrays.chunks, arrays.blocks[first : first + size]
-            if shape.batch_invariant:
-                prefill_splits(*read, state, out, split_tokens=shape.split_tokens, codec=codec, exact=exact)
-            else:
-                prefill_walk(*read, state, out, codec=codec, exact=exact)
+            meet_blocks(shape, q, layer_pool, buffer, arrays, slice(first, first + size), state, out, exact)
             first += size
-
-    @property
-    def _format(self) -> CodecFormat | None:
-        return None if self.shape.codec is None else self.shape.codec.format
 
 
 def new_states(q: Tensor, rows: tuple[int, ...], head_dim: int) -> States:
     """Room for the states of some rows, on the device of q."""
     # each a tensor of its own: kernels are compiled for pointers that are multiples of 16 bytes
     return States(*(q.new_empty(shape, dtype=torch.float32) for shape in ((*rows, head_dim), rows, rows)))
+
+
+def meet_splits(
+    shape: CudaShape, q: Tensor, layer_pool: Tensor, table: Tensor, one: DecodeRound, read: RoundArrays[Tensor],
+    num_tokens: int, states: States,
+) -> Walk:  # fmt: skip
+    """Writes the states of a round's splits: of those on the device, then of those of each load."""
+    first = 0
+    for launch, size in enumerate(one.num_items):
+        buffer = (yield one.loads[launch - 1]) if launch else None
+        if size:
+            decode_splits(
+                q, layer_pool, buffer, table, read.sequences, read.items[first : first + size], read.num_items[launch],
+                states, num_tokens=num_tokens, split_pages=split_pages_for(shape.page_size),
+                num_programs=min(size, shape.num_programs), batch_invariant=shape.batch_invariant, codec=shape.format,
+            )  # fmt: skip
+        first += size
+
+
+def meet_blocks(
+    shape: CudaShape, q: Tensor, layer_pool: Tensor, buffer: Tensor | None, arrays: PrefillArrays[Tensor],
+    blocks: slice, state: States | None, out: Tensor, exact: Tensor | None,
+) -> None:  # fmt: skip
+    """Walks some blocks of prompts over a segment of their keys."""
+    read = q, layer_pool, buffer, arrays.table, arrays.chunks, arrays.blocks[blocks]
+    if shape.batch_invariant:
+        prefill_splits(*read, state, out, split_tokens=shape.split_tokens, codec=shape.format, exact=exact)
+    else:
+        prefill_walk(*read, state, out, codec=shape.format, exact=exact)
 
 
 def go_through(walks: list[Walk], num_loads: int, stream: Stream | None) -> None:
@@ -296,7 +311,8 @@ def _go_on(walk: Walk, buffer: Tensor) -> int | None:
         return None
 
 
-def _round_arrays(one: DecodeRound) -> RoundArrays[np.ndarray]:
+def round_arrays(one: DecodeRound) -> RoundArrays[np.ndarray]:
+    """What the kernels read of a round."""
     num_items = np.zeros((len(one.num_items), 2), dtype=np.int64)
     num_items[:, 0] = one.num_items
     return RoundArrays(one.sequences, one.items, num_items)

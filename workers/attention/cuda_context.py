@@ -17,15 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distkv.kernels.cuda.decode import decode_splits
 from distkv.kernels.cuda.merge import STATES, carry_like, merge_splits
-from distkv.kernels.cuda.prefill import SEGMENT_TOKENS, prefill_walk
-from distkv.kernels.cuda.prefill_splits import prefill_splits
+from distkv.kernels.cuda.prefill import SEGMENT_TOKENS
 from distkv.kernels.cuda.softmax import States
 from distkv.storage.moving.staging_ring import Load, Stream
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import check_context_page_size
-from distkv.storage.tier import Tier
 from distkv.workers.attention.context_attention import PAGE_BYTES, ContextGroup
 from distkv.workers.attention.cuda import (
     STATE_BYTES,
@@ -34,6 +31,8 @@ from distkv.workers.attention.cuda import (
     Walk,
     go_through,
     is_decoded,
+    meet_blocks,
+    meet_splits,
     new_states,
 )
 from distkv.workers.attention.cuda_context_plan import (
@@ -89,9 +88,7 @@ def context_shape(context: ContextGroup, whole: CudaShape, spec: PageSpec) -> Co
                 f"{num_kv_heads} KV heads, and the kernels of CUDA take whole KV heads or parts of one; use another "
                 "tensor_parallel_size"
             )
-    heads = max(last - first for first, last in context.kv_heads)
-    page_bytes = context.group.size * heads * (spec.slice_bytes_in(Tier.DEVICE) // spec.num_kv_heads)
-    return ContextShape(context, whole, max(1, PAGE_BYTES // page_bytes))
+    return ContextShape(context, whole, context.pages_at_a_time(spec))
 
 
 @dataclass(frozen=True)
@@ -206,19 +203,9 @@ class CudaContextAttention:
         whole, count = self.shape.whole, plan.num_tokens
         carry = carry_like(out) if len(plan.rounds) > 1 else None
         for one, read in zip(plan.rounds, rounds, strict=True):
-            rows = one.num_states, whole.num_kv_heads, count * whole.group_size
+            rows = one.own.num_states, whole.num_kv_heads, count * whole.group_size
             states = new_states(few, rows, whole.head_dim)
-            first = 0
-            for launch, size in enumerate(one.num_items):
-                buffer = (yield one.loads[launch - 1]) if launch else None
-                if size:
-                    decode_splits(
-                        few, layer_pool, buffer, table, read.few, read.items[first : first + size],
-                        read.num_items[launch], states, num_tokens=count, split_pages=1,
-                        num_programs=min(size, whole.num_programs), batch_invariant=whole.batch_invariant,
-                        codec=None if whole.codec is None else whole.codec.format,
-                    )  # fmt: skip
-                first += size
+            yield from meet_splits(whole, few, layer_pool, table, one.own, read.own, count, states)
             states = self._exchange(read, states, count)
             merge_splits(states, read.sequences, out, carry, num_tokens=count, split_tokens=whole.page_size)
 
@@ -241,7 +228,7 @@ class CudaContextAttention:
         if whole.codec is not None and plan.most_filled:
             exact = layer_pool.new_empty(plan.most_filled, *layer_pool[:, 0].shape)
             whole.codec.round(layer_pool, arrays.filled, exact)
-            exact = context.exchange_pages(exact).flatten(0, 1)
+            exact = context.exchange_buffer(exact)
         saved = plan.plan.num_saved
         state = new_states(q, (saved, shape.num_heads), whole.head_dim) if saved else None
         # for what has no page on the device; tiles reach beyond the last token
@@ -254,15 +241,9 @@ class CudaContextAttention:
             piece = self.arrays.pieces[index]
             pool, cold = nothing, None
             if len(piece.slots):
-                pool = context.exchange_pages(layer_pool[:, piece.slots])  # [D, 2, pages, heads, S, dim]
-                pool = pool.transpose(0, 1).flatten(1, 2).contiguous()
+                pool = context.exchange_pool(layer_pool, piece.slots)
             if len(piece.indexes):
                 assert buffer is not None
-                cold = context.exchange_pages(buffer[piece.indexes]).flatten(0, 1)
-            read = q, pool, cold, arrays.table, arrays.chunks, arrays.blocks[first : first + size]
-            codec = None if whole.codec is None else whole.codec.format
-            if whole.batch_invariant:
-                prefill_splits(*read, state, out, split_tokens=whole.page_size, codec=codec, exact=exact)
-            else:
-                prefill_walk(*read, state, out, codec=codec, exact=exact)
+                cold = context.exchange_buffer(buffer[piece.indexes])
+            meet_blocks(whole, q, pool, cold, arrays, slice(first, first + size), state, out, exact)
             first += size

@@ -13,6 +13,7 @@ import numpy as np
 
 from distkv.kernels.cuda.prefill import BLOCK_M
 from distkv.kernels.page_entries import buffer_entry, buffer_index
+from distkv.workers.attention.cuda import RoundArrays, round_arrays
 from distkv.workers.attention.decode_plan import DecodePlan, DecodeRound
 from distkv.workers.attention.prefill_plan import PrefillPlan, plan_prefill
 from distkv.workers.attention.step_loads import Member, StepLoads
@@ -22,24 +23,27 @@ from distkv.workers.runners.host_copies import Array
 
 @dataclass(frozen=True)
 class ContextRoundArrays(Generic[Array]):
-    """What decode reads in a round; all int64."""
+    """What decode reads in a round, see `ContextRound`."""
 
-    sequences: Array  # as `DecodeRound` has them, for the merge
-    few: Array  # the same, with rows among those of few tokens
-    items: Array  # of this rank's pages
-    num_items: Array  # [launches, 2], see `RoundArrays`
-    given: Array  # states that this rank gives, as many as any other: the last ones may stand for nothing
-    found: Array  # of each state of the round, where it is among all that are given, rank after rank
+    own: RoundArrays[Array]
+    sequences: Array
+    given: Array
+    found: Array
 
 
 @dataclass(frozen=True)
 class ContextRound:
-    """A round of decode, see `DecodeRound`."""
+    """A round of decode; all arrays int64."""
 
-    num_states: int
-    num_items: list[int]  # of this rank's pages on the device, then of each load
-    loads: list[int]
-    arrays: ContextRoundArrays[np.ndarray]
+    own: DecodeRound  # with this rank's pages as items, and rows among those of few tokens
+    sequences: np.ndarray  # those of `own` with rows of the step, for the merge
+    given: np.ndarray  # states that this rank gives, as many as any other: the last ones may stand for nothing
+    found: np.ndarray  # of each state of the round, where it is among all that are given, rank after rank
+
+    @property
+    def arrays(self) -> ContextRoundArrays[np.ndarray]:
+        """What the kernels read."""
+        return ContextRoundArrays(round_arrays(self.own), self.sequences, self.given, self.found)
 
 
 @dataclass(frozen=True)
@@ -107,13 +111,11 @@ def _round(one: DecodeRound, few_rows: np.ndarray, rank: int, size: int) -> Cont
     mine = owner == rank
     ends = np.cumsum(one.num_items)
     num_items = [int(part.sum()) for part in np.split(mine, ends[:-1])]
-    counts = np.zeros((len(num_items), 2), dtype=np.int64)
-    counts[:, 0] = num_items
     few = one.sequences.copy()
     few[:, 0] = np.searchsorted(few_rows, few[:, 0])  # padding has no items
     padded = np.pad(given[rank], (0, most - len(given[rank])))
-    arrays = ContextRoundArrays(one.sequences, few, one.items[mine], counts, padded, found)
-    return ContextRound(one.num_states, num_items, one.loads, arrays)
+    own = replace(one, sequences=few, items=one.items[mine], num_items=num_items)
+    return ContextRound(own, one.sequences, padded, found)
 
 
 def plan_context_prefill(

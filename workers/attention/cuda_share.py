@@ -23,9 +23,9 @@ from distkv.storage.dtypes import torch_dtype
 from distkv.storage.errors import StoreError
 from distkv.storage.tier import DEVICE, DISK, HOST, Tier, decode_locations
 from distkv.workers.attention.decode_plan import DecodePlan, DecodeRound
-from distkv.workers.attention.host_share import HostShare
+from distkv.workers.attention.host_share import HostShare, host_slots
 from distkv.workers.kv_pools import KVPools
-from distkv.workers.page_directory import NOT_SHARED, SequenceStep
+from distkv.workers.page_directory import SequenceStep
 from distkv.workers.runners.host_copies import Array
 
 READ_PAGES = 8  # that are read from disk before their states are computed
@@ -100,9 +100,7 @@ def leave_to_host(
 def _places(steps: list[SequenceStep]) -> tuple[np.ndarray, np.ndarray]:
     """Tier and slot in which the host finds each page, over all pages of all sequences."""
     pages = np.concatenate([step.pages for step in steps])
-    on_host = np.concatenate(
-        [step.host_slots if len(step.host_slots) else np.full(len(step.pages), NOT_SHARED) for step in steps]
-    )
+    on_host = np.concatenate([host_slots(step) for step in steps])
     _, on_disk = decode_locations(pages)
     tiers = np.where(on_host >= 0, HOST, np.where(pages >= 0, DEVICE, DISK))
     return tiers, np.where(on_host >= 0, on_host, np.where(pages >= 0, pages, on_disk))

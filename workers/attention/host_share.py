@@ -53,7 +53,12 @@ def shared_pages(step: SequenceStep, page_size: int) -> np.ndarray:
     """Which of a sequence's pages are the host's to attend to in a step, bool `[pages]`: of those that are shared out
     the full ones, where few tokens meet them."""
     shared = np.zeros(len(step.pages), dtype=bool)
-    if len(step.host_slots) and len(step.token_ids) <= MAX_DECODE_TOKENS:
+    if len(step.token_ids) <= MAX_DECODE_TOKENS:
         full = step.start // page_size
-        shared[:full] = step.host_slots[:full] != NOT_SHARED
+        shared[:full] = host_slots(step)[:full] != NOT_SHARED
     return shared
+
+
+def host_slots(step: SequenceStep) -> np.ndarray:
+    """Those of a sequence's pages, see `SequenceStep`; NOT_SHARED for all of them where the host has no share."""
+    return step.host_slots if len(step.host_slots) else np.full(len(step.pages), NOT_SHARED)

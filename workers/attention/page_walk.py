@@ -81,6 +81,13 @@ def walk_pages(steps: list[SequenceStep], pieces: Pieces, page_size: int, buffer
     return PageWalk(table, firsts, num_pages, loads, stretches, met)
 
 
+def spread(firsts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of ranges one after the other, of each range `counts` of them from `firsts` on: of each number, which
+    range it is in, and itself."""
+    which = np.repeat(np.arange(len(counts)), counts)
+    return which, np.arange(len(which)) - (np.cumsum(counts) - counts)[which] + firsts[which]
+
+
 def _loads(locations: np.ndarray, logical: np.ndarray, buffer_pages: int) -> tuple[list[Load], np.ndarray, np.ndarray]:
     """The loads of cold pages; and of each of the given entries, which load it is in and where it lies there."""
     if not len(locations):

@@ -17,9 +17,9 @@ from distkv.kernels.native.page_states import merge_page_states, page_states, st
 from distkv.kernels.native.paged_attention import Chunks, CodedPages, attend_pages, kept_states
 from distkv.kernels.page_entries import buffer_entry
 from distkv.storage.moving.staging_ring import Load, Stream
-from distkv.workers.attention.host_share import HostShare, shared_pages
+from distkv.workers.attention.host_share import HostShare, host_slots, shared_pages
 from distkv.workers.attention.native import chunks_of, coded_pages, rounding
-from distkv.workers.attention.page_walk import PageWalk, Pieces, cut_pieces, walk_pages
+from distkv.workers.attention.page_walk import PageWalk, Pieces, cut_pieces, spread, walk_pages
 from distkv.workers.page_directory import SequenceStep
 from distkv.workers.runners.batch import MAX_DECODE_TOKENS
 
@@ -78,23 +78,13 @@ class SharedAttention:
                     page_states(self.library, q, layer_pool, buffer, items, self.states, coded)
         finally:
             others.result()
-        self._merge(out)
+        merge_page_states(self.library, self.states, self.merge.order, self.merge.offsets, out, self.merge.rows)
         return out
 
     def _start_host(self, q: Tensor, layer_pool: Tensor, coded: CodedPages | None) -> "Future[None]":
         assert self.states is not None
         pages = self.host.everything(self.layer)
         return self.host.submit(self.host.attend, self.layer, q, layer_pool, pages, self.left, self.states, coded)
-
-    def _merge(self, out: Tensor) -> None:
-        assert self.states is not None
-        rows, order, offsets = self.merge.rows, self.merge.order, self.merge.offsets
-        if len(rows) == len(out):
-            merge_page_states(self.library, self.states, order, offsets, out)
-            return
-        merged = out.new_empty(len(rows), out.shape[1])
-        merge_page_states(self.library, self.states, order, offsets, merged)
-        out[rows] = merged
 
 
 def plan_shared_attention(
@@ -107,8 +97,7 @@ def plan_shared_attention(
     """
     left = [shared_pages(step, page_size) for step in steps]
     for one, step in zip(left, steps, strict=True):
-        if len(step.host_slots):
-            one &= step.host_slots >= 0
+        one &= host_slots(step) >= 0
     if not any(one.any() for one in left):
         return None
     pieces = cut_pieces(steps, None if codec is None else page_size)
@@ -117,13 +106,12 @@ def plan_shared_attention(
     walk = walk_pages(met, pieces, page_size, buffer_pages)
     filled, exact = rounding(walk, pieces, page_size, codec)
     few = np.array([len(step.token_ids) <= MAX_DECODE_TOKENS for step in steps])[pieces.sequence]
-    slots = np.concatenate([np.where(one, step.host_slots, -1) if len(step.host_slots) else np.full(len(one), -1)
-                            for one, step in zip(left, steps, strict=True)])  # fmt: skip
+    slots = np.concatenate([np.where(one, host_slots(step), -1) for one, step in zip(left, steps, strict=True)])
     ends = np.cumsum(np.where(few, pieces.count * walk.met, 0))
     first_state = ends - np.where(few, pieces.count * walk.met, 0)
     own, others = [], []
     for begins, until in walk.stretches:
-        piece, page = _spread(np.where(few, begins, 0), np.where(few, until, 0))
+        piece, page = spread(begins, np.where(few, until - begins, 0))
         items = _items(walk, pieces, exact, first_state, piece, page, page_size)
         slot = slots[walk.firsts[pieces.sequence[piece]] + page]
         own.append(torch.from_numpy(items[slot < 0]))
@@ -135,13 +123,6 @@ def plan_shared_attention(
         library, host, walk, calls, own, torch.from_numpy(np.concatenate(others)), merge, codec,
         torch.from_numpy(filled),
     )  # fmt: skip
-
-
-def _spread(begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each piece as often as it meets pages, and these pages."""
-    sizes = ends - begins
-    piece = np.repeat(np.arange(len(sizes)), sizes)
-    return piece, np.arange(len(piece)) - (np.cumsum(sizes) - sizes - begins)[piece]
 
 
 def _items(
@@ -159,8 +140,8 @@ def _items(
 
 def _merge_of(pieces: Pieces, walk: PageWalk, few: np.ndarray, first_state: np.ndarray, num_states: int) -> Merge:
     """Pages of a piece one after the other, each with a state for each of its rows."""
-    piece, token = _spread(np.zeros_like(pieces.count), np.where(few, pieces.count, 0))
-    row, page = _spread(np.zeros_like(piece), walk.met[piece])
+    piece, token = spread(np.zeros_like(pieces.count), np.where(few, pieces.count, 0))
+    row, page = spread(np.zeros_like(piece), walk.met[piece])
     order = (first_state[piece] + token)[row] + page * pieces.count[piece][row]
     offsets = np.append(0, np.cumsum(walk.met[piece]))
     return Merge(
