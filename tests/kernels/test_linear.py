@@ -45,7 +45,9 @@ def test_few_programs_serve_all_numbers_of_rows(row_counts: set[int], dtype: tor
         if rows:
             expected = x.double() @ weight.double().T + bias.double()
             assert relative_error(result, expected) < TOLERANCE[dtype]
-    assert row_counts, "oneDNN runs this dtype on any machine that we test on"
+    if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # without AVX-512
+        assert not row_counts, "torch runs it by kernels of its own"
+        return
     assert row_counts == {padded_rows(rows) for rows in counts} and len(row_counts) <= len(counts) / 2 + 1
 
 
