@@ -112,11 +112,13 @@ def _sign(place: CachePlace, mine: Path, stack: ExitStack) -> bool:
 def _lock(place: CachePlace) -> FolderLock:
     """The right to use the folder. Whoever sweeps pages that are dropped holds it for a moment, which is waited for."""
     deadline = time.monotonic() + (0.0 if place.fingerprint else SWEEP_WAIT)
+    path = place.folder / LOCK
     while True:
+        was_locked = is_locked(path)  # else who lets go of it behind the next line would look like one that never does
         try:
             return FolderLock(place.folder, place.engine)
         except InUseError:
-            if time.monotonic() >= deadline or not is_locked(place.folder / LOCK):
+            if time.monotonic() >= deadline or not (was_locked or is_locked(path)):
                 raise
         time.sleep(0.05)
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,13 @@ def kill(process: "subprocess.Popen[str]") -> None:
     """Ends a process with SIGKILL."""
     process.kill()
     process.communicate()
+
+
+def set_session_priority(pid: int, niceness: int) -> None:
+    """Gives the session of a process a niceness. Where Linux has autogroups (`sched(7)`) it shares cores out among
+    sessions first, and the niceness of processes matters only within one."""
+    with suppress(OSError):  # there are no autogroups
+        Path(f"/proc/{pid}/autogroup").write_text(str(niceness))
 
 
 def listening(pid: int) -> list[str]:

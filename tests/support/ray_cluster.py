@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.processes import set_session_priority
+
 NUM_CPUS = 4  # of the cluster that tests share
 START_TIMEOUT = 120.0  # seconds
 _sessions = {os.getsid(0)}  # of processes that belong to clusters of these tests, and not to somebody else's
@@ -50,7 +52,7 @@ def start(folder: Path, num_cpus: int) -> tuple[Cluster, subprocess.Popen[bytes]
     ]  # fmt: skip
     with open(folder / "ray.log", "wb") as log:
         head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=folder)
-    _sessions.add(head.pid)
+    _note_session(head)
     deadline = time.monotonic() + START_TIMEOUT
     # the note comes late, and to ask for jobs takes a Python that imports Ray
     while not _is_noted(gcs) or cluster.ray("job", "list", "--address", cluster.dashboard).returncode:
@@ -73,7 +75,7 @@ def join(cluster: Cluster, folder: Path, num_cpus: int) -> subprocess.Popen[byte
         node = subprocess.Popen(
             command, env=cluster.environment, stdout=log, stderr=log, start_new_session=True, cwd=folder
         )
-    _sessions.add(node.pid)
+    _note_session(node)
     return node
 
 
@@ -118,6 +120,12 @@ def await_no_ranks() -> dict[str, list[int]]:
     while (found := rank_processes()) and time.monotonic() < deadline:
         time.sleep(0.1)
     return found
+
+
+def _note_session(leader: subprocess.Popen[bytes]) -> None:
+    """Notes that a new session is one of these tests, and gives it the priority of this process."""
+    _sessions.add(leader.pid)
+    set_session_priority(leader.pid, os.getpriority(os.PRIO_PROCESS, 0))
 
 
 def _bare_python(folder: Path) -> Path:

@@ -2,11 +2,12 @@
 
 Two are the kernel tests without a GPU. Triton reads TRITON_INTERPRET when it is imported and when a kernel is defined,
 so one process either interprets kernels (ring `interpreter`) or compiles them (ring `aot`). `pytest -m <ring>` runs a
-ring, with its slow tests; `-m slow` has those of the ring `aot` alone, since its process compiles. The third, `ray`, is
-of tests with a Ray cluster, which wait most of the time; they are ordinary tests too, and run where they are selected
-unless their ring runs.
+ring, with its slow tests; `-m slow` has those of the ring `aot` alone, since its process compiles. The others are of
+ordinary tests too, which run where they are selected unless their ring runs: `ray` of those with a Ray cluster, which
+wait most of the time, and `commands` of those in the folders COMMANDS, so that a second core is not idle while one
+process runs one test after the other.
 
-The default run starts all three beside the other tests, at a low priority, and `test_rings.py` collects them at its
+The default run starts all of them beside the other tests, at a low priority, and `test_rings.py` collects them at its
 end; a run that selects none of `test_rings.py` starts nothing.
 """
 
@@ -18,16 +19,26 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 from _pytest.mark.expression import Expression
 from support.interpreted_calls import use_quick_calls
 from support.interpreted_dot import use_double_products
+from support.processes import set_session_priority
 
 KERNEL_RINGS = {"interpreter": "test_triton_*.py", "aot": "test_aot*.py"}
 """The markers of these rings, and where their tests lie: such a ring imports no other module."""
-RINGS = (*KERNEL_RINGS, "ray")
+COMMANDS = ("batch", "bench", "cache_folders", "commands", "server")
+"""Folders with tests of whole commands, benches and servers; those of them that no other ring has are marked
+`commands`."""
+SHARED_RINGS = ("ray", "commands")
+"""Markers of ordinary tests, which are left out of the process that starts their ring."""
+RINGS = (*KERNEL_RINGS, *SHARED_RINGS)
+NICENESS = {"ray": 0, "commands": 5}
+"""How far rings stand back, 10 unless it stands here; the process that starts them has 0. Ray waits most of the time,
+and gives up when it takes half a minute to start."""
 MODULES = KERNEL_RINGS | {"gpu": "test_gpu*.py"}
 """The markers whose tests lie apart: `-m` of one of them imports nothing else, which the machine may not be able to."""
 OTHER_KINDS = ("unmarked", "slow")
@@ -38,8 +49,8 @@ PATIENCE = 40  # seconds for a ring that is interrupted to end what it has start
 ALONE = pytest.StashKey[str | None]()
 INTERPRETS = pytest.StashKey[bool]()
 RUNS = pytest.StashKey[dict[str, "RingRun"]]()
-ASIDE = pytest.StashKey[list[pytest.Item]]()
-"""The selected tests that the ring `ray` runs instead."""
+ASIDE = pytest.StashKey[dict[str, list[pytest.Item]]]()
+"""The selected tests that SHARED_RINGS run instead."""
 
 
 class RingRun:
@@ -47,16 +58,19 @@ class RingRun:
 
     def __init__(self, ring: str, root: Path, modules: list[str]):
         """Starts it; without modules it looks for its tests everywhere."""
+        self.summary = ""  # once it has ended
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
         # Each test is told by its name. Where pytest-timeout cannot end one, which hangs outside the interpreter, the
         # process tells where its threads are and ends; and of what several tests lack, three may wait in vain.
         told = ["-vv", "--color=no", "--maxfail=3"]
         ends = ["-o", f"faulthandler_timeout={LONG}", "-o", "faulthandler_exit_on_timeout=true"]
         pytest_ring = [sys.executable, "-m", "pytest", "-m", f"{ring} and not slow", *told, *ends, *modules]
+        niceness = NICENESS.get(ring, 10)
         self._process = subprocess.Popen(
-            ["nice", "-n", "10", *pytest_ring], cwd=root, stdout=self._output, stderr=subprocess.STDOUT,
+            ["nice", "-n", str(niceness), *pytest_ring], cwd=root, stdout=self._output, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
+        set_session_priority(self._process.pid, niceness)
 
     def finish(self) -> tuple[int, str]:
         """Waits for the end, which it brings about after LIMIT; returns exit status and output."""
@@ -64,7 +78,9 @@ class RingRun:
             self._process.wait(LIMIT)
         status = self._end()
         self._output.seek(0)
-        return status, self._output.read()
+        said = self._output.read()
+        self.summary = said.strip().rpartition("\n")[2].strip("= ")
+        return status, said
 
     def stop(self) -> None:
         """Leaves no process behind."""
@@ -124,6 +140,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "cluster" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("ray"):
             raise pytest.UsageError(f"{item.nodeid}: it uses a Ray cluster; mark it ray (pytestmark = pytest.mark.ray)")
+        if _is_of_commands(item):
+            item.add_marker("commands")
         for kind, pattern in MODULES.items():
             if (item.get_closest_marker(kind) is not None) != fnmatch.fnmatch(item.path.name, pattern):
                 raise pytest.UsageError(f"{item.nodeid}: tests marked {kind}, and no others, live in {pattern}")
@@ -131,8 +149,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         _leave_out(config, items, lambda item: item.get_closest_marker("interpreter") is not None)
     items.sort(key=lambda item: _ring_of(item) is not None)
     yield  # others select
-    if "ray" in map(_ring_of, items):
-        config.stash[ASIDE] = _leave_out(config, items, _belongs_to_the_ring_of_ray)
+    here = set(map(_ring_of, items))
+    config.stash[ASIDE] = {
+        ring: _leave_out(config, items, partial(_belongs_to, ring)) for ring in SHARED_RINGS if ring in here
+    }
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -141,8 +161,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if session.config.option.collectonly or sys.platform != "linux":
         return
     for ring in filter(None, map(_ring_of, session.items)):
-        aside = session.config.stash.get(ASIDE, []) if ring == "ray" else []
+        aside = session.config.stash[ASIDE].get(ring, [])
         runs[ring] = RingRun(ring, session.config.rootpath, sorted({str(item.path) for item in aside}))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Says how many tests ran in other processes."""
+    for ring, run in config.stash.get(RUNS, {}).items():
+        if run.summary:
+            terminalreporter.write_line(f"ring {ring}: {run.summary}")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -156,8 +183,13 @@ def _ring_of(item: pytest.Item) -> str | None:
     return item.callspec.params["ring"] if item.path.name == "test_rings.py" and hasattr(item, "callspec") else None
 
 
-def _belongs_to_the_ring_of_ray(item: pytest.Item) -> bool:
-    return item.get_closest_marker("ray") is not None and item.get_closest_marker("slow") is None
+def _belongs_to(ring: str, item: pytest.Item) -> bool:
+    return item.get_closest_marker(ring) is not None and item.get_closest_marker("slow") is None
+
+
+def _is_of_commands(item: pytest.Item) -> bool:
+    has_another = any(item.get_closest_marker(kind) for kind in (*MODULES, "ray"))
+    return item.path.parent.name in COMMANDS and not has_another
 
 
 def _leave_out(
