@@ -107,12 +107,14 @@ def _launch_on_ray(
 
     size, num_parts = config.num_ranks, None
     stages = config.pipeline_parallel_size
-    group = RayGroup(size, config.ray_address, config.device, check, config.data_parallel_size, fewer, stages)
+    hang_timeout = HANG_SECONDS if config.hang_timeout is None else config.hang_timeout
+    group = RayGroup(
+        size, config.ray_address, config.device, check, config.data_parallel_size, fewer, stages, hang_timeout
+    )
     try:
         if group.size < size:
             config, num_parts = with_fewer(config, group.size, group.device)
         info = set_up(group, config, model, max_model_len, num_parts)
-        hang_timeout = HANG_SECONDS if config.hang_timeout is None else config.hang_timeout
         return RayEngine(group, info, trace, hang_timeout, leaves=not in_pool)
     except BaseException:
         group.close()

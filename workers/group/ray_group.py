@@ -5,6 +5,7 @@ or gloo. The group belongs to the process that made it, and ends with it.
 """
 
 import logging
+import math
 import os
 import time
 from collections import Counter
@@ -81,6 +82,7 @@ class RayGroup:
         num_groups: int = 1,
         fewer: Fewer | None = None,
         num_stages: int = 1,
+        hang_timeout: float = math.inf,
     ):
         """Takes `size` bundles of the cluster and starts an actor on each.
 
@@ -92,11 +94,12 @@ class RayGroup:
             num_groups: of this size that are to share the cluster's cores.
             fewer: when fewer ranks will do; `size` has their number then.
             num_stages: of the pipeline that all ranks are.
+            hang_timeout: seconds of waiting after which a rank whose process is stopped counts as lost.
 
         Raises CapacityError when the cluster lacks the resources, ConfigError when it cannot be reached.
         """
         self.size, self._num_groups, self._num_stages = size, num_groups, num_stages
-        self._check_wanted = check
+        self._check_wanted, self._hang_timeout = check, hang_timeout
         self._connected = False
         self._placement: Any = None
         self._actors: list[Any] = []
@@ -149,7 +152,9 @@ class RayGroup:
 
     def allocate(self, sizes: PoolSizes, place: CachePlace | None) -> list[tuple[int, int, int]]:
         """See `RankGroup.allocate`; one rank after the other, as `Rank.allocate` wants it."""
-        allocated = [self._wait([actor.allocate.remote(sizes, place)])[0] for actor in self._actors]
+        allocated = [
+            self._wait([actor.allocate.remote(sizes, place)], rank)[0] for rank, actor in enumerate(self._actors)
+        ]
         self._relay_logs()
         return allocated
 
@@ -301,17 +306,34 @@ class RayGroup:
     def _call(self, method: str, *arguments: Any) -> list[Any]:
         return self._wait([getattr(actor, method).remote(*arguments) for actor in self._actors])
 
-    def _wait(self, refs: list[Any]) -> list[Any]:
-        """The results of one call per rank; the first failure is raised at once, whatever the others still do."""
-        pending = list(refs)
+    def _wait(self, refs: list[Any], first: int = 0) -> list[Any]:
+        """The results of a call for each rank from `first` on; the first failure is raised at once, whatever the others
+        still do. A call may take as long as it likes, where its process runs."""
+        pending, looked = list(refs), time.monotonic()
         while pending:
             done, pending = ray.wait(pending, num_returns=1, timeout=CHECK_SECONDS)
             self._check_wanted()
             for ref in done:
                 error = failure_of(ref)
                 if error is not None:
-                    raise self._died(refs.index(ref), error)
+                    raise self._died(first + refs.index(ref), error)
+            if done:
+                looked = time.monotonic()
+            elif self.nodes and time.monotonic() > looked + self._hang_timeout:
+                self._check_processes([first + refs.index(ref) for ref in pending])
+                looked = time.monotonic()
         return ray.get(refs)
+
+    def _check_processes(self, ranks: list[int]) -> None:
+        """Raises WorkerDied for one of these ranks, which are being waited for, whose process does not run."""
+        states = self._process_states()
+        for rank in ranks:
+            if states[rank] in STOPPED:
+                raise WorkerDied(
+                    rank, self.nodes[rank].host,
+                    f"its process {self.nodes[rank].pid} {STOPPED[states[rank]]}, and nothing has come of it for "
+                    f"hang_timeout, which is {self._hang_timeout:g} s",
+                )  # fmt: skip
 
     def _died(self, rank: int, error: Exception | None) -> DistKVError:
         """The error to raise for what ended a rank."""
