@@ -9,9 +9,9 @@ from distkv.errors import ConfigError
 from distkv.option_checks import parse_bytes, settle_path
 from distkv.values import plain, shown
 
-MAX_DRAFT = 8
-"""Most tokens of a draft: so many rows, with the token before them, a step attends for at hardly more than the cost of
-one where it reads a long context."""
+MAX_DRAFT = 7
+"""Most tokens of a draft: with the token before them as many as attend the way of an answer, `MAX_DECODE_TOKENS`, at
+hardly more than the cost of one where they read a long context."""
 
 METHODS = {"ngram": ("prompt_lookup_min", "prompt_lookup_max"), "self": (), "draft_model": ("model", "draft_kv_bytes")}
 """With the fields that are theirs alone."""
@@ -27,7 +27,7 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     pages on the device alone (TriForce, Sun et al. 2024, https://arxiv.org/abs/2404.11912). draft_model: what a small
     model goes on with (Leviathan et al. 2022, https://arxiv.org/abs/2211.17192)."""
     num_speculative_tokens: int = MAX_DRAFT
-    """Most tokens of a draft, from 1 to 8."""
+    """Most tokens of a draft, from 1 to 7."""
     adaptive: bool = True
     """Whether drafts are as long as pays, by how many of their tokens prove right and what a step with more of them
     takes. False always drafts as many as there may be."""
@@ -55,7 +55,7 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         except msgspec.MsgspecError as error:
             raise ConfigError(
                 f"speculative_config is {shown(value)}: {error}; give an object such as "
-                '{"method": "ngram", "num_speculative_tokens": 8}'
+                '{"method": "ngram", "num_speculative_tokens": 7}'
             ) from error
         found._check()
         return found
