@@ -265,6 +265,7 @@ class Rank:
     def close(self) -> None:
         """Ends transfers and gives back memory and files."""
         self.pools.close()
+        self._runner.close()
         if self._draft_model is not None:
             self._draft_model.close()
 

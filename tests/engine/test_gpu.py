@@ -89,6 +89,8 @@ def test_tiers_change_no_bit_and_memory_stays_flat(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gain: float
 ) -> None:
     """Decode and prefill over a host tier, and the device memory of contexts that differ fourfold."""
+    from distkv.workers.runners.compile_ahead import join_compilers  # which imports triton
+
     monkeypatch.setattr("distkv.workers.bandwidth.KERNEL_GAIN", gain)
     torch.backends.cuda.matmul.allow_tf32 = False
     folder, _ = save_llama(
@@ -99,6 +101,7 @@ def test_tiers_change_no_bit_and_memory_stays_flat(
     for length in (4000, 4000, 16000):  # the first takes what libraries keep, on a stream or for a thread
         prompt = random_prompt(length, length)
         resident = run(folder, [prompt], pages=(length // 64 + 2, 0, 0), **options)
+        join_compilers()  # which hold its pool
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

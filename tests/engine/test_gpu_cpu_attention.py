@@ -23,6 +23,7 @@ def test_the_share_decides_alone(tmp_path: Path, codec: str) -> None:
     params = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
     options: dict[str, Any] = {
         "page_size": 256, "max_num_batched_tokens": 512, "max_num_seqs": 1, "device": "cuda", "kv_cache_dtype": codec,
+        "num_threads": 2,
     }  # fmt: skip
     alone = run(folder, prompts, params, pages=(40, 40, 0), **options)
     shared = run(folder, prompts, params, pages=(40, 40, 0), cpu_attention=0.5, **options)
@@ -32,5 +33,7 @@ def test_the_share_decides_alone(tmp_path: Path, codec: str) -> None:
     on_host = run(folder, prompts, params, pages=(6, 40, 0), cpu_attention=0.5, **options)
     on_host.assert_same(shared)
     assert on_host.moved("host_streamed")
-    on_disk = run(folder, prompts, params, pages=(6, 6, 40), cache_dir=tmp_path / "kv", cpu_attention=0.5, **options)
+    pytest.importorskip("zarr", reason="the disk tier's array is made by zarr")
+    # of the host's pages 16 are where the disk is read ahead
+    on_disk = run(folder, prompts, params, pages=(6, 22, 40), cache_dir=tmp_path / "kv", cpu_attention=0.5, **options)
     on_disk.assert_same(shared)

@@ -41,7 +41,7 @@ def join_in_threads(size: int) -> list[ProcessGroup]:
 
     def join(rank: int) -> ProcessGroup:
         shared = SharedMemory.join(open_store("127.0.0.1", store.port), rank, size)
-        return ProcessGroup(rank, size, shared=shared)
+        return ProcessGroup(rank, size, in_order=True, shared=shared)
 
     with ThreadPoolExecutor(size) as threads:
         return list(threads.map(join, range(size)))

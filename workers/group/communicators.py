@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Self
 
+import torch
 import torch.distributed as dist
 
 from distkv.workers.group.process_group import PATIENCE, ProcessGroup
@@ -51,6 +52,8 @@ class Communicators:
                 receives_by=back if layout.stage(rank) == 0 else None,
                 sends_by=back if layout.stage(rank) == last else None,
             )
+            if backend == "nccl":
+                link.try_out(torch.device("cuda", torch.cuda.current_device()), layout.stage(rank) == 0)
         return cls(rank, stage, context, link, store)
 
     @property

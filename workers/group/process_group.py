@@ -104,9 +104,9 @@ class ProcessGroup:
         """Rank 0's x on all ranks, in place; it has the same shape and dtype on each."""
         if self.size == 1 or not x.numel():
             return x
-        if self._shared is None or x.is_cuda:
+        if self._shared is None:
             dist.broadcast(x, group=self._group, group_src=0)
-        elif (parts := self._shared.gather(x, wanted=self.rank > 0)) is not None:
+        elif (parts := self._shared.gather(x.cpu(), wanted=self.rank > 0)) is not None:
             x.copy_(parts[0])
         return x
 

@@ -39,6 +39,20 @@ class StageLink:
         assert work is not None
         self._sending.append((work, own))
 
+    def try_out(self, device: torch.device, is_first: bool) -> None:
+        """Sends a number from stage to stage, once around; all ranks do. NCCL takes memory for each pair of ranks when
+        it first carries something between them, which the ranks are to have taken before they share out what is left.
+
+        Args:
+            is_first: whether this is the first stage.
+        """
+        one = torch.zeros(1, device=device)
+        if is_first:
+            self.send(one)
+        one = self.receive((1,), one.dtype, device)
+        if not is_first:
+            self.send(one)
+
     def settle(self) -> None:
         """Frees what was sent in earlier steps. All ranks have ended these, so it has been received, or on CUDA is to
         be soon."""

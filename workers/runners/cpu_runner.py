@@ -52,3 +52,6 @@ class CpuRunner:
 
     def compile_rest(self) -> None:
         """See `Runner`."""
+
+    def close(self) -> None:
+        """See `Runner`."""

@@ -205,6 +205,10 @@ class CudaRunner:
             compile = partial(compile_decode, self.shape, self._pools.device, stream)
             self._ahead = CompileAhead(compile, range(2, MAX_DECODE_TOKENS + 1))
 
+    def close(self) -> None:
+        """See `Runner`: NCCL waits at its end until no graph has an operation of its own."""
+        self._graphs = None
+
     @property
     def num_parts(self) -> int:
         """See `Runner`."""

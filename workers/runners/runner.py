@@ -30,6 +30,9 @@ class Runner(Protocol):
     def compile_rest(self) -> None:
         """Begins, in threads, what only few steps need. To be called once, after `warm_up`."""
 
+    def close(self) -> None:
+        """Lets go of what a group's collectives are part of; nothing runs any more."""
+
     @property
     def num_parts(self) -> int:
         """See `warm_up`."""

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from distkv.workers.sampling.sampled_token import TokenLogprobs
+from distkv.workers.sampling.softmax import log_softmax
 
 
 def pack_logprobs(logits: Tensor, tokens: Tensor, count: int) -> Tensor:
@@ -13,7 +14,7 @@ def pack_logprobs(logits: Tensor, tokens: Tensor, count: int) -> Tensor:
     Shapes: logits fp32 `[rows, vocab_size]`, tokens int64 `[rows]`; result int64 `[rows, 2 + 2 * count]`: rank, ids,
     and bits of float64: the token's logprob, those of the ids.
     """
-    logprobs = torch.log_softmax(logits, dim=-1)
+    logprobs = log_softmax(logits)
     own = logprobs.gather(1, tokens[:, None])
     rank = (logprobs > own).sum(-1, keepdim=True) + 1
     # An order without ties, so that neither the algorithm nor `count` has a say: of numbers that are not above 0, those

@@ -15,6 +15,7 @@ from distkv.workers.sampling.logprobs import pack_logprobs, unpack_logprobs
 from distkv.workers.sampling.penalties import Penalties, penalise, penalty_arrays
 from distkv.workers.sampling.sample_row import SampleRow
 from distkv.workers.sampling.sampled_token import NO_TOKEN, SampledToken
+from distkv.workers.sampling.softmax import softmax
 
 
 class SampledTokens:
@@ -189,7 +190,7 @@ def _probabilities(logits: Tensor, columns: Tensor) -> Tensor:
     temperature, min_p = columns[:, :1], columns[:, 1:2]
     logits = logits.double()
     # Subtract the maximum first, so that a tiny temperature cannot overflow.
-    probs = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, dim=-1)
+    probs = softmax((logits - logits.amax(-1, keepdim=True)) / temperature)
     return probs.masked_fill_(probs < min_p * probs.amax(-1, keepdim=True), 0)
 
 
