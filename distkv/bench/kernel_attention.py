@@ -28,7 +28,8 @@ TOLERANCES = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 
 
 def decode_row(turns: Turns, memory: MemoryCeiling, shape: AttentionShape, batch: int, context: int) -> dict[str, Any]:
-    """Decode attention of one new token for each of `batch` sequences of `context` tokens, splits and merge together.
+    """Decode attention of one new token for each of `batch` sequences of `context` tokens, splits and merge together,
+    beside a large read and one of its own pages in one piece.
 
     Raises DistKVError when the result is not torch's.
     """
@@ -41,7 +42,8 @@ def decode_row(turns: Turns, memory: MemoryCeiling, shape: AttentionShape, batch
     def kernel() -> Tensor:
         return attention.attend(q, q, q, pool, None).view_as(q)
 
-    works: dict[str, Work] = {"kernel": kernel, "read": memory.read}
+    # as many bytes as there are: a read that takes no longer than the kernel begins and ends as slowly as it does
+    works: dict[str, Work] = {"kernel": kernel, "read": memory.read, "own read": pool.view(torch.float32).sum}
     num_bytes = shape.kv_bytes(batch * context)
     peer = None
     if turns.meter.free_bytes() > num_bytes + SPARE_BYTES:
@@ -49,17 +51,20 @@ def decode_row(turns: Turns, memory: MemoryCeiling, shape: AttentionShape, batch
         peer = works["torch"] = lambda: torch_attention(q[:, :, None], k, v, causal=False)
     seconds = turns.seconds(works)
     error = None if peer is None else compare(f"decode of {batch} x {context} tokens", kernel(), peer()[:, :, 0])
-    read_rate = memory.read_bytes / seconds["read"].median
+    rate, read_rate = num_bytes / seconds["kernel"].median, memory.read_bytes / seconds["read"].median
+    own_rate = pool.nbytes / seconds["own read"].median
     return {
         "part": "decode",
         "batch": batch,
         "context": context,
         "kv_bytes": num_bytes,
         "ms": seconds["kernel"].scaled(1e3),
-        "bytes_per_s": num_bytes / seconds["kernel"].median,
+        "bytes_per_s": rate,
         "torch_bytes_per_s": None if peer is None else num_bytes / seconds["torch"].median,
         "read_bytes_per_s": read_rate,
-        "share": num_bytes / seconds["kernel"].median / read_rate,
+        "share": rate / read_rate,
+        "own_read_bytes_per_s": own_rate,
+        "own_share": rate / own_rate,
         "error": error,
     }
 

@@ -50,6 +50,8 @@ COLUMNS: dict[str, list[Column]] = {
         Column("torch GB/s", "torch_bytes_per_s", 1e-9, ".0f"),
         Column("read GB/s", "read_bytes_per_s", 1e-9, ".0f"),
         Column("share of read", "share", 100, ".0f", " %"),
+        Column("own read GB/s", "own_read_bytes_per_s", 1e-9, ".0f"),
+        Column("share of own read", "own_share", 100, ".0f", " %"),
         Column("", "note"),
     ],
     "prefill": [
@@ -109,8 +111,9 @@ def run(only: list[str], batches: list[int], contexts: list[int], prompts: list[
             "Bandwidth counts what is read and what is written. Decode counts keys and values alone, and its time is "
             "that of splits and merge together; prefill counts 4 * heads * head_dim * tokens^2 / 2 operations.",
             "torch is scaled_dot_product_attention with its flash backend on keys and values that lie in one piece, "
-            "left out where they do not fit beside the pages. Products are those of batch_invariant, and cuBLAS with "
-            "swiglu after it where a product is gated.",
+            "left out where they do not fit beside the pages. An own read is of the row's pages in one piece: what it "
+            "lacks of a large one is how slowly anything of that size begins and ends. Products are those of "
+            "batch_invariant, and cuBLAS with swiglu after it where a product is gated.",
             *_targets(bench.rows),
         ):
             bench.line(line)

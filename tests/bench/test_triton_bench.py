@@ -49,6 +49,8 @@ def test_decode_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["bytes_per_s"] == row["torch_bytes_per_s"] == pytest.approx(1e3 * row["kv_bytes"])
     assert row["read_bytes_per_s"] == pytest.approx(4096e3)
     assert row["share"] == pytest.approx(row["kv_bytes"] / 4096)
+    assert row["own_read_bytes_per_s"] == pytest.approx(1e3 * 3 * 80 * 2 * 2 * 16 * 4), "of 5 pages each"
+    assert row["own_share"] == pytest.approx(70 / 80)
     assert 0 < row["error"] < 1e-6
     without_peer = decode_row(turns(free_bytes=0), MEMORY, SHAPE, batch=1, context=20)
     assert without_peer["torch_bytes_per_s"] is None and without_peer["error"] is None
