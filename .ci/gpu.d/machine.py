@@ -25,7 +25,9 @@ MAPPED = 2  # cudaHostRegisterMapped
 
 def facts() -> dict[str, Any]:
     memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    answers = {name: memory[name].strip() for name in ("MemTotal", "MemAvailable", "Shmem", "CommitLimit")}
+    answers: dict[str, Any] = {}
+    for name in ("MemTotal", "MemAvailable", "Shmem", "CommitLimit"):
+        answers[name] = memory[name].strip()
     for name, command in {
         "gpu": "nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,pcie.link.gen.current,"
         "pcie.link.width.current,memory.total --format=csv,noheader",

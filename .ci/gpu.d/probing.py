@@ -1,6 +1,7 @@
 """Questions to a machine, of which none can stop the next: each answer is printed and written as it comes."""
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 
+SLEEP_CYCLES = 1_000_000  # about half a millisecond, in which the host enqueues what is measured
+
 
 class Probes:
     """Answers by name, in a JSON file."""
@@ -20,9 +23,12 @@ class Probes:
         self._answers: dict[str, Any] = {}
         self._failed: list[str] = []
 
-    def ask(self, probe: Callable[[], Any]) -> None:
-        """The probe's name is the question's."""
-        name, start = probe.__name__, time.perf_counter()
+    def ask(self, probe: Callable[[], Any], name: str | None = None) -> None:
+        """The question's name is the probe's unless it has one of its own. What is lost with a run that is ended before
+        its time is the question that it is at, so what takes long is asked in several."""
+        if name is None:
+            name = str(getattr(probe, "__name__", probe))
+        start = time.perf_counter()
         try:
             answer = probe()
         except Exception as error:
@@ -32,22 +38,27 @@ class Probes:
         self._answers[name] = answer
         lines = json.dumps(answer, indent=1, default=str)
         print(f"{name} ({time.perf_counter() - start:.1f} s): {lines}", flush=True)
-        self._path.write_text(json.dumps(self._answers, indent=1, default=str))
+        part = self._path.with_name(f"{self._path.name}.part")
+        part.write_text(json.dumps(self._answers, indent=1, default=str))
+        os.replace(part, self._path)
 
     def end(self) -> None:
-        """Exits with 1 when a probe has failed; the last line says which."""
+        """Exits with 1 when a probe has failed; the last line says which was the first."""
         if self._failed:
-            sys.exit(f"failed: {', '.join(self._failed)}: {self._answers[self._failed[-1]]}"[:300].replace("\n", " "))
+            first = f"{self._failed[0]}: {self._answers[self._failed[0]]}"
+            sys.exit(f"{len(self._failed)} of {len(self._answers)} failed; {first}"[:300].replace("\n", " "))
 
 
 def seconds(work: Callable[[], object], repeats: int = 10, warm_up: int = 2) -> float:
-    """The median by events of the device."""
+    """The median by events of the device, which sleeps until the host has enqueued the work; what the cache holds of
+    the turn before stays there."""
     for _ in range(warm_up):
         work()
     torch.cuda.synchronize()
     taken = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(SLEEP_CYCLES)
         start.record()
         work()
         end.record()
