@@ -1,5 +1,9 @@
 """How an engine of Llama-3-8B's shape with random weights starts and decodes: seconds, milliseconds of device and host
-for each token, the time by kernel. `profile_engine.py FOLDER [start]`; with "start" it starts and decodes alone."""
+for each token, the time by kernel. `profile_engine.py FOLDER [start]`; with "start" it starts and decodes alone.
+
+A step is the graph of one row, then head and sampling: a token's time less that of the graph alone is these and what
+they wait for each other; the graph's less that of its kernels is what one kernel waits for another.
+"""
 
 import gzip
 import json
@@ -10,21 +14,28 @@ import statistics
 import sys
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
+from device_trace import busy, decode_by_kernel
+from probing import Probes, seconds
 from torch.profiler import ProfilerActivity, profile
 
 from distkv.bench.device import require_cuda
 from distkv.bench.engine_rows import Shape
+from distkv.engine.client import EngineClient
 from distkv.engine.engine import Engine
 from distkv.engine.observer import StepObserver
 from distkv.engine.protocol import EngineRequest
 from distkv.models.shapes import shape_folder
 from distkv.sampling_params import SamplingParams
 from distkv.stress.stage import Stage, run_stage
+from distkv.workers.group.local_group import LocalGroup
 from distkv.workers.runners.compile_ahead import join_compilers
+from distkv.workers.runners.cuda_runner import CudaRunner
 
 CONTEXT, NEW_TOKENS, TRACED_TOKENS, STEP_TOKENS = 1024, 64, 16, 2048
 
@@ -57,68 +68,91 @@ class Clock(StepObserver):
         self._end("read and emit")
 
 
-def decode(engine: Any, new_tokens: int, vocab_size: int) -> Stage:
+def decode(engine: EngineClient, vocab_size: int, new_tokens: int) -> Stage:
     params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
     generator = random.Random(new_tokens)
     prompt = [generator.randrange(vocab_size) for _ in range(CONTEXT)]
     return run_stage(engine, EngineRequest("0", prompt, params, new_tokens, 1), lambda sample: None)
 
 
-def busy(trace: Path) -> dict[str, float]:
-    """What the device was at from its first kernel to its last, in ms, read off a trace."""
-    events = json.loads(trace.read_text())["traceEvents"]
-    events = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    spans = sorted((event["ts"], event["ts"] + event["dur"]) for event in events)
-    taken, end = 0.0, spans[0][0]
-    for first, last in spans:
-        taken += max(0.0, last - max(first, end))
-        end = max(end, last)
-    whole = end - spans[0][0]
-    return {"kernels": len(spans), "whole": whole / 1e3, "busy": taken / 1e3, "idle": (whole - taken) / 1e3}
+def compile_seconds() -> float:
+    """That threads go on compiling."""
+    start = time.perf_counter()
+    join_compilers()
+    return time.perf_counter() - start
+
+
+def decode_ms(engine: EngineClient, vocab_size: int) -> dict[str, Any]:
+    stage = decode(engine, vocab_size, NEW_TOKENS)
+    return {"first token": 1e3 * stage.times[0], "each token, quartiles": statistics.quantiles(stage.decode_ms, n=4)}
+
+
+def host_us(engine: EngineClient, vocab_size: int) -> dict[str, float]:
+    """By stage of a step, the median."""
+    assert isinstance(engine, Engine)
+    clock = engine._observer = Clock()
+    try:
+        decode(engine, vocab_size, NEW_TOKENS)
+    finally:
+        engine._observer = StepObserver()
+    return {name: round(1e6 * statistics.median(times), 1) for name, times in clock.seconds.items()}
+
+
+def runner_of(engine: EngineClient) -> Any:
+    """The `Runner` of the one rank."""
+    assert isinstance(engine, Engine) and isinstance(engine._close, MethodType)
+    group = engine._close.__self__
+    assert isinstance(group, LocalGroup)
+    return group.rank._runner
+
+
+def graph_ms(engine: EngineClient) -> float:
+    """Of the graph of one row, with the inputs of the step that it ran last."""
+    runner = runner_of(engine)
+    assert isinstance(runner, CudaRunner) and runner._graphs is not None
+    return 1e3 * seconds(runner._graphs._graphs[1], 20)
+
+
+def trace(engine: EngineClient, vocab_size: int, folder: Path, events: list[dict[str, Any]]) -> int:
+    """Puts the events of some tokens into the list; returns how many there are. Table and trace go to files."""
+    path = folder / "decode.json"
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
+        decode(engine, vocab_size, TRACED_TOKENS)
+    profiled.export_chrome_trace(str(path))
+    events += json.loads(path.read_text())["traceEvents"]
+    with path.open("rb") as whole, gzip.open(f"{path}.gz", "wb") as packed:
+        shutil.copyfileobj(whole, packed)
+    path.unlink()
+    table = profiled.key_averages().table(sort_by="self_device_time_total", row_limit=28, max_name_column_width=70)
+    (folder / "decode-kernels.txt").write_text(table)
+    print(table)
+    return len(events)
 
 
 def main(folder: Path, only_start: bool) -> None:
     require_cuda("gpu")
     logging.basicConfig(level=logging.INFO)
     torch.zeros(1, device="cuda")
+    probes = Probes(folder / ("start.json" if only_start else "profile.json"))
     with shape_folder("llama-3-8b") as model:
         shape = Shape(model, 256, STEP_TOKENS, "cuda")
+        vocab_size, layers = shape.model.vocab_size, shape.model.num_hidden_layers
         start = time.perf_counter()
         with closing(shape.start(2 * STEP_TOKENS, STEP_TOKENS // 256 + 4)) as engine:
-            found: dict[str, Any] = {"seconds of the start": time.perf_counter() - start}
-            first = decode(engine, 2, shape.model.vocab_size)
-            found["seconds to the first token ever"] = first.times[0]
-            start = time.perf_counter()
-            join_compilers()
-            found["seconds that threads went on compiling"] = time.perf_counter() - start
-            stage = decode(engine, NEW_TOKENS, shape.model.vocab_size)
-            found["ms to the first token"] = 1e3 * stage.times[0]
-            found["ms for a token, quartiles"] = statistics.quantiles(stage.decode_ms, n=4)
+            started = time.perf_counter() - start
+            probes.ask(lambda: started, "seconds of the start")
+            probes.ask(lambda: decode(engine, vocab_size, 2).times[0], "seconds to the first token ever")
+            probes.ask(compile_seconds, "seconds that threads went on compiling")
+            probes.ask(partial(decode_ms, engine, vocab_size), "ms of decode")
             if not only_start:
-                assert isinstance(engine, Engine)
-                clock = engine._observer = Clock()
-                decode(engine, NEW_TOKENS, shape.model.vocab_size)
-                found["host us by stage, median"] = {
-                    name: round(1e6 * statistics.median(times), 1) for name, times in clock.seconds.items()
-                }
-                engine._observer = StepObserver()
-                trace = folder / "decode.json"
-                with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
-                    decode(engine, TRACED_TOKENS, shape.model.vocab_size)
-                table = profiled.key_averages().table(
-                    sort_by="self_device_time_total", row_limit=28, max_name_column_width=70
-                )
-                (folder / "decode-kernels.txt").write_text(table)
-                profiled.export_chrome_trace(str(trace))
-                found["ms of the device in the trace"] = busy(trace)
-                with trace.open("rb") as whole, gzip.open(f"{trace}.gz", "wb") as packed:
-                    shutil.copyfileobj(whole, packed)
-                trace.unlink()
-                print(table)
-            name = "start" if only_start else "profile"
-            (folder / f"{name}.json").write_text(json.dumps(found, indent=1))
-            for name, value in found.items():
-                print(f"{name}: {value}", flush=True)
+                probes.ask(partial(graph_ms, engine), "ms of the graph of one row alone")
+                probes.ask(partial(host_us, engine, vocab_size), "host us by stage, median")
+                events: list[dict[str, Any]] = []
+                probes.ask(partial(trace, engine, vocab_size, folder, events), "events of the trace")
+                probes.ask(lambda: busy(events), "ms of the device in the trace")
+                probes.ask(lambda: decode_by_kernel(events, layers), "us of the last tokens in the trace")
+    probes.end()
 
 
-main(Path(sys.argv[1]), "start" in sys.argv[2:])
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), "start" in sys.argv[2:])
