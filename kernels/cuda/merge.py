@@ -12,6 +12,8 @@ from distkv.kernels.cuda.softmax import States, nothing_as_zero, power_of_two
 
 STATES = 16
 """States whose loads are under way at a time."""
+AHEAD = 128
+"""States whose largest scores are looked at together, before any is added."""
 COLUMNS = 32
 """Columns of a program. A sequence alone may have thousands of states, so its rows are cut into as many programs as
 whole 128-byte lines allow."""
@@ -34,9 +36,11 @@ def _merge_kernel(
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     STATES: tl.constexpr,
+    AHEAD: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     ROWS: tl.constexpr = NUM_TOKENS * GROUP
+    STRIDE: tl.constexpr = KV_HEADS * ROWS  # rows of a state
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     token, query_head = tl.program_id(1) // (KV_HEADS * GROUP), tl.program_id(1) % (KV_HEADS * GROUP)
     sequence = sequences + 6 * tl.program_id(2)
@@ -45,7 +49,7 @@ def _merge_kernel(
     # row of (state, head, token, group) among the states
     row = (first_state * KV_HEADS + query_head // GROUP) * ROWS + token * GROUP + query_head % GROUP
 
-    rows_of_state = tl.full([], KV_HEADS * ROWS, tl.int64)
+    rows_of_state = tl.full([], STRIDE, tl.int64)
 
     # whether other launches come before and after is looked up, not compiled in: one binary, and so the same bits
     reached = end_split.to(tl.int64) * split_tokens
@@ -58,23 +62,30 @@ def _merge_kernel(
 
     # The largest score of all comes first, so that the additions wait for nothing but one another.
     m = before
-    for first in range(first_split, end_split, STATES):
-        state = first + tl.arange(0, STATES)
+    for first in range(first_split, end_split, AHEAD):
+        state = first + tl.arange(0, AHEAD)
         rows = row + state * rows_of_state
         m = tl.maximum(m, tl.max(tl.load(states_m + rows, mask=state < end_split, other=-float("inf")), 0))
     base = nothing_as_zero(m)
     shrink = power_of_two(before - base)
     total, acc = total * shrink, acc * shrink
-    for first in range(first_split, end_split, STATES):
-        for number in tl.static_range(STATES):  # one after the other; what is no state adds 0
-            there = first + number < end_split
-            here = row + (first + number) * rows_of_state
-            weight = power_of_two(tl.load(states_m + here, mask=there, other=-float("inf")) - base)
-            total += tl.load(states_total + here, mask=there, other=0.0) * weight
-            inside = column < tl.where(there, HEAD_DIM, 0)
-            acc += tl.load(states_acc + here * HEAD_DIM + column, mask=inside, other=0.0) * weight
+    # Whole tiles of STATES, then what is left with masks: what is no state adds 0. Within a tile all is at a constant
+    # distance, so that a load is one instruction.
+    whole = first_split + (end_split - first_split) // STATES * STATES
+    for MASKED in tl.static_range(2):
+        begin, stop = (whole, end_split) if MASKED else (first_split, whole)
+        for first in range(begin, stop, STATES):
+            here = row + first * rows_of_state
+            m_at, total_at, acc_at = states_m + here, states_total + here, states_acc + here * HEAD_DIM + column
+            for number in tl.static_range(STATES):  # one after the other
+                there = first + number < end_split if MASKED else True
+                inside = column < (tl.where(there, HEAD_DIM, 0) if MASKED else HEAD_DIM)
+                weight = power_of_two(tl.load(m_at + number * STRIDE, mask=there, other=-float("inf")) - base)
+                total += tl.load(total_at + number * STRIDE, mask=there, other=0.0) * weight
+                acc += tl.load(acc_at + number * STRIDE * HEAD_DIM, mask=inside, other=0.0) * weight
 
-    merged = acc / tl.where(total > 0, total, 1.0)  # zeros where no key was seen
+    # zeros where no key was seen; + 0.0 makes 0 of -0, which a sum that has shrunk to nothing may be or not by the cuts
+    merged = (acc + 0.0) / tl.where(total > 0, total, 1.0)
     target = result + (first_row + token) * result_stride + query_head * HEAD_DIM + column
     tl.store(target, merged.to(result.dtype.element_ty), mask=column < tl.where(ends, HEAD_DIM, 0))
     tl.store(carry_acc + at * HEAD_DIM + column, acc, mask=column < tl.where(goes_on, HEAD_DIM, 0))
@@ -126,6 +137,7 @@ def merge_splits(
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
         STATES=STATES,
+        AHEAD=AHEAD,
         COLUMNS=COLUMNS,
         num_warps=1,
         enable_fp_fusion=True,

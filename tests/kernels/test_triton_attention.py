@@ -8,6 +8,7 @@ import math
 import sys
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import pairwise
 
 import pytest
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from distkv.kernels import reference
 from distkv.kernels.cuda.decode import decode_splits
-from distkv.kernels.cuda.merge import STATES, carry_like, merge_splits
+from distkv.kernels.cuda.merge import AHEAD, STATES, carry_like, merge_splits
 from distkv.kernels.cuda.prefill import BLOCK_M, SEGMENT_TOKENS, prefill_walk
 from distkv.kernels.cuda.prefill_splits import prefill_splits
 from distkv.kernels.cuda.softmax import States
@@ -289,7 +290,9 @@ def test_nothing_beyond_the_keys_of_a_decode_is_read() -> None:
     assert not any(part.isnan().any() for part in states)
 
 
-@pytest.mark.parametrize("num_states", [1, 2, STATES, STATES + 1, 2 * STATES + 9])
+@pytest.mark.parametrize(
+    "num_states", [1, 2, STATES - 1, STATES, STATES + 1, 2 * STATES - 1, 2 * STATES, 2 * STATES + 9, AHEAD + 3]
+)
 @pytest.mark.parametrize("head_dim, dtype", [(64, torch.float16), (80, torch.float32)])
 def test_merge(num_states: int, head_dim: int, dtype: torch.dtype) -> None:
     """Against float64, for rows with empty states too; bitwise the same among others; zeros without a key."""
@@ -340,8 +343,28 @@ def test_merge(num_states: int, head_dim: int, dtype: torch.dtype) -> None:
     among = result(3, [0, (num_states - 1) * split_tokens + 1])
     assert not among[:num_tokens].any()
     assert torch.equal(among[num_tokens:], rows)
-    for size in (STATES, 7):
+    for size in (STATES, 2 * STATES, 2 * STATES + 3, 7):
         assert torch.equal(in_launches(size), rows)
+
+
+def test_where_a_merge_is_cut_changes_no_sign_of_a_zero() -> None:
+    """Of a negative sum that later scores leave nothing of, while all that is added to it is -0."""
+    num_states = 1 + STATES
+    states = States(torch.full((num_states, 1, 1, 64), -0.0), *torch.ones(2, num_states, 1, 1))
+    states.acc[0], states.m[1:] = -1.0, 200.0
+
+    def signs(*borders: int) -> Tensor:
+        into = torch.full((1, 1, 64), math.nan)
+        carry = carry_like(into)
+        for launch in pairwise(borders):
+            sequences = torch.tensor([(0, num_states * 48, 0, 0, *launch)])
+            merge_splits(states, sequences, into, carry, num_tokens=1, split_tokens=48)
+        assert not into.any()
+        return into.signbit()
+
+    at_once = signs(0, num_states)
+    assert torch.equal(signs(0, 1, num_states), at_once)
+    assert torch.equal(signs(0, 1, 9, num_states), at_once)
 
 
 @dataclass
