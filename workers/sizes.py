@@ -10,6 +10,9 @@ from distkv.storage.tier import Tier
 CPU_KV_SHARE = 0.25
 # And what all ranks of a machine pin of it at most: it is taken at once, and of a large one that would last minutes.
 PINNED_KV_BYTES = 2**35
+# Of the states that decode on CUDA holds at a time; a context that has more goes through in rounds. With 32 heads of
+# 128 numbers a million tokens have 4096 states, in 65 MiB, and there is room for an answer behind them.
+STATE_BYTES = 66 * 2**20
 
 Budget = list[tuple[str, int]]
 """What takes how many bytes, for people to read."""

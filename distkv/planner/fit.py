@@ -17,11 +17,10 @@ from distkv.storage.paging import CPU_BUFFERS, NUM_BUFFERS, pages_for
 from distkv.storage.tier import Tier
 from distkv.workers.model.shard import Shard
 from distkv.workers.rank_config import RankConfig
-from distkv.workers.sizes import Capacity, PoolSizes, host_kv_bytes, ring_bytes
+from distkv.workers.sizes import STATE_BYTES, Capacity, PoolSizes, host_kv_bytes, ring_bytes
 
 CONTEXT_BYTES = 2**29  # assumed: CUDA's own, its libraries' and the captured graphs'
 GROUP_BYTES = 2**29  # assumed: of what carries tensors between ranks
-STATE_BYTES = 2**26  # see `CudaShape.streaming_bytes`
 LOGIT_COPIES = 4  # of fp32 logits while tokens are drawn: as they are, edited, sorted and summed up
 
 

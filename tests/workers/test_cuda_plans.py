@@ -20,6 +20,7 @@ from distkv.workers.attention.cuda import CudaShape, plan_cuda_attention
 from distkv.workers.attention.decode_plan import DecodePlan, plan_decode, split_pages_for
 from distkv.workers.attention.prefill_plan import PrefillPlan, plan_prefill
 from distkv.workers.attention.step_loads import Member, StepLoads, plan_loads
+from distkv.workers.sizes import STATE_BYTES
 
 TILE = 4  # states, so that small contexts go through several rounds
 
@@ -221,7 +222,15 @@ def test_prefill_over_resident_pages_is_one_launch(page_size: int) -> None:
     assert plan.blocks.tolist() == [[0, 0], [0, 128], [0, 256], [1, 0]]
 
 
-@pytest.mark.parametrize("state_bytes", [1, 2**26], ids=["rounds", "at once"])
+def test_a_million_tokens_and_an_answer_behind_them_are_one_round() -> None:
+    """With the heads of Llama-3-8B."""
+    shape = CudaShape(32, 8, 128, 256, 24, torch.bfloat16, num_programs=2)
+    length = 2**20 + 8192
+    [group] = plan_cuda_attention([sequence_step([7], length - 1, range(length // 256), length, 1)], shape).decode
+    assert [one.num_states for one in group.rounds] == [length // 256]
+
+
+@pytest.mark.parametrize("state_bytes", [1, STATE_BYTES], ids=["rounds", "at once"])
 def test_all_that_a_step_does_with_a_shared_page_takes_one_load(state_bytes: int) -> None:
     """Answers of one and of several tokens, and chunks of prompts, over a long prefix below the device."""
     book = [encode_location(Tier.HOST, slot) for slot in range(3 * 256)]

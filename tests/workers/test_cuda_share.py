@@ -12,6 +12,7 @@ from distkv.storage.tier import DEVICE, DISK, HOST, Tier, encode_location
 from distkv.workers.attention import cuda
 from distkv.workers.attention.cuda import CudaShape, plan_cuda_attention
 from distkv.workers.page_directory import NOT_SHARED, SequenceStep
+from distkv.workers.sizes import STATE_BYTES
 
 PAGE = 256
 SHAPE = CudaShape(4, 2, 16, PAGE, 16, torch.float32, 8, leaves_to_host=True)
@@ -30,7 +31,7 @@ def shared_step(start: int, count: int, seed: int) -> SequenceStep:
     return replace(sequence_step([7] * count, start, places, start + count, 1), host_slots=slots)
 
 
-@pytest.mark.parametrize("state_bytes", [2**26, 1], ids=["at once", "rounds"])
+@pytest.mark.parametrize("state_bytes", [STATE_BYTES, 1], ids=["at once", "rounds"])
 def test_every_split_is_computed_once(state_bytes: int) -> None:
     steps = [shared_step(40 * PAGE + 3, 1, 1), shared_step(PAGE - 1, 1, 2), shared_step(9 * PAGE, 2, 3)]
     steps.append(sequence_step([7] * 30, 3 * PAGE, [1, 2, 3, 4], 3 * PAGE + 30, 1))  # a prompt

@@ -16,6 +16,7 @@ from distkv.workers.attention import decode_plan
 from distkv.workers.attention.cuda import CudaAttention, CudaShape, plan_cuda_attention
 from distkv.workers.page_directory import SequenceStep
 from distkv.workers.runners.host_copies import send
+from distkv.workers.sizes import STATE_BYTES
 
 pytestmark = pytest.mark.interpreter
 BUFFER_PAGES = DECODE_SPLIT // 16
@@ -67,7 +68,7 @@ def test_any_step_is_right_and_the_same_wherever_its_pages_lie(data: st.DataObje
         assert torch.equal(step.attend_with_cold(cold, plan), resident)
 
 
-@pytest.mark.parametrize("state_bytes", [1, 2**26], ids=["rounds", "at once"])
+@pytest.mark.parametrize("state_bytes", [1, STATE_BYTES], ids=["rounds", "at once"])
 def test_a_long_context_in_rounds(monkeypatch: pytest.MonkeyPatch, state_bytes: int) -> None:
     """However many states are held at a time, and with pages in a mix of places: bitwise one result."""
     sequences = Sequences([(16 * 70 + 3, 1), (40, 1)], [0, 0], head_dim=16, kv_heads=1)

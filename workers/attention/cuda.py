@@ -29,9 +29,7 @@ from distkv.workers.attention.step_loads import Member, plan_loads
 from distkv.workers.page_directory import SequenceStep
 from distkv.workers.runners.batch import MAX_DECODE_TOKENS
 from distkv.workers.runners.host_copies import Array
-
-# Bytes of the states that decode holds at a time; a context that has more goes through in rounds.
-STATE_BYTES = 2**26
+from distkv.workers.sizes import STATE_BYTES
 
 Walk = Generator[int, Tensor | None, None]
 """Goes over the pages of some sequences: yields the number of the load that it needs next, and is sent its buffer."""
