@@ -75,12 +75,21 @@ def _prefill_kernel(
     start, end = tl.load(chunk + 4).to(tl.int32), tl.load(chunk + 5).to(tl.int32)
     own = tl.load(chunk + 7), position & -PAGE_SIZE
 
+    # The first keys are asked for before the queries: a program has its SM to itself, so nothing hides its beginning
+    dim = tl.arange(0, BLOCK_D)
+    fits = dim < HEAD_DIM
+    last_token = tl.minimum((first_row + BLOCK_M - 1) // GROUP, num_tokens - 1)
+    finish = tl.minimum(position + last_token + 1, end)  # keys that the block sees end here
+    value_pages = tile_pages(entries, start, finish, PAGE_SIZE, BLOCK_N)
+    keys = load_tile(
+        value_pages, keys_at, own, head, start, fits, False, CODEC, CODED_GROUP, CODED_ROW, KV_HEADS, PAGE_SIZE,
+        HEAD_DIM, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+
     # row token * G + g is query head k * G + g of the token
     row = first_row + tl.arange(0, BLOCK_M)
     real = row < num_tokens * GROUP
     token, query_head = row // GROUP, head * GROUP + row % GROUP
-    dim = tl.arange(0, BLOCK_D)
-    fits = dim < HEAD_DIM
     q_row = q + (tl.load(chunk) + token) * q_stride + query_head * HEAD_DIM
     queries = tl.load(q_row[:, None] + dim, mask=real[:, None] & fits, other=0.0)
 
@@ -95,13 +104,6 @@ def _prefill_kernel(
         acc_row = saved_acc + saved_row * HEAD_DIM
         acc = tl.load(acc_row[:, None] + dim, mask=real[:, None] & fits, other=0.0)
 
-    last_token = tl.minimum((first_row + BLOCK_M - 1) // GROUP, num_tokens - 1)
-    finish = tl.minimum(position + last_token + 1, end)  # keys that the block sees end here
-    value_pages = tile_pages(entries, start, finish, PAGE_SIZE, BLOCK_N)
-    keys = load_tile(
-        value_pages, keys_at, own, head, start, fits, False, CODEC, CODED_GROUP, CODED_ROW, KV_HEADS, PAGE_SIZE,
-        HEAD_DIM, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
     scores = tl.dot(queries, keys.T, input_precision="ieee")
     key_pages = tile_pages(entries, start + BLOCK_N, finish, PAGE_SIZE, BLOCK_N)
 
