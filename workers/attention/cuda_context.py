@@ -25,7 +25,6 @@ from distkv.storage.page_spec import PageSpec
 from distkv.storage.paging import check_context_page_size
 from distkv.workers.attention.context_attention import PAGE_BYTES, ContextGroup
 from distkv.workers.attention.cuda import (
-    STATE_BYTES,
     CudaShape,
     PrefillArrays,
     Walk,
@@ -49,6 +48,7 @@ from distkv.workers.attention.step_loads import Member, plan_loads
 from distkv.workers.errors import ConfigError
 from distkv.workers.page_directory import SequenceStep
 from distkv.workers.runners.host_copies import Array
+from distkv.workers.sizes import STATE_BYTES
 
 # Device memory that exchanges take beside their results: pages as they are given, as they come and as a pool, of both
 # kinds, and states likewise.

@@ -62,12 +62,18 @@ def hung_rank(states: list[str], nodes: list[Node]) -> tuple[int, str]:
     Args:
         states: of the ranks' processes, by the letters of proc(5); "" where the node has not told.
     """
-    for rank, state in enumerate(states):
-        if state in STOPPED:
-            return rank, f"its process {nodes[rank].pid} {STOPPED[state]}"
+    if stopped := stopped_ranks(states, nodes):
+        return next(iter(stopped.items()))
     if "" in states:
         return states.index(""), "its node has not told whether its process runs"
     return 0, "no process is stopped, so a collective, a device or a file system is stuck"
+
+
+def stopped_ranks(states: list[str], nodes: list[Node]) -> dict[int, str]:
+    """The ranks whose processes do not run, in their order, and why; `states` as for `hung_rank`."""
+    return {
+        rank: f"its process {nodes[rank].pid} {STOPPED[state]}" for rank, state in enumerate(states) if state in STOPPED
+    }
 
 
 class RayGroup:
@@ -326,13 +332,11 @@ class RayGroup:
 
     def _check_processes(self, ranks: list[int]) -> None:
         """Raises WorkerDied for one of these ranks, which are being waited for, whose process does not run."""
-        states = self._process_states()
-        for rank in ranks:
-            if states[rank] in STOPPED:
+        for rank, why in stopped_ranks(self._process_states(), self.nodes).items():
+            if rank in ranks:
                 raise WorkerDied(
                     rank, self.nodes[rank].host,
-                    f"its process {self.nodes[rank].pid} {STOPPED[states[rank]]}, and nothing has come of it for "
-                    f"hang_timeout, which is {self._hang_timeout:g} s",
+                    f"{why}, and nothing has come of it for hang_timeout, which is {self._hang_timeout:g} s",
                 )  # fmt: skip
 
     def _died(self, rank: int, error: Exception | None) -> DistKVError:
