@@ -17,8 +17,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def is_held(descriptor: int, offset: int) -> bool:
-    """Whether it holds the page around a byte of an open file; what lies behind the end counts as held. Raises OSError
-    where the system does not tell."""
+    """Whether it holds the page around a byte of an open file; what lies behind the end counts as held. A page that it
+    does not hold may be read by being asked about, and is told as held if it came at once. Raises OSError where the
+    system does not tell."""
     try:
         os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT)
     except BlockingIOError:
