@@ -114,7 +114,7 @@ class EngineConfig:
     """Seconds of silence beyond the longest so far after which ranks count as lost.
 
     It is for ranks on Ray whose processes are there and do not go on: one that was stopped, a network or a device that
-    is stuck. None is 60.
+    is stuck. While an engine starts only stopped ones count, since loading and compiling may take long. None is 60.
     """
     rebuild_timeout: float | None = None
     """Seconds that requests wait for room in the cluster where no engine is left.
@@ -171,8 +171,8 @@ class EngineConfig:
 
     It divides tensor_parallel_size. So many neighbouring ranks keep page_size tokens each of a page that is as many
     times as long, in memory and on disk, and exchange what they find in them. Answers stay the same, bit for bit, on
-    CUDA with batch_invariant. It needs native kernels on CPUs, page_size 256 or more on CUDA, and whole KV heads in
-    each such group: 3 of them on 6 ranks are 3 groups of 2.
+    CUDA with batch_invariant and some numbers of ranks (docs/invariance.md). It needs native kernels on CPUs, page_size
+    256 or more on CUDA, and whole KV heads in each such group: 3 of them on 6 ranks are 3 groups of 2.
     """
     seed: int = 0
     """Seed of dummy weights, and of the requests that bring none of their own."""

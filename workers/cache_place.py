@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
-from distkv.storage.disk.cache_folder import FULL, LOCK, DamagedError, FolderLock, InUseError, read_description
-from distkv.storage.disk.file_lock import is_locked
+from distkv.storage.disk.cache_folder import FULL, DamagedError, FolderLock, InUseError, read_description
 from distkv.storage.disk.files import make_folder
 from distkv.storage.disk.page_arrays import DiskShare, PageArray, find_arrays, parse_chunk
 from distkv.workers.errors import ConfigError
@@ -112,13 +111,11 @@ def _sign(place: CachePlace, mine: Path, stack: ExitStack) -> bool:
 def _lock(place: CachePlace) -> FolderLock:
     """The right to use the folder. Whoever sweeps pages that are dropped holds it for a moment, which is waited for."""
     deadline = time.monotonic() + (0.0 if place.fingerprint else SWEEP_WAIT)
-    path = place.folder / LOCK
     while True:
-        was_locked = is_locked(path)  # else who lets go of it behind the next line would look like one that never does
         try:
             return FolderLock(place.folder, place.engine)
         except InUseError:
-            if time.monotonic() >= deadline or not (was_locked or is_locked(path)):
+            if time.monotonic() >= deadline:
                 raise
         time.sleep(0.05)
 

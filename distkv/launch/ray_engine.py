@@ -84,12 +84,13 @@ class RayEngine:
         self._open = OpenAnswers()
         self._heard = 0.0  # monotonic time of the last message, or of the last look at the ranks
         self._watchdog = Watchdog(max(hang_timeout, START_SECONDS))
-        self._closed = False
+        self._starts, self._closed = True, False
         try:
             group.start(lead, info, trace is not None)
             self._socket = self._connect()
             self.stats()  # the loops run
             self._watchdog = Watchdog(hang_timeout)
+            self._starts = False
         except BaseException:
             self._end()
             raise
@@ -323,6 +324,8 @@ class RayEngine:
         """Raises WorkerDied when a rank has ended or the ranks hang, having released everything."""
         try:
             self._group.check()
+            if self._starts:
+                self._group.check_stopped()
             if self._watchdog.is_hung():
                 self._group.blame_for_hang(self._watchdog.silence)
         except Exception:

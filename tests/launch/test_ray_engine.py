@@ -53,6 +53,9 @@ class Group:
     def check(self) -> None:
         self.is_finished()
 
+    def check_stopped(self) -> None:
+        """No process of its is."""
+
     def close(self) -> None:
         self.closed = True
         self.context.destroy(linger=0)

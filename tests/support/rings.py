@@ -158,11 +158,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Starts the rings that the selected tests will ask for."""
     runs = session.config.stash.setdefault(RUNS, {})
-    if session.config.option.collectonly or sys.platform != "linux":
+    aside = session.config.stash.get(ASIDE, None)  # unless an error has ended the selection
+    if aside is None or session.config.option.collectonly or sys.platform != "linux":
         return
     for ring in filter(None, map(_ring_of, session.items)):
-        aside = session.config.stash[ASIDE].get(ring, [])
-        runs[ring] = RingRun(ring, session.config.rootpath, sorted({str(item.path) for item in aside}))
+        modules = sorted({str(item.path) for item in aside.get(ring, [])})
+        runs[ring] = RingRun(ring, session.config.rootpath, modules)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

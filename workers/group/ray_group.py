@@ -100,12 +100,14 @@ class RayGroup:
             num_groups: of this size that are to share the cluster's cores.
             fewer: when fewer ranks will do; `size` has their number then.
             num_stages: of the pipeline that all ranks are.
-            hang_timeout: seconds of waiting after which a rank whose process is stopped counts as lost.
+            hang_timeout: see `check_stopped`.
 
         Raises CapacityError when the cluster lacks the resources, ConfigError when it cannot be reached.
         """
         self.size, self._num_groups, self._num_stages = size, num_groups, num_stages
         self._check_wanted, self._hang_timeout = check, hang_timeout
+        self._stopped: set[int] = set()  # ranks whose processes did not run at the last look
+        self._heard()
         self._connected = False
         self._placement: Any = None
         self._actors: list[Any] = []
@@ -170,6 +172,7 @@ class RayGroup:
 
     def start(self, main: LeaderMain, *arguments: Any) -> None:
         """Starts the loops of all ranks; rank 0 runs `main`, given by reference, so it must be importable there."""
+        self._heard()
         leader, *followers = self._actors
         self._mains = [leader.lead.remote(main, arguments)]
         for actor, address in zip(followers, self._plan_addresses, strict=True):
@@ -190,6 +193,26 @@ class RayGroup:
         ended, _ = ray.wait(self._mains, num_returns=1, timeout=0)
         if ended:
             self._blame()
+
+    def check_stopped(self) -> None:
+        """Raises WorkerDied for a rank whose process does not run. To be called while an engine starts, every now and
+        then as long as nothing comes of it: this looks after half of `hang_timeout`, and believes what it finds twice,
+        since a debugger stops a process for a moment to look at it."""
+        if not self.nodes or time.monotonic() < self._next_look:
+            return
+        found = stopped_ranks(self._process_states(), self.nodes)
+        for rank in sorted(found.keys() & self._stopped):
+            raise WorkerDied(
+                rank, self.nodes[rank].host,
+                f"{found[rank]}, and nothing has come of the ranks for hang_timeout, which is {self._hang_timeout:g} s",
+            )  # fmt: skip
+        self._heard()
+        self._stopped = set(found)
+
+    def _heard(self) -> None:
+        """Something has come of the ranks."""
+        self._stopped = set()
+        self._next_look = time.monotonic() + self._hang_timeout / 2
 
     def blame_for_hang(self, seconds: float) -> NoReturn:
         """Raises WorkerDied for the rank that `hung_rank` says. To be called when nothing has come of the ranks for so
@@ -315,7 +338,8 @@ class RayGroup:
     def _wait(self, refs: list[Any], first: int = 0) -> list[Any]:
         """The results of a call for each rank from `first` on; the first failure is raised at once, whatever the others
         still do. A call may take as long as it likes, where its process runs."""
-        pending, looked = list(refs), time.monotonic()
+        self._heard()
+        pending = list(refs)
         while pending:
             done, pending = ray.wait(pending, num_returns=1, timeout=CHECK_SECONDS)
             self._check_wanted()
@@ -324,20 +348,10 @@ class RayGroup:
                 if error is not None:
                     raise self._died(first + refs.index(ref), error)
             if done:
-                looked = time.monotonic()
-            elif self.nodes and time.monotonic() > looked + self._hang_timeout:
-                self._check_processes([first + refs.index(ref) for ref in pending])
-                looked = time.monotonic()
+                self._heard()
+            else:
+                self.check_stopped()
         return ray.get(refs)
-
-    def _check_processes(self, ranks: list[int]) -> None:
-        """Raises WorkerDied for one of these ranks, which are being waited for, whose process does not run."""
-        for rank, why in stopped_ranks(self._process_states(), self.nodes).items():
-            if rank in ranks:
-                raise WorkerDied(
-                    rank, self.nodes[rank].host,
-                    f"{why}, and nothing has come of it for hang_timeout, which is {self._hang_timeout:g} s",
-                )  # fmt: skip
 
     def _died(self, rank: int, error: Exception | None) -> DistKVError:
         """The error to raise for what ended a rank."""
