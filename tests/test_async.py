@@ -66,7 +66,7 @@ def with_async(folder: Path, test: Callable[[AsyncLLM], Awaitable[None]], **opti
 
 
 async def await_idle(llm: AsyncLLM) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while (stats := await llm.stats()).num_running or stats.num_waiting or stats.pages_in_use:
             await asyncio.sleep(0.001)
 
@@ -133,7 +133,7 @@ def test_a_slow_reader_gets_the_whole_text_in_fewer_outputs(tiny_model: Path, ll
 
 
 def test_deltas_merge_for_a_slow_reader(tiny_model: Path, llm: LLM) -> None:
-    params = SamplingParams(temperature=1.5, seed=5, max_tokens=40, n=3, logprobs=1, ignore_eos=True)
+    params = SamplingParams(temperature=1.5, seed=5, max_tokens=200, n=3, logprobs=1, ignore_eos=True)
     expected = llm.generate([[9, 10]], params, use_tqdm=False)[0].outputs
 
     async def test(llm: AsyncLLM) -> None:
@@ -146,7 +146,7 @@ def test_deltas_merge_for_a_slow_reader(tiny_model: Path, llm: LLM) -> None:
             if len(deltas) == 5:
                 while (await llm.stats()).num_running:
                     await asyncio.sleep(0.001)
-        assert before and 5 < len(deltas) < 40
+        assert before and 5 < len(deltas) < 200
         assert max(len(one.token_ids) for one in deltas[-1].outputs) > 1
         assert join_deltas(deltas).outputs == expected
 
@@ -570,8 +570,8 @@ def test_ctrl_c_aborts_and_leaves_the_llm_usable(fake: Fake, stream: bool) -> No
     engine = FakeEngine(lambda number: time.sleep(0.01))
     llm = fake(engine)
     timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
     with pytest.raises(KeyboardInterrupt):
+        timer.start()
         list(llm.stream([5], LONG)) if stream else llm.generate([[5], [6]], LONG, use_tqdm=False)
     timer.join()
     assert llm.stats().num_running == 0

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, Protocol
 
 from starlette.requests import Request
@@ -34,12 +34,17 @@ def _event(data: bytes, name: str | None) -> bytes:
 
 @asynccontextmanager
 async def while_connected(receive: Receive) -> AsyncIterator[None]:
-    """Cancels what it holds when the client goes away, and ends without an error then."""
+    """Cancels what it holds when the client goes away, and ends without an error then. Raises ApiError where a body
+    stops coming, which hides whether the client is still there."""
+    failure: ApiError | None = None
 
     async def watch() -> None:
-        with suppress(ApiError):  # a body that stops coming hides whether the client is still there
+        nonlocal failure
+        try:
             while (await receive())["type"] != "http.disconnect":
                 """What is left of the body."""
+        except ApiError as error:
+            failure = error
         gone.reschedule(asyncio.get_running_loop().time())
 
     gone = asyncio.timeout(None)
@@ -51,6 +56,8 @@ async def while_connected(receive: Receive) -> AsyncIterator[None]:
     except TimeoutError:
         if not gone.expired():
             raise
+        if failure is not None:
+            raise failure from None
     finally:
         if watcher is not None:
             watcher.cancel()
@@ -114,6 +121,11 @@ class EventStream(Response):
                     await self._send(send, self._failed(error))
                 beat.cancel()
                 await self._send(send, b"", is_last=True)
+        except ApiError as error:
+            if self._last_sent is None:
+                raise
+            beat.cancel()
+            await self._send(send, self._failed(error), is_last=True)
         finally:
             beat.cancel()
 

@@ -8,6 +8,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from distkv.server.middleware import SILENCE_SECONDS
 
 MOST_HEAD_BYTES = 2**18  # of a request's line and headers
+BUSY = object()  # in place of a request that was over
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
@@ -18,7 +19,7 @@ class HttpConnection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         """Begins to wait."""
         super().connection_made(transport)
         self._num_bytes = 0  # that have come and are no request yet
-        self._last_cycle: Any = None
+        self._over: Any = None  # the request that had been answered at the last look, and was the newest; or none yet
         self._heard = self.loop.time()
         self._deadline = self.loop.call_later(SILENCE_SECONDS, self._look)
 
@@ -47,9 +48,9 @@ class HttpConnection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         return self.cycle is None or (self.cycle.response_complete and not self.cycle.more_body)
 
     def _look(self) -> None:
-        """Closes where no request has come since the last look."""
-        if self._is_idle and self.cycle is self._last_cycle:
+        """Closes where no request has come since the last look, at which none was being answered."""
+        if self._is_idle and self.cycle is self._over:
             self.transport.close()
             return
-        self._last_cycle = self.cycle
+        self._over = self.cycle if self._is_idle else BUSY
         self._deadline = self.loop.call_later(SILENCE_SECONDS, self._look)

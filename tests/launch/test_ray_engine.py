@@ -72,6 +72,7 @@ def group() -> Iterator[Group]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr(ray_engine, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(ray_engine, "DEATH_POLL", 60_000)  # a word comes at each look
     return clock
 
 
@@ -103,7 +104,9 @@ def test_a_save_that_does_not_get_on_is_cut_off_and_told(group: Group, clock: Si
     assert len(group.looks) == 6
 
 
-def test_a_rank_that_dies_while_saving_is_told_with_numbers(group: Group, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_rank_that_dies_while_saving_is_told_with_numbers(
+    group: Group, clock: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
     engine = RayEngine(group, INFO)  # type: ignore[arg-type]
     group.looks = [lambda: group.say(Saving(12)), lambda: group.say(Saving(5)), fail, fail]
     with pytest.raises(WorkerDied, match="it was killed"):

@@ -93,14 +93,14 @@ def test_one_at_a_time_and_a_client_that_leaves(client: httpx2.Client, url: str)
     while (answer := client.post("/cache/export", json=body)).status_code == 429:
         """Until it has been noticed."""
     assert answer.status_code == 200 and zipfile.ZipFile(io.BytesIO(answer.content)).testzip() is None
-    assert httpx2.post(f"{url}/cache/export", json=body).status_code == 401
+    assert httpx2.post(f"{url}/cache/export", json=body, timeout=60).status_code == 401
 
 
 def test_a_server_that_was_not_told_to(server: ServerProcess) -> None:
     for path in ("/cache/export", "/cache/import"):
-        answer = httpx2.post(f"{server.url}{path}", json={}, headers={"content-type": "application/json"})
+        answer = httpx2.post(f"{server.url}{path}", json={}, headers={"content-type": "application/json"}, timeout=60)
         assert answer.status_code in (400, 403)
-    refused = httpx2.post(f"{server.url}/cache/export", json={"all": True})
+    refused = httpx2.post(f"{server.url}/cache/export", json={"all": True}, timeout=60)
     assert refused.status_code == 403 and "--cache-transfer-bytes" in message(refused)
 
 

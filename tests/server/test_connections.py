@@ -113,13 +113,16 @@ def test_headers_without_end(address: tuple[str, int], endless: bytes) -> None:
 
 
 def test_answers_that_take_long_and_large_bodies(address: tuple[str, int]) -> None:
-    """Neither is a silence."""
+    """Neither is a silence, and one begins when an answer has ended."""
     with socket.create_connection(address, timeout=20) as connection:
         body = bytes(3 * http_connection.MOST_HEAD_BYTES)
-        for tenths in (20, 0, 20):
+        for tenths, rest in ((28, 0.4), (0, 0.0), (20, 0.0)):  # the server looks after 15 and 30
             connection.sendall(b"POST /%d HTTP/1.1\r\nhost: here\r\ncontent-length: %d\r\n\r\n" % (tenths, len(body)))
             connection.sendall(body)
-            head = connection.recv(65536)
+            head = b""
             while not head.endswith(b"%d" % len(body)):
-                head += connection.recv(65536)
+                part = connection.recv(65536)
+                assert part, "it was closed"
+                head += part
             assert head.startswith(b"HTTP/1.1 200")
+            time.sleep(rest)

@@ -66,15 +66,17 @@ def here(talker: Path) -> Iterator[HereServer]:
 
 def test_before_and_after(here: HereServer) -> None:
     """While the model is loaded, and after a rank is dead: most is refused with 503, and so is the health."""
-    loading = httpx2.get(f"{here.url}/health")
+    loading = httpx2.get(f"{here.url}/health", timeout=60)
     assert loading.status_code == 503 and int(loading.headers["retry-after"]) > 0 and "being loaded" in loading.text
-    assert httpx2.get(f"{here.url}/livez").status_code == 200
-    assert httpx2.get(f"{here.url}/plan/choices").json()["has_chat"], "the planner links to the chat that is to come"
+    assert httpx2.get(f"{here.url}/livez", timeout=60).status_code == 200
+    assert httpx2.get(f"{here.url}/plan/choices", timeout=60).json()["has_chat"], (
+        "the planner links to the chat that is to come"
+    )
     with OpenAI(base_url=f"{here.url}/v1", api_key="none", max_retries=0) as client:
         with pytest.raises(InternalServerError, match="being loaded"):
             client.completions.create(model="talker", prompt="Hello")
         here.service.loaded(here.llm)
-        assert httpx2.get(f"{here.url}/health").status_code == 200
+        assert httpx2.get(f"{here.url}/health", timeout=60).status_code == 200
         chunks = client.completions.create(prompt="Hello", extra_body={"ignore_eos": True}, **LONG)
         next(iter(chunks))
         messages: Any = [{"role": "user", "content": "Hello"}]
@@ -89,13 +91,13 @@ def test_before_and_after(here: HereServer) -> None:
                 list(events)
             with pytest.raises(DistKVError, match=r"rank 1 on node 10\.0\.0\.2 died"):
                 list(outputs)
-        dead = httpx2.get(f"{here.url}/health")
+        dead = httpx2.get(f"{here.url}/health", timeout=60)
         assert dead.status_code == 503 and "it was killed" in dead.json()["error"]["message"]
         assert "retry-after" not in dead.headers
-        assert httpx2.get(f"{here.url}/livez").status_code == 503, "only a new process helps"
+        assert httpx2.get(f"{here.url}/livez", timeout=60).status_code == 503, "only a new process helps"
         with pytest.raises(InternalServerError, match="it was killed"):
             client.completions.create(model="talker", prompt="Hello")
-    assert httpx2.get(f"{here.url}/version").status_code == 200
+    assert httpx2.get(f"{here.url}/version", timeout=60).status_code == 200
 
 
 def test_an_engine_that_is_started_anew_is_told_and_kills_nobody(
@@ -107,11 +109,11 @@ def test_an_engine_that_is_started_anew_is_told_and_kills_nobody(
     here.service.loaded(here.llm)
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "check_ready", wait)
-        rebuilding = httpx2.get(f"{here.url}/health")
+        rebuilding = httpx2.get(f"{here.url}/health", timeout=60)
         assert rebuilding.status_code == 503 and int(rebuilding.headers["retry-after"]) > 0
         assert rebuilding.json()["error"]["message"] == "no engine has run for 2 s"
-        assert httpx2.get(f"{here.url}/livez").status_code == 200
-    assert httpx2.get(f"{here.url}/health").status_code == 200
+        assert httpx2.get(f"{here.url}/livez", timeout=60).status_code == 200
+    assert httpx2.get(f"{here.url}/health", timeout=60).status_code == 200
 
 
 def test_what_goes_wrong_in_a_route_is_told_as_json(
@@ -122,7 +124,7 @@ def test_what_goes_wrong_in_a_route_is_told_as_json(
 
     here.service.loaded(here.llm)
     monkeypatch.setattr("distkv.frontend.tokenizer.Tokenizer.encode", fail)
-    failed = httpx2.post(f"{here.url}/v1/completions", json={"prompt": "Hello"})
+    failed = httpx2.post(f"{here.url}/v1/completions", json={"prompt": "Hello"}, timeout=60)
     assert failed.status_code == 500 and "ZeroDivisionError" in failed.json()["error"]["message"]
     assert failed.headers["x-request-id"] and "connection" not in failed.headers
     assert len(caplog.records) == 1, "the log has it once"
@@ -140,7 +142,7 @@ def test_a_silent_stream_is_kept_alive(here: HereServer, monkeypatch: pytest.Mon
     here.service.loaded(here.llm)
     monkeypatch.setattr("distkv.frontend.tokenizer.Tokenizer.encode", wait)
     body = {"prompt": "Hello", "stream": True}
-    with httpx2.stream("POST", f"{here.url}/v1/completions", json=body) as stream:
+    with httpx2.stream("POST", f"{here.url}/v1/completions", json=body, timeout=60) as stream:
         parts = stream.iter_bytes()
         said = next(parts) + next(parts)
         waiting.set()
@@ -186,7 +188,7 @@ def test_a_client_that_leaves_while_it_sends_is_no_mistake(here: HereServer, cap
 def test_a_request_that_would_fail_again_is_no_503(here: HereServer) -> None:
     here.service.loaded(here.llm)
     harsh = {"prompt": [5, 6, 7] * 9, "repetition_penalty": 1e-50, "temperature": 0}
-    failed = httpx2.post(f"{here.url}/v1/completions", json=harsh)
+    failed = httpx2.post(f"{here.url}/v1/completions", json=harsh, timeout=60)
     assert failed.status_code == 500 and "repetition_penalty 1e-50" in failed.json()["error"]["message"]
 
 
@@ -200,7 +202,7 @@ def test_a_request_that_has_waited_for_an_engine_in_vain_may_come_again(
 
     here.service.loaded(here.llm)
     monkeypatch.setattr(Engine, "step", give_up)
-    failed = httpx2.post(f"{here.url}/v1/completions", json={"prompt": "Hello"})
+    failed = httpx2.post(f"{here.url}/v1/completions", json={"prompt": "Hello"}, timeout=60)
     assert failed.status_code == 503 and int(failed.headers["retry-after"]) > 0
     assert failed.json()["error"]["code"] == "EngineUnavailable"
     with Client(here.url) as client:
@@ -213,7 +215,7 @@ def test_limits_that_leave_no_token_are_the_clients_mistake(here: HereServer, bo
     """A 503 would have clients send the same again."""
     here.service.loaded(here.llm)
     limits = {"structured_outputs": {"choice": ["a"]}, "min_tokens": 12}
-    refused = httpx2.post(f"{here.url}/v1/completions", json=body | limits)
+    refused = httpx2.post(f"{here.url}/v1/completions", json=body | limits, timeout=60)
     assert refused.status_code == 400 and refused.json()["error"]["code"] == "RequestError"
     assert "min_tokens and structured_outputs leave no token" in refused.json()["error"]["message"]
 
@@ -225,10 +227,10 @@ def test_an_answer_that_cannot_be_stored_is_told(here: HereServer, monkeypatch: 
     here.service.loaded(here.llm)
     monkeypatch.setattr("distkv.server.kept_responses.KeptResponses.keep", fail)
     body = {"input": "Hello", "max_output_tokens": 4, "ignore_eos": True}
-    told = httpx2.post(f"{here.url}/v1/responses", json=body)
+    told = httpx2.post(f"{here.url}/v1/responses", json=body, timeout=60)
     assert told.status_code == 200 and told.json()["usage"]["output_tokens"] == 4
     assert told.json()["store"] is False and told.json()["session_error"] == "no room"
-    events = httpx2.post(f"{here.url}/v1/responses", json=body | {"stream": True}).text
+    events = httpx2.post(f"{here.url}/v1/responses", json=body | {"stream": True}, timeout=60).text
     assert "response.incomplete" in events and '"session_error":"no room"' in events
 
 
@@ -240,19 +242,32 @@ def test_more_answers_than_can_run_take_no_place(here: HereServer, monkeypatch: 
     monkeypatch.setattr(here.llm._front_end.queue, "taken", asked.append)
     body = {"n": 10**6, "max_tokens": 1, "stream": True}
     body |= {"prompt": "a"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "a"}]}
-    refused = httpx2.post(here.url + path, json=body)
+    refused = httpx2.post(here.url + path, json=body, timeout=60)
     assert refused.status_code == 400 and "max_num_seqs" in refused.text and not asked
 
 
 def test_a_stream_ends_whose_body_stops_coming(here: HereServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """For nobody can tell whether its client is still there."""
     here.service.loaded(here.llm)
-    monkeypatch.setattr("distkv.server.middleware.SILENCE_SECONDS", 0.1)
+    monkeypatch.setattr("distkv.server.middleware.SILENCE_SECONDS", 3.0)
     host, _, port = here.url.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port)), timeout=10) as half:
         half.sendall(b"GET /live HTTP/1.1\r\nhost: here\r\ncontent-length: 5\r\n\r\n")
-        half.settimeout(3)
+        half.settimeout(60)
         said = b""
         while part := half.recv(65536):
             said += part
     assert said.startswith(b"HTTP/1.1 200 ") and b"tokens_per_second" in said
+    assert b"the rest of the body has not come for 3 s" in said
+
+
+def test_a_stream_that_has_not_begun_and_whose_body_stops_coming_is_given_up(
+    here: HereServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here.service.loaded(here.llm)
+    monkeypatch.setattr("distkv.server.middleware.SILENCE_SECONDS", 0.1)
+    monkeypatch.setattr(here.llm, "stats", lambda: asyncio.sleep(60))
+    host, _, port = here.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=60) as half:
+        half.sendall(b"GET /live HTTP/1.1\r\nhost: here\r\ncontent-length: 5\r\n\r\n")
+        assert half.recv(4096).startswith(b"HTTP/1.1 408 ")

@@ -61,7 +61,7 @@ def test_a_planner_has_what_other_servers_have(planner: PlannerProcess, talker: 
     assert planner.get("/health").status_code == 200
     for path in ("/", "/plan", "/plan/choices", "/page/plan.js"):
         assert planner.get(path).status_code == 401
-    with httpx2.Client(base_url=planner.url, headers={"x-api-key": KEY}, follow_redirects=True) as client:
+    with httpx2.Client(base_url=planner.url, headers={"x-api-key": KEY}, follow_redirects=True, timeout=60) as client:
         page = client.get("/")
         assert page.url.path == "/plan" and "default-src 'self'" in page.headers["content-security-policy"]
         choices = client.get("/plan/choices").json()
@@ -105,7 +105,7 @@ def test_what_cannot_be_planned_is_refused(
     planner: PlannerProcess, changes: dict[str, Any], param: str | None, message: str
 ) -> None:
     headers = {"x-api-key": KEY, "content-type": "application/json"}
-    refused = httpx2.post(f"{planner.url}/plan", content=json.dumps(ASKED | changes), headers=headers)
+    refused = httpx2.post(f"{planner.url}/plan", content=json.dumps(ASKED | changes), headers=headers, timeout=60)
     assert refused.status_code == 400, refused.text
     error = refused.json()["error"]
     assert message in error["message"] and error["param"] == param

@@ -124,7 +124,7 @@ def test_the_client_has_the_same_rules(server: ServerProcess) -> None:
 
 def test_metrics_of_a_server(server: ServerProcess, openai: OpenAI) -> None:
     openai.completions.create(model="talker", prompt="Hello", max_tokens=4)
-    response = httpx2.get(f"{server.url}/metrics")
+    response = httpx2.get(f"{server.url}/metrics", timeout=60)
     assert response.status_code == 200 and response.headers["content-type"].startswith("text/plain")
     for metric in CATALOGUE:
         assert f"# HELP {PREFIX}{metric.name}" in response.text

@@ -79,7 +79,7 @@ def test_large_bodies_are_refused(guarded: ServerProcess) -> None:
             yield b" " * 1000
 
     headers = BEARER | {"content-type": "application/json"}
-    refused = httpx2.post(f"{guarded.url}/v1/completions", content=parts(), headers=headers)
+    refused = httpx2.post(f"{guarded.url}/v1/completions", content=parts(), headers=headers, timeout=60)
     assert refused.status_code == 413
 
 
@@ -118,7 +118,7 @@ def test_listening_everywhere_without_a_key_is_warned_of(guarded: ServerProcess,
             assert "listens on 0.0.0.0 without an API key" in process.stderr.readline()
         finally:
             process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 0, "SIGTERM ends one that is loading"
+            assert process.wait() == 0, "SIGTERM ends one that is loading"
 
 
 def test_a_taken_port_is_told_before_the_model_is_loaded(talker: Path, run_here: Run) -> None:
@@ -131,7 +131,7 @@ def test_a_taken_port_is_told_before_the_model_is_loaded(talker: Path, run_here:
 
 def test_a_model_that_cannot_be_loaded_ends_it(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "distkv", "serve", str(tmp_path), "--port", "0"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and "config.json" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
@@ -199,7 +199,9 @@ def test_the_demo_model_knows_paris(demo_model: Path) -> None:
 def test_a_page_of_another_site_cannot_ask(server: ServerProcess) -> None:
     """Which may send texts and forms, but not JSON."""
     for path in ("/v1/completions", "/generate", "/reset_prefix_cache"):
-        answer = httpx2.post(server.url + path, content=b'{"prompt": "Hello"}', headers={"content-type": "text/plain"})
+        answer = httpx2.post(
+            server.url + path, content=b'{"prompt": "Hello"}', headers={"content-type": "text/plain"}, timeout=60
+        )
         assert answer.status_code == 400 and "content-type: application/json" in answer.text
 
 

@@ -177,9 +177,10 @@ def test_who_was_taken_over_finds_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     enter_node("b", "none", monkeypatch)
+    before = threading.enumerate()
     lock = FileLock(tmp_path / LOCK)
     (tmp_path / LOCK).write_text("process 7 on a\na engine of a\n")
-    [thread] = [one for one in threading.enumerate() if one.name == "lock-beat"]
+    [thread] = [one for one in threading.enumerate() if one.name == "lock-beat" and one not in before]
     thread.join()
     assert "process 7 on a took" in caplog.text
     lock.release()

@@ -376,8 +376,10 @@ def test_close_waits_for_reads_that_run_and_calls_off_the_others(tmp_path: Path)
         assert not reads.is_read(0)
         ending = threading.Thread(target=reads.close, args=(copied(),))
         ending.start()
-        ending.join(0.05)
-        assert ending.is_alive()
+        deadline = time.monotonic() + WAIT
+        while not list(reads._tasks.values())[-1].cancelled():
+            assert ending.is_alive() and time.monotonic() < deadline
+            time.sleep(0.001)
         disk.gate.set()
         ending.join(WAIT)
         assert not ending.is_alive()

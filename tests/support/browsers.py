@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from playwright.sync_api import Error, Page, sync_playwright
+from playwright.sync_api import Error, Page, expect, sync_playwright
 
 EXPECTED = "status of 400", "status of 502"  # of requests that are refused, or that a test has fail
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -26,6 +26,7 @@ def opened_page(url: str, *servers: str) -> Iterator[Page]:
             )
         except Error as error:
             pytest.skip(f"{browser} does not start here: {error.message.splitlines()[0]}")
+        expect.set_options(timeout=60_000)
         page = opened.new_page(viewport={"width": 1280, "height": 800})
         complaints: list[str] = []
         page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)

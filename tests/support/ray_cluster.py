@@ -1,6 +1,7 @@
 """A real Ray cluster on this machine whose Python has distkv's dependencies but not distkv itself."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -15,6 +16,8 @@ from support.processes import set_session_priority
 
 NUM_CPUS = 4  # of the cluster that tests share
 START_TIMEOUT = 120.0  # seconds
+TOO_SLOW = "timed out during startup"  # a head node gives itself half a minute, and no option changes that
+PORTS = range(20_000, 32_000)  # below those that Linux gives to who asks for any, above those of Ray's workers
 _sessions = {os.getsid(0)}  # of processes that belong to clusters of these tests, and not to somebody else's
 
 
@@ -35,7 +38,22 @@ class Cluster:
 
 def start(folder: Path, num_cpus: int) -> tuple[Cluster, subprocess.Popen[bytes]]:
     """Starts a head node in a process group of its own; `folder` becomes its HOME (Ray writes a token there)."""
-    python = _bare_python(folder / "venv")
+    python, deadline = _bare_python(folder / "venv"), time.monotonic() + START_TIMEOUT
+    while True:
+        cluster, head = _start_head(folder, python, num_cpus)
+        # the note comes late, and to ask for jobs takes a Python that imports Ray
+        while head.poll() is None and time.monotonic() < deadline:
+            if _is_noted(cluster) and cluster.ray("job", "list", "--address", cluster.dashboard).returncode == 0:
+                return cluster, head
+            time.sleep(0.5)
+        stop(head)
+        log = (folder / "ray.log").read_text()
+        if TOO_SLOW not in log or time.monotonic() > deadline:
+            raise RuntimeError(f"the Ray cluster did not start:\n{log}")
+
+
+def _start_head(folder: Path, python: Path, num_cpus: int) -> tuple[Cluster, subprocess.Popen[bytes]]:
+    """Begins to start one; see `start`."""
     gcs, dashboard, client, agent = free_ports(4)
     hidden = ("RAY_", "PYTHONPATH", "HOME", "PATH", "VIRTUAL_ENV")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
@@ -53,13 +71,6 @@ def start(folder: Path, num_cpus: int) -> tuple[Cluster, subprocess.Popen[bytes]
     with open(folder / "ray.log", "wb") as log:
         head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=folder)
     _note_session(head)
-    deadline = time.monotonic() + START_TIMEOUT
-    # the note comes late, and to ask for jobs takes a Python that imports Ray
-    while not _is_noted(gcs) or cluster.ray("job", "list", "--address", cluster.dashboard).returncode:
-        if head.poll() is not None or time.monotonic() > deadline:
-            stop(head)
-            raise RuntimeError("the Ray cluster did not start:\n" + (folder / "ray.log").read_text())
-        time.sleep(0.5)
     return cluster, head
 
 
@@ -140,18 +151,19 @@ def _bare_python(folder: Path) -> Path:
     return python
 
 
-def _is_noted(port: int) -> bool:
+def _is_noted(cluster: Cluster) -> bool:
     """Whether `ray start` has noted the cluster as the last of this machine, which it does when all runs."""
     note = Path(os.environ.get("TMPDIR", "/tmp"), "ray", "ray_current_cluster")
-    return note.exists() and note.read_text().strip().endswith(f":{port}")
+    return note.exists() and note.read_text().strip().endswith(cluster.address.removeprefix("127.0.0.1"))
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nobody listens at."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    """Ports of this machine that nobody listens at, nor is given before they are used."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        if len(found) == count:
+            break
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("", port))
+            found.append(port)
+    return found

@@ -67,11 +67,11 @@ class ServerProcess:
     def terminate(self) -> int:
         """Sends SIGTERM, waits for the end and returns the exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        return self.process.wait()
 
     def get(self, path: str, **options: Any) -> httpx2.Response:
         """What a GET of a path brings."""
-        return httpx2.get(self.url + path, **options)
+        return httpx2.get(self.url + path, timeout=60, **options)
 
     def post(self, path: str, body: Any, **options: Any) -> httpx2.Response:
         """What a POST of JSON to a path brings."""
@@ -79,7 +79,7 @@ class ServerProcess:
 
     def await_idle(self, api_key: str | None = None) -> None:
         """Returns when nothing runs and no page is held; fails when that does not come."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         with Client(self.url, api_key=api_key) as client:
             while (stats := client.stats()).num_running or stats.num_waiting or stats.pages_in_use:
                 assert time.monotonic() < deadline, stats

@@ -21,7 +21,7 @@ from distkv.storage.disk.cache_folder import FolderLock, describe
 from distkv.storage.disk.page_arrays import ARRAY, DiskShare
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.tier import Tier
-from distkv.workers import bandwidth
+from distkv.workers import bandwidth, cache_place
 from distkv.workers.bandwidth import PROBE_BYTES, READ_BYTES, measure_bandwidth
 from distkv.workers.cache_place import CachePlace, Joined, free_bytes, join_folder
 from distkv.workers.errors import ConfigError
@@ -42,7 +42,8 @@ def test_free_bytes_while_others_remove_what_is_counted(tmp_path: Path, monkeypa
     (folder / ARRAY).mkdir(parents=True)
     for slot in range(8):
         (folder / ARRAY / f"c.{slot}.0.0.0.0.0").write_bytes(bytes(2**20))
-    free = shutil.disk_usage(tmp_path).free
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)  # others write meanwhile
 
     class Removed:
         """The entries of a folder, of which every other one is gone by now."""
@@ -60,7 +61,7 @@ def test_free_bytes_while_others_remove_what_is_counted(tmp_path: Path, monkeypa
             pass
 
     monkeypatch.setattr(os, "scandir", Removed)
-    assert free_bytes(folder) - free >= 4 * 2**20 - 2**20
+    assert free_bytes(folder) - usage.free >= 4 * 2**20
     monkeypatch.undo()
     shutil.rmtree(folder)
     assert free_bytes(folder) > 0, "the folder is not there yet, or no more"
@@ -195,7 +196,8 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
             pass
 
 
-def test_a_sweep_is_waited_for(tmp_path: Path) -> None:
+def test_a_sweep_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_place, "SWEEP_WAIT", 60.0)
     lock = FolderLock(tmp_path)
     timer = threading.Timer(0.2, lock.release)
     timer.start()

@@ -16,7 +16,7 @@ from distkv.workers.group.private_socket import Address, bind_private, connect_p
 from distkv.workers.group.stray_connections import StrayConnections
 
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01"  # of ZMTP 3.1
-PATIENCE = 5000  # milliseconds
+PATIENCE = 60_000  # milliseconds
 MOMENT = 100
 
 

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 STATES_TIMEOUT = 10.0  # seconds in which a node is to tell of its processes
 STOPPED = {"T": "is stopped (SIGSTOP)", "t": "is held by a debugger", "Z": "is gone"}  # by the letters of proc(5)
-DEATHS_SETTLE = 1.0  # seconds in which the first of several deaths is told from those that follow from it
+DEATHS_SETTLE = 5.0  # seconds in which the first of several deaths is told from those that follow from it
 DEATH_TIMEOUT = 15.0  # seconds; Ray itself kills one after 5 that does not end
 # Variables of the caller's environment that reach the ranks.
 PASSED_ENVIRONMENT = ("HF_HOME", "TRITON_CACHE_DIR", "TMPDIR")
