@@ -58,6 +58,9 @@ class SimulatedGroup:
         if self.process.is_dead and self.world.now >= self._known_at:
             raise WorkerDied(0, "node", "its process was killed")
 
+    def check_stopped(self) -> None:
+        """See `RayGroup.check_stopped`: processes of hanging ranks run."""
+
     def is_finished(self) -> bool:
         """See `RayGroup.is_finished`."""
         self.check()
