@@ -190,6 +190,9 @@ class Scheduler:
         sequence = max(guessed, key=lambda one: one.place)
         self.running.remove(sequence)
         sequence.preempt()
+        for one in self.waiting:
+            if one.awaits is sequence:  # which may be gone before it computes anything again
+                one.awaits = None
         self._queue(sequence)
         return sequence
 

@@ -81,6 +81,25 @@ def test_a_draft_is_for_the_next_step_alone() -> None:
     assert steps.step() == {"a": 41} and not one.draft and not one.is_drafting
 
 
+@pytest.mark.parametrize("way", ["abort", "refuse"])
+def test_one_that_gave_its_pages_up_and_is_gone_is_waited_for_no_more(way: str) -> None:
+    """Another one of the same prompt, which waited for its next page, computes that itself."""
+    steps = Steps(enable_prefix_caching=True)
+    steps.add("a", 200)
+    steps.step()
+    steps.add("b", 200, token=ord("a"))
+    assert steps.step() == {"a": 64} and steps.waiting() == ["b"]
+    one = steps.sequence("a")
+    one.lacks_room, one.is_guessed = True, True
+    assert steps.scheduler.preempt() is one and steps.waiting() == ["a", "b"]
+    if way == "abort":
+        assert not steps.scheduler.abort("a")
+    else:
+        assert steps.scheduler.refuse() is one.request
+    steps.cache.reset()  # others took the room of the pages that it had computed
+    assert steps.step() == {"b": 64}
+
+
 # --- room on the device ---
 
 
