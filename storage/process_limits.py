@@ -9,6 +9,8 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from distkv.storage.proc_files import read_mounts, read_text
+
 PROC = Path("/proc")
 NO_MEMORY = (  # what libraries say, of errors that have no kind of their own
     "can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "failed to map segment",
@@ -78,27 +80,21 @@ def _quotas(group: Path) -> Iterator[float]:
 def _groups(controller: str, proc: Path) -> Iterator[Path]:
     """The folders of our groups from our own up to the root, in each tree that may have the controller."""
     paths: dict[str, PurePosixPath] = {}  # by controller, "" for version 2
-    for line in _read(proc / "self/cgroup").splitlines():
+    for line in filter(None, read_text(proc / "self/cgroup").split("\n")):
         _, controllers, name = line.split(":", 2)
         paths |= dict.fromkeys(controllers.split(","), PurePosixPath(name))
-    for line in _read(proc / "self/mountinfo").splitlines():
-        mount, _, source = line.partition(" - ")
-        root, mount_point = mount.split()[3:5]
-        kind, _, options = source.split()[:3]
-        own = paths.get("") if kind == "cgroup2" else None
-        if kind == "cgroup" and controller in options.split(","):
+    for mount in read_mounts(proc / "self/mountinfo"):
+        own = paths.get("") if mount.kind == "cgroup2" else None
+        if mount.kind == "cgroup" and controller in mount.options:
             own = paths.get(controller)
         if own is None:
             continue
-        group = top = Path(mount_point)
-        if own.is_relative_to(root) and ".." not in own.parts:  # else a container sees its own part of the tree alone
-            group = top / own.relative_to(root)
+        group = top = mount.point
+        if own.is_relative_to(mount.root) and ".." not in own.parts:  # else a container sees its part of the tree alone
+            group = top / own.relative_to(mount.root)
         yield from [group, *(one for one in group.parents if one.is_relative_to(top))]
 
 
 def _read(path: Path) -> str:
-    """The text of a file, empty where there is none for us."""
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
+    """The text of a file without the ends of lines around it, empty where there is none for us."""
+    return read_text(path).strip()

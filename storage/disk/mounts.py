@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from distkv.storage.proc_files import read_mounts
+
 MOUNTS = Path("/proc/self/mountinfo")
 IN_MEMORY = ("tmpfs", "ramfs")
 LOCAL = (
@@ -14,15 +16,9 @@ LOCAL = (
 def file_system(folder: Path) -> str:
     """The kind of the file system that a folder lies on, as `mount` names it; "unknown" where nothing says so."""
     place, found, longest = folder.resolve(), "unknown", -1
-    try:
-        lines = MOUNTS.read_text(errors="replace").splitlines()
-    except OSError:
-        return found
-    for line in lines:
-        left, _, right = line.partition(" - ")
-        mount = Path(left.split()[4].replace("\\040", " "))
-        if place.is_relative_to(mount) and len(mount.parts) >= longest:  # of two at one place the later one counts
-            found, longest = right.split()[0], len(mount.parts)
+    for mount in read_mounts(MOUNTS):
+        if place.is_relative_to(mount.point) and len(mount.point.parts) >= longest:  # the later one hides the earlier
+            found, longest = mount.kind, len(mount.point.parts)
     return found
 
 

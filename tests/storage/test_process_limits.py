@@ -24,9 +24,10 @@ class Machine:
 
     def mount(self, groups: str, *mounts: tuple[str, str, str]) -> None:
         """`mounts` are (root, mount point, type with options)."""
-        (self.proc / "self/cgroup").write_text(groups)
+        (self.proc / "self/cgroup").write_bytes(os.fsencode(groups))
         lines = [f"31 23 0:28 {root} {self.folder}{point} rw - {kind}\n" for root, point, kind in mounts]
-        (self.proc / "self/mountinfo").write_text("22 1 8:1 / / rw - ext4 /dev/root rw\n" + "".join(lines))
+        table = "22 1 8:1 / / rw - ext4 /dev/root rw\n" + "".join(lines)
+        (self.proc / "self/mountinfo").write_bytes(os.fsencode(table))
 
     def write(self, group: str, **files: object) -> None:
         folder = self.folder / group.removeprefix("/")
@@ -84,6 +85,16 @@ def test_a_container_sees_its_own_part_of_the_tree(machine: Machine, path: str) 
     root = "/docker/ab12" if path.startswith("/docker") else "/"
     machine.mount(f"0::{path}\n", (root, "/cg", "cgroup2 cgroup2 rw"))
     machine.write("/cg", memory__max=2 * GIB, memory__current=GIB, cpu__max="50000 100000")
+    assert available_bytes(machine.proc) == GIB
+    assert usable_cores(machine.proc) == 1
+
+
+@pytest.mark.parametrize("name", ["a b", "a\\b", "a\u2028b\x85", "a\xa0", os.fsdecode(b"a\xffb")])
+def test_names_and_mounts_of_any_kind(machine: Machine, name: str) -> None:
+    """A group of that name, in a tree that is mounted at that name, below mounts of nothing (`mount -t tmpfs ""`)."""
+    point = f"/{name}".replace("\\", "\\134").replace(" ", "\\040")
+    machine.mount(f"0::/{name}", ("/", "/x", "tmpfs  rw"), ("/", point, "cgroup2 cgroup2 rw"), ("/", "/y", "tmpfs  rw"))
+    machine.write(f"/{name}/{name}", memory__max=2 * GIB, memory__current=GIB, cpu__max="50000 100000")
     assert available_bytes(machine.proc) == GIB
     assert usable_cores(machine.proc) == 1
 
