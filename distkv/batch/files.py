@@ -73,7 +73,7 @@ class Claim:
         """Lets others have it; of a batch that has nothing left to do the lock files are removed."""
         for path, lock in self._locks:
             if is_complete:
-                path.unlink(missing_ok=True)  # who takes this one just now finds nothing to do, with this output
+                path.unlink(missing_ok=True)  # who takes a new one just now finds nothing to do, with this output
             lock.release()
 
     def _take(self, path: Path) -> None:

@@ -56,7 +56,8 @@ class HeldError(Exception):
 
 
 class FileLock:
-    """A lock, held until `release` or the end of the process. A process that is forked meanwhile does not hold it."""
+    """A lock, held until `release` or the end of the process. A process that is forked meanwhile does not hold it.
+    Its holder may remove the file before it lets go."""
 
     def __init__(self, path: Path, owner: str = ""):
         """Makes the file and its folder if need be.
@@ -69,18 +70,11 @@ class FileLock:
         """
         make_folder(path.parent)
         self._path, self._owner = path, owner or uuid4().hex
-        self._file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self._file = _opened(path)
         try:
-            try:
-                _take(self._file)
-            except BlockingIOError:
-                raise HeldError(Holder.read(path)) from None
-            try:
-                self._claim()
-            except BaseException:
-                _let_go(self._file)
-                raise
+            self._claim()
         except BaseException:
+            _let_go(self._file)
             self._file.close()
             raise
         _held.add(self)
@@ -195,6 +189,25 @@ def _kernel() -> str:
     with suppress(OSError):
         return BOOT_ID.read_text().strip()
     return socket.gethostname()
+
+
+def _opened(path: Path) -> IO[str]:
+    """Opens and takes the lock of the file that has the name then: an earlier holder may have removed the one that was
+    opened. Raises OSError and HeldError."""
+    while True:
+        file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        try:
+            with suppress(FileNotFoundError):
+                try:
+                    _take(file)
+                except BlockingIOError:
+                    raise HeldError(Holder.read(path)) from None
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
 
 
 # Locks of open files (F_OFD_*), which can be looked at without being taken

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import Popen
+from typing import IO
 
 import pytest
 from support.disk_process import DiskProcess
@@ -161,6 +162,28 @@ def test_on_a_disk_of_the_node_a_loss_of_power_leaves_no_lock(tmp_path: Path, mo
     monkeypatch.setattr(FileLock, "_wait_for_silence", None)
     assert not is_locked(tmp_path / LOCK)
     FolderLock(tmp_path).release()
+
+
+@pytest.mark.parametrize("is_released", [True, False])
+def test_a_file_that_its_holder_has_removed_keeps_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_released: bool
+) -> None:
+    """Who has opened it before locks the one that has the name now, and is not alone with one that has none."""
+    first, take = FileLock(tmp_path / LOCK), file_lock._take
+
+    def remove_and_take(file: IO[str]) -> None:
+        monkeypatch.setattr(file_lock, "_take", take)
+        (tmp_path / LOCK).unlink()
+        if is_released:
+            first.release()
+        take(file)
+
+    monkeypatch.setattr(file_lock, "_take", remove_and_take)
+    second = FileLock(tmp_path / LOCK)
+    first.release()
+    with pytest.raises(HeldError, match=f"process {os.getpid()}"):
+        FileLock(tmp_path / LOCK)
+    second.release()
 
 
 def test_of_two_that_see_it_free_at_once_one_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
