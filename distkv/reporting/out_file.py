@@ -1,25 +1,29 @@
 """What commands write beside stdout: files of figures, and folders that last as long as a measurement."""
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 
 from distkv.errors import ConfigError, StoreError
 
 
 def check_out_file(path: Path | None) -> None:
-    """Raises ConfigError when the file, if any, could not be written now. It is left as it is, or not there."""
+    """Raises ConfigError when the file, if any, could not be written now. It is left as it is; where it is not there
+    its folder is tried by a file without a name, since another process may make it just then."""
     if path is None:
         return
     target = Path(os.path.realpath(path))  # a link may lead to a file that is not there yet
     try:
-        if not target.exists():
-            os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
-            target.unlink()
-        elif target.is_file() or target.is_dir():  # opening something else may have an effect, a pipe, say
-            os.close(os.open(target, os.O_WRONLY))
+        try:
+            mode = target.stat().st_mode
+        except FileNotFoundError:
+            TemporaryFile(dir=target.parent).close()
+        else:
+            if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # opening something else may have an effect, a pipe, say
+                os.close(os.open(target, os.O_WRONLY))
     except OSError as error:
         raise ConfigError(f"{str(path)!r} cannot be written: {error.strerror}; name another file") from error
 

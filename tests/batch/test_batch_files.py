@@ -304,6 +304,63 @@ def test_a_line_that_was_synced_outlives_a_loss_of_power(tmp_path: Path) -> None
             assert (tmp_path / str(number) / "out.jsonl").read_bytes() == b"1\n"
 
 
+GONE: dict[str, Callable[[Path], object]] = {
+    "removed": Path.unlink,
+    "moved": lambda path: path.rename(path.with_name("elsewhere")),
+    "replaced": lambda path: shutil.copy(path, path.with_name("new")) and path.with_name("new").replace(path),
+}
+
+
+@pytest.mark.parametrize("is_synced", [False, True])
+@pytest.mark.parametrize("how", GONE)
+def test_lines_of_a_file_that_is_gone_are_not_called_written(tmp_path: Path, how: str, is_synced: bool) -> None:
+    path = tmp_path / "out.jsonl"
+    with closing(LineFile(path)) as file:
+        file.append(b"1\n")
+        if is_synced:
+            file.sync()
+        GONE[how](path)
+        with pytest.raises(StoreError, match=r"out.jsonl' has been removed, moved or replaced .* same command again"):
+            file.sync()
+
+
+def test_a_batch_whose_answers_are_taken_away_says_so(
+    batch: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Be it those of an earlier run, before there is a new one."""
+    write_lines(tmp_path / "in.jsonl", LINES[:8])
+    output, aside, append = tmp_path / "out.jsonl", tmp_path / "aside", LineFile.append
+
+    def move_and_append(file: LineFile, line: bytes) -> None:
+        if output.exists():
+            output.rename(aside)
+        append(file, line)
+
+    assert batch() == 0
+    output.write_bytes(b"".join(output.read_bytes().splitlines(keepends=True)[:3]))
+    with monkeypatch.context() as patch:
+        patch.setattr(LineFile, "append", move_and_append)
+        with pytest.raises(StoreError, match="has been removed, moved or replaced"):
+            batch()
+    aside.rename(output)
+    assert batch() == 0
+    assert len(answers(output)) == 8
+
+
+def test_who_is_about_to_write_takes_no_file_from_who_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process may make the output while this one sees whether it could."""
+    made, os_open = [], os.open
+
+    def note(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+        if flags & os.O_CREAT:
+            made.append(Path(path))
+        return os_open(path, flags, *rest, **named)
+
+    monkeypatch.setattr(os, "open", note)
+    files = BatchFiles(tmp_path / "in.jsonl", tmp_path / "out.jsonl", None)
+    assert not {files.output, files.errors} & {*made} and not list(tmp_path.iterdir())
+
+
 def test_line_files_are_made_with_their_first_line(tmp_path: Path) -> None:
     file = LineFile(tmp_path / "none" / "out.jsonl")
     file.sync()
