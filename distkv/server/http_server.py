@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 from distkv.server.accepting import accept, raise_file_limit
 from distkv.server.http_connection import HttpConnection
 from distkv.server.listening import BACKLOG
-from distkv.server.middleware import CutOff
+from distkv.server.middleware import SILENCE_SECONDS, CutOff
 from distkv.server.options import ServerOptions
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -28,6 +28,7 @@ class HttpServer(uvicorn.Server):
             uvicorn.Config(
                 CutOff(app), lifespan="off", log_level=options.uvicorn_log_level, backlog=BACKLOG,
                 timeout_graceful_shutdown=options.shutdown_timeout, server_header=False, ws="none",
+                timeout_keep_alive=int(SILENCE_SECONDS),
             )
         )  # fmt: skip
         self.is_interrupted = self._is_asked = False

@@ -7,16 +7,17 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import httpx2
 import pytest
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from support.servers import ServerProcess
 
+from distkv.client.calls import settings
 from distkv.errors import ConfigError
 from distkv.server import accepting, http_connection
 from distkv.server.http_server import HttpServer
@@ -24,6 +25,8 @@ from distkv.server.listening import listen
 from distkv.server.options import ServerOptions
 
 REQUEST = b"GET /%d HTTP/1.1\r\nhost: here\r\n\r\n"
+UPLOAD = b"POST /0 HTTP/1.1\r\nhost: here\r\ncontent-length: 10\r\n\r\n"
+CHUNKED = b"POST /0 HTTP/1.1\r\nhost: here\r\ntransfer-encoding: chunked\r\n\r\n"
 SILENCE = 1.5  # seconds: longer than a busy machine leaves this process without a core
 
 
@@ -66,17 +69,49 @@ async def answer(scope: Scope, receive: Receive, send: Send) -> None:
     await Response(str(len(await request.body())))(scope, receive, send)
 
 
-@pytest.fixture
-def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
-    """Of a server of `answer` that has little patience."""
-    monkeypatch.setattr(http_connection, "SILENCE_SECONDS", SILENCE)
+async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    """Waits for no body."""
+    await Response(status_code=401)(scope, receive, send)
+
+
+class Waiter:
+    """Answers nobody, and counts the clients that have asked and those that have gone."""
+
+    def __init__(self) -> None:
+        self.asked, self.gone = threading.Semaphore(0), threading.Semaphore(0)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Waits until its client goes."""
+        self.asked.release()
+        while (await receive())["type"] != "http.disconnect":
+            """The body."""
+        self.gone.release()
+
+
+@contextmanager
+def serving(app: ASGIApp) -> Iterator[tuple[HttpServer, tuple[str, int]]]:
+    """A server, and its address."""
     with closing(listen("127.0.0.1", 0)) as listener:
-        running = HttpServer(answer, ServerOptions())
+        running = HttpServer(app, ServerOptions())
         thread = threading.Thread(target=lambda: asyncio.run(running.serve(sockets=[listener])))
         thread.start()
-        yield listener.getsockname()
-        running.should_exit = True
-        thread.join()
+        try:
+            yield running, listener.getsockname()
+        finally:
+            running.should_exit = running.force_exit = True
+            thread.join()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_connection, "SILENCE_SECONDS", SILENCE)
+
+
+@pytest.fixture
+def address(impatient: None) -> Iterator[tuple[str, int]]:
+    """Of a server of `answer` that has little patience."""
+    with serving(answer) as (_, address):
+        yield address
 
 
 def said(connection: socket.socket) -> bytes:
@@ -104,12 +139,82 @@ def test_headers_that_come_bit_by_bit(address: tuple[str, int]) -> None:
                 time.sleep(0.05)
 
 
+@pytest.mark.parametrize("begun", [b"GET /0 HTTP/1.1\r\n", CHUNKED + b"0\r\n", CHUNKED + b"5;"])
 @pytest.mark.parametrize("endless", [b"a: b\r\n" * 100_000, b"a" * 600_000])
-def test_headers_without_end(address: tuple[str, int], endless: bytes) -> None:
+def test_headers_without_end(address: tuple[str, int], begun: bytes, endless: bytes) -> None:
+    """Those of a request, those behind its body, and what stands beside the size of a part of it."""
     with socket.create_connection(address, timeout=20) as connection:
         with suppress(OSError):
-            connection.sendall(b"GET /0 HTTP/1.1\r\n" + endless)
-        assert said(connection)[:12] in (b"HTTP/1.1 431", b"")
+            connection.sendall(begun + endless)
+        assert said(connection)[:12] in (b"HTTP/1.1 431", b"HTTP/1.1 400", b"")
+
+
+def test_headers_without_end_behind_a_request_that_takes_long() -> None:
+    """Its answer might have begun, so none stands for the headers."""
+    waiter = Waiter()
+    with serving(waiter) as (_, address), socket.create_connection(address, timeout=20) as connection:
+        connection.sendall(REQUEST % 0)
+        assert waiter.asked.acquire(timeout=20)
+        with suppress(OSError):
+            connection.sendall(b"GET /0 HTTP/1.1\r\na: " + b"a" * 2_000_000)
+        assert said(connection) == b"" and waiter.gone.acquire(timeout=20)
+
+
+@pytest.mark.parametrize("more", [b"", b"GET /0 HTTP/1.1\r\na: " + b"a" * 600_000])
+def test_a_body_that_comes_after_the_answer(impatient: None, more: bytes) -> None:
+    """It is closed after it, and the headers behind it have a limit."""
+    with serving(refuse) as (_, address), socket.create_connection(address, timeout=20) as connection:
+        connection.sendall(UPLOAD)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 401")
+        with suppress(OSError):
+            connection.sendall(bytes(10) + more)
+        assert said(connection)[:12] in ((b"HTTP/1.1 431", b"") if more else (b"",))
+
+
+def test_who_has_just_been_answered_does_not_make_way() -> None:
+    """Its silence begins with the end of the answer."""
+    closed = []
+
+    async def answer_late(scope: Scope, receive: Receive, send: Send) -> None:
+        loop, [connection] = asyncio.get_running_loop(), running.server_state.connections
+        now, seconds = loop.time, 0
+
+        def wait() -> None:
+            nonlocal seconds
+            seconds += 20
+
+        def ask() -> None:
+            connection.give_way(10)
+            closed.append(connection.transport.is_closing())
+
+        loop.time = lambda: now() + seconds  # type: ignore[method-assign]
+        wait()
+        ask()
+        await Response("done")(scope, receive, send)
+        ask()
+        wait()
+        ask()
+
+    with serving(answer_late) as (running, address), socket.create_connection(address, timeout=20) as connection:
+        connection.sendall(REQUEST % 0)
+        assert said(connection).endswith(b"done")
+    assert closed == [False, False, True]
+
+
+def test_a_client_that_has_asked_twice_and_goes() -> None:
+    """The request that is being answered is told, not just the one that waits behind it."""
+    waiter = Waiter()
+    with serving(waiter) as (_, address):
+        with socket.create_connection(address, timeout=20) as connection:
+            connection.sendall(REQUEST % 0 + REQUEST % 1)
+            assert waiter.asked.acquire(timeout=20)
+        assert waiter.gone.acquire(timeout=20)
+
+
+def test_who_asks_again_before_its_connection_is_given_up() -> None:
+    """Clients give it up first, or some would send a request into one that is being closed."""
+    kept = HttpServer(answer, ServerOptions()).config.timeout_keep_alive
+    assert settings("http://here", None)["limits"].keepalive_expiry * 2 < kept == http_connection.SILENCE_SECONDS
 
 
 def test_answers_that_take_long_and_large_bodies(address: tuple[str, int]) -> None:
