@@ -55,6 +55,8 @@ class CatalogueWriter:
         """Takes in the pages that an earlier process left, as far as all ranks can vouch for them. Raises StoreError
         when the catalogue cannot be read now, so that no page is taken for one that is not listed."""
         entries, listed = read_catalogue(self._folder)
+        num_slots = self._cache.slots[DISK].num_slots
+        entries = [one for one in entries if one.slot < num_slots]  # others were given up and could not be taken out
         report = run(StepPlan([], [], [], adopt={one.slot: one.crc32c for one in entries}))
         missing = set(report.missing)
         kept: dict[bytes, int] = {}  # slots of pages that can be read, with all pages before them

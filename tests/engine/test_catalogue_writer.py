@@ -17,6 +17,7 @@ from distkv.storage.ledger.disk_journal import DiskChanges
 from distkv.storage.ledger.page import Page, PageKey
 from distkv.storage.ledger.tiered_cache import TieredCache
 from distkv.workers.group.report import Report
+from distkv.workers.group.step_plan import StepPlan
 
 
 @pytest.fixture
@@ -172,6 +173,24 @@ def test_pages_are_taken_over_though_the_catalogue_is_locked(tmp_path: Path, wri
     assert writer._cache.num_idle == 2
     writer.update(DiskChanges(), {})
     assert listed(tmp_path) == {3, 5}
+
+
+def test_pages_in_slots_that_are_no_more_are_not_asked_for(tmp_path: Path, waits: list[float]) -> None:
+    """The tier has fewer slots than before, and another program has kept the catalogue locked, so that it still lists
+    pages that were given up for that. Ranks would refuse a plan that names their slots."""
+    kept_pages(tmp_path, [3, 6, 0, 7])
+    writer = CatalogueWriter(tmp_path, TieredCache((2, 2, 4), 1))
+    asked: list[set[int]] = []
+
+    def run(plan: StepPlan) -> Report:
+        asked.append(set(plan.adopt or ()))
+        return Report()
+
+    with locked(tmp_path):
+        writer.adopt(run)
+    assert asked == [{3, 0}] and writer._cache.num_idle == 2
+    writer.close()
+    assert listed(tmp_path) == {3, 0}
 
 
 def test_a_clock_that_is_set_back_does_not_make_pages_older(
