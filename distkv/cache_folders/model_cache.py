@@ -77,6 +77,12 @@ class ModelCache:
         with closing(Catalogue(self.folder, read_only=True)) as catalogue:
             return catalogue.slots()
 
+    def unreachable(self) -> set[int]:
+        """The slots of pages that are listed and of no use, since one before them is not listed. Raises DamagedError or
+        StoreError."""
+        with closing(Catalogue(self.folder, read_only=True)) as catalogue:
+            return catalogue.slots() - {entry.slot for entry in catalogue.entries()}
+
     @property
     def arrays(self) -> list[PageArray]:
         """Those in which its pages lie, one for each stage of a pipeline."""

@@ -73,7 +73,7 @@ class _Folder:
         if self._cache.is_listed_elsewhere:
             _print(self._console, [elsewhere(self._cache)])
             return 0
-        is_known = self._repair or not is_locked(folder / LOCK)  # who uses it is at writing what is not listed yet
+        is_known = True
         try:
             self._cache.check_catalogue()
             entries = self._cache.entries()
@@ -131,16 +131,24 @@ class _Folder:
                 self._report(str(error))
 
     def _verify_rest(self) -> None:
-        """Files of no page, and pages that nobody can use."""
-        folder, entries = self._cache.folder, self._cache.entries()
-        listed = self._cache.listed()
-        if files := leftovers(folder, listed):
+        """Files of no page, and pages that nobody can use. An engine is at writing what is not listed yet, so of a
+        folder that one uses nothing is said."""
+        folder = self._cache.folder
+        if self._is_in_use():
+            return
+        files, useless = leftovers(folder, self._cache.listed()), self._cache.unreachable()
+        if self._is_in_use():  # since just now
+            return
+        if files:
             self._report(f"{len(files)} files in {folder} belong to no page, such as {files[0].name}")
-        if useless := listed - {entry.slot for entry in entries}:
+        if useless:
             self._report(f"{len(useless)} pages in {folder} follow one that is not there")
         if self._repair and (files or useless):
             give_up(folder, useless)
             sweep(folder)
+
+    def _is_in_use(self) -> bool:
+        return not self._repair and is_locked(self._cache.folder / LOCK)
 
     def _report(self, problem: str) -> None:
         self.found.append(problem)

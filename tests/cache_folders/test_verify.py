@@ -3,7 +3,7 @@
 import os
 import re
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +15,14 @@ from support.disks import disk_pool
 from support.pages import SPEC, random_page
 from typer.testing import CliRunner
 
+from distkv.cache_folders import verify as verify_module
 from distkv.commands.main import app
 from distkv.errors import ConfigError
 from distkv.frontend.session import Session
 from distkv.storage.disk.cache_folder import CATALOGUE, DAMAGED, DESCRIPTION, SCRATCH, FolderLock
 from distkv.storage.disk.catalogue import Catalogue
 from distkv.storage.disk.page_arrays import ARRAY
+from distkv.storage.disk.removal import leftovers
 from distkv.storage.disk.reopen import rejoin
 from distkv.storage.page_spec import PageSpec
 
@@ -190,6 +192,25 @@ def test_what_an_engine_is_writing_is_not_damaged(cache: Path) -> None:
         (cache / "sessions" / "trip.json.partial").touch()
         assert verify(cache) == (0, "3 pages read, all whole")
     lock.release()
+    assert verify(cache)[0] == 1
+
+
+def test_what_an_engine_writes_that_has_started_meanwhile_is_not_damaged(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locks = []
+
+    def start_and_find(folder: Path, listed: Container[int]) -> list[Path]:
+        locks.append(FolderLock(cache / NAME))
+        chunk(cache, 7).write_bytes(b"x")
+        return leftovers(folder, listed)
+
+    monkeypatch.setattr(verify_module, "leftovers", start_and_find)
+    code, text = verify(cache)
+    for lock in locks:
+        lock.release()
+    assert (code, text, len(locks)) == (0, "3 pages read, all whole", 1)
+    monkeypatch.undo()
     assert verify(cache)[0] == 1
 
 
