@@ -50,8 +50,9 @@ def list_caches(console: Console, cache_dir: Path) -> None:
 
 def prune_caches(console: Console, cache_dir: Path, max_bytes: int, model: str | None) -> None:
     """Gives up the pages that were used longest ago, of all models or of one, until their files take `max_bytes` at
-    most; prints what that freed. What nobody can use goes first: files of pages that are not listed, and without
-    `model` those that an engine without prefix caching left when it was killed. Pages that another node lists stay.
+    most; prints what that freed. What nobody can use goes first: files of pages that are not listed, pages that
+    follow one that is not, and without `model` what an engine without prefix caching left when it was killed. Pages
+    that another node lists stay.
 
     Args:
         model: the first digits of a fingerprint.
@@ -69,8 +70,10 @@ def prune_caches(console: Console, cache_dir: Path, max_bytes: int, model: str |
         for cache in caches:
             sweep(cache.folder)
         by_slot = [sizes(cache.folder) for cache in caches]
-        total = sum(sum(one.values()) for one in by_slot)
-        given_up: list[set[int]] = [set() for _ in caches]
+        given_up = [cache.unreachable() for cache in caches]
+        total = sum(
+            size for one, gone in zip(by_slot, given_up, strict=True) for slot, size in one.items() if slot not in gone
+        )
         for _, number, slot in merge(*(_by_last_use(number, cache) for number, cache in enumerate(caches))):
             if total <= max_bytes:
                 break

@@ -1,6 +1,7 @@
 """`distkv cache` on folders that are not as an engine leaves them: damaged, full, or left by a kill."""
 
 import re
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from distkv.storage.device import CpuDevice
 from distkv.storage.disk import scratch as scratch_module
 from distkv.storage.disk.cache_folder import CATALOGUE, DAMAGED, DESCRIPTION, SCRATCH, FolderLock
 from distkv.storage.disk.catalogue import Catalogue
-from distkv.storage.disk.page_arrays import ARRAY, DiskShare
+from distkv.storage.disk.page_arrays import ARRAY, DiskShare, chunk_name
 from distkv.storage.errors import ConfigError, StoreError
 from distkv.workers.cache_place import CachePlace
 from distkv.workers.kv_pools import DiskTier, KVPools
@@ -122,6 +123,22 @@ def test_damaged_folders_are_listed_and_pruned(cache: Path, name: str) -> None:
     assert not list(cache.rglob(f"*{DAMAGED}")), "what nobody can use is swept"
     code, text = distkv(cache, "prune", "--max-bytes", str(SPEC.page_bytes))
     assert code == 0 and chunks(folder) == (set() if name == CATALOGUE else {5}), "the one used last stays"
+
+
+def test_pages_that_nobody_can_reach_are_pruned_first(cache: Path) -> None:
+    """A kill may leave pages whose parents were never listed, however lately they were used."""
+    with closing(Catalogue(cache / NAME)) as catalogue:
+        newest = catalogue.entries()[-1]
+        followers = [(6, 2, b"of 2", b"of 1"), (7, 1, b"of 1", b"never listed")]
+        orphans = [newest._replace(slot=s, index=i, key=key, parent=before) for s, i, key, before in followers]
+        catalogue.update([], orphans)
+    for slot in (6, 7):
+        for head in range(SPEC.num_kv_heads):
+            own, copied = (cache / NAME / ARRAY / chunk_name(number, head) for number in (slot, 5))
+            own.write_bytes(copied.read_bytes())
+    code, text = distkv(cache, "prune", "--max-bytes", "1GiB")
+    assert code == 0 and "2 pages given up, 6.00 KiB freed" in text
+    assert chunks(cache / NAME) == listed(cache / NAME) == {3, 0, 5}
 
 
 def test_a_catalogue_that_nobody_can_write(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
