@@ -4,6 +4,7 @@ The folder has one path on all nodes. It may be one folder that all of them see,
 find out which by empty files that those before them have left, since a name can be made once, even over NFS.
 """
 
+import logging
 import os
 import shutil
 import time
@@ -13,13 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
-from distkv.storage.disk.cache_folder import FULL, DamagedError, FolderLock, InUseError, read_description
+from distkv.storage.disk.cache_folder import FULL, SWEEPER, DamagedError, FolderLock, InUseError, read_description
 from distkv.storage.disk.files import make_folder
 from distkv.storage.disk.page_arrays import DiskShare, PageArray, find_arrays, parse_chunk
 from distkv.workers.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
 WRITER = "writer"  # begins the names of the files that ranks leave
-SWEEP_WAIT = 1.0  # seconds for which a folder of pages that are dropped may be locked
+NAME_WAIT = 1.0  # seconds in which whoever has just locked a folder of pages that are dropped has said who it is
 
 
 @dataclass(frozen=True)
@@ -109,13 +112,18 @@ def _sign(place: CachePlace, mine: Path, stack: ExitStack) -> bool:
 
 
 def _lock(place: CachePlace) -> FolderLock:
-    """The right to use the folder. Whoever sweeps pages that are dropped holds it for a moment, which is waited for."""
-    deadline = time.monotonic() + (0.0 if place.fingerprint else SWEEP_WAIT)
+    """The right to use the folder. Whoever sweeps pages that are dropped is waited for, however many they are."""
+    deadline, is_told = 0.0 if place.fingerprint else time.monotonic() + NAME_WAIT, False
     while True:
         try:
             return FolderLock(place.folder, place.engine)
-        except InUseError:
-            if time.monotonic() >= deadline:
+        except InUseError as error:
+            if error.owner.startswith(SWEEPER):
+                deadline = time.monotonic() + NAME_WAIT  # the next holder may be another one
+                if not is_told:
+                    log.info("another process removes what a killed engine left in %s; waiting for that", place.folder)
+                is_told = True
+            elif time.monotonic() >= deadline:
                 raise
         time.sleep(0.05)
 

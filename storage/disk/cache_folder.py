@@ -30,6 +30,7 @@ FORMAT = 2  # of what lies on disk; part of the fingerprint
 CATALOGUE, LOCK, DESCRIPTION = "catalogue.sqlite", "lock", "model.json"
 CATALOGUE_LOG = f"{CATALOGUE}-wal"  # of commits that are not in it yet
 SCRATCH, SESSIONS = "scratch", "sessions"  # sub-folders of cache_dir that are no model's
+SWEEPER = "sweep-"  # begins the nonce of whoever has a folder's lock to sweep it, and for as long as that takes alone
 FULL = errno.ENOSPC, errno.EDQUOT  # of a disk
 DAMAGED = ".damaged"  # behind the name of what is set aside
 

@@ -2,8 +2,9 @@
 
 import logging
 from pathlib import Path
+from uuid import uuid4
 
-from distkv.storage.disk.cache_folder import SCRATCH, FolderLock
+from distkv.storage.disk.cache_folder import SCRATCH, SWEEPER, FolderLock
 from distkv.storage.disk.disk_array import remove_arrays
 from distkv.storage.disk.removal import num_bytes
 from distkv.storage.errors import ConfigError, DistKVError
@@ -19,7 +20,7 @@ def sweep_scratch(cache_dir: Path) -> int:
         size = num_bytes(folder)
         if size:
             try:
-                lock = FolderLock(folder)
+                lock = FolderLock(folder, SWEEPER + uuid4().hex)
             except ConfigError:
                 return 0
             remove_arrays(folder)

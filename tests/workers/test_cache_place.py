@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,8 @@ from support.pages import SPEC
 
 from distkv.config import EngineConfig
 from distkv.launch.launch import set_up
-from distkv.storage.disk.cache_folder import FolderLock, describe
+from distkv.storage.disk import scratch
+from distkv.storage.disk.cache_folder import SCRATCH, describe
 from distkv.storage.disk.page_arrays import ARRAY, DiskShare
 from distkv.storage.page_spec import PageSpec
 from distkv.storage.tier import Tier
@@ -196,11 +198,29 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
             pass
 
 
-def test_a_sweep_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_place, "SWEEP_WAIT", 60.0)
-    lock = FolderLock(tmp_path)
-    timer = threading.Timer(0.2, lock.release)
-    timer.start()
-    with join_folder(CachePlace(tmp_path), of_head(0), is_alone=True) as found:
-        assert has_lock_and_writes(found) == (True, True)
-    timer.join()
+def test_a_sweep_is_waited_for_as_long_as_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, is_sweeping, may_end = tmp_path / SCRATCH, threading.Event(), threading.Event()
+    (folder / ARRAY).mkdir(parents=True)
+    (folder / ARRAY / "c.0.0.0.0.0.0").write_bytes(bytes(2**10))  # of an engine that was killed
+
+    def remove_arrays(_: Path) -> None:
+        is_sweeping.set()
+        assert may_end.wait(60)
+
+    monkeypatch.setattr(scratch, "remove_arrays", remove_arrays)
+    sweeper = threading.Thread(target=scratch.sweep_scratch, args=(tmp_path,), daemon=True)
+    sweeper.start()
+    assert is_sweeping.wait(60)
+
+    clock, sleeps = count(0.0, 1000.0), count(1)
+
+    def sleep(_: float) -> None:
+        if next(sleeps) == 3:
+            may_end.set()
+            sweeper.join()
+
+    monkeypatch.setattr(cache_place, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=sleep))
+    with join_folder(CachePlace(folder), of_head(0), is_alone=True) as found:
+        assert has_lock_and_writes(found) == (True, True) and may_end.is_set()
+        with pytest.raises(ConfigError, match="end that"), join_folder(CachePlace(folder), of_head(0), is_alone=True):
+            pass
