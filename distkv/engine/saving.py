@@ -34,6 +34,7 @@ class FinalSave:
     def run(self, runner: StepRunner) -> None:
         """Goes on until nothing is left to be saved, the disk takes no more, or the time is over. To be called when no
         request runs any more."""
+        self._cache.retry_disk()  # what it refused it may take by now, and there is no later time
         told, is_late = self._begun, False
         while not is_late and runner.drain():
             now = time.monotonic()

@@ -4,7 +4,7 @@ import logging
 from types import SimpleNamespace
 
 import pytest
-from support.memory import Memory, engine_info
+from support.memory import Memory, drain, engine_info
 
 from distkv.engine import saving
 from distkv.engine.engine import Engine
@@ -53,3 +53,18 @@ def test_what_is_saved_in_time_can_be_used(
         assert page.key is not None
         assert not page.index or pages[page.key.parent].slots[DISK] is not None, "a page before it is missing"
         assert page.index >= NUM_PAGES or page.key.tokens[0] in (2, 3), "it is none of those that ran"
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_a_disk_that_was_full_is_asked_once_more_at_the_end(has_room: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """No step has counted the time until then, since the engine had nothing to do."""
+    info = engine_info(num_host_pages=20, num_disk_pages=40, enable_prefix_caching=True)
+    memory = Memory(info, fault_rate=1.0)
+    engine = Engine(info, RankExecutor(memory.execute))
+    engine.add([EngineRequest("a", [4] * 80, SamplingParams(max_tokens=5, ignore_eos=True), 5, seed=1)])
+    drain(engine)
+    assert engine._cache.num_unsaved == 5 and not engine.has_work
+    memory.fault_rate = 0.0 if has_room else 1.0
+    engine.close()
+    assert engine._cache.num_unsaved == (0 if has_room else 5)
+    assert ("5 KV pages were not saved (the disk refuses more: " in caplog.text) != has_room
