@@ -13,11 +13,11 @@ from simulation.drafts import SimulatedDrafts
 from simulation.executor import SimulatedExecutor
 from simulation.model import PlainModel
 from simulation.node import Node
-from simulation.shape import Faults, any_faults, any_info, make_ranks, with_drafts
+from simulation.shape import Faults, any_faults, any_info, make_ranks, with_drafts, without_tiers
 from simulation.workload import Workload
 from simulation.world import Hung, Process, World
 
-from distkv.engine import step
+from distkv.engine import answer_lengths, step
 from distkv.engine.client import EngineClient
 from distkv.engine.engine import Engine
 from distkv.engine.speculation import methods, self_speculator, speculator
@@ -40,11 +40,14 @@ class Driver:
         self.info = any_info(rng, str(folder))
         if world.seed % 3 == 0:
             self.info = with_drafts(self.info, Random(world.seed))
+        self.is_short = world.seed % 9 == 7  # of pages
+        if self.is_short:
+            self.info = without_tiers(self.info)
         self.num_heads = rng.choice([1, 1, 2, 3])
         self.model = PlainModel(self.num_heads, self.info.page_size, self.info.num_observed)
         self.faults = self.given = any_faults(rng)
         self.nodes = [Node(world, folder)]
-        self.workload = Workload(rng, self.info)
+        self.workload = Workload(rng, self.info, self.is_short)
         self.callers = Callers(world, self.info, self.model, self.explained(self.faults))
         self.pace = rng.choice([0.002, 0.02, 1.5])  # seconds that a step takes at most
         self.client: EngineClient | None = None
@@ -77,6 +80,7 @@ class Driver:
         return [
             (methods, "NgramDrafts", lambda _: drafts), (speculator, "time", self.world.time),
             (step, "time", self.world.time), (self_speculator, "TRIAL_SHARE", 0.5),
+            *([(answer_lengths, "FIRST_GUESS", 1)] if self.is_short else []),
         ]  # fmt: skip
 
     # --- what a kind of engines is asked for ---
@@ -129,15 +133,23 @@ class Driver:
         if world.chance(self.workload.busy) and len(self.callers.open) < MOST_OPEN:
             self.send()
         if self.callers.open and world.chance(0.02):
-            request_id = rng.choice(list(self.callers.open))
-            index = rng.choice([None, *range(self.callers.open[request_id].request.params.n)])
-            self.client.abort([(request_id, index)])
-            self.callers.abort(request_id, index)
-            world.count("aborted")
+            self._abort(rng.choice(list(self.callers.open)), "aborted")
+        waiting = [one for engine in self.engines() for one in engine._scheduler.waiting]
+        preempted = {one.request.request_id for one in waiting if one.was_preempted} & self.callers.open.keys()
+        if preempted and world.chance(0.3):
+            self._abort(min(preempted), "aborted without its pages")
         if world.chance(0.002):
             self.client.reset_prefix_cache()
         if world.chance(0.005):
             self.client.stats()
+
+    def _abort(self, request_id: str, name: str) -> None:
+        """Somebody does not want an answer any more, or all of a request's."""
+        assert self.client is not None
+        index = self.world.rng.choice([None, *range(self.callers.open[request_id].request.params.n)])
+        self.client.abort([(request_id, index)])
+        self.callers.abort(request_id, index)
+        self.world.count(name)
 
     def send(self) -> None:
         """Some requests come."""

@@ -83,6 +83,12 @@ def with_drafts(info: EngineInfo, rng: Random) -> EngineInfo:
     return msgspec.structs.replace(info, speculation=drafts, kv_cache_dtype=dtype)
 
 
+def without_tiers(info: EngineInfo) -> EngineInfo:
+    """The same with no room but on the device, of which requests have to give some up where they are longer than is
+    guessed."""
+    return msgspec.structs.replace(info, num_host_pages=0, num_disk_pages=0, cache_dir=None, fingerprint="")
+
+
 def make_ranks(
     world: World, process: Process, info: EngineInfo, disk: Disk, num_heads: int, num_ranks: int
 ) -> list[SimulatedRank]:

@@ -24,7 +24,7 @@ OFTEN = (
     "killed at: transfers are under way", "device fault", "no room in the cluster", "step fault: reported",
 )  # fmt: skip
 NOW_AND_THEN = (
-    "disk_to_host failed", "read error", "hang", "node drained", "too many ranks lost",
+    "aborted without its pages", "disk_to_host failed", "read error", "hang", "node drained", "too many ranks lost",
     "killed at: the node is gone", "start failed", "failed with StoreError", "failed with CapacityError",
     "failed with DistKVError", "killed at: opening the catalogue", "killed at: before the catalogue is written",
     "killed at: after the catalogue is written", "killed at: before a page's files are removed",

@@ -11,8 +11,10 @@ from distkv.sampling_params import SamplingParams
 class Workload:
     """Makes requests up, for an engine of this shape."""
 
-    def __init__(self, rng: Random, info: EngineInfo):
+    def __init__(self, rng: Random, info: EngineInfo, is_unlimited: bool = False):
+        """`is_unlimited` has most of them come without max_tokens."""
         self.rng, self.info = rng, info
+        self._limits = [None, None, None, None, 5] if is_unlimited else [None, 1, 2, 5, 20]
         self.num_requests = 0
         self.busy = rng.choice([0.05, 0.2, 0.5])  # how often one comes
         tiers = info.num_pages + info.num_host_pages + info.num_disk_pages
@@ -37,7 +39,7 @@ class Workload:
             prompt = list(rng.choice(self._stems))  # the very same, so that several compute it at a time
         prompt = prompt[:longest]
         room = self.longest - len(prompt)
-        max_tokens = rng.choice([None, 1, 2, 5, 20, room])
+        max_tokens = rng.choice([*self._limits, room])
         params = self._params(None if max_tokens is None else min(max_tokens, room), len(prompt))
         self.num_requests += 1
         is_synthetic = rng.random() < 0.03 and params.prompt_logprobs is None
