@@ -4,13 +4,13 @@ A member is a key of the Zarr store, such as `pages/c.0.0.0.0.0.0`.
 """
 
 import os
-import shutil
 import stat
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Protocol
 
 from distkv.errors import ConfigError, StoreError
@@ -30,32 +30,47 @@ def check_target(path: Path) -> None:
     if path.suffix not in (FOLDER, ZIP):
         raise ConfigError(f"{str(path)!r} ends neither in {FOLDER}, for a folder, nor in {ZIP}; name one that does")
     if os.path.lexists(path):
-        raise ConfigError(f"{str(path)!r} is there already; remove it, or name another one")
+        raise _taken(path)
 
 
 @contextmanager
 def new_store(path: Path) -> Iterator[Put]:
     """Makes a store that its owner alone may read: whole at the end of the context, and synced, and not at all when
-    anything is raised in it, or the process is killed.
+    anything is raised in it, or the process is killed. Until then it grows in a folder of its own beside that place.
 
-    Raises ConfigError as `check_target` does, StoreError when it cannot be written.
+    Raises ConfigError as `check_target` does, also when something has come to lie there meanwhile, StoreError when it
+    cannot be written.
     """
     check_target(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with _new_zip(partial) if path.suffix == ZIP else _new_folder(partial) as put:
-            yield put
-        partial.rename(path)
+        with TemporaryDirectory(".partial", f".{path.name}.", path.parent, ignore_cleanup_errors=True) as folder:
+            partial = Path(folder, path.name)
+            with _new_zip(partial) if path.suffix == ZIP else _new_folder(partial) as put:
+                yield put
+            _move(partial, path)
         sync_folder(path.parent)
     except OSError as error:
         raise StoreError(
             f"{str(path)!r} cannot be written: {error.strerror}; make room for it, or name another place"
         ) from error
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            partial.unlink(missing_ok=True)
+
+
+def _move(partial: Path, path: Path) -> None:
+    """Moves a store to its place. A rename alone would replace a file there, and links are not to be had everywhere, so
+    the place is taken by an empty file or folder first; that is what a kill just between the two leaves."""
+    try:
+        path.mkdir() if partial.is_dir() else path.touch(exist_ok=False)
+    except FileExistsError:
+        raise _taken(path) from None
+    try:
+        partial.rename(path)
+    except OSError:
+        path.rmdir() if path.is_dir() else path.unlink()
+        raise
+
+
+def _taken(path: Path) -> ConfigError:
+    return ConfigError(f"{str(path)!r} is there already; remove it, or name another one")
 
 
 @contextmanager

@@ -26,7 +26,9 @@ from zarr.storage import LocalStore, ZipStore
 
 from distkv import LLM, SamplingParams
 from distkv.cache_folders import import_cache as import_module
+from distkv.cache_folders.export_store import new_store, open_store
 from distkv.commands.main import app
+from distkv.errors import ConfigError, StoreError
 from distkv.storage.disk.cache_folder import FolderLock
 from distkv.storage.disk.catalogue import Catalogue, Entry
 from distkv.storage.disk.page_arrays import ARRAY, DiskShare
@@ -362,6 +364,48 @@ def test_what_cannot_be_exported(cache: Path, tmp_path: Path) -> None:
     out.write_text("mine")
     assert "is there already" in refused("export", out, "--cache-dir", cache, "--all")
     assert out.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["book.zarr", "book.zarr.zip"])
+def test_of_two_exports_to_one_place_the_first_to_end_is_there(tmp_path: Path, name: str) -> None:
+    """Both by one process, as by processes of containers, whose numbers are the same."""
+    out = tmp_path / name
+    with pytest.raises(ConfigError, match=f"{name}' is there already"), new_store(out) as put:
+        put("pages/x", b"of the first")
+        with new_store(out) as other:
+            other("pages/x", b"of the second")
+        put("pages/y", b"of the first")
+    with open_store(out) as store:
+        assert store.read("pages/x") == b"of the second"
+    assert list(tmp_path.iterdir()) == [out]
+    assert out.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("name", ["book.zarr", "book.zarr.zip"])
+def test_an_export_that_is_killed_stops_no_other(tmp_path: Path, name: str) -> None:
+    """Though the next process may have its number."""
+    out = tmp_path / name
+    for is_dir in (True, False):
+        left = tmp_path / f".{name}.{os.getpid()}.partial"
+        left.mkdir() if is_dir else left.touch()
+        with new_store(out) as put:
+            put("pages/x", b"content")
+        assert left.exists() and out.exists()
+        left.rmdir() if is_dir else left.unlink()
+        shutil.rmtree(out) if out.is_dir() else out.unlink()
+
+
+@pytest.mark.parametrize("name", ["book.zarr", "book.zarr.zip"])
+def test_an_export_that_cannot_be_moved_to_its_place_leaves_nothing(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, target: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(StoreError, match="cannot be written: Input/output error"), new_store(tmp_path / name) as put:
+        put("pages/x", b"content")
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_models_pages_are_refused(talker: Path, book: Path, tmp_path: Path) -> None:
