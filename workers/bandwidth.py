@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import cycle
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -182,28 +183,23 @@ def fastest(measure: Callable[[], float]) -> float:
 def disk_bandwidth(folder: Path, room: int) -> float:
     """Of a file of `room` bytes at most; 0 where that is too little to tell, or the disk too full."""
     num_reads = min(PROBE_BYTES, room) // READ_BYTES
-    path = folder / f"probe.{os.getpid()}"
     block = bytearray(READ_BYTES)
     try:
         if not num_reads or shutil.disk_usage(folder).free < FREE_PROBES * num_reads * READ_BYTES:
             return 0.0
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-    except OSError:
-        return 0.0
-    try:
-        path.unlink()  # so that a kill leaves nothing
-        for _ in range(num_reads):
-            os.write(descriptor, block)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        fastest = float("inf")
-        for index in range(num_reads):
-            start = time.perf_counter()
-            if os.preadv(descriptor, [block], index * READ_BYTES) < READ_BYTES:
-                return 0.0  # the disk has taken less than that
-            fastest = min(fastest, time.perf_counter() - start)
-        return READ_BYTES / fastest
+        # no other rank's, on whichever node, and gone with the process
+        with TemporaryFile(dir=folder, prefix="probe.", buffering=0) as file:
+            descriptor = file.fileno()
+            for _ in range(num_reads):
+                os.write(descriptor, block)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            fastest = float("inf")
+            for index in range(num_reads):
+                start = time.perf_counter()
+                if os.preadv(descriptor, [block], index * READ_BYTES) < READ_BYTES:
+                    return 0.0  # the disk has taken less than that
+                fastest = min(fastest, time.perf_counter() - start)
+            return READ_BYTES / fastest
     except OSError:  # somebody else has filled the disk
         return 0.0
-    finally:
-        os.close(descriptor)

@@ -123,6 +123,24 @@ def test_what_is_written_to_measure_a_disk_is_a_small_share_of_the_tier(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_is_measured_though_a_rank_of_the_same_pid_does_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another node, or in another container, that has the same folder: at any moment, such as this one."""
+    open_file, others = os.open, []
+
+    def opened(path: Any, *arguments: Any) -> int:
+        descriptor = open_file(path, *arguments)
+        if not others and Path(path).is_relative_to(tmp_path):
+            others.append(0.0)
+            others[0] = rate(tmp_path, 2**40)
+        return descriptor
+
+    monkeypatch.setattr(os, "open", opened)
+    assert rate(tmp_path, 2**40) > 0 and others[0] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_compressed_is_read_and_then_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = PageSpec(6, 2, 64, 16, "bfloat16", disk_codec="lossless")
     pools: Any = SimpleNamespace(disk=disk_pool(tmp_path, spec), host=SimpleNamespace(num_pages=0))
