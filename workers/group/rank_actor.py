@@ -111,8 +111,11 @@ class RankActor:
             main(RankExecutor.on(self._rank, self._followers), self._requests, self._take_logs, *arguments)
             self._followers.send(None)
             self._followers.receive()  # they have let go of the disk, which rank 0 sweeps
-        except BaseException:
-            self._rank.close_after_error()
+        except BaseException as error:
+            try:
+                self._rank.close_after_error()
+            except Exception as another:  # such as a folder that followers, which do not know yet, still write to
+                error.add_note(f"and then the rank could not be closed: {type(another).__name__}: {another}")
             raise
         self._rank.close()
         self._rank.peers.close()
