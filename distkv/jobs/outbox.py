@@ -14,10 +14,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+
+Stamp = tuple[int, int]  # time of the last change in ns, bytes
 
 MANIFEST = "manifest.json"
 LOOK_SECONDS = 0.5
+MOST_LOOKS = 5
 STOPPING_SECONDS = 1.5  # of a command, after which its files are put out as they are: three seconds later it is killed
 
 
@@ -69,8 +73,9 @@ def _clear(job: str) -> None:
         shutil.rmtree(logs / folder_name(job), ignore_errors=True)
 
 
-def _put_out(job: str, patterns: list[str], before: dict[Path, tuple[int, int]]) -> None:
-    """Copies what is new since `before`, and writes what there is; patterns without a new file are `missing`."""
+def _put_out(job: str, patterns: list[str], before: dict[Path, Stamp | None]) -> None:
+    """Copies what is new since `before`, and writes what there is; patterns without a new file are `missing`. A file
+    that goes meanwhile, a temporary one of a command that still runs, say, is passed over."""
     logs = _log_folder()
     if logs is None:
         print("distkv: the job's log is no file here, so no file can be brought back", file=sys.stderr)
@@ -83,13 +88,14 @@ def _put_out(job: str, patterns: list[str], before: dict[Path, tuple[int, int]])
         missing = []
         for pattern in patterns:
             new = [path for path in _found(pattern) if before.get(path) != _stamp(path)]
-            if not new:
-                missing.append(pattern)
             for path in new:
                 if path not in files:
                     target = folder / str(first + len(files))
-                    shutil.copyfile(path, target)
-                    files[path] = {"path": path.as_posix(), "name": target.name, **_measured(target)}
+                    with suppress(FileNotFoundError):
+                        shutil.copyfile(path, target)
+                        files[path] = {"path": path.as_posix(), "name": target.name, **_measured(target)}
+            if files.keys().isdisjoint(new):
+                missing.append(pattern)
         staged = folder / f"{MANIFEST}.new"
         staged.write_text(json.dumps({"files": list(files.values()), "missing": missing}))
         staged.rename(folder / MANIFEST)
@@ -105,14 +111,25 @@ def _log_folder() -> Path | None:
 
 def _found(pattern: str) -> Iterator[Path]:
     """Files by their path in the current folder; of a folder all that are in it."""
-    here = Path()
-    for path in sorted(here.glob(pattern)):
-        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+    for path in _matching(pattern):
+        inside = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names) or [path]
         yield from (one for one in inside if one.is_file())
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
+def _matching(pattern: str) -> list[Path]:
+    """Looks again when a folder goes while it is looked into, which pathlib does not pass over."""
+    for _ in range(MOST_LOOKS - 1):
+        with suppress(FileNotFoundError):
+            return sorted(Path().glob(pattern))
+    return sorted(Path().glob(pattern))
+
+
+def _stamp(path: Path) -> Stamp | None:
+    """What changes with a file; None for one that is gone."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
     return status.st_mtime_ns, status.st_size
 
 

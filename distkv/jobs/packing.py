@@ -4,6 +4,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -71,6 +72,8 @@ def write_zip(files: list[Packed], job: str, target: Path) -> None:
                 info.external_attr = os.stat(one.source).st_mode << 16
                 with one.source.open("rb") as source, archive.open(info, "w") as packed:
                     shutil.copyfileobj(source, packed)
+            except FileNotFoundError:  # it has gone since it was found
+                continue
             except OSError as error:
                 raise _unreadable(one.path, error) from error
 
@@ -94,6 +97,8 @@ def _walk(
     rules = [*rules, *_rules_of(folder, inside)]
     try:
         entries = list(os.scandir(folder))
+    except FileNotFoundError:  # it has just gone
+        return
     except OSError as error:
         raise _unreadable(inside, error) from error
     for entry in entries:
@@ -111,7 +116,8 @@ def _walk(
                 inner = list(_walk(Path(entry.path), path, rules, (*above, real)))
                 yield from inner or [Packed(Path(entry.path), path, 0)]
         elif entry.is_file():  # and not a socket, a pipe or a link that leads nowhere
-            yield Packed(Path(entry.path), path, entry.stat().st_size)
+            with suppress(FileNotFoundError):
+                yield Packed(Path(entry.path), path, entry.stat().st_size)
 
 
 def _is_text(name: str) -> bool:

@@ -4,6 +4,7 @@ import http.server
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -11,7 +12,7 @@ import time
 import zipfile
 from contextlib import redirect_stdout
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from subprocess import Popen
 from subprocess import run as run_process
 from typing import Any
@@ -21,7 +22,7 @@ from support.processes import ROOT
 
 from distkv import ConfigError, StoreError
 from distkv.commands.main import app
-from distkv.jobs import packing
+from distkv.jobs import outbox, packing
 from distkv.jobs.inbox import bring
 from distkv.jobs.packing import files_of, stage_distkv, write_zip
 
@@ -67,6 +68,26 @@ def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
     fill(tmp_path, "work/.gitignore")
     (tmp_path / "work" / ".gitignore").write_text("*.txt")
     assert paths_of(tmp_path / "work") == [".gitignore"]
+
+
+def test_what_goes_while_a_folder_is_packed_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A temporary file, or a folder, whether it goes before its size is asked for or before it is read."""
+    fill(tmp_path, "in/a.txt", "in/gone", "in/folder/gone.too", "in/later")
+    is_ignored = packing._is_ignored
+
+    def look(path: PurePosixPath, is_folder: bool, rules: Any) -> bool:
+        if path.name == "gone":
+            (tmp_path / "in" / path).unlink()
+        if path.name == "folder":
+            shutil.rmtree(tmp_path / "in" / path)
+        return is_ignored(path, is_folder, rules)
+
+    monkeypatch.setattr(packing, "_is_ignored", look)
+    found = files_of(tmp_path / "in")
+    (tmp_path / "in" / "later").unlink()
+    write_zip(found, "j", tmp_path / "job.zip")
+    with zipfile.ZipFile(tmp_path / "job.zip") as archive:
+        assert archive.namelist() == [packing.JOB_FILE, "a.txt"]
 
 
 def test_each_job_has_a_package_of_its_own(tmp_path: Path) -> None:
@@ -189,6 +210,43 @@ def test_a_file_that_the_job_did_not_write_is_not_put_out(tmp_path: Path) -> Non
     manifest = json.loads((tmp_path / "distkv-j" / "manifest.json").read_text())
     assert manifest == {"files": [], "missing": ["old.txt", "-x", "new/*"]}
     assert [path.name for path in (tmp_path / "distkv-j").iterdir()] == ["manifest.json"]
+
+
+def test_a_file_that_goes_meanwhile_is_passed_over(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it is looked at, before it is copied, or a folder before it is looked into: what else there is comes."""
+    logs, stamp, copy, scandir = tmp_path_factory.mktemp("logs"), outbox._stamp, shutil.copyfile, os.scandir
+
+    def look(folder: Any = ".") -> Any:
+        if not isinstance(folder, int) and Path(folder).name == "gone":
+            shutil.rmtree(folder, ignore_errors=True)
+        return scandir(folder)
+
+    def stamp_without(path: Path) -> Any:
+        if path.suffix == ".partial":
+            path.unlink(missing_ok=True)
+        return stamp(path)
+
+    def copy_without(path: Path, target: Path) -> None:
+        if path.suffix == ".wal":
+            path.unlink(missing_ok=True)
+        copy(path, target)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(outbox, "_log_folder", lambda: logs)
+    monkeypatch.setattr(outbox, "_stamp", stamp_without)
+    monkeypatch.setattr(shutil, "copyfile", copy_without)
+    monkeypatch.setattr(os, "scandir", look)
+    patterns = ["*.partial", "*.wal", "out", "**/*.json", "*.*"]
+    for job, own in enumerate([["*.partial"], ["*.wal"], ["out"], ["**/*.json"], patterns]):
+        fill(tmp_path, "a.partial", "b.wal", "c.jsonl", "out/d.json", "out/gone/e.json")
+        outbox._put_out(str(job), own, {})
+        manifest = json.loads((logs / f"distkv-{job}" / "manifest.json").read_text())
+        missing = [one for one in own if one in ("*.partial", "*.wal")]
+        expected = {"out": ["out/d.json"], "**/*.json": ["out/d.json"], "*.*": ["c.jsonl"]}
+        found = sorted({path for one in own for path in expected.get(one, [])})
+        assert sorted(one["path"] for one in manifest["files"]) == found and manifest["missing"] == missing
 
 
 def test_what_a_command_has_written_is_put_out_before_it_is_killed(tmp_path: Path) -> None:
