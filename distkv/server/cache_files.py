@@ -155,11 +155,12 @@ async def _pieces(work: Work) -> AsyncGenerator[bytes, None]:
         while not working.done() or not pieces.empty():
             getting = asyncio.ensure_future(pieces.get())
             both: list[asyncio.Future[Any]] = [getting, working]
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            try:
+                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                getting.cancel()  # which does nothing to one that has come to its end
             if getting.done():
                 yield getting.result()
-            else:
-                getting.cancel()
         await working
     finally:
         is_over.set()
@@ -167,6 +168,7 @@ async def _pieces(work: Work) -> AsyncGenerator[bytes, None]:
             with suppress(asyncio.QueueEmpty):
                 pieces.get_nowait()
             await asyncio.sleep(POLL_SECONDS)
+        working.exception()  # which nobody is left to hear of, where it has not been raised
 
 
 @contextmanager

@@ -1,9 +1,13 @@
 """What one server has read another one takes in, over HTTP; nobody without the key, nothing damaged."""
 
+import asyncio
+import gc
 import io
 import os
+import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import pytest
 from support.servers import ServerProcess
 
 from distkv import ConfigError
+from distkv.server.cache_files import _pieces
 from distkv.server.options import ServerOptions
 
 KEY = "a-secret"
@@ -94,6 +99,42 @@ def test_one_at_a_time_and_a_client_that_leaves(client: httpx2.Client, url: str)
         """Until it has been noticed."""
     assert answer.status_code == 200 and zipfile.ZipFile(io.BytesIO(answer.content)).testzip() is None
     assert httpx2.post(f"{url}/cache/export", json=body, timeout=60).status_code == 401
+
+
+@pytest.mark.parametrize("num_waiting", [0, 2])
+def test_a_client_that_leaves_puts_nothing_into_the_log(num_waiting: int) -> None:
+    """Whether it waits for the thread that writes the file, or that waits for it to take a piece."""
+    said: list[Any] = []
+    goes_on = threading.Event()
+
+    def work(write: Callable[[bytes], None]) -> None:
+        for _ in range(1 + num_waiting):
+            write(b"a piece")
+        goes_on.wait(60)
+        write(b"too late")
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context))
+        has_come = asyncio.Event()
+
+        async def take() -> None:
+            async with aclosing(_pieces(work)) as pieces:
+                async for _ in pieces:
+                    has_come.set()
+                    if num_waiting:
+                        await asyncio.Event().wait()
+
+        taking = asyncio.create_task(take())
+        await has_come.wait()
+        taking.cancel()
+        goes_on.set()
+        await asyncio.wait([taking])
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        del taking
+        gc.collect()
+
+    asyncio.run(main())
+    assert not said
 
 
 def test_a_server_that_was_not_told_to(server: ServerProcess) -> None:
