@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from distkv.client import wire
-from distkv.errors import ConfigError, RequestError, StoreError
+from distkv.errors import ConfigError, Draining, RequestError, StoreError
 from distkv.server.connection import while_connected
 from distkv.server.errors import ApiError
 from distkv.server.schemas.body import Body
@@ -49,29 +49,26 @@ class Export(Body):
     cache_salt: str | None = Field(default=None, description="That of the requests which made the pages.")
 
 
-class Transfers:
-    """One at a time: each has a thread, and a file on the cache's disk or what waits to be sent."""
-
-    def __init__(self) -> None:
-        self._is_on = False
-
-    @contextmanager
-    def one(self, service: Service) -> Iterator[None]:
-        """No other begins meanwhile. Raises ApiError where transfers are not allowed or one is under way."""
-        if service.options.cache_transfer_bytes is None:
-            raise ApiError(403, "this server exports and imports no cache; start it with --cache-transfer-bytes SIZE")
-        if self._is_on:
-            raise ApiError(429, "another export or import is under way; try again", retry_after=RETRY_SECONDS)
-        self._is_on = True
-        try:
-            yield
-        finally:
-            self._is_on = False
+@contextmanager
+def one_transfer(service: Service) -> Iterator[None]:
+    """No other begins meanwhile: each has a thread, and a file on the cache's disk or what waits to be sent. Raises
+    ApiError where transfers are not allowed or one is under way, Draining when none is to begin any more."""
+    if service.options.cache_transfer_bytes is None:
+        raise ApiError(403, "this server exports and imports no cache; start it with --cache-transfer-bytes SIZE")
+    if service.is_draining:
+        raise Draining("the server is about to end and begins no export or import; ask another one, or later")
+    if not service.no_transfer.is_set():
+        raise ApiError(429, "another export or import is under way; try again", retry_after=RETRY_SECONDS)
+    service.no_transfer.clear()
+    try:
+        yield
+    finally:
+        service.no_transfer.set()
 
 
 def cache_file_routes(service: Service) -> APIRouter:
     """The routes."""
-    router, transfers = APIRouter(tags=["distkv"]), Transfers()
+    router = APIRouter(tags=["distkv"])
 
     @router.post(wire.EXPORT, responses={200: {"content": {ZIP: {}}}}, response_class=Response)
     async def export_cache(body: Export) -> Response:
@@ -86,7 +83,7 @@ def cache_file_routes(service: Service) -> APIRouter:
                 sent_zip(write), prompts, sessions=body.sessions, everything=body.all, cache_salt=body.cache_salt
             )
 
-        return _Sent(lambda: transfers.one(service), work)
+        return _Sent(lambda: one_transfer(service), work)
 
     @router.post(wire.IMPORT, openapi_extra=ZIP_BODY)
     async def import_cache(request: Request, cache_salt: str | None = None) -> dict[str, int]:
@@ -97,7 +94,7 @@ def cache_file_routes(service: Service) -> APIRouter:
         cache_dir = service.llm.config.cache_dir
         if cache_dir is None:
             raise ConfigError("pages are imported to disk; start the server with --cache-dir")
-        with transfers.one(service), _uploaded(Path(cache_dir)) as file:
+        with one_transfer(service), _uploaded(Path(cache_dir)) as file:
             await _receive(request, file)
             try:
                 imported = await service.llm.import_cache(file.name, cache_salt=cache_salt)

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from distkv.async_llm import AsyncLLM
 from distkv.client.card import http_url
@@ -106,6 +107,11 @@ class _Server(HttpServer):
         """Waits for the first signal, gives the name up, so that nobody attaches any more, and waits until nothing
         runs. What does not end in time is ended, with a second signal all of it at once. Requests that come meanwhile
         are refused, and the health says so."""
+
+        async def end() -> None:
+            await llm.drain()
+            await self._service.no_transfer.wait()  # and none begins any more
+
         await self._asked.wait()
         if self._registration is not None:
             self._registration.release()
@@ -115,13 +121,15 @@ class _Server(HttpServer):
                 "new requests are refused; open answers: %d, which have %s to end; a second signal ends them at once",
                 self._service.num_open, "all the time that they need" if timeout is None else f"{timeout} s",
             )  # fmt: skip
-        draining = asyncio.create_task(llm.drain(timeout))
-        hurried = asyncio.create_task(self._hurried.wait())
-        await asyncio.wait([draining, hurried], return_when=asyncio.FIRST_COMPLETED)
-        if not draining.done():
-            await llm.drain(0)
+        draining, hurried = asyncio.create_task(end()), asyncio.create_task(self._hurried.wait())
+        either: list[asyncio.Task[Any]] = [draining, hurried]
+        await asyncio.wait(either, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         hurried.cancel()
-        await draining
+        if draining.done():
+            draining.result()
+        else:
+            draining.cancel()
+            await llm.drain(0)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """uvicorn's, before which the name is given up, if it was not yet."""

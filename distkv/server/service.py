@@ -1,5 +1,6 @@
 """What all routes share: the model, once it is loaded, and who is being answered."""
 
+import asyncio
 import time
 from typing import Any
 
@@ -20,6 +21,8 @@ class Service:
         self.names, self.options = names, options
         self.created = int(time.time())
         self.is_draining = False  # whether what goes on without end is to end
+        self.no_transfer = asyncio.Event()  # unless an export or import is under way
+        self.no_transfer.set()
         self.hardware: Hardware | None = None  # that the model runs on, if that is known
         self._llm: AsyncLLM | None = None
 
@@ -42,8 +45,8 @@ class Service:
 
     @property
     def num_open(self) -> int:
-        """Answers that clients wait for."""
-        return 0 if self._llm is None else self._llm.num_open
+        """Answers that clients wait for, an export or import among them."""
+        return (0 if self._llm is None else self._llm.num_open) + (not self.no_transfer.is_set())
 
     def loaded(self, llm: AsyncLLM, hardware: Hardware | None = None) -> None:
         """Begins to serve."""

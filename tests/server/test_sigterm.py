@@ -1,8 +1,14 @@
 """SIGTERM: what runs ends or is ended, what comes is refused, and the next process goes on from what was saved."""
 
+import io
 import json
+import os
 import signal
-from contextlib import ExitStack
+import threading
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +16,10 @@ import httpx2
 import pytest
 from support.servers import ServerProcess
 
-from distkv import LLM, Client, Draining, SamplingParams
+from distkv import LLM, AsyncLLM, Client, Draining, SamplingParams
+from distkv.cache_folders.export_store import PIECE_BYTES, Put
 from distkv.frontend.session import Session
+from distkv.server import serve
 from distkv.server.options import ServerOptions
 from distkv.server.serve import _Server
 from distkv.server.service import Service
@@ -72,3 +80,44 @@ def test_a_second_signal_does_not_wait_for_clients_that_take_nothing() -> None:
         assert server.should_exit and not server.force_exit
         signal.raise_signal(signal.SIGTERM)
         assert server.force_exit
+
+
+def test_an_export_that_is_under_way_is_sent_to_its_end(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the time that all has which runs, and no other begins meanwhile."""
+    goes_on = threading.Event()
+    member = os.urandom(2 * PIECE_BYTES)
+
+    def export_to(self: AsyncLLM, store: AbstractContextManager[Put], *_: Any, **__: Any) -> None:
+        with store as put:
+            put("first", member)
+            assert goes_on.wait(60)
+            put("last", member)
+
+    def export(url: str) -> tuple[bytes, int]:
+        """The file, and the status of who asks for one after the signal."""
+        options: dict[str, Any] = {"json": {"all": True}, "headers": {"x-api-key": "k"}, "timeout": 60}
+        with httpx2.stream("POST", f"{url}/cache/export", **options) as answer:
+            parts: Iterator[bytes] = answer.iter_bytes()
+            first = next(parts)
+            os.kill(os.getpid(), signal.SIGTERM)
+            try:
+                while httpx2.get(f"{url}/health", timeout=60).status_code == 200:
+                    """The signal is on its way."""
+                refused = httpx2.post(f"{url}/cache/export", **options)
+            finally:
+                goes_on.set()
+            return first + b"".join(parts), refused.status_code
+
+    monkeypatch.setattr(AsyncLLM, "export_to", export_to)
+    monkeypatch.setattr(serve, "SEND_SECONDS", 0)
+    exported: list[Future[tuple[bytes, int]]] = []
+    options = ServerOptions(port=0, api_key="k", cache_transfer_bytes="1MiB", shutdown_timeout=60)
+    with ThreadPoolExecutor(1) as threads:
+        serve.serve(
+            "talker", lambda: talker, options, {"device_kv_bytes": "8MiB", "num_threads": 1},
+            lambda *_: None, lambda url: exported.append(threads.submit(export, url)),
+        )  # fmt: skip
+        content, refused = exported[0].result()
+    assert refused == 503
+    with zipfile.ZipFile(io.BytesIO(content)) as file:
+        assert [file.read(name) for name in file.namelist()] == [member, member]
