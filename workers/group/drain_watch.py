@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -24,7 +24,7 @@ class Notice:
     node_id: str
     seen: float  # monotonic time when it was seen first
     end: float  # monotonic time when the node goes; math.inf if none is said
-    has_room: bool  # whether other nodes have room for the whole group, if that ends
+    has_room: bool  # whether other nodes are known to have room for the whole group, if that ends
 
     @property
     def seconds_left(self) -> float:
@@ -69,10 +69,11 @@ class DrainWatch:
         ends = {node: now + drained[node] / 1e3 - wall if drained[node] else math.inf for node in own}
         first = min(own, key=lambda node: (ends[node], node))
         before = self.notice
-        seen, end = now, ends[first]
+        seen, end, has_room = now, ends[first], False
         if before is not None and before.node_id == first:
-            seen, end = before.seen, min(before.end, end)
-        self.notice = Notice(first, seen, end, self._has_room(drained))
+            seen, end, has_room = before.seen, min(before.end, end), before.has_room
+        self.notice = Notice(first, seen, end, has_room)  # though nobody may answer what is asked next
+        self.notice = replace(self.notice, has_room=self._has_room(drained))
 
     def _has_room(self, drained: Iterable[str]) -> bool:
         """Whether the nodes that stay have room for all ranks, counting what those there give back."""
