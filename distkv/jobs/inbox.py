@@ -30,11 +30,12 @@ def _check_path(given: str) -> PurePosixPath:
     return path
 
 
-def bring(cluster: Cluster, job: str, node: str, since: float, target: Path, tell: Callable[[str], None]) -> None:
+def bring(cluster: Cluster, job: str, node: str, target: Path, tell: Callable[[str], None]) -> None:
     """Writes the files of a job that has ended below `target`, and tells of each, and of those that are not there.
 
-    A file there that has changed after `since` (seconds since the epoch) is left as it is, and the job's is put beside
-    it. `node` is where the job's command ran. Raises StoreError for what does not arrive whole or cannot be written.
+    A file there that has changed since the job was submitted, by the clock of who did so and not by the cluster's, is
+    left as it is, and the job's is put beside it. `node` is where the job's command ran. Raises StoreError for what
+    does not arrive whole or cannot be written.
     """
     folder = folder_name(job)
     try:
@@ -52,7 +53,7 @@ def bring(cluster: Cluster, job: str, node: str, since: float, target: Path, tel
                 f"{entry['path']} did not arrive as the job wrote it ({len(content)} of {entry['size']} bytes); "
                 f"fetch it again with distkv submit --follow {job}"
             )
-        tell(_write(path, content, since, job))
+        tell(_write(path, content, manifest["submitted"], job))
 
 
 def _write(path: Path, content: bytes, since: float, job: str) -> str:

@@ -30,16 +30,21 @@ def folder_name(job: str) -> str:
     return f"distkv-{job}"
 
 
-def wrapped(job: str, patterns: list[str], command: list[str]) -> list[str]:
-    """The command line, behind `python -m`, of a job whose files come back."""
+def wrapped(job: str, submitted: float, patterns: list[str], command: list[str]) -> list[str]:
+    """The command line, behind `python -m`, of a job whose files come back.
+
+    Args:
+        submitted: seconds since the epoch by the clock of who submits it, which the manifest says again.
+    """
     flags = [f"--bring={pattern}" for pattern in patterns]
-    return ["distkv.jobs.outbox", "--job", job, *flags, "--", *command]
+    return ["distkv.jobs.outbox", "--job", job, "--submitted", repr(submitted), *flags, "--", *command]
 
 
 def main() -> int:
     """Runs the command behind `--` and returns its exit code, 128 and the signal's number when that was its end."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--job", required=True)
+    parser.add_argument("--submitted", type=float, required=True)
     parser.add_argument("--bring", action="append", required=True)
     parser.add_argument("command", nargs="+")
     options = parser.parse_args()
@@ -52,9 +57,9 @@ def main() -> int:
     is_out = False
     while (code := _ended(command)) is None:
         if not is_out and stop_times and time.monotonic() - stop_times[0] > STOPPING_SECONDS:
-            _put_out(options.job, options.bring, before)
+            _put_out(options.job, options.submitted, options.bring, before)
             is_out = True
-    _put_out(options.job, options.bring, before)
+    _put_out(options.job, options.submitted, options.bring, before)
     return code if code >= 0 else 128 - code
 
 
@@ -73,7 +78,7 @@ def _clear(job: str) -> None:
         shutil.rmtree(logs / folder_name(job), ignore_errors=True)
 
 
-def _put_out(job: str, patterns: list[str], before: dict[Path, Stamp | None]) -> None:
+def _put_out(job: str, submitted: float, patterns: list[str], before: dict[Path, Stamp | None]) -> None:
     """Copies what is new since `before`, and writes what there is; patterns without a new file are `missing`. A file
     that goes meanwhile, a temporary one of a command that still runs, say, is passed over."""
     logs = _log_folder()
@@ -97,7 +102,7 @@ def _put_out(job: str, patterns: list[str], before: dict[Path, Stamp | None]) ->
             if files.keys().isdisjoint(new):
                 missing.append(pattern)
         staged = folder / f"{MANIFEST}.new"
-        staged.write_text(json.dumps({"files": list(files.values()), "missing": missing}))
+        staged.write_text(json.dumps({"submitted": submitted, "files": list(files.values()), "missing": missing}))
         staged.rename(folder / MANIFEST)
     except OSError as error:
         print(f"distkv: files cannot be brought back: {error}", file=sys.stderr)

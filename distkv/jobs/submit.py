@@ -38,13 +38,14 @@ class Job:
 def submit(address: str | None, job: Job, tell: Callable[[str], None]) -> tuple[Cluster, str]:
     """Uploads a job and has it started; returns where, and its submission id. What is wrong with the job is found
     before anybody is asked at `address`."""
+    submitted = time.time()  # what is changed from now on may not be what the job gets
     name = job.name or f"distkv_{job.command[0]}_{secrets.token_hex(6)}"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise ConfigError(
             f"the submission id {name!r} may have letters, digits, '_', '-' and '.' only; give another one"
         )
     patterns = [check_pattern(pattern) for pattern in job.bring]
-    module = wrapped(name, patterns, job.command) if patterns else ["distkv", *job.command]
+    module = wrapped(name, submitted, patterns, job.command) if patterns else ["distkv", *job.command]
     with TemporaryDirectory(prefix="distkv-") as folder:
         working_dir, size = _working_dir(job.working_dir, name, Path(folder))
         package = stage_distkv(Path(folder, "modules"))
@@ -72,8 +73,7 @@ def attend(cluster: Cluster, name: str, tell: Callable[[str], None]) -> int:
         return INTERRUPTED
     code = exit_code(details, tell)
     if "distkv.jobs.outbox" in details.entrypoint and details.driver_node_id:
-        since = (details.start_time or time.time() * 1e3) / 1e3
-        bring(cluster, name, details.driver_node_id, since, Path.cwd(), tell)
+        bring(cluster, name, details.driver_node_id, Path.cwd(), tell)
     return code
 
 

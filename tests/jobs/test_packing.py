@@ -4,6 +4,7 @@ import http.server
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -15,6 +16,7 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from subprocess import Popen
 from subprocess import run as run_process
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,8 +25,11 @@ from support.processes import ROOT
 from distkv import ConfigError, StoreError
 from distkv.commands.main import app
 from distkv.jobs import outbox, packing
+from distkv.jobs import submit as submit_module
+from distkv.jobs.cluster import Cluster
 from distkv.jobs.inbox import bring
 from distkv.jobs.packing import files_of, stage_distkv, write_zip
+from distkv.jobs.submit import Job
 
 
 def fill(folder: Path, *paths: str) -> None:
@@ -201,14 +206,14 @@ def test_a_file_that_the_job_did_not_write_is_not_put_out(tmp_path: Path) -> Non
     fill(tmp_path, "work/old.txt")
     fill(tmp_path, "distkv-j/of_an_earlier_job_of_that_name")
     brought = [f"--bring={pattern}" for pattern in ("old.txt", "-x", "new/*")]
-    command = [sys.executable, "-m", "distkv.jobs.outbox", "--job", "j", *brought]
+    command = [sys.executable, "-m", "distkv.jobs.outbox", "--job", "j", "--submitted", "1.5", *brought]
     with (tmp_path / "job-driver-j.log").open("w") as log:
         ended = run_process(
             [*command, "--", "nonsense"], cwd=tmp_path / "work", stdout=log, stderr=log, env={"PYTHONPATH": str(ROOT)}
         )
     assert ended.returncode == 2
     manifest = json.loads((tmp_path / "distkv-j" / "manifest.json").read_text())
-    assert manifest == {"files": [], "missing": ["old.txt", "-x", "new/*"]}
+    assert manifest == {"submitted": 1.5, "files": [], "missing": ["old.txt", "-x", "new/*"]}
     assert [path.name for path in (tmp_path / "distkv-j").iterdir()] == ["manifest.json"]
 
 
@@ -241,7 +246,7 @@ def test_a_file_that_goes_meanwhile_is_passed_over(
     patterns = ["*.partial", "*.wal", "out", "**/*.json", "*.*"]
     for job, own in enumerate([["*.partial"], ["*.wal"], ["out"], ["**/*.json"], patterns]):
         fill(tmp_path, "a.partial", "b.wal", "c.jsonl", "out/d.json", "out/gone/e.json")
-        outbox._put_out(str(job), own, {})
+        outbox._put_out(str(job), 1.5, own, {})
         manifest = json.loads((logs / f"distkv-{job}" / "manifest.json").read_text())
         missing = [one for one in own if one in ("*.partial", "*.wal")]
         expected = {"out": ["out/d.json"], "**/*.json": ["out/d.json"], "*.*": ["c.jsonl"]}
@@ -262,7 +267,8 @@ def test_what_a_command_has_written_is_put_out_before_it_is_killed(tmp_path: Pat
         "time.sleep(60)\n"
     )
     (tmp_path / "outbox.py").write_text((ROOT / "distkv" / "jobs" / "outbox.py").read_text())
-    command = [sys.executable, str(tmp_path / "outbox.py"), "--job", "j", "--bring=out.txt", "--", "stress"]
+    flags = ["--job", "j", "--submitted", "1.5", "--bring=out.txt"]
+    command = [sys.executable, str(tmp_path / "outbox.py"), *flags, "--", "stress"]
     with (
         (tmp_path / "job-driver-j.log").open("w") as log,
         Popen(command, cwd=tmp_path / "work", stdout=log, stderr=log, start_new_session=True) as job,
@@ -278,6 +284,43 @@ def test_what_a_command_has_written_is_put_out_before_it_is_killed(tmp_path: Pat
     assert (tmp_path / "distkv-j" / entry["name"]).read_text() == "some more "
 
 
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_what_is_changed_once_a_job_is_submitted_is_newer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_changed: bool
+) -> None:
+    """Though the cluster's clock may be ahead, by which the job began later."""
+    fill(tmp_path, "here/notes", "job/notes")
+    os.utime(tmp_path / "here" / "notes", (1e9, 1e9))
+    (tmp_path / "job" / "distkv.py").write_text("open('notes', 'w').write('of the job')")
+    (tmp_path / "outbox.py").write_text((ROOT / "distkv" / "jobs" / "outbox.py").read_text())
+    monkeypatch.chdir(tmp_path / "here")
+
+    class Ahead(Cluster):
+        def __init__(self, address: str | None):
+            self.address = "somewhere"
+
+        def submit(self, job: str, entrypoint: str, runtime_env: dict[str, Any]) -> None:
+            if is_changed:
+                (tmp_path / "here" / "notes").write_text("mine")
+            flags = shlex.split(entrypoint.partition("distkv.jobs.outbox ")[2])
+            with (tmp_path / "job-driver-j.log").open("w") as log:
+                command = [sys.executable, str(tmp_path / "outbox.py"), *flags]
+                run_process(command, cwd=tmp_path / "job", stdout=log, stderr=log, check=True)
+
+        def log_file(self, node: str, name: str) -> bytes:
+            return (tmp_path / name).read_bytes()
+
+    later = (time.time() + 3600) * 1e3
+    details = SimpleNamespace(entrypoint="distkv.jobs.outbox", driver_node_id="node", start_time=later)
+    monkeypatch.setattr(submit_module, "Cluster", Ahead)
+    monkeypatch.setattr(submit_module, "follow", lambda *_: details)
+    monkeypatch.setattr(submit_module, "exit_code", lambda *_: 0)
+    cluster, name = submit_module.submit(None, Job(["stress"], ".", {}, ["notes"], "j"), print)
+    assert submit_module.attend(cluster, name, print) == 0
+    assert (tmp_path / "here" / "notes").read_text() == ("mine" if is_changed else "of the job")
+    assert (tmp_path / "here" / "notes.j").exists() == is_changed
+
+
 class Logs:
     """In the place of a cluster: files of logs, as the dashboard would give them."""
 
@@ -286,10 +329,11 @@ class Logs:
             {"path": path.replace("__", "/"), "name": str(number), "size": len(content), "sha256": _digest(content)}
             for number, (path, content) in enumerate(files.items())
         ]
+        self.submitted = 0.0
         self.contents = {str(number): content for number, content in enumerate(files.values())}
 
     def log_file(self, node: str, name: str) -> bytes:
-        kept = json.dumps({"files": self.entries, "missing": []}).encode()
+        kept = json.dumps({"submitted": self.submitted, "files": self.entries, "missing": []}).encode()
         return kept if name.endswith("manifest.json") else self.contents[name.split("/")[-1]]
 
 
@@ -302,16 +346,16 @@ def test_files_that_come_back_spare_what_is_newer(tmp_path: Path) -> None:
     fill(tmp_path, "same", "newer")
     (tmp_path / "older").write_text("of before")
     cluster: Any = Logs(same=b"same", newer=b"the job's", older=b"the job's too", sub__deep=b"\0\xff" * 100)
-    past, now = 0.0, 1e12
-    bring(cluster, "j", "node", past, tmp_path, said.append)
+    bring(cluster, "j", "node", tmp_path, said.append)
     assert (tmp_path / "newer").read_text() == "newer" and (tmp_path / "newer.j").read_text() == "the job's"
     assert (tmp_path / "sub" / "deep").read_bytes() == b"\0\xff" * 100
     assert [line for line in said if "newer is" in line or "newer here is newer" in line]
-    bring(cluster, "j", "node", now, tmp_path, said.append)
+    cluster.submitted = 1e12
+    bring(cluster, "j", "node", tmp_path, said.append)
     assert (tmp_path / "older").read_text() == "the job's too"
     cluster.contents["1"] = b"cut"
     with pytest.raises(StoreError, match="did not arrive"):
-        bring(cluster, "j", "node", now, tmp_path, said.append)
+        bring(cluster, "j", "node", tmp_path, said.append)
     cluster.entries[0]["path"] = "../evil"
     with pytest.raises(ConfigError, match="not a path inside"):
-        bring(cluster, "j", "node", now, tmp_path, said.append)
+        bring(cluster, "j", "node", tmp_path, said.append)
