@@ -47,7 +47,7 @@ STEP_WAIT = 10  # milliseconds that `step` waits for tokens
 DEATH_POLL = 200  # milliseconds of silence after which the ranks are checked
 REST = 1.0  # seconds after which an idle group is looked after
 FINISH_TIMEOUT = 60.0  # seconds without progress after which ranks that are to save the cache and end are cut off
-END_SECONDS = 10.0  # that ranks have to end beyond save_timeout, after which they are cut off
+END_SECONDS = 10.0  # that ranks have to end beyond the time for saving, after which they are cut off
 LEAVE_SECONDS = 30.0  # before a node goes, at which its engine ends; half of the time that there is, if that is less
 LEAVE_MARGIN = 3.0  # seconds by which all is to be saved before that
 START_SECONDS = 900.0  # at least, for the first answer: nobody knows how long compiling takes
@@ -83,6 +83,7 @@ class RayEngine:
         self._unread: deque[list[StepOutput]] = deque()
         self._open = OpenAnswers()
         self._heard = 0.0  # monotonic time of the last message, or of the last look at the ranks
+        self._worked = 0.0  # monotonic time when the ranks were last said to go on
         self._watchdog = Watchdog(max(hang_timeout, START_SECONDS))
         self._starts, self._closed = True, False
         try:
@@ -214,6 +215,8 @@ class RayEngine:
         if self._closed:
             return
         timeout = self._save_timeout()
+        if not self._open:
+            self._watchdog.begin()
         try:
             self._send(Shutdown(timeout))
             self._await_end(timeout)
@@ -229,23 +232,32 @@ class RayEngine:
         return timeout
 
     def _await_end(self, timeout: float | None) -> None:
-        """Waits for the ranks as long as there is progress, and beyond their time for a moment."""
-        left, since = None, time.monotonic()
-        end = math.inf if timeout is None else since + timeout + END_SECONDS
+        """Waits for the ranks as long as there is progress, and beyond their time for a moment. They look at what they
+        are asked for between two steps, so until they begin to save they may be silent as in any step; but a node that
+        goes waits for nobody."""
+        left, since, begun = None, time.monotonic(), math.inf
+        gone = math.inf if self.notice is None else self.notice.end + END_SECONDS
+        silence = self._watchdog.longest  # as in the last step, which may have begun before
         while True:
             try:
                 if self._group.is_finished():
                     break
+                if begun == math.inf:
+                    self._check_hung()
             except Exception:
                 self._tell_loss(left)
                 raise
             reply = self._receive(DEATH_POLL, checks=False)
+            now = time.monotonic()
             if isinstance(reply, Saving) and (left is None or reply.num_unsaved < left):
-                left, since = reply.num_unsaved, time.monotonic()
-            elif (now := time.monotonic()) > end or now - since > FINISH_TIMEOUT:
+                left, since, begun = reply.num_unsaved, now, min(begun, now)
+                continue
+            is_late = timeout is not None and now - max(begun, self._worked) > timeout + END_SECONDS + silence
+            is_stuck = begun < math.inf and now - max(since, self._worked) > FINISH_TIMEOUT + silence
+            if now > gone or is_late or is_stuck:
                 number = "an unknown number of" if left is None else left or "no"
-                what = f"did not get on with saving the cache, or with their end, for {FINISH_TIMEOUT:.0f} s"
-                if timeout is not None and now > end:
+                what = f"did not get on with saving the cache, or with their end, for {now - since:.0f} s"
+                if not is_stuck:
                     what = (
                         f"have not ended {END_SECONDS:.0f} s after the {timeout:.0f} s that they had to save the cache"
                     )
@@ -293,14 +305,15 @@ class RayEngine:
     def _receive(self, wait: int, checks: bool = True) -> Reply | None:
         """The next message, or None when none comes within `wait` milliseconds; raises WorkerDied when that is because
         a rank has ended, if it checks that. What ranks have logged is logged here."""
-        while self._socket.poll(wait):
+        deadline = time.monotonic() + wait / 1e3
+        while self._socket.poll(max(0, round((deadline - time.monotonic()) * 1e3))):
             self._heard = time.monotonic()
             self._watchdog.heard()
             reply = self._read()
             if isinstance(reply, Logged):
                 relay(reply.lines)
             elif isinstance(reply, Working):
-                continue
+                self._worked = self._heard
             elif isinstance(reply, Traced):
                 assert self._trace is not None
                 self._trace.write(reply.events)
@@ -326,11 +339,15 @@ class RayEngine:
             self._group.check()
             if self._starts:
                 self._group.check_stopped()
-            if self._watchdog.is_hung():
-                self._group.blame_for_hang(self._watchdog.silence)
+            self._check_hung()
         except Exception:
             self._end()
             raise
+
+    def _check_hung(self) -> None:
+        """Raises WorkerDied when the ranks hang."""
+        if self._watchdog.is_hung():
+            self._group.blame_for_hang(self._watchdog.silence)
 
     def _end(self) -> None:
         self._closed = True

@@ -14,7 +14,7 @@ class Watchdog:
 
     def __init__(self, patience: float):
         self._patience = patience
-        self._longest = 0.0
+        self.longest = 0.0  # silence so far that something has ended, in seconds
         self.begin()
 
     def begin(self) -> None:
@@ -24,7 +24,7 @@ class Watchdog:
 
     def heard(self) -> None:
         """Something has come of it."""
-        self._longest = max(self._longest, self.silence)
+        self.longest = max(self.longest, self.silence)
         self.begin()
 
     def is_hung(self) -> bool:
@@ -32,4 +32,4 @@ class Watchdog:
         now = time.monotonic()
         self.silence += min(now - self._looked, LOOK_SECONDS)
         self._looked = now
-        return self.silence > self._patience + self._longest
+        return self.silence > self._patience + self.longest

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import zmq
+from msgspec.structs import replace
 
-from distkv.engine.protocol import EngineInfo, Logged, Saving, Shutdown, Tokens, decode_command, encode
+from distkv.engine.protocol import EngineInfo, Logged, Saving, Shutdown, Tokens, Working, decode_command, encode
 from distkv.engine.stats import EngineStats
 from distkv.errors import StoreError, WorkerDied
-from distkv.launch import ray_engine
+from distkv.launch import ray_engine, watchdog
 from distkv.launch.ray_engine import RayEngine
 from distkv.workers.group import drain_watch
 from distkv.workers.group.drain_watch import Notice
@@ -102,6 +103,91 @@ def test_a_save_that_does_not_get_on_is_cut_off_and_told(group: Group, clock: Si
     with pytest.raises(StoreError, match="7 KV pages are missing"):
         engine.close()
     assert len(group.looks) == 6
+
+
+@pytest.mark.parametrize("timeout", [None, 20])
+def test_a_save_begins_after_the_step_that_the_ranks_are_at(
+    group: Group, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, timeout: int | None
+) -> None:
+    """They look at what they are asked for between two steps, and its time counts from then on."""
+    monkeypatch.setattr(ray_engine, "DEATH_POLL", 0)
+
+    def look(word: Any) -> None:
+        clock.now += 25
+        group.say(word)
+        assert engine.socket.poll(60_000)
+
+    engine = RayEngine(group, replace(INFO, save_timeout=timeout))  # type: ignore[arg-type]
+    words = [*[Working()] * 6, Saving(2), Saving(1)]
+    group.looks = [lambda word=word: look(word) for word in words]
+    engine.close()
+    assert not group.looks
+
+
+@pytest.mark.parametrize("goes", [False, True])
+def test_a_save_that_is_late_is_cut_off(
+    group: Group, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, goes: bool
+) -> None:
+    """After its own time, and where the node goes whatever the ranks are at."""
+    monkeypatch.setattr(ray_engine, "DEATH_POLL", 0)
+    monkeypatch.setattr(drain_watch, "time", ray_engine.time)
+
+    def look() -> None:
+        clock.now += 25
+        group.say(Working() if goes else Saving(7))
+        assert engine.socket.poll(60_000)
+
+    engine = RayEngine(group, replace(INFO, save_timeout=20), leaves=False)  # type: ignore[arg-type]
+    if goes:
+        group.notice = Notice("0", clock.now, clock.now + 40, has_room=False)
+    group.looks = [look] * 10
+    with pytest.raises(StoreError, match="have not ended 10 s after the 20 s that they had to save the cache"):
+        engine.close()
+    assert len(group.looks) == 7
+
+
+def test_ranks_that_hang_before_they_save_are_cut_off(
+    group: Group, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As late as in any step: they may be silent for longer than ever before."""
+    monkeypatch.setattr(watchdog, "time", ray_engine.time)
+    monkeypatch.setattr(ray_engine, "DEATH_POLL", 0)
+    monkeypatch.setattr(ray_engine, "LAST_WORD", 0)
+    engine = RayEngine(group, INFO, hang_timeout=100)  # type: ignore[arg-type]
+    group.blame_for_hang = lambda seconds: fail()  # type: ignore[attr-defined]
+
+    def look() -> None:
+        clock.now += 1
+
+    group.looks = [look] * 200
+    with pytest.raises(WorkerDied, match="it was killed"):
+        engine.close()
+    assert 90 < len(group.looks) < 110
+
+
+def test_what_is_logged_makes_no_wait_longer(
+    group: Group, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step takes its time, however many messages come that are none of its tokens."""
+    engine = RayEngine(group, INFO)  # type: ignore[arg-type]
+
+    class Socket:
+        num_left = 100
+
+        def poll(self, wait: int) -> bool:
+            clock.now += min(wait, 3) / 1e3
+            return self.num_left > 0 and wait > 3
+
+        def recv(self) -> bytes:
+            self.num_left -= 1
+            return encode(Logged([]))
+
+    socket: Any = Socket()
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "_socket", socket)
+        before = clock.now
+        assert engine.step(wait=10) == [] and clock.now - before < 0.02
+    engine.close()
 
 
 def test_a_rank_that_dies_while_saving_is_told_with_numbers(
