@@ -54,7 +54,7 @@ class Claim:
 
         Raises ConfigError when somebody else has it, and when the answers that are there were made with
         something else, StoreError when the files beside the output cannot be written."""
-        self._locks: list[tuple[Path, FileLock]] = []
+        self._locks: list[FileLock] = []
         output = files.output
         made_with = {"model": str(model), "model_digest": _digest(model), **made_with}
         note = output.with_name(f"{output.name}.run")
@@ -71,15 +71,13 @@ class Claim:
 
     def release(self, is_complete: bool) -> None:
         """Lets others have it; of a batch that has nothing left to do the lock files are removed."""
-        for path, lock in self._locks:
-            if is_complete:
-                path.unlink(missing_ok=True)  # who takes a new one just now finds nothing to do, with this output
-            lock.release()
+        for lock in self._locks:
+            lock.release(removes=is_complete)
 
     def _take(self, path: Path) -> None:
         lock_path = path.with_name(f"{path.name}.lock")
         try:
-            self._locks.append((lock_path, FileLock(lock_path)))
+            self._locks.append(FileLock(lock_path))
         except HeldError as error:
             raise ConfigError(f"{error} is writing {str(path)!r}; wait for it, or name another file") from error
         except OSError as error:

@@ -1,6 +1,7 @@
 """A conversation with the model: its messages, and the tokens of its answers."""
 
 import logging
+from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -40,9 +41,9 @@ class Conversation:
 
     title = "the conversation"  # what errors call it
 
-    def __init__(self) -> None:
-        self._messages: list[StoredMessage] = []
-        self._tokenizer = ""  # fingerprint of the one that the tokens belong to
+    def __init__(self, messages: Sequence[StoredMessage] = (), tokenizer: str = ""):
+        """`tokenizer` is the fingerprint of the one that the tokens of the messages belong to."""
+        self._messages, self._tokenizer = list(messages), tokenizer
         self._turn: Turn | None = None
 
     @property

@@ -1,7 +1,8 @@
 """Conversations that go on after a restart.
 
 cache_dir/sessions/NAME.json   the messages, with the tokens that the model sampled for its answers
-cache_dir/sessions/NAME.lock   names the process that has the session open, and is locked by it
+cache_dir/sessions/NAME.lock   names the process that has the session open, and is locked by it; it goes with the last
+                               holder of a session that has no file
 
 Nobody but their owner may read them.
 """
@@ -9,6 +10,7 @@ Nobody but their owner may read them.
 import logging
 import os
 import stat
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -65,20 +67,18 @@ class Session(Conversation):
         damaged or cannot be read; CapacityError when it would be one session too many.
         """
         check_name("session", name)
-        super().__init__()
-        folder = Path(cache_dir) / SESSIONS
         self.name = name
         self.title = f"session {name}"
-        self._path = folder / f"{name}.json"
+        self._path = Path(cache_dir) / SESSIONS / f"{name}.json"
         self._limits = limits or SessionLimits()
-        self._limits.check_number(self._path)  # before there is a lock of that name
-        self._lock = lock_session(folder / f"{name}.lock", name)
+        self._limits.check_number(self._path)
+        self._lock = SessionLock(self._path)
         try:
             found = load_session(self._path)
         except ConfigError:
             self._lock.release()
             raise
-        self._messages, self._tokenizer = found.messages, found.tokenizer
+        super().__init__(found.messages, found.tokenizer)
 
     def close(self) -> None:
         """Lets others open the session. A second call does nothing."""
@@ -120,28 +120,46 @@ class Session(Conversation):
         return msgspec.json.encode(SessionFile(FORMAT, self._tokenizer, messages))
 
 
-def lock_session(path: Path, name: str) -> FileLock:
-    """The right to a session, by its lock file. Raises ConfigError when that cannot be written or is locked."""
-    try:
-        make_folder(path.parent, 0o700)
-        _make_private(path.parent, 0o700)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        _make_private(path, 0o600)
-        return FileLock(path)
-    except OSError as error:
-        raise ConfigError(
-            f"session {name} cannot be kept in {str(path.parent)!r} ({error.strerror}); name a cache_dir that can be "
-            "written"
-        ) from error
-    except HeldError as holder:
-        raise ConfigError(f"session {name} is open in {holder}; end that, or name another session") from None
+class SessionLock(FileLock):
+    """The right to a session. Its file stays beside that of the session alone, or those of names which never come again
+    would pile up."""
+
+    def __init__(self, session: Path):
+        """Takes it, by the path of the session's file. Raises ConfigError when it cannot be written or is locked."""
+        self._session, path, name = session, session.with_suffix(".lock"), session.stem
+        try:
+            make_folder(path.parent, 0o700)
+            _make_private(path.parent, 0o700)
+            super().__init__(path, mode=0o600)
+            _make_private(self._file.fileno(), 0o600)
+        except OSError as error:
+            with suppress(OSError):
+                if not session.exists() and not path.stat().st_size:  # there was no room to say whose it is
+                    path.unlink()
+            raise ConfigError(
+                f"session {name} cannot be kept in {str(path.parent)!r} ({error.strerror}); name a cache_dir that can "
+                "be written"
+            ) from error
+        except HeldError as holder:
+            raise ConfigError(f"session {name} is open in {holder}; end that, or name another session") from None
+
+    def release(self, removes: bool = False) -> None:
+        """See `FileLock`."""
+        super().release(removes or not os.path.exists(self._session))
 
 
-def _make_private(path: Path, mode: int) -> None:
-    """Has a folder or file of ours, which an earlier release may have made, be nobody else's to read."""
-    found = path.stat()
+def _make_private(place: Path | int, mode: int) -> None:
+    """Has a folder or an open file of ours, which an earlier release may have made, be nobody else's to read."""
+    found = os.stat(place)
     if found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) != mode:
-        path.chmod(mode)
+        os.chmod(place, mode)
+
+
+def read_conversation(path: Path) -> Conversation:
+    """What a session's file has now, an empty conversation when there is none; without a lock, as the file is whole at
+    any time. Raises as `load_session` does."""
+    found = load_session(path)
+    return Conversation(found.messages, found.tokenizer)
 
 
 def load_session(path: Path) -> SessionFile:
@@ -168,7 +186,7 @@ def load_session(path: Path) -> SessionFile:
 
 def save_session(path: Path, content: bytes) -> None:
     """Replaces the file, which is the old one or the new one whatever happens, and the new one once this returns, power
-    or no power. Raises StoreError when it cannot."""
+    or no power. Raises StoreError when it cannot, and leaves nothing else then."""
     partial = path.with_name(f"{path.name}.partial")
     try:
         with open(partial, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
@@ -182,3 +200,6 @@ def save_session(path: Path, content: bytes) -> None:
         raise StoreError(
             f"session file {str(path)!r} cannot be written ({error.strerror}); make room for it or let it be written"
         ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)

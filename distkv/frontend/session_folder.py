@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from distkv.errors import ConfigError
-from distkv.frontend.session import DamagedSessionError, load_session, lock_session
+from distkv.frontend.session import DamagedSessionError, SessionLock, load_session
 from distkv.storage.disk.cache_folder import DAMAGED, SESSIONS
 
 
@@ -29,7 +29,7 @@ def _verify(folder: Path, name: str, repair: bool) -> Iterator[str]:
     path, partial = folder / f"{name}.json", folder / f"{name}.json.partial"
     with ExitStack() as stack:
         try:
-            stack.callback(lock_session(folder / f"{name}.lock", name).release)
+            stack.callback(SessionLock(path).release)
             is_ours = True
         except ConfigError:  # it is open, or another user's, or nobody may write there
             is_ours = False

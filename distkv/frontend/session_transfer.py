@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from distkv.errors import ConfigError, StoreError
-from distkv.frontend.session import FORMAT, Session, SessionFile, load_session, lock_session, save_session
+from distkv.frontend.session import FORMAT, Session, SessionFile, SessionLock, load_session, save_session
 from distkv.frontend.session_limits import RESPONSE_ID, SessionLimits
 from distkv.frontend.tokenizer import Tokenizer
 from distkv.option_checks import check_name
@@ -49,7 +49,7 @@ class ComingSessions:
                 if new.version != FORMAT:
                     raise ConfigError(f"session {name} has version {new.version} and this distkv reads {FORMAT}")
                 limits.check_number(path)
-                stack.callback(lock_session(path.with_suffix(".lock"), name).release)
+                stack.callback(SessionLock(path).release)
                 if (found := load_session(path)).messages and found != new:
                     raise ConfigError(f"there is another session {name}; move {str(path)!r} away, or keep that one")
                 self._files[path] = msgspec.json.encode(new)

@@ -3,18 +3,21 @@
 With a cache folder they are sessions there, which outlive the server; without one they are held in memory.
 """
 
+import logging
 from collections import OrderedDict
-from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 
 from distkv.errors import StoreError
 from distkv.frontend.conversation import Conversation
-from distkv.frontend.session import Session
+from distkv.frontend.session import Session, read_conversation
 from distkv.frontend.session_limits import RESPONSE_ID, SessionLimits
 from distkv.server.errors import ApiError
 from distkv.server.service import Service
 from distkv.storage.disk.cache_folder import SESSIONS
 from distkv.storage.disk.file_lock import FileLock, HeldError
+
+log = logging.getLogger(__name__)
 
 
 class KeptResponses:
@@ -23,9 +26,10 @@ class KeptResponses:
     def __init__(self, service: Service):
         self._service = service
         self._held: OrderedDict[str, Conversation] = OrderedDict()  # without a cache folder
+        self._lock = Lock()  # of it, as each answer ends in a thread of its own
 
     def begin(self, previous: str | None) -> Conversation:
-        """A conversation that goes on from a response; raises ApiError when there is none of that id."""
+        """A conversation that goes on from a response; reads a file. Raises ApiError when there is none of that id."""
         conversation = Conversation()
         if previous is not None:
             conversation.go_on_from(self._find(previous))
@@ -37,9 +41,10 @@ class KeptResponses:
         if not most:
             raise StoreError("max_stored_responses is 0, so that no response can be gone on from; send store: false")
         if cache_dir is None:
-            self._held[response_id] = conversation
-            while len(self._held) > most:
-                self._held.popitem(last=False)
+            with self._lock:
+                self._held[response_id] = conversation
+                while len(self._held) > most:
+                    self._held.popitem(last=False)
             return
         with Session(cache_dir, response_id, SessionLimits.of(self._service.llm.config)) as session:
             session.go_on_from(conversation)
@@ -49,11 +54,11 @@ class KeptResponses:
     def _find(self, response_id: str) -> Conversation:
         if RESPONSE_ID.fullmatch(response_id) is not None:
             cache_dir = self._cache_dir
-            found = self._held.get(response_id)
-            if cache_dir is not None and (cache_dir / SESSIONS / f"{response_id}.json").exists():
-                with Session(cache_dir, response_id) as session:
-                    found = session
-            if found is not None and found.messages:  # there are none where the file was dropped in between
+            if cache_dir is None:
+                found = self._held.get(response_id, Conversation())
+            else:
+                found = read_conversation(cache_dir / SESSIONS / f"{response_id}.json")
+            if found.messages:
                 return found
         raise ApiError(
             404, f"there is no response {response_id!r} to go on from; it was not stored, or has been dropped",
@@ -72,12 +77,21 @@ def _drop_oldest(folder: Path, most: int) -> None:
     if len(found) <= most:
         return
     for path in sorted(found, key=_age, reverse=True)[: len(found) - most]:
-        lock = path.with_suffix(".lock")
-        with suppress(HeldError):  # somebody reads it or drops it
-            held = FileLock(lock)
-            path.unlink(missing_ok=True)
-            lock.unlink(missing_ok=True)
-            held.release()
+        try:
+            _drop(path)
+        except OSError as error:  # which is no reason to lose the answer that has just been kept
+            log.warning("%r is not dropped (%s); let it be removed", str(path), error.strerror)
+
+
+def _drop(path: Path) -> None:
+    try:
+        lock = FileLock(path.with_suffix(".lock"))
+    except HeldError:  # somebody has it open or drops it
+        return
+    try:
+        path.unlink(missing_ok=True)
+    finally:
+        lock.release(removes=True)
 
 
 def _age(path: Path) -> float:

@@ -3,6 +3,9 @@
 The lock is the kernel's, so it ends with its holder, and on a node's own disk that is all. Other nodes may not see it:
 Lustre with localflock, NFS with nolock and BeeGFS keep locks to a node. So the file has a nonce of its holder, who
 gives signs of life on such file systems, and whoever finds that another node held the lock waits for one first.
+
+A holder may remove the file. Whoever has opened it by then would lock a file that nobody else finds, so he opens the
+one that is there now.
 """
 
 import errno
@@ -28,6 +31,7 @@ log = logging.getLogger(__name__)
 BEAT_SECONDS = 5.0  # between two signs of life
 SILENCE_SECONDS = 15.0  # without one, after which a holder on another node counts as dead
 CLAIM_SECONDS = 1.0  # in which another node that saw the lock free at the same time has written its nonce
+MOST_OPENED = 100  # files of one name that are removed before they are locked; then another process has it
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # tells kernels apart, of which each knows its own locks
 
 
@@ -56,28 +60,35 @@ class HeldError(Exception):
 
 
 class FileLock:
-    """A lock, held until `release` or the end of the process. A process that is forked meanwhile does not hold it.
-    Its holder may remove the file before it lets go."""
+    """A lock, held until `release` or the end of the process. A process that is forked meanwhile does not hold it."""
 
-    def __init__(self, path: Path, owner: str = ""):
+    def __init__(self, path: Path, owner: str = "", mode: int = 0o666):
         """Makes the file and its folder if need be.
 
         Args:
             owner: a nonce, one of its own unless it is given.
+            mode: of a file that it makes, from which the umask takes.
 
         Raises OSError when it cannot be opened or locked, HeldError when another process or another part of this one
         holds it.
         """
         make_folder(path.parent)
         self._path, self._owner = path, owner or uuid4().hex
-        self._file = _opened(path)
-        try:
-            self._claim()
-        except BaseException:
-            _let_go(self._file)
-            self._file.close()
-            raise
-        _held.add(self)
+        for _ in range(MOST_OPENED):
+            self._file = open(  # noqa: SIM115
+                path, "a+", encoding="utf-8", errors="replace", opener=lambda path, flags: os.open(path, flags, mode)
+            )
+            try:
+                self._lock()
+            except FileNotFoundError:  # somebody has removed it
+                self._file.close()
+            except BaseException:
+                self._file.close()
+                raise
+            else:
+                _held.add(self)
+                return
+        raise HeldError(Holder())
 
     @property
     def is_held(self) -> bool:
@@ -98,14 +109,35 @@ class FileLock:
             return Holder.read(self._path).owner not in ("", self._owner)
         return False
 
-    def release(self) -> None:
-        """Lets others have it. A second call does nothing."""
+    def release(self, removes: bool = False) -> None:
+        """Lets others have it. A second call does nothing.
+
+        Args:
+            removes: the file goes as well, so that names which never come again leave nothing.
+        """
         if self.is_held:
             with suppress(OSError):
-                if Holder.read(self._path).owner == self._owner:  # and nobody took it over meanwhile
+                owner = Holder.read(self._path).owner
+                if removes and owner in ("", self._owner):  # on a full disk it could not be written
+                    self._path.unlink()
+                elif owner == self._owner:  # and nobody took it over meanwhile
                     os.ftruncate(self._file.fileno(), 0)
             _let_go(self._file)  # at once, though a process may be on its way from fork to exec
             self._file.close()
+
+    def _lock(self) -> None:
+        """Raises as `__init__` does, and FileNotFoundError where the file that was opened has been removed."""
+        try:
+            _take(self._file)
+        except BlockingIOError:
+            raise HeldError(Holder.read(self._path)) from None
+        try:
+            if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path)):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._path))
+            self._claim()
+        except BaseException:
+            _let_go(self._file)
+            raise
 
     def _claim(self) -> None:
         """Writes down who has the lock, unless somebody has it where the lock does not reach. Raises HeldError."""
@@ -189,25 +221,6 @@ def _kernel() -> str:
     with suppress(OSError):
         return BOOT_ID.read_text().strip()
     return socket.gethostname()
-
-
-def _opened(path: Path) -> IO[str]:
-    """Opens and takes the lock of the file that has the name then: an earlier holder may have removed the one that was
-    opened. Raises OSError and HeldError."""
-    while True:
-        file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        try:
-            with suppress(FileNotFoundError):
-                try:
-                    _take(file)
-                except BlockingIOError:
-                    raise HeldError(Holder.read(path)) from None
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                    return file
-        except BaseException:
-            file.close()
-            raise
-        file.close()
 
 
 # Locks of open files (F_OFD_*), which can be looked at without being taken

@@ -1,5 +1,6 @@
 """Sessions: what is kept of a conversation, and that its prompts repeat the tokens of the turn before."""
 
+import errno
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.nodes import enter_node
 from support.power_loss import PowerLoss
 from support.processes import run_code
 
@@ -364,6 +366,28 @@ def test_an_answer_that_cannot_be_saved_is_not_added(tokenizer: Tokenizer, tmp_p
         assert len(session.messages) == 4
 
 
+@pytest.mark.parametrize("room", ["for none of it", "for the lock", "for all of it"])
+def test_a_session_without_an_answer_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: str) -> None:
+    """Or those of names that never come again would pile up, on a full disk too."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "sessions").mkdir()
+    if room != "for all of it":
+        monkeypatch.setattr(os, "fsync", full)
+    if room == "for none of it":
+        enter_node("a", "none", monkeypatch)
+        monkeypatch.setattr(os, "write", full)
+        with pytest.raises(ConfigError, match="No space left"):
+            Session(tmp_path, "trip")
+    else:
+        with Session(tmp_path, "trip") as session, suppress(StoreError):
+            if room == "for the lock":
+                session.save()
+    assert list((tmp_path / "sessions").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("tail", "cure"),
     [
@@ -445,7 +469,7 @@ def test_a_session_too_many_is_refused_and_the_others_go_on(tokenizer: Tokenizer
         answered(three, tokenizer, QUESTIONS[0], "Paris.")
     with pytest.raises(CapacityError, match=r"session four would be a new one, and .* holds the 2 that max_sessions"):
         Session(tmp_path, "four", limits)
-    assert not (tmp_path / "sessions" / "four.lock").exists(), "or files would pile up all the same"
+    assert not (tmp_path / "sessions" / "four.lock").exists()
     with Session(tmp_path, "two") as late:  # as if it had been opened while there was room
         late._limits = limits
         with pytest.raises(StoreError, match="session two would be a new one"):

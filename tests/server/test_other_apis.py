@@ -1,10 +1,14 @@
 """OpenAI's responses and Anthropic's messages, with their own packages."""
 
 import os
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from anthropic import Anthropic, BadRequestError
@@ -19,6 +23,8 @@ from distkv.frontend.session import Session
 from distkv.server.errors import ApiError
 from distkv.server.kept_responses import KeptResponses
 from distkv.server.options import ServerOptions
+from distkv.storage.disk import file_lock
+from distkv.storage.disk.file_lock import FileLock
 
 SHORT: dict[str, Any] = {"model": "talker", "temperature": 0, "max_output_tokens": 20}
 FULL: Any = {"extra_body": {"ignore_eos": True}}
@@ -109,25 +115,95 @@ def _conversation() -> Conversation:
     return conversation
 
 
-def test_a_response_that_goes_while_it_is_opened_is_not_begun_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_response_that_is_being_dropped_is_there_or_is_not(tmp_path: Path) -> None:
+    """Whoever asks for it then is not told of locks, and begins nothing anew."""
     kept = KeptResponses(_service(tmp_path))
     response_id = "resp_" + "0" * 32
-    path = tmp_path / "sessions" / f"{response_id}.json"
     kept.keep(response_id, _conversation())
-    exists = Path.exists
-
-    def goes(one: Path) -> bool:
-        found = exists(one)
-        if one == path:
-            one.unlink()
-        return found
-
-    with monkeypatch.context() as patch, pytest.raises(ApiError, match="there is no response"):
-        patch.setattr(Path, "exists", goes)
+    path = tmp_path / "sessions" / f"{response_id}.json"
+    lock = FileLock(path.with_suffix(".lock"))
+    assert kept.begin(response_id).messages == _conversation().messages
+    path.unlink()
+    with pytest.raises(ApiError, match="there is no response"):
         kept.begin(response_id)
-    assert not path.is_file()
+    lock.release(removes=True)
+    with pytest.raises(ApiError, match="there is no response"):
+        kept.begin(response_id)
+    assert list((tmp_path / "sessions").iterdir()) == []
+
+
+def test_answers_that_end_together_drop_the_oldest_once(tmp_path: Path) -> None:
+    kept, num_threads = KeptResponses(_service(tmp_path, 2)), 3
+    barrier = threading.Barrier(num_threads)
+
+    def end(number: int) -> None:
+        try:
+            for turn in range(20):
+                barrier.wait()
+                kept.keep(f"resp_{turn * num_threads + number:032x}", _conversation())
+        except BaseException:
+            barrier.abort()  # or the others would wait for this one
+            raise
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        for done in [pool.submit(end, number) for number in range(num_threads)]:
+            done.result()
+    kept.keep("resp_" + "f" * 32, _conversation())
+    assert len(list((tmp_path / "sessions").iterdir())) == 4, "two, each with its lock"
+
+
+@pytest.mark.parametrize("moment", ["taken", "held"])
+def test_a_response_that_another_thread_drops_first_is_of_no_concern(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Between the moments in which its lock file is opened and locked."""
+    kept, take = KeptResponses(_service(tmp_path, 1)), file_lock._take
+    first, second = (f"resp_{number:032x}" for number in range(2))
+    kept.keep(first, _conversation())
+    os.utime(tmp_path / "sessions" / f"{first}.json", (0, 0))
+
+    def dropped(file: IO[str]) -> None:
+        if Path(file.name).stem == first and Path(file.name).exists():
+            Path(file.name).with_suffix(".json").unlink(missing_ok=True)
+            Path(file.name).unlink()
+            if moment == "held":
+                raise BlockingIOError
+        take(file)
+
+    monkeypatch.setattr(file_lock, "_take", dropped)
+    kept.keep(second, _conversation())
+    assert kept.begin(second).messages
+
+
+def test_a_response_that_cannot_be_dropped_costs_no_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kept = KeptResponses(_service(tmp_path, 1))
+    first, second = (f"resp_{number:032x}" for number in range(2))
+    kept.keep(first, _conversation())
+    lock = tmp_path / "sessions" / f"{first}.lock"
+    lock.unlink()
+    lock.mkdir()
+    kept.keep(second, _conversation())
+    assert f"{first}.json' is not dropped (Is a directory)" in caplog.text
+    assert kept.begin(second).messages
+
+
+def test_answers_in_memory_that_end_together_drop_no_one_too_many() -> None:
+    """Not even where a thread is stopped between counting them and dropping one."""
+    kept, both_count = KeptResponses(_service(None, 1)), threading.Barrier(2)
+
+    class Held(OrderedDict[str, Conversation]):
+        def __len__(self) -> int:
+            found = super().__len__()
+            with suppress(threading.BrokenBarrierError):
+                both_count.wait(0.2)  # in vain where only one of them counts at a time
+            return found
+
+    kept._held = Held({"resp_" + "0" * 32: _conversation()})
+    ids = [f"resp_{number:032x}" for number in (1, 2)]
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(kept.keep, one, _conversation()) for one in ids]:
+            done.result()
+    assert [*kept._held] in ([ids[0]], [ids[1]])
 
 
 def test_a_response_that_is_being_read_is_not_dropped(tmp_path: Path) -> None:

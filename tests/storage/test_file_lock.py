@@ -19,7 +19,7 @@ from support.processes import kill, read_line, start_python
 from distkv.storage.device import CpuDevice
 from distkv.storage.disk import file_lock
 from distkv.storage.disk.cache_folder import LOCK, SCRATCH, FolderLock, InUseError
-from distkv.storage.disk.file_lock import FileLock, HeldError, is_locked
+from distkv.storage.disk.file_lock import FileLock, HeldError, Holder, is_locked
 from distkv.storage.disk.page_arrays import ARRAY, DiskShare
 from distkv.storage.errors import ConfigError
 from distkv.workers.cache_place import CachePlace, join_folder
@@ -194,6 +194,34 @@ def test_of_two_that_see_it_free_at_once_one_gets_it(tmp_path: Path, monkeypatch
         with pytest.raises(HeldError, match="process 7 on a"):
             FileLock(path)
     assert path.read_text() == "process 7 on a\na engine of a\n"
+
+
+def test_a_file_that_is_removed_while_others_are_waited_for_is_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter_node("b", "none", monkeypatch)
+    path, sleep = tmp_path / LOCK, file_lock.time.sleep
+
+    def remove(seconds: float) -> None:
+        monkeypatch.setattr(file_lock.time, "sleep", sleep)
+        path.unlink()
+
+    monkeypatch.setattr(file_lock.time, "sleep", remove)
+    lock = FileLock(path, "engine of b")
+    assert Holder.read(path).owner == "engine of b"
+    lock.release()
+
+
+def test_a_file_that_is_always_removed_is_anothers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows whose."""
+
+    def removed(file: IO[str]) -> None:
+        (tmp_path / LOCK).unlink()
+        raise BlockingIOError
+
+    monkeypatch.setattr(file_lock, "_take", removed)
+    with pytest.raises(HeldError, match=r"^another process$"):
+        FileLock(tmp_path / LOCK)
 
 
 def test_who_was_taken_over_finds_out(
