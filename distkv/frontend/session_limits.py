@@ -30,13 +30,16 @@ class SessionLimits:
         most_bytes = config.max_session_bytes
         return cls(config.max_sessions, None if most_bytes is None else int(most_bytes))
 
-    def check_number(self, path: Path) -> None:
-        """Raises CapacityError where a session's file would be one too many."""
-        if self.most is None or RESPONSE_ID.fullmatch(path.stem) or os.path.exists(path):
+    def check_number(self, *paths: Path) -> None:
+        """Raises CapacityError where files of sessions, all in one folder, would be too many."""
+        new = [path for path in paths if not (RESPONSE_ID.fullmatch(path.stem) or os.path.exists(path))]
+        if self.most is None or not new:
             return
-        if _count(path.parent) >= self.most:
+        folder = new[0].parent
+        if (num_there := _count(folder)) + len(new) > self.most:
+            one, many = f"session {new[0].stem} would be a new one", f"{len(new)} sessions would be new ones"
             raise CapacityError(
-                f"session {path.stem} would be a new one, and {str(path.parent)!r} holds the {self.most} that "
+                f"{one if len(new) == 1 else many}, and {str(folder)!r} holds {num_there} of the {self.most} that "
                 "max_sessions allows; go on with one of them, remove files of sessions that nobody wants, or raise "
                 "max_sessions (--max-sessions)"
             )

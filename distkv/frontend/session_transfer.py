@@ -36,24 +36,21 @@ class ComingSessions:
         """Raises ConfigError when a name cannot be one, or is that of another session there or of one that is open,
         CapacityError for more or larger ones than there may be, StoreError when the content is none of a session."""
         limits = limits or SessionLimits()
-        self._files: dict[Path, bytes] = {}
+        coming = {cache_dir / SESSIONS / f"{name}.json": _content(name, content) for name, content in sessions.items()}
+        limits.check_number(*coming)
+        self._new: dict[Path, bytes] = {}
         with ExitStack() as stack:
-            for name, content in sessions.items():
-                if RESPONSE_ID.fullmatch(check_name("session", name)):
-                    raise ConfigError(f"session {name} has the name of a server's response; leave it out of the file")
-                path = cache_dir / SESSIONS / f"{name}.json"
-                try:
-                    new = msgspec.convert(content, SessionFile)
-                except msgspec.ValidationError as error:
-                    raise StoreError(f"session {name} is damaged ({quoted(error)}); export it again") from error
-                if new.version != FORMAT:
-                    raise ConfigError(f"session {name} has version {new.version} and this distkv reads {FORMAT}")
-                limits.check_number(path)
+            for path, content in coming.items():
+                encoded = msgspec.json.encode(content)
+                limits.check_size(path.stem, len(encoded))
                 stack.callback(SessionLock(path).release)
-                if (found := load_session(path)).messages and found != new:
-                    raise ConfigError(f"there is another session {name}; move {str(path)!r} away, or keep that one")
-                self._files[path] = msgspec.json.encode(new)
-                limits.check_size(name, len(self._files[path]))
+                found = load_session(path)
+                if found.messages and found != content:
+                    raise ConfigError(
+                        f"there is another session {path.stem}; move {str(path)!r} away, or keep that one"
+                    )
+                if found != content:
+                    self._new[path] = encoded
             self._locks = stack.pop_all()
 
     def __enter__(self) -> "ComingSessions":
@@ -63,6 +60,22 @@ class ComingSessions:
         self._locks.close()
 
     def save(self) -> None:
-        """Writes them. Raises StoreError when one cannot be written."""
-        for path, content in self._files.items():
-            save_session(path, content)
+        """Writes them. Raises StoreError when one cannot be written, and none of them stays."""
+        with ExitStack() as undo:
+            for path, content in self._new.items():
+                undo.callback(path.unlink, missing_ok=True)
+                save_session(path, content)
+            undo.pop_all()
+
+
+def _content(name: str, content: Any) -> SessionFile:
+    """What a file of ours is to have of a session. Raises ConfigError and StoreError as `ComingSessions` does."""
+    if RESPONSE_ID.fullmatch(check_name("session", name)):
+        raise ConfigError(f"session {name} has the name of a server's response; leave it out of the file")
+    try:
+        found = msgspec.convert(content, SessionFile)
+    except msgspec.ValidationError as error:
+        raise StoreError(f"session {name} is damaged ({quoted(error)}); export it again") from error
+    if found.version != FORMAT:
+        raise ConfigError(f"session {name} has version {found.version} and this distkv reads {FORMAT}")
+    return found
