@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractContextManager, aclosing
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
@@ -18,6 +19,7 @@ from distkv.frontend.front_end import Facade, FrontEnd
 from distkv.frontend.messages import Message
 from distkv.frontend.request_checks import Prompt
 from distkv.frontend.request_group import RequestGroup
+from distkv.frontend.session_opening import open_in_thread
 from distkv.option_checks import settle_path
 from distkv.outputs import CacheExport, CacheImport, RequestOutput, join_deltas
 from distkv.sampling_params import RequestOutputKind, SamplingParams
@@ -251,8 +253,7 @@ class AsyncLLM(Facade):
         chat_template_kwargs: dict[str, Any] | None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """A turn of a session."""
-        # opened here and not in a thread: a task that is cancelled meanwhile would leave it open
-        with self._front_end.session(name, params) as session:
+        with await open_in_thread(partial(self._front_end.session, name, params)) as session:
             prompt = await asyncio.to_thread(session.prompt, self.tokenizer, messages, tools, chat_template_kwargs)
             outputs = self._answer(prompt, params, priority, cache_salt)
             yielded: list[RequestOutput] = []  # that add up to the answer
@@ -278,9 +279,10 @@ class AsyncLLM(Facade):
     def _mailbox_of_loop(self) -> "_Mailbox":
         """The mailbox of the running event loop; requests keep the one they have begun with."""
         loop = asyncio.get_running_loop()
-        if self._mailbox is None or self._mailbox.loop is not loop:
-            self._mailbox = _Mailbox(loop)
-        return self._mailbox
+        mailbox = self._mailbox  # which another loop's thread may replace meanwhile
+        if mailbox is None or mailbox.loop is not loop:
+            mailbox = self._mailbox = _Mailbox(loop)
+        return mailbox
 
 
 class _Mailbox:

@@ -30,6 +30,7 @@ from distkv import (
     SamplingParams,
     WorkerDied,
 )
+from distkv.async_llm import _Mailbox
 from distkv.config import EngineOptions
 from distkv.engine.protocol import EngineInfo, EngineRequest, RequestFailed, StepOutput, TokenOutput
 from distkv.engine.stats import EngineStats
@@ -302,12 +303,15 @@ def test_the_tokenizer_is_there_and_chat_answers(demo_model: Path) -> None:
 def test_a_task_that_is_cancelled_while_it_opens_a_session_does_not_keep_it(
     demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = FrontEnd.session
+    """Nor does the event loop stand still in the meantime."""
+    open_session, begun, cancelled = FrontEnd.session, threading.Event(), threading.Event()
+    opened: list[Session] = []
 
     def open_slowly(self: FrontEnd, *arguments: Any) -> Session:
-        session = opened(self, *arguments)
-        time.sleep(0.2)
-        return session
+        begun.set()
+        assert cancelled.wait(60)
+        opened.append(open_session(self, *arguments))
+        return opened[-1]
 
     async def main() -> None:
         sizes = dict.fromkeys(("device_kv_bytes", "host_kv_bytes", "disk_kv_bytes"), "64MiB")
@@ -318,10 +322,14 @@ def test_a_task_that_is_cancelled_while_it_opens_a_session_does_not_keep_it(
                 return len([one async for one in llm.chat(messages, SamplingParams(max_tokens=2), session="trip")])
 
             task = asyncio.ensure_future(ask())
-            await asyncio.sleep(0.05)
+            await asyncio.to_thread(begun.wait, 60)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
+            cancelled.set()
+            async with asyncio.timeout(60):
+                while not opened or opened[0]._lock.is_held:
+                    await asyncio.sleep(0.001)
             assert await ask()
 
     monkeypatch.setattr(FrontEnd, "session", open_slowly)
@@ -372,6 +380,29 @@ def test_a_session_keeps_what_was_sampled_of_an_answer(
         questions = [message["content"] for message in session.messages[::2]]
         assert [message["content"] for message in session.messages[1::2]] == answers
     assert [question.split()[0] for question in questions] == ["Write", "What", "Thanks!"]
+
+
+@pytest.mark.parametrize("found", ["other None", "own own other"])
+def test_each_loop_has_a_mailbox_of_its_own(found: str) -> None:
+    """Though that of another thread's takes its place at any moment."""
+
+    class Replaced(AsyncLLM):
+        @property
+        def _mailbox(self) -> Any:
+            return boxes[left.pop()] if left else other
+
+        @_mailbox.setter
+        def _mailbox(self, box: Any) -> None: ...
+
+    async def main() -> None:
+        boxes["own"] = _Mailbox(asyncio.get_running_loop())
+        assert Replaced.__new__(Replaced)._mailbox_of_loop().loop is asyncio.get_running_loop()
+
+    loop = asyncio.new_event_loop()
+    other = _Mailbox(loop)
+    boxes, left = {"None": None, "other": other}, found.split()[::-1]
+    asyncio.run(main())
+    loop.close()
 
 
 def run_threads(functions: list[Callable[[], None]]) -> None:

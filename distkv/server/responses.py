@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from distkv.errors import ConfigError, StoreError
+from distkv.frontend.conversation import Conversation
 from distkv.outputs import CompletionOutput, RequestOutput, join_deltas
 from distkv.server.answers import answer_all
 from distkv.server.connection import error_event, event, respond
@@ -44,7 +45,7 @@ class _Response:
     def __init__(self, service: Service, kept: KeptResponses, body: ResponseBody):
         self._service, self._kept, self._body = service, kept, body
         self._params, self._messages = body.params(), body.messages()
-        self._conversation = kept.begin(body.previous_response_id)
+        self._conversation: Conversation  # once its prompt is known
         self._id, self._item_id = f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}"
         self._model, self._created = service.check_model(body.model), int(time.time())
         self._usage = Usage()
@@ -88,12 +89,17 @@ class _Response:
 
     async def _outputs(self) -> AsyncGenerator[RequestOutput, None]:
         body, llm = self._body, self._service.llm
-        prompt = await asyncio.to_thread(self._conversation.prompt, llm.tokenizer, self._messages)
+        prompt = await asyncio.to_thread(self._prompt)
         outputs = llm.generate(prompt, self._params, priority=body.priority, cache_salt=body.cache_salt)
         async with aclosing(answer_all(self._service, 1, [outputs])) as answers:
             async for index, output in answers:
                 self._usage.add(index, output)
                 yield output
+
+    def _prompt(self) -> list[int]:
+        """Tokens of the conversation up to the answer."""
+        self._conversation = self._kept.begin(self._body.previous_response_id)
+        return self._conversation.prompt(self._service.llm.tokenizer, self._messages)
 
     def _final(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         """The response when its answer is finished, which is kept now."""

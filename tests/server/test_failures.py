@@ -19,8 +19,10 @@ from distkv.engine.client import EngineClient
 from distkv.engine.engine import Engine
 from distkv.engine.protocol import RequestFailed
 from distkv.errors import StoreError
+from distkv.frontend.conversation import Conversation
 from distkv.server.app import make_app
 from distkv.server.errors import ApiError
+from distkv.server.kept_responses import KeptResponses
 from distkv.server.options import ServerOptions
 from distkv.server.service import Service
 
@@ -232,6 +234,23 @@ def test_an_answer_that_cannot_be_stored_is_told(here: HereServer, monkeypatch: 
     assert told.json()["store"] is False and told.json()["session_error"] == "no room"
     events = httpx2.post(f"{here.url}/v1/responses", json=body | {"stream": True}, timeout=60).text
     assert "response.incomplete" in events and '"session_error":"no room"' in events
+
+
+def test_a_response_is_not_looked_for_in_the_event_loop(here: HereServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All streams would wait for a slow disk."""
+    in_loop, begin = [], KeptResponses.begin
+
+    def watched(self: KeptResponses, previous: str | None) -> Conversation:
+        in_loop.append(threading.current_thread() is here._thread)
+        return begin(self, previous)
+
+    here.service.loaded(here.llm)
+    monkeypatch.setattr(KeptResponses, "begin", watched)
+    for previous, status in ((None, 200), ("resp_" + "0" * 32, 404)):
+        for stream in (False, True):
+            body = {"input": "Hello", "max_output_tokens": 4, "previous_response_id": previous, "stream": stream}
+            assert httpx2.post(f"{here.url}/v1/responses", json=body, timeout=60).status_code == status
+    assert in_loop == [False] * 4
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
