@@ -50,17 +50,15 @@ class Engine:
             close: called when the engine is closed.
             survives: a step that raises leaves the ranks fit for others, so that the sequence at fault can be found.
             observer: is told how steps go.
-            thread: see `StepRunner`.
-            waiting: called every second while a step takes long.
+            thread, waiting: see `StepRunner`.
         """
-        self._waiting = waiting
         self.info = info
         self._close = close
         self._survives = survives
         self._observer = observer or StepObserver()
         self._scheduler = Scheduler(info)
         self._cache = self._scheduler.cache
-        self._runner = StepRunner(info, executor, self._cache, thread, self._observer.measured)
+        self._runner = StepRunner(info, executor, self._cache, thread, self._observer.measured, waiting)
         if info.speculation is not None:
             self._scheduler.speculator = make_speculator(info, self._runner.draft, self._cache)
         self._repairs = Repairs(self._cache, self._runner, info.page_size)
@@ -247,7 +245,7 @@ class Engine:
     def _complete(self, step: Step, following: Step | None) -> bool:
         """Waits for the report on the running step and books it, but for its tokens. False when that leaves another
         state than `following` was prepared for, which is undone then: the step has failed, or a page was lost."""
-        result = step.wait(self._waiting)
+        result = step.wait()
         self._observer.reported(step)
         self._running = None
         try:

@@ -1,7 +1,6 @@
 """A step on its way through the ranks: what it runs, how it is taken back, what comes of it."""
 
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
 
 from distkv.engine.fork_copies import ForkCopies, PageCopy
@@ -15,8 +14,6 @@ from distkv.storage.ledger.tiered_cache import TieredCache
 from distkv.workers.group.executor import PendingScores, PendingTokens, StepResult
 from distkv.workers.group.step_plan import StepPlan
 from distkv.workers.sampling.sampled_token import NO_TOKEN, SampledToken, TokenLogprobs
-
-WAITING_SECONDS = 1.0
 
 
 class Step:
@@ -93,19 +90,10 @@ class Step:
         self.started_at = time.perf_counter()
         self._result = self._runner.start(self.plan, sample_rows(self.work))
 
-    def wait(self, waiting: Callable[[], None] = lambda: None) -> StepResult:
-        """What came of it, as soon as the ranks have reported. A wait that was interrupted may be taken up again.
-
-        Args:
-            waiting: called every now and then meanwhile.
-        """
+    def wait(self) -> StepResult:
+        """What came of it, as soon as the ranks have reported. A wait that was interrupted may be taken up again."""
         assert self._result is not None
-        while not self._result.done():
-            try:
-                return self._result.result(WAITING_SECONDS)
-            except TimeoutError:
-                waiting()
-        return self._result.result()
+        return self._runner.wait(self._result)
 
     def commit(self, result: StepResult, damaged: set[Page]) -> None:
         """Books what it has run, but for the tokens that it sampled and for drafts. Pages that it fills get their keys:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Executor as Thread
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from distkv.engine.protocol import EngineInfo
 from distkv.errors import StoreError
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
+WAITING_SECONDS = 1.0  # after which it is told that something takes long
+
 
 class StepRunner:
     """Plans run one after another, on a thread of their own."""
@@ -36,6 +40,7 @@ class StepRunner:
         cache: TieredCache,
         thread: Thread | None = None,
         measured: Callable[[list[Span]], None] = lambda spans: None,
+        waiting: Callable[[], None] = lambda: None,
     ):
         """Warms up, and takes in what earlier processes left on disk; raises StoreError or ConfigError when the
         catalogue there cannot be used.
@@ -43,13 +48,14 @@ class StepRunner:
         Args:
             thread: runs one call after another; one is made unless it is given.
             measured: see `StepObserver.measured`.
+            waiting: called every second while what the ranks run takes long.
         """
         self.bytes_moved: Counter[str] = Counter()  # by route
         self.measures = Measures()  # of all ranks since the start, without spans
         self.damage = ""  # what could not be read back last, and why
         self._last_warning = ""  # since the disk took a page
         self.executor = executor
-        self._cache, self._measured = cache, measured
+        self._cache, self._measured, self._waiting = cache, measured, waiting
         self._ended: list[int] = []  # tables that the ranks may forget with the next plan
         self._thread = ThreadPoolExecutor(1, "distkv-step") if thread is None else thread
         self._catalogue_writer: CatalogueWriter | None = None
@@ -67,6 +73,15 @@ class StepRunner:
         the plan that was started before; `run` may come between."""
         self._update_catalogue({})
         return self._thread.submit(self.executor.run, plan, rows)
+
+    def wait(self, started: Future[Result]) -> Result:
+        """What came of it. A wait that was interrupted may be taken up again."""
+        while not started.done():
+            try:
+                return started.result(WAITING_SECONDS)
+            except TimeoutError:
+                self._waiting()
+        return started.result()
 
     def run(self, plan: StepPlan) -> set[Page]:
         """Waits for a plan that samples nothing, while no other runs; returns what `take_in` does."""
@@ -121,7 +136,7 @@ class StepRunner:
 
     def draft(self, requests: list[DraftRequest]) -> list[list[int]]:
         """See `Executor.draft`; while no plan runs."""
-        return self._thread.submit(self.executor.draft, requests).result()
+        return self.wait(self._thread.submit(self.executor.draft, requests))
 
     def wait_for(self, ids: Iterable[int]) -> None:
         """Runs a plan of nothing but transfers that waits for some."""
@@ -166,7 +181,7 @@ class StepRunner:
         return StepPlan([], [], [], transfers, [*others, *await_ids], ended=self.take_ended())
 
     def _report_of(self, plan: StepPlan) -> Report:
-        result = self._thread.submit(self.executor.run, plan, []).result()
+        result = self.wait(self._thread.submit(self.executor.run, plan, []))
         if result.report is None:
             assert result.error is not None
             raise result.error

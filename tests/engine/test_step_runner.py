@@ -1,11 +1,14 @@
 """What ranks report is booked, whatever else comes of it."""
 
+import threading
 from contextlib import closing
 from typing import Any
 
 import pytest
 from support.memory import engine_info
 
+from distkv.engine import step_runner
+from distkv.engine.engine import Engine
 from distkv.engine.step_runner import StepRunner
 from distkv.errors import StoreError
 from distkv.storage.disk.catalogue import Entry
@@ -55,3 +58,33 @@ def test_pages_that_are_missing_leave_the_rest_of_the_report() -> None:
             runner.take_in_pages([Entry(2, b"key", b"root", b"", b"", 0.0, 0)], lambda entry: None)
     assert not cache.awaited and page.has(HOST)
     cache.integrity_check()
+
+
+@pytest.mark.parametrize("call", ["step", "run", "draft"])
+def test_whatever_takes_long_gives_signs_of_life(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """A page that is computed again, or a draft, may take as long as a step."""
+    told = threading.Event()
+
+    class Slow:
+        def warm_up(self) -> None:
+            pass
+
+        def run(self, plan: StepPlan, rows: list[Any]) -> StepResult:
+            assert told.wait(60)
+            return StepResult(Report())
+
+        def draft(self, requests: list[Any]) -> list[list[int]]:
+            assert told.wait(60)
+            return []
+
+    monkeypatch.setattr(step_runner, "WAITING_SECONDS", 1e-3, raising=False)
+    executor: Any = Slow()
+    with closing(Engine(engine_info(), executor, waiting=told.set)) as engine:
+        runner, plan = engine._runner, StepPlan([], [], [])
+        match call:
+            case "step":
+                assert runner.wait(runner.start(plan, [])).error is None
+            case "run":
+                assert runner.run(plan) == set()
+            case "draft":
+                assert runner.draft([]) == []
