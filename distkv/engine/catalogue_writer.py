@@ -104,6 +104,11 @@ class CatalogueWriter:
         if time.monotonic() >= self._next_try:
             self._write()
 
+    @property
+    def pause(self) -> float | None:
+        """Seconds until what could not be written is tried again, which an update does; None where nothing waits."""
+        return max(0.0, self._next_try - time.monotonic()) if self._has_changes else None
+
     def close(self) -> None:
         """Writes what is left to be written, for which it waits, and closes the catalogue."""
         if self._catalogue is not None:
@@ -113,13 +118,17 @@ class CatalogueWriter:
             log.warning("%s; later processes will not find %d of the pages on disk", self._failure, len(self._added))
         self._close_file()
 
+    @property
+    def _has_changes(self) -> bool:
+        return bool(self._removed or self._added or self._touched)
+
     def _write(self, wait: float = 0.0) -> None:
         """Writes what waits, if it can.
 
         Args:
             wait: seconds for another program's lock, where the file is not open yet.
         """
-        if self._is_taken_over or not (self._removed or self._added or self._touched):
+        if self._is_taken_over or not self._has_changes:
             return
         try:
             try:

@@ -163,8 +163,8 @@ class Engine:
         return self._is_busy or bool(self._answers.outputs) or not self._is_drained
 
     def rest(self) -> float | None:
-        """See `EngineClient.rest`."""
-        return None
+        """See `EngineClient.rest`: the catalogue may still have to be written."""
+        return self._runner.rest()
 
     def check_ready(self) -> None:
         """See `EngineClient.check_ready`: what ends this engine ends it for good."""

@@ -157,6 +157,12 @@ class StepRunner:
             return False
         return True
 
+    def rest(self) -> float | None:
+        """Writes the catalogue if that could not be done before, while no plan runs. Returns the seconds after which it
+        is to be called once more, None for never."""
+        self._update_catalogue({})
+        return None if self._catalogue_writer is None else self._catalogue_writer.pause
+
     def end_tables(self, numbers: Iterable[int]) -> None:
         """Has the next plan tell the ranks which page tables nobody needs any more."""
         self._ended += numbers

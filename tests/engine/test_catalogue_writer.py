@@ -4,18 +4,22 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.disks import kept_pages, listed
+from support.memory import Memory, engine_info
 
 from distkv.engine import catalogue_writer
 from distkv.engine.catalogue_writer import CatalogueWriter
+from distkv.engine.engine import Engine
 from distkv.storage.disk import mounts
 from distkv.storage.disk.cache_folder import CATALOGUE, DAMAGED
 from distkv.storage.disk.catalogue import Catalogue
 from distkv.storage.ledger.disk_journal import DiskChanges
 from distkv.storage.ledger.page import Page, PageKey
 from distkv.storage.ledger.tiered_cache import TieredCache
+from distkv.workers.group.rank_executor import RankExecutor
 from distkv.workers.group.report import Report
 from distkv.workers.group.step_plan import StepPlan
 
@@ -111,6 +115,25 @@ def test_a_catalogue_that_refuses_is_left_alone_for_a_while(
     assert pages(tmp_path) == {0: "a"}
     writer.close()
     assert pages(tmp_path) == dict(enumerate("abcdef"))
+
+
+def test_an_engine_with_nothing_to_do_tries_again(tmp_path: Path, waits: list[float]) -> None:
+    """Else what it has written would be lost if its process ended before the next request."""
+    info = engine_info(
+        cache_dir=str(tmp_path), enable_prefix_caching=True, num_host_pages=2, num_disk_pages=8, num_pages=8
+    )
+    engine = Engine(info, RankExecutor(Memory(info).execute))
+    writer: Any = engine._runner._catalogue_writer
+    write(writer, 0, "a")
+    assert engine.rest() is None
+    with locked(tmp_path):
+        write(writer, 1, "b")
+        assert not engine.has_work or not engine.step()
+        assert engine.rest() is not None
+    assert pages(tmp_path) == {0: "a"} and not engine.has_work
+    assert engine.rest() is None
+    assert pages(tmp_path) == {0: "a", 1: "b"}
+    engine.close()
 
 
 def test_an_end_that_cannot_wait_longer_says_what_is_lost(
