@@ -29,8 +29,8 @@ class CacheImport:
 
         Returns the number of the page with which to go on, which is that of all pages when this was the last part, and
         how many pages were not there before. Raises ConfigError for pages of no use to this engine, CapacityError when
-        the disk tier has no room, and StoreError when a page is damaged or cannot be written; none of the part is taken
-        in then.
+        the disk tier has no room, and StoreError when a page is damaged or cannot be written, or the file has changed
+        so that it has no page of number `start`; none of the part is taken in then.
         """
         own = None if self._info.cache_dir is None else read_description(Path(self._info.cache_dir))
         if own is None or not self._info.fingerprint:
@@ -40,6 +40,8 @@ class CacheImport:
             pages = exported.keyed(cache_salt)
             if not start:
                 self._begin(pages)
+            elif start >= len(pages):
+                raise StoreError(f"{path!r} has changed while it was taken in; import it again")
             end = min(len(pages), start + max(1, PART_BYTES // own.page_bytes))
             new = [page for page in pages[start:end] if not self._has(page.key.digest)]
             if new:

@@ -1,5 +1,6 @@
 """A running engine's pages go to a file and come from one, while requests run."""
 
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from support.servers import save_talker
 
 from distkv import LLM, CapacityError, ConfigError, RequestError, SamplingParams, StoreError
 from distkv.engine import cache_import
+from distkv.engine.client import EngineClient
+from distkv.frontend import live_cache
 
 GREEDY = SamplingParams(max_tokens=4, temperature=0)
 BOOK = [5 + index % 90 for index in range(10 * PAGE_SIZE)]
@@ -83,6 +86,30 @@ def test_a_disk_tier_that_is_too_small(tiny_model: Path, tmp_path: Path, book: t
         with pytest.raises(CapacityError, match=f"10 pages and .* holds 9; raise disk_kv_bytes to {10 * PAGE_BYTES}"):
             llm.import_cache(book[0])
         assert llm.stats().disk_pages == 0
+
+
+def test_a_file_that_becomes_shorter_ends_an_import(
+    tiny_model: Path, tmp_path: Path, book: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody has put a shorter one in its place: no later page would ever come."""
+    path, import_part, starts = book[0], live_cache._import_part, []
+
+    def shorten_and_import(name: str, cache_salt: str | None, start: int, engine: EngineClient) -> tuple[int, int]:
+        assert start not in starts, "it goes round"
+        starts.append(start)
+        if start == 4:
+            shutil.rmtree(path)
+            (tmp_path / "short.zarr").rename(path)
+        return import_part(name, cache_salt, start, engine)
+
+    monkeypatch.setattr(cache_import, "PART_BYTES", PAGE_BYTES)
+    monkeypatch.setattr(live_cache, "_import_part", shorten_and_import)
+    with tiered(tiny_model, (16, 16, 64), tmp_path / "one") as llm:
+        llm.export_cache(tmp_path / "short.zarr", [BOOK[: 3 * PAGE_SIZE]])
+    with tiered(tiny_model, (16, 16, 64), tmp_path / "two") as llm:
+        with pytest.raises(StoreError, match=r"book.zarr' has changed while it was taken in; import it again"):
+            llm.import_cache(path)
+        idle_engine(llm).integrity_check()
 
 
 FAULTS: dict[str, tuple[Callable[[Path], object], type[Exception]]] = {
