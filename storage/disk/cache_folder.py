@@ -172,11 +172,16 @@ def _tell_of_other_parts(folder: Path, own: Description) -> None:
 
 
 def remove_catalogue(folder: Path) -> None:
-    """Removes the catalogue for good, which is better than one that is not true. Raises OSError."""
-    if found := [path for end in ("", "-wal", "-shm", "-journal") if (path := folder / f"{CATALOGUE}{end}").exists()]:
-        for path in found:
-            path.unlink(missing_ok=True)
-        sync_folder(folder)
+    """Removes the catalogue for good, which is better than one that is not true. Raises StoreError when it cannot be
+    removed."""
+    files = [folder / f"{CATALOGUE}{end}" for end in ("", "-wal", "-shm", "-journal")]
+    try:
+        if found := [path for path in files if path.exists()]:
+            for path in found:
+                path.unlink(missing_ok=True)
+            sync_folder(folder)
+    except OSError as error:
+        raise StoreError(f"the catalogue in {folder} cannot be removed: {error.strerror}") from error
 
 
 def take_away(path: Path) -> None:

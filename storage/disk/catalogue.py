@@ -67,10 +67,13 @@ class Catalogue:
             self._database = open_to_read(path, wait) if read_only else open_to_write(path, wait, f"pages {COLUMNS}")
         except (*SQLITE_ERRORS, OSError) as error:
             raise self._failure("opened", error) from error
-        found = _schema(self._database)
-        if found not in (None, f"CREATE TABLE pages {COLUMNS}".encode()):
+        try:
+            found = self._schema()
+            if found not in (None, f"CREATE TABLE pages {COLUMNS}".encode()):
+                raise DamagedError(f"{str(path)!r} is the catalogue of another version or program")
+        except BaseException:
             self.close()
-            raise DamagedError(f"{str(path)!r} is the catalogue of another version or program")
+            raise
         self._is_empty = found is None
 
     def claim(self, owner: str) -> None:
@@ -143,6 +146,14 @@ class Catalogue:
     def close(self) -> None:
         close(self._database)
 
+    def _schema(self) -> bytes | None:
+        """How the table was made; None when there is none."""
+        try:
+            row = self._database.execute("SELECT sql FROM sqlite_master WHERE name = 'pages'").fetchone()
+        except SQLITE_ERRORS as error:
+            raise self._failure("read", error) from error
+        return None if row is None else row[0]
+
     def _rows(self) -> list[Entry]:
         """In the order of `index`."""
         if self._is_empty:
@@ -174,12 +185,6 @@ def read_catalogue(folder: Path) -> tuple[list[Entry], set[int]]:
 
 
 def set_aside_catalogue(folder: Path, reason: object) -> None:
-    """See `set_aside`. Nobody may have the catalogue open."""
+    """See `set_aside`. Nobody may have the catalogue open. Raises StoreError."""
     set_aside(folder / CATALOGUE, reason)
     remove_catalogue(folder)  # what is left of it would be taken for the new one's
-
-
-def _schema(database: sqlite3.Connection) -> bytes | None:
-    """How the table was made; None when there is none."""
-    row = database.execute("SELECT sql FROM sqlite_master WHERE name = 'pages'").fetchone()
-    return None if row is None else row[0]

@@ -150,28 +150,36 @@ def fit_array(folder: Path, spec: PageSpec, num_pages: int, array: PageArray = W
 
 
 def remove_arrays(folder: Path) -> None:
-    """Deletes all arrays of a folder, with the catalogue. Raises ConfigError when one is not distkv's."""
-    for array in find_arrays(folder):
+    """Deletes all arrays of a folder, with the catalogue. Raises as `remove_array` does."""
+    try:
+        arrays = find_arrays(folder)
+    except OSError as error:
+        raise StoreError(f"{str(folder)!r} cannot be read: {error.strerror}") from error
+    for array in arrays:
         remove_array(folder, array)
     remove_catalogue(folder)
 
 
 def remove_array(folder: Path, array: PageArray = WHOLE) -> None:
-    """Deletes an array with all its pages, and the catalogue. Raises ConfigError when it is not distkv's."""
+    """Deletes an array with all its pages, and the catalogue. Raises ConfigError when it is not distkv's, StoreError
+    when it cannot be deleted."""
     path = folder / array.name
-    if path.exists():
-        ours = _made_by_distkv(path)
-        if ours is None:  # killed before it wrote the metadata, or while it swept; or they are damaged
-            ours = _is_named_as_ours(path)
-        if not ours:
-            raise _foreign(path)
-        left = [file for file in path.iterdir() if file.name != METADATA]
-        if left:
-            log.info("removing %d files that an earlier process left in %s", len(left), path)
-        remove_catalogue(folder)  # first, so that it never lists what is gone
-        for file in left:  # the metadata goes last: a process killed meanwhile leaves an array that is known as ours
-            file.unlink(missing_ok=True)
-        shutil.rmtree(path)
+    try:
+        if path.exists():
+            ours = _made_by_distkv(path)
+            if ours is None:  # killed before it wrote the metadata, or while it swept; or they are damaged
+                ours = _is_named_as_ours(path)
+            if not ours:
+                raise _foreign(path)
+            left = [file for file in path.iterdir() if file.name != METADATA]
+            if left:
+                log.info("removing %d files that an earlier process left in %s", len(left), path)
+            remove_catalogue(folder)  # first, so that it never lists what is gone
+            for file in left:  # the metadata goes last: a process killed meanwhile leaves an array known as ours
+                file.unlink(missing_ok=True)
+            shutil.rmtree(path)
+    except OSError as error:
+        raise StoreError(f"{str(path)!r} cannot be removed: {error.strerror}") from error
     remove_catalogue(folder)
 
 

@@ -5,7 +5,7 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 
@@ -20,27 +20,30 @@ NO_SLOT = -1  # of what belongs to no page: what was cut off, and what was set a
 
 
 def sizes(folder: Path) -> dict[int, int]:
-    """Bytes of the files by slot or NO_SLOT, without those of which there is one each. An engine may be using them."""
+    """Bytes of the files by slot or NO_SLOT, without those of which there is one each. An engine may be using them.
+    Raises StoreError when they cannot be read."""
     found: dict[int, int] = defaultdict(int)
-    for file, slot in _files(folder):
-        with suppress(FileNotFoundError):  # it has replaced it
-            found[slot] += file.stat(follow_symlinks=False).st_size
+    with _failing(folder, "read"):
+        for file, slot in _files(folder):
+            with suppress(FileNotFoundError):  # it has replaced it
+                found[slot] += file.stat(follow_symlinks=False).st_size
     return found
 
 
 def num_bytes(folder: Path) -> int:
-    """All that `sizes` has."""
+    """All that `sizes` has, which raises."""
     return sum(sizes(folder).values())
 
 
 def leftovers(folder: Path, listed: Container[int]) -> list[Path]:
-    """The files that belong to none of the pages that are listed."""
-    return [Path(file.path) for file, slot in _files(folder) if slot not in listed]
+    """The files that belong to none of the pages that are listed. Raises StoreError when they cannot be read."""
+    with _failing(folder, "read"):
+        return [Path(file.path) for file, slot in _files(folder) if slot not in listed]
 
 
 def sweep(folder: Path) -> bool:
     """Removes the files that belong to no page that is listed, and from the catalogue pages of which no file is left;
-    whether there were any such files."""
+    whether there were any such files. Raises StoreError when what lies there cannot be read or removed."""
     _, listed = read_catalogue(folder)
     found = _remove_files(folder, lambda slot: slot not in listed)
     give_up(folder, listed - sizes(folder).keys())
@@ -49,7 +52,8 @@ def sweep(folder: Path) -> bool:
 
 def give_up(folder: Path, slots: set[int]) -> None:
     """Removes pages, first from the catalogue, so that a kill leaves every page that it lists whole. Where that cannot
-    be written, which takes room, their files make some; and if they do not, pages stay listed that count as missing."""
+    be written, which takes room, their files make some; and if they do not, pages stay listed that count as missing.
+    Raises StoreError when files cannot be removed."""
     if not slots:
         return
     try:
@@ -70,10 +74,21 @@ def _strike_out(folder: Path, slots: set[int]) -> None:
 
 
 def _remove_files(folder: Path, is_doomed: Callable[[int], bool]) -> bool:
-    doomed = [file.path for file, slot in _files(folder) if is_doomed(slot)]
-    for path in doomed:
-        Path(path).unlink(missing_ok=True)
+    with _failing(folder, "read"):
+        doomed = [file.path for file, slot in _files(folder) if is_doomed(slot)]
+    with _failing(folder, "removed"):
+        for path in doomed:
+            Path(path).unlink(missing_ok=True)
     return bool(doomed)
+
+
+@contextmanager
+def _failing(folder: Path, verb: str) -> Iterator[None]:
+    """Makes a StoreError of an OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"files in {str(folder)!r} cannot be {verb}: {error.strerror}") from error
 
 
 def _files(folder: Path) -> Iterator[tuple["os.DirEntry[str]", int]]:

@@ -24,7 +24,7 @@ def sweep_scratch(cache_dir: Path) -> int:
             except ConfigError:
                 return 0
             remove_arrays(folder)
-    except (DistKVError, OSError) as error:
+    except DistKVError as error:
         log.warning("%s is not swept: %s", folder, error)
         return 0
     finally:

@@ -1,5 +1,7 @@
 """The catalogue follows the disk tier, and what keeps it from being written for a while costs no page."""
 
+import errno
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -13,7 +15,7 @@ from support.memory import Memory, engine_info
 from distkv.engine import catalogue_writer
 from distkv.engine.catalogue_writer import CatalogueWriter
 from distkv.engine.engine import Engine
-from distkv.storage.disk import mounts
+from distkv.storage.disk import cache_folder, mounts
 from distkv.storage.disk.cache_folder import CATALOGUE, DAMAGED
 from distkv.storage.disk.catalogue import Catalogue
 from distkv.storage.ledger.disk_journal import DiskChanges
@@ -166,6 +168,24 @@ def test_a_catalogue_that_is_damaged_while_it_is_used(
     assert (tmp_path / f"{CATALOGUE}{DAMAGED}").exists()
     set_aside, lost = caplog.messages
     assert DAMAGED in set_aside and "will not find 2 of the pages on disk" in lost
+
+
+def test_a_damaged_catalogue_that_cannot_be_removed_at_once_ends_no_engine(
+    tmp_path: Path, writer: CatalogueWriter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(folder: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    kept_pages(tmp_path, [3, 5])
+    writer.adopt(lambda plan: Report())
+    (tmp_path / CATALOGUE).write_bytes(b"somebody else's" * 1000)
+    (tmp_path / f"{CATALOGUE}-journal").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_folder, "sync_folder", fail)
+        write(writer, 1, "b")
+    assert "cannot be removed: Input/output error; it is tried again" in caplog.text
+    write(writer, 2, "c")
+    assert pages(tmp_path) == {1: "b", 2: "c"}
 
 
 def test_an_engine_that_was_taken_over_changes_nothing(

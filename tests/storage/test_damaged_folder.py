@@ -1,21 +1,26 @@
 """All of a cache folder can be made again, so what is damaged in it stops no engine: it is set aside, and said."""
 
+import errno
 import json
+import os
 import random
 import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.disks import NUM_PAGES, description, kept_pages, listed
 from support.pages import SPEC, load, random_page, same
 
+from distkv.storage.disk import catalogue
 from distkv.storage.disk.cache_folder import CATALOGUE, DAMAGED, DESCRIPTION, LOCK, DamagedError, FolderLock
 from distkv.storage.disk.catalogue import Catalogue, read_catalogue
-from distkv.storage.disk.disk_array import METADATA, find_slots
+from distkv.storage.disk.disk_array import METADATA, find_slots, remove_arrays
 from distkv.storage.disk.page_arrays import ARRAY, DiskShare
+from distkv.storage.disk.removal import give_up, sweep
 from distkv.storage.disk.reopen import reopen
 from distkv.storage.errors import ConfigError, StoreError
 from distkv.storage.pools.disk_pool import DiskPool
@@ -196,3 +201,38 @@ def test_a_catalogue_that_is_locked_is_not_damaged(tmp_path: Path) -> None:
         assert not isinstance(error.value, DamagedError)
         assert listed(tmp_path) == set(SLOTS), "a look needs no lock"
     assert reopened(tmp_path) == set(SLOTS)
+
+
+def test_a_catalogue_that_is_locked_after_it_was_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no damage then either, and nothing stays open."""
+    path = tmp_path / CATALOGUE
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("CREATE TABLE pages (slot)")
+        database = sqlite3.connect(path, timeout=0.0)
+        monkeypatch.setattr(catalogue, "open_to_write", lambda *_: database)
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(StoreError, match="cannot be read: database is locked") as error:
+            Catalogue(tmp_path)
+    assert not isinstance(error.value, DamagedError)
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        database.execute("SELECT 1")
+
+
+@pytest.mark.parametrize(
+    "remove", [remove_arrays, sweep, lambda folder: give_up(folder, {3, 0}), lambda folder: reopened(folder, 1)]
+)
+def test_files_that_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remove: Callable[[Path], object]
+) -> None:
+    kept_pages(tmp_path, SLOTS)
+    (tmp_path / ARRAY / "c.7.0.0.0.0.0").touch()  # of no page that is listed
+    unlink = os.unlink
+
+    def fail(path: Any, **more: Any) -> None:
+        if Path(path).name.startswith("c."):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        unlink(path, **more)
+
+    monkeypatch.setattr(os, "unlink", fail)
+    with pytest.raises(StoreError, match="cannot be removed: Input/output error"):
+        remove(tmp_path)
