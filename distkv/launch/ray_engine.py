@@ -68,7 +68,7 @@ class RayEngine:
         leaves: bool = True,
     ):
         """Takes over a group whose pools are allocated and starts its engine; raises WorkerDied when a rank is lost,
-        having released everything.
+        or the DistKVError that one has ended with, having released everything.
 
         Args:
             trace: gets what the ranks do, and is closed in the end.
@@ -92,8 +92,10 @@ class RayEngine:
             self.stats()  # the loops run
             self._watchdog = Watchdog(hang_timeout)
             self._starts = False
-        except BaseException:
+        except BaseException as error:
             self._end()
+            if isinstance(error, WorkerDied) and isinstance(error.__cause__, DistKVError):
+                raise error.__cause__ from None  # a rank knows why the engine cannot start
             raise
 
     def _connect(self) -> zmq.Socket:

@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 import zmq
 from msgspec.structs import replace
+from ray.exceptions import RayTaskError
 
 from distkv.engine.protocol import EngineInfo, Logged, Saving, Shutdown, Tokens, Working, decode_command, encode
 from distkv.engine.stats import EngineStats
 from distkv.errors import StoreError, WorkerDied
 from distkv.launch import ray_engine, watchdog
 from distkv.launch.ray_engine import RayEngine
-from distkv.workers.group import drain_watch
+from distkv.workers.group import drain_watch, ray_group
 from distkv.workers.group.drain_watch import Notice
 from distkv.workers.group.private_socket import bind_private
+from distkv.workers.group.ray_group import RayGroup
 
 INFO = EngineInfo(1 << 20, 64, 2048, 16, 1, 1, 1, 1, 1, 1, 128, (2,), 0, "/cache", fingerprint="f")
 DEATH = WorkerDied(1, "node", "it was killed")
@@ -255,8 +257,30 @@ def test_it_ends_before_its_node_goes_and_tells_its_owner(
     assert engine.rest() is not None and engine.step(0) == []
     clock.now += 2
     commands: list[Any] = []
-    group.looks = [lambda: commands.append(decode_command(group.leader.recv()))]
+
+    def end() -> None:
+        commands.append(decode_command(group.leader.recv()))
+        group.say(Saving(0))
+
+    group.looks = [end]
     with pytest.raises(WorkerDied, match="Ray drains the node, which goes in 19 s, and the cache was saved"):
         engine.step(0)
     assert group.closed and commands == [Shutdown(save_timeout=16)]
     engine.close()
+
+
+def test_whatever_ends_a_rank_of_an_engine_that_runs_is_its_death(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else callers would take it for a refusal of what they asked for, and go on; while it starts, it is the reason."""
+    error = StoreError("the catalogue cannot be read")
+    ranks = object.__new__(RayGroup)
+    ranks.size, ranks._mains, ranks.nodes = 1, ["main"], group.nodes  # type: ignore[assignment]
+    monkeypatch.setattr(ray_group, "ray", SimpleNamespace(wait=lambda mains, **_: (mains, [])))
+    monkeypatch.setattr(ray_group, "failure_of", lambda _: RayTaskError("lead", "", error))
+    with pytest.raises(WorkerDied, match="rank 0 on node node died: StoreError: the catalogue cannot be read") as died:
+        ranks.check()
+    assert died.value.__cause__ is error
+    group.start, group.looks = lambda *_: None, [ranks.check]  # type: ignore[method-assign]
+    with pytest.raises(StoreError, match="the catalogue cannot be read"):
+        RayEngine(group, INFO)  # type: ignore[arg-type]

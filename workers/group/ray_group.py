@@ -189,7 +189,7 @@ class RayGroup:
         return next(rank for rank, node in enumerate(self.nodes) if node.node_id == node_id)
 
     def check(self) -> None:
-        """Raises WorkerDied when a rank has ended. Returns at once."""
+        """Raises WorkerDied when a rank has ended, by a DistKVError of its own if that was why. Returns at once."""
         ended, _ = ray.wait(self._mains, num_returns=1, timeout=0)
         if ended:
             self._blame()
@@ -265,7 +265,10 @@ class RayGroup:
         first = min(
             failures, key=lambda rank: (failures[rank] is None, not isinstance(failures[rank], RayActorError), rank)
         )
-        raise self._died(first, failures[first])
+        error = self._died(first, failures[first])
+        if isinstance(error, WorkerDied):
+            raise error
+        raise WorkerDied(first, self.nodes[first].host, f"{type(error).__name__}: {error}") from error
 
     def _process_states(self) -> list[str]:
         """Of each rank, as `process_states` has them; "" where its node does not tell."""
