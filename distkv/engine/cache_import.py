@@ -1,5 +1,6 @@
 """Takes pages of an exported cache into the disk tier of an engine that runs, a few at a time."""
 
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from distkv.engine.protocol import EngineInfo
 from distkv.engine.step_runner import StepRunner
 from distkv.errors import CapacityError, ConfigError, StoreError
 from distkv.option_checks import raise_to
-from distkv.storage.disk.cache_folder import read_description
+from distkv.storage.disk.cache_folder import Description, read_description
 from distkv.storage.disk.catalogue import Entry
 from distkv.storage.disk.disk_array import has_array
 from distkv.storage.disk.page_arrays import find_arrays
@@ -19,10 +20,13 @@ PART_BYTES = 64 * 2**20  # that are taken in between two steps
 
 
 class CacheImport:
-    """One file after another, each in parts of consecutive pages."""
+    """One file after another, each in parts of consecutive pages. A file stays open from its first part to its last
+    one, to an error, or until another one comes between: what it says of its pages takes long to read."""
 
     def __init__(self, info: EngineInfo, cache: TieredCache, runner: StepRunner):
         self._info, self._cache, self._runner = info, cache, runner
+        self._open = ExitStack()
+        self._file: tuple[tuple[str, str | None], ExportedCache, list[ImportedPage]] | None = None  # with path and salt
 
     def take_in(self, path: str, cache_salt: str | None, start: int) -> tuple[int, int]:
         """Takes in the pages from number `start` on, as many as a part has, while no plan runs.
@@ -35,9 +39,9 @@ class CacheImport:
         own = None if self._info.cache_dir is None else read_description(Path(self._info.cache_dir))
         if own is None or not self._info.fingerprint:
             raise ConfigError("pages are imported to disk; set cache_dir, and leave enable_prefix_caching on")
-        with open_exported(Path(path)) as exported:
-            check_same_pages(exported, own)
-            pages = exported.keyed(cache_salt)
+        is_over = True
+        try:
+            exported, pages = self._opened(path, cache_salt, own, start)
             if not start:
                 self._begin(pages)
             elif start >= len(pages):
@@ -46,9 +50,28 @@ class CacheImport:
             new = [page for page in pages[start:end] if not self._has(page.key.digest)]
             if new:
                 self._take_in(exported, new)
-        if end == len(pages):
+            is_over = end == len(pages)
+        finally:
+            if is_over:
+                self.close()
+        if is_over:
             self._touch(pages)  # of which the first ones came first, and are to go last
         return end, len(new)
+
+    def close(self) -> None:
+        """Closes the file that is open, if any, whatever is still to come of it."""
+        self._file = None
+        self._open.close()
+
+    def _opened(
+        self, path: str, cache_salt: str | None, own: Description, start: int
+    ) -> tuple[ExportedCache, list[ImportedPage]]:
+        if not start or self._file is None or self._file[0] != (path, cache_salt):
+            self.close()
+            exported = self._open.enter_context(open_exported(Path(path)))
+            check_same_pages(exported, own)
+            self._file = (path, cache_salt), exported, exported.keyed(cache_salt)
+        return self._file[1:]
 
     def _begin(self, pages: list[ImportedPage]) -> None:
         most = self._info.num_disk_pages

@@ -9,6 +9,7 @@ run for one token too many, which is dropped.
 import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor as Thread
+from typing import TYPE_CHECKING
 
 from distkv.engine.answers import Answers
 from distkv.engine.engine_stats import engine_stats
@@ -28,6 +29,9 @@ from distkv.engine.step import Step
 from distkv.engine.step_runner import StepRunner
 from distkv.errors import CapacityError, DistKVError, RequestError
 from distkv.workers.group.executor import Executor
+
+if TYPE_CHECKING:
+    from distkv.engine.cache_import import CacheImport
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +72,7 @@ class Engine:
         self._faults = FaultSearch()
         self._running: Step | None = None  # the ranks have it
         self._unread: Step | None = None  # completed, but for its tokens
+        self._import: CacheImport | None = None
         self._failure: Exception | None = None  # of the device; nothing goes on after it
         self._num_preemptions = 0
         self._is_drained = True  # nothing moves and nothing is to be saved
@@ -130,7 +135,9 @@ class Engine:
 
         self._finish_running()
         self._is_drained = False
-        return CacheImport(self.info, self._cache, self._runner).take_in(path, cache_salt, start)
+        if self._import is None:
+            self._import = CacheImport(self.info, self._cache, self._runner)
+        return self._import.take_in(path, cache_salt, start)
 
     def close(
         self, progress: Callable[[int], None] = lambda num_unsaved: None, save_timeout: float | None = None
@@ -151,6 +158,8 @@ class Engine:
                 "the cache was not saved to its end, %d KV pages are missing: %s", self._cache.num_unsaved, error
             )
         finally:
+            if self._import is not None:
+                self._import.close()
             try:
                 self._runner.close()
             finally:

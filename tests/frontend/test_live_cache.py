@@ -2,7 +2,8 @@
 
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from support.llms import PAGE_BYTES, PAGE_SIZE, idle_engine, tiered
 from support.servers import save_talker
 
 from distkv import LLM, CapacityError, ConfigError, RequestError, SamplingParams, StoreError
+from distkv.cache_folders.import_cache import ExportedCache
 from distkv.engine import cache_import
 from distkv.engine.client import EngineClient
 from distkv.frontend import live_cache
@@ -88,10 +90,42 @@ def test_a_disk_tier_that_is_too_small(tiny_model: Path, tmp_path: Path, book: t
         assert llm.stats().disk_pages == 0
 
 
+def test_a_file_is_opened_once_for_all_of_its_parts(
+    tiny_model: Path, tmp_path: Path, book: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And closed after them, or when one fails."""
+    num_open, num_opened, open_exported = 0, 0, cache_import.open_exported
+
+    @contextmanager
+    def count(path: Path) -> Iterator[Any]:
+        nonlocal num_open, num_opened
+        num_open, num_opened = num_open + 1, num_opened + 1
+        try:
+            with open_exported(path) as exported:
+                yield exported
+        finally:
+            num_open -= 1
+
+    monkeypatch.setattr(cache_import, "PART_BYTES", PAGE_BYTES)
+    monkeypatch.setattr(cache_import, "open_exported", count)
+    with tiered(tiny_model, (16, 16, 64), tmp_path / "two") as llm:
+        assert llm.import_cache(book[0]).num_new == 10
+        assert (num_open, num_opened) == (0, 1)
+        engine = idle_engine(llm)
+        with monkeypatch.context() as patch:
+            patch.setattr(ExportedCache, "copy", None)
+            with pytest.raises(TypeError):
+                engine.import_pages(str(book[0]), "salt", 0)
+        assert (num_open, num_opened) == (0, 2)
+        engine.import_pages(str(book[0]), "salt", 0)
+        assert (num_open, num_opened) == (1, 3), "of which nobody takes more"
+    assert num_open == 0
+
+
 def test_a_file_that_becomes_shorter_ends_an_import(
     tiny_model: Path, tmp_path: Path, book: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody has put a shorter one in its place: no later page would ever come."""
+    """Somebody has put a shorter one in its place, which shows when another import comes between."""
     path, import_part, starts = book[0], live_cache._import_part, []
 
     def shorten_and_import(name: str, cache_salt: str | None, start: int, engine: EngineClient) -> tuple[int, int]:
@@ -99,6 +133,7 @@ def test_a_file_that_becomes_shorter_ends_an_import(
         starts.append(start)
         if start == 4:
             shutil.rmtree(path)
+            engine.import_pages(str(tmp_path / "short.zarr"), None, 0)
             (tmp_path / "short.zarr").rename(path)
         return import_part(name, cache_salt, start, engine)
 
