@@ -2,6 +2,7 @@
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ def read_mounts(table: Path) -> list[Mount]:
     mounts = []
     for line in read_text(table).split("\n"):
         left, _, right = line.partition(" - ")
-        if right:
+        with suppress(ValueError):  # of a line that has fewer fields than the kernel's
             _, _, _, root, point, *_ = left.split(" ")
             kind, _, options = right.split(" ", 2)  # between them is what was mounted, which may have no name
             mounts.append(Mount(_decoded(root), Path(_decoded(point)), _decoded(kind), options.split(",")))

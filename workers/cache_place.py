@@ -121,7 +121,7 @@ def _lock(place: CachePlace) -> FolderLock:
             if error.owner.startswith(SWEEPER):
                 deadline = time.monotonic() + NAME_WAIT  # the next holder may be another one
                 if not is_told:
-                    log.info("another process removes what a killed engine left in %s; waiting for that", place.folder)
+                    log.warning("another process removes what a killed engine left, and is waited for: %s", error)
                 is_told = True
             elif time.monotonic() >= deadline:
                 raise

@@ -79,6 +79,8 @@ class CatalogueWriter:
 
     def add(self, entries: Iterable[Entry]) -> None:
         """Puts pages in that came from elsewhere; the cache adopts them."""
+        if self._is_taken_over:
+            return
         now = self._now()
         self._added |= {entry.slot: entry._replace(last_use=now) for entry in entries}
         self._write()

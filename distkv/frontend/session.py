@@ -131,11 +131,12 @@ class SessionLock(FileLock):
             make_folder(path.parent, 0o700)
             _make_private(path.parent, 0o700)
             super().__init__(path, mode=0o600)
-            _make_private(self._file.fileno(), 0o600)
+            try:
+                _make_private(self._file.fileno(), 0o600)
+            except BaseException:
+                self.release()
+                raise
         except OSError as error:
-            with suppress(OSError):
-                if not session.exists() and not path.stat().st_size:  # there was no room to say whose it is
-                    path.unlink()
             raise ConfigError(
                 f"session {name} cannot be kept in {str(path.parent)!r} ({error.strerror}); name a cache_dir that can "
                 "be written"

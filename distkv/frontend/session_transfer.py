@@ -1,7 +1,7 @@
 """Sessions on their way to another cache folder: their content, the tokens of their pages, and taking them in."""
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,14 @@ class ComingSessions:
         """Writes them. Raises StoreError when one cannot be written, and none of them stays."""
         with ExitStack() as undo:
             for path, content in self._new.items():
-                undo.callback(path.unlink, missing_ok=True)
+                undo.callback(_remove, path)
                 save_session(path, content)
             undo.pop_all()
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
 
 
 def _content(name: str, content: Any) -> SessionFile:

@@ -53,7 +53,7 @@ def bring(cluster: Cluster, job: str, node: str, target: Path, tell: Callable[[s
                 f"{entry['path']} did not arrive as the job wrote it ({len(content)} of {entry['size']} bytes); "
                 f"fetch it again with distkv submit --follow {job}"
             )
-        tell(_write(path, content, manifest["submitted"], job))
+        tell(_write(path, content, manifest.get("submitted", 0.0), job))
 
 
 def _write(path: Path, content: bytes, since: float, job: str) -> str:

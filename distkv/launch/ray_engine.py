@@ -216,30 +216,30 @@ class RayEngine:
         """
         if self._closed:
             return
-        timeout = self._save_timeout()
+        notice = self.notice  # which another thread may take back
+        timeout = self._save_timeout(notice)
         if not self._open:
             self._watchdog.begin()
         try:
             self._send(Shutdown(timeout))
-            self._await_end(timeout)
+            self._await_end(timeout, math.inf if notice is None else notice.end + END_SECONDS)
         finally:
             self._end()
 
-    def _save_timeout(self) -> float | None:
+    def _save_timeout(self, notice: Notice | None) -> float | None:
         """Seconds that the ranks have to save the cache."""
-        timeout, notice = self.info.save_timeout, self.notice
+        timeout = self.info.save_timeout
         if notice is not None and notice.end < math.inf:
             left = max(1.0, notice.seconds_left - LEAVE_MARGIN)
             timeout = left if timeout is None else min(timeout, left)
         return timeout
 
-    def _await_end(self, timeout: float | None) -> None:
+    def _await_end(self, timeout: float | None, gone: float) -> None:
         """Waits for the ranks as long as there is progress, and beyond their time for a moment. They look at what they
         are asked for between two steps, so until they begin to save they may be silent as in any step; but a node that
-        goes waits for nobody."""
+        goes, at the monotonic time `gone`, waits for nobody."""
         left, since, begun = None, time.monotonic(), math.inf
-        gone = math.inf if self.notice is None else self.notice.end + END_SECONDS
-        silence = self._watchdog.longest  # as in the last step, which may have begun before
+        silence = self._watchdog.longest if self._open else 0.0  # as in the last step, which may have begun before
         while True:
             try:
                 if self._group.is_finished():
@@ -259,7 +259,7 @@ class RayEngine:
             if now > gone or is_late or is_stuck:
                 number = "an unknown number of" if left is None else left or "no"
                 what = f"did not get on with saving the cache, or with their end, for {now - since:.0f} s"
-                if not is_stuck:
+                if not is_stuck and timeout is not None:
                     what = (
                         f"have not ended {END_SECONDS:.0f} s after the {timeout:.0f} s that they had to save the cache"
                     )

@@ -14,7 +14,8 @@ TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\
 class HttpConnection(HttpToolsProtocol):
     """uvicorn's, which closes when no request comes, or one whose headers do not end: uvicorn waits for ever. A request
     is over with its answer, even if its body has not come by then; and when the client goes, all that it has sent and
-    that are not answered are told, of which uvicorn tells the last."""
+    that are not answered are told, of which uvicorn tells the last. That it goes is not seen while a request that came
+    behind one which runs waits for its turn, since uvicorn reads no further then."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begins to wait."""
@@ -26,6 +27,7 @@ class HttpConnection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Ends the wait."""
         self._deadline.cancel()
+        self._unset_keepalive_if_required()  # which uvicorn leaves when the connection is reset
         for one in self._unanswered:
             one.disconnected = True
             one.message_event.set()
@@ -64,6 +66,13 @@ class HttpConnection(HttpToolsProtocol):
         super().on_response_complete()
         if not self._unanswered:
             self._await_request()
+
+    def send_400_response(self, msg: str) -> None:
+        """What came is no request."""
+        if self._unanswered:  # the client would take it for a part of an answer
+            self.transport.close()
+        else:
+            super().send_400_response(msg)
 
     def give_way(self, seconds: float) -> None:
         """Closes if nothing has come for so long and nothing is to be answered: others wait for a connection."""

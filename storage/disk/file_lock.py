@@ -118,12 +118,17 @@ class FileLock:
         if self.is_held:
             with suppress(OSError):
                 owner = Holder.read(self._path).owner
-                if removes and owner in ("", self._owner):  # on a full disk it could not be written
+                if removes and owner in ("", self._owner) and self._is_named:  # on a full disk none could be written
                     self._path.unlink()
                 elif owner == self._owner:  # and nobody took it over meanwhile
                     os.ftruncate(self._file.fileno(), 0)
             _let_go(self._file)  # at once, though a process may be on its way from fork to exec
             self._file.close()
+
+    @property
+    def _is_named(self) -> bool:
+        """Whether the file that is locked is the one of that name. Raises OSError."""
+        return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
 
     def _lock(self) -> None:
         """Raises as `__init__` does, and FileNotFoundError where the file that was opened has been removed."""
@@ -132,10 +137,13 @@ class FileLock:
         except BlockingIOError:
             raise HeldError(Holder.read(self._path)) from None
         try:
-            if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path)):
+            if not self._is_named:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._path))
             self._claim()
-        except BaseException:
+        except BaseException as error:
+            with suppress(OSError):
+                if isinstance(error, OSError) and self._is_named and not os.fstat(self._file.fileno()).st_size:
+                    self._path.unlink()  # there was no room to say whose it is
             _let_go(self._file)
             raise
 

@@ -17,7 +17,7 @@ from distkv.engine.catalogue_writer import CatalogueWriter
 from distkv.engine.engine import Engine
 from distkv.storage.disk import cache_folder, mounts
 from distkv.storage.disk.cache_folder import CATALOGUE, DAMAGED
-from distkv.storage.disk.catalogue import Catalogue
+from distkv.storage.disk.catalogue import Catalogue, Entry
 from distkv.storage.ledger.disk_journal import DiskChanges
 from distkv.storage.ledger.page import Page, PageKey
 from distkv.storage.ledger.tiered_cache import TieredCache
@@ -199,6 +199,8 @@ def test_an_engine_that_was_taken_over_changes_nothing(
     other.adopt(lambda plan: Report())
     writer.update(DiskChanges(vacated={3, 0, 5}), {})
     write(writer, 1, "b")
+    writer.add([Entry(6, b"6" * 32, b"", b"", b"", 0.0, 0)])
+    assert writer.pause is None, "nothing of it waits to be written"
     writer.close()
     assert listed(tmp_path) == {3, 0, 5}
     assert "another engine has taken the catalogue" in caplog.text and len(caplog.messages) == 1

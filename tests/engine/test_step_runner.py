@@ -77,7 +77,7 @@ def test_whatever_takes_long_gives_signs_of_life(monkeypatch: pytest.MonkeyPatch
             assert told.wait(60)
             return []
 
-    monkeypatch.setattr(step_runner, "WAITING_SECONDS", 1e-3, raising=False)
+    monkeypatch.setattr(step_runner, "WAITING_SECONDS", 1e-3)
     executor: Any = Slow()
     with closing(Engine(engine_info(), executor, waiting=told.set)) as engine:
         runner, plan = engine._runner, StepPlan([], [], [])

@@ -161,7 +161,7 @@ def test_a_killed_rank_changes_no_answer(served: Served) -> None:
     streaming = Semaphore(0)
 
     def ask(index: int, begun: Callable[[], None] | None = None) -> str:
-        return served.answer(texts[index], 1500, index, begun)[0]
+        return served.answer(texts[index], 700, index, begun)[0]
 
     with ThreadPoolExecutor(8) as pool:
         undisturbed = list(pool.map(ask, range(8)))

@@ -15,7 +15,7 @@ from simulation.world import Killed, Process, Task, World
 from distkv.engine import step_runner
 from distkv.engine.engine import Engine
 from distkv.engine.protocol import EngineInfo
-from distkv.errors import CapacityError, StoreError, WorkerDied
+from distkv.errors import CapacityError, DistKVError, StoreError, WorkerDied
 from distkv.launch import leader, pool, ray_engine, watchdog
 from distkv.launch.pool import EnginePool
 from distkv.launch.ray_engine import RayEngine
@@ -103,6 +103,8 @@ class SimulatedGroup:
         if isinstance(error, StepFault) or self.world.counts["device fault"]:
             self.process.kill("it failed")
             raise WorkerDied(0, "node", f"{type(error).__name__}: {error}")
+        if isinstance(error, DistKVError) and not isinstance(error, WorkerDied):
+            raise WorkerDied(0, "node", f"{type(error).__name__}: {error}") from error
         raise error
 
 

@@ -189,7 +189,8 @@ class RayGroup:
         return next(rank for rank, node in enumerate(self.nodes) if node.node_id == node_id)
 
     def check(self) -> None:
-        """Raises WorkerDied when a rank has ended, by a DistKVError of its own if that was why. Returns at once."""
+        """Raises WorkerDied when a rank has ended, by a DistKVError of its own if that was why, within DEATHS_SETTLE;
+        else returns at once."""
         ended, _ = ray.wait(self._mains, num_returns=1, timeout=0)
         if ended:
             self._blame()
@@ -260,7 +261,7 @@ class RayGroup:
         for num_ended in range(1, self.size + 1):
             ended, _ = ray.wait(self._mains, num_returns=num_ended, timeout=max(0.0, deadline - time.monotonic()))
             failures = {self._mains.index(ref): failure_of(ref) for ref in ended}
-            if len(ended) < num_ended or any(isinstance(failure, RayActorError) for failure in failures.values()):
+            if len(ended) < num_ended or any(map(_explains, failures.values())):
                 break
         first = min(
             failures, key=lambda rank: (failures[rank] is None, not isinstance(failures[rank], RayActorError), rank)
@@ -371,6 +372,11 @@ class RayGroup:
             return ConfigError(TOKENS_DIFFER)
         host = self.nodes[rank].host if rank < len(self.nodes) else "unknown"
         return WorkerDied(rank, host, known)
+
+
+def _explains(failure: Exception | None) -> bool:
+    """Whether it is known why a rank has ended: its process has died, or it says itself what is wrong."""
+    return isinstance(failure, RayActorError) or isinstance(getattr(failure, "cause", None), DistKVError)
 
 
 def _await_deaths(actors: list[Any]) -> None:
