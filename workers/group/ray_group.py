@@ -263,9 +263,12 @@ class RayGroup:
             failures = {self._mains.index(ref): failure_of(ref) for ref in ended}
             if len(ended) < num_ended or any(map(_explains, failures.values())):
                 break
+        # a process that has died may be why another rank says that something is wrong
         first = min(
-            failures, key=lambda rank: (failures[rank] is None, not isinstance(failures[rank], RayActorError), rank)
-        )
+            failures,
+            key=lambda rank: (not isinstance(failures[rank], RayActorError), not _explains(failures[rank]),
+                              failures[rank] is None, rank),
+        )  # fmt: skip
         error = self._died(first, failures[first])
         if isinstance(error, WorkerDied):
             raise error
